@@ -1,0 +1,158 @@
+"""Block: the contract that every attention block keeps, and the catalog that holds them.
+
+Shape letters in this folder:  B batch, C channels, H W height and width, N = H * W positions, M <= N positions summed over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import pydantic
+import torch
+from torch import nn
+
+from attnsurgery.catalog import Catalog
+from attnsurgery.errors import OptionError, did_you_mean
+
+Start = Literal["identity", "paper"]
+
+_NOT_OPTIONS = {"self", "channels", "start", "device", "dtype"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one forward of one image costs beyond the parameters."""
+
+    macs: int
+    attention_bytes: int
+    """Size of the largest attention-like activation that the naive formula would hold, fp32."""
+
+
+class Block(nn.Module, ABC):
+    """An attention block: (B, C, H, W) in, a *new* tensor of the same shape, dtype and memory format out.
+
+    Laws, which tests/contracts/test_blocks.py checks for everything in the catalog:
+
+    * started with `start="identity"`, the output is `torch.equal` to the input, in eval and in train mode;
+    * the output never shares memory with the input: hosts add to it in place;
+    * every parameter gets a gradient once the start was perturbed by one optimiser step;
+    * options are exactly the keyword-only arguments of `__init__`: their annotations are the schema.
+    """
+
+    child_name: ClassVar[str]
+    """What the block is called inside its host: the `se` of `layer1.0.se.fc1`."""
+
+    model_suffix: ClassVar[str]
+    """How it is spelled in model names: the `nonlocal` of `resnet50_nonlocal_s3`."""
+
+    model_place: ClassVar[str]
+    """Where `<arch>_<suffix>_s<n>` puts it: the rule part of a selector, such as 'before_last_block'."""
+
+    grafted: bool = False
+    """True inside a host; then a checkpoint without this block is a base checkpoint and loads strictly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def cost(self, height: int, width: int) -> Cost:
+        """Multiply-accumulates and attention bytes for one image whose map is `height` x `width`."""
+
+    def check_map(self, height: int, width: int) -> None:  # noqa: B027  (most blocks take any map)
+        """Refuse a map on which the block has no meaning.
+
+        Raises:
+            OptionError: says which option or place would do.
+        """
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Lets one strict load take both kinds of checkpoint: with this block, and of the base without it.
+
+        A block of which only a part is there is an error even where the caller loads with strict=False, because timm
+        does so, and only logs, whenever the number of classes differs.
+        """
+        if self.grafted:
+            own = self.state_dict(prefix=prefix, keep_vars=True)
+            there = [key for key in own if key in state_dict]
+            if not there:
+                state_dict.update(own)
+            elif len(there) < len(own):
+                lost = ", ".join(key for key in own if key not in state_dict)
+                error_msgs.append(f"the checkpoint holds only a part of the block {prefix[:-1]!r}: {lost} missing.")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+BLOCKS: Catalog[Block] = Catalog("block", "attnsurgery.blocks", group="attnsurgery.blocks")
+
+
+@cache
+def options_model(block: type[Block]) -> type[pydantic.BaseModel]:
+    """The strict schema of a block's options, read off the keyword-only arguments of its `__init__`."""
+    hints = typing.get_type_hints(block.__init__, include_extras=True)
+    fields: dict[str, Any] = {
+        name: (hints[name], parameter.default)
+        for name, parameter in inspect.signature(block.__init__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in _NOT_OPTIONS
+    }
+    config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    return pydantic.create_model(f"{block.__name__}Options", __config__=config, **fields)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of the block called `name`, with every default filled in.
+
+    Raises:
+        UnknownNameError: no such block.
+        OptionError: an option that is unknown or has no legal value; the message lists what is allowed.
+    """
+    schema = options_model(BLOCKS[name])
+    try:
+        return schema.model_validate(dict(options)).model_dump()
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = str(first["loc"][0])
+        allowed = ", ".join(f"{field}={info.default!r}" for field, info in schema.model_fields.items())
+        if first["type"] == "extra_forbidden":
+            problem = f"has no option {option!r}.{did_you_mean(option, schema.model_fields)}"
+        else:
+            problem = f"cannot take {option}={first['input']!r}: {first['msg'].lower()}."
+        raise OptionError(f"block {name!r} {problem} Options and their defaults: {allowed}.") from None
+
+
+def build_block(
+    name: str,
+    channels: int,
+    options: Mapping[str, Any],
+    start: Start,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Block:
+    """A new block by name; options as in a recipe.
+
+    Raises:
+        UnknownNameError, OptionError: as `check_options`.
+    """
+    checked = check_options(name, options)
+    make: Any = BLOCKS[name]
+    block: Block = make(channels, start=start, device=device, dtype=dtype, **checked)
+    return block

@@ -1,0 +1,48 @@
+"""Site: one place in a model where a block could go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["NCHW", "NHWC", "NLC"]
+Role = Literal["block", "branch", "inner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A tensor on its way through a model.
+
+    `address` is what people type: `layer3.5` is what that module returns, `layer3.5.bn3` what its child returns,
+    `layer3.5:add` the result of an operation in its forward.
+    """
+
+    address: str
+    owner: str
+    """Path of the module whose own forward holds the tensor, and which gets the block as a child."""
+    node: str | None
+    """The fx node in the owner's forward; None is what the owner returns."""
+    shape: tuple[int, ...]
+    """Without the batch: (C, H, W), (H, W, C) or (N, C), as `layout` says."""
+    layout: Layout
+    stage: int | None
+    """1, 2, 3, 4 for strides 4, 8, 16, 32; quarters of the depth where the stride never changes; None in a head."""
+    depth: int
+    """Position in the order of execution."""
+    role: Role
+    """'block': the output of a residual block or its like. 'branch': the end of a residual branch. Else 'inner'."""
+    prefix_tokens: int = 0
+    """Tokens of an NLC tensor that are no image position (class, registers); a block leaves them alone."""
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if self.layout == "NCHW" else self.shape[-1]
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width as a block sees them; a token sequence is a map of N x 1."""
+        if self.layout == "NCHW":
+            return self.shape[1], self.shape[2]
+        if self.layout == "NHWC":
+            return self.shape[0], self.shape[1]
+        return self.shape[0] - self.prefix_tokens, 1

@@ -1,0 +1,53 @@
+"""Recipe: the whole surgery as data. People write it, the registry names it, the search emits it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+Scalar = bool | int | float | str | None
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=200)]
+
+
+class Strict(pydantic.BaseModel):
+    """Unknown keys, wrong types and non-finite numbers are errors; instances never change."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Edit(Strict):
+    """One kind of block at one or more places."""
+
+    at: Annotated[str, Field(min_length=1, max_length=500)] = Field(
+        description="a selector: an address pattern such as 'layer[234].*.bn3', or 'stage:3 before_last_block'"
+    )
+    block: str = Field(description="a block of the catalog, such as 'se' or 'non_local'")
+    options: dict[str, Scalar] = Field(default_factory=dict, description="options of that block")
+    start: Literal["identity", "paper"] = Field(
+        default="identity",
+        description="'identity': the pretrained model computes the same numbers right after surgery; 'paper': the paper's own",
+    )
+
+
+class Recipe(Strict):
+    """A base architecture and the edits that make a new model of it."""
+
+    version: Literal[1] = Field(description="format version of the recipe")
+    name: Name = Field(description="what the result is called; a legal timm model name")
+    base: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_\-.]+)?$", max_length=200)] = Field(
+        description="any timm architecture, a tag allowed: 'resnet50.a1_in1k'"
+    )
+    edits: Annotated[list[Edit], Field(min_length=1, max_length=1000)] = Field(description="applied in this order")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON data; defaults of an edit are left out, so that what a person wrote comes back."""
+        return self.model_dump(exclude_defaults=True) | {"version": self.version}
+
+    def digest(self) -> str:
+        """Hash of what the recipe does: the name does not count, nor the order of keys."""
+        content = self.model_dump(exclude={"name"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
