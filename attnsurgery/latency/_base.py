@@ -1,0 +1,258 @@
+"""How fast: the conditions of a measurement, its result, and the contract that every latency backend keeps.
+
+A number without its conditions is no latency, so the two never travel apart. Two models are compared by the *ratio* of
+their times, measured alternately: a machine that warms up or is shared slows both alike, and the ratio stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from attnsurgery.catalog import Catalog
+from attnsurgery.errors import UsageError
+from attnsurgery.latency.protocol import Effort, interval_of_ratio, median, quantile, relative_noise, sample
+
+Mode = Literal["eager", "cudagraph", "compile"]
+Call = Callable[[], Any]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a latency is measured under; part of the number.
+
+    Raises:
+        UsageError: a value that means nothing, or a mode that this device does not have.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: int = 1
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    """Channels, height, width."""
+    mode: Mode = "eager"
+    channels_last: bool = False
+    threads: int = 0
+    """CPU threads during the measurement; 0 keeps what the process has."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"latency cannot be measured in dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
+        if self.batch_size < 1 or self.threads < 0 or min(self.input_size) < 1:
+            raise UsageError(
+                f"batch_size={self.batch_size}, threads={self.threads}, input_size={self.input_size}: "
+                "a latency needs at least one image of at least one pixel, and threads >= 0."
+            )
+        if self.mode == "cudagraph" and torch.device(self.device).type != "cuda":
+            raise UsageError(f"mode 'cudagraph' needs a CUDA device, not {self.device!r}. Use 'eager' or 'compile'.")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the input: (B, C, H, W)."""
+        return (self.batch_size, *self.input_size)
+
+    def describe(self) -> str:
+        """One line for people, printed beside every number."""
+        size = "x".join(map(str, self.input_size))
+        layout = ", channels_last" if self.channels_last else ""
+        threads = f", {self.threads} threads" if self.threads else ""
+        return f"{self.device}, {self.dtype}, batch {self.batch_size}, input {size}, {self.mode}{layout}{threads}"
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """The time of one forward of one batch, with the conditions that it holds for."""
+
+    p50_ms: float
+    p90_ms: float
+    runs: int
+    """Forwards that were timed, warm-up not counted."""
+    noise: float
+    """Half the 95 % interval of the median, as a share of it."""
+    device: str
+    dtype: str
+    batch_size: int
+    mode: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models measured alternately under the same conditions."""
+
+    base: Latency
+    variant: Latency
+    ratio: float
+    """Median time of the variant by that of the base."""
+    ratio_low: float
+    ratio_high: float
+    """95 % bootstrap interval of the ratio."""
+    reference_ms: float
+    """The base's time that every variant of one search is expressed in."""
+
+    @property
+    def variant_ms(self) -> float:
+        """The variant's time on the scale of the reference: free of what the machine did in between."""
+        return self.ratio * self.reference_ms
+
+
+class LatencyBackend(ABC):
+    """Measures forwards of a model: eval mode, inference_mode, warmed up, in blocks of at least 2 ms.
+
+    A copy is measured, so the caller's model keeps its device, dtype and training flags, whatever happens.
+
+    Laws, which tests/test_latency.py checks:
+
+    * `measure` and `compare` leave the model as it was;
+    * a model compared with itself has a ratio whose interval holds 1;
+    * more of the same work is never reported as less time.
+    """
+
+    def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
+        self.conditions = conditions
+        self.effort = effort or Effort()
+
+    @abstractmethod
+    def time_block(self, call: Call, repeats: int) -> float:
+        """Milliseconds that `repeats` calls took, one after another, all work finished."""
+
+    def measure(self, model: nn.Module) -> Latency:
+        """The time of one forward.
+
+        Raises:
+            UsageError: the model cannot take an input of these conditions.
+        """
+        times, runs = self._sample(model)
+        return self._latency(times[0], runs[0])
+
+    def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
+        """Both models, interleaved base, variant, variant, base.
+
+        Args:
+            reference: the base's time to express the variant in; the one measured here when not given.
+
+        Raises:
+            UsageError: a model cannot take an input of these conditions.
+        """
+        times, runs = self._sample(base, variant)
+        low, high = interval_of_ratio(*times)
+        base_latency = self._latency(times[0], runs[0])
+        return Comparison(
+            base=base_latency,
+            variant=self._latency(times[1], runs[1]),
+            ratio=median(times[1]) / median(times[0]),
+            ratio_low=low,
+            ratio_high=high,
+            reference_ms=(reference or base_latency).p50_ms,
+        )
+
+    def versions(self) -> dict[str, str]:
+        """Software and hardware that a latency depends on."""
+        threads = self.conditions.threads or torch.get_num_threads()
+        return {
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()} {platform.processor()}".strip(),
+            "threads": str(threads),
+        }
+
+    def _sample(self, *models: nn.Module) -> tuple[list[list[float]], list[int]]:
+        """Times in ms and numbers of calls of each model, over several fresh copies of all of them.
+
+        Where its tensors happen to lie in memory can make one copy some percent slower than its twin for as long as it
+        lives; more rounds on the same copy never show it.
+        """
+        times: list[list[float]] = [[] for _ in models]
+        runs = [0] * len(models)
+        placements = 1 if self.conditions.mode == "compile" else self.effort.placements
+        for _ in range(placements):
+            with self._session(), ExitStack() as stack:
+                calls = [stack.enter_context(self._prepared(model)) for model in models]
+                part, counts = sample(self.time_block, calls, self.effort.share(placements))
+            for index in range(len(models)):
+                times[index] += part[index]
+                runs[index] += counts[index]
+        return times, runs
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """What the whole measurement runs under: no autograd, the agreed number of threads."""
+        before = torch.get_num_threads()
+        if self.conditions.threads:
+            torch.set_num_threads(self.conditions.threads)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    @contextmanager
+    def _prepared(self, model: nn.Module) -> Iterator[Call]:
+        """A call without arguments that runs one forward of a copy of the model."""
+        conditions = self.conditions
+        layout = torch.channels_last if conditions.channels_last else torch.contiguous_format
+        subject = copy.deepcopy(model).eval().to(device=conditions.device, dtype=DTYPES[conditions.dtype])
+        x_BCHW = torch.zeros(conditions.shape, device=conditions.device, dtype=DTYPES[conditions.dtype])
+        x_BCHW = x_BCHW.normal_(generator=torch.Generator(conditions.device).manual_seed(0))
+        if conditions.channels_last:
+            subject = subject.to(memory_format=torch.channels_last)
+        x_BCHW = x_BCHW.contiguous(memory_format=layout)
+        forward: Callable[[torch.Tensor], Any] = (
+            torch.compile(subject, fullgraph=False) if conditions.mode == "compile" else subject
+        )
+        try:
+            forward(x_BCHW)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UsageError(
+                f"{type(model).__name__} cannot run under the conditions of this measurement "
+                f"({conditions.describe()}): {str(error).splitlines()[0]}"
+            ) from error
+        yield self._call(lambda: forward(x_BCHW))
+
+    def _call(self, call: Call) -> Call:
+        """A hook for backends that record the forward first, such as a CUDA graph."""
+        return call
+
+    def _latency(self, times_ms: list[float], runs: int) -> Latency:
+        conditions = self.conditions
+        return Latency(
+            p50_ms=median(times_ms),
+            p90_ms=quantile(times_ms, 0.9),
+            runs=runs,
+            noise=relative_noise(times_ms),
+            device=conditions.device,
+            dtype=conditions.dtype,
+            batch_size=conditions.batch_size,
+            mode=conditions.mode,
+            versions=self.versions(),
+        )
+
+
+LATENCY: Catalog[LatencyBackend] = Catalog("latency backend", "attnsurgery.latency", group="attnsurgery.latency")
+
+
+def backend_for(conditions: Conditions, name: str | None = None, effort: Effort | None = None) -> LatencyBackend:
+    """The backend that measures under these conditions.
+
+    Args:
+        name: a backend of the catalog; by default the one named like the device's type.
+
+    Raises:
+        UnknownNameError: there is none for this device.
+        UsageError: the device is not there.
+    """
+    return LATENCY[name or torch.device(conditions.device).type](conditions, effort)

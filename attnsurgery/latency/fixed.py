@@ -1,0 +1,56 @@
+"""A latency that is computed, not measured: the same on every machine, for tests and dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnsurgery.latency._base import LATENCY, Call, Comparison, Conditions, Latency, LatencyBackend
+from attnsurgery.latency.protocol import Effort
+
+_MACS_PER_MS = 1e8
+_MS_PER_MODULE = 0.001
+
+
+@LATENCY.register("fixed")
+class FixedLatency(LatencyBackend):
+    """1 ms per 10^8 multiply-accumulates of a batch and 1 us per module, or whatever a given function says.
+
+    Args:
+        milliseconds: from a model to its time in ms.
+    """
+
+    def __init__(
+        self,
+        conditions: Conditions,
+        effort: Effort | None = None,
+        milliseconds: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        super().__init__(conditions, effort)
+        self._milliseconds = milliseconds or self._from_macs
+
+    def time_block(self, call: Call, repeats: int) -> float:
+        """The time of the multiply-accumulates that the calls made."""
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(repeats):
+                call()
+        return float(counter.get_total_flops()) / 2 / _MACS_PER_MS
+
+    def measure(self, model: nn.Module) -> Latency:
+        return self._latency([self._milliseconds(model)], 1)
+
+    def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
+        first, second = self.measure(base), self.measure(variant)
+        ratio = second.p50_ms / first.p50_ms
+        return Comparison(first, second, ratio, ratio, ratio, (reference or first).p50_ms)
+
+    def versions(self) -> dict[str, str]:
+        return {"latency": "computed, not measured"}
+
+    def _from_macs(self, model: nn.Module) -> float:
+
+        with torch.no_grad(), self._prepared(model) as call:
+            return self.time_block(call, 1) + _MS_PER_MODULE * sum(1 for _ in model.modules())
