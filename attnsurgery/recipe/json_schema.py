@@ -1,0 +1,37 @@
+"""The JSON schema of a recipe, for editors that complete and check while one types.
+
+The names of blocks and the options of each are read off the catalog, so a block from another package is in it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnsurgery.blocks import BLOCKS
+from attnsurgery.blocks._base import options_model
+from attnsurgery.recipe.schema import Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema (draft 2020-12) of what `attnsurgery.recipe.text.loads` accepts, block options included."""
+    schema = Recipe.model_json_schema()
+    edit = schema["$defs"]["Edit"]
+    edit["properties"]["block"]["enum"] = list(BLOCKS)
+    edit["allOf"] = [
+        {
+            "if": {"properties": {"block": {"const": name}}, "required": ["block"]},
+            "then": {"properties": {"options": {"$ref": f"#/$defs/{name}.options"}}},
+        }
+        for name in BLOCKS
+    ]
+    for name, options in options_schema().items():
+        schema["$defs"].update(options.pop("$defs", {}))
+        schema["$defs"][f"{name}.options"] = options
+    return {"$schema": DIALECT, **schema}
+
+
+def options_schema() -> dict[str, dict[str, Any]]:
+    """For each block of the catalog, the schema of its options with their defaults."""
+    return {name: options_model(BLOCKS[name]).model_json_schema() for name in BLOCKS}
