@@ -54,7 +54,8 @@ class Block(nn.Module, ABC):
     model_place: ClassVar[str]
     """Where `<arch>_<suffix>_s<n>` puts it: the rule part of a selector, such as 'before_last_block'."""
 
-    grafted: bool = False
+    # no annotation: torch.jit.script would try to resolve it
+    grafted = False
     """True inside a host; then a checkpoint without this block is a base checkpoint and loads strictly."""
 
     def __init__(self) -> None:

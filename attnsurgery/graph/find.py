@@ -1,0 +1,221 @@
+"""A model's Sites, from one forward of a weightless twin.
+
+Hooks on the twin tell what each module returns and in which order; the graph of each module's own forward tells what happens
+between its children. From these come, without any table of model families:
+
+* the *blocks*: innermost modules with children of their own that stand in a row;
+* the *stages*, counted by stride as papers do: 1, 2, 3, 4 for strides 4, 8, 16, 32. A module belongs to the first entry of
+  timm's `feature_info` that returns no earlier than it does, so that the stride-4 convolution in front of a stride-8 block
+  counts as that block's. Where the stride never changes, stages are the quarters of the depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.inside import inner_sites
+from attnsurgery.graph.layout import guess_layout
+from attnsurgery.graph.record import Found, Run, map_shape, meta_twin, record
+from attnsurgery.graph.site import Site
+from attnsurgery.graph.trace import trace_owner
+
+LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Swapped by timm and torch after surgery (SyncBatchNorm, fusing): nothing may hang on them.
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What `inspect` returns: a model's places for blocks, in order of execution."""
+
+    name: str
+    input_size: tuple[int, int, int]
+    """(C, H, W) of the images the shapes were found with."""
+    sites: tuple[Site, ...]
+
+    def site(self, address: str) -> Site:
+        """The site at exactly this address.
+
+        Raises:
+            SiteError: there is none; the message names the nearest.
+        """
+        for site in self.sites:
+            if site.address == address:
+                return site
+        raise SiteError(
+            f"{self.name} has no site {address!r}.{did_you_mean(address, (s.address for s in self.sites))} "
+            f"See them all: attnsurgery inspect {self.name} --all"
+        )
+
+    def blocks(self, stage: int) -> tuple[Site, ...]:
+        """Outputs of the stage's blocks, in order."""
+        return tuple(site for site in self.sites if site.stage == stage and site.role == "block")
+
+    def branches(self, stage: int) -> tuple[Site, ...]:
+        """Ends of the stage's residual branches, in order."""
+        return tuple(site for site in self.sites if site.stage == stage and site.role == "branch")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Stages that have a block, ascending; the stem is none."""
+        return tuple(sorted({s.stage for s in self.sites if s.stage and s.role == "block"}))
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images a built timm model takes; its own settings come before its pretrained_cfg."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    traits: dict[str, Any] = getattr(model, "_traits", {})
+    size = traits.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        height, width = size
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+
+
+def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Anatomy:
+    """Every Site of the model.
+
+    Args:
+        model: a built timm model, on any device, with or without earlier surgery; it is left as it was.
+        input_size: (C, H, W) of one image; by default what the model is built for.
+    """
+    size = input_size or input_size_of(model)
+    twin = meta_twin(model)
+    modules = dict(_hosts(twin))
+    run = record(twin, modules, size)
+    stage_of = _stages(twin, run, size)
+    found = {place.address: place for place in _all_places(modules, run, stage_of)}
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    channels_last = getattr(twin, "output_fmt", None) == "NHWC"
+    prefix = int(getattr(twin, "num_prefix_tokens", 0) or 0)
+    sites = []
+    for depth, place in enumerate(sorted(found.values(), key=lambda place: place.order)):
+        layout = guess_layout(place.shape, channels_last)
+        site = Site(
+            address=place.address,
+            owner=place.owner,
+            node=place.node,
+            shape=place.shape,
+            layout=layout,
+            stage=stage_of(place.order),
+            depth=depth,
+            role=place.role,
+            prefix_tokens=prefix if layout == "NLC" else 0,
+        )
+        sites.append(site)
+    return Anatomy(config.get("architecture") or type(model).__name__, size, tuple(_with_blocks(sites)))
+
+
+def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by path, less the root and whatever earlier surgery added."""
+    grafted: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if getattr(module, "grafted", False):
+            grafted = (*grafted, f"{path}.")
+        elif path and not path.startswith(grafted):
+            yield path, module
+
+
+def _all_places(
+    modules: dict[str, nn.Module], run: Run, stage_of: Callable[[float], int | None]
+) -> Iterator[Found]:
+    """Outputs first, so that a tensor which is both a child's output and inside its parent's forward is the parent's."""
+    units = _units(modules, run)
+    yield from _output_places(modules, run, units)
+    for path, module in modules.items():
+        if isinstance(module, (*LOOPS, *NORMS)) or not any(module.children()) or not run.once(path):
+            continue
+        if stage_of(run.finished[path]) is None:
+            continue  # heads: what comes after the last feature is not a map any more
+        graph = trace_owner(module)
+        if graph is not None:
+            yield from inner_sites(path, module, graph, run)
+
+
+def _output_places(modules: dict[str, nn.Module], run: Run, units: set[str]) -> Iterator[Found]:
+    """What modules return: those with children and a forward of their own, and bare activations in a container."""
+    for path, module in modules.items():
+        shape = map_shape(run.outputs.get(path))
+        if shape is None or not run.once(path) or isinstance(module, (*LOOPS, *NORMS)):
+            continue
+        composite = any(module.children())
+        if runs_in_a_row(path, module, run) if composite else not _may_host_bare(path, module, modules):
+            continue
+        yield Found(run.finished[path], path, path, None, shape, "block" if path in units else "inner")
+
+
+def is_container(module: nn.Module) -> bool:
+    """True for what only holds modules: it runs them in order, or leaves that to others."""
+    return isinstance(module, LOOPS) and type(module).forward in [loop.forward for loop in LOOPS]
+
+
+def runs_in_a_row(path: str, module: nn.Module, run: Run) -> bool:
+    """True for regnet's RegStage and its like: no Sequential, but it only runs its children, all of one class."""
+    children = list(module.named_children())
+    if is_container(module) or len({type(child) for _, child in children}) != 1 or not any(children[0][1].children()):
+        return False
+    return run.outputs.get(path) is not None and run.outputs[path] is run.outputs.get(f"{path}.{children[-1][0]}")
+
+
+def _units(modules: dict[str, nn.Module], run: Run) -> set[str]:
+    """Paths of the model's blocks: the innermost modules with children of their own that stand in a row."""
+    rows = {path for path, module in modules.items() if is_container(module) or runs_in_a_row(path, module, run)}
+    candidates = [
+        path
+        for path, module in modules.items()
+        if path not in rows
+        and path.rpartition(".")[0] in rows | {""}
+        and any(module.children())
+        and not isinstance(module, (*LOOPS, *NORMS))
+        and run.once(path)
+        and map_shape(run.outputs.get(path)) is not None
+    ]
+    inner = {path for path in candidates if not any(other.startswith(f"{path}.") for other in candidates)}
+    # the root's own children are blocks only where no container holds any
+    return {path for path in inner if "." in path} or inner
+
+
+def _may_host_bare(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """A module without children may hold a block only where no forward stands above it, and nobody ever swaps it."""
+    parent = modules.get(path.rpartition(".")[0])
+    stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+    return parent is not None and is_container(parent) and stateless and type(module).__module__.startswith(BARE_HOSTS)
+
+
+def _stages(model: nn.Module, run: Run, size: tuple[int, int, int]) -> Callable[[float], int | None]:
+    """The function from an order of execution to a stage."""
+    infos = [dict(info) for info in (getattr(model, "feature_info", None) or [])]
+    known = [(run.finished[i["module"]], float(i["reduction"])) for i in infos if i.get("module") in run.finished]
+    isotropic = len(known) > 1 and len(known) == len(infos) and len({reduction for _, reduction in known}) == 1
+    if len(known) < max(1, len(infos)):  # feature_info names modules that do not exist: strides of the maps themselves
+        known = [
+            (order, size[1] / output.shape[2])
+            for path, order in run.finished.items()
+            if isinstance(output := run.outputs[path], torch.Tensor) and output.ndim == 4 and output.shape[2] > 1
+        ]
+    known.sort()
+
+    def stage_of(order: float) -> int | None:
+        for index, (last, reduction) in enumerate(known):
+            if order <= last:
+                return 1 + 4 * index // len(known) if isotropic else max(0, round(math.log2(max(reduction, 1))) - 1)
+        return None
+
+    return stage_of
+
+
+def _with_blocks(sites: list[Site]) -> Iterator[Site]:
+    """Stages of bare layers (vgg, densenet) have no block; what may hold one there counts as one."""
+    served = {site.stage for site in sites if site.role == "block"}
+    for site in sites:
+        bare = site.node is None and site.layout == "NCHW" and site.stage not in served
+        yield dataclasses.replace(site, role="block") if bare and site.stage else site

@@ -1,0 +1,41 @@
+"""How a Site's tensor becomes the (B, C, H, W) that blocks take, and how it comes back.
+
+The way there and back is a list of tensor methods, so that the same table serves torch.fx graphs and generated text.
+None of them copies data.
+
+    NCHW   (B, C, H, W)   as it is
+    NHWC   (B, H, W, C)   permuted; a channels-last view
+    NLC    (B, N, C)      a map of N x 1; prefix tokens are cut off before and put back after
+"""
+
+from __future__ import annotations
+
+from attnsurgery.graph.site import Layout
+
+Steps = tuple[tuple[str, tuple[int, ...]], ...]
+
+TO_NCHW: dict[Layout, Steps] = {
+    "NCHW": (),
+    "NHWC": (("permute", (0, 3, 1, 2)),),
+    "NLC": (("transpose", (1, 2)), ("unsqueeze", (3,))),
+}
+FROM_NCHW: dict[Layout, Steps] = {
+    "NCHW": (),
+    "NHWC": (("permute", (0, 2, 3, 1)),),
+    "NLC": (("squeeze", (3,)), ("transpose", (1, 2))),
+}
+
+
+def guess_layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
+    """The layout of a tensor without batch, from its shape; `channels_last` decides where the shape does not.
+
+    Maps are nearly square and channels are not, so of three sizes the odd one out is the channels.
+    """
+    if len(shape) == 2:
+        return "NLC"
+    first, middle, last = shape
+    if middle == last and first != middle:
+        return "NCHW"
+    if first == middle and last != middle:
+        return "NHWC"
+    return "NHWC" if channels_last else "NCHW"

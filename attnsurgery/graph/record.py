@@ -1,0 +1,91 @@
+"""One forward of a weightless twin, written down: who returned what, in which order, how often.
+
+The twin is a deep copy in which every parameter and buffer is a meta tensor: nothing is allocated, nothing is computed, and
+the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from attnsurgery.graph.site import Role
+
+BATCH = 2
+
+
+class Found(NamedTuple):
+    """A site before its stage is known."""
+
+    order: float
+    address: str
+    owner: str
+    node: str | None
+    shape: tuple[int, ...]
+    role: Role
+
+
+@dataclass
+class Run:
+    """What one forward showed, by module path."""
+
+    finished: dict[str, int] = field(default_factory=dict)
+    """Order in which the modules returned."""
+    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def once(self, path: str) -> bool:
+        return self.calls.get(path) == 1
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of the model without a byte of weights, in eval mode."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def example(model: nn.Module, size: tuple[int, int, int], device: torch.device | str) -> torch.Tensor:
+    """A batch of images, (2, C, H, W), random where the device has values."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.randn((BATCH, *size), device=device, dtype=dtype)
+
+
+def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int, int]) -> Run:
+    """Run the twin once on images of (C, H, W) and watch `modules`."""
+    run = Run()
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            run.calls[path] = run.calls.get(path, 0) + 1
+            run.finished.setdefault(path, len(run.finished))
+            run.inputs[path] = (args, kwargs)
+            run.outputs[path] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
+    try:
+        with torch.no_grad():
+            twin(example(twin, size, "meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def map_shape(value: Any) -> tuple[int, ...] | None:
+    """The shape without batch of a tensor that a block could take, else None."""
+    if isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.shape[0] == BATCH:
+        return tuple(int(side) for side in value.shape[1:])
+    return None

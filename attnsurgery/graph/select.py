@@ -1,0 +1,105 @@
+"""Selectors: what people type to mean Sites.
+
+    layer3.5.bn3                  one address
+    layer[234].*.bn3              a pattern; * and ? stay within one part of the path, ** crosses parts
+    stage:3 before_last_block     stage-relative, the same words for every model
+    stage:34 every:2              stages 3 and 4, after every second block
+    stage:* branches              the end of every residual branch (of every block, where there are no branches)
+    stage:-1 last                 what the last stage returns
+
+Nothing matched is an error, never an empty answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.find import Anatomy
+from attnsurgery.graph.site import Site
+
+RULES = ("before_last_block", "last", "every", "every:N", "branches")
+_STAGE = re.compile(r"stage:(?P<stages>\*|-?[0-9]|[0-9]+(?:,[0-9])*)(?:\s+(?P<rule>\w+)(?:(?::|\s+)(?P<step>[0-9]+))?)?")
+
+
+def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
+    """The sites meant, in order of execution.
+
+    Raises:
+        SiteError: the selector cannot be read, or matches nothing; the message names the nearest that would.
+    """
+    text = selector.strip()
+    if text.startswith("stage:"):
+        return _by_stage(text, anatomy)
+    pattern = re.compile(_regex(text))
+    found = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
+    if not found:
+        near = did_you_mean(text, sorted({_like(text, site.address) for site in anatomy.sites}))
+        raise SiteError(
+            f"{selector!r} matches none of the {len(anatomy.sites)} sites of {anatomy.name}.{near} "
+            f"See them all: attnsurgery inspect {anatomy.name} --all"
+        )
+    return found
+
+
+def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
+    match = _STAGE.fullmatch(text)
+    if match is None or (match["step"] and (match["rule"] != "every" or int(match["step"]) < 1)):
+        raise SiteError(
+            f"{text!r} is not a stage selector. It reads: stage:<3 or 34 or -1 or *> <{' | '.join(RULES)}>, "
+            "such as 'stage:3 before_last_block'."
+        )
+    rule = match["rule"] or "last"
+    rules: dict[str, Callable[[int], tuple[Site, ...]]] = {
+        "before_last_block": lambda stage: anatomy.blocks(stage)[-2:][:1],
+        "last": lambda stage: anatomy.blocks(stage)[-1:],
+        "every": lambda stage: _every(anatomy.blocks(stage), int(match["step"] or 1)),
+        "branches": lambda stage: anatomy.branches(stage) or anatomy.blocks(stage),
+    }
+    if rule not in rules:
+        raise SiteError(f"{text!r}: there is no rule {rule!r}.{did_you_mean(rule, rules)} Rules: {', '.join(RULES)}.")
+    found = tuple(site for stage in _stages(text, match["stages"], anatomy) for site in rules[rule](stage))
+    if not found:
+        raise SiteError(f"{text!r} matches nothing in {anatomy.name}: its stages have too few blocks for that step.")
+    return found
+
+
+def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
+    """After the 2nd, 4th, ... block for a step of 2, as in the non-local paper's 5-block model (section 4.1)."""
+    return blocks[step - 1 :: step]
+
+
+def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:
+    there = anatomy.stages
+    if asked == "*" and there:
+        return there
+    if asked.startswith("-") and 0 < int(asked[1:]) <= len(there):
+        return (there[int(asked)],)
+    wanted = tuple(sorted({int(digit) for digit in asked if digit.isdigit()})) if asked != "*" else ()
+    missing = [stage for stage in wanted if stage not in there]
+    if asked.startswith("-") or missing or not wanted:
+        have = ", ".join(map(str, there)) or "none"
+        raise SiteError(
+            f"{text!r}: {anatomy.name} has no stage {missing[0] if missing else asked}. "
+            f"Its stages, by stride 4, 8, 16, 32: {have}. See them: attnsurgery inspect {anatomy.name}"
+        )
+    return wanted
+
+
+def _regex(pattern: str) -> str:
+    """The pattern as a regular expression; brackets are sets of characters, as in a shell."""
+    parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
+    special = {"**": ".*", "*": r"[^.:]*", "?": r"[^.:]"}
+    return "".join(
+        special.get(part, f"[{re.escape(part[1:-1]).replace(chr(92) + '-', '-')}]" if part[:1] == "[" else re.escape(part))
+        for part in parts
+    )
+
+
+def _like(pattern: str, address: str) -> str:
+    """The address with '*' wherever the pattern has one, so that patterns are compared with patterns."""
+    asked, there = pattern.split("."), address.split(".")
+    if len(asked) != len(there):
+        return address
+    return ".".join("*" if a == "*" else t for a, t in zip(asked, there, strict=True))

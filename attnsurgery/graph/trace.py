@@ -1,0 +1,102 @@
+"""One module's own forward as a torch.fx graph, with every child a leaf.
+
+A whole-model GraphModule loses what makes a timm model one (`forward_features`, `reset_classifier`, ...), and tracing
+through children bakes their state. So the unit of tracing here is a single module: its children stay calls by name, and
+what is baked is only what that one forward does in Python.
+
+What it does in Python can still depend on `self.training` or on optional arguments. `trace_owner` therefore traces in both
+modes, and keeps the optional arguments symbolic only where the forward never asks about them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import timm.layers
+from torch import fx, nn
+
+# Python state that is expected to change after surgery; a forward that reads it cannot be frozen into a graph.
+CHANGING_STATE = ("grad_checkpointing",)
+# Methods by which a module rebuilds itself for deployment: its forward afterwards is another one.
+REBUILDS = ("reparameterize", "fuse", "switch_to_deploy")
+
+
+class _OwnForward(fx.Tracer):
+    """Traces one forward: every child is a call, and so is every function timm asks not to trace."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def uncut_class(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward is traced: what the module was before any surgery."""
+    return getattr(type(module), "uncut_class", type(module))
+
+
+def uncut_copy(module: nn.Module) -> nn.Module:
+    """A shallow copy with the module's first class; children are shared, the table of children is not."""
+    twin = object.__new__(uncut_class(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
+
+
+def trace_owner(module: nn.Module, training: bool = False) -> fx.Graph | None:
+    """The module's own forward as a graph in the given mode, or None where no graph can stand for it.
+
+    That is: Python control flow on tensors, state that timm changes later (`grad_checkpointing`), a forward that is
+    rebuilt for deployment. A site at the module's *output* needs no trace and works there all the same.
+    """
+    if any(name in module.__dict__ for name in CHANGING_STATE) or any(hasattr(module, name) for name in REBUILDS):
+        return None
+    twin = uncut_copy(module)
+    twin.__dict__["training"] = training
+    free = _try_trace(twin, None)
+    defaults = _optional_arguments(twin)
+    if not defaults:
+        return free
+    # optional arguments stay symbolic if fixing them at their defaults changes nothing but themselves
+    fixed = _try_trace(twin, defaults)
+    if free is not None and fixed is not None and _operations(free) == _operations(fixed):
+        return free
+    return fixed
+
+
+def same(one: fx.Graph, other: fx.Graph) -> bool:
+    """True if two graphs do the same, whatever objects they are made of."""
+
+    def content(graph: fx.Graph) -> list[tuple[str, str, str]]:
+        return [(node.name, str(node.target), str((node.args, node.kwargs))) for node in graph.nodes]
+
+    return content(one) == content(other)
+
+
+def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
+    try:
+        return _OwnForward().trace(module, concrete_args=concrete)
+    except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
+        return None
+
+
+def _optional_arguments(module: nn.Module) -> dict[str, Any]:
+    parameters: Sequence[inspect.Parameter] = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+
+def _operations(graph: fx.Graph) -> list[str]:
+    """The calls of a graph, less the checks that fx adds for fixed arguments."""
+    checks = {"_assert_is_none", "_assert", "eq"}
+    return [
+        f"{node.op} {node.target}"
+        for node in graph.nodes
+        if node.op != "placeholder" and getattr(node.target, "__name__", str(node.target)) not in checks
+    ]

@@ -1,0 +1,257 @@
+"""The owner's forward, rewritten; everything else about the owner stays what it is.
+
+Only the module whose own forward holds the cut gets a new class, a generated subclass of its old one, so `isinstance` keeps
+holding. There are two ways to write that subclass:
+
+* cuts at the module's *output*: the generated forward calls the old one and passes its result through the block. Nothing is
+  traced, so nothing can be baked: flags such as `grad_checkpointing` keep working.
+* cuts *inside*: the old forward is traced with its children as leaves, the calls are inserted into the graph, and torch.fx
+  generates the code. Where the graphs of the two modes differ, both are kept and the forward asks `self.training`.
+
+The generated source is what gets pickled, with the names it needs: a pickle or deep copy builds the very same class again.
+Two owners with the same source share one class, so torch.compile and torch.jit.script see one type, not sixteen.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import linecache
+import operator
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from attnsurgery.blocks import Start
+from attnsurgery.errors import SiteError
+from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW
+from attnsurgery.graph.site import Layout
+from attnsurgery.graph.trace import same, trace_owner, uncut_class, uncut_copy
+
+Slot = Literal["new", "none", "identity"]
+Bindings = tuple[tuple[str, str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graft:
+    """What surgery did to one owner, kept on it; enough to do it again and to undo it."""
+
+    child: str
+    node: str | None
+    """The fx node whose value the block takes; None is the owner's output."""
+    layout: Layout
+    prefix_tokens: int
+    slot: Slot
+    """'new': a child that was not there. 'none', 'identity': a place the host had kept free, which its own forward calls."""
+    block: str
+    options: Mapping[str, Any]
+    start: Start
+
+
+def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Module]:
+    """The class that runs `grafts` in order; the owner's first class if its own forward already does.
+
+    Args:
+        owner: a module that already has the children named by `grafts`; only its class is still to be changed.
+
+    Raises:
+        SiteError: the place does not exist in one of the modes, or the owner's forward cannot be a graph.
+    """
+    base = uncut_class(owner)
+    cuts = [graft for graft in grafts if graft.slot == "new"]
+    if not cuts:
+        return base
+    if all(graft.node is None for graft in cuts):
+        return _class(base, _wrapping_source(base, cuts), (("torch", "module", "torch"),))
+    evaluating, training = _inserted(owner, grafts, False), _inserted(owner, grafts, True)
+    if same(evaluating, training):
+        source, bindings = _generated(evaluating, "forward")
+        return _class(base, source, bindings)
+    parts = [_generated(evaluating, "_evaluating"), _generated(training, "_training"), _dispatching(base)]
+    merged = {name: (name, kind, value) for _, bindings in parts for name, kind, value in bindings}
+    return _class(base, "\n".join(source for source, _ in parts), tuple(merged.values()))
+
+
+def find_slot(owner: nn.Module, child: str, node: str | None) -> Slot | None:
+    """How `owner` keeps a place for `child` right behind `node`: as None, as an Identity its forward calls, or not at all.
+
+    The place counts only if tracing shows one call of it, on that very node, in both modes.
+    """
+    if node is None:
+        return None
+    kept = getattr(owner, child, owner)
+    if kept is not None and type(kept) is not nn.Identity:
+        return None
+    for training in (False, True):
+        trial = uncut_copy(owner)
+        trial.__dict__.pop(child, None)
+        trial._modules[child] = nn.Identity()
+        graph = trace_owner(trial, training)
+        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == child] if graph else []
+        if len(calls) != 1 or [str(source) for source in calls[0].args] != [node]:
+            return None
+    return "none" if kept is None else "identity"
+
+
+def _inserted(owner: nn.Module, grafts: tuple[Graft, ...], training: bool) -> fx.Graph:
+    """The owner's graph with every graft's call in it."""
+    graph = trace_owner(owner, training)
+    if graph is None:
+        raise SiteError(f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead.")
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.target = _argument_name(owner, str(node.target))
+    output = nodes["output"]
+    last: dict[str | None, fx.Node] = {}
+    for graft in grafts:
+        place = output.args[0] if graft.node is None else nodes.get(graft.node)
+        if not isinstance(place, fx.Node):
+            mode = "train" if training else "eval"
+            raise SiteError(f"{uncut_class(owner).__name__} has no single tensor at {graft.node or 'output'} in {mode} mode.")
+        before = last.get(graft.node, place)
+        last[graft.node] = nodes[graft.child] if graft.slot != "new" else _insert(graph, before, graft)
+    graph.lint()
+    return graph
+
+
+def _argument_name(owner: nn.Module, target: str) -> str:
+    """fx renames arguments that were fixed at their defaults (mask_1); callers still say mask=."""
+    names = inspect.signature(uncut_class(owner).forward).parameters
+    bare = target.lstrip("*")
+    return target if bare in names else bare.rpartition("_")[0]
+
+
+def _insert(graph: fx.Graph, before: fx.Node, graft: Graft) -> fx.Node:
+    users = list(before.users)
+    value = before
+    with graph.inserting_after(before):
+        marker = graph.call_function(operator.pos, (before,))
+    with graph.inserting_before(marker):
+        prefix = graft.prefix_tokens
+        if prefix:
+            everything = slice(None)
+            kept = graph.call_function(operator.getitem, (value, (everything, slice(None, prefix))))
+            value = graph.call_function(operator.getitem, (value, (everything, slice(prefix, None))))
+        for method, args in TO_NCHW[graft.layout]:
+            value = graph.call_method(method, (value, *args))
+        value = graph.call_module(graft.child, (value,))
+        for method, args in FROM_NCHW[graft.layout]:
+            value = graph.call_method(method, (value, *args))
+        if prefix:
+            value = graph.call_function(torch.cat, ((kept, value), 1))
+    for user in users:
+        user.replace_input_with(before, value)
+    graph.erase_node(marker)
+    return value
+
+
+def _wrapping_source(base: type[nn.Module], cuts: list[Graft]) -> str:
+    """A forward that calls the old one and passes what it returns through the blocks."""
+    declared, passed = _arguments(base)
+    lines = [f"def forward({declared}):", f"    y = self._uncut_forward({passed})"]
+    for graft in cuts:
+        if graft.prefix_tokens:
+            lines += [f"    kept = y[:, :{graft.prefix_tokens}]", f"    y = y[:, {graft.prefix_tokens}:]"]
+        lines += [f"    y = y.{method}{args}" for method, args in _calls(TO_NCHW[graft.layout])]
+        lines += [f"    y = self.{graft.child}(y)"]
+        lines += [f"    y = y.{method}{args}" for method, args in _calls(FROM_NCHW[graft.layout])]
+        if graft.prefix_tokens:
+            lines += ["    y = torch.cat((kept, y), 1)"]
+    return "\n".join([*lines, "    return y", ""])
+
+
+def _calls(steps: Any) -> list[tuple[str, str]]:
+    return [(method, f"({', '.join(map(str, args))})") for method, args in steps]
+
+
+def _dispatching(base: type[nn.Module]) -> tuple[str, Bindings]:
+    declared, passed = _arguments(base)
+    source = (
+        f"def forward({declared}):\n"
+        f"    if self.training:\n"
+        f"        return self._training({passed})\n"
+        f"    return self._evaluating({passed})\n"
+    )
+    return source, ()
+
+
+def _arguments(base: type[nn.Module]) -> tuple[str, str]:
+    """The forward's arguments as declared and as passed on; defaults and annotations are put back by `_class`."""
+    declared, passed = [], []
+    starred = False
+    for name, parameter in inspect.signature(base.forward).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            starred = True
+            declared.append(f"*{name}")
+            passed.append(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            declared.append(f"**{name}")
+            passed.append(f"**{name}")
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            declared += [name] if starred else ["*", name]
+            starred = True
+            passed.append(f"{name}={name}")
+        else:
+            declared.append(name)
+            passed.append(name)
+    return ", ".join(declared), ", ".join(passed[1:])
+
+
+def _generated(graph: fx.Graph, name: str) -> tuple[str, Bindings]:
+    """The code torch.fx writes for the graph, as a method called `name`, and the names it uses."""
+    code = graph.python_code("self")
+    source = code.src[code.src.index("def forward(") :].replace("def forward(", f"def {name}(", 1).strip() + "\n"
+    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return source, tuple(_binding(name, code.globals[name]) for name in sorted(used & code.globals.keys()))
+
+
+def _binding(name: str, value: Any) -> tuple[str, str, Any]:
+    """A module is kept by name: it cannot be pickled."""
+    if isinstance(value, types.ModuleType):
+        return name, "module", value.__name__
+    return name, "object", value
+
+
+@lru_cache(maxsize=None)
+def _class(base: type[nn.Module], source: str, bindings: Bindings) -> type[nn.Module]:
+    """The generated subclass; the same arguments give the same class."""
+    filename = f"<attnsurgery {hashlib.sha256(source.encode()).hexdigest()[:16]} {base.__qualname__}>"
+    # torch.jit.script and tracebacks read the source through linecache; no mtime means it is never thrown out
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    names = {n: importlib.import_module(v) if kind == "module" else v for n, kind, v in bindings}
+    namespace: dict[str, Any] = {"__name__": __name__, **names}
+    exec(compile(source, filename, "exec"), namespace)
+    methods = {n: v for n, v in namespace.items() if isinstance(v, types.FunctionType) and n not in names}
+    for name, method in methods.items():
+        method.__defaults__ = base.forward.__defaults__
+        method.__kwdefaults__ = base.forward.__kwdefaults__
+        method.__annotations__ = dict(base.forward.__annotations__)
+        method.__qualname__ = f"Surgical{base.__name__}.{name}"
+    body = {
+        **methods,
+        "__doc__": f"{base.__name__} with attention blocks in its forward; generated by attnsurgery.",
+        "__module__": __name__,
+        "__reduce__": _reduce,
+        "uncut_class": base,
+        "_uncut_forward": base.forward,
+        "_recipe_of_class": (base, source, bindings),
+    }
+    return type(f"Surgical{base.__name__}", (base,), body)
+
+
+def _reduce(self: nn.Module) -> tuple[Any, ...]:
+    return _restore, type(self)._recipe_of_class, self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _restore(base: type[nn.Module], source: str, bindings: Bindings) -> nn.Module:
+    """An empty instance of the class that `source` generates; pickle and copy fill in its state."""
+    module: nn.Module = object.__new__(_class(base, source, bindings))
+    return module
