@@ -1,0 +1,21 @@
+"""How good: images in three splits, and the strategies that give a model its score on them."""
+
+from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, OnEpoch, Score, TrainSettings
+from attnsurgery.evaluate.data import Data, load_data, native_size
+from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.preprocess import Preprocessing
+
+__all__ = [
+    "EVALUATORS",
+    "Data",
+    "Epoch",
+    "Evaluator",
+    "OnEpoch",
+    "Preprocessing",
+    "Score",
+    "TrainSettings",
+    "accuracy",
+    "load_data",
+    "native_size",
+    "train",
+]

@@ -1,0 +1,102 @@
+"""How good: the score of a model on images, and the contract that every evaluator keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from attnsurgery.catalog import Catalog
+from attnsurgery.errors import UsageError
+from attnsurgery.evaluate.batches import Split
+from attnsurgery.evaluate.data import Data
+
+SplitName = Literal["val", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How a model is trained; the same for every model of a search.
+
+    Raises:
+        UsageError: a number that trains nothing.
+    """
+
+    epochs: int = 4
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    """Any name that timm's create_optimizer_v2 knows."""
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    """Share of all steps over which the learning rate rises."""
+    label_smoothing: float = 0.05
+    grad_clip: float = 1.0
+    device: str = "cpu"
+    amp: bool = False
+    """bfloat16 autocast; on CUDA only."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
+            raise UsageError(
+                f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}: training needs at least one epoch, "
+                "two images a batch (batch norm), and a learning rate above 0."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One epoch is done; what a display or a stop button needs."""
+
+    index: int
+    of: int
+    loss: float
+    """Mean training loss."""
+
+
+OnEpoch = Callable[[Epoch], None]
+"""Called after each epoch; may raise to end the training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a model did on one split after its training."""
+
+    top1: float
+    """Share of images whose most likely class is right, 0 to 1."""
+    loss: float
+    """Mean cross-entropy without smoothing."""
+    seconds: float
+    epochs: int
+    correct: torch.Tensor = field(repr=False, compare=False)
+    """(N,) booleans in the order of the split: what a paired test needs."""
+
+
+class Evaluator(ABC):
+    """Gives a model a score, training it in place as far as the strategy does so at all.
+
+    Laws: the same model, data, settings and seed give the same score on the same machine; `on_epoch` may raise, and
+    what it raises comes out; a training that yields no finite number is a SearchError that says when.
+    """
+
+    def __init__(self, data: Data, settings: TrainSettings) -> None:
+        self.data = data
+        self.settings = settings
+
+    @abstractmethod
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", on_epoch: OnEpoch | None = None) -> Score:
+        """Train `model` in place, then measure it on the split called `on`.
+
+        Raises:
+            SearchError: training went out of the numbers.
+        """
+
+    def split(self, name: SplitName) -> Split:
+        return self.data.val if name == "val" else self.data.test
+
+
+EVALUATORS: Catalog[Evaluator] = Catalog("evaluator", "attnsurgery.evaluate", group="attnsurgery.evaluators")

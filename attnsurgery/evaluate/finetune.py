@@ -1,0 +1,129 @@
+"""Fine-tunes the whole model for a few epochs, then counts right answers: the plain way to see what a change is worth.
+
+timm's optimiser factory does the grouping: no weight decay on biases, norms and one-dimensional parameters, so a
+block's gate is free to leave zero. The learning rate rises linearly and falls as a cosine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import timm.optim
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import nn
+from torch.nn import functional as F
+
+from attnsurgery.errors import SearchError
+from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, OnEpoch, Score, SplitName, TrainSettings
+from attnsurgery.evaluate.batches import Split
+from attnsurgery.evaluate.data import Data
+
+_EVAL_BATCH = 256
+_optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
+
+
+@EVALUATORS.register("finetune")
+class FineTune(Evaluator):
+    """All weights, `settings.epochs` epochs, the same order of images for every model that has the same seed."""
+
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", on_epoch: OnEpoch | None = None) -> Score:
+        start = time.perf_counter()
+        train(model, self.data, self.settings, seed, on_epoch)
+        top1, loss, correct_N = accuracy(model, self.split(on), self.settings)
+        return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N)
+
+
+def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, on_epoch: OnEpoch | None = None) -> None:
+    """Train `model` in place on `data.train`; it ends in eval mode.
+
+    Raises:
+        SearchError: the loss is not finite.
+    """
+    model.to(settings.device)
+    steps = max(1, len(data.train) // min(settings.batch_size, len(data.train)))
+    optimizer = _optim.create_optimizer_v2(
+        model, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    total = steps * settings.epochs
+    warmup = min(total - 1, round(settings.warmup * total))
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=settings.lr * 0.01,
+        warmup_t=warmup,
+        warmup_lr_init=settings.lr * 0.01,
+        t_in_epochs=False,
+    )
+    model.train()
+    with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
+        torch.manual_seed(seed)  # dropout and stochastic depth draw from here
+        for epoch in range(settings.epochs):
+            loss = _epoch(model, data.train, settings, optimizer, schedule, seed, epoch)
+            if on_epoch:
+                on_epoch(Epoch(epoch + 1, settings.epochs, loss))
+    model.eval()
+
+
+def _epoch(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    optimizer: torch.optim.Optimizer,
+    schedule: CosineLRScheduler,
+    seed: int,
+    epoch: int,
+) -> float:
+    """One pass over the images; the mean loss."""
+    total, count = torch.zeros((), device=settings.device), 0
+    step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
+    for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, seed, epoch):
+        with _autocast(settings):
+            logits_BK = model(x_BCHW)
+            loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        step, count = step + 1, count + 1
+        schedule.step_update(step)
+        total += loss.detach()
+    mean = float(total) / max(1, count)  # one synchronisation an epoch
+    if not math.isfinite(mean):
+        raise SearchError(
+            f"training went out of the numbers in epoch {epoch + 1} of {settings.epochs} (loss {mean}). "
+            f"A smaller learning rate than {settings.lr:g} may help."
+        )
+    return mean
+
+
+def accuracy(model: nn.Module, split: Split, settings: TrainSettings) -> tuple[float, float, torch.Tensor]:
+    """Top-1 from 0 to 1, mean cross-entropy, and which images were right as (N,) booleans.
+
+    Raises:
+        SearchError: the model's outputs are not finite.
+    """
+    model.to(settings.device).eval()
+    correct, losses = [], []
+    with torch.inference_mode():
+        for x_BCHW, labels_B in split.eval_batches(_EVAL_BATCH, settings.device):
+            with _autocast(settings):
+                logits_BK = model(x_BCHW).float()
+            correct.append((logits_BK.argmax(dim=1) == labels_B).cpu())
+            losses.append(F.cross_entropy(logits_BK, labels_B, reduction="none").cpu())
+    correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
+    if not math.isfinite(loss):
+        raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
+    return float(correct_N.float().mean()), loss, correct_N
+
+
+def _autocast(settings: TrainSettings) -> torch.autocast:
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.amp and kind == "cuda")
+
+
+def _cuda_devices(device: str) -> list[torch.device]:
+    return [torch.device(device)] if torch.device(device).type == "cuda" else []

@@ -1,0 +1,72 @@
+"""What a model expects of its images: size, mean, std, interpolation and crop, as timm records them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data
+from torch import nn
+
+_data: Any = timm.data  # its factories are typed by nothing that a checker sees
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes the input of one model."""
+
+    input_size: tuple[int, int, int]
+    """Channels, height, width."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    @classmethod
+    def of(cls, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Preprocessing:
+        """Read off the model's `pretrained_cfg`; `input_size` (channels, height, width) overrides its size."""
+        given = {} if input_size is None else {"input_size": input_size}
+        config = _data.resolve_data_config(given, model=model)
+        return cls(
+            input_size=tuple(config["input_size"]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+
+    @property
+    def image_mode(self) -> str:
+        """How PIL calls the colours of the input."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+    def fitting(self) -> Any:
+        """timm's evaluation transform, from PIL to uint8 of `input_size`."""
+        return self._transform(self.crop_pct)
+
+    def filling(self) -> Any:
+        """The same without cropping: for images no larger than the input, whose border is all there is."""
+        return self._transform(1.0)
+
+    def training(self, flip: bool) -> Any:
+        """timm's training transform, from PIL to uint8 of `input_size`; it draws from torch's and Python's state."""
+        return _data.create_transform(
+            self.input_size,
+            is_training=True,
+            hflip=0.5 if flip else 0.0,
+            color_jitter=0.0,
+            interpolation=self.interpolation,
+            use_prefetcher=True,
+        )
+
+    def _transform(self, crop_pct: float) -> Any:
+        return _data.create_transform(
+            self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            crop_pct=crop_pct,
+            crop_mode=self.crop_mode,
+            use_prefetcher=True,
+        )

@@ -1,0 +1,253 @@
+"""Data in three splits that share nothing, and training that is the same twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.evaluate import EVALUATORS, Data, Epoch, Preprocessing, TrainSettings, accuracy, load_data, train
+from attnsurgery.evaluate.batches import augmented
+
+SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def write_images(folder: Path, count: int, level: int, size: int = 12) -> None:
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 40, (size, size, 3)) + level
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+
+
+@pytest.fixture
+def flat_folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "data" / "dark", 20, 0)
+    write_images(tmp_path / "data" / "light", 10, 200)
+    return tmp_path / "data"
+
+
+def names(data: Data) -> tuple[set[str], set[str], set[str]]:
+    return set(data.train.ids), set(data.val.ids), set(data.test.ids)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(None, SMALL)
+
+
+def test_the_three_splits_share_no_image_and_lose_none(digits: Data) -> None:
+    train_ids, val_ids, test_ids = names(digits)
+    assert not train_ids & val_ids
+    assert not train_ids & test_ids
+    assert not val_ids & test_ids
+    assert len(train_ids | val_ids | test_ids) == 1797
+
+
+def test_every_class_is_in_every_split(digits: Data) -> None:
+    for split in (digits.train, digits.val, digits.test):
+        assert split.labels.unique().tolist() == list(range(10))
+
+
+def test_the_same_seed_splits_alike_and_another_does_not(digits: Data) -> None:
+    assert names(load_data(None, SMALL)) == names(digits)
+    assert load_data(None, SMALL).fingerprint == digits.fingerprint
+    other = load_data(None, SMALL, seed=1)
+    assert names(other) != names(digits)
+    assert other.fingerprint != digits.fingerprint
+
+
+def test_a_flat_folder_is_split_class_by_class(flat_folder: Path) -> None:
+    data = load_data(str(flat_folder), SMALL)
+    assert data.classes == ("dark", "light")
+    assert [len(data.train), len(data.val), len(data.test)] == [18, 6, 6]
+    assert data.test.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert all("/" in name for name in data.train.ids)
+
+
+def test_parts_that_the_folder_has_are_kept_and_the_missing_one_comes_out_of_training(tmp_path: Path) -> None:
+    for part, count in (("train", 10), ("test", 4)):
+        write_images(tmp_path / part / "dark", count, 0)
+        write_images(tmp_path / part / "light", count, 200)
+    data = load_data(str(tmp_path), SMALL)
+    assert {name.split("/")[0] for name in data.test.ids} == {"test"}
+    assert {name.split("/")[0] for name in (*data.train.ids, *data.val.ids)} == {"train"}
+    assert [len(data.train), len(data.val), len(data.test)] == [16, 4, 8]
+
+
+def test_validation_goes_by_several_names(tmp_path: Path) -> None:
+    for part in ("train", "validation", "test"):
+        write_images(tmp_path / part / "dark", 4, 0)
+        write_images(tmp_path / part / "light", 4, 200)
+    data = load_data(str(tmp_path), SMALL)
+    assert {name.split("/")[0] for name in data.val.ids} == {"validation"}
+    assert len(data.train) == 8
+
+
+def test_nothing_at_the_path_says_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no such directory.*one sub-folder a class"):
+        load_data(str(tmp_path / "nothing"), SMALL)
+
+
+def test_a_streamed_data_set_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match="Use its random-access form"):
+        load_data("tfds/cifar10", SMALL)
+
+
+def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "lonely.png")
+    with pytest.raises(SearchError, match="holds 0 classes"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_a_class_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    for part, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c")):
+        write_images(tmp_path / part / label, 4, 0)
+    with pytest.raises(SearchError, match="training does not have: c"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_too_few_images_of_a_class_are_named(flat_folder: Path) -> None:
+    write_images(flat_folder / "rare", 2, 90)
+    with pytest.raises(SearchError, match=r"class 'rare' has 2"):
+        load_data(str(flat_folder), SMALL)
+
+
+def test_unreadable_images_are_counted_and_named(flat_folder: Path) -> None:
+    (flat_folder / "dark" / "0.png").write_bytes(b"no image")
+    whole = (flat_folder / "dark" / "1.png").read_bytes()
+    (flat_folder / "dark" / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SearchError, match=r"images cannot be read: dark/\d\.png"):
+        load_data(str(flat_folder), SMALL)
+
+
+def test_images_that_memory_does_not_hold_come_from_files_with_the_same_evaluation_pixels(flat_folder: Path) -> None:
+    preprocessing = Preprocessing((3, 8, 8), crop_pct=0.9)
+    kept = load_data(str(flat_folder), preprocessing)
+    read = load_data(str(flat_folder), preprocessing, memory_bytes=0, workers=0)
+    assert type(kept.val) is not type(read.val)
+    for (x, y), (x_read, y_read) in zip(kept.val.eval_batches(4, "cpu"), read.val.eval_batches(4, "cpu"), strict=True):
+        assert torch.equal(x, x_read)
+        assert torch.equal(y, y_read)
+
+
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+def test_training_batches_depend_on_seed_and_epoch_alone(flat_folder: Path, memory_bytes: int) -> None:
+    split = load_data(str(flat_folder), SMALL, memory_bytes=memory_bytes, workers=0).train
+
+    def pixels(seed: int, epoch: int) -> torch.Tensor:
+        return torch.cat([x for x, _ in split.train_batches(4, "cpu", seed, epoch)])
+
+    first = pixels(0, 0)
+    torch.rand(3)
+    assert torch.equal(first, pixels(0, 0))
+    assert not torch.equal(first, pixels(0, 1))
+    assert not torch.equal(first, pixels(1, 0))
+
+
+def test_an_unreadable_file_names_itself_when_files_are_read_late(flat_folder: Path) -> None:
+    data = load_data(str(flat_folder), SMALL, memory_bytes=0, workers=0)
+    for path in flat_folder.rglob("*.png"):
+        path.write_bytes(b"gone bad")
+    with pytest.raises(SearchError, match=r"cannot read the image dark/"):
+        list(data.val.eval_batches(4, "cpu"))
+
+
+def test_augmentation_shifts_and_mirrors_only_where_a_mirror_keeps_the_label() -> None:
+    ramp = torch.arange(16, dtype=torch.uint8).expand(32, 3, 16, 16)
+
+    def falling(flip: bool) -> int:
+        x = augmented(ramp, flip, torch.Generator().manual_seed(0))
+        return int((x[:, 0, 0, 5] > x[:, 0, 0, 10]).sum())
+
+    assert falling(flip=False) == 0
+    assert 4 < falling(flip=True) < 28
+    shifted = augmented(ramp, False, torch.Generator().manual_seed(0))
+    assert not torch.equal(shifted, ramp.float())
+    assert shifted.shape == ramp.shape
+
+
+def test_pixels_are_normalised_as_the_model_wants_them() -> None:
+    model = timm.create_model("test_resnet")
+    preprocessing = Preprocessing.of(model, (3, 16, 16))
+    assert (preprocessing.mean, preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
+    x, _ = next(load_data(None, preprocessing).val.eval_batches(8, "cpu"))
+    assert x.shape == (8, 3, 16, 16)
+    assert x.min() == -1.0
+    assert x.max() <= 1.0
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def test_finetuning_learns_and_is_the_same_twice(digits: Data) -> None:
+    settings = TrainSettings(epochs=2, lr=3e-3)
+    before, _, _ = accuracy(tiny(), digits.val, settings)
+    epochs: list[Epoch] = []
+    score = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0, on_epoch=epochs.append)
+    again = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0)
+    other = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=1)
+    assert score.top1 > before + 0.3
+    assert (score.top1, score.loss) == (again.top1, again.loss)
+    assert score.loss != other.loss
+    assert torch.equal(score.correct, again.correct)
+    assert score.correct.shape == (len(digits.val),)
+    assert [epoch.index for epoch in epochs] == [1, 2]
+
+
+def test_the_test_split_is_scored_only_when_asked_for(digits: Data) -> None:
+    score = EVALUATORS["finetune"](digits, TrainSettings(epochs=1)).score(tiny(), seed=0, on="test")
+    assert score.correct.shape == (len(digits.test),)
+
+
+def test_a_gate_at_zero_moves_and_is_not_decayed(digits: Data) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.branch = tiny(), nn.Linear(768, 10)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) + self.gate * self.branch(x.flatten(1))  # type: ignore[no-any-return]
+
+    model = Gated()
+    train(model, digits, TrainSettings(epochs=1), seed=0)
+    assert model.gate.abs() > 1e-4
+    assert not model.training
+
+
+def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model[1].weight.fill_(float("nan"))
+    with pytest.raises(SearchError, match=r"out of the numbers in epoch 1 of 1"):
+        train(model, digits, TrainSettings(epochs=1), seed=0)
+
+
+def test_what_the_epoch_callback_raises_comes_out(digits: Data) -> None:
+    def stop(epoch: Epoch) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), digits, TrainSettings(epochs=5), seed=0, on_epoch=stop)
+
+
+def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:
+    model = tiny()
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    train(model, digits, TrainSettings(epochs=1), seed=0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_settings_that_train_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least one epoch"):
+        TrainSettings(epochs=0)
