@@ -12,7 +12,17 @@ from PIL import Image
 from torch import nn
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate import EVALUATORS, Data, Epoch, Preprocessing, TrainSettings, accuracy, load_data, train
+from attnsurgery.evaluate import (
+    EVALUATORS,
+    Data,
+    Epoch,
+    Preprocessing,
+    TrainSettings,
+    Watch,
+    accuracy,
+    load_data,
+    train,
+)
 from attnsurgery.evaluate.batches import augmented
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -191,7 +201,12 @@ def test_finetuning_learns_and_is_the_same_twice(digits: Data) -> None:
     settings = TrainSettings(epochs=2, lr=3e-3)
     before, _, _ = accuracy(tiny(), digits.val, settings)
     epochs: list[Epoch] = []
-    score = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0, on_epoch=epochs.append)
+
+    class Note(Watch):
+        def epoch(self, epoch: Epoch) -> None:
+            epochs.append(epoch)
+
+    score = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0, watch=Note())
     again = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0)
     other = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=1)
     assert score.top1 > before + 0.3
@@ -231,12 +246,18 @@ def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> 
         train(model, digits, TrainSettings(epochs=1), seed=0)
 
 
-def test_what_the_epoch_callback_raises_comes_out(digits: Data) -> None:
-    def stop(epoch: Epoch) -> None:
-        raise KeyboardInterrupt
+def test_what_the_watch_raises_ends_the_training_within_a_batch(digits: Data) -> None:
+    steps: list[int] = []
+
+    class Stop(Watch):
+        def step(self) -> None:
+            steps.append(1)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), digits, TrainSettings(epochs=5), seed=0, on_epoch=stop)
+        train(tiny(), digits, TrainSettings(epochs=5), seed=0, watch=Stop())
+    assert len(steps) == 3
 
 
 def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:

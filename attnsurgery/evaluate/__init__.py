@@ -1,6 +1,6 @@
 """How good: images in three splits, and the strategies that give a model its score on them."""
 
-from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, OnEpoch, Score, TrainSettings
+from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, TrainSettings, Watch
 from attnsurgery.evaluate.data import Data, load_data, native_size
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.preprocess import Preprocessing
@@ -10,10 +10,10 @@ __all__ = [
     "Data",
     "Epoch",
     "Evaluator",
-    "OnEpoch",
     "Preprocessing",
     "Score",
     "TrainSettings",
+    "Watch",
     "accuracy",
     "load_data",
     "native_size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,8 +57,14 @@ class Epoch:
     """Mean training loss."""
 
 
-OnEpoch = Callable[[Epoch], None]
-"""Called after each epoch; may raise to end the training."""
+class Watch:
+    """Looks on while a model trains; whatever a method raises ends the training and comes out."""
+
+    def step(self) -> None:
+        """Before each batch."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """After each epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,8 @@ class Score:
 class Evaluator(ABC):
     """Gives a model a score, training it in place as far as the strategy does so at all.
 
-    Laws: the same model, data, settings and seed give the same score on the same machine; `on_epoch` may raise, and
-    what it raises comes out; a training that yields no finite number is a SearchError that says when.
+    Laws: the same model, data, settings and seed give the same score on the same machine; what the watch raises comes
+    out; a training that yields no finite number is a SearchError that says when.
     """
 
     def __init__(self, data: Data, settings: TrainSettings) -> None:
@@ -88,7 +93,7 @@ class Evaluator(ABC):
         self.settings = settings
 
     @abstractmethod
-    def score(self, model: nn.Module, seed: int, on: SplitName = "val", on_epoch: OnEpoch | None = None) -> Score:
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         """Train `model` in place, then measure it on the split called `on`.
 
         Raises:

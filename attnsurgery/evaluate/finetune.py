@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, OnEpoch, Score, SplitName, TrainSettings
+from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.data import Data
 
@@ -29,14 +29,14 @@ _optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
 class FineTune(Evaluator):
     """All weights, `settings.epochs` epochs, the same order of images for every model that has the same seed."""
 
-    def score(self, model: nn.Module, seed: int, on: SplitName = "val", on_epoch: OnEpoch | None = None) -> Score:
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
-        train(model, self.data, self.settings, seed, on_epoch)
+        train(model, self.data, self.settings, seed, watch)
         top1, loss, correct_N = accuracy(model, self.split(on), self.settings)
         return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N)
 
 
-def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, on_epoch: OnEpoch | None = None) -> None:
+def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
     """Train `model` in place on `data.train`; it ends in eval mode.
 
     Raises:
@@ -61,9 +61,9 @@ def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, on_e
     with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
-            loss = _epoch(model, data.train, settings, optimizer, schedule, seed, epoch)
-            if on_epoch:
-                on_epoch(Epoch(epoch + 1, settings.epochs, loss))
+            loss = _epoch(model, data.train, settings, optimizer, schedule, seed, epoch, watch or Watch())
+            if watch:
+                watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
     model.eval()
 
 
@@ -75,11 +75,13 @@ def _epoch(
     schedule: CosineLRScheduler,
     seed: int,
     epoch: int,
+    watch: Watch,
 ) -> float:
     """One pass over the images; the mean loss."""
     total, count = torch.zeros((), device=settings.device), 0
     step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
     for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, seed, epoch):
+        watch.step()
         with _autocast(settings):
             logits_BK = model(x_BCHW)
             loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
