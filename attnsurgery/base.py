@@ -1,0 +1,179 @@
+"""The base of a surgery: a plain timm model, built to fit its weights and loaded strictly.
+
+How many classes and input channels a checkpoint was trained with is read off its tensors, through the names of
+classifier and first convolution in timm's `pretrained_cfg`; nobody has to say it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import timm
+import torch
+from timm.models._input import get_model_input_config
+from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
+from torch import nn
+
+from attnsurgery.errors import CheckpointError, UnknownNameError, did_you_mean
+from attnsurgery.weights import StateDict
+
+
+def check_base(name: str, field: str = "base") -> None:
+    """Make sure that timm knows the architecture and its tag.
+
+    Args:
+        field: where the name stands, for the message.
+
+    Raises:
+        UnknownNameError: names the nearest architecture, or the tags that there are.
+    """
+    arch, tag = split_model_name_tag(name)
+    if not timm.is_model(arch):
+        near = did_you_mean(arch, timm.list_models())
+        raise UnknownNameError(f"{field}: timm has no architecture {arch!r}.{near}")
+    tags = [cfg.partition(".")[2] for cfg in get_arch_pretrained_cfgs(arch)]
+    if tag and tag not in tags:
+        known = ", ".join(sorted(filter(None, tags))) or "none"
+        raise UnknownNameError(f"{field}: {arch} has no tag {tag!r}.{did_you_mean(tag, tags)} Known: {known}.")
+
+
+def build_base(name: str, state_dict: StateDict | None = None, source: str = "the checkpoint") -> nn.Module:
+    """A plain timm model in eval mode, with the weights given or else timm's published ones.
+
+    Args:
+        name: any timm architecture, a tag allowed.
+        state_dict: weights of that architecture; classes and input channels are taken from their shapes.
+        source: what the weights are called in messages.
+
+    Raises:
+        CheckpointError: the weights belong to another model, or cannot be fetched.
+    """
+    if state_dict is None:
+        return _published(name)
+    twin = _twin(name)
+    state_dict = _native(twin, state_dict)
+    model = timm.create_model(name, **_sizes(twin, state_dict))
+    load_weights(model, state_dict, source)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load strictly: every name and every shape must be there.
+
+    Raises:
+        CheckpointError: counts and names what differs, and the nearest name that would fit; the model is unchanged.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
+    if missing or unexpected or shapes:
+        raise CheckpointError(_mismatch(model, state_dict, source, missing, unexpected, shapes))
+    model.load_state_dict(state_dict, strict=True)
+
+
+def _twin(name: str) -> nn.Module:
+    """The architecture at its default sizes, for its names and shapes; without memory where it can be."""
+    try:
+        with torch.device("meta"):
+            weightless: nn.Module = timm.create_model(name)
+            return weightless
+    except (NotImplementedError, RuntimeError):  # a constructor that looks at numbers
+        model: nn.Module = timm.create_model(name)
+        return model
+
+
+def _published(name: str) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub, network and cache errors have no common root
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the published weights of {name} cannot be had ({type(error).__name__}: {said}). "
+            "Without a network, give weights with --checkpoint FILE."
+        ) from error
+    return model.eval()
+
+
+def _native(twin: nn.Module, state_dict: StateDict) -> StateDict:
+    """Weights under timm's names; those of the original authors go through the model family's own filter."""
+    convert = getattr(sys.modules[type(twin).__module__], "checkpoint_filter_fn", None)
+    if convert is None or len(twin.state_dict().keys() & state_dict.keys()) * 2 > len(state_dict):
+        return state_dict
+    try:
+        converted: StateDict = convert(dict(state_dict), twin)
+    except Exception:  # not the original format either; the strict load says what is wrong with the names
+        return state_dict
+    return converted
+
+
+def _sizes(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
+    """num_classes and in_chans of the model that these weights were trained for, where they differ from the default."""
+    own = twin.state_dict()
+    is_of_twin = len(own.keys() & state_dict.keys()) * 2 > len(own)
+    sizes: dict[str, int] = {}
+    for name in _names(twin, "classifier"):
+        weight = state_dict.get(f"{name}.weight", state_dict.get(f"{name}.bias"))
+        if weight is None:
+            if is_of_twin and not any(key.startswith(f"{name}.") for key in state_dict):
+                sizes["num_classes"] = 0
+        elif weight.ndim and weight.shape[0] != twin.num_classes:
+            sizes["num_classes"] = weight.shape[0]
+    for name in _names(twin, "first_conv"):
+        mine, theirs = own.get(f"{name}.weight"), state_dict.get(f"{name}.weight")
+        if mine is None or theirs is None or mine.ndim < 2 or mine.ndim != theirs.ndim:
+            continue
+        if mine.shape[1] == theirs.shape[1]:
+            continue
+        channels = get_model_input_config(twin)["input_size"][0]
+        if theirs.shape[1] * channels % mine.shape[1] == 0:  # stems that fold pixels into channels have a multiple
+            sizes["in_chans"] = theirs.shape[1] * channels // mine.shape[1]
+    return sizes
+
+
+def _names(model: nn.Module, field: str) -> tuple[str, ...]:
+    found = model.pretrained_cfg.get(field) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _mismatch(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    source: str,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[str],
+) -> str:
+    own = model.state_dict()
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(own)} missing ({_some(missing)}).{_near(missing[0], unexpected)}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)}).")
+    if shapes:
+        told = [f"{key} is {_shape(state_dict[key])} and not {_shape(own[key])}" for key in shapes[:3]]
+        parts.append(f"{len(shapes)} of another shape ({', '.join(told)}{', ...' * (len(shapes) > 3)}).")
+    name = model.pretrained_cfg.get("architecture", type(model).__name__)
+    return f"{source} does not hold the weights of {name}: {' '.join(parts)}{_prefix(state_dict, own)}"
+
+
+def _near(key: str, unexpected: list[str]) -> str:
+    near = did_you_mean(key, unexpected)
+    return f" The nearest to {key!r} in it is{near.removeprefix(' Did you mean').rstrip('?')}." if near else ""
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(key[:80] for key in keys[:3]) + ", ..." * (len(keys) > 3)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _prefix(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """A hint, if all names would fit without what they begin with."""
+    heads = {key.partition(".")[0] for key in state_dict}
+    if len(heads) != 1 or not all(key.partition(".")[2] in own for key in state_dict):
+        return ""
+    return f" Every name begins with {heads.pop() + '.'!r}; without it they would fit."
