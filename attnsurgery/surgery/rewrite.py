@@ -241,10 +241,22 @@ def _class(base: type[nn.Module], source: str, bindings: Bindings) -> type[nn.Mo
         "__module__": __name__,
         "__reduce__": _reduce,
         "uncut_class": base,
-        "_uncut_forward": base.forward,
+        "_uncut_forward": _renamed(base.forward),
         "_recipe_of_class": (base, source, bindings),
     }
     return type(f"Surgical{base.__name__}", (base,), body)
+
+
+def _renamed(forward: Any) -> Any:
+    """The old forward under a name of its own: torch.jit.script compiles a method by its function's name."""
+    if not isinstance(forward, types.FunctionType):
+        return forward
+    copy = types.FunctionType(
+        forward.__code__, forward.__globals__, "_uncut_forward", forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    copy.__annotations__ = forward.__annotations__
+    return copy
 
 
 def _reduce(self: nn.Module) -> tuple[Any, ...]:

@@ -1,0 +1,73 @@
+"""attnsurgery: attention blocks at chosen places of any timm model, under new timm names.
+
+    import timm, attnsurgery
+    model = timm.create_model("resnet50_nonlocal_s3", pretrained=True, num_classes=10)
+
+Importing this package makes the names known to timm; everything else is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnsurgery import registry
+
+if TYPE_CHECKING:
+    from attnsurgery.api import inspect, operate, recipe_of, remove, verify
+    from attnsurgery.blocks import BLOCKS, Block
+    from attnsurgery.errors import AttnSurgeryError
+    from attnsurgery.graph.find import Anatomy
+    from attnsurgery.graph.site import Site
+    from attnsurgery.recipe.schema import Edit, Recipe
+    from attnsurgery.registry import register
+    from attnsurgery.surgery.verify import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BLOCKS",
+    "Anatomy",
+    "AttnSurgeryError",
+    "Block",
+    "Edit",
+    "Recipe",
+    "Report",
+    "Site",
+    "__version__",
+    "inspect",
+    "operate",
+    "recipe_of",
+    "register",
+    "remove",
+    "verify",
+]
+
+_HOMES = {
+    "BLOCKS": "blocks",
+    "Anatomy": "graph.find",
+    "AttnSurgeryError": "errors",
+    "Block": "blocks",
+    "Edit": "recipe.schema",
+    "Recipe": "recipe.schema",
+    "Report": "surgery.verify",
+    "Site": "graph.site",
+    "inspect": "api",
+    "operate": "api",
+    "recipe_of": "api",
+    "register": "registry",
+    "remove": "api",
+    "verify": "api",
+}
+
+registry.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

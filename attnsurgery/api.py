@@ -1,0 +1,119 @@
+"""The verbs: inspect a model, operate on it, verify what was done, remove it again.
+
+They add to attnsurgery.surgery what timm should remember: a model operated on describes itself, in the arguments timm saves,
+as the architecture `surgery` with its base and recipe, so that `save_for_hf` and `local-dir:` bring it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from attnsurgery import registry
+from attnsurgery.errors import UnknownNameError, did_you_mean
+from attnsurgery.graph.find import Anatomy, survey
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Recipe
+from attnsurgery.surgery import operate as surgery
+from attnsurgery.surgery.verify import Report
+from attnsurgery.surgery.verify import verify as verify_model
+
+
+def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = None) -> Anatomy:
+    """Every place for a block in a model, with address, shape, layout and stage.
+
+    Args:
+        model: a built timm model, or a name; a name is built without allocating its weights.
+        input_size: (C, H, W) of one image; by default what the model is built for.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+    """
+    return survey(_weightless(model) if isinstance(model, str) else model, input_size)
+
+
+def operate(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    input_size: tuple[int, int, int] | None = None,
+) -> nn.Module:
+    """Insert the recipe's blocks into a built model, in place. All is planned first; after an error nothing has changed.
+
+    Args:
+        model: any timm model; the recipe's `base` need not be its architecture, only its selectors must match.
+        recipe: a Recipe, the same as plain data, or a path of a YAML file.
+
+    Returns:
+        The same object.
+
+    Raises:
+        RecipeError, SiteError, OptionError, UnknownNameError: what cannot be meant, with the nearest that can.
+    """
+    made = registry.as_recipe(recipe)
+    surgery.operate(model, resolve(made, survey(model, input_size)))
+    before = recipe_of(model)
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    edits = [*(before.edits if before else ()), *made.edits]
+    base = before.base if before else config.get("architecture", made.base)
+    done = made.model_copy(update={"base": base, "edits": edits})
+    _describe(model, registry.GENERIC, base=base, recipe=done.as_dict())
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take all blocks out again, in place: classes, state dict and description are the base's.
+
+    Returns:
+        The same object.
+    """
+    before = recipe_of(model)
+    surgery.remove(model)
+    if before is not None:
+        _describe(model, before.base.partition(".")[0], base=None, recipe=None, start=None)
+    return model
+
+
+def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Report:
+    """The proof that goes with a surgical model; see `Report`."""
+    return verify_model(model, input_size)
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe a model was made by, as far as it says; None for a model without surgery."""
+    arguments: dict[str, Any] = getattr(model, "_model_args", {})
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    recipe: Recipe | None
+    if arguments.get("recipe") is not None:
+        recipe = registry.as_recipe(arguments["recipe"])
+        recipe = recipe.model_copy(update={"base": arguments.get("base") or recipe.base})
+    else:
+        recipe = registry.recipe_of(config.get("architecture", ""))
+    start = arguments.get("start")
+    if recipe is None or start is None:
+        return recipe
+    return recipe.model_copy(update={"edits": [edit.model_copy(update={"start": start}) for edit in recipe.edits]})
+
+
+def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
+    """What timm saves with the model; an argument of None is forgotten."""
+    config = dict(getattr(model, "pretrained_cfg", None) or {}, architecture=architecture)
+    model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
+    kept = dict(getattr(model, "_model_args", {}), **arguments)
+    model._model_args = {k: v for k, v in kept.items() if v is not None}  # type: ignore[assignment]
+
+
+def _weightless(name: str) -> nn.Module:
+    if ":" not in name and not timm.is_model(name):
+        near = did_you_mean(name.partition(".")[0], timm.list_models())
+        raise UnknownNameError(f"timm has no model {name!r}.{near} See them: attnsurgery list")
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(name)
+    except (NotImplementedError, RuntimeError):  # an initialisation that reads values, which meta tensors have not
+        model = timm.create_model(name)
+    return model

@@ -1,0 +1,68 @@
+"""Recipe to Plan: selectors become sites, options are checked against shapes. Every error there can be is raised here."""
+
+from __future__ import annotations
+
+import torch
+
+from attnsurgery.blocks._base import build_block, check_options
+from attnsurgery.errors import OptionError, RecipeError, UsageError
+from attnsurgery.graph.find import Anatomy
+from attnsurgery.graph.select import select
+from attnsurgery.graph.site import Site
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.recipe.text import where
+from attnsurgery.surgery.plan import Insertion, Plan
+
+
+def resolve(recipe: Recipe, anatomy: Anatomy) -> Plan:
+    """The plan that the recipe means in a model of this anatomy.
+
+    Raises:
+        SiteError: a selector that matches nothing.
+        UnknownNameError, OptionError: a block or option that does not exist, or has no meaning at that site.
+        RecipeError: the same block twice at one site.
+    """
+    taken: dict[tuple[str, str], int] = {}
+    plan: list[Insertion] = []
+    for index, edit in enumerate(recipe.edits):
+        for insertion in _resolve_edit(recipe, index, edit, anatomy):
+            key = insertion.site.address, insertion.block
+            first = taken.setdefault(key, index)
+            if first != index:
+                raise RecipeError(
+                    f"{where(recipe, f'edits[{index}].at')} = {edit.at!r} puts {key[1]!r} at {key[0]!r}, where "
+                    f"edits[{first}] ({recipe.edits[first].at!r}) has put it already. Narrow one of the two selectors."
+                )
+            plan.append(insertion)
+    return tuple(plan)
+
+
+def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> list[Insertion]:
+    field = "at"
+    try:
+        sites = select(edit.at, anatomy)
+        field = "block"
+        options = check_options(edit.block, edit.options)
+    except OptionError as error:
+        raise OptionError(f"{where(recipe, f'edits[{index}].options')}: {error}") from None
+    except UsageError as error:
+        raise type(error)(f"{where(recipe, f'edits[{index}].{field}')}: {error}") from None
+    plan = [Insertion(site, edit.block, options, edit.start) for site in sites]
+    checked: set[tuple[int, tuple[int, int]]] = set()
+    for insertion in plan:
+        size = insertion.site.channels, insertion.site.map_size
+        if size not in checked:
+            checked.add(size)
+            _check_fit(recipe, index, insertion, insertion.site)
+    return plan
+
+
+def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:
+    """Build the block without weights and ask it about the map it would see."""
+    try:
+        block = build_block(
+            insertion.block, site.channels, insertion.options, insertion.start, torch.device("meta")
+        )
+        block.check_map(*site.map_size)
+    except OptionError as error:
+        raise OptionError(f"{where(recipe, f'edits[{index}].options')}: at {site.address!r}: {error}") from None

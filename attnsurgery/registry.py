@@ -1,0 +1,325 @@
+"""Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` like any other.
+
+`<arch>_<block>_s<stages>` exists for every timm architecture, and more come by registering recipes: too many to enter one by
+one at import. timm keeps its entry points in a dictionary; the one put in its place here makes a name when it is asked for.
+What ships in zoo/ and what has been asked for is listed by `timm.list_models`; the rest is not, so the listing stays readable.
+
+The cut is made between the construction of the base and the loading of weights: every timm family builds through a global
+`build_model_with_cfg(model_cls, ...)`, and `model_cls` is where the operation is slipped in. So timm's own weight loading, its
+adaptation of classes and channels and its feature extraction all see a surgical model.
+
+Everything that reaches into timm's private names is in this file; tests/test_registry.py says which of them has moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timm.models import _builder, _registry
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+
+from attnsurgery import zoo
+from attnsurgery.errors import RecipeError, SurgeryError, UnknownNameError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from attnsurgery.recipe.schema import Recipe
+
+GENERIC = "surgery"
+"""The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
+
+_NAME = re.compile(r"(?P<base>.+)_(?P<block>[a-z]+)(?:_s(?P<stages>[1-9]+))?")
+_lock = threading.RLock()
+_pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
+_recipes: dict[str, Recipe] = {}
+_entering: set[str] = set()  # names being registered: timm asks whether it knows them, and the answer is no
+
+
+class _EntryPoints(dict[str, Callable[..., Any]]):
+    """timm's table of entry points; a surgical name is entered the first time anyone asks for it."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and _resolve(name) is not None)
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        entry = _resolve(name)
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+
+def install() -> None:
+    """Make the names known to timm; called once, when attnsurgery is imported."""
+    if isinstance(_registry._model_entrypoints, _EntryPoints):
+        return
+    _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
+    _enter(GENERIC, _generic, base=None)
+    for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
+        _enter(path.stem, functools.partial(_from_zoo, path), base=path.stem.partition("_")[0])
+
+
+def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
+    """Make a recipe a model name: `timm.create_model(recipe.name)` builds it from then on.
+
+    Args:
+        recipe: a Recipe, the same as plain data, or a path of a YAML file.
+
+    Returns:
+        The name.
+
+    Raises:
+        RecipeError: not a recipe; or the name is one of timm's own, or was given to a different recipe before.
+    """
+    made = as_recipe(recipe)
+    name = made.name
+    known = _recipes.get(name)
+    if known is not None and known == made:
+        return name
+    if known is not None or name in _registry._model_entrypoints:
+        raise RecipeError(f"the name {name!r} is taken by another model. Give the recipe a name of its own.")
+    with _lock:
+        _recipes[name] = made
+        _enter(name, functools.partial(_build, made, name), base=made.base)
+    return name
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A Recipe from what people hold: itself, plain data, or the path of a YAML file.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    from attnsurgery.recipe import text
+    from attnsurgery.recipe.schema import Recipe
+
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return text.loads(json.dumps(recipe), "recipe")  # JSON is YAML: one reader, one set of messages
+    return text.load(recipe)
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe that a surgical model name stands for; None for a name that is not surgical."""
+    arch, tag = _registry.split_model_name_tag(name)
+    if arch not in _recipes:
+        of_zoo = arch in zoo.__all__ and _zoo_file(arch).is_file()
+        if of_zoo:
+            _recipes[arch] = as_recipe(_zoo_file(arch))
+        elif dict.__contains__(_registry._model_entrypoints, arch) or _resolve(arch) is None:
+            return None
+    recipe = _recipes[arch]
+    return recipe.model_copy(update={"base": f"{recipe.base}.{tag}"}) if tag else recipe
+
+
+def names_for(arch: str) -> list[str]:
+    """The names of one surgical block per stage, and in all stages, for a timm architecture."""
+    return [f"{arch}_{suffix}{stage}" for suffix in _suffixes() for stage in ("", "_s1", "_s2", "_s3", "_s4")]
+
+
+def grafted_names() -> list[str]:
+    """Every surgical name timm lists at this moment."""
+    return sorted(name for name in _registry._module_to_models["zoo"] if name != GENERIC)
+
+
+def _zoo_file(name: str) -> Path:
+    return Path(zoo.__file__).parent / f"{name}.yaml"
+
+
+def _suffixes() -> dict[str, str]:
+    """How blocks are spelled in names, and what they are called in the catalog."""
+    from attnsurgery.blocks import BLOCKS
+
+    return {BLOCKS[name].model_suffix: name for name in BLOCKS}
+
+
+def _resolve(name: str) -> Callable[..., Any] | None:
+    """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None if the name is not of that form."""
+    match = _NAME.fullmatch(name)
+    if match is None or name in _entering:
+        return None
+    base, suffix, stages = match["base"], match["block"], match["stages"]
+    with _lock:
+        table = _registry._model_entrypoints
+        if dict.__contains__(table, name):
+            return dict.__getitem__(table, name)
+        if base == GENERIC or (not dict.__contains__(table, base) and _resolve(base) is None):
+            return None
+        block = _suffixes().get(suffix)
+        if block is None or base in _registry._deprecated_models:
+            return None
+        _recipes[name] = _named_recipe(name, base, block, stages)
+        _enter(name, functools.partial(_build, _recipes[name], name), base=_recipes[name].base)
+        return dict.__getitem__(table, name)
+
+
+def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recipe:
+    """The recipe that a name spells; on a base that is surgical itself, its edits come first."""
+    from attnsurgery.blocks import BLOCKS
+    from attnsurgery.recipe.schema import Edit, Recipe
+
+    inner = recipe_of(base)
+    edit = Edit(at=f"stage:{stages or '*'} {BLOCKS[block].model_place}", block=block)
+    edits = [*inner.edits, edit] if inner else [edit]
+    return Recipe(version=1, name=name, base=inner.base if inner else base, edits=edits)
+
+
+def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
+    """Register with timm, under our name and with the base's pretrained configurations."""
+    if base is not None:
+        zoo.default_cfgs[name] = _configurations(base)
+
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: nn.Module = entry(pretrained=pretrained, **kwargs)
+        return model
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = zoo.__name__
+    entry_point.__doc__ = f"{base or 'Any timm model'} after surgery; built by attnsurgery."
+    _entering.add(name)
+    try:
+        setattr(zoo, name, _registry.register_model(entry_point))
+    finally:
+        _entering.discard(name)
+
+
+def _configurations(base: str) -> DefaultCfg:
+    """The base's pretrained configurations under their tags; its hub addresses are complete, so they stay the base's."""
+    arch, only = _registry.split_model_name_tag(base)
+    cfgs = {key.partition(".")[2]: cfg for key, cfg in _registry.get_arch_pretrained_cfgs(arch).items()}
+    if only in cfgs:  # a recipe whose base names a tag: that one comes first
+        cfgs = {only: cfgs[only], **cfgs}
+    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+
+
+def _from_zoo(path: Path, **kwargs: Any) -> nn.Module:
+    recipe = recipe_of(path.stem)
+    assert recipe is not None
+    return _build(recipe, path.stem, **kwargs)
+
+
+def _generic(
+    pretrained: bool = False,
+    base: str | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    if recipe is None:
+        raise RecipeError(
+            f"the architecture {GENERIC!r} needs a recipe: timm.create_model('{GENERIC}', base='resnet50', recipe=...)."
+        )
+    made = as_recipe(recipe)
+    if base is not None:
+        made = made.model_copy(update={"base": base})
+    return _build(made, GENERIC, pretrained=pretrained, **kwargs)
+
+
+def _build(
+    recipe: Recipe,
+    name: str,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    start: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the recipe's base through its own entry point, with the operation slipped in before weights are loaded."""
+    arch, tag = _registry.split_model_name_tag(recipe.base)
+    if not dict.__contains__(_registry._model_entrypoints, arch):
+        near = did_you_mean(arch, dict.keys(_registry._model_entrypoints))
+        raise UnknownNameError(f"recipe {recipe.name!r}: timm has no base {arch!r}.{near}")
+    if start is not None:
+        recipe = recipe.model_copy(
+            update={"edits": [edit.model_copy(update={"start": _checked_start(start)}) for edit in recipe.edits]}
+        )
+    cfg = _configuration(name, arch, tag, pretrained_cfg, pretrained_cfg_overlay)
+    used = False
+
+    def operated(model_cls: Callable[..., nn.Module], *args: Any, **model_kwargs: Any) -> nn.Module:
+        nonlocal used
+        used = True
+        model = model_cls(*args, **model_kwargs)
+        _cut(model, recipe, _input_size(cfg, model_kwargs))
+        return model
+
+    _patch_builders()
+    token = _pending.set(operated)
+    try:
+        model: nn.Module = _registry._model_entrypoints[arch](pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+    finally:
+        _pending.reset(token)
+    if not used:
+        raise SurgeryError(
+            f"{arch} is not built through timm's build_model_with_cfg, so there is no place to operate. "
+            "Build it first and call attnsurgery.operate(model, recipe)."
+        )
+    return model
+
+
+def _checked_start(start: str) -> str:
+    if start not in ("identity", "paper"):
+        raise RecipeError(f"start={start!r}: a block starts as 'identity' or 'paper'.")
+    return start
+
+
+def _configuration(
+    name: str, arch: str, tag: str, asked: Any, overlay: dict[str, Any] | None
+) -> PretrainedCfg:
+    """The pretrained configuration, under our name: from the argument, else the tag, else the base's default."""
+    variant = name if name in _registry._model_pretrained_cfgs or name in _registry._model_default_cfgs else arch
+    cfg = _builder.resolve_pretrained_cfg(variant, pretrained_cfg=asked or tag or None, pretrained_cfg_overlay=overlay)
+    return dataclasses.replace(cfg, architecture=name)
+
+
+def _input_size(cfg: PretrainedCfg, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the model is being built for."""
+    channels, height, width = cfg.input_size
+    size = model_kwargs.get("img_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+    return model_kwargs.get("in_chans", channels), height, width
+
+
+def _patch_builders() -> None:
+    """Put `_building` in the place of every family's `build_model_with_cfg`; without an operation pending it is inert."""
+    with _lock:
+        for module in list(sys.modules.values()):
+            of_family = getattr(module, "__name__", "").startswith("timm.models.") and module is not _builder
+            if of_family and module.__dict__.get("build_model_with_cfg") is _builder.build_model_with_cfg:
+                module.build_model_with_cfg = _building  # type: ignore[attr-defined]
+
+
+@functools.wraps(_builder.build_model_with_cfg)
+def _building(model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    operation = _pending.get()
+    if operation is None:
+        return _builder.build_model_with_cfg(model_cls, *args, **kwargs)
+    if kwargs.get("pruned"):
+        raise SurgeryError(
+            "pruned architectures change the width of their layers after they are built, so blocks put in before would "
+            "not fit. Build the pruned model first and call attnsurgery.operate(model, recipe)."
+        )
+    token = _pending.set(None)  # a backbone built inside this model is not the model asked for
+    try:
+        return _builder.build_model_with_cfg(functools.partial(operation, model_cls), *args, **kwargs)
+    finally:
+        _pending.reset(token)
+
+
+def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> None:
+    from attnsurgery.graph.find import survey
+    from attnsurgery.recipe.build import resolve
+    from attnsurgery.surgery.operate import operate
+
+    operate(model, resolve(recipe, survey(model, input_size)))
