@@ -1,0 +1,185 @@
+"""The laws of `Block`, checked for everything in the catalog."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from attnsurgery.blocks import BLOCKS, Block
+from attnsurgery.blocks._base import build_block, check_options, options_model
+from attnsurgery.errors import OptionError, UnknownNameError
+
+CHANNELS = 16
+
+every_block = pytest.mark.parametrize("name", list(BLOCKS))
+every_start = pytest.mark.parametrize("start", ["identity", "paper"])
+every_size = pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5)])
+
+
+def make(name: str, start: str = "identity", **options: object) -> Block:
+    torch.manual_seed(0)
+    return build_block(name, CHANNELS, options, start)
+
+
+def images(*size: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, CHANNELS, *size, generator=torch.Generator().manual_seed(1))
+
+
+def perturbed(block: Block) -> Block:
+    """The block after one optimiser step on a random target, which moves it off its start."""
+    x = images(8, 8)
+    block.train()
+    loss = (block(x) - torch.randn_like(x)).square().mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.5 * parameter.grad
+    block.zero_grad(set_to_none=True)
+    return block
+
+
+@every_block
+@every_size
+@pytest.mark.parametrize("training", [True, False])
+def test_identity_start_returns_its_input_bit_for_bit(name: str, size: tuple[int, int], training: bool) -> None:
+    x = images(*size)
+    assert torch.equal(make(name).train(training)(x), x)
+
+
+@every_block
+def test_output_differs_from_the_input_once_the_gate_has_moved(name: str) -> None:
+    x = images(8, 8)
+    assert not torch.equal(perturbed(make(name)).eval()(x), x)
+
+
+@every_block
+@every_start
+@every_size
+def test_shape_dtype_and_memory_format_are_kept_and_the_tensor_is_new(
+    name: str, start: str, size: tuple[int, int]
+) -> None:
+    block = make(name, start).eval()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = images(*size, batch=3).to(memory_format=memory_format)
+        y = block(x)
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
+        assert y.is_contiguous(memory_format=memory_format)
+        assert y.data_ptr() != x.data_ptr()
+
+
+@every_block
+def test_adding_to_the_output_in_place_leaves_input_and_gradients_alone(name: str) -> None:
+    block, x = perturbed(make(name)).eval(), images(8, 8).requires_grad_()
+    (expected,) = torch.autograd.grad((block(x) + 1).square().sum(), x)
+    (got,) = torch.autograd.grad(block(x).add_(1).square().sum(), x)
+    assert torch.equal(got, expected)
+
+
+@every_block
+@every_start
+def test_every_parameter_gets_a_gradient_after_one_step(name: str, start: str) -> None:
+    block = perturbed(make(name, start)).train()
+    block(images(8, 8)).square().mean().backward()
+    without = [key for key, p in block.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a bias in front of a batch norm, or of keys under a softmax, provably has no effect
+    assert all(key.endswith("bias") for key in without), without
+
+
+@every_block
+@every_start
+def test_state_dict_makes_the_round_trip(name: str, start: str) -> None:
+    block, other = perturbed(make(name, start)).eval(), build_block(name, CHANNELS, {}, start).eval()
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    file.seek(0)
+    x = images(8, 8)
+    assert not torch.equal(other(x), block(x))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), block(x))
+
+
+@every_block
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_finite_and_near_full_precision(name: str, dtype: torch.dtype) -> None:
+    block, x = perturbed(make(name)).eval(), images(8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        y = block(x)
+    assert torch.isfinite(y).all()
+    assert torch.allclose(y.float(), block(x), atol=0.1, rtol=0.1)
+
+
+@every_block
+def test_half_precision_weights_take_half_precision_maps(name: str) -> None:
+    block = build_block(name, CHANNELS, {}, "identity", dtype=torch.bfloat16).eval()
+    x = images(8, 8).bfloat16()
+    assert torch.equal(block(x), x)
+
+
+@every_block
+def test_block_compiles_exports_and_scripts_to_the_same_numbers(name: str) -> None:
+    block, x = perturbed(make(name)).eval(), images(8, 9)
+    expected = block(x)
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(torch.jit.script(block)(x), expected)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    exported = torch.export.export(block, (x,), dynamic_shapes={"x": sizes}).module()
+    other = images(5, 6, batch=4)
+    assert torch.allclose(exported(other), block(other), atol=1e-6)
+    torch._dynamo.reset()
+
+
+@every_block
+def test_cost_counts_what_torch_counts(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block, x = make(name).eval(), images(8, 8, batch=1)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        block(x)
+    assert block.cost(8, 8).macs == counter.get_total_flops() // 2
+
+
+@every_block
+def test_options_are_strict_and_the_message_lists_what_is_allowed(name: str) -> None:
+    with pytest.raises(OptionError, match=r"has no option 'reductoin'. Did you mean 'reduction'\?.*reduction="):
+        check_options(name, {"reductoin": 2})
+    with pytest.raises(OptionError, match="cannot take reduction='2'"):
+        check_options(name, {"reduction": "2"})
+    with pytest.raises(OptionError, match="cannot take reduction=0"):
+        check_options(name, {"reduction": 0})
+
+
+@every_block
+def test_every_option_is_documented(name: str) -> None:
+    undocumented = [option for option in options_model(BLOCKS[name]).model_fields if f"{option}:" not in BLOCKS[name].__doc__]
+    assert not undocumented
+
+
+@every_block
+def test_a_grafted_block_takes_a_base_checkpoint_whole_but_not_in_part(name: str) -> None:
+    class Host(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, CHANNELS, 1)
+            self.block = make(name)
+
+    host = Host()
+    everything = host.state_dict()
+    of_base = {key: value for key, value in everything.items() if key.startswith("conv")}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        host.load_state_dict(of_base)
+    host.block.grafted = True
+    host.load_state_dict(of_base)
+    host.load_state_dict(everything)
+    half = {key: value for key, value in everything.items() if key != list(everything)[-1]}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="only a part of the block 'block'"):
+            host.load_state_dict(half, strict=strict)
+
+
+def test_an_unknown_block_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownNameError, match=r"no block 'nonlocal'. Did you mean 'non_local'\?"):
+        build_block("nonlocal", CHANNELS, {}, "identity")

@@ -1,0 +1,107 @@
+"""Squeeze-and-excitation and non-local against their papers' formulas and published parameter counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attnsurgery.blocks.non_local import NonLocal
+from attnsurgery.blocks.squeeze_excite import SqueezeExcite
+from attnsurgery.errors import OptionError
+from timm.layers import SEModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@pytest.mark.parametrize("channels", [16, 64, 96, 256])
+def test_paper_se_is_timms_se_with_its_weights_bit_for_bit(channels: int) -> None:
+    theirs, ours = SEModule(channels), SqueezeExcite(channels, start="paper")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, channels, 7, 7)
+    assert torch.equal(ours(x), theirs(x))
+    assert not torch.equal(SqueezeExcite(channels)(x), theirs(x))
+
+
+def test_se_width_is_never_zero() -> None:
+    assert SqueezeExcite(8, reduction=16, rounding="floor").fc1.out_channels == 1
+    assert SqueezeExcite(64, reduction=16, rounding="floor").fc1.out_channels == 4
+    assert SqueezeExcite(64, reduction=16).fc1.out_channels == 8
+
+
+@pytest.mark.parametrize(("channels", "params"), [(256, 132_224), (512, 526_592), (1024, 2_101_760), (2048, 8_397_824)])
+def test_non_local_has_the_published_number_of_parameters(channels: int, params: int) -> None:
+    assert sum(p.numel() for p in NonLocal(channels, device="meta").parameters()) == params
+
+
+def naive_non_local(block: NonLocal, x: torch.Tensor) -> torch.Tensor:
+    """Equations 1, 4 and 6 of the paper, with the N x M matrix written out."""
+    theta = block.theta(x).flatten(2)
+    phi, g = (block.pool(embed(x)).flatten(2) for embed in (block.phi, block.g))
+    weights = torch.softmax(torch.einsum("bdn,bdm->bnm", theta, phi), dim=-1)
+    y = torch.einsum("bnm,bdm->bdn", weights, g).reshape(x.shape[0], -1, *x.shape[2:])
+    return block.norm(block.w_z(y)) + x
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": 4}, {"subsample": 2}, {"subsample": 2, "subsample_op": "avg"}])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_non_local_computes_the_papers_formula(options: dict[str, object], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    block = NonLocal(16, dtype=torch.float64, **options).eval()
+    torch.nn.init.normal_(block.norm.weight)
+    x = torch.randn(2, 16, *size, dtype=torch.float64, requires_grad=True)
+    ours, naive = block(x), naive_non_local(block, x)
+    assert not torch.allclose(ours, x, atol=1e-3)
+    assert torch.allclose(ours, naive, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, naive)]
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.allclose(got, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_non_local_runs_the_fused_kernel_and_never_the_fallback() -> None:
+    block, x = NonLocal(16).eval(), torch.randn(1, 16, 14, 14)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert torch.equal(block(x), x)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+def test_non_local_never_builds_the_matrix_of_weights() -> None:
+    block, x = NonLocal(16).eval(), torch.randn(1, 16, 56, 56)
+    positions = 56 * 56
+    with LargestTensor() as ours, torch.no_grad():
+        block(x)
+    with LargestTensor() as naive, torch.no_grad():
+        naive_non_local(block, x)
+    assert naive.largest == positions * positions
+    assert ours.largest <= 16 * positions
+
+
+def test_non_local_does_not_scale_the_product_as_transformers_do() -> None:
+    torch.manual_seed(0)
+    block, x = NonLocal(16).eval(), torch.randn(1, 16, 5, 5)
+    torch.nn.init.ones_(block.norm.weight)
+    q, k, v = (c(x).flatten(2).transpose(1, 2) for c in (block.theta, block.phi, block.g))
+    scaled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 8, 5, 5)
+    assert not torch.allclose(block(x), x + block.norm(block.w_z(scaled)), atol=1e-5)
+
+
+def test_non_local_refuses_a_map_smaller_than_its_pool_and_says_what_fits() -> None:
+    with pytest.raises(OptionError, match=r"at least 4 x 4, and this one is 3 x 7: use subsample: 3 or less"):
+        NonLocal(16, subsample=4).check_map(3, 7)
+    NonLocal(16, subsample=3).check_map(3, 7)
+
+
+def test_non_local_refuses_a_reduction_that_leaves_no_channel() -> None:
+    with pytest.raises(OptionError, match="no channel is left. The largest that works here is 8"):
+        NonLocal(8, reduction=16)
