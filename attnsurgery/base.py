@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
@@ -51,9 +52,10 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
     """
     if state_dict is None:
         return _published(name)
-    twin = _twin(name)
+    twin = weightless(name)
     state_dict = _native(twin, state_dict)
-    model = timm.create_model(name, **_sizes(twin, state_dict))
+    sizes: dict[str, Any] = _sizes(twin, state_dict)
+    model = timm.create_model(name, **sizes)
     load_weights(model, state_dict, source)
     return model.eval()
 
@@ -73,12 +75,12 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
     model.load_state_dict(state_dict, strict=True)
 
 
-def _twin(name: str) -> nn.Module:
+def weightless(name: str) -> nn.Module:
     """The architecture at its default sizes, for its names and shapes; without memory where it can be."""
     try:
         with torch.device("meta"):
-            weightless: nn.Module = timm.create_model(name)
-            return weightless
+            twin: nn.Module = timm.create_model(name)
+            return twin
     except (NotImplementedError, RuntimeError):  # a constructor that looks at numbers
         model: nn.Module = timm.create_model(name)
         return model
@@ -132,8 +134,13 @@ def _sizes(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
     return sizes
 
 
+def _config(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return config or {}
+
+
 def _names(model: nn.Module, field: str) -> tuple[str, ...]:
-    found = model.pretrained_cfg.get(field) or ()
+    found = _config(model).get(field) or ()
     return (found,) if isinstance(found, str) else tuple(found)
 
 
@@ -154,7 +161,7 @@ def _mismatch(
     if shapes:
         told = [f"{key} is {_shape(state_dict[key])} and not {_shape(own[key])}" for key in shapes[:3]]
         parts.append(f"{len(shapes)} of another shape ({', '.join(told)}{', ...' * (len(shapes) > 3)}).")
-    name = model.pretrained_cfg.get("architecture", type(model).__name__)
+    name = _config(model).get("architecture", type(model).__name__)
     return f"{source} does not hold the weights of {name}: {' '.join(parts)}{_prefix(state_dict, own)}"
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from attnsurgery.recipe.build import resolve
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from timm.models._input import get_model_input_config
 from torch import nn
@@ -26,6 +25,7 @@ from attnsurgery.base import build_base, check_base
 from attnsurgery.blocks import Start
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, SurgeryError, UsageError
 from attnsurgery.graph.find import survey
+from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps, keep_origin, where
 from attnsurgery.surgery.operate import operate
@@ -169,6 +169,6 @@ def _check_proof(recipe: Recipe, report: Report) -> None:
     if not report.alive or (identity and report.max_abs_diff != 0):
         raise SurgeryError(
             f"{recipe.name} is not what its base was: outputs differ by {report.max_abs_diff:.3g}, "
-            f"{len(report.keys_missing)} keys lost, blocks ran {sorted({block.calls for block in report.blocks})} times. "
-            "Nothing was written."
+            f"{len(report.keys_missing)} keys lost, "
+            f"blocks ran {sorted({block.calls for block in report.blocks})} times. Nothing was written."
         )

@@ -1,0 +1,62 @@
+"""The application: the commands of this folder, collected, and the options that stand before their names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from attnsurgery import cli
+from attnsurgery.cli._errors import Settings, guarded
+
+_TOLD_WITH_VERSION = ("attnsurgery", "timm", "torch", "optuna")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; `argv` without the program's name, by default the process's own."""
+    build_app()(args=None if argv is None else list(argv), prog_name="attnsurgery")
+
+
+def build_app() -> typer.Typer:
+    """The application with every command of this folder."""
+    app = typer.Typer(
+        help="Put attention blocks into timm models, prove that nothing else changed, and search for the best places.",
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for found in pkgutil.iter_modules(cli.__path__):
+        if not found.name.startswith("_"):
+            importlib.import_module(f"{cli.__name__}.{found.name}").register(app)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.callback = guarded(command.callback)
+    return app
+
+
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", is_eager=True, callback=lambda on: _version(on))
+    ] = False,
+) -> None:
+    Settings.debug = debug
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(", ".join(f"{name} {_version_of(name)}" for name in _TOLD_WITH_VERSION))
+        raise typer.Exit
+
+
+def _version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"

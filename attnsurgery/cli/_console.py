@@ -1,0 +1,175 @@
+"""Everything that is printed: the other layers return data and call back, and never print.
+
+A terminal gets colours and its own width. A pipe or file gets plain lines that are never wrapped, so that `grep` and
+`cut` see whole ones. Results go to stdout; errors and progress to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from attnsurgery.graph.find import Anatomy
+    from attnsurgery.graph.site import Site
+    from attnsurgery.latency import Comparison, Conditions, Latency
+    from attnsurgery.surgery.verify import Report
+
+_UNWRAPPED = 100_000
+_STEP = 4
+"""Columns by which a tree indents one level."""
+_ROLE_STYLE = {"block": "bold", "branch": "cyan", "inner": "dim"}
+
+
+def stdout() -> Console:
+    """A console on the standard output of this moment."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    """A console on the standard error of this moment."""
+    return _console(sys.stderr)
+
+
+def _console(file: TextIO) -> Console:
+    width = None if file.isatty() else _UNWRAPPED
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """`data` as the only thing on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def print_error(message: str) -> None:
+    """One paragraph on stderr."""
+    stderr().print(Text.assemble(("error: ", "bold red"), message))
+
+
+def print_hint(message: str) -> None:
+    """Something worth knowing, on stderr: a pipe gets only what was asked for."""
+    stderr().print(Text(message, style="dim"))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    console = stdout()
+    for line in lines:
+        console.print(Text(line))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """A table whose first column is left-aligned and whose others are numbers, right-aligned."""
+    grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="right" if index else "left", no_wrap=not stdout().is_terminal)
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    stdout().print(grid)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show a spinner on stderr while the work lasts; nothing where nobody watches."""
+    console = stderr()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def print_anatomy(anatomy: Anatomy, everything: bool) -> None:
+    """A tree of stages, their blocks, and the sites in each block."""
+    shown = [site for site in anatomy.sites if everything or site.role != "inner"]
+    width = max((len(site.address) + _STEP * (site.role != "block") for site in shown), default=0)
+    root = Tree(Text(f"{anatomy.name}  input {_times(anatomy.input_size)}", style="bold"))
+    for stage in sorted({site.stage for site in shown}, key=lambda stage: (stage is None, stage or 0)):
+        branch = root.add(Text("outside the stages" if stage is None else f"stage {stage}"))
+        _add_sites(branch, [site for site in shown if site.stage == stage], width)
+    console = stdout()
+    console.print(root)
+    hidden = len(anatomy.sites) - len(shown)
+    more = f", and {hidden} inside blocks: --all shows them" if hidden else ""
+    console.print(Text(f"{len(shown)} sites{more}", style="dim"))
+
+
+def _add_sites(branch: Tree, sites: Sequence[Site], width: int) -> None:
+    """Each site below the block that it lies in, in order of execution."""
+    nodes: dict[str, Tree] = {}
+    blocks = {site.address: site for site in sites if site.role == "block"}
+    for site in sites:
+        home = site.address
+        while home and home not in blocks:
+            home = home[: max(home.rfind("."), home.rfind(":"), 0)]
+        if home and home not in nodes:
+            nodes[home] = branch.add(_site(blocks[home], width))
+        if site.address not in blocks:
+            nodes.get(home, branch).add(_site(site, width - _STEP * bool(home)))
+
+
+def _site(site: Site, width: int) -> Text:
+    shape = f"{_times(site.shape):>14} {site.layout}"
+    return Text(f"{site.address:<{width}}  {site.role:<6} {shape}", style=_ROLE_STYLE[site.role])
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def print_report(report: Report) -> None:
+    """What surgery did, and the proof of it."""
+    print_table(
+        ["", "base", "operated", "added"],
+        [
+            _change("parameters", report.params_before, report.params_after),
+            _change("multiply-accumulates", report.macs_before, report.macs_after),
+        ],
+    )
+    if report.blocks:
+        print_table(
+            ["block", "kind", "parameters", "calls"],
+            [(block.path, block.block, f"{block.params:,}", block.calls) for block in report.blocks],
+        )
+    same = "equal" if report.max_abs_diff == 0 else f"different by up to {report.max_abs_diff:.3g}"
+    lost = f"{len(report.keys_missing)} of the base lost" if report.keys_missing else "none of the base lost"
+    print_lines(
+        [
+            f"outputs    {same}, on random images of {_times(report.input_size)}",
+            f"keys       {len(report.keys_added)} added, {lost}",
+            f"attention  {report.attention_bytes:,} bytes if written out, one image in fp32",
+        ]
+    )
+
+
+def _change(what: str, before: int, after: int) -> tuple[str, ...]:
+    share = f" ({(after - before) / before:+.1%})" if before else ""
+    return what, f"{before:,}", f"{after:,}", f"{after - before:+,}{share}"
+
+
+def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: Conditions) -> None:
+    """Latencies that were measured together, with the conditions they hold for."""
+    print_table(
+        ["model", "p50 ms", "p90 ms", "noise", "runs"],
+        [
+            (name, f"{found.p50_ms:.3f}", f"{found.p90_ms:.3f}", f"{found.noise:.2%}", f"{found.runs:,}")
+            for name, found in rows
+        ],
+    )
+    versions = ", ".join(f"{key} {value}" for key, value in rows[0][1].versions.items())
+    print_lines([f"conditions  {conditions.describe()}", f"on          {versions}"])
+
+
+def print_comparison(base: str, variant: str, found: Comparison, conditions: Conditions) -> None:
+    print_latencies([(base, found.base), (variant, found.variant)], conditions)
+    low, high = found.ratio_low, found.ratio_high
+    sure = "" if low > 1 or high < 1 else ": no difference can be told"
+    print_lines([f"ratio       {found.ratio:.4f}, 95 % between {low:.4f} and {high:.4f}{sure}"])

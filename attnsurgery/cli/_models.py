@@ -1,0 +1,49 @@
+"""MODEL on the command line: a timm name, a surgical name, or a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from torch import nn
+
+import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
+from attnsurgery.base import check_base, weightless
+from attnsurgery.errors import AttnSurgeryError, CheckpointError, UnknownNameError, UsageError
+
+
+def open_model(name: str, *, weights: bool = True) -> nn.Module:
+    """The model meant, in eval mode; a directory comes with its weights, a name with fresh ones.
+
+    Args:
+        weights: False where only names and shapes count; then no memory is taken for a model given by name.
+
+    Raises:
+        UnknownNameError: neither a name that timm knows nor a directory.
+        UsageError: a directory without config.json.
+        CheckpointError: a directory that does not build.
+    """
+    if Path(name).is_dir() or name.startswith("local-dir:"):
+        return _from_directory(Path(name.removeprefix("local-dir:"))).eval()
+    if "/" in name or name.startswith("."):
+        raise UnknownNameError(
+            f"there is no directory {name!r}. MODEL is a name of timm's, a surgical name or a directory."
+        )
+    check_base(name, "MODEL")
+    model: nn.Module = timm.create_model(name) if weights else weightless(name)
+    return model.eval()
+
+
+def _from_directory(path: Path) -> nn.Module:
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{str(path)!r} is no timm directory: it has no config.json. 'attnsurgery apply' writes one.")
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    except AttnSurgeryError:
+        raise
+    except Exception as error:  # whatever a foreign config.json can break
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the model in {str(path)!r} cannot be built ({type(error).__name__}: {said})."
+        ) from error
+    return model

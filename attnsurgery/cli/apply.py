@@ -1,0 +1,46 @@
+"""`attnsurgery apply RECIPE --checkpoint IN --output DIR`: operate on trained weights."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StartChoice(StrEnum):
+    identity = "identity"
+    paper = "paper"
+
+
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); its format: attnsurgery schema recipe.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="Weights of the base: .safetensors, .pth or a timm directory."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's published weights instead.")] = False,
+    start: Annotated[StartChoice | None, typer.Option(help="Replace the start of every edit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Put the blocks of a recipe into a trained model, prove the result, and write a timm directory."""
+    from attnsurgery import checkpoint as files
+    from attnsurgery.cli._console import busy, print_json, print_lines, print_report
+    from attnsurgery.recipe.text import load
+
+    read = load(recipe)
+    with busy(f"operating on {read.base}"):
+        report = files.apply(
+            read, checkpoint, output, pretrained=pretrained, start=None if start is None else start.value
+        )
+    if as_json:
+        print_json({"output": str(output), **report.as_dict()})
+        return
+    print_report(report)
+    print_lines([f"written    {output}; build it with timm.create_model('local-dir:{output}', pretrained=True)"])
+
+
+def register(app: typer.Typer) -> None:
+    app.command("apply")(apply)

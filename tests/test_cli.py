@@ -1,0 +1,341 @@
+"""The command line: every command, what it prints where, and what it returns."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+import attnsurgery.cli
+from attnsurgery.cli import build_app, main
+from attnsurgery.cli._errors import guarded
+from attnsurgery.errors import NothingFeasibleError
+
+RECIPE = """\
+version: 1
+name: test_resnet_se
+base: test_resnet
+edits:
+  - at: "stage:* branches"
+    block: se
+    options: {reduction: 4}
+"""
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def parsed(result: Result) -> Any:
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refusal(result: Result, code: int) -> str:
+    """The message of a command that failed as it should: one paragraph, on stderr alone."""
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    model = timm.create_model("test_resnet", num_classes=7)
+    for parameter in model.parameters():  # a fresh model ends its branches in zeros, which every block leaves alone
+        torch.nn.init.uniform_(parameter, 0.05, 0.25)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+# ---- the frame
+
+
+def test_help_lists_every_command_file():
+    result = call("--help")
+    assert result.exit_code == 0
+    files = [found.name for found in pkgutil.iter_modules(attnsurgery.cli.__path__) if not found.name.startswith("_")]
+    assert {"apply", "exec", "inspect", "latency", "list", "schema", "verify"} <= set(files)
+    assert all(f"\n  {name} " in result.stdout for name in files)
+
+
+def test_a_new_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "greet.py").write_text("def register(app):\n    app.command('greet')(lambda: print('hello'))\n")
+    monkeypatch.setattr(attnsurgery.cli, "__path__", [*attnsurgery.cli.__path__, str(tmp_path)])
+    assert call("greet").stdout == "hello\n"
+    monkeypatch.undo()
+    sys.modules.pop("attnsurgery.cli.greet")
+    assert call("greet").exit_code == 2
+
+
+def test_command_files_import_nothing_heavy():
+    for found in pkgutil.iter_modules(attnsurgery.cli.__path__):
+        if found.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"attnsurgery.cli.{found.name}")
+        held = {getattr(value, "__name__", "") for value in vars(module).values()}
+        assert not held & {"torch", "timm", "optuna", "rich"}, found.name
+
+
+def test_version_tells_those_of_what_it_stands_on():
+    result = call("--version")
+    assert result.exit_code == 0
+    assert f"timm {timm.__version__}" in result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["inspect"], ["inspect", "test_resnet", "--nonsense"], ["schema", "x"]]
+)
+def test_wrong_usage_returns_2_and_says_where_help_is(arguments: list[str]):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "--help" in result.stderr
+    assert result.stdout == ""
+
+
+def app_that_raises(error: BaseException) -> typer.Typer:
+    app = build_app()
+
+    def fail() -> None:
+        raise error
+
+    app.command("fail")(guarded(fail))
+    return app
+
+
+def test_an_unforeseen_error_is_called_a_bug_and_shown_in_full_on_demand():
+    app = app_that_raises(KeyError("lost"))
+    message = refusal(CliRunner().invoke(app, ["fail"]), 1)
+    assert "KeyError: 'lost' This is a bug in attnsurgery. Run it again as 'attnsurgery --debug ...'" in message
+    shown = CliRunner().invoke(app, ["--debug", "fail"])
+    assert shown.exit_code == 1
+    assert "Traceback" in shown.stderr
+    assert "Traceback" not in CliRunner().invoke(app, ["fail"]).stderr
+
+
+def test_an_error_of_ours_returns_its_own_code():
+    assert "no candidate" in refusal(
+        CliRunner().invoke(app_that_raises(NothingFeasibleError("no candidate")), ["fail"]), 3
+    )
+
+
+def test_an_interruption_returns_130_without_a_traceback():
+    assert refusal(CliRunner().invoke(app_that_raises(KeyboardInterrupt()), ["fail"]), 130) == "error: interrupted.\n"
+
+
+def test_main_exits_with_the_code_of_the_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    with pytest.raises(SystemExit) as failed:
+        main(["inspect", "test_resnett"])
+    assert failed.value.code == 2
+    assert "Did you mean 'test_resnet'?" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "attnsurgery", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("attnsurgery ")
+
+
+# ---- inspect
+
+
+def test_inspect_shows_stages_blocks_and_branches():
+    result = call("inspect", "test_resnet")
+    assert result.exit_code == 0
+    assert "layer3.0 " in result.stdout
+    assert "layer3.0.bn3  branch      192x10x10 NCHW" in result.stdout
+    assert "layer3.0.conv1" not in result.stdout
+    assert "layer3.0.conv1" in call("inspect", "test_resnet", "--all").stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_inspect_aligns_its_columns_and_wraps_no_line():
+    lines = [line for line in call("inspect", "test_vit", "--all").stdout.splitlines() if " NLC" in line]
+    assert len({line.rindex(" NLC") for line in lines}) == 1
+    assert len(lines) > 100
+
+
+def test_inspect_as_json_gives_every_site_and_nothing_else():
+    found = parsed(call("inspect", "test_resnet", "--json"))
+    assert found["input_size"] == [3, 160, 160]
+    assert found["stages"] == [1, 2, 3, 4]
+    branch = next(site for site in found["sites"] if site["address"] == "layer3.0.bn3")
+    assert branch["shape"] == [192, 10, 10]
+    assert branch["role"] == "branch"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "latency"])
+def test_an_unknown_model_names_the_nearest(command: str):
+    assert "Did you mean 'test_resnet'?" in refusal(call(command, "test_resnett"), 2)
+    assert "there is no directory './test_resnet'" in refusal(call(command, "./test_resnet"), 2)
+
+
+def test_a_directory_without_config_is_refused(tmp_path: Path):
+    assert "has no config.json" in refusal(call("inspect", tmp_path), 2)
+    (tmp_path / "config.json").write_text("{}")
+    assert "cannot be built" in refusal(call("inspect", tmp_path), 1)
+
+
+# ---- list
+
+
+def test_list_shows_what_ships_and_nothing_else_on_stdout():
+    result = call("list")
+    assert "resnet50_nonlocal_s3" in result.stdout.splitlines()
+    assert all(timm.is_model(name) for name in result.stdout.splitlines())
+    assert "attnsurgery list resnet50" in result.stderr
+
+
+def test_list_takes_an_architecture_or_a_pattern():
+    assert "test_resnet_se_s3" in call("list", "test_resnet").stdout.splitlines()
+    assert set(parsed(call("list", "test_*t_se_s3", "--json"))) >= {"test_resnet_se_s3", "test_convnext_se_s3"}
+    assert all(name.endswith("_se_s3") for name in parsed(call("list", "test_*t_se_s3", "--json")))
+    assert "Did you mean 'test_resnet'?" in refusal(call("list", "test_resnett"), 2)
+
+
+# ---- apply and verify
+
+
+def test_apply_writes_a_directory_that_verify_and_inspect_read(recipe: Path, weights: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    result = call("apply", recipe, "--checkpoint", weights, "--output", out)
+    assert result.exit_code == 0, result.stderr
+    assert "outputs    equal" in result.stdout
+    assert "layer3.0.se" in result.stdout
+    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in result.stdout
+    assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 7
+    found = parsed(call("verify", out, "--json"))
+    assert found["max_abs_diff"] == 0
+    assert found["alive"] is True
+    assert [block["calls"] for block in found["blocks"]] == [1, 1, 1, 1]
+    assert parsed(call("inspect", out, "--json"))["stages"] == [1, 2, 3, 4]
+
+
+def test_apply_as_json_tells_the_report_and_the_place(recipe: Path, weights: Path, tmp_path: Path):
+    found = parsed(call("apply", recipe, "-c", weights, "-o", tmp_path / "out", "--start", "paper", "--json"))
+    assert found["output"] == str(tmp_path / "out")
+    assert found["max_abs_diff"] > 0
+    assert found["params_after"] > found["params_before"]
+
+
+def test_apply_that_fails_says_why_and_writes_nothing(recipe: Path, weights: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert "needs weights" in refusal(call("apply", recipe, "-o", out), 2)
+    assert "there is no file" in refusal(call("apply", tmp_path / "no.yaml", "-c", weights, "-o", out), 2)
+    assert "Did you mean 'weights.pth'?" in refusal(call("apply", recipe, "-c", tmp_path / "weight.pth", "-o", out), 1)
+    weights.write_bytes(b"PK\x03\x04 broken")
+    assert "damaged or truncated" in refusal(call("apply", recipe, "-c", weights, "-o", out), 1)
+    assert not out.exists()
+
+
+def test_a_mistake_in_a_recipe_is_named_with_file_line_and_field(recipe: Path, weights: Path, tmp_path: Path):
+    recipe.write_text(RECIPE.replace("block: se", "blok: se"))
+    said = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+    assert "recipe.yaml:6: edits[0]: has no field 'blok'. Did you mean 'block'?" in said
+    recipe.write_text(RECIPE.replace("reduction", "reductoin"))
+    said = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+    assert "recipe.yaml:7: edits[0].options" in said
+    assert "Did you mean 'reduction'?" in said
+
+
+def test_verify_reports_a_surgical_name_and_refuses_a_plain_one():
+    result = call("verify", "test_resnet_nonlocal_s3")
+    assert result.exit_code == 0, result.stderr
+    assert "none of the base lost" in result.stdout
+    assert call("verify", "test_resnet").exit_code == 1
+
+
+# ---- latency
+
+
+def test_latency_measures_one_model_or_compares_two(monkeypatch: pytest.MonkeyPatch):
+    import attnsurgery.latency as latency
+
+    by_macs = latency.backend_for
+    monkeypatch.setattr(latency, "backend_for", lambda conditions: by_macs(conditions, "fixed"))
+    one = parsed(call("latency", "test_resnet", "--device", "cpu", "--batch-size", "2", "--json"))
+    assert one["p50_ms"] > 0
+    assert one["conditions"]["batch_size"] == 2
+    two = parsed(call("latency", "test_resnet", "--vs", "test_resnet_nonlocal_s3", "--device", "cpu", "--json"))
+    assert two["ratio"] > 1
+    shown = call("latency", "test_resnet", "--vs", "test_resnet_nonlocal_s3", "--device", "cpu")
+    assert "ratio" in shown.stdout
+    assert "conditions  cpu, float32, batch 1" in shown.stdout
+
+
+def test_latency_under_meaningless_conditions_is_refused():
+    assert "dtype 'int8'" in refusal(call("latency", "test_resnet", "--device", "cpu", "--dtype", "int8"), 2)
+    assert "cudagraph" in refusal(call("latency", "test_resnet", "--device", "cpu", "--mode", "cudagraph"), 2)
+    assert call("latency", "test_resnet", "--batch-size", "0").exit_code == 2
+
+
+# ---- exec
+
+
+def script(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "neighbour.py").write_text("value = 'from the neighbour'\n")
+    (tmp_path / "script.py").write_text(text)
+    return tmp_path / "script.py"
+
+
+def test_exec_runs_a_script_that_knows_the_names(tmp_path: Path):
+    path = script(
+        tmp_path,
+        "import sys, timm, neighbour\n"
+        "assert __name__ == '__main__'\n"
+        "print(timm.is_model('test_resnet_se_s3'), sys.argv[1:], neighbour.value)\n",
+    )
+    argv, search = sys.argv[:], sys.path[:]
+    result = call("exec", path, "--model", "x", "--help", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "True ['--model', 'x', '--help', '-v'] from the neighbour\n"
+    assert (argv, search) == (sys.argv, sys.path)
+    sys.modules.pop("neighbour")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("sys.exit()", 0), ("pass", 0), ("1/0", 1)])
+def test_exec_passes_the_scripts_exit_code_on(ending: str, code: int, tmp_path: Path):
+    assert call("exec", script(tmp_path, f"import sys\n{ending}\n")).exit_code == code
+
+
+def test_exec_shows_the_scripts_own_traceback_and_no_frame_of_ours(tmp_path: Path):
+    result = call("exec", script(tmp_path, "def f():\n    1/0\nf()\n"))
+    assert "ZeroDivisionError" in result.stderr
+    assert "script.py" in result.stderr
+    assert "runpy" not in result.stderr
+    assert "bug in attnsurgery" not in result.stderr
+    assert "there is no script" in refusal(call("exec", tmp_path / "no.py"), 2)
+
+
+# ---- schema
+
+
+def test_schema_prints_json():
+    recipe = parsed(call("schema", "recipe"))
+    assert "se" in recipe["$defs"]["Edit"]["properties"]["block"]["enum"]
+    assert "reduction" in parsed(call("schema", "options"))["se"]["properties"]
+    assert parsed(call("schema", "space"))["title"] == "SearchSpace"
