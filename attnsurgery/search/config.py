@@ -1,0 +1,77 @@
+"""What a search is asked to do, and which of it may not change when the search goes on later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from attnsurgery.errors import SearchError
+from attnsurgery.latency import Mode
+from attnsurgery.recipe.schema import Strict
+
+DEFAULT_BASE = "test_resnet"
+"""Small enough to search for in minutes on a laptop, with four stages to choose from."""
+
+
+class SearchConfig(Strict):
+    """A whole search as data; the same data does the same search."""
+
+    budget_ms: Annotated[float, Field(gt=0)] = Field(description="most milliseconds that a forward may take")
+    base: str = Field(default=DEFAULT_BASE, description="any timm architecture, a tag allowed")
+    space: str = Field(default="tiny", description="a space that ships, or a YAML file")
+    data: str | None = Field(default=None, description="image folder or data set name; none: the embedded digits")
+    pretrained: bool = False
+    checkpoint: str | None = None
+    trials: Annotated[int, Field(ge=1)] = Field(default=10, description="trained trials within the budget")
+    epochs: Annotated[int, Field(ge=1)] = Field(default=3, description="of each trial and of the confirmation")
+    base_epochs: Annotated[int, Field(ge=1)] = Field(default=6, description="of a base that comes without weights")
+    train_batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    evaluator: str = "finetune"
+    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = 2
+    input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=1, description="images in a measured forward")
+    mode: Mode = "eager"
+    channels_last: bool = False
+    threads: Annotated[int, Field(ge=0)] = Field(default=1, description="CPU threads of a measured forward; 0: all")
+    latency: str | None = Field(default=None, description="a latency backend; none: the device's own")
+    latency_seconds: Annotated[float, Field(gt=0)] = Field(default=1.5, description="spent on one measurement")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output: str = Field(default="runs/search", description="the run directory")
+    storage: str | None = Field(default=None, description="Optuna storage URL; none: SQLite in the run directory")
+
+
+_FREE = {"trials", "output", "storage", "latency_seconds", "space", "checkpoint", "confirm_seeds"}
+"""May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
+
+
+def fixed_part(config: SearchConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What must stay as it is for a search to go on: the settings, and what was found behind the names in them."""
+    return {**config.model_dump(exclude=_FREE), **found}
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) -> None:
+    """Refuse to go on with another search than the one begun.
+
+    Raises:
+        SearchError: lists what differs, as it was and as it is now.
+    """
+    changed = [
+        f"{key}: was {_short(before.get(key))}, is now {_short(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise SearchError(
+            f"{run_dir} holds a search that differs from this one, and trials of both cannot be compared. "
+            f"{'; '.join(changed)}. Repeat the first command to go on with it, or give this one another --output."
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

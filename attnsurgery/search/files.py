@@ -1,0 +1,112 @@
+"""Files that are there as a whole or not at all, and a journal whose last line may be torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from attnsurgery.errors import SearchError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write beside, flush to the disk, then rename: a reader sees the old file or the new one.
+
+    Raises:
+        SearchError: the disk is full or not writable; the old file is still there.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise SearchError(f"cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
+
+
+class Journal:
+    """One JSON object a line, on the disk before `append` returns.
+
+    A process that dies while writing leaves a torn last line. It is left out when reading, and cut off before the next
+    line is written, so that one torn line never spoils the ones after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            SearchError: the disk is full or not writable; what was there stays readable.
+        """
+        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        try:
+            with self.path.open("ab+") as file:
+                _cut_torn_tail(file)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SearchError(f"cannot write {self.path}: {error.strerror}. Lines before it are kept.") from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line.
+
+        Raises:
+            SearchError: a line before the last does not read; the message says which.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        entries: list[dict[str, Any]] = []
+        for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                if number == len(lines) - 1:
+                    break
+                raise SearchError(f"{self.path}:{number} is damaged and is not the last line.") from None
+        return entries
+
+
+def _cut_torn_tail(file: Any) -> None:
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one search at a time in a run directory; the lock goes with the process, however it ends.
+
+    Raises:
+        SearchError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SearchError(
+                f"another search is running in {folder}. Wait for it, or give this one another --output."
+            ) from None
+        yield

@@ -1,0 +1,31 @@
+"""What a search tells while it runs; the command line shows it, a notebook may too, and nobody has to listen."""
+
+from __future__ import annotations
+
+from attnsurgery.evaluate import Epoch
+from attnsurgery.search.record import Record, Timing
+
+
+class Listener:
+    """Every method may be left out; none may change anything."""
+
+    def phase(self, text: str) -> None:
+        """Something long begins: what it is, for people."""
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        """Images of a split were decoded."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """An epoch of whatever is being trained is done."""
+
+    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+        """The base has its latency and its score; trials begin."""
+
+    def asked(self, number: int, name: str) -> None:
+        """A trial begins with the recipe of that name."""
+
+    def timed(self, number: int, timing: Timing) -> None:
+        """A candidate was built, found identical to the base, and measured."""
+
+    def told(self, record: Record, trained: int, wanted: int) -> None:
+        """A trial is over; so many of the wanted ones are trained now."""

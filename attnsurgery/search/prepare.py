@@ -1,0 +1,186 @@
+"""Everything a search stands on, made ready once: base with its weights, data, places, latency backend, evaluator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from attnsurgery.base import build_base, check_base, load_weights
+from attnsurgery.errors import UsageError
+from attnsurgery.evaluate import (
+    EVALUATORS,
+    Data,
+    Evaluator,
+    Preprocessing,
+    TrainSettings,
+    load_data,
+    native_size,
+    train,
+)
+from attnsurgery.graph.find import Anatomy, survey
+from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.files import write_whole
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.space import BoundSpace, bind, load
+from attnsurgery.search.watching import Watching
+from attnsurgery.weights import read_state_dict
+
+_TOLERANCE = 0.005
+_DEFAULT_SIZE = 48
+_BASE_LR = 3.0
+"""A base from scratch learns this many times faster than a fine-tuning may."""
+
+
+@dataclass
+class Bench:
+    """What trials are made on."""
+
+    config: SearchConfig
+    base: nn.Module
+    """With its starting weights, on the device, in eval mode; only ever copied."""
+    anatomy: Anatomy
+    space: BoundSpace
+    data: Data
+    evaluator: Evaluator
+    backend: LatencyBackend
+    weights: str
+    """Hash of the starting weights."""
+
+    def found(self) -> dict[str, Any]:
+        """What stands behind the names of the configuration."""
+        return {
+            "images": self.data.fingerprint,
+            "weights": self.weights,
+            "choices": self.space.as_dict(),
+            "conditions": self.backend.conditions.describe(),
+        }
+
+
+def pick_device(asked: str) -> str:
+    """'auto' is CUDA where there is one, else the CPU; anything else is checked.
+
+    Raises:
+        UsageError: torch does not know the device, or sees none of it.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {asked}: {reason}. Use auto, cpu, cuda or cuda:<number>.") from None
+    return asked
+
+
+def prepare(
+    config: SearchConfig,
+    folder: Path,
+    listener: Listener,
+    stop: Callable[[], bool],
+    backend: LatencyBackend | None = None,
+) -> Bench:
+    """Load and build everything; train the base if it comes without weights.
+
+    Raises:
+        UnknownNameError: no such base, space or backend.
+        RecipeError, SiteError, OptionError: the space does not read, or does not fit the base.
+        UsageError, SearchError: the data, the device, or a choice of both weights that exclude each other.
+        CheckpointError: the weights cannot be read or fetched.
+    """
+    if config.pretrained and config.checkpoint:
+        raise UsageError("--pretrained and --checkpoint both say where the base's weights come from; give one.")
+    check_base(config.base, "MODEL")
+    space_file = load(config.space)
+    size = _input_size(config)
+    listener.phase(f"reading {config.data or 'the embedded digits'}")
+    with torch.device("meta"):
+        twin = timm.create_model(config.base)
+    data = load_data(config.data, Preprocessing.of(twin, size), config.seed, on_load=listener.loading)
+    settings = TrainSettings(
+        epochs=config.epochs,
+        batch_size=config.train_batch_size,
+        lr=config.lr,
+        device=config.device,
+        amp=config.dtype == "bfloat16",
+    )
+    base = _untrained(config, data.num_classes)
+    anatomy = survey(base, size)
+    space = bind(space_file, anatomy, config.base)
+    conditions = Conditions(
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        input_size=size,
+        mode=config.mode,
+        channels_last=config.channels_last,
+        threads=config.threads or torch.get_num_threads(),
+    )
+    effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
+    backend = backend or backend_for(conditions, config.latency, effort)
+    evaluator = EVALUATORS[config.evaluator](data, settings)
+    weights = _starting_weights(config, base, data, settings, folder, listener, stop)
+    base.to(config.device).eval()
+    return Bench(config, base, anatomy, space, data, evaluator, backend, weights)
+
+
+def _input_size(config: SearchConfig) -> tuple[int, int, int]:
+    """What was asked for; else the model's own where its weights expect it; else near the images' own size."""
+    with torch.device("meta"):
+        model = timm.create_model(config.base)
+    channels, height, width = Preprocessing.of(model).input_size
+    if config.input_size:
+        return channels, config.input_size, config.input_size
+    fixed = bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
+    if config.pretrained or config.checkpoint or fixed:
+        return channels, height, width
+    if config.data is None:
+        return channels, min(_DEFAULT_SIZE, height), min(_DEFAULT_SIZE, width)
+    native = max(32, 32 * round(native_size(config.data) / 32))
+    return channels, min(native, height), min(native, width)
+
+
+def _untrained(config: SearchConfig, classes: int) -> nn.Module:
+    """The base for that many classes, with the weights it was given, or fresh ones that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.checkpoint:
+            model = build_base(config.base, read_state_dict(config.checkpoint), config.checkpoint)
+        elif config.pretrained:
+            model = build_base(config.base)
+        else:
+            model = timm.create_model(config.base, num_classes=classes)
+        if getattr(model, "num_classes", classes) != classes:
+            model.reset_classifier(classes)  # type: ignore[operator]
+    return model
+
+
+def _starting_weights(
+    config: SearchConfig,
+    base: nn.Module,
+    data: Data,
+    settings: TrainSettings,
+    folder: Path,
+    listener: Listener,
+    stop: Callable[[], bool],
+) -> str:
+    """Load them from the run directory, or make them and put them there; their hash."""
+    path = folder / "base.safetensors"
+    if path.exists():
+        load_weights(base, read_state_dict(path), str(path))
+    else:
+        if not (config.pretrained or config.checkpoint):
+            listener.phase(f"training the base {config.base} on {data.name}, {config.base_epochs} epochs")
+            from_scratch = replace(settings, epochs=config.base_epochs, lr=settings.lr * _BASE_LR)
+            train(base, data, from_scratch, config.seed, Watching(listener, stop))
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in base.state_dict().items()}
+        write_whole(path, safetensors.torch.save(tensors))
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

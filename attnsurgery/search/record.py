@@ -1,0 +1,96 @@
+"""Record: all that is known of one trial, as plain data for the study, the journal and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from attnsurgery.latency import Comparison
+
+State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed", "interrupted"]
+
+ASKED: frozenset[State] = frozenset({"trained", "over_budget", "too_many_blocks", "duplicate", "failed"})
+"""States that used up an ask: an interrupted trial did not, it is asked for again with the same seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A candidate's latency on the scale of the base's reference."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    """95 % interval."""
+    ratio: float
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Timing:
+        reference = comparison.reference_ms
+        return cls(
+            ms=comparison.variant_ms,
+            low_ms=comparison.ratio_low * reference,
+            high_ms=comparison.ratio_high * reference,
+            ratio=comparison.ratio,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trial. `number` is the study's; -1 is the base as it is."""
+
+    number: int
+    state: State
+    assignment: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | None = None
+    digest: str | None = None
+    blocks: int = 0
+    timing: Timing | None = None
+    top1: float | None = None
+    """On the validation split, 0 to 1."""
+    loss: float | None = None
+    parameters: int | None = None
+    seconds: float = 0.0
+    epochs: int = 0
+    reason: str | None = None
+    """Why it failed."""
+    duplicate_of: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data from which `from_dict` makes an equal record."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        timing = data.get("timing")
+        return cls(**{**data, "timing": Timing(**timing) if timing else None})
+
+    def what(self) -> str:
+        """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'."""
+        placed = [f"{label} at {place}" for place, label in self.assignment.items() if label != "none"]
+        return ", ".join(placed) or "the base as it is"
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Larger is better: accuracy, then loss, then latency."""
+        return self.top1 or 0.0, -(self.loss or 0.0), -(self.timing.ms if self.timing else 0.0)
+
+
+def trained(records: Iterable[Record]) -> list[Record]:
+    """Those that count: within the budget, and trained themselves."""
+    return [record for record in records if record.state == "trained"]
+
+
+def best(records: Iterable[Record]) -> Record | None:
+    """The trained one with the highest validation accuracy, then the lowest loss, then the lowest latency."""
+    return max(trained(records), key=lambda record: record.rank, default=None)
+
+
+def front(records: Iterable[Record]) -> list[Record]:
+    """Those trained that no other beats in both accuracy and latency, the fastest first."""
+    order = sorted(trained(records), key=lambda r: (r.timing.ms if r.timing else 0.0, -(r.top1 or 0.0)))
+    kept: list[Record] = []
+    for record in order:
+        if not kept or (record.top1 or 0.0) > (kept[-1].top1 or 0.0):
+            kept.append(record)
+    return kept

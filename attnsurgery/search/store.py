@@ -1,0 +1,172 @@
+"""The Optuna study behind a search: asks with a seed for each trial, keeps every record, takes up what was left.
+
+The seed of an ask depends on the search's seed and on how many asks were used up before it, and on nothing else, so a
+search that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.search.files import Journal
+from attnsurgery.search.record import ASKED, Record
+from attnsurgery.search.space import BoundSpace
+from attnsurgery.search.trial import seed_of
+
+_STARTUP = 8
+"""So many candidates are drawn uniformly before the sampler has anything to learn from."""
+_STUCK = 3
+"""After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
+_EMPTY = {"duplicate", "too_many_blocks"}
+_TRIES = 2000
+
+
+class Store:
+    """The only writer of a study.
+
+    Raises:
+        UsageError: the storage URL does not read.
+        SearchError: the storage cannot be opened.
+    """
+
+    def __init__(self, folder: Path, storage: str | None, space: BoundSpace, seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        self.journal = Journal(folder / "trials.jsonl")
+        self._space = space
+        self._seed = seed
+        with _storage_errors(url):
+            self._study = optuna.create_study(
+                storage=url, study_name=folder.resolve().name, direction="maximize", load_if_exists=True
+            )
+        self._distributions: dict[str, BaseDistribution] = {
+            variable.name: CategoricalDistribution(tuple(variable.choices)) for variable in space.variables
+        }
+
+    def fixed(self, key: str) -> Any:
+        """Data of the whole search kept under `key`, or None."""
+        return self._study.user_attrs.get(key)
+
+    def fix(self, key: str, value: Any) -> None:
+        """Keep data of the whole search."""
+        self._study.set_user_attr(key, value)
+
+    def recover(self) -> None:
+        """Settle what a dead process left running: what had its result gets it, the rest is asked for again."""
+        known = {entry["number"]: entry for entry in self.journal.read() if entry["state"] in ASKED}
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            entry = trial.user_attrs.get("record") or known.get(trial.number)
+            if entry is not None:
+                self._settle(trial.number, Record.from_dict(entry))
+            else:
+                reason = "the process ended before the trial did"
+                self._settle(trial.number, Record(trial.number, "interrupted", dict(trial.params), reason=reason))
+
+    def records(self) -> list[Record]:
+        """Every finished trial, in order."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [Record.from_dict(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+
+    def ask(self, records: list[Record]) -> tuple[int, dict[str, str]]:
+        """The next candidate: trial number, and a label for every variable."""
+        used = [record for record in records if record.state in ASKED]
+        seed = seed_of(self._seed, len(used))
+        stuck = len(used) >= _STUCK and all(record.state in _EMPTY for record in used[-_STUCK:])
+        fresh = self._unseen({record.digest for record in used}, seed) if len(used) < _STARTUP or stuck else None
+        self._study.sampler = _Given(fresh) if fresh else TPESampler(seed=seed, n_startup_trials=_STARTUP)
+        trial = self._study.ask(self._distributions)
+        return trial.number, {name: str(trial.params[name]) for name in self._distributions}
+
+    def finish(self, record: Record, budget_ms: float) -> None:
+        """Write the record down, then tell the study; in this order nothing that was finished is lost."""
+        self.journal.append(record.as_dict())
+        self._settle(record.number, record, budget_ms)
+
+    def _settle(self, number: int, record: Record, budget_ms: float | None = None) -> None:
+        trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        trial.set_user_attr("record", record.as_dict())
+        budget = budget_ms if budget_ms is not None else float(self.fixed("config")["budget_ms"])
+        trial.set_constraint("latency_ms", record.timing.ms - budget if record.timing else 0.0)
+        if self._space.max_blocks is not None:
+            trial.set_constraint("blocks", float(record.blocks - self._space.max_blocks))
+        over = record.state == "too_many_blocks" or (record.timing is not None and record.timing.ms > budget)
+        if over:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        elif record.top1 is not None:
+            self._study.tell(trial, record.top1)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def _unseen(self, digests: set[str | None], seed: int) -> dict[str, str] | None:
+        """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""
+        generator = np.random.default_rng(seed)
+        for _ in range(_TRIES):
+            drawn = {
+                variable.name: list(variable.choices)[int(generator.integers(len(variable.choices)))]
+                for variable in self._space.variables
+            }
+            recipe = self._space.recipe_of(drawn)
+            few = self._space.max_blocks is None or self._space.blocks(drawn) <= self._space.max_blocks
+            if recipe is not None and few and recipe.digest() not in digests:
+                return drawn
+        return None
+
+
+class _Given(BaseSampler):
+    """Samples what it was given."""
+
+    def __init__(self, assignment: Mapping[str, str]) -> None:
+        self._assignment = assignment
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._assignment[param_name]
+
+
+@contextmanager
+def _storage_errors(url: str) -> Iterator[None]:
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    try:
+        yield
+    except ArgumentError:
+        raise UsageError(
+            "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
+        ) from None
+    except ImportError as error:
+        raise UsageError(f"--storage {without_password(url)} needs a database driver: {error}.") from None
+    except (SQLAlchemyError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].replace(url, without_password(url))
+        raise SearchError(f"the study at {without_password(url)} cannot be opened: {reason}") from None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def same_json(data: Any) -> Any:
+    """What `data` is after a trip through JSON, as a storage gives it back."""
+    return json.loads(json.dumps(data))

@@ -1,0 +1,206 @@
+"""Runs a search, or goes on with it: ask, measure, train what fits, tell; then confirm the winner.
+
+Everything that is known is on the disk after each trial, so the same command goes on wherever it was stopped, and the
+trials are those of a search that was never stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from attnsurgery.errors import SearchError
+from attnsurgery.latency import Effort, Latency, LatencyBackend
+from attnsurgery.search.config import SearchConfig, check_same, fixed_part
+from attnsurgery.search.confirm import Confirmation, confirm
+from attnsurgery.search.files import locked
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.outcome import Outcome
+from attnsurgery.search.prepare import Bench, prepare
+from attnsurgery.search.record import ASKED, Record, Timing, best, trained
+from attnsurgery.search.store import Store, same_json
+from attnsurgery.search.trial import run_trial, train_seed
+from attnsurgery.search.watching import StopAsked, Watching
+
+_ASKS_A_TRIAL = 10
+_HOPELESS = 24
+"""After so many measured candidates over the budget and none within it, there is none."""
+
+
+def run(
+    config: SearchConfig,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] | None = None,
+    *,
+    backend: LatencyBackend | None = None,
+    command: str = "",
+) -> Outcome:
+    """Search until `config.trials` candidates within the budget were trained, by this run or another; confirm the best.
+
+    Args:
+        listener: told what happens.
+        stop: asked before every batch and trial; once true, what is running is given up and everything is written.
+        backend: measures instead of the one that the configuration names.
+        command: the command line that does the same, for the report.
+
+    Raises:
+        NothingFeasibleError: no candidate fits; the report is there.
+        SearchError: the run directory holds another search, or is in use; or the data is no good.
+        UsageError and its kin: the configuration names what does not exist or does not fit.
+    """
+    listener, stop = listener or Listener(), stop or (lambda: False)
+    folder = Path(config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
+    with locked(folder):
+        bench = prepare(config, folder, listener, stop, backend)
+        store = Store(folder, config.storage, bench.space, config.seed)
+        search = _Search(bench, store, folder, listener, stop, command)
+        outcome = search.go()
+    outcome.check_feasible()
+    return outcome
+
+
+class _Search:
+    """The state of one run; what outlives it is in the store."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        store: Store,
+        folder: Path,
+        listener: Listener,
+        stop: Callable[[], bool],
+        command: str,
+    ) -> None:
+        self.bench, self.store, self.folder, self.command = bench, store, folder, command
+        self.listener, self.stop = listener, stop
+        self.config = bench.config
+        self._same_search()
+        store.recover()
+        self.reference, self.base = self._reference()
+        self.confirmation: Confirmation | None = None
+
+    def go(self) -> Outcome:
+        """The whole search; an interruption is an outcome too."""
+        conditions = self.bench.backend.conditions.describe()
+        self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base)
+        records = self.store.records()
+        interrupted = False
+        try:
+            while self._goes_on(records):
+                if self.stop():
+                    raise StopAsked
+                records = self._trial(records)
+                if records[-1].state == "interrupted":
+                    raise StopAsked
+                self._outcome(records, interrupted=False).write()
+            self._confirm(records)
+        except StopAsked:
+            interrupted = True
+        outcome = self._outcome(records, interrupted)
+        outcome.write()
+        return outcome
+
+    def _goes_on(self, records: list[Record]) -> bool:
+        done = len(trained(records))
+        asked = [record for record in records if record.state in ASKED and record.state != "too_many_blocks"]
+        if done >= self.config.trials or len(asked) >= _ASKS_A_TRIAL * self.config.trials + 2 * _HOPELESS:
+            return False
+        known = {record.digest for record in asked if record.digest}
+        if len(known) >= self.bench.space.size():
+            return False
+        over = sum(record.state == "over_budget" for record in asked)
+        return done > 0 or over < _HOPELESS
+
+    def _trial(self, records: list[Record]) -> list[Record]:
+        seen = {record.digest: record for record in records if record.state in {"trained", "over_budget", "failed"}}
+        seen[""] = self.base
+        number, assignment = self.store.ask(records)
+        known = {digest: record for digest, record in seen.items() if digest is not None}
+        record = run_trial(self.bench, number, assignment, known, self.reference, self.listener, self.stop)
+        self.store.finish(record, self.config.budget_ms)
+        records = [*records, record]
+        self.listener.told(record, len(trained(records)), self.config.trials)
+        return records
+
+    def _confirm(self, records: list[Record]) -> None:
+        winner = best(records)
+        if winner is None:
+            return
+        wanted = {"digest": winner.digest, "seeds": self.config.confirm_seeds}
+        kept = self.store.fixed("confirmation")
+        if kept and all(kept[key] == value for key, value in wanted.items()) and (self.folder / "best").is_dir():
+            self.confirmation = Confirmation.from_dict(kept)
+            return
+        done = confirm(self.bench, winner, self.reference, self.folder, self.listener, self.stop)
+        self.store.fix("confirmation", done.as_dict())
+        self.confirmation = done
+
+    def _same_search(self) -> None:
+        now = same_json(fixed_part(self.config, self.bench.found()))
+        before = self.store.fixed("config")
+        if before is None:
+            self.store.fix("config", now)
+        else:
+            check_same(before, now, str(self.folder))
+
+    def _reference(self) -> tuple[Latency, Record]:
+        """The base's own latency and score, taken once: every trial of the search is on this scale."""
+        kept = self.store.fixed("base")
+        if kept is None:
+            self.listener.phase("measuring the base")
+            kept = {"latency": asdict(self._measure_base())}
+            self.store.fix("base", kept)
+        reference = Latency(**kept["latency"])
+        if "record" not in kept:
+            self.listener.phase(f"training the base as long as each trial, {self.config.epochs} epochs")
+            kept = {**kept, "record": self._score_base(reference).as_dict()}
+            self.store.fix("base", kept)
+        return reference, Record.from_dict(kept["record"])
+
+    def _measure_base(self) -> Latency:
+        backend = self.bench.backend
+        usual = backend.effort
+        backend.effort = Effort(tolerance=usual.tolerance, max_seconds=2 * usual.max_seconds)
+        try:
+            return backend.measure(self.bench.base)
+        finally:
+            backend.effort = usual
+
+    def _score_base(self, reference: Latency) -> Record:
+        model = copy.deepcopy(self.bench.base)
+        watch = Watching(self.listener, self.stop)
+        score = self.bench.evaluator.score(model, train_seed(self.bench), watch=watch)
+        half = reference.noise * reference.p50_ms
+        return Record(
+            number=-1,
+            state="trained",
+            digest="",
+            timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
+            top1=score.top1,
+            loss=score.loss,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            seconds=score.seconds,
+            epochs=score.epochs,
+            assignment={variable.name: "none" for variable in self.bench.space.variables},
+        )
+
+    def _outcome(self, records: list[Record], interrupted: bool) -> Outcome:
+        return Outcome(
+            config=self.config,
+            folder=self.folder,
+            conditions=self.bench.backend.conditions.describe(),
+            data=self.bench.data.describe(),
+            candidates=self.bench.space.size(),
+            base=self.base,
+            records=records,
+            confirmation=self.confirmation,
+            interrupted=interrupted,
+            command=self.command,
+            versions=self.reference.versions,
+        )

@@ -1,0 +1,114 @@
+"""One trial: build the candidate, prove that it starts as the base, measure it, train it if it is within the budget."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from attnsurgery.errors import AttnSurgeryError, SurgeryError
+from attnsurgery.latency import Latency
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Recipe
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.prepare import Bench
+from attnsurgery.search.record import Record, Timing
+from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.surgery.operate import operate
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on its parts alone, the same on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def build(bench: Bench, recipe: Recipe) -> nn.Module:
+    """The base with its starting weights, operated; its outputs are proved equal to the base's, bit for bit.
+
+    Raises:
+        SiteError, OptionError: the recipe does not fit.
+        SurgeryError: the outputs differ.
+    """
+    candidate = copy.deepcopy(bench.base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(bench.config.seed, "blocks", recipe.digest()))
+        operate(candidate, resolve(recipe, bench.anatomy))
+    candidate.to(bench.config.device).eval()
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(2, *bench.anatomy.input_size, generator=generator).to(bench.config.device)
+    with torch.inference_mode():
+        expected, got = bench.base(x_BCHW), candidate(x_BCHW)
+    if not torch.equal(expected, got):
+        worst = float((expected - got).abs().max())
+        raise SurgeryError(f"the candidate does not start as the base: outputs differ by up to {worst:.3g}.")
+    return candidate
+
+
+def run_trial(
+    bench: Bench,
+    number: int,
+    assignment: Mapping[str, str],
+    seen: Mapping[str, Record],
+    reference: Latency,
+    listener: Listener,
+    stop: Callable[[], bool],
+) -> Record:
+    """What became of the candidate. `seen` has earlier records by digest, the base as it is under ''."""
+    recipe = bench.space.recipe_of(assignment)
+    record = Record(
+        number=number,
+        state="failed",
+        assignment=dict(assignment),
+        recipe=recipe.as_dict() if recipe else None,
+        digest=recipe.digest() if recipe else "",
+        blocks=bench.space.blocks(assignment),
+    )
+    listener.asked(number, recipe.name if recipe else "the base as it is")
+    if (earlier := seen.get(record.digest or "")) is not None:
+        return _again(record, earlier)
+    if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
+        return replace(record, state="too_many_blocks")
+    assert recipe is not None, "the base as it is always is among the seen"
+    try:
+        return _measure_and_train(bench, record, recipe, reference, listener, stop)
+    except StopAsked:
+        return replace(record, state="interrupted", reason="stopped by the user")
+    except (AttnSurgeryError, RuntimeError, ValueError) as error:
+        return replace(record, state="failed", reason=" ".join(str(error).split())[:500] or type(error).__name__)
+
+
+def _measure_and_train(
+    bench: Bench, record: Record, recipe: Recipe, reference: Latency, listener: Listener, stop: Callable[[], bool]
+) -> Record:
+    candidate = build(bench, recipe)
+    timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
+    listener.timed(record.number, timing)
+    record = replace(record, timing=timing, parameters=sum(p.numel() for p in candidate.parameters()))
+    if timing.ms > bench.config.budget_ms:
+        return replace(record, state="over_budget")
+    score = bench.evaluator.score(candidate, train_seed(bench), watch=Watching(listener, stop))
+    return replace(
+        record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
+    )
+
+
+def train_seed(bench: Bench) -> int:
+    """One for all trials: every candidate sees the same images in the same order, so differences are its own."""
+    return seed_of(bench.config.seed, "train")
+
+
+def _again(record: Record, earlier: Record) -> Record:
+    """The same candidate once more costs nothing and is told the same."""
+    return replace(
+        earlier,
+        number=record.number,
+        state="duplicate",
+        assignment=record.assignment,
+        seconds=0.0,
+        duplicate_of=earlier.number,
+    )

@@ -1,0 +1,27 @@
+"""Between the training and whoever looks on: passes epochs on, and ends the training when a stop was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.search.listener import Listener
+
+
+class StopAsked(Exception):
+    """The user asked for an end; what was done so far is kept."""
+
+
+class Watching(Watch):
+    """Raises StopAsked within a batch of `stop` becoming true."""
+
+    def __init__(self, listener: Listener, stop: Callable[[], bool]) -> None:
+        self._listener = listener
+        self._stop = stop
+
+    def step(self) -> None:
+        if self._stop():
+            raise StopAsked
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._listener.epoch(epoch)
