@@ -19,6 +19,9 @@ from torch import nn
 from attnsurgery.errors import CheckpointError, UnknownNameError, did_you_mean
 from attnsurgery.weights import StateDict
 
+COUNTER = ".num_batches_tracked"
+"""A statistic that old checkpoints lack and torch fills in; no output depends on it."""
+
 
 def check_base(name: str, field: str = "base") -> None:
     """Make sure that timm knows the architecture and its tag.
@@ -61,13 +64,13 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load strictly: every name and every shape must be there.
+    """Load strictly: every name and every shape must be there, but for the counters that old batch norms lack.
 
     Raises:
         CheckpointError: counts and names what differs, and the nearest name that would fit; the model is unchanged.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state_dict]
+    missing = [key for key in own if key not in state_dict and not key.endswith(COUNTER)]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
     if missing or unexpected or shapes:
@@ -99,15 +102,16 @@ def _published(name: str) -> nn.Module:
 
 
 def _native(twin: nn.Module, state_dict: StateDict) -> StateDict:
-    """Weights under timm's names; those of the original authors go through the model family's own filter."""
+    """Weights under timm's names; others go through the model family's own filter, if it brings them nearer."""
     convert = getattr(sys.modules[type(twin).__module__], "checkpoint_filter_fn", None)
-    if convert is None or len(twin.state_dict().keys() & state_dict.keys()) * 2 > len(state_dict):
+    own = twin.state_dict().keys()
+    if convert is None or own == state_dict.keys():
         return state_dict
     try:
         converted: StateDict = convert(dict(state_dict), twin)
     except Exception:  # not the original format either; the strict load says what is wrong with the names
         return state_dict
-    return converted
+    return converted if len(own ^ converted.keys()) < len(own ^ state_dict.keys()) else state_dict
 
 
 def _sizes(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:

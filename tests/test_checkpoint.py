@@ -262,6 +262,14 @@ def test_weights_under_the_authors_names_go_through_the_familys_filter():
     assert all(torch.equal(built.state_dict()[key], value) for key, value in trained.state_dict().items())
 
 
+def test_weights_from_before_batch_norms_counted_are_taken(model: nn.Module, tensors: Tensors):
+    old = {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(tensors)
+    assert torch.equal(build_base(BASE, old)(images()), model(images()))
+    with pytest.raises(CheckpointError, match=r"1 of \d+ missing \(layer1\.0\.bn1\.running_mean\)"):
+        build_base(BASE, {key: value for key, value in old.items() if key != "layer1.0.bn1.running_mean"})
+
+
 def test_weights_of_another_model_are_counted_and_named(tensors: Tensors):
     with pytest.raises(
         CheckpointError, match=r"w\.pth does not hold the weights of test_vit: 80 of 80 missing \(cls_token"

@@ -125,11 +125,21 @@ def app_that_raises(error: BaseException) -> typer.Typer:
 def test_an_unforeseen_error_is_called_a_bug_and_shown_in_full_on_demand():
     app = app_that_raises(KeyError("lost"))
     message = refusal(CliRunner().invoke(app, ["fail"]), 1)
-    assert "KeyError: 'lost' This is a bug in attnsurgery. Run it again as 'attnsurgery --debug ...'" in message
+    assert "this is a bug in attnsurgery: KeyError: 'lost'. Run it again as 'attnsurgery --debug ...'" in message
     shown = CliRunner().invoke(app, ["--debug", "fail"])
     assert shown.exit_code == 1
     assert "Traceback" in shown.stderr
     assert "Traceback" not in CliRunner().invoke(app, ["fail"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(PermissionError(13, "Permission denied", "/x"), "Permission denied: /x."), (MemoryError(), "out of memory")],
+)
+def test_what_the_machine_refuses_is_not_called_a_bug(error: Exception, message: str):
+    said = refusal(CliRunner().invoke(app_that_raises(error), ["fail"]), 1)
+    assert message in said
+    assert "bug" not in said
 
 
 def test_an_error_of_ours_returns_its_own_code():

@@ -40,15 +40,23 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             _tell(str(error), error)
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            said = " ".join(str(error).split())
-            _tell(
-                f"{type(error).__name__}: {said[:500]} This is a bug in attnsurgery. "
-                "Run it again as 'attnsurgery --debug ...' and report the traceback.",
-                error,
-            )
+            _tell(_unforeseen(error), error)
             raise typer.Exit(1) from None
 
     return run
+
+
+def _unforeseen(error: Exception) -> str:
+    """What an error that is none of ours means to people."""
+    said = " ".join(str(error).split())[:500]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}."
+    if type(error).__name__ in {"MemoryError", "OutOfMemoryError"}:
+        return f"out of memory. A smaller --batch-size or another --device may do. {said}".rstrip()
+    return (
+        f"this is a bug in attnsurgery: {type(error).__name__}: {said.rstrip('.')}. "
+        "Run it again as 'attnsurgery --debug ...' and report the traceback."
+    )
 
 
 def _tell(message: str, error: BaseException) -> None:
