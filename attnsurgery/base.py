@@ -35,7 +35,7 @@ def check_base(name: str, field: str = "base") -> None:
     arch, tag = split_model_name_tag(name)
     if not timm.is_model(arch):
         near = did_you_mean(arch, timm.list_models())
-        raise UnknownNameError(f"{field}: timm has no architecture {arch!r}.{near}")
+        raise UnknownNameError(f"{field}: timm has no architecture {arch!r}.{near} All: timm.list_models().")
     tags = [cfg.partition(".")[2] for cfg in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         known = ", ".join(sorted(filter(None, tags))) or "none"

@@ -117,8 +117,8 @@ def _kind_of_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return "torch"  # torch itself explains what is broken
+    except Exception:  # zipfile raises anything from a broken directory; torch itself explains what is broken
+        return "torch"
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
     if any(name.endswith(".npy") for name in names):

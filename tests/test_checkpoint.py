@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import attnsurgery.checkpoint
@@ -160,6 +163,37 @@ def test_a_damaged_file_says_so(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message):
         read_state_dict(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a small file of each kind."""
+    folder = tmp_path_factory.mktemp("small")
+    for name in ("weights.pth", "legacy.pt", "weights.safetensors"):
+        WRITERS[name]({"a.weight": torch.ones(2, 3), "a.steps": torch.tensor(3)}, folder / name)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_bytes_are_broken_there_is_nothing_but_tensors_or_an_error(
+    small: dict[str, bytes], data: st.DataObject
+):
+    name = data.draw(st.sampled_from(sorted(small)))
+    content = bytearray(small[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+        try:
+            found = read_state_dict(path)
+        except CheckpointError as error:
+            message = str(error)
+        else:
+            message = name if all(isinstance(tensor, torch.Tensor) for tensor in found.values()) else ""
+    assert name in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,12 @@ def print_report(report: Report) -> None:
         ],
     )
     if report.blocks:
+        print_lines([""])
         print_table(
             ["block", "kind", "parameters", "calls"],
             [(block.path, block.block, f"{block.params:,}", block.calls) for block in report.blocks],
         )
+    print_lines([""])
     same = "equal" if report.max_abs_diff == 0 else f"different by up to {report.max_abs_diff:.3g}"
     lost = f"{len(report.keys_missing)} of the base lost" if report.keys_missing else "none of the base lost"
     print_lines(
