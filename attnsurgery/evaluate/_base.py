@@ -30,6 +30,8 @@ class TrainSettings:
     optimizer: str = "adamw"
     """Any name that timm's create_optimizer_v2 knows."""
     lr: float = 1e-3
+    new_lr_scale: float = 10.0
+    """Grafted blocks learn so many times faster than the weights that were there before."""
     weight_decay: float = 0.05
     warmup: float = 0.1
     """Share of all steps over which the learning rate rises."""

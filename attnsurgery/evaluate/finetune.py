@@ -1,7 +1,8 @@
 """Fine-tunes the whole model for a few epochs, then counts right answers: the plain way to see what a change is worth.
 
-timm's optimiser factory does the grouping: no weight decay on biases, norms and one-dimensional parameters, so a
-block's gate is free to leave zero. The learning rate rises linearly and falls as a cosine.
+timm does the grouping: no weight decay on biases, norms and one-dimensional parameters, so a block's gate is free to
+leave zero. Grafted blocks begin as the identity and know nothing, so they learn faster than the weights around them,
+which know their job. The learning rate rises linearly and falls as a cosine.
 """
 
 from __future__ import annotations
@@ -44,9 +45,7 @@ def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, watc
     """
     model.to(settings.device)
     steps = max(1, len(data.train) // min(settings.batch_size, len(data.train)))
-    optimizer = _optim.create_optimizer_v2(
-        model, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = _optim.create_optimizer_v2(_groups(model, settings), opt=settings.optimizer, lr=settings.lr)
     total = steps * settings.epochs
     warmup = min(total - 1, round(settings.warmup * total))
     schedule = CosineLRScheduler(
@@ -65,6 +64,20 @@ def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, watc
             if watch:
                 watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
     model.eval()
+
+
+def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """timm's groups, each split in grafted and other parameters; timm's schedules multiply by `lr_scale`."""
+    exempt: Any = getattr(model, "no_weight_decay", set)
+    groups = _optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt())
+    new = {id(p) for module in model.modules() if getattr(module, "grafted", False) for p in module.parameters()}
+    split = []
+    for group in groups:
+        for grafted, scale in ((False, 1.0), (True, settings.new_lr_scale)):
+            members = [p for p in group["params"] if (id(p) in new) == grafted]
+            if members:
+                split.append({**group, "params": members, "lr_scale": scale})
+    return split
 
 
 def _epoch(

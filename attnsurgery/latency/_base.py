@@ -69,7 +69,7 @@ class Conditions:
         """One line for people, printed beside every number."""
         size = "x".join(map(str, self.input_size))
         layout = ", channels_last" if self.channels_last else ""
-        threads = f", {self.threads} threads" if self.threads else ""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
         return f"{self.device}, {self.dtype}, batch {self.batch_size}, input {size}, {self.mode}{layout}{threads}"
 
 

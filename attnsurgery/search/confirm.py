@@ -1,8 +1,8 @@
 """The last word: winner and base, trained equally long from the same weights, on images that the search never saw.
 
 Each image that only one of the two gets right is a vote; the exact sign test on the votes is McNemar's test when there
-is one seed. With several seeds an image votes once, for the model that got it right in more of them: images stay the unit,
-for seeds on the same image are not independent.
+is one seed. With several seeds an image votes once, for the model that got it right in more of them: images stay the
+unit, for seeds on the same image are not independent.
 """
 
 from __future__ import annotations

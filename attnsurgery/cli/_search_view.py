@@ -1,0 +1,185 @@
+"""What a running search shows: at most ten live lines on a terminal, one plain line an event elsewhere, on stderr.
+
+The result goes to stdout, when there is one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from attnsurgery.cli._console import print_lines, print_table, stderr
+from attnsurgery.evaluate import Epoch
+from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
+from attnsurgery.search.record import best
+
+_SILENT = {"too_many_blocks"}
+_WORDS = {"trained": "trained", "over_budget": "over budget", "duplicate": "seen before", "failed": "failed"}
+
+
+@contextmanager
+def view(config: SearchConfig) -> Iterator[Listener]:
+    """A listener that shows the search while the context lasts; the terminal is left as it was."""
+    console = stderr()
+    if not console.is_terminal:
+        yield PlainView(console)
+        return
+    shown = LiveView(config)
+    with Live(get_renderable=shown.lines, console=console, refresh_per_second=4, transient=True):
+        yield shown
+
+
+class PlainView(Listener):
+    """A line an event: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def phase(self, text: str) -> None:
+        self._say(text)
+
+    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+        self._say(f"data     {data}")
+        self._say(f"latency  {conditions}")
+        self._say(f"space    {candidates:,} candidates")
+        self._say(f"base     {_ms(base.timing)}  {_percent(base.top1)}")
+
+    def told(self, record: Record, trained: int, wanted: int) -> None:
+        if record.state in _SILENT:
+            return
+        outcome = _WORDS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
+        numbers = f"{_ms(record.timing)}  {_percent(record.top1)}"
+        self._say(f"[{trained}/{wanted}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+class LiveView(Listener):
+    """The state of the search in at most ten lines."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self._config = config
+        self._facts: list[str] = []
+        self._base: Record | None = None
+        self._records: list[Record] = []
+        self._trained = 0
+        self._now = "starting"
+        self._detail = ""
+
+    def phase(self, text: str) -> None:
+        self._now, self._detail = text, ""
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        self._detail = f"{split} {done:,} of {total:,}"
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
+
+    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+        self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
+        self._base = base
+
+    def asked(self, number: int, name: str) -> None:
+        self._now, self._detail = f"trial {number}: {name}", "building and measuring"
+
+    def timed(self, number: int, timing: Timing) -> None:
+        self._detail = f"{_ms(timing)}, training"
+
+    def told(self, record: Record, trained: int, wanted: int) -> None:
+        self._records.append(record)
+        self._trained = trained
+
+    def lines(self) -> RenderableType:
+        """What to show at this moment."""
+        config = self._config
+        parts: list[RenderableType] = [
+            _line(f"{config.base}, space {config.space}, budget {config.budget_ms:g} ms", "bold"),
+            *(_line(fact, "dim") for fact in self._facts),
+        ]
+        if self._base:
+            parts.append(_line(f"base     {_ms(self._base.timing)}  {_percent(self._base.top1)}"))
+            parts.append(self._bar())
+        found = best(self._records)
+        if found:
+            parts.append(_line(f"best     {_ms(found.timing)}  {_percent(found.top1)}  {found.what()}", "green"))
+        parts.append(_line(f"now      {self._now}"))
+        parts.append(_line(f"         {self._detail}", "dim"))
+        return Group(*parts)
+
+    def _bar(self) -> RenderableType:
+        counts = Counter(record.state for record in self._records)
+        others = [f"{counts[state]} {word}" for state, word in _WORDS.items() if state != "trained" and counts[state]]  # type: ignore[index]
+        row = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._config.trials, completed=self._trained, width=24)
+        row.add_row("trained ", bar, f"{self._trained}/{self._config.trials}", Text(", ".join(others), style="dim"))
+        return row
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """The result: winner beside base, the verdict, and where everything is."""
+    winner = outcome.best
+    if winner is None:
+        return
+    rows = [_row("base", outcome.base), _row("winner", winner)]
+    print_table(["", "latency", "val top-1", "parameters"], rows)
+    lines = [f"winner     {winner.what()}"]
+    if outcome.confirmation:
+        again = outcome.confirmation.timing
+        over = "" if again.ms <= outcome.config.budget_ms else f": over the budget of {outcome.config.budget_ms:g} ms"
+        lines += [
+            f"verdict    {outcome.confirmation.sentence()}",
+            f"again      {_ms(again)}{over}, measured after the search ({outcome.conditions})",
+        ]
+    lines += [
+        f"recipe     {outcome.folder / 'best.yaml'}",
+        f"report     {outcome.folder / 'report.html'}",
+    ]
+    if outcome.confirmation:
+        lines.append(f"build it   timm.create_model('local-dir:{outcome.folder / 'best'}', pretrained=True)")
+    print_lines(lines)
+
+
+def as_data(outcome: Outcome) -> dict[str, Any]:
+    """The result as JSON data."""
+    folder = outcome.folder
+    return {
+        "best": outcome.best.as_dict() if outcome.best else None,
+        "base": outcome.base.as_dict(),
+        "front": [record.as_dict() for record in outcome.front],
+        "confirmation": outcome.confirmation.as_dict() if outcome.confirmation else None,
+        "trained": outcome.trained,
+        "counts": dict(outcome.counts),
+        "candidates": outcome.candidates,
+        "interrupted": outcome.interrupted,
+        "conditions": outcome.conditions,
+        "versions": outcome.versions,
+        "config": outcome.config.model_dump(exclude={"storage"}),
+        "files": {
+            name: str(folder / name) for name in ("best.yaml", "front.csv", "report.html", "trials.jsonl", "best")
+        },
+    }
+
+
+def _row(name: str, record: Record) -> tuple[str, ...]:
+    return name, _ms(record.timing), _percent(record.top1), f"{record.parameters or 0:,}"
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _ms(timing: Timing | None) -> str:
+    return f"{timing.ms:.3f} ms" if timing else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"

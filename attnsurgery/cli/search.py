@@ -1,0 +1,174 @@
+"""`attnsurgery search [MODEL] --budget-ms MS`: which blocks, where, within so many milliseconds?"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from attnsurgery.search import SearchConfig
+
+_INTERRUPTED = 130
+
+
+def search(
+    budget_ms: Annotated[float, typer.Option("--budget-ms", help="Most milliseconds that one forward may take.")],
+    model: Annotated[str | None, typer.Argument(help="Any timm name; by default the space's own small model.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Image folder, or a name such as hfds/cifar10; by default the embedded digits."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's published weights.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Begin with the weights in this file.")] = None,
+    space: Annotated[str, typer.Option(help="A space that ships (tiny, se, non_local), or a YAML file.")] = "tiny",
+    trials: Annotated[int, typer.Option(help="Candidates within the budget to train, over all runs.", min=1)] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each trial, and of the confirmation.", min=1)] = 3,
+    base_epochs: Annotated[int, typer.Option(help="Epochs of a base that has no weights.", min=1)] = 2,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 1e-3,
+    train_batch_size: Annotated[int, typer.Option(help="Images in one training step.", min=2)] = 64,
+    confirm_seeds: Annotated[int, typer.Option(help="Trainings of winner and base on the test images.", min=1)] = 2,
+    input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images in a measured forward.", min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the measured forward: float32, bfloat16 or float16.")] = "float32",
+    mode: Annotated[str, typer.Option(help="Of the measured forward: eager, cudagraph or compile.")] = "eager",
+    threads: Annotated[int, typer.Option(help="CPU threads of a measured forward; 0 for all.", min=0)] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; by default SQLite in the run directory.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Search for the best blocks and places under a latency budget; the same command goes on where it stopped."""
+    from attnsurgery.search.prepare import pick_device
+    from attnsurgery.search.space import load
+
+    base = model or load(space).base or _default_base()
+    named = output or Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), f"{budget_ms:g}ms"])
+    config = _config(
+        budget_ms=budget_ms,
+        base=base,
+        space=space,
+        data=data,
+        pretrained=pretrained,
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        trials=trials,
+        epochs=epochs,
+        base_epochs=base_epochs,
+        lr=learning_rate,
+        train_batch_size=train_batch_size,
+        confirm_seeds=confirm_seeds,
+        input_size=input_size,
+        device=pick_device(device),
+        batch_size=batch_size,
+        dtype=dtype,
+        mode=mode,
+        threads=threads,
+        seed=seed,
+        output=str(named),
+        storage=storage,
+    )
+    _run(config, as_json)
+
+
+def _run(config: SearchConfig, as_json: bool) -> None:
+    from attnsurgery.cli._console import print_error, print_json
+    from attnsurgery.cli._search_view import as_data, print_outcome, view
+    from attnsurgery.search import run
+    from attnsurgery.search.watching import StopAsked
+
+    command = command_of(config)
+    with view(config) as listener, _stopping() as stop:
+        try:
+            outcome = run(config, listener, stop.is_set, command=command)
+        except StopAsked:
+            outcome = None
+    if outcome is None:
+        print_error(f"stopped before the first trial; nothing is lost. Go on with:  {command}")
+        raise typer.Exit(_INTERRUPTED)
+    if as_json:
+        print_json(as_data(outcome))
+    else:
+        print_outcome(outcome)
+    if outcome.interrupted:
+        print_error(f"stopped after {outcome.trained} of {config.trials} trained trials. Go on with:  {command}")
+        raise typer.Exit(_INTERRUPTED)
+
+
+def command_of(config: SearchConfig) -> str:
+    """The command line that does this search; a password in the storage URL is left out."""
+    from attnsurgery.search import SearchConfig
+    from attnsurgery.search.store import without_password
+
+    words = ["attnsurgery", "search", config.base]
+    for name, info in SearchConfig.model_fields.items():
+        value: Any = getattr(config, name)
+        if name == "base" or (value == info.default and name != "output"):
+            continue
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, without_password(value) if name == "storage" else f"{value}"]
+    return shlex.join(words)
+
+
+def _config(**fields: Any) -> SearchConfig:
+    import pydantic
+
+    from attnsurgery.errors import UsageError
+    from attnsurgery.search import SearchConfig
+
+    try:
+        return SearchConfig(**fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UsageError(
+            f"{option} cannot be {first['input']!r}: {first['msg']}. See attnsurgery search --help."
+        ) from None
+
+
+def _default_base() -> str:
+    from attnsurgery.search import DEFAULT_BASE
+
+    return DEFAULT_BASE
+
+
+def _stem(name: str) -> str:
+    """A file or data set name as a part of a directory's name."""
+    stem = Path(name).stem or "data"
+    return "".join(letter if letter.isalnum() or letter in "_." else "_" for letter in stem)
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets; the second one ends the process at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("search")(search)
