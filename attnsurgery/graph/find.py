@@ -161,7 +161,9 @@ def is_container(module: nn.Module) -> bool:
 def runs_in_a_row(path: str, module: nn.Module, run: Run) -> bool:
     """True for regnet's RegStage and its like: no Sequential, but it only runs its children, all of one class."""
     children = list(module.named_children())
-    if is_container(module) or len({type(child) for _, child in children}) != 1 or not any(children[0][1].children()):
+    if isinstance(module, LOOPS) or len({type(child) for _, child in children}) != 1:
+        return False
+    if isinstance(children[0][1], LOOPS) or not any(children[0][1].children()):
         return False
     return run.outputs.get(path) is not None and run.outputs[path] is run.outputs.get(f"{path}.{children[-1][0]}")
 

@@ -81,7 +81,7 @@ def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:
     if asked.startswith("-") or missing or not wanted:
         have = ", ".join(map(str, there)) or "none"
         raise SiteError(
-            f"{text!r}: {anatomy.name} has no stage {missing[0] if missing else asked}. "
+            f"{text!r}: {anatomy.name} has no stage {missing[0] if missing and asked.isdigit() else asked}. "
             f"Its stages, by stride 4, 8, 16, 32: {have}. See them: attnsurgery inspect {anatomy.name}"
         )
     return wanted

@@ -1,0 +1,70 @@
+"""What several test files share: small timm models with every parameter awake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
+import pytest
+import timm
+import torch
+from torch import nn
+
+# One small model of each kind of host: image size and the arguments that make it small.
+HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "test_resnet": (64, {}),
+    "test_convnext": (64, {}),  # layer scale
+    "test_efficientnet": (64, {}),  # squeeze-excite and activations inside
+    "test_byobnet": (64, {}),
+    "test_vit": (64, {"img_size": 64}),  # tokens
+    "swin_tiny_patch4_window7_224": (  # windows, channels last
+        64,
+        {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4)},
+    ),
+    "regnetx_002": (64, {}),  # a row of blocks that is no Sequential
+    "vgg11": (64, {"mlp_ratio": 0.01}),  # bare layers
+    "densenet121": (64, {"block_config": (2, 2, 2, 2)}),  # lists between blocks
+}
+
+
+def wake(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter and statistic off its initial value.
+
+    timm starts the last norm of residual branches at zero, so on a fresh model whatever stands behind it sees zeros and
+    'output unchanged' holds for any block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer += 0.1 * torch.rand(buffer.shape, generator=generator)
+    return model
+
+
+def build(name: str, **kwargs: object) -> nn.Module:
+    """A woken model in eval mode; a host of HOSTS in its small form."""
+    torch.manual_seed(0)
+    _, small = HOSTS.get(name, (0, {}))
+    return wake(timm.create_model(name, **{**small, **kwargs})).eval()
+
+
+def images(size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Small models run faster on few threads, and results do not depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()

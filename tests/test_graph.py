@@ -1,0 +1,196 @@
+"""Where blocks can go: sites, their shapes, stages and roles, and the selectors that mean them."""
+
+from __future__ import annotations
+
+import attnsurgery
+import pytest
+import timm
+import torch
+from attnsurgery.errors import SiteError, UnknownNameError
+from attnsurgery.graph.find import Anatomy, input_size_of, survey
+from attnsurgery.graph.layout import guess_layout
+from attnsurgery.graph.select import select
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import HOSTS, build, images
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> Anatomy:
+    return attnsurgery.inspect("resnet50")
+
+
+def addresses(selector: str, anatomy: Anatomy) -> list[str]:
+    return [site.address for site in select(selector, anatomy)]
+
+
+def test_sites_of_a_resnet_have_the_shapes_and_stages_of_the_paper(resnet50: Anatomy) -> None:
+    assert resnet50.stages == (1, 2, 3, 4)
+    assert [len(resnet50.blocks(stage)) for stage in resnet50.stages] == [3, 4, 6, 3]
+    assert resnet50.site("layer3.5").shape == (1024, 14, 14)
+    assert resnet50.site("layer3.0.bn1").shape == (256, 28, 28)  # the stride sits in the convolution behind it
+    assert resnet50.site("layer3.0.bn1").stage == 3
+    assert {site.stage for site in resnet50.sites if site.address.startswith("layer2")} == {2}
+    assert [site.depth for site in resnet50.sites] == list(range(len(resnet50.sites)))
+
+
+def test_branch_ends_of_a_resnet_are_where_squeeze_and_excitation_goes(resnet50: Anatomy) -> None:
+    expected = [f"layer{stage}.{block}.bn3" for stage, n in ((1, 3), (2, 4), (3, 6), (4, 3)) for block in range(n)]
+    assert addresses("stage:* branches", resnet50) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "branch"),
+    [
+        ("resnet18", "layer1.0.bn2"),
+        ("convnext_atto", "stages.0.blocks.0:mul"),
+        ("efficientnet_b0", "blocks.1.1.bn3"),
+        ("mobilenetv3_small_050", "blocks.1.1.bn3"),
+        ("vit_tiny_patch16_224", "blocks.0.attn"),
+        ("swin_tiny_patch4_window7_224", "layers.0.blocks.0:contiguous_1"),
+        ("regnety_002", "s1.b1.conv3"),
+    ],
+)
+def test_branch_ends_are_found_in_every_kind_of_residual_model(name: str, branch: str) -> None:
+    anatomy = attnsurgery.inspect(name)
+    assert anatomy.stages == (1, 2, 3, 4)
+    assert next(site.address for site in anatomy.sites if site.role == "branch" and site.stage) == branch
+
+
+def test_stages_of_an_isotropic_model_are_the_quarters_of_its_depth() -> None:
+    anatomy = attnsurgery.inspect("vit_tiny_patch16_224")
+    assert [[s.address for s in anatomy.blocks(stage)] for stage in anatomy.stages] == [
+        [f"blocks.{i}" for i in range(3 * quarter, 3 * quarter + 3)] for quarter in range(4)
+    ]
+    assert anatomy.site("blocks.3").layout == "NLC"
+    assert anatomy.site("blocks.3").prefix_tokens == 1
+
+
+def test_windows_are_channels_last() -> None:
+    site = attnsurgery.inspect("swin_tiny_patch4_window7_224").site("layers.1.blocks.0")
+    assert (site.layout, site.shape, site.channels, site.map_size) == ("NHWC", (28, 28, 192), 192, (28, 28))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_shapes_are_those_of_a_real_forward(name: str) -> None:
+    model, size = build(name), HOSTS[name][0]
+    anatomy = survey(model, (3, size, size))
+    outputs = {site.address: site.shape for site in anatomy.sites if site.node is None}
+    seen: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if path in outputs:
+            module.register_forward_hook(lambda _m, _i, out, path=path: seen.__setitem__(path, tuple(out.shape[1:])))
+    with torch.no_grad():
+        model(images(size))
+    assert seen == outputs
+
+
+def test_survey_leaves_the_model_as_it_was() -> None:
+    model = build("test_resnet").train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    survey(model)
+    assert model.training
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_input_size_is_that_of_the_built_model_and_not_a_constant() -> None:
+    assert input_size_of(timm.create_model("test_vit", img_size=96, in_chans=1)) == (1, 96, 96)
+    assert input_size_of(timm.create_model("test_resnet")) == (3, 160, 160)
+    assert attnsurgery.inspect(timm.create_model("test_resnet", in_chans=5)).input_size == (5, 160, 160)
+
+
+def test_the_root_and_containers_never_hold_a_site() -> None:
+    for name in ("test_resnet", "regnetx_002", "densenet121"):
+        anatomy = attnsurgery.inspect(name)
+        owners = {site.owner for site in anatomy.sites}
+        assert "" not in owners
+        loops = {"layer1", "layer2", "s1", "s2", "features", "features.denseblock1"}
+        assert not owners & loops
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ("stage:3 before_last_block", ["layer3.4"]),
+        ("stage:3 last", ["layer3.5"]),
+        ("stage:3", ["layer3.5"]),
+        ("stage:-1 last", ["layer4.2"]),
+        ("stage:34 last", ["layer3.5", "layer4.2"]),
+        ("stage:1,4 last", ["layer1.2", "layer4.2"]),
+        ("stage:23 every:2", ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]),
+        ("stage:2 every 3", ["layer2.2"]),
+        ("stage:1 every", ["layer1.0", "layer1.1", "layer1.2"]),
+        ("layer[34].0.bn3", ["layer3.0.bn3", "layer4.0.bn3"]),
+        ("layer[3-4].0.bn?", [f"layer{stage}.0.bn{i}" for stage in (3, 4) for i in (1, 2, 3)]),
+        ("layer4.*", ["layer4.0", "layer4.1", "layer4.2"]),
+        ("layer4.**.bn3", ["layer4.0.bn3", "layer4.1.bn3", "layer4.2.bn3"]),
+    ],
+)
+def test_selector_means(selector: str, expected: list[str], resnet50: Anatomy) -> None:
+    assert addresses(selector, resnet50) == expected
+
+
+def test_before_the_last_block_of_a_stage_of_one_block_is_behind_it() -> None:
+    assert addresses("stage:3 before_last_block", attnsurgery.inspect("test_resnet")) == ["layer3.0"]
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("layer9.*.bn2", r"'layer9.\*.bn2' matches none of the \d+ sites of resnet50. Did you mean 'layer4.\*.bn2'\?"),
+        ("layer3.5.bn4", r"Did you mean 'layer3.5.bn\d'\?"),
+        ("stage:5 last", r"has no stage 5. Its stages, by stride 4, 8, 16, 32: 1, 2, 3, 4"),
+        ("stage:-9 last", "has no stage -9"),
+        ("stage:3 befor_last_block", r"no rule 'befor_last_block'. Did you mean 'before_last_block'\?"),
+        ("stage:3 last:2", "is not a stage selector. It reads: stage:<3 or 34 or -1"),
+        ("stage:3 every:0", "is not a stage selector"),
+        ("stage:x", "is not a stage selector"),
+        ("stage:1 every:9", "too few blocks for that step"),
+    ],
+)
+def test_a_selector_that_matches_nothing_names_the_nearest_that_would(
+    selector: str, message: str, resnet50: Anatomy
+) -> None:
+    with pytest.raises(SiteError, match=message):
+        select(selector, resnet50)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_selector_that_matches_or_a_clear_error(text: str) -> None:
+    anatomy = Anatomy("model", (3, 8, 8), attnsurgery.inspect("test_resnet").sites) if not _CACHE else _CACHE[0]
+    _CACHE[:] = [anatomy]
+    try:
+        assert select(text, anatomy)
+    except SiteError as error:
+        assert "model" in str(error) or "stage" in str(error)
+
+
+_CACHE: list[Anatomy] = []
+
+
+def test_an_address_that_is_not_there_names_the_nearest(resnet50: Anatomy) -> None:
+    with pytest.raises(SiteError, match=r"resnet50 has no site 'layer3.9'. Did you mean 'layer3.\d'\?"):
+        resnet50.site("layer3.9")
+
+
+def test_inspecting_an_unknown_name_suggests_one() -> None:
+    with pytest.raises(UnknownNameError, match=r"no model 'resnt50'. Did you mean 'resnet50'\?"):
+        attnsurgery.inspect("resnt50")
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "layout"),
+    [
+        ((64, 7, 7), False, "NCHW"),
+        ((7, 7, 64), False, "NHWC"),
+        ((7, 7, 7), False, "NCHW"),
+        ((7, 7, 7), True, "NHWC"),
+        ((49, 64), False, "NLC"),
+    ],
+)
+def test_layout_is_the_odd_one_out(shape: tuple[int, ...], channels_last: bool, layout: str) -> None:
+    assert guess_layout(shape, channels_last) == layout

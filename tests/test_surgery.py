@@ -1,0 +1,356 @@
+"""The operation and its traps: what was seen to go wrong in hosts has a test that holds it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import attnsurgery
+import pytest
+import timm
+import torch
+from attnsurgery.blocks._base import check_options
+from attnsurgery.errors import SiteError, SurgeryError
+from attnsurgery.graph.find import survey
+from attnsurgery.graph.select import select
+from attnsurgery.surgery.operate import grafted_blocks, operate, operated, remove
+from attnsurgery.surgery.plan import Insertion, Plan
+from attnsurgery.surgery.verify import verify
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from tests.conftest import HOSTS, build, images
+
+every_host = pytest.mark.parametrize("host", HOSTS)
+EVERYWHERE = (("stage:* branches", "se"), ("stage:3 before_last_block", "non_local"))
+
+
+def plan_for(model: nn.Module, size: int, *edits: tuple[str, str]) -> Plan:
+    anatomy = survey(model, (3, size, size))
+    return tuple(
+        Insertion(site, block, check_options(block, {})) for at, block in edits for site in select(at, anatomy)
+    )
+
+
+def cut(model: nn.Module, *edits: tuple[str, str], size: int = 64) -> nn.Module:
+    return operate(model, plan_for(model, size, *(edits or EVERYWHERE)))
+
+
+def move_gates(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in grafted_blocks(model).values():
+            for parameter in block.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def forward(model: nn.Module, x: torch.Tensor, training: bool = False) -> torch.Tensor:
+    torch.manual_seed(0)
+    model.train(training)
+    output = model(x)
+    model.eval()
+    return output
+
+
+@every_host
+@pytest.mark.parametrize("training", [False, True])
+def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, training: bool) -> None:
+    size = HOSTS[host][0]
+    base = build(host, drop_rate=0.1)
+    model = cut(copy.deepcopy(base), size=size)
+    x = images(size)
+    expected = forward(base, x, training)
+    assert torch.equal(forward(model, x, training), expected)
+    assert not torch.equal(forward(move_gates(model), x, training), expected)
+
+
+@every_host
+def test_surgery_adds_keys_and_renames_none_and_remove_brings_the_base_back(host: str) -> None:
+    size = HOSTS[host][0]
+    base = build(host)
+    model = cut(copy.deepcopy(base), size=size)
+    report = verify(model, (3, size, size))
+    assert report.alive
+    assert report.max_abs_diff == 0
+    assert report.keys_added
+    assert report.params_after - report.params_before == sum(
+        p.numel() for block in grafted_blocks(model).values() for p in block.parameters()
+    )
+    assert report.macs_after > report.macs_before
+    move_gates(model)
+    assert remove(model) is model
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
+    assert torch.equal(model(images(size)), base(images(size)))
+
+
+@every_host
+def test_every_new_parameter_gets_a_gradient_in_one_backward(host: str) -> None:
+    size = HOSTS[host][0]
+    model = move_gates(cut(build(host), size=size)).train()
+    model(images(size)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without
+
+
+@every_host
+def test_surgical_models_survive_copy_pickle_and_save(host: str) -> None:
+    size = HOSTS[host][0]
+    model = move_gates(cut(build(host), size=size))
+    x = images(size)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(twin(x), expected)
+    assert verify(copy.deepcopy(model), (3, size, size)).alive
+
+
+@pytest.mark.parametrize("host", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "vgg11"])
+def test_surgical_models_compile_script_and_export(host: str) -> None:
+    size = HOSTS[host][0]
+    model = move_gates(cut(build(host), size=size))
+    x = images(size)
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    assert torch.allclose(torch.jit.script(model)(x), expected, atol=1e-5)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    assert torch.allclose(exported.module()(images(size, batch=3)), model(images(size, batch=3)), atol=1e-4)
+
+
+def test_a_copy_and_its_original_do_not_share_blocks() -> None:
+    model = cut(build("test_resnet"))
+    twin = copy.deepcopy(model)
+    x = images(64)
+    before = model(x)
+    move_gates(twin)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(twin(x), before)
+
+
+def test_owners_with_the_same_forward_share_one_generated_class() -> None:
+    model = cut(build("resnet18"), ("stage:* every", "non_local"))
+    classes = {type(owner) for _, owner, _ in operated(model)}
+    assert len(classes) == 1
+    assert issubclass(classes.pop(), timm.models.resnet.BasicBlock)
+
+
+def test_the_place_a_host_keeps_free_is_filled_and_its_class_stays() -> None:
+    model = cut(build("test_resnet"), ("stage:* branches", "se"))
+    assert "layer1.0.se" in grafted_blocks(model)
+    assert type(model.layer1[0]) is timm.models.resnet.BasicBlock
+    remove(model)
+    assert model.layer1[0].se is None
+    assert "se" not in model.layer1[0]._modules
+
+
+def test_an_identity_that_the_host_calls_is_replaced_and_put_back() -> None:
+    model = build("regnetx_002")
+    names = [name for name, _ in model.named_modules()]
+    cut(model, ("s1.b1.conv2", "se"))
+    assert list(grafted_blocks(model)) == ["s1.b1.se"]
+    assert [name for name, _ in model.named_modules() if not name.startswith("s1.b1.se.")] == names
+    assert verify(model, (3, 64, 64)).blocks[0].calls == 1
+    remove(model)
+    assert type(model.s1.b1.se) is nn.Identity
+
+
+def test_a_name_the_host_uses_elsewhere_is_left_alone() -> None:
+    """regnetx calls its Identity `se` behind conv2; a block behind conv3 under that name would run twice."""
+    model = cut(build("regnetx_002"), ("s1.b1.conv3", "se"))
+    assert list(grafted_blocks(model)) == ["s1.b1.se_2"]
+    assert type(model.s1.b1.se) is nn.Identity
+    assert verify(model, (3, 64, 64)).blocks[0].calls == 1
+
+
+def order_of_calls(model: nn.Module, x: torch.Tensor) -> list[str]:
+    order: list[str] = []
+    for path, block in grafted_blocks(model).items():
+        block.register_forward_hook(lambda *_a, path=path: order.append(path))
+    model(x)
+    return order
+
+
+@pytest.mark.parametrize("first", ["se", "non_local"])
+def test_two_blocks_at_one_address_run_in_the_order_written(first: str) -> None:
+    second = {"se": "non_local", "non_local": "se"}[first]
+    for at in ("layer3.0", "layer3.0.bn3", "layer3.0.conv2"):
+        in_one = cut(build("test_resnet"), (at, first), (at, second))
+        in_two = cut(cut(build("test_resnet"), (at, first)), (at, second))
+        for model in (in_one, in_two):
+            assert [path.split(".")[2][:2] for path in order_of_calls(model, images(64))] == [first[:2], second[:2]]
+
+
+def test_a_second_operation_adds_to_the_first_and_remove_undoes_both() -> None:
+    base = build("test_resnet")
+    model = cut(copy.deepcopy(base), ("layer3.0.bn3", "se"))
+    cut(model, ("layer3.0.bn2", "se"), ("layer3.0", "non_local"))
+    assert sorted(grafted_blocks(model)) == ["layer3.0.non_local", "layer3.0.se", "layer3.0.se_2"]
+    x = images(64)
+    assert torch.equal(model(x), base(x))
+    assert verify(model, (3, 64, 64)).alive
+    remove(model)
+    assert list(model.state_dict()) == list(base.state_dict())
+
+
+def test_addresses_stay_the_same_after_surgery() -> None:
+    model = build("test_convnext")
+    before = survey(model, (3, 64, 64))
+    cut(model, ("stage:* every", "non_local"), ("stages.1.blocks.0.norm", "se"))
+    assert survey(model, (3, 64, 64)).sites == before.sites
+
+
+def test_after_an_error_the_model_is_as_it_was() -> None:
+    model = build("test_resnet")
+    good, bad = plan_for(model, 64, ("layer1.0.bn2", "se"), ("layer2.0.bn2", "se"))
+    broken = Insertion(type(bad.site)(**{**{f: getattr(bad.site, f) for f in bad.site.__slots__}, "node": "bn9"}), "se", {})
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(SiteError, match="'layer2.0': BasicBlock has no single tensor at bn9"):
+        operate(model, (good, broken))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+def test_a_plan_of_another_model_is_refused_with_the_nearest_owner() -> None:
+    plan = plan_for(build("resnet18"), 64, ("layer4.1", "non_local"))
+    with pytest.raises(SiteError, match=r"cuts into 'layer4.1', which ResNet does not have. Did you mean 'layer4.0'\?"):
+        operate(build("test_resnet"), plan)
+
+
+def test_dropout_inside_a_traced_forward_stays_alive_in_training_and_dead_in_eval() -> None:
+    """A ViT attention asks self.training in Python; a trace in one mode would keep that answer for ever."""
+    base = build("test_vit", attn_drop_rate=0.5, proj_drop_rate=0.5, drop_path_rate=0.5)
+    model = cut(copy.deepcopy(base), ("blocks.*.attn.proj", "se"))
+    x = images(64)
+    for training in (True, False, True):
+        assert torch.equal(forward(model, x, training), forward(base, x, training))
+    assert not torch.equal(forward(model, x, True), forward(model, x, False))
+
+
+def test_gradient_checkpointing_set_after_surgery_still_works_and_gives_the_same_gradients() -> None:
+    model = move_gates(cut(build("test_convnext"), ("stages.2", "se"), ("stage:3 last", "non_local"))).train()
+    x = images(64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert model.stages[2].grad_checkpointing is enable
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+def test_sync_batch_norm_conversion_keeps_every_block_alive() -> None:
+    # torch's own conversion does not know timm's batch norms with an activation inside
+    conversions = {
+        "test_resnet": nn.SyncBatchNorm.convert_sync_batchnorm,
+        "test_efficientnet": timm.layers.convert_sync_batchnorm,
+    }
+    for host, convert in conversions.items():
+        model = move_gates(cut(build(host)))
+        x = images(64)
+        expected = model(x)
+        converted = convert(copy.deepcopy(model))
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+        assert verify(converted, (3, 64, 64)).alive
+        assert torch.allclose(converted(x), expected, atol=1e-6)
+
+
+def test_exponential_moving_average_follows_the_blocks() -> None:
+    model = cut(build("test_resnet"))
+    ema = ModelEmaV3(model, decay=0.5)
+    move_gates(model)
+    ema.update(model)
+    key = next(key for key in model.state_dict() if "se.fc2.weight" in key)
+    assert torch.allclose(ema.module.state_dict()[key], model.state_dict()[key] / 2, atol=1e-6)
+    assert not torch.equal(ema.module(images(64)), model(images(64)))
+
+
+def test_what_a_block_changes_shows_in_every_way_through_the_model() -> None:
+    base = build("test_resnet")
+    model = move_gates(cut(copy.deepcopy(base)))
+    x = images(64)
+    assert not torch.equal(model.forward_features(x), base.forward_features(x))
+    assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
+    final, intermediates = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert len(intermediates) == len(base.forward_intermediates(x)[1])
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+
+
+def test_blocks_share_the_learning_rate_group_of_the_block_they_are_in() -> None:
+    from timm.models import group_parameters
+
+    model = cut(build("test_resnet"))
+    groups = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert groups["layer3.0.se.fc1.weight"] == groups["layer3.0.conv1.weight"]
+    assert groups["layer3.0.non_local.theta.weight"] == groups["layer3.0.conv1.weight"]
+
+
+def test_new_blocks_take_device_dtype_and_mode_of_their_host() -> None:
+    model = cut(build("test_resnet").bfloat16().train())
+    for block in grafted_blocks(model).values():
+        assert block.training
+        assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    on_meta = cut(timm.create_model("test_resnet", device="meta"))
+    assert all(p.device.type == "meta" for p in on_meta.parameters())
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_verify_sees_a_block_that_never_runs_or_runs_twice(calls: int) -> None:
+    model = cut(build("test_resnet"), ("layer3.0", "non_local"))
+    owner = model.layer3[0]
+
+    class Tampered(type(owner)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self._uncut_forward(x)
+            for _ in range(calls):
+                y = self.non_local(y)
+            return y
+
+    owner.__class__ = Tampered
+    report = verify(model, (3, 64, 64))
+    assert report.blocks[0].calls == calls
+    assert not report.alive
+
+
+def test_verify_says_so_when_something_replaced_a_block() -> None:
+    model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
+    model.layer3[0].se = nn.Identity()
+    with pytest.raises(SurgeryError, match="the block 'se' of 'layer3.0' is gone"):
+        verify(model, (3, 64, 64))
+
+
+def test_verify_of_a_model_without_surgery_reports_nothing_added() -> None:
+    report = verify(build("test_resnet"), (3, 64, 64))
+    assert (report.keys_added, report.blocks, report.macs_after) == ((), (), report.macs_before)
+
+
+def test_operating_through_the_public_verb_makes_the_model_describe_itself(tmp_path: Any) -> None:
+    from timm.models import save_for_hf
+
+    base = build("test_resnet", num_classes=7)
+    model = copy.deepcopy(base)
+    recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": [{"at": "layer[34].*.bn?", "block": "se"}]}
+    assert attnsurgery.operate(model, recipe) is model
+    attnsurgery.operate(model, recipe | {"edits": [{"at": "stage:3 last", "block": "non_local"}]})
+    move_gates(model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(64)
+    assert torch.equal(again(x), model(x))
+    assert [edit.block for edit in attnsurgery.recipe_of(again).edits] == ["se", "non_local"]
+    attnsurgery.remove(model)
+    assert attnsurgery.recipe_of(model) is None
+    assert model.pretrained_cfg["architecture"] == "test_resnet"
+    assert torch.equal(model(x), base(x))
