@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from attnsurgery import registry
+from attnsurgery.base import weightless
 from attnsurgery.errors import UnknownNameError, did_you_mean
 from attnsurgery.graph.find import Anatomy, survey
 from attnsurgery.recipe.build import resolve
@@ -34,7 +34,7 @@ def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = No
     Raises:
         UnknownNameError: timm has no such model.
     """
-    return survey(_weightless(model) if isinstance(model, str) else model, input_size)
+    return survey(_named(model) if isinstance(model, str) else model, input_size)
 
 
 def operate(
@@ -107,13 +107,9 @@ def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
     model._model_args = {k: v for k, v in kept.items() if v is not None}  # type: ignore[assignment]
 
 
-def _weightless(name: str) -> nn.Module:
+def _named(name: str) -> nn.Module:
+    """The model of that name without its weights; a directory is named `local-dir:DIR`."""
     if ":" not in name and not timm.is_model(name):
         near = did_you_mean(name.partition(".")[0], timm.list_models())
         raise UnknownNameError(f"timm has no model {name!r}.{near} See them: attnsurgery list")
-    try:
-        with torch.device("meta"):
-            model: nn.Module = timm.create_model(name)
-    except (NotImplementedError, RuntimeError):  # an initialisation that reads values, which meta tensors have not
-        model = timm.create_model(name)
-    return model
+    return weightless(name)

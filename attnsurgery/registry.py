@@ -105,9 +105,13 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 
     if isinstance(recipe, Recipe):
         return recipe
-    if isinstance(recipe, Mapping):
-        return text.loads(json.dumps(recipe), "recipe")  # JSON is YAML: one reader, one set of messages
-    return text.load(recipe)
+    if not isinstance(recipe, Mapping):
+        return text.load(recipe)
+    try:
+        as_json = json.dumps(recipe, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"a recipe is plain data, and this one is not: {error}.") from None
+    return text.loads(as_json, "recipe")  # JSON is YAML: one reader, one set of messages
 
 
 def recipe_of(name: str) -> Recipe | None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from attnsurgery.graph.record import Found, Run, map_shape
 from attnsurgery.graph.site import Role
+from attnsurgery.graph.trace import ONE_AT_A_TIME
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 DROPS = {"DropPath", "Dropout", "Identity", "DropBlock2d"}
@@ -55,7 +56,7 @@ def _values(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> dict[fx.N
     bound.apply_defaults()
     symbolic = sum(node.op == "placeholder" for node in graph.nodes)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ONE_AT_A_TIME:
             Replay(owner, garbage_collect_values=False, graph=graph).run(*list(bound.arguments.values())[:symbolic])
     except Exception:  # an operation that meta tensors do not know: the sites up to there still stand
         return values

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from attnsurgery.graph.site import Role
+from attnsurgery.graph.trace import ONE_AT_A_TIME
 
 BATCH = 2
 
@@ -76,7 +77,7 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
 
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ONE_AT_A_TIME:
             twin(example(twin, size, "meta"))
     finally:
         for handle in handles:

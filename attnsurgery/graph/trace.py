@@ -11,6 +11,7 @@ modes, and keeps the optional arguments symbolic only where the forward never as
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import fx, nn
 CHANGING_STATE = ("grad_checkpointing",)
 # Methods by which a module rebuilds itself for deployment: its forward afterwards is another one.
 REBUILDS = ("reparameterize", "fuse", "switch_to_deploy")
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""torch.fx patches nn.Module for as long as it traces; another forward at that moment would end up in the trace."""
 
 
 class _OwnForward(fx.Tracer):
@@ -78,7 +83,8 @@ def same(one: fx.Graph, other: fx.Graph) -> bool:
 
 def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
     try:
-        return _OwnForward().trace(module, concrete_args=concrete)
+        with ONE_AT_A_TIME:
+            return _OwnForward().trace(module, concrete_args=concrete)
     except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
         return None
 

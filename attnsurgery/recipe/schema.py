@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+
+
+def _exactly_one(version: object) -> object:
+    """`true` and `1.0` equal 1 and are no version."""
+    if type(version) is not int:
+        raise ValueError("a version is a whole number")
+    return version
+
+
 Scalar = bool | int | float | str | None
+Version = Annotated[Literal[1], pydantic.BeforeValidator(_exactly_one)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=200)]
 
 
@@ -29,19 +39,22 @@ class Edit(Strict):
     options: dict[str, Scalar] = Field(default_factory=dict, description="options of that block")
     start: Literal["identity", "paper"] = Field(
         default="identity",
-        description="'identity': the pretrained model computes the same numbers right after surgery; 'paper': the paper's own",
+        description="'identity': a pretrained model computes the same numbers right after surgery; 'paper': the paper's",
     )
 
 
 class Recipe(Strict):
     """A base architecture and the edits that make a new model of it."""
 
-    version: Literal[1] = Field(description="format version of the recipe")
+    version: Version = Field(description="format version of the recipe")
     name: Name = Field(description="what the result is called; a legal timm model name")
     base: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_\-.]+)?$", max_length=200)] = Field(
         description="any timm architecture, a tag allowed: 'resnet50.a1_in1k'"
     )
     edits: Annotated[list[Edit], Field(min_length=1, max_length=1000)] = Field(description="applied in this order")
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON data; defaults of an edit are left out, so that what a person wrote comes back."""

@@ -1,0 +1,281 @@
+"""Names: surgical models are timm models, before and after saving, with weights of either kind."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import attnsurgery
+import pytest
+import timm
+import torch
+from attnsurgery import registry
+from attnsurgery.errors import RecipeError, SiteError, SurgeryError, UnknownNameError
+from attnsurgery.surgery.operate import grafted_blocks
+from timm.models import _builder, _registry
+
+from tests.conftest import build, images, wake
+
+RECIPE = {
+    "version": 1,
+    "name": "my_model",
+    "base": "test_resnet",
+    "edits": [{"at": "layer[34].*.bn?", "block": "se", "options": {"reduction": 4}}],
+}
+
+
+def params(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet50_nonlocal_s3", 27_658_792),
+        ("resnet50_se", 28_088_024),
+        ("resnet101_se", 49_326_872),
+        ("resnext50_32x4d_se", 27_559_896),
+        ("resnet50_nonlocal5", 25_557_032 + 7_358_464),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, expected: int) -> None:
+    with torch.device("meta"):
+        assert params(timm.create_model(name)) == expected
+
+
+def test_children_are_named_as_timm_names_them() -> None:
+    with torch.device("meta"):
+        ours, theirs = timm.create_model("resnet50_se"), timm.create_model("seresnet50")
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    assert "layer1.0.se.fc1.weight" in ours.state_dict()
+
+
+@pytest.mark.parametrize("pair", [("resnet18_se", "seresnet18"), ("resnet50_se", "seresnet50")])
+def test_paper_start_takes_timms_weights_strictly_and_computes_the_same_bits(pair: tuple[str, str]) -> None:
+    ours = timm.create_model(pair[0], start="paper").eval()
+    theirs = wake(timm.create_model(pair[1])).eval()
+    x = images(64)
+    assert not torch.equal(ours(x), theirs(x))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.train()(x), theirs.train()(x))
+    assert ours._model_args == {"start": "paper"}
+    identity = timm.create_model(pair[0]).eval()
+    identity.load_state_dict(theirs.state_dict(), strict=True)
+    assert not torch.equal(identity(x), theirs.eval()(x))
+
+
+def test_is_model_and_list_models_tell_the_truth() -> None:
+    assert {"resnet50_se", "resnet50_nonlocal_s3", "resnet50_nonlocal5"} <= set(timm.list_models("resnet50_*"))
+    assert timm.is_model("test_resnet_se_s12")
+    assert timm.is_model("test_resnet_nonlocal_s3.r160_in1k")
+    assert "test_resnet_se_s12" in timm.list_models("test_resnet*", module="zoo")
+    for name in ("resnet50_foo_s3", "nonet_se", "resnet50_se_s0", "resnet50_", "_se", "surgery_se", "resnet50_se_s3_"):
+        assert not timm.is_model(name)
+    assert len(timm.list_models()) < 1500
+    assert all(timm.is_model(name) for name in timm.list_models(module="zoo"))
+
+
+def test_no_name_of_timms_own_changes_its_meaning() -> None:
+    theirs = subprocess.run(
+        [sys.executable, "-c", "import timm; print(*timm.list_models())"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(theirs) <= set(timm.list_models())
+    assert all(_registry._model_to_module[name] != "zoo" for name in theirs)
+    assert type(timm.create_model("test_resnet")).__module__ == "timm.models.resnet"
+    assert not grafted_blocks(timm.create_model("seresnet18"))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "resnet18"])
+@pytest.mark.parametrize("suffix", ["se", "nonlocal_s3", "se_s34", "nonlocal"])
+def test_names_work_with_the_arguments_of_timm(name: str, suffix: str) -> None:
+    model = timm.create_model(f"{name}_{suffix}", num_classes=5, in_chans=1).eval()
+    assert model(images(64, channels=1)).shape == (2, 5)
+    assert grafted_blocks(model)
+    assert model.pretrained_cfg["architecture"] == f"{name}_{suffix}"
+    assert model.pretrained_cfg["hf_hub_id"].startswith(f"timm/{name}.")
+    assert model.num_classes == 5
+
+
+@pytest.mark.parametrize("out_indices", [(1, 2, 3), (2,)])
+def test_features_only_sees_the_blocks(out_indices: tuple[int, ...]) -> None:
+    x = images(64)
+    plain, surgical = (
+        timm.create_model(name, features_only=True, out_indices=out_indices).eval()
+        for name in ("test_resnet", "test_resnet_se_nonlocal_s3")
+    )
+    surgical.load_state_dict(wake(plain).state_dict())
+    for a, b in zip(plain(x), surgical(x), strict=True):
+        assert torch.equal(a, b)
+    wake(surgical, seed=3)
+    plain.load_state_dict({k: v for k, v in surgical.state_dict().items() if k in plain.state_dict()})
+    assert not torch.equal(plain(x)[-1], surgical(x)[-1])
+    assert surgical.feature_info.channels() == plain.feature_info.channels()
+
+
+def test_names_stack_in_the_order_spelled() -> None:
+    recipe = registry.recipe_of("test_resnet_se_nonlocal_s3")
+    assert [edit.block for edit in recipe.edits] == ["se", "non_local"]
+    assert recipe.base == "test_resnet"
+
+
+def test_checkpoint_path_takes_base_and_surgical_checkpoints_but_not_half_a_block(tmp_path: Path) -> None:
+    base = build("test_resnet")
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    x = images(64)
+    model = timm.create_model("test_resnet_se", checkpoint_path=str(tmp_path / "base.pth")).eval()
+    assert torch.equal(model(x), base(x))
+    wake(model)
+    torch.save(model.state_dict(), tmp_path / "surgical.pth")
+    again = timm.create_model("test_resnet_se", checkpoint_path=str(tmp_path / "surgical.pth")).eval()
+    assert torch.equal(again(x), model(x))
+    half = {key: value for key, value in model.state_dict().items() if "layer3.0.se.fc1" not in key}
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(RuntimeError, match=r"only a part of the block 'layer3.0.se'"):
+        timm.create_model("test_resnet_se", checkpoint_path=str(tmp_path / "half.pth"))
+
+
+def test_pretrained_weights_go_through_timms_own_loading(tmp_path: Path) -> None:
+    """Another number of classes and channels, a file instead of the hub: timm adapts head and stem, blocks stay."""
+    base = build("test_resnet")
+    torch.save(base.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    model = timm.create_model("test_resnet_se", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(model(images(64)), base(images(64)))
+    fitted = timm.create_model(
+        "test_resnet_se", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1
+    ).eval()
+    plain = timm.create_model(
+        "test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1
+    ).eval()
+    x = images(64, channels=1)
+    assert torch.equal(fitted.forward_features(x), plain.forward_features(x))
+
+
+def test_a_tag_selects_the_bases_weights() -> None:
+    cfg = timm.create_model("resnet18_se.fb_ssl_yfcc100m_ft_in1k").pretrained_cfg
+    assert (cfg["tag"], cfg["hf_hub_id"]) == ("fb_ssl_yfcc100m_ft_in1k", "timm/resnet18.fb_ssl_yfcc100m_ft_in1k")
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.create_model("resnet18_se.no_such_tag")
+
+
+def test_a_recipe_becomes_a_name_and_saves_under_it(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    assert attnsurgery.register(RECIPE) == "my_model"
+    assert attnsurgery.register(RECIPE) == "my_model"
+    assert timm.is_model("my_model")
+    assert "my_model" in timm.list_models("my_*")
+    model = wake(timm.create_model("my_model", num_classes=4)).eval()
+    assert list(grafted_blocks(model)) == [
+        "layer3.0.se_2", "layer3.0.se_3", "layer3.0.se", "layer4.0.se_2", "layer4.0.se"
+    ]  # fmt: skip
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images(64)), model(images(64)))
+
+
+def test_a_taken_name_is_refused() -> None:
+    attnsurgery.register(RECIPE | {"name": "taken_name"})
+    for name in ("taken_name", "resnet18", "resnet50_se", "resnet18_nonlocal_s3"):
+        other = RECIPE | {"name": name, "base": "resnet18"}
+        with pytest.raises(RecipeError, match=f"the name '{name}' is taken"):
+            attnsurgery.register(other)
+
+
+def test_the_generic_architecture_needs_only_base_and_recipe(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    recipe = {**RECIPE, "name": "unregistered"}
+    model = wake(timm.create_model("surgery", base="test_resnet", recipe=recipe, num_classes=6)).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "surgery"
+    program = (
+        "import sys, timm, torch, attnsurgery\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))\n"
+        "torch.save(model(x), sys.argv[1] + '/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert torch.allclose(torch.load(tmp_path / "y.pt"), model(images(64)), atol=1e-6)
+    with pytest.raises(RecipeError, match="needs a recipe"):
+        timm.create_model("surgery", base="test_resnet")
+
+
+def test_whole_models_pickle_across_processes(tmp_path: Path) -> None:
+    model = wake(timm.create_model("test_convnext_se")).eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    (tmp_path / "model.pt").write_bytes(file.getvalue())
+    program = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1] + '/model.pt', weights_only=False)\n"
+        "x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))\n"
+        "torch.save(model(x), sys.argv[1] + '/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert torch.allclose(torch.load(tmp_path / "y.pt"), model(images(64)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"base": "resnet1"}, UnknownNameError, r"timm has no base 'resnet1'. Did you mean 'resnet\d+'"),
+        ({"edits": [{"at": "layer9", "block": "se"}]}, SiteError, r"edits\[0\].at.*matches none"),
+        ({"edits": [{"at": "layer1.0", "block": "seq"}]}, UnknownNameError, r"edits\[0\].block.*Did you mean 'se'"),
+        ({"editz": []}, RecipeError, "editz"),
+        ({"name": float("nan")}, RecipeError, "plain data"),
+    ],
+)
+def test_bad_recipes_are_refused_with_the_nearest_right_thing(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        timm.create_model("surgery", recipe={**RECIPE, **change})
+
+
+def test_the_same_block_twice_at_one_site_is_refused_and_names_both_edits() -> None:
+    twice = [{"at": "layer3.*.bn3", "block": "se"}, {"at": "stage:3 branches", "block": "se"}]
+    with pytest.raises(RecipeError, match=r"edits\[1\].at = 'stage:3 branches' puts 'se' at 'layer3.0.bn3'.*edits\[0\]"):
+        timm.create_model("surgery", recipe={**RECIPE, "edits": twice})
+
+
+def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> None:
+    edits = [{"at": "stage:4 last", "block": "non_local", "options": {"subsample": 8}}]
+    with pytest.raises(attnsurgery.AttnSurgeryError, match=r"at 'layer4.0'.*needs a map of at least 8 x 8, and this one"):
+        timm.create_model("surgery", recipe={**RECIPE, "edits": edits})
+
+
+def test_pruned_architectures_are_refused_with_the_way_round() -> None:
+    with pytest.raises(SurgeryError, match="Build the pruned model first"):
+        timm.create_model("ecaresnet50d_pruned_se")
+
+
+def test_a_start_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RecipeError, match="start='papr'"):
+        timm.create_model("test_resnet_se", start="papr")
+
+
+def test_plain_models_built_meanwhile_on_another_thread_stay_plain() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = ["test_resnet_se", "test_resnet"] * 8
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(timm.create_model, names))
+    assert [bool(grafted_blocks(model)) for model in models] == ["_se" in name for name in names]
+
+
+def test_the_private_names_of_timm_that_the_registry_uses_are_where_they_were() -> None:
+    for name in (
+        "_model_entrypoints", "_model_default_cfgs", "_model_pretrained_cfgs", "_module_to_models", "_deprecated_models"
+    ):  # fmt: skip
+        assert isinstance(getattr(_registry, name), dict), f"timm.models._registry.{name} has moved"
+    assert callable(_builder.resolve_pretrained_cfg), "timm.models._builder.resolve_pretrained_cfg has moved"
+    assert callable(_builder.build_model_with_cfg), "timm.models._builder.build_model_with_cfg has moved"
+    families = {module for name, module in sys.modules.items() if name.startswith("timm.models.")}
+    building = [module for module in families if "build_model_with_cfg" in vars(module)]
+    assert len(building) > 90, "timm's families no longer build through a global build_model_with_cfg"
