@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attnsurgery.api import inspect, operate, recipe_of, remove, verify
     from attnsurgery.blocks import BLOCKS, Block
     from attnsurgery.errors import AttnSurgeryError
-    from attnsurgery.graph.find import Anatomy
+    from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.recipe.schema import Edit, Recipe
     from attnsurgery.registry import register
@@ -45,7 +45,7 @@ __all__ = [
 
 _HOMES = {
     "BLOCKS": "blocks",
-    "Anatomy": "graph.find",
+    "Anatomy": "graph.anatomy",
     "AttnSurgeryError": "errors",
     "Block": "blocks",
     "Edit": "recipe.schema",

@@ -16,7 +16,8 @@ from torch import nn
 from attnsurgery import registry
 from attnsurgery.base import weightless
 from attnsurgery.errors import UnknownNameError, did_you_mean
-from attnsurgery.graph.find import Anatomy, survey
+from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.surgery import operate as surgery

@@ -81,14 +81,14 @@ class NonLocal(Block):
                     nn.init.zeros_(conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = x.shape[2], x.shape[3]
         # (B, D, h, w) -> (B, 1, h * w, D): the kernel is fused only where D is the contiguous dimension
         query = self.theta(x).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         key = self.pool(self.phi(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         value = self.pool(self.g(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        y = y.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
-        return x + self.norm(self.w_z(y))
+        y = y.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        z: torch.Tensor = self.norm(self.w_z(y))
+        return x + z
 
     def check_map(self, height: int, width: int) -> None:
         smallest = min(height, width)

@@ -14,60 +14,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnsurgery.errors import SiteError, did_you_mean
-from attnsurgery.graph.inside import inner_sites
+from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import guess_layout
-from attnsurgery.graph.record import Found, Run, map_shape, meta_twin, record
+from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record
 from attnsurgery.graph.site import Site
-from attnsurgery.graph.trace import trace_owner
 
 LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Swapped by timm and torch after surgery (SyncBatchNorm, fusing): nothing may hang on them.
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What `inspect` returns: a model's places for blocks, in order of execution."""
-
-    name: str
-    input_size: tuple[int, int, int]
-    """(C, H, W) of the images the shapes were found with."""
-    sites: tuple[Site, ...]
-
-    def site(self, address: str) -> Site:
-        """The site at exactly this address.
-
-        Raises:
-            SiteError: there is none; the message names the nearest.
-        """
-        for site in self.sites:
-            if site.address == address:
-                return site
-        raise SiteError(
-            f"{self.name} has no site {address!r}.{did_you_mean(address, (s.address for s in self.sites))} "
-            f"See them all: attnsurgery inspect {self.name} --all"
-        )
-
-    def blocks(self, stage: int) -> tuple[Site, ...]:
-        """Outputs of the stage's blocks, in order."""
-        return tuple(site for site in self.sites if site.stage == stage and site.role == "block")
-
-    def branches(self, stage: int) -> tuple[Site, ...]:
-        """Ends of the stage's residual branches, in order."""
-        return tuple(site for site in self.sites if site.stage == stage and site.role == "branch")
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Stages that have a block, ascending; the stem is none."""
-        return tuple(sorted({s.stage for s in self.sites if s.stage and s.role == "block"}))
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
@@ -93,26 +51,34 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     modules = dict(_hosts(twin))
     run = record(twin, modules, size)
     stage_of = _stages(twin, run, size)
-    found = {place.address: place for place in _all_places(modules, run, stage_of)}
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels_last = getattr(twin, "output_fmt", None) == "NHWC"
     prefix = int(getattr(twin, "num_prefix_tokens", 0) or 0)
-    sites = []
-    for depth, place in enumerate(sorted(found.values(), key=lambda place: place.order)):
+
+    def finish(place: Found) -> Site:
         layout = guess_layout(place.shape, channels_last)
-        site = Site(
+        return Site(
             address=place.address,
             owner=place.owner,
             node=place.node,
             shape=place.shape,
             layout=layout,
             stage=stage_of(place.order),
-            depth=depth,
+            depth=place.order,
             role=place.role,
             prefix_tokens=prefix if layout == "NLC" else 0,
         )
-        sites.append(site)
-    return Anatomy(config.get("architecture") or type(model).__name__, size, tuple(_with_blocks(sites)))
+
+    outputs = sorted(map(finish, _output_places(modules, run)), key=lambda site: site.depth)
+    owners = {
+        path: module
+        for path, module in modules.items()
+        if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS)) and run.once(path)
+        # what comes after the last feature, the head, is not a map any more
+        and stage_of(run.finished[path]) is not None
+    }
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") or type(model).__name__
+    return Anatomy(name, size, tuple(_with_blocks(outputs)), owners, run, finish)
 
 
 def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -125,24 +91,9 @@ def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _all_places(
-    modules: dict[str, nn.Module], run: Run, stage_of: Callable[[float], int | None]
-) -> Iterator[Found]:
-    """Outputs first, so that a tensor which is both a child's output and inside its parent's forward is the parent's."""
-    units = _units(modules, run)
-    yield from _output_places(modules, run, units)
-    for path, module in modules.items():
-        if isinstance(module, (*LOOPS, *NORMS)) or not any(module.children()) or not run.once(path):
-            continue
-        if stage_of(run.finished[path]) is None:
-            continue  # heads: what comes after the last feature is not a map any more
-        graph = trace_owner(module)
-        if graph is not None:
-            yield from inner_sites(path, module, graph, run)
-
-
-def _output_places(modules: dict[str, nn.Module], run: Run, units: set[str]) -> Iterator[Found]:
+def _output_places(modules: dict[str, nn.Module], run: Run) -> Iterator[Found]:
     """What modules return: those with children and a forward of their own, and bare activations in a container."""
+    units = _units(modules, run)
     for path, module in modules.items():
         shape = map_shape(run.outputs.get(path))
         if shape is None or not run.once(path) or isinstance(module, (*LOOPS, *NORMS)):

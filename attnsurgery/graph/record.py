@@ -17,6 +17,8 @@ from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
 
 BATCH = 2
+# Swapped by timm and torch after surgery (SyncBatchNorm, fusing): nothing may hang on them. None changes a shape.
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 class Found(NamedTuple):
@@ -75,6 +77,9 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
 
         return hook
 
+    for module in modules.values():
+        if isinstance(module, NORMS):  # torch takes milliseconds to find a norm's shape on meta, and it is the input's
+            module.forward = torch.empty_like
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     try:
         with torch.no_grad(), ONE_AT_A_TIME:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 
 from attnsurgery.errors import SiteError, did_you_mean
-from attnsurgery.graph.find import Anatomy
+from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.site import Site
 
 RULES = ("before_last_block", "last", "every", "every:N", "branches")

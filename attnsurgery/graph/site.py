@@ -27,8 +27,8 @@ class Site:
     layout: Layout
     stage: int | None
     """1, 2, 3, 4 for strides 4, 8, 16, 32; quarters of the depth where the stride never changes; None in a head."""
-    depth: int
-    """Position in the order of execution."""
+    depth: float
+    """Position in the order of execution, counted in modules that have returned."""
     role: Role
     """'block': the output of a residual block or its like. 'branch': the end of a residual branch. Else 'inner'."""
     prefix_tokens: int = 0

@@ -6,7 +6,7 @@ import torch
 
 from attnsurgery.blocks._base import build_block, check_options
 from attnsurgery.errors import OptionError, RecipeError, UsageError
-from attnsurgery.graph.find import Anatomy
+from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.graph.site import Site
 from attnsurgery.recipe.schema import Edit, Recipe

@@ -23,7 +23,6 @@ import operator
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,7 @@ from attnsurgery.blocks import Start
 from attnsurgery.errors import SiteError
 from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW
 from attnsurgery.graph.site import Layout
-from attnsurgery.graph.trace import same, trace_owner, uncut_class, uncut_copy
+from attnsurgery.graph.trace import same, trace_in_both_modes, uncut_class, uncut_copy
 
 Slot = Literal["new", "none", "identity"]
 Bindings = tuple[tuple[str, str, Any], ...]
@@ -70,10 +69,15 @@ def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Modul
         return base
     if all(graft.node is None for graft in cuts):
         return _class(base, _wrapping_source(base, cuts), (("torch", "module", "torch"),))
-    evaluating, training = _inserted(owner, grafts, False), _inserted(owner, grafts, True)
-    if same(evaluating, training):
+    graphs = trace_in_both_modes(owner)
+    if graphs is None:
+        raise SiteError(f"the forward of {base.__name__} cannot be traced; cut at its output instead.")
+    alike = same(*graphs)
+    evaluating = _inserted(graphs[0], owner, grafts, "eval")
+    if alike:
         source, bindings = _generated(evaluating, "forward")
         return _class(base, source, bindings)
+    training = _inserted(graphs[1], owner, grafts, "train")
     parts = [_generated(evaluating, "_evaluating"), _generated(training, "_training"), _dispatching(base)]
     merged = {name: (name, kind, value) for _, bindings in parts for name, kind, value in bindings}
     return _class(base, "\n".join(source for source, _ in parts), tuple(merged.values()))
@@ -89,22 +93,18 @@ def find_slot(owner: nn.Module, child: str, node: str | None) -> Slot | None:
     kept = getattr(owner, child, owner)
     if kept is not None and type(kept) is not nn.Identity:
         return None
-    for training in (False, True):
-        trial = uncut_copy(owner)
-        trial.__dict__.pop(child, None)
-        trial._modules[child] = nn.Identity()
-        graph = trace_owner(trial, training)
-        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == child] if graph else []
+    trial = uncut_copy(owner)
+    trial.__dict__.pop(child, None)
+    trial._modules[child] = nn.Identity()
+    for graph in set(trace_in_both_modes(trial) or [fx.Graph()]):
+        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == child]
         if len(calls) != 1 or [str(source) for source in calls[0].args] != [node]:
             return None
     return "none" if kept is None else "identity"
 
 
-def _inserted(owner: nn.Module, grafts: tuple[Graft, ...], training: bool) -> fx.Graph:
-    """The owner's graph with every graft's call in it."""
-    graph = trace_owner(owner, training)
-    if graph is None:
-        raise SiteError(f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead.")
+def _inserted(graph: fx.Graph, owner: nn.Module, grafts: tuple[Graft, ...], mode: str) -> fx.Graph:
+    """The owner's graph with every graft's call put in."""
     nodes = {node.name: node for node in graph.nodes}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -114,7 +114,6 @@ def _inserted(owner: nn.Module, grafts: tuple[Graft, ...], training: bool) -> fx
     for graft in grafts:
         place = output.args[0] if graft.node is None else nodes.get(graft.node)
         if not isinstance(place, fx.Node):
-            mode = "train" if training else "eval"
             raise SiteError(f"{uncut_class(owner).__name__} has no single tensor at {graft.node or 'output'} in {mode} mode.")
         before = last.get(graft.node, place)
         last[graft.node] = nodes[graft.child] if graft.slot != "new" else _insert(graph, before, graft)
@@ -220,8 +219,17 @@ def _binding(name: str, value: Any) -> tuple[str, str, Any]:
     return name, "object", value
 
 
-@lru_cache(maxsize=None)
 def _class(base: type[nn.Module], source: str, bindings: Bindings) -> type[nn.Module]:
+    key = base, source, bindings
+    if key not in _CLASSES:
+        _CLASSES[key] = _new_class(base, source, bindings)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[Any, str, Bindings], type[nn.Module]] = {}
+
+
+def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[nn.Module]:
     """The generated subclass; the same arguments give the same class."""
     filename = f"<attnsurgery {hashlib.sha256(source.encode()).hexdigest()[:16]} {base.__qualname__}>"
     # torch.jit.script and tracebacks read the source through linecache; no mtime means it is never thrown out
@@ -260,7 +268,9 @@ def _renamed(forward: Any) -> Any:
 
 
 def _reduce(self: nn.Module) -> tuple[Any, ...]:
-    return _restore, type(self)._recipe_of_class, self.__getstate__()  # type: ignore[attr-defined]
+    made_of: tuple[Any, ...] = type(self)._recipe_of_class  # type: ignore[attr-defined]
+    state: Any = object.__getstate__(self)
+    return _restore, made_of, state
 
 
 def _restore(base: type[nn.Module], source: str, bindings: Bindings) -> nn.Module:
