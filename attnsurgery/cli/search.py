@@ -41,6 +41,7 @@ def search(
     dtype: Annotated[str, typer.Option(help="Of the measured forward: float32, bfloat16 or float16.")] = "float32",
     mode: Annotated[str, typer.Option(help="Of the measured forward: eager, cudagraph or compile.")] = "eager",
     threads: Annotated[int, typer.Option(help="CPU threads of a measured forward; 0 for all.", min=0)] = 1,
+    latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")
@@ -75,6 +76,7 @@ def search(
         dtype=dtype,
         mode=mode,
         threads=threads,
+        latency=latency,
         seed=seed,
         output=str(named),
         storage=storage,

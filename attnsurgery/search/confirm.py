@@ -150,6 +150,9 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, path: Path) -> None:
         "num_classes": bench.data.num_classes,
     }
     texts = {"recipe.yaml": dumps(recipe)}
+    size, classes = bench.anatomy.input_size, bench.data.num_classes
+    config = {**getattr(model, "pretrained_cfg", {}), "input_size": size, "num_classes": classes}
+    model.pretrained_cfg = config  # type: ignore[assignment]
     write_directory(model.cpu(), beside, architecture="surgery", model_args=arguments, texts=texts)
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)

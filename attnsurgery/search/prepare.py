@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from attnsurgery.evaluate import (
     native_size,
     train,
 )
-from attnsurgery.graph.find import Anatomy, survey
+from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_whole
@@ -61,7 +62,7 @@ class Bench:
             "images": self.data.fingerprint,
             "weights": self.weights,
             "choices": self.space.as_dict(),
-            "conditions": self.backend.conditions.describe(),
+            "conditions": asdict(self.backend.conditions),
         }
 
 
@@ -115,6 +116,8 @@ def prepare(
     base = _untrained(config, data.num_classes)
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
+    for choice in space.left_out:
+        listener.phase(f"left out of the space: {choice}")
     conditions = Conditions(
         device=config.device,
         dtype=config.dtype,

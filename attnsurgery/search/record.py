@@ -72,8 +72,8 @@ class Record:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Larger is better: accuracy, then loss, then latency."""
-        return self.top1 or 0.0, -(self.loss or 0.0), -(self.timing.ms if self.timing else 0.0)
+        """Larger is better: accuracy, then latency, then loss; so the best is always on the front."""
+        return self.top1 or 0.0, -(self.timing.ms if self.timing else 0.0), -(self.loss or 0.0)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
@@ -82,13 +82,14 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """The trained one with the highest validation accuracy, then the lowest loss, then the lowest latency."""
+    """The trained one with the highest validation accuracy, then the lowest latency, then the lowest loss."""
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 
 def front(records: Iterable[Record]) -> list[Record]:
     """Those trained that no other beats in both accuracy and latency, the fastest first."""
-    order = sorted(trained(records), key=lambda r: (r.timing.ms if r.timing else 0.0, -(r.top1 or 0.0)))
+    order = sorted(trained(records), key=lambda record: record.rank, reverse=True)
+    order.sort(key=lambda record: record.timing.ms if record.timing else 0.0)
     kept: list[Record] = []
     for record in order:
         if not kept or (record.top1 or 0.0) > (kept[-1].top1 or 0.0):

@@ -28,8 +28,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from attnsurgery.blocks._base import check_options
 from attnsurgery.errors import OptionError, SiteError, UnknownNameError, did_you_mean
-from attnsurgery.graph.find import Anatomy
+from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
@@ -92,6 +93,8 @@ class BoundSpace:
     base: str
     variables: tuple[Variable, ...]
     max_blocks: int | None
+    left_out: tuple[str, ...] = ()
+    """Choices that this model cannot take at a place, with the reason, for people."""
 
     def recipe_of(self, assignment: Mapping[str, str]) -> Recipe | None:
         """The recipe of an assignment of a label to every variable; None is the base as it is."""
@@ -148,6 +151,7 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
         OptionError, UnknownNameError: a block or option that no place of this model can take.
     """
     variables: list[Variable] = []
+    left_out: list[str] = []
     taken: Counter[str] = Counter()
     for number, decision in enumerate(space.decisions):
         field = where(space, f"decisions[{number}].at")
@@ -158,7 +162,8 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
                 continue
             raise SiteError(f"{field}: {error} Mark it 'optional: true' if some models have no such place.") from None
         for group in [(site,) for site in sites] if decision.each else [sites]:
-            choices = _legal(decision, group, anatomy, base, field)
+            choices, refused = _legal(decision, group, anatomy, base, field)
+            left_out += refused
             label = group[0] if decision.each else decision.at
             taken[label] += 1
             name = label if taken[label] == 1 else f"{label}#{taken[label]}"
@@ -168,28 +173,29 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
             f"the space {space.name!r} has no place in {anatomy.name}: every decision is optional and none matches. "
             f"See the places there are: attnsurgery inspect {anatomy.name}"
         )
-    return BoundSpace(space.name, base, tuple(variables), space.max_blocks)
+    return BoundSpace(space.name, base, tuple(variables), space.max_blocks, tuple(left_out))
 
 
 def _legal(
     decision: Decision, sites: tuple[str, ...], anatomy: Anatomy, base: str, field: str
-) -> dict[str, Edit | None]:
-    """What can be built at all of the sites, by label, after 'none'."""
+) -> tuple[dict[str, Edit | None], list[str]]:
+    """What can be built at all of the sites, by label, after 'none'; and what cannot, with the reason."""
     choices: dict[str, Edit | None] = {NONE: None}
-    refusal: OptionError | None = None
+    refused: list[str] = []
     for choice in decision.choices:
         for options in choice.expanded():
+            check_options(choice.block, options)  # wrong anywhere, and not only here
             edit = Edit(at=sites[0], block=choice.block, options=options)
             edits = [edit.model_copy(update={"at": site}) for site in sites]
             try:
                 resolve(Recipe(version=1, name="probe", base=base, edits=edits), anatomy)
             except OptionError as error:
-                refusal = error
+                refused.append(f"{_label(edit)} at {sites[0]}: {error}")
                 continue
             choices[_label(edit)] = edit
     if len(choices) == 1:
-        raise OptionError(f"{field}: nothing of this decision can go to {', '.join(sites[:3])}: {refusal}")
-    return choices
+        raise OptionError(f"{field}: nothing of this decision can go to {', '.join(sites[:3])}. {refused[-1]}")
+    return choices, refused
 
 
 def _label(edit: Edit) -> str:

@@ -30,6 +30,7 @@ _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
 _TRIES = 2000
+_NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
 
 
 class Store:
@@ -150,9 +151,7 @@ def _storage_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError:
-        raise UsageError(
-            "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
-        ) from None
+        raise UsageError(_NO_URL) from None
     except ImportError as error:
         raise UsageError(f"--storage {without_password(url)} needs a database driver: {error}.") from None
     except (SQLAlchemyError, RuntimeError, OSError) as error:
@@ -161,10 +160,18 @@ def _storage_errors(url: str) -> Iterator[None]:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    from sqlalchemy.engine import make_url
+    """The URL as it may be shown.
 
-    return make_url(url).render_as_string(hide_password=True)
+    Raises:
+        UsageError: it does not read as a URL.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        raise UsageError(_NO_URL) from None
 
 
 def same_json(data: Any) -> Any:

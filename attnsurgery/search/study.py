@@ -27,6 +27,8 @@ from attnsurgery.search.watching import StopAsked, Watching
 _ASKS_A_TRIAL = 10
 _HOPELESS = 24
 """After so many measured candidates over the budget and none within it, there is none."""
+_HOPELESS_BASE = 4
+"""The same where the base alone is over the budget: blocks only add to it."""
 
 
 def run(
@@ -115,7 +117,8 @@ class _Search:
         if len(known) >= self.bench.space.size():
             return False
         over = sum(record.state == "over_budget" for record in asked)
-        return done > 0 or over < _HOPELESS
+        base_over = self.base.timing is not None and self.base.timing.low_ms > self.config.budget_ms
+        return done > 0 or over < (_HOPELESS_BASE if base_over else _HOPELESS)
 
     def _trial(self, records: list[Record]) -> list[Record]:
         seen = {record.digest: record for record in records if record.state in {"trained", "over_budget", "failed"}}

@@ -1,0 +1,530 @@
+"""The search on tiny images with a computed latency: what it promises about budgets, resuming and honesty."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import timm
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import attnsurgery.search.trial as trial_module
+from attnsurgery.cli import build_app
+from attnsurgery.cli.search import command_of
+from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UsageError
+from attnsurgery.evaluate import Epoch
+from attnsurgery.recipe.text import load
+from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
+from attnsurgery.search.confirm import judge, sign_test
+from attnsurgery.search.files import Journal, locked, write_whole
+from attnsurgery.search.record import best, front
+from attnsurgery.search.store import Store, without_password
+
+SPACE = """
+version: 1
+name: small
+decisions:
+  - at: "stage:* branches"
+    choices:
+      - block: se
+        options: {reduction: [4, 16]}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for label, level in (("dark", 0), ("light", 160)):
+        (root / label).mkdir()
+        for index in range(20):
+            pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
+            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "small.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, images: Path, space: Path) -> SearchConfig:
+    return SearchConfig(
+        budget_ms=100.0,
+        space=str(space),
+        data=str(images),
+        trials=4,
+        epochs=1,
+        base_epochs=1,
+        train_batch_size=8,
+        confirm_seeds=1,
+        input_size=32,
+        latency="fixed",
+        output=str(tmp_path / "run"),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, images: Path, space: Path) -> Outcome:
+    config = SearchConfig(
+        budget_ms=100.0,
+        space=str(space),
+        data=str(images),
+        trials=4,
+        epochs=1,
+        base_epochs=1,
+        train_batch_size=8,
+        confirm_seeds=1,
+        input_size=32,
+        latency="fixed",
+        output=str(tmp_path_factory.mktemp("finished") / "run"),
+    )
+    return run(config, command=command_of(config))
+
+
+def change(config: SearchConfig, **fields: object) -> SearchConfig:
+    return config.model_copy(update=fields)
+
+
+def essence(records: list[Record]) -> list[tuple[object, ...]]:
+    return [(r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in records]
+
+
+def differences(got: list[Record], expected: list[Record]) -> str:
+    """The first difference, short: pytest would compare the long reprs for minutes."""
+    for one, other in zip(essence(got), essence(expected), strict=False):
+        if one != other:
+            return f"{one} != {other}"
+    return "" if len(got) == len(expected) else f"{len(got)} records, not {len(expected)}"
+
+
+def base_ms(outcome: Outcome) -> float:
+    assert outcome.base.timing is not None
+    return outcome.base.timing.ms
+
+
+class StopAfter:
+    """Says stop once it was asked so many times."""
+
+    def __init__(self, asks: int) -> None:
+        self.left = asks
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_search_trains_as_many_candidates_as_were_asked_for(finished: Outcome) -> None:
+    assert finished.trained == 4
+    assert finished.candidates == 80
+    assert not finished.interrupted
+    assert len({record.digest for record in finished.records if record.state == "trained"}) == 4
+    assert finished.best in finished.front
+
+
+def test_a_trial_over_budget_is_pruned_before_training(config: SearchConfig, finished: Outcome) -> None:
+    times = sorted(r.timing.ms for r in finished.records if r.timing)
+    tight = change(config, budget_ms=(times[0] + times[1]) / 2, trials=2)
+    trained_names: list[str] = []
+
+    class Watch(Listener):
+        def asked(self, number: int, name: str) -> None:
+            self.name = name
+
+        def epoch(self, epoch: Epoch) -> None:
+            trained_names.append(getattr(self, "name", "base"))
+
+    outcome = run(tight, Watch())
+    over = [r for r in outcome.records if r.state == "over_budget"]
+    assert over
+    for record in over:
+        assert record.timing is not None
+        assert record.timing.ms > tight.budget_ms
+        assert record.top1 is None
+        assert record.recipe is not None
+        assert record.recipe["name"] not in trained_names
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
+    trial = study.trials[over[0].number]
+    assert trial.state is optuna.trial.TrialState.PRUNED
+    assert trial.system_attrs["constraints:latency_ms"] > 0
+    within = next(r for r in outcome.records if r.state == "trained")
+    assert study.trials[within.number].system_attrs["constraints:latency_ms"] <= 0
+
+
+def test_two_and_two_more_are_the_same_trials_as_four(config: SearchConfig, finished: Outcome) -> None:
+    first = run(change(config, trials=2))
+    assert first.trained == 2
+    again = run(config)
+    assert again.trained == 4
+    assert differences(again.records, finished.records) == ""
+    assert again.confirmation == finished.confirmation
+
+
+def test_another_seed_gives_other_trials(config: SearchConfig, finished: Outcome) -> None:
+    other = run(change(config, seed=1, trials=2))
+    assert differences(other.records, finished.records[:2]) != ""
+
+
+@pytest.mark.parametrize("asks", [9])
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
+    config: SearchConfig, finished: Outcome, asks: int
+) -> None:
+    run(change(config, trials=1))  # base and first trial are there; the next stop falls into the trials
+    stopped = run(config, stop=StopAfter(asks))
+    assert stopped.interrupted
+    assert 1 <= stopped.trained < 4
+    assert (stopped.folder / "report.html").read_text().count("Interrupted: the same command goes on") == 1
+    again = run(config)
+    assert not again.interrupted
+    assert again.trained == 4
+    kept = [record for record in again.records if record.state != "interrupted"]
+    assert differences(kept, finished.records) == ""
+
+
+def test_a_process_that_died_before_telling_the_study_loses_no_finished_trial(
+    config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = Store._settle
+    calls: list[int] = []
+
+    def dies(self: Store, number: int, record: Record, budget_ms: float | None = None) -> None:
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        settle(self, number, record, budget_ms)
+
+    monkeypatch.setattr(Store, "_settle", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(Store, "_settle", settle)
+    again = run(config)
+    assert differences(again.records, finished.records) == ""
+
+
+def test_a_trial_that_a_dead_process_left_running_is_asked_for_again(
+    config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = trial_module.build
+
+    def dies(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial_module, "build", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    again = run(config)
+    states = [record.state for record in again.records]
+    assert states.count("interrupted") == 1
+    assert differences([r for r in again.records if r.state != "interrupted"], finished.records) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("budget_ms", 90.0, r"budget_ms: was 100.0, is now 90.0"),
+        ("seed", 3, r"seed: was 0, is now 3"),
+        ("epochs", 2, r"epochs: was 1, is now 2"),
+        ("space", "se", r"choices: was .*se\(reduction=32\)"),
+        ("batch_size", 2, r"batch_size: was 1, is now 2"),
+    ],
+)
+def test_a_changed_search_is_refused_with_the_difference(
+    config: SearchConfig, finished: Outcome, field: str, value: object, message: str
+) -> None:
+    before = (finished.folder / "trials.jsonl").read_bytes()
+    with pytest.raises(SearchError, match=message):
+        run(change(finished.config, **{field: value}))
+    assert (finished.folder / "trials.jsonl").read_bytes() == before
+
+
+def test_the_same_command_after_the_end_only_reports(finished: Outcome) -> None:
+    trained: list[Epoch] = []
+
+    class Watch(Listener):
+        def epoch(self, epoch: Epoch) -> None:
+            trained.append(epoch)
+
+    again = run(finished.config, Watch())
+    assert trained == []
+    assert differences(again.records, finished.records) == ""
+    assert again.confirmation == finished.confirmation
+
+
+def test_a_candidate_is_never_trained_twice_and_a_small_space_ends(config: SearchConfig, tmp_path: Path) -> None:
+    space = tmp_path / "one.yaml"
+    space.write_text(SPACE.replace("stage:* branches", "stage:2 branches"))
+    outcome = run(change(config, space=str(space), trials=9))
+    assert outcome.candidates == 2
+    digests = [record.digest for record in outcome.records if record.state == "trained"]
+    assert len(digests) == len(set(digests)) == 2
+
+
+def test_a_repeated_candidate_is_told_what_it_was_told_before(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = {"layer1.0.bn2": "se(reduction=4)"}
+    none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
+    plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
+    monkeypatch.setattr(Store, "_unseen", lambda self, digests, seed: next(plan))
+    outcome = run(change(config, trials=2))
+    first, base, second, other = outcome.records
+    assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
+    assert (second.duplicate_of, second.top1, second.timing, second.seconds) == (0, first.top1, first.timing, 0.0)
+    assert (base.duplicate_of, base.top1) == (-1, outcome.base.top1)
+    assert other.digest != first.digest
+
+
+def test_more_blocks_than_allowed_are_never_built(config: SearchConfig, tmp_path: Path) -> None:
+    space = tmp_path / "few.yaml"
+    space.write_text(SPACE.replace("name: small", "name: small\nmax_blocks: 1"))
+    outcome = run(change(config, space=str(space), trials=3))
+    assert {record.blocks for record in outcome.records if record.state == "trained"} == {1}
+    assert all(r.timing is None for r in outcome.records if r.state == "too_many_blocks")
+
+
+def test_nothing_within_the_budget_lists_the_fastest_that_were_measured(
+    config: SearchConfig, finished: Outcome
+) -> None:
+    budget = base_ms(finished) * 1.0001
+    with pytest.raises(NothingFeasibleError, match=r"The base alone takes .* The fastest of \d+ measured: .* ms se"):
+        run(change(config, budget_ms=budget))
+    report = (Path(config.output) / "report.html").read_text()
+    assert "No candidate was trained within" in report
+
+
+def test_nothing_feasible_exits_with_3(config: SearchConfig) -> None:
+    args = ["--budget-ms", "0.001", "--data", str(config.data), "--space", config.space, "--latency", "fixed"]
+    result = CliRunner().invoke(
+        build_app(), ["search", "--input-size", "32", "--epochs", "1", "--output", config.output, *args]
+    )
+    assert result.exit_code == 3
+    assert "no candidate fits 0.001 ms" in result.stderr
+
+
+def test_a_failing_candidate_fails_with_its_reason_and_the_search_goes_on(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trial_module.operate
+    calls: list[int] = []
+
+    def fails_once(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise SurgeryError("the knife slipped.")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial_module, "operate", fails_once)
+    outcome = run(change(config, trials=2))
+    assert outcome.records[0].state == "failed"
+    assert outcome.records[0].reason == "the knife slipped."
+    assert outcome.trained == 2
+    assert "failed: the knife slipped." in (outcome.folder / "report.html").read_text()
+
+
+def test_a_candidate_that_does_not_start_as_the_base_is_not_trained(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trial_module.operate
+
+    def wrong(model: torch.nn.Module, plan: object) -> torch.nn.Module:
+        operated = real(model, plan)  # type: ignore[arg-type]
+        with torch.no_grad():
+            operated.fc.bias += 1.0  # type: ignore[operator, union-attr]
+        return operated
+
+    monkeypatch.setattr(trial_module, "operate", wrong)
+    with pytest.raises(NothingFeasibleError, match=r"does not start as the base: outputs differ by up to 1"):
+        run(change(config, trials=1))
+
+
+def test_the_artefacts_say_what_was_found(finished: Outcome) -> None:
+    recipe = load(finished.folder / "best.yaml")
+    assert finished.best is not None
+    assert recipe.digest() == finished.best.digest
+    with (finished.folder / "front.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recipe"] for row in rows] == [r.recipe["name"] for r in finished.front if r.recipe]
+    lines = [json.loads(line) for line in (finished.folder / "trials.jsonl").read_text().splitlines()]
+    assert differences([Record.from_dict(line) for line in lines], finished.records) == ""
+
+
+def test_the_report_is_one_offline_file_with_picture_table_and_command(finished: Outcome) -> None:
+    page = (finished.folder / "report.html").read_text()
+    assert finished.confirmation is not None
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<circle") >= finished.trained
+    assert all(f'<td class="n">{record.number}</td>' in page for record in finished.records)
+    assert finished.conditions in page
+    assert "attnsurgery search test_resnet --budget-ms 100.0" in page
+    assert f"{100 * finished.confirmation.winner_top1:.2f} %" in page
+    assert len(page) < 100_000
+
+
+def test_the_winner_is_a_directory_that_timm_builds_again(finished: Outcome) -> None:
+    model = timm.create_model(f"local-dir:{finished.folder / 'best'}", pretrained=True).eval()
+    assert finished.best is not None
+    assert sum(parameter.numel() for parameter in model.parameters()) == finished.best.parameters
+    assert model.num_classes == 2
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32) or model.pretrained_cfg["input_size"] == [3, 32, 32]
+
+
+def test_the_verdict_comes_from_test_images_that_no_trial_saw(finished: Outcome) -> None:
+    assert finished.confirmation is not None
+    assert finished.confirmation.images == 8
+    assert finished.confirmation.verdict in finished.confirmation.sentence() or finished.confirmation.p_value < 0.05
+
+
+def test_two_searches_cannot_share_a_run_directory(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(SearchError, match="another search is running"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_torn_last_line_is_left_out_and_never_spoils_the_next(tmp_path: Path, cut: int) -> None:
+    journal = Journal(tmp_path / "trials.jsonl")
+    journal.append({"a": 1})
+    journal.append({"b": 2})
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole[:-cut])
+    assert journal.read() == [{"a": 1}]
+    journal.append({"c": 3})
+    assert journal.read() == [{"a": 1}, {"c": 3}]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "trials.jsonl").write_text('{"a": 1}\n{"b\n{"c": 3}\n')
+    with pytest.raises(SearchError, match=r"trials.jsonl:2 is damaged"):
+        Journal(tmp_path / "trials.jsonl").read()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "best.yaml"
+    write_whole(path, "old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SearchError, match="No space left on device"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
+
+
+def made(number: int, top1: float, ms: float) -> Record:
+    return Record(number, "trained", top1=top1, loss=0.1, timing=Timing(ms, ms, ms, 1.0))
+
+
+def test_front_and_best_leave_out_what_is_beaten() -> None:
+    records = [made(0, 0.9, 2.0), made(1, 0.8, 1.0), made(2, 0.85, 3.0), made(3, 0.9, 1.5)]
+    assert [record.number for record in front(records)] == [1, 3]
+    winner = best(records)
+    assert winner is not None
+    assert winner.number == 3
+    assert best([replace(records[0], state="over_budget")]) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"), [(10, 2, 158 / 4096), (0, 0, 1.0), (3, 3, 1.0), (0, 6, 1 / 32)]
+)
+def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
+    assert sign_test(first, second) == pytest.approx(expected)
+    assert sign_test(second, first) == pytest.approx(expected)
+
+
+def test_the_verdict_is_honest_in_all_three_ways() -> None:
+    timing = Timing(1.0, 1.0, 1.0, 1.0)
+
+    def verdict(winner_only: int, base_only: int) -> str:
+        base = torch.arange(100) < base_only
+        winner = torch.arange(100) >= 100 - winner_only
+        return judge("", [base], [winner], 1, timing).sentence()
+
+    assert verdict(20, 2).startswith("The winner is better")
+    assert verdict(5, 4).startswith("No significant difference")
+    assert verdict(2, 20).startswith("The winner is WORSE")
+    assert "2.00 % of the base" in verdict(20, 2)
+
+
+def test_an_image_votes_once_however_many_seeds_there_are() -> None:
+    wrong, right = torch.zeros(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)
+    one = judge("", [wrong], [right], 1, Timing(1.0, 1.0, 1.0, 1.0))
+    three = judge("", [wrong] * 3, [right] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
+    assert one.p_value == three.p_value == sign_test(8, 0)
+    assert three.winner_top1 == 1.0
+
+
+def test_passwords_are_never_shown(config: SearchConfig) -> None:
+    url = "postgresql://me:secret@host/db"
+    assert "secret" not in without_password(url)
+    assert "secret" not in command_of(change(config, storage=url))
+    with pytest.raises(UsageError, match="not a database URL"):
+        without_password("nonsense")
+
+
+def test_pretrained_and_checkpoint_exclude_each_other(config: SearchConfig) -> None:
+    with pytest.raises(UsageError, match="give one"):
+        run(change(config, pretrained=True, checkpoint="weights.pth"))
+
+
+def test_a_checkpoint_is_where_the_search_starts(config: SearchConfig, finished: Outcome) -> None:
+    weights = finished.folder / "base.safetensors"
+    outcome = run(change(config, checkpoint=str(weights), trials=1))
+    assert (outcome.folder / "base.safetensors").read_bytes() == weights.read_bytes()
+
+
+@pytest.fixture
+def search_cli(config: SearchConfig) -> Callable[..., object]:
+    def invoke(*more: str) -> object:
+        words = ["search", "--budget-ms", "100", "--data", str(config.data), "--space", config.space, "--epochs", "1"]
+        words += ["--input-size", "32", "--latency", "fixed", "--confirm-seeds", "1", "--trials", "1"]
+        return CliRunner().invoke(build_app(), [*words, "--output", config.output, *more])
+
+    return invoke
+
+
+def test_the_command_prints_plain_lines_and_the_way_to_build_the_winner(search_cli: Callable[..., object]) -> None:
+    result = search_cli()
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    assert "[1/1] trial 0" in result.stderr  # type: ignore[attr-defined]
+    assert "timm.create_model('local-dir:" in result.stdout  # type: ignore[attr-defined]
+    assert "\x1b" not in result.output  # type: ignore[attr-defined]
+
+
+def test_json_is_all_that_stdout_gets(search_cli: Callable[..., object]) -> None:
+    result = search_cli("--json")
+    data = json.loads(result.stdout)  # type: ignore[attr-defined]
+    assert data["trained"] == 1
+    assert data["confirmation"]["verdict"]
+    assert Path(data["files"]["report.html"]).is_file()
+
+
+def test_a_wrong_option_value_is_a_usage_error(search_cli: Callable[..., object]) -> None:
+    result = search_cli("--lr", "0")
+    assert result.exit_code == 2  # type: ignore[attr-defined]
+    assert "--lr cannot be 0.0" in result.stderr  # type: ignore[attr-defined]

@@ -1,0 +1,160 @@
+"""Search spaces: what ships fits, what does not fit says so, and every choice is fixed before the first trial."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import timm
+
+from attnsurgery.errors import OptionError, RecipeError, SiteError, UnknownNameError
+from attnsurgery.graph.find import Anatomy, survey
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.text import read_strict
+from attnsurgery.search.space import NONE, BoundSpace, SearchSpace, bind, find, load, shipped
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    return survey(timm.create_model("test_resnet"), (3, 32, 32))
+
+
+def read(decisions: str, extra: str = "") -> SearchSpace:
+    return read_strict(f"version: 1\nname: asked\n{extra}decisions:\n{decisions}", "space.yaml", SearchSpace)
+
+
+SE = """
+  - at: "layer[12].0.bn2"
+    each: {each}
+    choices:
+      - block: se
+        options: {{reduction: [4, 8]}}
+"""
+
+
+def assignments(space: BoundSpace) -> list[dict[str, str]]:
+    names = [variable.name for variable in space.variables]
+    return [
+        dict(zip(names, labels, strict=True))
+        for labels in itertools.product(*(variable.choices for variable in space.variables))
+    ]
+
+
+def test_the_spaces_that_ship_are_those_in_the_folder() -> None:
+    folder = Path(__file__).parent.parent / "search_spaces"
+    assert set(shipped()) == {path.stem for path in folder.glob("*.yaml")} >= {"tiny", "se", "non_local"}
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("model", ["test_resnet", "resnet26", "test_efficientnet"])
+def test_every_space_that_ships_fits_models_of_different_families(name: str, model: str) -> None:
+    space = load(name)
+    assert space.name == name
+    bound = bind(space, survey(timm.create_model(model), (3, 64, 64)), model)
+    assert bound.size() > 1
+    some = {variable.name: list(variable.choices)[-1] for variable in bound.variables}
+    recipe = bound.recipe_of(some)
+    assert recipe is not None
+    assert recipe.base == model
+
+
+def test_each_place_decides_for_itself_or_all_together(anatomy: Anatomy) -> None:
+    alone = bind(read(SE.format(each="true")), anatomy, "test_resnet")
+    together = bind(read(SE.format(each="false")), anatomy, "test_resnet")
+    assert [variable.sites for variable in alone.variables] == [("layer1.0.bn2",), ("layer2.0.bn2",)]
+    assert [variable.sites for variable in together.variables] == [("layer1.0.bn2", "layer2.0.bn2")]
+    assert (alone.size(), together.size()) == (8, 2)
+
+
+def test_a_list_of_values_is_one_choice_each_after_none(anatomy: Anatomy) -> None:
+    bound = bind(read(SE.format(each="true")), anatomy, "test_resnet")
+    assert list(bound.variables[0].choices) == [NONE, "se(reduction=4)", "se(reduction=8)"]
+
+
+def test_every_assignment_but_none_is_a_recipe_that_resolves(anatomy: Anatomy) -> None:
+    bound = bind(read(SE.format(each="true")), anatomy, "test_resnet")
+    digests = set()
+    for assignment in assignments(bound):
+        recipe = bound.recipe_of(assignment)
+        if set(assignment.values()) == {NONE}:
+            assert recipe is None
+            continue
+        assert recipe is not None
+        assert len(resolve(recipe, anatomy)) == bound.blocks(assignment)
+        assert recipe.name.startswith("test_resnet_asked_")
+        digests.add(recipe.digest())
+    assert len(digests) == bound.size()
+
+
+def test_size_counts_exactly_what_max_blocks_leaves(anatomy: Anatomy) -> None:
+    bound = bind(read(SE.format(each="true"), "max_blocks: 1\n"), anatomy, "test_resnet")
+    few = [assignment for assignment in assignments(bound) if 0 < bound.blocks(assignment) <= 1]
+    assert bound.size() == len(few) == 4
+
+
+def test_two_decisions_about_one_place_stay_apart(anatomy: Anatomy) -> None:
+    both = SE.format(each="true") + SE.format(each="true").replace("block: se", "block: se")
+    bound = bind(read(both), anatomy, "test_resnet")
+    assert len({variable.name for variable in bound.variables}) == 4
+
+
+def test_a_decision_that_matches_nothing_is_refused_unless_it_is_optional(anatomy: Anatomy) -> None:
+    text = SE.format(each="true").replace("layer[12]", "layer9")
+    with pytest.raises(SiteError, match=r"space.yaml:5: decisions\[0\].at: 'layer9.0.bn2' matches none"):
+        bind(read(text), anatomy, "test_resnet")
+    optional = text.replace("each: true", "optional: true")
+    bound = bind(read(SE.format(each="true") + optional), anatomy, "test_resnet")
+    assert len(bound.variables) == 2
+    with pytest.raises(SiteError, match="every decision is optional and none matches"):
+        bind(read(optional), anatomy, "test_resnet")
+
+
+def test_a_choice_that_is_illegal_everywhere_is_named(anatomy: Anatomy) -> None:
+    with pytest.raises(OptionError, match="redaction"):
+        bind(read(SE.format(each="true").replace("reduction", "redaction")), anatomy, "test_resnet")
+
+
+def test_a_value_that_is_illegal_anywhere_is_refused(anatomy: Anatomy) -> None:
+    with pytest.raises(OptionError, match="reduction=0"):
+        bind(read(SE.format(each="true").replace("[4, 8]", "[4, 0]")), anatomy, "test_resnet")
+
+
+def test_a_choice_that_only_this_place_cannot_take_is_left_out_and_told(anatomy: Anatomy) -> None:
+    text = SE.format(each="true").replace("block: se", "block: non_local").replace("[4, 8]", "[4, 40]")
+    bound = bind(read(text), anatomy, "test_resnet")
+    assert list(bound.variables[0].choices) == [NONE, "non_local(reduction=4)"]
+    assert list(bound.variables[1].choices) == [NONE, "non_local(reduction=4)", "non_local(reduction=40)"]
+    assert len(bound.left_out) == 1
+    assert "layer1.0.bn2" in bound.left_out[0]
+
+
+def test_an_unknown_block_is_named(anatomy: Anatomy) -> None:
+    with pytest.raises(UnknownNameError, match="sea"):
+        bind(read(SE.format(each="true").replace("block: se", "block: sea")), anatomy, "test_resnet")
+
+
+def test_an_unknown_field_is_named_with_its_line() -> None:
+    with pytest.raises(RecipeError, match=r"space.yaml:3: .*max_block"):
+        read(SE.format(each="true"), "max_block: 3\n")
+
+
+def test_spaces_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("version: 1\nname: own\ndecisions:" + SE.format(each="true"))
+    assert load(str(own)).name == "own"
+    assert find("tiny").name == "tiny.yaml"
+
+
+def test_a_misspelled_space_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'tiny'\? .* non_local, se, tiny"):
+        find("tinny")
+    with pytest.raises(UnknownNameError, match="no such file"):
+        find(str(tmp_path / "tiny.yaml"))
+
+
+def test_fingerprint_changes_with_any_choice(anatomy: Anatomy) -> None:
+    first = bind(read(SE.format(each="true")), anatomy, "test_resnet")
+    assert first.fingerprint() == bind(read(SE.format(each="true")), anatomy, "test_resnet").fingerprint()
+    other = bind(read(SE.format(each="true").replace("8", "16")), anatomy, "test_resnet")
+    assert other.fingerprint() != first.fingerprint()
