@@ -277,9 +277,7 @@ def _checked_start(start: str) -> str:
     return start
 
 
-def _configuration(
-    name: str, arch: str, tag: str, asked: Any, overlay: dict[str, Any] | None
-) -> PretrainedCfg:
+def _configuration(name: str, arch: str, tag: str, asked: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
     """The pretrained configuration, under our name: from the argument, else the tag, else the base's default."""
     variant = name if name in _registry._model_pretrained_cfgs or name in _registry._model_default_cfgs else arch
     cfg = _builder.resolve_pretrained_cfg(variant, pretrained_cfg=asked or tag or None, pretrained_cfg_overlay=overlay)

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attnsurgery
 import pytest
+
+import attnsurgery
 
 PACKAGE = Path(attnsurgery.__file__).parent
 

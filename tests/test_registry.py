@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attnsurgery
 import pytest
 import timm
 import torch
+from timm.models import _builder, _registry
+
+import attnsurgery
 from attnsurgery import registry
 from attnsurgery.errors import RecipeError, SiteError, SurgeryError, UnknownNameError
 from attnsurgery.surgery.operate import grafted_blocks
-from timm.models import _builder, _registry
-
 from tests.conftest import build, images, wake
 
 RECIPE = {
@@ -240,13 +240,17 @@ def test_bad_recipes_are_refused_with_the_nearest_right_thing(
 
 def test_the_same_block_twice_at_one_site_is_refused_and_names_both_edits() -> None:
     twice = [{"at": "layer3.*.bn3", "block": "se"}, {"at": "stage:3 branches", "block": "se"}]
-    with pytest.raises(RecipeError, match=r"edits\[1\].at = 'stage:3 branches' puts 'se' at 'layer3.0.bn3'.*edits\[0\]"):
+    with pytest.raises(
+        RecipeError, match=r"edits\[1\].at = 'stage:3 branches' puts 'se' at 'layer3.0.bn3'.*edits\[0\]"
+    ):
         timm.create_model("surgery", recipe={**RECIPE, "edits": twice})
 
 
 def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> None:
     edits = [{"at": "stage:4 last", "block": "non_local", "options": {"subsample": 8}}]
-    with pytest.raises(attnsurgery.AttnSurgeryError, match=r"at 'layer4.0'.*needs a map of at least 8 x 8, and this one"):
+    with pytest.raises(
+        attnsurgery.AttnSurgeryError, match=r"at 'layer4.0'.*needs a map of at least 8 x 8, and this one"
+    ):
         timm.create_model("surgery", recipe={**RECIPE, "edits": edits})
 
 

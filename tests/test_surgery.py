@@ -7,10 +7,13 @@ import io
 import pickle
 from typing import Any
 
-import attnsurgery
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import attnsurgery
 from attnsurgery.blocks._base import check_options
 from attnsurgery.errors import SiteError, SurgeryError
 from attnsurgery.graph.find import survey
@@ -18,9 +21,6 @@ from attnsurgery.graph.select import select
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated, remove
 from attnsurgery.surgery.plan import Insertion, Plan
 from attnsurgery.surgery.verify import verify
-from timm.utils import ModelEmaV3
-from torch import nn
-
 from tests.conftest import HOSTS, build, images
 
 every_host = pytest.mark.parametrize("host", HOSTS)
@@ -213,7 +213,9 @@ def test_addresses_stay_the_same_after_surgery() -> None:
 def test_after_an_error_the_model_is_as_it_was() -> None:
     model = build("test_resnet")
     good, bad = plan_for(model, 64, ("layer1.0.bn2", "se"), ("layer2.0.bn2", "se"))
-    broken = Insertion(type(bad.site)(**{**{f: getattr(bad.site, f) for f in bad.site.__slots__}, "node": "bn9"}), "se", {})
+    broken = Insertion(
+        type(bad.site)(**{**{f: getattr(bad.site, f) for f in bad.site.__slots__}, "node": "bn9"}), "se", {}
+    )
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(SiteError, match="'layer2.0': BasicBlock has no single tensor at bn9"):
         operate(model, (good, broken))

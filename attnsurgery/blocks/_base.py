@@ -68,7 +68,7 @@ class Block(nn.Module, ABC):
     def cost(self, height: int, width: int) -> Cost:
         """Multiply-accumulates and attention bytes for one image whose map is `height` x `width`."""
 
-    def check_map(self, height: int, width: int) -> None:  # noqa: B027  (most blocks take any map)
+    def check_map(self, height: int, width: int) -> None:
         """Refuse a map on which the block has no meaning.
 
         Raises:

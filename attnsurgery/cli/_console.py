@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 if TYPE_CHECKING:
-    from attnsurgery.graph.find import Anatomy
+    from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.latency import Comparison, Conditions, Latency
     from attnsurgery.surgery.verify import Report

@@ -72,7 +72,9 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     owners = {
         path: module
         for path, module in modules.items()
-        if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS)) and run.once(path)
+        if any(module.children())
+        and not isinstance(module, (*LOOPS, *NORMS))
+        and run.once(path)
         # what comes after the last feature, the head, is not a map any more
         and stage_of(run.finished[path]) is not None
     }

@@ -20,7 +20,9 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.site import Site
 
 RULES = ("before_last_block", "last", "every", "every:N", "branches")
-_STAGE = re.compile(r"stage:(?P<stages>\*|-?[0-9]|[0-9]+(?:,[0-9])*)(?:\s+(?P<rule>\w+)(?:(?::|\s+)(?P<step>[0-9]+))?)?")
+_STAGE = re.compile(
+    r"stage:(?P<stages>\*|-?[0-9]|[0-9]+(?:,[0-9])*)(?:\s+(?P<rule>\w+)(?:(?::|\s+)(?P<step>[0-9]+))?)?"
+)
 
 
 def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
@@ -92,7 +94,9 @@ def _regex(pattern: str) -> str:
     parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
     special = {"**": ".*", "*": r"[^.:]*", "?": r"[^.:]"}
     return "".join(
-        special.get(part, f"[{re.escape(part[1:-1]).replace(chr(92) + '-', '-')}]" if part[:1] == "[" else re.escape(part))
+        special.get(
+            part, f"[{re.escape(part[1:-1]).replace(chr(92) + '-', '-')}]" if part[:1] == "[" else re.escape(part)
+        )
         for part in parts
     )
 

@@ -60,9 +60,7 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
 def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:
     """Build the block without weights and ask it about the map it would see."""
     try:
-        block = build_block(
-            insertion.block, site.channels, insertion.options, insertion.start, torch.device("meta")
-        )
+        block = build_block(insertion.block, site.channels, insertion.options, insertion.start, torch.device("meta"))
         block.check_map(*site.map_size)
     except OptionError as error:
         raise OptionError(f"{where(recipe, f'edits[{index}].options')}: at {site.address!r}: {error}") from None

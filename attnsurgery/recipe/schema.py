@@ -10,7 +10,6 @@ import pydantic
 from pydantic import Field
 
 
-
 def _exactly_one(version: object) -> object:
     """`true` and `1.0` equal 1 and are no version."""
     if type(version) is not int:

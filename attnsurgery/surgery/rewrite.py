@@ -114,7 +114,9 @@ def _inserted(graph: fx.Graph, owner: nn.Module, grafts: tuple[Graft, ...], mode
     for graft in grafts:
         place = output.args[0] if graft.node is None else nodes.get(graft.node)
         if not isinstance(place, fx.Node):
-            raise SiteError(f"{uncut_class(owner).__name__} has no single tensor at {graft.node or 'output'} in {mode} mode.")
+            raise SiteError(
+                f"{uncut_class(owner).__name__} has no single tensor at {graft.node or 'output'} in {mode} mode."
+            )
         before = last.get(graft.node, place)
         last[graft.node] = nodes[graft.child] if graft.slot != "new" else _insert(graph, before, graft)
     graph.lint()

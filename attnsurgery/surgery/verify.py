@@ -107,7 +107,9 @@ def _check_records(model: nn.Module) -> None:
     for path, owner, grafts in operated(model):
         for graft in grafts:
             if not isinstance(getattr(owner, graft.child, None), Block):
-                raise SurgeryError(f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery.")
+                raise SurgeryError(
+                    f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery."
+                )
 
 
 def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,10 @@ import statistics
 import subprocess
 import sys
 
-import attnsurgery
 import timm
 from _common import interleaved, write
+
+import attnsurgery
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.surgery.operate import operate, remove
@@ -38,9 +39,7 @@ def surgery_ratio(name: str, rounds: int) -> dict[str, float]:
 
 def import_overhead_ms(rounds: int) -> float:
     """Median of what the second import adds, each time in a fresh process."""
-    program = (
-        "import time, timm; start = time.perf_counter(); import attnsurgery; print(time.perf_counter() - start)"
-    )
+    program = "import time, timm; start = time.perf_counter(); import attnsurgery; print(time.perf_counter() - start)"
     runs = [
         float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
         for _ in range(rounds)

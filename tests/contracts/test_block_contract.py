@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block, check_options, options_model
 from attnsurgery.errors import OptionError, UnknownNameError
@@ -154,7 +155,9 @@ def test_options_are_strict_and_the_message_lists_what_is_allowed(name: str) -> 
 
 @every_block
 def test_every_option_is_documented(name: str) -> None:
-    undocumented = [option for option in options_model(BLOCKS[name]).model_fields if f"{option}:" not in BLOCKS[name].__doc__]
+    undocumented = [
+        option for option in options_model(BLOCKS[name]).model_fields if f"{option}:" not in BLOCKS[name].__doc__
+    ]
     assert not undocumented
 
 
