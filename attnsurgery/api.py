@@ -1,7 +1,7 @@
 """The verbs: inspect a model, operate on it, verify what was done, remove it again.
 
-They add to attnsurgery.surgery what timm should remember: a model operated on describes itself, in the arguments timm saves,
-as the architecture `surgery` with its base and recipe, so that `save_for_hf` and `local-dir:` bring it back.
+They add to attnsurgery.surgery what timm should remember: a model operated on describes itself, in the arguments timm
+saves, as the architecture `surgery` with its base and recipe, so that `save_for_hf` and `local-dir:` bring it back.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def operate(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     input_size: tuple[int, int, int] | None = None,
 ) -> nn.Module:
-    """Insert the recipe's blocks into a built model, in place. All is planned first; after an error nothing has changed.
+    """Insert the recipe's blocks into a built model, in place. All is planned first; an error changes nothing.
 
     Args:
         model: any timm model; the recipe's `base` need not be its architecture, only its selectors must match.

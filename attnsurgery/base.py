@@ -58,7 +58,7 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
     twin = weightless(name)
     state_dict = _native(twin, state_dict)
     sizes: dict[str, Any] = _sizes(twin, state_dict)
-    model = timm.create_model(name, **sizes)
+    model: nn.Module = timm.create_model(name, **sizes)
     load_weights(model, state_dict, source)
     return model.eval()
 

@@ -11,8 +11,8 @@
     └── SearchError
         └── NothingFeasibleError     exit code 3: no candidate fits the budget
 
-A message is one paragraph: what was asked, what is there, the nearest right thing, the next command. It is raised before
-anything was changed.
+A message is one paragraph: what was asked, what is there, the nearest right thing, the next command. It is raised
+before anything was changed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` like any other.
+"""Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` as any other.
 
-`<arch>_<block>_s<stages>` exists for every timm architecture, and more come by registering recipes: too many to enter one by
-one at import. timm keeps its entry points in a dictionary; the one put in its place here makes a name when it is asked for.
-What ships in zoo/ and what has been asked for is listed by `timm.list_models`; the rest is not, so the listing stays readable.
+`<arch>_<block>_s<stages>` exists for every timm architecture, and more come by registering recipes: too many to enter
+one by one at import. timm keeps its entry points in a dictionary; the one put in its place here makes a name when it
+is asked for. What ships in zoo/ and what has been asked for is listed by `timm.list_models`; the rest is not, so the
+listing stays readable.
 
-The cut is made between the construction of the base and the loading of weights: every timm family builds through a global
-`build_model_with_cfg(model_cls, ...)`, and `model_cls` is where the operation is slipped in. So timm's own weight loading, its
-adaptation of classes and channels and its feature extraction all see a surgical model.
+The cut is made between the construction of the base and the loading of weights: every timm family builds through a
+global `build_model_with_cfg(model_cls, ...)`, and `model_cls` is where the operation is slipped in. So timm's own
+weight loading, its adaptation of classes and channels and its feature extraction all see a surgical model.
 
 Everything that reaches into timm's private names is in this file; tests/test_registry.py says which of them has moved.
 """
@@ -149,15 +150,16 @@ def _suffixes() -> dict[str, str]:
 
 
 def _resolve(name: str) -> Callable[..., Any] | None:
-    """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None if the name is not of that form."""
+    """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None for other names."""
     match = _NAME.fullmatch(name)
     if match is None or name in _entering:
         return None
     base, suffix, stages = match["base"], match["block"], match["stages"]
     with _lock:
         table = _registry._model_entrypoints
-        if dict.__contains__(table, name):
-            return dict.__getitem__(table, name)
+        known: Callable[..., Any] | None = dict.get(table, name)
+        if known is not None:
+            return known
         if base == GENERIC or (not dict.__contains__(table, base) and _resolve(base) is None):
             return None
         block = _suffixes().get(suffix)
@@ -165,7 +167,8 @@ def _resolve(name: str) -> Callable[..., Any] | None:
             return None
         _recipes[name] = _named_recipe(name, base, block, stages)
         _enter(name, functools.partial(_build, _recipes[name], name), base=_recipes[name].base)
-        return dict.__getitem__(table, name)
+        entered: Callable[..., Any] = dict.__getitem__(table, name)
+        return entered
 
 
 def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recipe:
@@ -199,7 +202,7 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
 
 
 def _configurations(base: str) -> DefaultCfg:
-    """The base's pretrained configurations under their tags; its hub addresses are complete, so they stay the base's."""
+    """The base's pretrained configurations under their tags; the hub addresses, being complete, stay the base's."""
     arch, only = _registry.split_model_name_tag(base)
     cfgs = {key.partition(".")[2]: cfg for key, cfg in _registry.get_arch_pretrained_cfgs(arch).items()}
     if only in cfgs:  # a recipe whose base names a tag: that one comes first
@@ -294,7 +297,7 @@ def _input_size(cfg: PretrainedCfg, model_kwargs: Mapping[str, Any]) -> tuple[in
 
 
 def _patch_builders() -> None:
-    """Put `_building` in the place of every family's `build_model_with_cfg`; without an operation pending it is inert."""
+    """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends."""
     with _lock:
         for module in list(sys.modules.values()):
             of_family = getattr(module, "__name__", "").startswith("timm.models.") and module is not _builder

@@ -104,5 +104,5 @@ def test_non_local_refuses_a_map_smaller_than_its_pool_and_says_what_fits() -> N
 
 
 def test_non_local_refuses_a_reduction_that_leaves_no_channel() -> None:
-    with pytest.raises(OptionError, match="no channel is left. The largest that works here is 8"):
+    with pytest.raises(OptionError, match=r"no channel is left\. The largest that works here is 8"):
         NonLocal(8, reduction=16)

@@ -1,4 +1,4 @@
-"""The main job on real weights and real photographs: EfficientNet-Lite0, trained on ImageNet, through the command line."""
+"""The main job on real weights and real photographs: EfficientNet-Lite0, through the command line."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_after_an_error_the_model_is_as_it_was() -> None:
         type(bad.site)(**{**{f: getattr(bad.site, f) for f in bad.site.__slots__}, "node": "bn9"}), "se", {}
     )
     before = [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises(SiteError, match="'layer2.0': BasicBlock has no single tensor at bn9"):
+    with pytest.raises(SiteError, match=r"'layer2.0': BasicBlock has no single tensor at bn9"):
         operate(model, (good, broken))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
@@ -329,7 +329,7 @@ def test_verify_sees_a_block_that_never_runs_or_runs_twice(calls: int) -> None:
 def test_verify_says_so_when_something_replaced_a_block() -> None:
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     model.layer3[0].se = nn.Identity()
-    with pytest.raises(SurgeryError, match="the block 'se' of 'layer3.0' is gone"):
+    with pytest.raises(SurgeryError, match=r"the block 'se' of 'layer3.0' is gone"):
         verify(model, (3, 64, 64))
 
 

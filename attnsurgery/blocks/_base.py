@@ -1,6 +1,7 @@
 """Block: the contract that every attention block keeps, and the catalog that holds them.
 
-Shape letters in this folder:  B batch, C channels, H W height and width, N = H * W positions, M <= N positions summed over.
+Shape letters in this folder:  B batch, C channels, H W height and width, N = H * W positions, M <= N positions summed
+over.
 """
 
 from __future__ import annotations

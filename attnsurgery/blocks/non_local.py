@@ -1,8 +1,8 @@
 """Non-local block: every position of the map takes a weighted sum over all positions.
 
-Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971.
-Names follow the paper: equation 1 is the weighted sum, equation 4 its embedded Gaussian weights, equation 6 the residual
-z = W_z y + x; "sub-sampling" (section 3.3) pools what is summed over.
+Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971. Names follow the paper:
+equation 1 is the weighted sum, equation 4 its embedded Gaussian weights, equation 6 the residual z = W_z y + x;
+"sub-sampling" (section 3.3) pools what is summed over.
 
 Shape letters in this file:  B batch, C channels, D = C / reduction, H W height and width, N = H * W positions,
 M = positions left after sub-sampling.
@@ -25,8 +25,8 @@ from attnsurgery.errors import OptionError
 class NonLocal(Block):
     """Softmax attention over positions, without ever holding the N x M matrix of weights.
 
-    Embedded Gaussian weights are a softmax of theta . phi without the 1 / sqrt(D) of transformers, so the fused attention
-    kernel of torch computes them exactly when it is told `scale=1`.
+    Embedded Gaussian weights are a softmax of theta . phi without the 1 / sqrt(D) of transformers, so the fused
+    attention kernel of torch computes them exactly when it is told `scale=1`.
 
     The residual goes through a batch norm whose gamma is 0 at the start, as in the paper (section 4.1), so the block
     begins as the identity; W_z itself is not 0, for two zeros in a row never learn. `start='paper'` differs in

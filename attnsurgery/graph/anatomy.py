@@ -1,8 +1,8 @@
 """Anatomy: a model's places for blocks, found as they are asked for.
 
-Outputs of modules come with the one forward of the twin; what happens inside a module costs a trace of it. A selector such as
-'stage:3 before_last_block' needs no trace and 'stage:3 branches' only those of that stage's blocks, so a trace is made when
-somebody asks.
+Outputs of modules come with the one forward of the twin; what happens inside a module costs a trace of it. A selector
+such as 'stage:3 before_last_block' needs no trace and 'stage:3 branches' only those of that stage's blocks, so a
+trace is made when somebody asks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
+from typing import Any
 
 from torch import nn
 
@@ -105,7 +106,7 @@ class Anatomy:
 
 
 @cache
-def adds(cls: type[nn.Module]) -> bool:
+def adds(cls: Any) -> bool:
     """False if a forward cannot hold a residual addition, because its source has none; that saves a trace."""
     try:
         source = inspect.getsource(cls.forward)

@@ -1,12 +1,12 @@
 """A model's Sites, from one forward of a weightless twin.
 
-Hooks on the twin tell what each module returns and in which order; the graph of each module's own forward tells what happens
-between its children. From these come, without any table of model families:
+Hooks on the twin tell what each module returns and in which order; the graph of each module's own forward tells what
+happens between its children. From these come, without any table of model families:
 
 * the *blocks*: innermost modules with children of their own that stand in a row;
-* the *stages*, counted by stride as papers do: 1, 2, 3, 4 for strides 4, 8, 16, 32. A module belongs to the first entry of
-  timm's `feature_info` that returns no earlier than it does, so that the stride-4 convolution in front of a stride-8 block
-  counts as that block's. Where the stride never changes, stages are the quarters of the depth.
+* the *stages*, counted by stride as papers do: 1, 2, 3, 4 for strides 4, 8, 16, 32. A module belongs to the first
+  entry of timm's `feature_info` that returns no earlier than it does, so that the stride-4 convolution in front of a
+  stride-8 block counts as that block's. Where the stride never changes, stages are the quarters of the depth.
 """
 
 from __future__ import annotations

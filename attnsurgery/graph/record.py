@@ -1,7 +1,7 @@
 """One forward of a weightless twin, written down: who returned what, in which order, how often.
 
-The twin is a deep copy in which every parameter and buffer is a meta tensor: nothing is allocated, nothing is computed, and
-the model itself is not touched.
+The twin is a deep copy in which every parameter and buffer is a meta tensor: nothing is allocated, nothing is
+computed, and the model itself is not touched.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
 
         return hook
 
+    module: Any
     for module in modules.values():
         if isinstance(module, NORMS):  # torch takes milliseconds to find a norm's shape on meta, and it is the input's
             module.forward = torch.empty_like

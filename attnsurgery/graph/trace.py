@@ -4,8 +4,8 @@ A whole-model GraphModule loses what makes a timm model one (`forward_features`,
 through children bakes their state. So the unit of tracing here is a single module: its children stay calls by name, and
 what is baked is only what that one forward does in Python.
 
-What it does in Python can still depend on `self.training` or on optional arguments. `trace_owner` therefore traces in both
-modes, and keeps the optional arguments symbolic only where the forward never asks about them.
+What it does in Python can still depend on `self.training` or on optional arguments. `trace_owner` therefore traces in
+both modes, and keeps the optional arguments symbolic only where the forward never asks about them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
     if any(name in module.__dict__ for name in CHANGING_STATE) or any(hasattr(module, name) for name in REBUILDS):
         return None, False
     twin = uncut_copy(module)
-    twin.__class__ = _watching(type(twin))
+    cls: Any = type(twin)
+    twin.__class__ = _watching(cls)
     twin.__dict__.update(mode=training, asked=False)
     graph = _try_trace(twin, None)
     defaults = _optional_arguments(twin)

@@ -1,4 +1,4 @@
-"""Recipe to Plan: selectors become sites, options are checked against shapes. Every error there can be is raised here."""
+"""Recipe to Plan: selectors become sites, options are checked against shapes. Every error is raised here."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Edit(Strict):
     options: dict[str, Scalar] = Field(default_factory=dict, description="options of that block")
     start: Literal["identity", "paper"] = Field(
         default="identity",
-        description="'identity': a pretrained model computes the same numbers right after surgery; 'paper': the paper's",
+        description="'identity': a pretrained model computes the same numbers right after surgery; or 'paper'",
     )
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from attnsurgery.base import build_base, check_base, load_weights
+from attnsurgery.base import build_base, check_base, load_weights, weightless
 from attnsurgery.errors import UsageError
 from attnsurgery.evaluate import (
     EVALUATORS,
@@ -103,8 +103,7 @@ def prepare(
     space_file = load(config.space)
     size = _input_size(config)
     listener.phase(f"reading {config.data or 'the embedded digits'}")
-    with torch.device("meta"):
-        twin = timm.create_model(config.base)
+    twin = weightless(config.base)
     data = load_data(config.data, Preprocessing.of(twin, size), config.seed, on_load=listener.loading)
     settings = TrainSettings(
         epochs=config.epochs,
@@ -137,8 +136,7 @@ def prepare(
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:
     """What was asked for; else the model's own where its weights expect it; else near the images' own size."""
-    with torch.device("meta"):
-        model = timm.create_model(config.base)
+    model = weightless(config.base)
     channels, height, width = Preprocessing.of(model).input_size
     if config.input_size:
         return channels, config.input_size, config.input_size

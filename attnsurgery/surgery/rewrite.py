@@ -1,15 +1,17 @@
 """The owner's forward, rewritten; everything else about the owner stays what it is.
 
-Only the module whose own forward holds the cut gets a new class, a generated subclass of its old one, so `isinstance` keeps
-holding. There are two ways to write that subclass:
+Only the module whose own forward holds the cut gets a new class, a generated subclass of its old one, so `isinstance`
+keeps holding. There are two ways to write that subclass:
 
-* cuts at the module's *output*: the generated forward calls the old one and passes its result through the block. Nothing is
-  traced, so nothing can be baked: flags such as `grad_checkpointing` keep working.
-* cuts *inside*: the old forward is traced with its children as leaves, the calls are inserted into the graph, and torch.fx
-  generates the code. Where the graphs of the two modes differ, both are kept and the forward asks `self.training`.
+* cuts at the module's *output*: the generated forward calls the old one and passes its result through the block.
+  Nothing is traced, so nothing can be baked: flags such as `grad_checkpointing` keep working.
+* cuts *inside*: the old forward is traced with its children as leaves, the calls are inserted into the graph, and
+  torch.fx generates the code. Where the graphs of the two modes differ, both are kept and the forward asks
+  `self.training`.
 
-The generated source is what gets pickled, with the names it needs: a pickle or deep copy builds the very same class again.
-Two owners with the same source share one class, so torch.compile and torch.jit.script see one type, not sixteen.
+The generated source is what gets pickled, with the names it needs: a pickle or deep copy builds the very same class
+again. Two owners with the same source share one class, so torch.compile and torch.jit.script see one type, not
+sixteen.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Graft:
     layout: Layout
     prefix_tokens: int
     slot: Slot
-    """'new': a child that was not there. 'none', 'identity': a place the host had kept free, which its own forward calls."""
+    """'new': a child that was not there. 'none', 'identity': a place the host kept free, which its forward calls."""
     block: str
     options: Mapping[str, Any]
     start: Start
@@ -84,7 +86,7 @@ def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Modul
 
 
 def find_slot(owner: nn.Module, child: str, node: str | None) -> Slot | None:
-    """How `owner` keeps a place for `child` right behind `node`: as None, as an Identity its forward calls, or not at all.
+    """How `owner` keeps a place for `child` right behind `node`: as None, as an Identity it calls, or not at all.
 
     The place counts only if tracing shows one call of it, on that very node, in both modes.
     """

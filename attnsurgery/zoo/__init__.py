@@ -1,7 +1,7 @@
 """Recipes that ship: zoo/resnet50_se.yaml is the model name resnet50_se.
 
-timm files entry points under a module. This is the module of all surgical names, so `timm.list_models(module="zoo")` lists
-them; they are put here by attnsurgery.registry as they become known.
+timm files entry points under a module. This is the module of all surgical names, so `timm.list_models(module="zoo")`
+lists them; they are put here by attnsurgery.registry as they become known.
 """
 
 from __future__ import annotations
