@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -82,7 +82,7 @@ class Anatomy:
         found = {
             site.address: site
             for path, owner in self._owners.items()
-            if adds(uncut_class(owner))
+            if adds(cast(Any, uncut_class(owner)))
             for site in self._sites_inside(path)
             if site.stage == stage and site.role == "branch"
         }
