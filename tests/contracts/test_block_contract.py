@@ -186,3 +186,18 @@ def test_a_grafted_block_takes_a_base_checkpoint_whole_but_not_in_part(name: str
 def test_an_unknown_block_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownNameError, match=r"no block 'nonlocal'. Did you mean 'non_local'\?"):
         build_block("nonlocal", CHANNELS, {}, "identity")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_block
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_identity_start_holds_and_a_moved_gate_agrees_with_the_cpu(name: str, dtype: torch.dtype) -> None:
+    block, x = make(name).to("cuda", dtype), images(14, 14).to("cuda", dtype)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(block(x.to(memory_format=memory_format)), x)
+    moved = perturbed(make(name)).eval()
+    expected = moved(images(14, 14))
+    got = moved.to("cuda", dtype)(x).float().cpu()
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    assert torch.allclose(got, expected, atol=tolerance, rtol=tolerance)
