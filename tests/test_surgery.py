@@ -251,6 +251,18 @@ def test_gradient_checkpointing_set_after_surgery_still_works_and_gives_the_same
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm interpolates a table
+def test_a_new_input_size_reaches_the_windows_that_a_traced_forward_has_seen() -> None:
+    base = build("swin_tiny_patch4_window7_224")
+    model = cut(copy.deepcopy(base), ("stage:* branches", "se"))
+    for twin in (base, model):
+        twin.set_input_size((96, 96), window_size=3)
+    assert torch.equal(model(images(96)), base(images(96)))
+    assert not torch.equal(move_gates(model)(images(96)), base(images(96)))
+    assert verify(model, (3, 96, 96)).alive
+    assert type(remove(model).layers[0].blocks[0]) is type(base.layers[0].blocks[0])
+
+
 def test_sync_batch_norm_conversion_keeps_every_block_alive() -> None:
     # torch's own conversion does not know timm's batch norms with an activation inside
     conversions = {

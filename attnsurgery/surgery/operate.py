@@ -12,10 +12,7 @@ from attnsurgery.blocks._base import build_block
 from attnsurgery.errors import SiteError, did_you_mean
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.surgery.plan import Insertion, Plan
-from attnsurgery.surgery.rewrite import Graft, find_slot, surgical_class
-
-RECORD = "_attnsurgery"
-"""The attribute of an owner that says what was grafted onto it."""
+from attnsurgery.surgery.rewrite import RECORD, Graft, find_slot, surgical_class
 
 
 def operate(model: nn.Module, plan: Plan) -> nn.Module:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What blocks cost at inference: surgical models against their bases, measured interleaved, in every mode of the device.
+"""What blocks cost at inference: surgical models against their bases, in every mode of the device.
 
     python scripts/bench/latency.py [--seconds 5]
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import re
 
-import attnsurgery  # noqa: F401  (makes the names known to timm)
 import timm
 import torch
 from _common import write
+
+import attnsurgery  # noqa: F401  (makes the names known to timm)
 from attnsurgery.latency import Conditions, Effort, backend_for
 
 PAIRS = [
@@ -56,9 +57,8 @@ def main() -> None:
                     "ratio_95": [found.ratio_low, found.ratio_high],
                 }
             )
-            print(
-                f"{surgical:36} {found.ratio:.3f} x  [{found.ratio_low:.3f}, {found.ratio_high:.3f}]  {conditions.describe()}"
-            )
+            interval = f"[{found.ratio_low:.3f}, {found.ratio_high:.3f}]"
+            print(f"{surgical:36} {found.ratio:.3f} x  {interval}  {conditions.describe()}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     path = write(f"latency-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}", {"rows": rows})
     print(f"written {path}")
