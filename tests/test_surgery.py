@@ -251,7 +251,7 @@ def test_gradient_checkpointing_set_after_surgery_still_works_and_gives_the_same
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm interpolates a table
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 def test_a_new_input_size_reaches_the_windows_that_a_traced_forward_has_seen() -> None:
     base = build("swin_tiny_patch4_window7_224")
     model = cut(copy.deepcopy(base), ("stage:* branches", "se"))
