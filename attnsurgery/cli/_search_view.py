@@ -5,6 +5,7 @@ The result goes to stdout, when there is one.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from attnsurgery.evaluate import Epoch
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.record import best
 
+_SILENCE_S = 20.0
 _SILENT = {"too_many_blocks"}
 _WORDS = {"trained": "trained", "over_budget": "over budget", "duplicate": "seen before", "failed": "failed"}
 
@@ -38,10 +40,11 @@ def view(config: SearchConfig) -> Iterator[Listener]:
 
 
 class PlainView(Listener):
-    """A line an event: for logs and pipes."""
+    """A line an event, and a sign of life where an event is long in coming: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._said_at = time.monotonic()
 
     def phase(self, text: str) -> None:
         self._say(text)
@@ -59,8 +62,13 @@ class PlainView(Listener):
         numbers = f"{_ms(record.timing)}  {_percent(record.top1)}"
         self._say(f"[{trained}/{wanted}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
 
+    def epoch(self, epoch: Epoch) -> None:
+        if time.monotonic() - self._said_at > _SILENCE_S:
+            self._say(f"         epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}")
+
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
+        self._said_at = time.monotonic()
 
 
 class LiveView(Listener):
