@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""A search on CIFAR-10, from a base trained there: base and winner on test images that the search never saw.
+
+    python scripts/bench/cifar.py CIFAR10 [--images 2000] [--budget-ms 1.45] [--run DIR]
+
+CIFAR10 is an image folder with train/<class>/ and test/<class>/. So many images of each class are trained on; all
+test images are used. The same call goes on where it was stopped. Writes docs/benchmarks/cifar.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from _common import write
+
+
+def subset(cifar: Path, images: int, folder: Path) -> Path:
+    """An image folder of links: the first `images` of each class to train on, all to test on."""
+    for kind in sorted(path for path in (cifar / "train").iterdir() if path.is_dir()):
+        target = folder / "train" / kind.name
+        target.mkdir(parents=True, exist_ok=True)
+        for image in sorted(kind.iterdir())[:images]:
+            link = target / image.name
+            if not link.is_symlink():
+                link.symlink_to(image.resolve())
+    test = folder / "test"
+    if not test.is_symlink():
+        test.symlink_to((cifar / "test").resolve())
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cifar", type=Path)
+    parser.add_argument("--images", type=int, default=2000, help="training images of each class")
+    parser.add_argument("--budget-ms", type=float, default=1.45)
+    parser.add_argument("--run", type=Path, default=Path("runs/cifar"), help="data links and the run directory")
+    asked = parser.parse_args()
+    data = subset(asked.cifar, asked.images, asked.run / "images")
+    command = [
+        *(sys.executable, "-m", "attnsurgery", "search", "test_resnet", "--data", str(data)),
+        *("--budget-ms", str(asked.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),
+        *("--train-batch-size", "128", "--confirm-seeds", "2", "--output", str(asked.run / "search"), "--json"),
+    ]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    confirmation = found["confirmation"]
+    keep = ("number", "state", "top1", "parameters", "timing", "assignment")
+    rows = [{key: row[key] for key in keep} for row in found["front"]]
+    path = write(
+        "cifar",
+        {
+            "images_per_class": asked.images,
+            "budget_ms": asked.budget_ms,
+            "base": {key: found["base"][key] for key in keep},
+            "front": rows,
+            "winner": found["best"]["recipe"],
+            "confirmation": confirmation,
+            "counts": found["counts"],
+            "latency": found["conditions"],
+        },
+    )
+    print(f"written {path}")
+    print(
+        f"{confirmation['verdict']}: test top-1 {100 * confirmation['winner_top1']:.2f} % against "
+        f"{100 * confirmation['base_top1']:.2f} % of the base, p = {confirmation['p_value']:.3g}"
+    )
+
+
+if __name__ == "__main__":
+    main()
