@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnsurgery import registry
+from attnsurgery._when_timm import install_names
 
 if TYPE_CHECKING:
     from attnsurgery.api import inspect, operate, recipe_of, remove, verify
@@ -60,7 +60,7 @@ _HOMES = {
     "verify": "api",
 }
 
-registry.install()
+install_names()
 
 
 def __getattr__(name: str) -> Any:

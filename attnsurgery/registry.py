@@ -61,7 +61,7 @@ class _EntryPoints(dict[str, Callable[..., Any]]):
 
 
 def install() -> None:
-    """Make the names known to timm; called once, when attnsurgery is imported."""
+    """Make the names known to timm; called once, when this file has been read."""
     if isinstance(_registry._model_entrypoints, _EntryPoints):
         return
     _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
@@ -328,3 +328,6 @@ def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | No
     from attnsurgery.surgery.operate import operate
 
     operate(model, resolve(recipe, survey(model, input_size)))
+
+
+install()

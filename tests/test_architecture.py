@@ -62,6 +62,21 @@ def test_every_public_name_is_there_and_documented() -> None:
         attnsurgery.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import attnsurgery; import sys; assert not {'timm', 'torch'} & set(sys.modules); import timm",
+        "import timm; import attnsurgery",
+        "import attnsurgery; from timm import create_model; import timm",
+        "import attnsurgery; from timm.models import resnet; import timm",
+        "import attnsurgery.registry; import timm",
+    ],
+)
+def test_names_are_known_whichever_is_imported_first(program: str) -> None:
+    ask = "assert timm.is_model('resnet18_se_s3') and 'resnet50_se' in timm.list_models('resnet50_*')"
+    subprocess.run([sys.executable, "-c", f"{program}; {ask}"], check=True)
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = (
         "import timm, sys; before = set(sys.modules); import attnsurgery; "
