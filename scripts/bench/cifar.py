@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A search on CIFAR-10, from a base trained there: base and winner on test images that the search never saw.
 
-    python scripts/bench/cifar.py CIFAR10 [--images 2000] [--budget-ms 1.45] [--run DIR]
+    python scripts/bench/cifar.py CIFAR10 [--images 2000] [--budget-ms 1.8] [--run DIR]
 
 CIFAR10 is an image folder with train/<class>/ and test/<class>/. So many images of each class are trained on; all
 test images are used. The same call goes on where it was stopped. Writes docs/benchmarks/cifar.json.
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cifar", type=Path)
     parser.add_argument("--images", type=int, default=2000, help="training images of each class")
-    parser.add_argument("--budget-ms", type=float, default=1.45)
+    parser.add_argument("--budget-ms", type=float, default=1.8)
     parser.add_argument("--run", type=Path, default=Path("runs/cifar"), help="data links and the run directory")
     asked = parser.parse_args()
     data = subset(asked.cifar, asked.images, asked.run / "images")
