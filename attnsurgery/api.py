@@ -14,8 +14,8 @@ import timm
 from torch import nn
 
 from attnsurgery import registry
-from attnsurgery.base import weightless
-from attnsurgery.errors import UnknownNameError, did_you_mean
+from attnsurgery.base import check_base, weightless
+from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
@@ -56,13 +56,11 @@ def operate(
         RecipeError, SiteError, OptionError, UnknownNameError: what cannot be meant, with the nearest that can.
     """
     made = registry.as_recipe(recipe)
-    surgery.operate(model, resolve(made, survey(model, input_size)))
-    before = recipe_of(model)
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    edits = [*(before.edits if before else ()), *made.edits]
-    base = before.base if before else config.get("architecture", made.base)
-    done = made.model_copy(update={"base": base, "edits": edits})
-    _describe(model, registry.GENERIC, base=base, recipe=done.as_dict())
+    _check_model(model)
+    plan = resolve(made, survey(model, input_size))
+    done = _joined(model, made)
+    surgery.operate(model, plan)
+    _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict())
     return model
 
 
@@ -71,8 +69,11 @@ def remove(model: nn.Module) -> nn.Module:
 
     Returns:
         The same object.
+
+    Raises:
+        SurgeryError: the blocks are there, but the record of how they came is not: the model was rebuilt since.
     """
-    before = recipe_of(model)
+    before = _kept_recipe(model)
     surgery.remove(model)
     if before is not None:
         _describe(model, before.base.partition(".")[0], base=None, recipe=None, start=None)
@@ -80,7 +81,12 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Report:
-    """The proof that goes with a surgical model; see `Report`."""
+    """The proof that goes with a surgical model; see `Report`.
+
+    Raises:
+        SurgeryError: a block is gone, or the model was rebuilt since the operation.
+    """
+    _kept_recipe(model)
     return verify_model(model, input_size)
 
 
@@ -93,11 +99,40 @@ def recipe_of(model: nn.Module) -> Recipe | None:
         recipe = registry.as_recipe(arguments["recipe"])
         recipe = recipe.model_copy(update={"base": arguments.get("base") or recipe.base})
     else:
-        recipe = registry.recipe_of(config.get("architecture", ""))
+        recipe = registry.recipe_of(config.get("architecture") or "")
     start = arguments.get("start")
     if recipe is None or start is None:
         return recipe
     return recipe.model_copy(update={"edits": [edit.model_copy(update={"start": start}) for edit in recipe.edits]})
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"surgery needs a built model, and this is {type(model).__name__}: timm.create_model(...) first."
+        )
+
+
+def _kept_recipe(model: nn.Module) -> Recipe | None:
+    """The recipe, after a look whether what it says is still in the model."""
+    _check_model(model)
+    recipe = recipe_of(model)
+    if recipe is not None and not any(surgery.operated(model)):
+        raise SurgeryError(
+            f"the model says it was made by the recipe {recipe.name!r}, but it was rebuilt since (torch.fx and "
+            "reparameterisation do that) and its blocks can be neither checked nor taken out."
+        )
+    return recipe
+
+
+def _joined(model: nn.Module, made: Recipe) -> Recipe:
+    """The recipe of all operations so far and this one, on the model's own architecture."""
+    before = recipe_of(model)
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    base = before.base if before else config.get("architecture")
+    edits = [*(before.edits if before else ()), *made.edits]
+    joined = {**made.as_dict(), "edits": [edit.model_dump(exclude_defaults=True) for edit in edits]}
+    return registry.as_recipe({**joined, "base": base if base and timm.is_model(base) else made.base})
 
 
 def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
@@ -110,7 +145,8 @@ def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
 
 def _named(name: str) -> nn.Module:
     """The model of that name without its weights; a directory is named `local-dir:DIR`."""
-    if ":" not in name and not timm.is_model(name):
-        near = did_you_mean(name.partition(".")[0], timm.list_models())
-        raise UnknownNameError(f"timm has no model {name!r}.{near} See them: attnsurgery list")
+    if ":" not in name:
+        check_base(name, "model")
+    elif name.startswith("local-dir:") and not Path(name.partition(":")[2], "config.json").is_file():
+        raise UnknownNameError(f"{name!r} names no directory with a config.json, as attnsurgery apply writes it.")
     return weightless(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -32,6 +33,8 @@ class Catalog(Generic[T]):
         self._group = group
         self._entries: dict[str, type[T]] = {}
         self._loaded = False
+        self._lock = threading.RLock()
+        self._loading = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """A class decorator that enters the class under `name`; a taken name is a programming error."""
@@ -69,10 +72,16 @@ class Catalog(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
-        if self._group:
-            for point in entry_points(group=self._group):
-                self.register(point.name)(point.load())
+        with self._lock:
+            if self._loaded or self._loading:  # loading: this thread's own import asks again
+                return
+            self._loading = True
+            try:
+                package = importlib.import_module(self._package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self._package}.{module.name}")
+                for point in entry_points(group=self._group) if self._group else ():
+                    self.register(point.name)(point.load())
+                self._loaded = True
+            finally:
+                self._loading = False

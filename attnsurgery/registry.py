@@ -40,18 +40,21 @@ if TYPE_CHECKING:
 GENERIC = "surgery"
 """The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
 
-_NAME = re.compile(r"(?P<base>.+)_(?P<block>[a-z]+)(?:_s(?P<stages>[1-9]+))?")
+_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-4]+))?", re.ASCII)
 _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
 _recipes: dict[str, Recipe] = {}
-_entering: set[str] = set()  # names being registered: timm asks whether it knows them, and the answer is no
 
 
 class _EntryPoints(dict[str, Callable[..., Any]]):
     """timm's table of entry points; a surgical name is entered the first time anyone asks for it."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and _resolve(name) is not None)
+        if super().__contains__(name):
+            return True
+        if sys._getframe(1).f_code is _registry.register_model.__code__:
+            return False  # timm asks whether a name is taken, and one that nobody has used is free
+        return isinstance(name, str) and _resolve(name) is not None
 
     def __missing__(self, name: str) -> Callable[..., Any]:
         entry = _resolve(name)
@@ -106,8 +109,10 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 
     if isinstance(recipe, Recipe):
         return recipe
-    if not isinstance(recipe, Mapping):
+    if isinstance(recipe, (str, Path)):
         return text.load(recipe)
+    if not isinstance(recipe, Mapping):
+        raise RecipeError(f"a recipe is a Recipe, a dictionary or a path, and not {type(recipe).__name__}.")
     try:
         as_json = json.dumps(recipe, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -118,6 +123,9 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 def recipe_of(name: str) -> Recipe | None:
     """The recipe that a surgical model name stands for; None for a name that is not surgical."""
     arch, tag = _registry.split_model_name_tag(name)
+    entry = dict.get(_registry._model_entrypoints, arch)
+    if entry is not None and entry.__module__ != zoo.__name__:
+        return None  # timm's own, or a name that somebody else has taken since
     if arch not in _recipes:
         of_zoo = arch in zoo.__all__ and _zoo_file(arch).is_file()
         if of_zoo:
@@ -152,7 +160,7 @@ def _suffixes() -> dict[str, str]:
 def _resolve(name: str) -> Callable[..., Any] | None:
     """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None for other names."""
     match = _NAME.fullmatch(name)
-    if match is None or name in _entering:
+    if match is None or match["base"].endswith("_pruned"):
         return None
     base, suffix, stages = match["base"], match["block"], match["stages"]
     with _lock:
@@ -194,11 +202,7 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = zoo.__name__
     entry_point.__doc__ = f"{base or 'Any timm model'} after surgery; built by attnsurgery."
-    _entering.add(name)
-    try:
-        setattr(zoo, name, _registry.register_model(entry_point))
-    finally:
-        _entering.discard(name)
+    setattr(zoo, name, _registry.register_model(entry_point))
 
 
 def _configurations(base: str) -> DefaultCfg:

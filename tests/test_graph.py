@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attnsurgery
-from attnsurgery.errors import SiteError, UnknownNameError
+from attnsurgery.errors import AttnSurgeryError, SiteError, UnknownNameError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.layout import guess_layout
@@ -151,6 +151,7 @@ def test_before_the_last_block_of_a_stage_of_one_block_is_behind_it() -> None:
         ("stage:3 every:0", "is not a stage selector"),
         ("stage:x", "is not a stage selector"),
         ("stage:1 every:9", "too few blocks for that step"),
+        ("layer[z-a].0", "is not a pattern"),
     ],
 )
 def test_a_selector_that_matches_nothing_names_the_nearest_that_would(
@@ -176,19 +177,52 @@ def test_an_address_that_is_not_there_names_the_nearest(resnet50: Anatomy) -> No
 
 
 def test_inspecting_an_unknown_name_suggests_one() -> None:
-    with pytest.raises(UnknownNameError, match=r"no model 'resnt50'. Did you mean 'resnet50'\?"):
+    with pytest.raises(UnknownNameError, match=r"no architecture 'resnt50'. Did you mean 'resnet50'\?"):
         attnsurgery.inspect("resnt50")
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_last", "layout"),
+    ("shape", "image", "channels_last", "layout"),
     [
-        ((64, 7, 7), False, "NCHW"),
-        ((7, 7, 64), False, "NHWC"),
-        ((7, 7, 7), False, "NCHW"),
-        ((7, 7, 7), True, "NHWC"),
-        ((49, 64), False, "NLC"),
+        ((64, 7, 7), (224, 224), False, "NCHW"),
+        ((7, 7, 64), (224, 224), False, "NHWC"),
+        ((7, 7, 7), (224, 224), False, "NCHW"),
+        ((7, 7, 7), (224, 224), True, "NHWC"),
+        ((64, 64, 32), (256, 128), False, "NCHW"),
+        ((64, 32, 64), (256, 128), False, "NHWC"),
+        ((49, 64), (224, 224), False, "NLC"),
     ],
 )
-def test_layout_is_the_odd_one_out(shape: tuple[int, ...], channels_last: bool, layout: str) -> None:
-    assert guess_layout(shape, channels_last) == layout
+def test_layout_is_the_reading_that_keeps_the_images_proportions(
+    shape: tuple[int, ...], image: tuple[int, int], channels_last: bool, layout: str
+) -> None:
+    assert guess_layout(shape, image, channels_last) == layout
+
+
+def test_sites_of_images_that_are_not_square_have_their_channels_in_place() -> None:
+    site = survey(build("test_resnet"), (3, 128, 64)).site("layer1.0")
+    assert (site.layout, site.shape, site.channels) == ("NCHW", (32, 32, 16), 32)
+
+
+def test_stages_belong_to_the_architecture_and_not_to_its_dilation() -> None:
+    plain, dilated = (attnsurgery.inspect(timm.create_model("resnet18", output_stride=s)) for s in (32, 8))
+    assert dilated.site("layer4.1").shape[1:] == (28, 28)
+    for stage in (1, 2, 3, 4):
+        assert [s.address for s in dilated.blocks(stage)] == [s.address for s in plain.blocks(stage)]
+
+
+def test_patches_are_no_class_tokens_where_the_class_token_comes_late() -> None:
+    assert attnsurgery.inspect("cait_xxs24_224").site("blocks.0").prefix_tokens == 0
+    assert attnsurgery.inspect("vit_tiny_patch16_224").site("blocks.0").prefix_tokens == 1
+
+
+def test_what_rebuilds_itself_for_deployment_holds_no_site_inside() -> None:
+    anatomy = attnsurgery.inspect("mobileone_s0")
+    assert {site.address.rpartition(".")[0] for site in anatomy.blocks(1)} == {"stages.0"}
+    assert not any("conv_kxk" in site.address for site in anatomy.sites)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 64, 64), (3, 0, 64)])
+def test_an_input_size_that_cannot_be_is_refused(size: tuple[int, ...]) -> None:
+    with pytest.raises(AttnSurgeryError, match=r"input_size is|does not run on images"):
+        survey(build("test_resnet"), size)

@@ -73,7 +73,16 @@ def test_is_model_and_list_models_tell_the_truth() -> None:
     assert timm.is_model("test_resnet_se_s12")
     assert timm.is_model("test_resnet_nonlocal_s3.r160_in1k")
     assert "test_resnet_se_s12" in timm.list_models("test_resnet*", module="zoo")
-    for name in ("resnet50_foo_s3", "nonet_se", "resnet50_se_s0", "resnet50_", "_se", "surgery_se", "resnet50_se_s3_"):
+    for name in (
+        "resnet50_foo_s3",
+        "nonet_se",
+        "resnet50_se_s0",
+        "resnet50_se_s9",
+        "resnet50_",
+        "_se",
+        "surgery_se",
+        "resnet50_se_s3_",
+    ):
         assert not timm.is_model(name)
     assert len(timm.list_models()) < 1500
     assert all(timm.is_model(name) for name in timm.list_models(module="zoo"))
@@ -229,6 +238,7 @@ def test_whole_models_pickle_across_processes(tmp_path: Path) -> None:
         ({"edits": [{"at": "layer1.0", "block": "seq"}]}, UnknownNameError, r"edits\[0\].block.*Did you mean 'se'"),
         ({"editz": []}, RecipeError, "editz"),
         ({"name": float("nan")}, RecipeError, "plain data"),
+        ({"edits": 3}, RecipeError, "edits"),
     ],
 )
 def test_bad_recipes_are_refused_with_the_nearest_right_thing(
@@ -255,8 +265,44 @@ def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> Non
 
 
 def test_pruned_architectures_are_refused_with_the_way_round() -> None:
+    assert not timm.is_model("ecaresnet50d_pruned_se")
     with pytest.raises(SurgeryError, match="Build the pruned model first"):
-        timm.create_model("ecaresnet50d_pruned_se")
+        timm.create_model("surgery", base="ecaresnet50d_pruned", recipe=RECIPE)
+
+
+@pytest.mark.parametrize("name", ["resnet18" + "_se" * 70, "resnet18" + "_se" * 5000, "модель_se", "", "_se", "a b_se"])
+def test_odd_names_are_simply_no_models(name: str) -> None:
+    assert not timm.is_model(name)
+
+
+def test_a_name_that_a_user_registers_is_the_users() -> None:
+    from timm.models import register_model
+
+    def mynet(pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        return timm.create_model("test_resnet", **kwargs)
+
+    def mynet_se(pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        return mynet()
+
+    for entry in (mynet, mynet_se):
+        register_model(entry)
+    assert registry.recipe_of("mynet_se") is None
+    assert not grafted_blocks(timm.create_model("mynet_se"))
+
+
+def test_blocks_are_found_by_threads_that_all_ask_first() -> None:
+    program = (
+        "import threading, attnsurgery\n"
+        "barrier, missing = threading.Barrier(6), []\n"
+        "def ask():\n"
+        "    barrier.wait()\n"
+        "    try: attnsurgery.BLOCKS['non_local']\n"
+        "    except Exception as error: missing.append(error)\n"
+        "threads = [threading.Thread(target=ask) for _ in range(6)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "assert not missing, missing"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_start_that_does_not_exist_is_refused() -> None:

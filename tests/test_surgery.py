@@ -345,6 +345,93 @@ def test_verify_says_so_when_something_replaced_a_block() -> None:
         verify(model, (3, 64, 64))
 
 
+def test_verify_misses_blocks_that_went_with_a_module_that_was_rebuilt() -> None:
+    model = cut(build("test_resnet"), ("stage:3 last", "non_local"), ("stage:4 branches", "se"))
+    model.layer3[0] = copy.deepcopy(build("test_resnet").layer3[0])
+    with pytest.raises(SurgeryError, match=r"the block 'layer3.0.non_local' is gone"):
+        verify(model, (3, 64, 64))
+    remove(model)
+    assert verify(model, (3, 64, 64)).alive
+
+
+def test_reparameterisation_keeps_the_blocks_behind_what_it_rebuilds() -> None:
+    from timm.utils.model import reparameterize_model
+
+    torch.manual_seed(0)
+    model = timm.create_model("mobileone_s0").double().eval()
+    cut(model, ("stage:3 before_last_block", "non_local"), ("stage:1 branches", "se"))
+    x = images(64).double()
+    expected = move_gates(model)(x)
+    deployed = reparameterize_model(model)
+    assert verify(deployed, (3, 64, 64)).alive
+    assert len(grafted_blocks(deployed)) == len(grafted_blocks(model))
+    assert torch.allclose(deployed(x) / expected.abs().max(), expected / expected.abs().max(), atol=1e-9)
+
+
+def test_verify_leaves_frozen_norms_frozen_and_looks_at_every_output() -> None:
+    model = cut(build("test_resnet"), ("stage:4 branches", "se")).train()
+    model.bn1.eval()
+    verify(model, (3, 64, 64))
+    assert model.training
+    assert not model.bn1.training
+    features = timm.create_model("test_resnet_se_s4", features_only=True)
+    assert verify(features, (3, 64, 64)).max_abs_diff == 0
+    torch.nn.init.normal_(features.layer4[0].se.fc2.bias)
+    torch.nn.init.normal_(features.layer4[0].bn2.weight)
+    assert verify(features, (3, 64, 64)).max_abs_diff > 0
+
+
+def test_a_dropout_rate_changed_after_surgery_counts() -> None:
+    base = build("test_vit", attn_drop_rate=0.1)
+    model = cut(copy.deepcopy(base), ("blocks.*.attn.proj", "se"))
+    x = images(64)
+    before = forward(model, x, training=True)
+    for twin in (base, model):
+        for block in twin.blocks:
+            block.attn.attn_drop.p = 0.8
+    assert torch.equal(forward(model, x, training=True), forward(base, x, training=True))
+    assert not torch.equal(forward(model, x, training=True), before)
+
+
+def test_constants_that_torch_computed_while_tracing_are_no_part_of_a_forward() -> None:
+    anatomy = survey(build("swin_tiny_patch4_window7_224"), (3, 64, 64))
+    assert not any(site.address.endswith("attn.qkv") for site in anatomy.sites)
+
+
+def test_the_same_block_twice_at_one_site_is_refused_in_a_second_operation_too() -> None:
+    model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
+    before = list(model.state_dict())
+    with pytest.raises(SiteError, match=r"there is a 'se' at 'layer3.0.bn3' already"):
+        cut(model, ("layer4.0.bn2", "se"), ("layer3.0.bn3", "se"))
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("architecture", [None, "my-net", "unknown_net"])
+def test_models_that_are_no_timm_name_can_be_operated_on_and_restored(architecture: str | None) -> None:
+    model = build("test_resnet")
+    model.pretrained_cfg = dict(model.pretrained_cfg, architecture=architecture)
+    keys = list(model.state_dict())
+    recipe = {"version": 1, "name": "m", "base": "test_resnet", "edits": [{"at": "layer1.0.bn2", "block": "se"}]}
+    attnsurgery.operate(model, recipe)
+    attnsurgery.operate(model, recipe | {"edits": [{"at": "layer2.0.bn2", "block": "se"}]})
+    assert attnsurgery.verify(model).alive
+    assert list(attnsurgery.remove(model).state_dict()) == keys
+
+
+def test_what_torch_fx_rebuilt_can_be_neither_verified_nor_restored_and_says_so() -> None:
+    features = timm.create_model("test_resnet_se", features_only=True, feature_cls="fx")
+    for verb in (attnsurgery.verify, attnsurgery.remove):
+        with pytest.raises(SurgeryError, match="rebuilt since"):
+            verb(features)
+
+
+@pytest.mark.parametrize("model", [None, "resnet18", 3])
+def test_what_is_no_model_is_refused(model: object) -> None:
+    recipe = {"version": 1, "name": "m", "base": "test_resnet", "edits": [{"at": "layer1.0.bn2", "block": "se"}]}
+    with pytest.raises(attnsurgery.AttnSurgeryError, match="surgery needs a built model"):
+        attnsurgery.operate(model, recipe)  # type: ignore[arg-type]
+
+
 def test_verify_of_a_model_without_surgery_reports_nothing_added() -> None:
     report = verify(build("test_resnet"), (3, 64, 64))
     assert (report.keys_added, report.blocks, report.macs_after) == ((), (), report.macs_before)

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import guess_layout
 from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record
 from attnsurgery.graph.site import Site
+from attnsurgery.graph.trace import REBUILDS
 
 LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
@@ -47,15 +49,16 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         input_size: (C, H, W) of one image; by default what the model is built for.
     """
     size = input_size or input_size_of(model)
+    if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UsageError(f"input_size is (channels, height, width) of one image, and not {size!r}.")
     twin = meta_twin(model)
     modules = dict(_hosts(twin))
     run = record(twin, modules, size)
     stage_of = _stages(twin, run, size)
     channels_last = getattr(twin, "output_fmt", None) == "NHWC"
-    prefix = int(getattr(twin, "num_prefix_tokens", 0) or 0)
 
     def finish(place: Found) -> Site:
-        layout = guess_layout(place.shape, channels_last)
+        layout = guess_layout(place.shape, size[1:], channels_last)
         return Site(
             address=place.address,
             owner=place.owner,
@@ -65,7 +68,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
             stage=stage_of(place.order),
             depth=place.order,
             role=place.role,
-            prefix_tokens=prefix if layout == "NLC" else 0,
+            prefix_tokens=_prefix_tokens(twin, place.shape[0]) if layout == "NLC" else 0,
         )
 
     outputs = sorted(map(finish, _output_places(modules, run)), key=lambda site: site.depth)
@@ -84,13 +87,26 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 
 
 def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by path, less the root and whatever earlier surgery added."""
-    grafted: tuple[str, ...] = ()
+    """The model's modules by path, less the root, whatever earlier surgery added, and what will be rebuilt.
+
+    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result.
+    """
+    hidden: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if getattr(module, "grafted", False):
-            grafted = (*grafted, f"{path}.")
-        elif path and not path.startswith(grafted):
+        if path.startswith(hidden) and hidden:
+            continue
+        fleeting = path and hasattr(module, "fuse")
+        if getattr(module, "grafted", False) or fleeting or any(hasattr(module, name) for name in REBUILDS if path):
+            hidden = (*hidden, f"{path}.")
+        if path and not fleeting and not getattr(module, "grafted", False):
             yield path, module
+
+
+def _prefix_tokens(model: nn.Module, tokens: int) -> int:
+    """How many of so many tokens are no image patch; cait and xcit add theirs only behind the blocks."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    return 0 if patches == tokens else prefix
 
 
 def _output_places(modules: dict[str, nn.Module], run: Run) -> Iterator[Found]:
@@ -158,14 +174,24 @@ def _stages(model: nn.Module, run: Run, size: tuple[int, int, int]) -> Callable[
             if isinstance(output := run.outputs[path], torch.Tensor) and output.ndim == 4 and output.shape[2] > 1
         ]
     known.sort()
+    stages = _stage_numbers([reduction for _, reduction in known], isotropic, repeats=len(known) == len(infos))
 
     def stage_of(order: float) -> int | None:
-        for index, (last, reduction) in enumerate(known):
-            if order <= last:
-                return 1 + 4 * index // len(known) if isotropic else max(0, round(math.log2(max(reduction, 1))) - 1)
-        return None
+        return next((stage for (last, _), stage in zip(known, stages, strict=True) if order <= last), None)
 
     return stage_of
+
+
+def _stage_numbers(reductions: list[float], isotropic: bool, repeats: bool) -> list[int]:
+    """log2 of the stride less 1, or quarters; one that `output_stride` keeps at the stride before it still counts."""
+    if isotropic:
+        return [1 + 4 * index // len(reductions) for index in range(len(reductions))]
+    stages: list[int] = []
+    for index, reduction in enumerate(reductions):
+        stage = max(0, round(math.log2(max(reduction, 1))) - 1)
+        dilated = repeats and index > 0 and reduction == reductions[index - 1] and stage > 0
+        stages.append(stages[-1] + 1 if dilated else max([stage, *stages[-1:]]) if repeats else stage)
+    return stages
 
 
 def _with_blocks(sites: list[Site]) -> Iterator[Site]:

@@ -10,6 +10,8 @@ None of them copies data.
 
 from __future__ import annotations
 
+import math
+
 from attnsurgery.graph.site import Layout
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
@@ -26,16 +28,17 @@ FROM_NCHW: dict[Layout, Steps] = {
 }
 
 
-def guess_layout(shape: tuple[int, ...], channels_last: bool) -> Layout:
-    """The layout of a tensor without batch, from its shape; `channels_last` decides where the shape does not.
+def guess_layout(shape: tuple[int, ...], image: tuple[int, int], channels_last: bool) -> Layout:
+    """The layout of a tensor without batch, from its shape and the (H, W) of the image it was made of.
 
-    Maps are nearly square and channels are not, so of three sizes the odd one out is the channels.
+    A map keeps the proportions of the image, and channels know nothing of them: of the two ways to read three sizes,
+    the one that shrinks height and width alike is right. `channels_last` decides where both do.
     """
     if len(shape) == 2:
         return "NLC"
     first, middle, last = shape
-    if middle == last and first != middle:
-        return "NCHW"
-    if first == middle and last != middle:
-        return "NHWC"
-    return "NHWC" if channels_last else "NCHW"
+    as_nchw = abs(math.log((image[0] / middle) / (image[1] / last)))
+    as_nhwc = abs(math.log((image[0] / first) / (image[1] / middle)))
+    if as_nchw == as_nhwc:
+        return "NHWC" if channels_last else "NCHW"
+    return "NCHW" if as_nchw < as_nhwc else "NHWC"

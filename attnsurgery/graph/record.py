@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
 
@@ -84,6 +85,11 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
     try:
         with torch.no_grad(), ONE_AT_A_TIME:
             twin(example(twin, size, "meta"))
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise SurgeryError(
+            f"{type(twin).__name__} does not run on images of {'x'.join(map(str, size))}: {said}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -34,7 +34,10 @@ def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
     text = selector.strip()
     if text.startswith("stage:"):
         return _by_stage(text, anatomy)
-    pattern = re.compile(_regex(text))
+    try:
+        pattern = re.compile(_regex(text))
+    except re.error:
+        raise SiteError(f"{selector!r} is not a pattern: a set of characters reads [34] or [1-4].") from None
     found = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
     if not found:
         near = did_you_mean(text, sorted({_like(text, site.address) for site in anatomy.sites}))

@@ -77,6 +77,9 @@ def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
     cls: Any = type(twin)
     twin.__class__ = _watching(cls)
     twin.__dict__.update(mode=training, asked=False)
+    for name, child in twin._modules.items():
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            twin._modules[name] = _with_symbolic_rate(child, name, twin)
     graph = _try_trace(twin, None)
     defaults = _optional_arguments(twin)
     if defaults:
@@ -85,6 +88,17 @@ def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
         if graph is None or fixed is None or _operations(graph) != _operations(fixed):
             graph = fixed
     return graph, bool(twin.__dict__["asked"])
+
+
+def _with_symbolic_rate(dropout: nn.Module, name: str, host: nn.Module) -> nn.Module:
+    """A stand-in whose rate `p` stays an attribute in the graph: schedules change it, and attentions read it."""
+
+    def read(self: nn.Module) -> Any:
+        return host.__dict__["tracer"].create_proxy("get_attr", f"{name}.p", (), {})
+
+    stand_in: nn.Module = object.__new__(type("Dropout", (type(dropout),), {"p": property(read)}))
+    stand_in.__dict__.update((key, value) for key, value in dropout.__dict__.items() if key != "p")
+    return stand_in
 
 
 @cache
@@ -110,11 +124,14 @@ def same(one: fx.Graph, other: fx.Graph) -> bool:
 
 
 def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
+    tracer = module.__dict__["tracer"] = _OwnForward()
     try:
         with ONE_AT_A_TIME:
-            return _OwnForward().trace(module, concrete_args=concrete)
+            graph = tracer.trace(module, concrete_args=concrete)
     except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
         return None
+    # what torch computed from a buffer while it traced is a constant that would follow neither .to() nor a new size
+    return None if any("_tensor_constant" in str(node.target) for node in graph.nodes) else graph
 
 
 def _optional_arguments(module: nn.Module) -> dict[str, Any]:

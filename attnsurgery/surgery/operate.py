@@ -14,6 +14,9 @@ from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.surgery.plan import Insertion, Plan
 from attnsurgery.surgery.rewrite import RECORD, Graft, find_slot, surgical_class
 
+PATHS = "_attnsurgery_blocks"
+"""The attribute of a model that says where blocks were put, so that a lost one is missed."""
+
 
 def operate(model: nn.Module, plan: Plan) -> nn.Module:
     """Insert every block of the plan into the model, in place, in the order written.
@@ -31,11 +34,12 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
     for insertion in plan:
         by_owner.setdefault(insertion.site.owner, []).append(insertion)
     prepared = [_prepare(model, path, insertions) for path, insertions in by_owner.items()]
-    for owner, grafts, blocks, cls in prepared:
+    for path, owner, grafts, blocks, cls in prepared:
         for name, block in blocks.items():
             setattr(owner, name, block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
+        model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(f"{path}.{name}" for name in blocks))
     return model
 
 
@@ -55,6 +59,7 @@ def remove(model: nn.Module) -> nn.Module:
                 setattr(owner, graft.child, None)
         del owner.__dict__[RECORD]
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
+    model.__dict__.pop(PATHS, None)
     return model
 
 
@@ -75,7 +80,7 @@ def grafted_blocks(model: nn.Module) -> dict[str, Block]:
     }
 
 
-Prepared = tuple[nn.Module, tuple[Graft, ...], dict[str, Block], type[nn.Module]]
+Prepared = tuple[str, nn.Module, tuple[Graft, ...], dict[str, Block], type[nn.Module]]
 
 
 def _prepare(model: nn.Module, path: str, insertions: list[Insertion]) -> Prepared:
@@ -87,6 +92,8 @@ def _prepare(model: nn.Module, path: str, insertions: list[Insertion]) -> Prepar
     blocks: dict[str, Block] = {}
     for insertion in insertions:
         site = insertion.site
+        if any((graft.node, graft.block) == (site.node, insertion.block) for graft in grafts):
+            raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
         block = build_block(
             insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype
         )
@@ -111,7 +118,7 @@ def _prepare(model: nn.Module, path: str, insertions: list[Insertion]) -> Prepar
             )
         )
     try:
-        return owner, tuple(grafts), blocks, surgical_class(trial, tuple(grafts))
+        return path, owner, tuple(grafts), blocks, surgical_class(trial, tuple(grafts))
     except SiteError as error:
         raise SiteError(f"{path!r}: {error}") from None
 

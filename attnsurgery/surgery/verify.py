@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from attnsurgery.blocks import Block
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.graph.record import example, meta_twin
-from attnsurgery.surgery.operate import grafted_blocks, operated, remove
+from attnsurgery.surgery.operate import PATHS, grafted_blocks, operated, remove
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 def _check_records(model: nn.Module) -> None:
     """A module swapped after surgery can take a block with it; then say so, rather than report on what is left."""
+    there = grafted_blocks(model)
+    lost = [path for path in model.__dict__.get(PATHS, ()) if path not in there]
+    if lost:
+        raise SurgeryError(f"the block {lost[0]!r} is gone: something replaced what it was in after surgery.")
     for path, owner, grafts in operated(model):
         for graft in grafts:
             if not isinstance(getattr(owner, graft.child, None), Block):
@@ -113,20 +118,24 @@ def _check_records(model: nn.Module) -> None:
 
 
 def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             output = model(images)
     finally:
-        model.train(was_training)
-    return _first_tensor(output)
+        for module, training in modes.items():  # one by one: frozen norms of a model in training stay frozen
+            module.training = training
+    return torch.cat([tensor.float().flatten() for tensor in _tensors(output)])
 
 
-def _first_tensor(value: Any) -> torch.Tensor:
-    while not isinstance(value, torch.Tensor):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
-    return value.float()
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of an output, which is a list or dictionary for feature models."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _watched(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int], dict[str, int]]:
