@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 from attnsurgery.errors import SiteError, did_you_mean
 from attnsurgery.graph.inside import inner_sites
@@ -50,6 +50,7 @@ class Anatomy:
         self._run = run
         self._finish = finish
         self._inside: dict[str, tuple[Site, ...]] = {}
+        self._graphs: dict[str, fx.Graph | None] = {}
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -100,9 +101,22 @@ class Anatomy:
 
     def _trace(self, path: str) -> Iterator[Site]:
         owner = self._owners[path]
-        graph = trace_owner(owner)
+        kind = _kind(owner)
+        if kind not in self._graphs:
+            self._graphs[kind] = trace_owner(owner)
+        graph = self._graphs[kind]
         if graph is not None:
             yield from map(self._finish, inner_sites(path, owner, graph, self._run))
+
+
+def _kind(owner: nn.Module) -> str:
+    """What a forward can depend on: class, plain values and kinds of children. The twelve blocks of a ViT are of one.
+
+    Good enough to find places; a cut is made into a graph of its very owner.
+    """
+    plain = [(k, v) for k, v in owner.__dict__.items() if isinstance(v, (bool, int, float, str, tuple, type(None)))]
+    children = [(name, id(type(child))) for name, child in owner._modules.items()]
+    return f"{id(uncut_class(owner))} {plain} {children}"
 
 
 @cache

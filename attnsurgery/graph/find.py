@@ -24,7 +24,7 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import guess_layout
 from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record
 from attnsurgery.graph.site import Site
-from attnsurgery.graph.trace import REBUILDS
+from attnsurgery.graph.trace import rebuilds
 
 LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
@@ -95,10 +95,11 @@ def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if path.startswith(hidden) and hidden:
             continue
-        fleeting = path and hasattr(module, "fuse")
-        if getattr(module, "grafted", False) or fleeting or any(hasattr(module, name) for name in REBUILDS if path):
+        grafted = module.__dict__.get("grafted", False)
+        fleeting = hasattr(type(module), "fuse")
+        if path and (grafted or fleeting or rebuilds(type(module))):
             hidden = (*hidden, f"{path}.")
-        if path and not fleeting and not getattr(module, "grafted", False):
+        if path and not fleeting and not grafted:
             yield path, module
 
 

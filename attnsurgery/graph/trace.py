@@ -40,6 +40,11 @@ class _OwnForward(fx.Tracer):
         return True
 
 
+def rebuilds(cls: type[nn.Module]) -> bool:
+    """True if modules of this class rebuild themselves for deployment."""
+    return any(hasattr(cls, name) for name in REBUILDS)
+
+
 def uncut_class(module: nn.Module) -> type[nn.Module]:
     """The class whose forward is traced: what the module was before any surgery."""
     return getattr(type(module), "uncut_class", type(module))
@@ -71,7 +76,7 @@ def trace_in_both_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
 
 def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
     """The graph, and whether the forward asked for `self.training` on the way."""
-    if any(name in module.__dict__ for name in CHANGING_STATE) or any(hasattr(module, name) for name in REBUILDS):
+    if any(name in module.__dict__ for name in CHANGING_STATE) or rebuilds(type(module)):
         return None, False
     twin = uncut_copy(module)
     cls: Any = type(twin)

@@ -25,6 +25,7 @@ import operator
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -218,8 +219,12 @@ def _generated(graph: fx.Graph, name: str) -> tuple[str, Bindings]:
     """The code torch.fx writes for the graph, as a method called `name`, and the names it uses."""
     code = graph.python_code("self")
     source = code.src[code.src.index("def forward(") :].replace("def forward(", f"def {name}(", 1).strip() + "\n"
-    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    return source, tuple(_binding(name, code.globals[name]) for name in sorted(used & code.globals.keys()))
+    return source, tuple(_binding(name, code.globals[name]) for name in _names(source) if name in code.globals)
+
+
+@cache
+def _names(source: str) -> tuple[str, ...]:
+    return tuple(sorted({node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}))
 
 
 def _binding(name: str, value: Any) -> tuple[str, str, Any]:
