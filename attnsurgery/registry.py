@@ -41,6 +41,7 @@ GENERIC = "surgery"
 """The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
 
 _NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-4]+))?", re.ASCII)
+_BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
 _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
 _recipes: dict[str, Recipe] = {}
@@ -70,7 +71,8 @@ def install() -> None:
     _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
     _enter(GENERIC, _generic, base=None)
     for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
-        _enter(path.stem, functools.partial(_from_zoo, path), base=path.stem.partition("_")[0])
+        base = _BASE.search(path.read_text())  # the whole recipe is read, strictly, when the name is asked for
+        _enter(path.stem, functools.partial(_from_zoo, path), base=base and base[1])
 
 
 def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:

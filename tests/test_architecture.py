@@ -74,7 +74,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 )
 def test_names_are_known_whichever_is_imported_first(program: str) -> None:
     ask = "assert timm.is_model('resnet18_se_s3') and 'resnet50_se' in timm.list_models('resnet50_*')"
-    subprocess.run([sys.executable, "-c", f"{program}; {ask}"], check=True)
+    assert subprocess.run([sys.executable, "-c", f"{program}; {ask}"]).returncode == 0
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -302,7 +302,20 @@ def test_blocks_are_found_by_threads_that_all_ask_first() -> None:
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "assert not missing, missing"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_every_recipe_that_ships_resolves_under_its_file_name_with_its_bases_weights() -> None:
+    files = sorted(Path(registry.zoo.__file__).parent.glob("*.yaml"))
+    assert files
+    for file in files:
+        recipe = registry.recipe_of(file.stem)
+        assert recipe is not None
+        assert recipe.name == file.stem
+        with torch.device("meta"):
+            model = timm.create_model(file.stem)
+        assert grafted_blocks(model)
+        assert model.pretrained_cfg["hf_hub_id"].startswith(f"timm/{recipe.base}.")
 
 
 def test_a_start_that_does_not_exist_is_refused() -> None:

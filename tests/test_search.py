@@ -65,8 +65,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def config(tmp_path: Path, images: Path, space: Path) -> SearchConfig:
+def small_search(images: Path, space: Path, output: Path) -> SearchConfig:
     return SearchConfig(
         budget_ms=100.0,
         space=str(space),
@@ -78,25 +77,18 @@ def config(tmp_path: Path, images: Path, space: Path) -> SearchConfig:
         confirm_seeds=1,
         input_size=32,
         latency="fixed",
-        output=str(tmp_path / "run"),
+        output=str(output),
     )
+
+
+@pytest.fixture
+def config(tmp_path: Path, images: Path, space: Path) -> SearchConfig:
+    return small_search(images, space, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, images: Path, space: Path) -> Outcome:
-    config = SearchConfig(
-        budget_ms=100.0,
-        space=str(space),
-        data=str(images),
-        trials=4,
-        epochs=1,
-        base_epochs=1,
-        train_batch_size=8,
-        confirm_seeds=1,
-        input_size=32,
-        latency="fixed",
-        output=str(tmp_path_factory.mktemp("finished") / "run"),
-    )
+    config = small_search(images, space, tmp_path_factory.mktemp("finished") / "run")
     return run(config, command=command_of(config))
 
 

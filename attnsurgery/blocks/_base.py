@@ -59,9 +59,6 @@ class Block(nn.Module, ABC):
     grafted = False
     """True inside a host; then a checkpoint without this block is a base checkpoint and loads strictly."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 

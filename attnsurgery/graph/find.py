@@ -97,7 +97,7 @@ def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         grafted = module.__dict__.get("grafted", False)
         fleeting = hasattr(type(module), "fuse")
-        if path and (grafted or fleeting or rebuilds(type(module))):
+        if path and (grafted or rebuilds(type(module))):
             hidden = (*hidden, f"{path}.")
         if path and not fleeting and not grafted:
             yield path, module

@@ -24,7 +24,6 @@ CHANGING_STATE = ("grad_checkpointing",)
 # Methods by which a module rebuilds itself for deployment: its forward afterwards is another one.
 REBUILDS = ("reparameterize", "fuse", "switch_to_deploy")
 
-
 ONE_AT_A_TIME = threading.RLock()
 """torch.fx patches nn.Module for as long as it traces; another forward at that moment would end up in the trace."""
 
