@@ -156,7 +156,7 @@ def _suffixes() -> dict[str, str]:
     """How blocks are spelled in names, and what they are called in the catalog."""
     from attnsurgery.blocks import BLOCKS
 
-    return {BLOCKS[name].model_suffix: name for name in BLOCKS}
+    return {BLOCKS[name].model_suffix: name for name in BLOCKS if BLOCKS[name].model_suffix}
 
 
 def _resolve(name: str) -> Callable[..., Any] | None:

@@ -44,20 +44,30 @@ class Block(nn.Module, ABC):
     * the output never shares memory with the input: hosts add to it in place;
     * every parameter gets a gradient once the start was perturbed by one optimiser step;
     * options are exactly the keyword-only arguments of `__init__`: their annotations are the schema.
+
+    A block with `gates = True` sits on a span of the host, the trunk T, instead of at one place: it is given the span's
+    input x and returns what the span's output is multiplied with, so the host computes T(x) * block(x). Its identity
+    start returns exactly 1.
     """
 
     child_name: ClassVar[str]
     """What the block is called inside its host: the `se` of `layer1.0.se.fc1`."""
 
-    model_suffix: ClassVar[str]
-    """How it is spelled in model names: the `nonlocal` of `resnet50_nonlocal_s3`."""
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Other names under which hosts keep a place free for a block of this kind; a free one is filled."""
 
-    model_place: ClassVar[str]
+    model_suffix: ClassVar[str] = ""
+    """How it is spelled in model names: the `nonlocal` of `resnet50_nonlocal_s3`. Empty: no names are made of it."""
+
+    model_place: ClassVar[str] = "last"
     """Where `<arch>_<suffix>_s<n>` puts it: the rule part of a selector, such as 'before_last_block'."""
 
-    # no annotation: torch.jit.script would try to resolve it
+    # no annotations on these: torch.jit.script would try to resolve them
     grafted = False
     """True inside a host; then a checkpoint without this block is a base checkpoint and loads strictly."""
+
+    gates = False
+    """True: the block reads the input of a span and returns the factor of the span's output."""
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
