@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import sys
@@ -42,6 +43,7 @@ GENERIC = "surgery"
 
 _NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-4]+))?", re.ASCII)
 _BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
+_FAMILIES = ("timm.models.", "attnsurgery.models")
 _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
 _recipes: dict[str, Recipe] = {}
@@ -69,6 +71,7 @@ def install() -> None:
     if isinstance(_registry._model_entrypoints, _EntryPoints):
         return
     _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
+    importlib.import_module("attnsurgery.models")  # which registers its names as timm's own files do
     _enter(GENERIC, _generic, base=None)
     for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
         base = _BASE.search(path.read_text())  # the whole recipe is read, strictly, when the name is asked for
@@ -306,7 +309,7 @@ def _patch_builders() -> None:
     """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends."""
     with _lock:
         for module in list(sys.modules.values()):
-            of_family = getattr(module, "__name__", "").startswith("timm.models.") and module is not _builder
+            of_family = getattr(module, "__name__", "").startswith(_FAMILIES) and module is not _builder
             if of_family and module.__dict__.get("build_model_with_cfg") is _builder.build_model_with_cfg:
                 module.build_model_with_cfg = _building  # type: ignore[attr-defined]
 

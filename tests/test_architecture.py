@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"catalog"},
     {"blocks", "graph", "latency", "evaluate", "weights"},
-    {"surgery"},
+    {"surgery", "models"},
     {"recipe"},
     {"zoo"},
     {"registry", "base"},

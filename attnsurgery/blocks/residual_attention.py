@@ -1,0 +1,236 @@
+"""Residual attention: a small hourglass looks at the whole map and says how much of the trunk's output counts where.
+
+Paper: Wang, Jiang, Qian, Yang, Li, Zhang, Wang, Tang, "Residual Attention Network for Image Classification",
+CVPR 2017, arXiv:1704.06904. Names follow the paper: equation 3 is H = (1 + M) * T with the trunk T and the mask M,
+figure 3 the mask, equations 4 to 6 are the three ways to normalise it, r is the number of units per scale.
+
+Shape letters in this file:  B batch, C channels, K = width * C channels inside the mask, H W height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from torch._jit_internal import is_scripting
+
+from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.errors import OptionError
+
+
+class PreActUnit(nn.Module):
+    """Residual unit, norm and activation before each convolution: 1x1 to K / 4, 3x3, 1x1 to K, no biases.
+
+    He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016, arXiv:1603.05027, figure 4 (e).
+
+    Args:
+        channels: of the input.
+        out_channels: of the output; by default those of the input.
+        stride: of the 3x3 and of the shortcut.
+        dilation: of the 3x3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        stride: int = 1,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        inner = max(1, out_channels // 4)
+        self.norm1 = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False, device=device, dtype=dtype)
+        self.norm2 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, dilation, dilation, bias=False, device=device, dtype=dtype)
+        self.norm3 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
+        self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False, device=device, dtype=dtype)
+        self.act = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or out_channels != channels:
+            self.downsample = nn.Conv2d(channels, out_channels, 1, stride, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.act(self.norm1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        y = self.conv1(y)
+        y = self.conv2(self.act(self.norm2(y)))
+        y = self.conv3(self.act(self.norm3(y)))
+        y += shortcut
+        return y
+
+
+class _Units(nn.Sequential):
+    """Units in a row, as a class of its own: the stages of a host are counted in plain Sequentials."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for unit in self:
+            x = unit(x)
+        return x
+
+
+def _units(count: int, channels: int, device: torch.device | str | None, dtype: torch.dtype | None) -> _Units:
+    return _Units(*(PreActUnit(channels, device=device, dtype=dtype) for _ in range(count)))
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    """The maximum of 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2)."""
+    if not is_scripting():  # noqa: SIM102 (a script needs the two apart)
+        if torch.compiler.is_exporting():
+            # the same for sizes that are symbols: ceil mode would ask them whether they are odd
+            return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
+    return F.max_pool2d(x, 3, 2, ceil_mode=True)
+
+
+class _Scale(nn.Module):
+    """Half the size, work there and on all scales below, and back to the size that came in.
+
+    Max-pooling is 3x3 with stride 2, ceil mode and no padding: n becomes n // 2. Going up is bilinear, with aligned
+    corners, to whatever size came in. A skip of one unit joins every scale but the lowest.
+
+    Args:
+        channels: C of the input.
+        width: K of what is given back; where it is less than C, a 1x1 convolution behind the pooling narrows.
+        depth: scales from here down, at least 1.
+        r: units in front of and behind the scale below; 2r at the lowest.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        depth: int,
+        r: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.narrow = _narrowing(channels, width, device, dtype)
+        self.down = _units(r, width, device, dtype)
+        self.skip = _units(1, width, device, dtype) if depth > 1 else None
+        self.below = _Scale(width, width, depth - 1, r, device, dtype) if depth > 1 else None
+        self.up = _units(r, width, device, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(self.narrow(_halved(x)))
+        if self.below is not None and self.skip is not None:
+            y = self.below(y) + self.skip(y)
+        y = self.up(y)
+        return F.interpolate(y, size=(x.shape[2], x.shape[3]), mode="bilinear", align_corners=True)
+
+
+def _narrowing(channels: int, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    if width == channels:
+        return nn.Identity()
+    return nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
+
+
+@BLOCKS.register("residual_attention")
+class ResidualAttention(Block):
+    """The factor 1 + alpha * M(x) of a span's output; x is the span's input, and M never sees the trunk.
+
+    The identity start has alpha = 0, so the factor is exactly 1 and the mask begins to learn as soon as alpha has
+    moved. `start='paper'` has no alpha: 1 + M. Convolutions start as in He et al. 2015, arXiv:1502.01852.
+
+    The paper ends every mask at a map of 7 x 7: depth 3, 2 and 1 for maps of 56, 28 and 14; 4 x 4 is usual for small
+    images. The `t` of the paper, units in the trunk, is the length of the span.
+
+    Bilinear interpolation has no deterministic backward of its own on CUDA; under
+    `torch.use_deterministic_algorithms(True)` torch takes a slower one that is.
+
+    Args:
+        channels: C of the tensor this block is given.
+        depth: how often the map is halved; 0 keeps the 2r units, at full size.
+        r: units per scale on the way down and again on the way up.
+        norm: how logits become the mask: 'mixed' is a sigmoid, 'channel' divides each position by its length over
+            the channels, 'spatial' is a sigmoid of each channel standardised over the map.
+        width: K / C, a narrower mask; the paper's is 1. K is rounded down and never 0.
+        start: 'identity' or 'paper'.
+    """
+
+    child_name = "residual_attention"
+    model_suffix = "resattn"
+    model_place = "span"
+    gates = True
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        depth: Annotated[int, Field(ge=0, le=8)] = 1,
+        r: Annotated[int, Field(ge=1, le=16)] = 1,
+        norm: Literal["mixed", "channel", "spatial"] = "mixed",
+        width: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        start: Start = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        inner = max(1, int(channels * width))
+        self.depth = depth
+        self.r = r
+        self.norm = norm
+        self.eps = 1e-6  # under lengths and deviations, which may be 0
+        if depth > 0:
+            self.mask: nn.Module = _Scale(channels, inner, depth, r, device, dtype)
+        else:
+            narrow = _narrowing(channels, inner, device, dtype)
+            self.mask = _Units(narrow, *_units(2 * r, inner, device, dtype))
+        self.norm1 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
+        self.conv1 = nn.Conv2d(inner, inner, 1, bias=False, device=device, dtype=dtype)
+        self.norm2 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
+        self.conv2 = nn.Conv2d(inner, channels, 1, bias=False, device=device, dtype=dtype)
+        self.act = nn.ReLU(inplace=True)
+        self.alpha = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if start == "identity" else None
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(self.act(self.norm1(self.mask(x))))
+        mask = self._normalised(self.conv2(self.act(self.norm2(y))))
+        if self.alpha is not None:
+            mask = mask * self.alpha
+        return mask + 1.0
+
+    def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
+        """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""
+        if self.norm == "channel":
+            # a half-precision square overflows at 256
+            full = logits if logits.dtype == torch.float64 else logits.float()
+            return (full * torch.rsqrt(full.square().sum(1, keepdim=True) + self.eps)).to(logits.dtype)
+        if self.norm == "spatial":
+            logits = torch.group_norm(logits, logits.shape[1], eps=self.eps)
+        return torch.sigmoid(logits)
+
+    def check_map(self, height: int, width: int) -> None:
+        if _lowest_positions(height, width, self.depth) > 1:
+            return
+        depths = [depth for depth in range(self.depth) if _lowest_positions(height, width, depth) > 1]
+        advice = f"use depth: {depths[-1]} or an earlier stage" if depths else "use an earlier stage"
+        raise OptionError(
+            f"block 'residual_attention' with depth={self.depth} halves a map of {height} x {width} to "
+            f"{height >> self.depth} x {width >> self.depth}, and needs two positions at least there: {advice}."
+        )
+
+    def cost(self, height: int, width: int) -> Cost:
+        inner, channels = self.conv2.in_channels, self.conv2.out_channels
+        unit = 2 * inner * max(1, inner // 4) + 9 * max(1, inner // 4) ** 2
+        macs = height * width * (inner * inner + inner * channels)
+        for scale in range(min(1, self.depth), self.depth + 1):
+            units = 2 * self.r if scale == self.depth else 2 * self.r + 1
+            macs += (height >> scale) * (width >> scale) * units * unit
+        if inner != channels:
+            first = min(1, self.depth)
+            macs += (height >> first) * (width >> first) * channels * inner
+        return Cost(macs=macs, attention_bytes=0)
+
+
+def _lowest_positions(height: int, width: int, depth: int) -> int:
+    return (height >> depth) * (width >> depth)

@@ -1,0 +1,59 @@
+"""Whole models of the attention papers, as timm names: `timm.create_model("residual_attention_56")`.
+
+timm learns the names when attnsurgery is imported; the classes are loaded when a model is first built. There are no
+pretrained weights: these are for training from scratch, and to compare with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._builder import build_model_with_cfg
+from timm.models._registry import generate_default_cfgs, register_model
+from torch import nn
+
+__all__: list[str] = []
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bilinear",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stem.conv",
+            "classifier": "head.fc",
+        }
+        for name in ("residual_attention_56.untrained", "residual_attention_92.untrained")
+    }
+)
+
+
+def _residual_attention_net(name: str, modules: tuple[int, int, int], pretrained: bool, **kwargs: Any) -> nn.Module:
+    from attnsurgery.models.residual_attention_net import ResidualAttentionNet
+
+    model: nn.Module = build_model_with_cfg(
+        ResidualAttentionNet,
+        name,
+        pretrained,
+        feature_cfg={"flatten_sequential": True},
+        **{"modules": modules, **kwargs},
+    )
+    return model
+
+
+@register_model  # type: ignore[untyped-decorator]
+def residual_attention_56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Attention-56 (arXiv:1704.06904, table 2): one attention module a stage."""
+    return _residual_attention_net("residual_attention_56", (1, 1, 1), pretrained, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def residual_attention_92(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Attention-92 (arXiv:1704.06904, table 2): one, two and three attention modules in the stages."""
+    return _residual_attention_net("residual_attention_92", (1, 2, 3), pretrained, **kwargs)
