@@ -76,6 +76,11 @@ class Block(nn.Module, ABC):
     def cost(self, height: int, width: int) -> Cost:
         """Multiply-accumulates and attention bytes for one image whose map is `height` x `width`."""
 
+    @classmethod
+    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        """The options for a map of this size: where one says 'auto', what it comes to."""
+        return dict(options)
+
     def check_map(self, height: int, width: int) -> None:
         """Refuse a map on which the block has no meaning.
 

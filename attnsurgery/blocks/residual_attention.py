@@ -9,7 +9,8 @@ Shape letters in this file:  B batch, C channels, K = width * C channels inside 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch._jit_internal import is_scripting
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
 from attnsurgery.errors import OptionError
+
+SMALLEST_AUTO = 4
+"""Least side of the lowest map where the depth follows the map."""
 
 
 class PreActUnit(nn.Module):
@@ -138,15 +142,18 @@ class ResidualAttention(Block):
     The identity start has alpha = 0, so the factor is exactly 1 and the mask begins to learn as soon as alpha has
     moved. `start='paper'` has no alpha: 1 + M. Convolutions start as in He et al. 2015, arXiv:1502.01852.
 
-    The paper ends every mask at a map of 7 x 7: depth 3, 2 and 1 for maps of 56, 28 and 14; 4 x 4 is usual for small
-    images. The `t` of the paper, units in the trunk, is the length of the span.
+    The paper ends every mask at a map of 7 x 7: depth 3, 2 and 1 for maps of 56, 28 and 14. Small images go down to
+    4 x 4, and halving 7 x 7 would pass that, so one rule gives both. The `t` of the paper, units in the trunk, is the
+    length of the span.
 
     Bilinear interpolation has no deterministic backward of its own on CUDA; under
     `torch.use_deterministic_algorithms(True)` torch takes a slower one that is.
 
     Args:
         channels: C of the tensor this block is given.
-        depth: how often the map is halved; 0 keeps the 2r units, at full size.
+        depth: how often the map is halved; 0 keeps the 2r units, at full size. 'auto' goes as deep as the smallest
+            map is 4 x 4 or larger at the place where a recipe puts the block; a block built by hand, which knows no
+            map, gets 1.
         r: units per scale on the way down and again on the way up.
         norm: how logits become the mask: 'mixed' is a sigmoid, 'channel' divides each position by its length over
             the channels, 'spatial' is a sigmoid of each channel standardised over the map.
@@ -163,7 +170,7 @@ class ResidualAttention(Block):
         self,
         channels: int,
         *,
-        depth: Annotated[int, Field(ge=0, le=8)] = 1,
+        depth: Annotated[int, Field(ge=0, le=8)] | Literal["auto"] = "auto",
         r: Annotated[int, Field(ge=1, le=16)] = 1,
         norm: Literal["mixed", "channel", "spatial"] = "mixed",
         width: Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -173,12 +180,12 @@ class ResidualAttention(Block):
     ) -> None:
         super().__init__()
         inner = max(1, int(channels * width))
-        self.depth = depth
+        self.depth = 1 if depth == "auto" else depth
         self.r = r
         self.norm = norm
         self.eps = 1e-6  # under lengths and deviations, which may be 0
-        if depth > 0:
-            self.mask: nn.Module = _Scale(channels, inner, depth, r, device, dtype)
+        if self.depth > 0:
+            self.mask: nn.Module = _Scale(channels, inner, self.depth, r, device, dtype)
         else:
             narrow = _narrowing(channels, inner, device, dtype)
             self.mask = _Units(narrow, *_units(2 * r, inner, device, dtype))
@@ -195,9 +202,11 @@ class ResidualAttention(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(self.act(self.norm1(self.mask(x))))
         mask = self._normalised(self.conv2(self.act(self.norm2(y))))
-        if self.alpha is not None:
-            mask = mask * self.alpha
-        return mask + 1.0
+        if self.alpha is None:
+            return mask + 1.0
+        factor: torch.Tensor = mask * self.alpha
+        factor += 1.0
+        return factor
 
     def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""
@@ -208,6 +217,13 @@ class ResidualAttention(Block):
         if self.norm == "spatial":
             logits = torch.group_norm(logits, logits.shape[1], eps=self.eps)
         return torch.sigmoid(logits)
+
+    @classmethod
+    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        depth = options.get("depth", "auto")
+        if depth == "auto":
+            depth = max(0, (min(height, width) // SMALLEST_AUTO).bit_length() - 1)
+        return {**options, "depth": depth}
 
     def check_map(self, height: int, width: int) -> None:
         if _lowest_positions(height, width, self.depth) > 1:
