@@ -66,8 +66,7 @@ class PreActUnit(nn.Module):
         y = self.conv1(y)
         y = self.conv2(self.act(self.norm2(y)))
         y = self.conv3(self.act(self.norm3(y)))
-        y += shortcut
-        return y
+        return shortcut + y  # in this order: a sum takes the memory format of its first term, and y can be 1 wide
 
 
 class _Units(nn.Sequential):
@@ -124,7 +123,7 @@ class _Scale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.down(self.narrow(_halved(x)))
         if self.below is not None and self.skip is not None:
-            y = self.below(y) + self.skip(y)
+            y = self.skip(y) + self.below(y)
         y = self.up(y)
         return F.interpolate(y, size=(x.shape[2], x.shape[3]), mode="bilinear", align_corners=True)
 
