@@ -7,6 +7,7 @@ trace is made when somebody asks.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from torch import fx, nn
 
 from attnsurgery.errors import SiteError, did_you_mean
 from attnsurgery.graph.inside import inner_sites
-from attnsurgery.graph.record import Found, Run
-from attnsurgery.graph.site import Site
+from attnsurgery.graph.record import Found, Run, map_shape
+from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import trace_owner, uncut_class
 
 
@@ -78,16 +79,77 @@ class Anatomy:
         """Outputs of the stage's blocks, in order."""
         return tuple(site for site in self._outputs if site.stage == stage and site.role == "block")
 
-    def branches(self, stage: int) -> tuple[Site, ...]:
-        """Ends of the stage's residual branches, in order."""
+    def sides(self, stage: int, role: Role) -> tuple[Site, ...]:
+        """The stage's residual branches, in order: where they end ('branch'), what they read ('branch_input'), and what
+        they are added to ('shortcut')."""
         found = {
             site.address: site
             for path, owner in self._owners.items()
             if adds(cast(Any, uncut_class(owner)))
             for site in self._sites_inside(path)
-            if site.stage == stage and site.role == "branch"
+            if site.stage == stage and site.role == role
         }
         return tuple(sorted(found.values(), key=lambda site: site.depth))
+
+    def spatial(self, stage: int) -> tuple[Site, ...]:
+        """What the last 3x3 (or larger) convolution of each block gives, normalised and activated."""
+        within = tuple(f"{block.owner}." for block in self.blocks(stage))
+        last = {}
+        for path in self._owners:
+            block = next((start for start in within if f"{path}.".startswith(start)), None)
+            for site in self._sites_inside(path) if block else ():
+                if site.spatial:
+                    last[block] = site
+        return tuple(sorted(last.values(), key=lambda site: site.depth))
+
+    def trunk(self, stage: int) -> tuple[Site, ...]:
+        """The stage's last blocks in a row, as far back as none changes the size of the map: what a span may cover."""
+        row: list[Site] = []
+        for site in reversed(self.blocks(stage)):
+            if self._taken(site) != site.shape or (row and not self._hands_on(site, row[-1])):
+                break
+            row.append(site)
+        return tuple(reversed(row))
+
+    def span(self, first: Site, last: Site) -> Site:
+        """From the input of one module to the output of another, through a chain of modules with one parent.
+
+        Raises:
+            SiteError: they are no such chain, or what goes in has another shape than what comes out.
+        """
+        address = f"{first.address} .. {last.address}"
+        for end in (first, last):
+            if end.node is not None or end.address != end.owner:
+                raise SiteError(f"{address!r}: a span goes from module to module, and {end.address!r} is inside one.")
+        parent = first.owner.rpartition(".")[0]
+        row = [site for site in self._outputs if site.owner.rpartition(".")[0] == parent]
+        chain = [first]
+        while chain[-1].owner != last.owner:
+            behind = [site for site in row if self._hands_on(chain[-1], site) and site not in chain]
+            if not behind:
+                raise SiteError(
+                    f"{address!r}: a span is a chain of modules of one parent, in which each takes what the one before "
+                    f"returns, and {self.name} does not lead from {chain[-1].owner!r} to {last.owner!r} that way."
+                )
+            chain.append(behind[0])
+        if self._taken(first) != last.shape:
+            raise SiteError(
+                f"{address!r} takes {_times(self._taken(first))} and returns {_times(last.shape)}: a span keeps the "
+                f"shape. Begin it behind {first.owner!r}."
+            )
+        return dataclasses.replace(
+            last, address=address, owner=first.owner, span=tuple(site.owner for site in chain), role="span"
+        )
+
+    def _taken(self, site: Site) -> tuple[int, ...] | None:
+        """The shape of what a module is given."""
+        args, _ = self._run.inputs[site.owner]
+        return map_shape(args[0]) if args else None
+
+    def _hands_on(self, site: Site, behind: Site) -> bool:
+        """True if the one module takes the very tensor that the other returned."""
+        args, _ = self._run.inputs[behind.owner]
+        return bool(args) and args[0] is self._run.outputs[site.owner]
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
@@ -107,6 +169,10 @@ class Anatomy:
         graph = self._graphs[kind]
         if graph is not None:
             yield from map(self._finish, inner_sites(path, owner, graph, self._run))
+
+
+def _times(shape: tuple[int, ...] | None) -> str:
+    return "x".join(map(str, shape)) if shape else "something else"
 
 
 def _kind(owner: nn.Module) -> str:

@@ -69,6 +69,8 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
             depth=place.order,
             role=place.role,
             prefix_tokens=_prefix_tokens(twin, place.shape[0]) if layout == "NLC" else 0,
+            users=place.users,
+            spatial=place.spatial,
         )
 
     outputs = sorted(map(finish, _output_places(modules, run)), key=lambda site: site.depth)

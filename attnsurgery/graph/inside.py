@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -21,22 +21,47 @@ DROPS = {"DropPath", "Dropout", "Identity", "DropBlock2d"}
 def inner_sites(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Iterator[Found]:
     """Every tensor of the graph that a block could take, in order."""
     values = _values(path, owner, graph, run)
-    ends = _branch_ends(owner, graph, values)
+    additions = _residual_additions(owner, graph, values)
+    ends = {addition.end for addition in additions.values()}
+    spatial = _last_spatial(owner, graph, values)
     last_child = run.finished[path] - 1.0
     named: set[str] = set()
     total = len(graph.nodes) + 1
     for position, node in enumerate(graph.nodes):
+        order = last_child + position / total
         address = f"{path}:{node.name}"
         if node.op == "call_module":
             last_child = float(run.finished.get(f"{path}.{node.target}", last_child))
+            order = last_child + position / total
             if node.target not in named:
                 address = f"{path}.{node.target}"
                 named.add(str(node.target))
+        if node in additions:
+            yield from _sides(path, node, additions[node], values, order)
         shape = map_shape(values.get(node))
         if shape is None or node.op in ("placeholder", "output", "get_attr"):
             continue
         role: Role = "branch" if node in ends else "inner"
-        yield Found(last_child + position / total, address, path, node.name, shape, role)
+        yield Found(order, address, path, node.name, shape, role, spatial=node is spatial)
+
+
+def _sides(
+    path: str, node: fx.Node, addition: Addition, values: dict[fx.Node, Any], order: float
+) -> Iterator[Found]:
+    """The places that belong to one use of a tensor rather than to the tensor: what the branch reads, and the shortcut.
+
+    A shortcut is usually the very tensor the branch reads; a block there must leave the other side alone.
+    """
+    sides: list[tuple[str, Role, fx.Node, tuple[str, ...]]] = [
+        ("shortcut", "shortcut", addition.shortcut, (node.name,)),
+    ]
+    if addition.start is not None:
+        sides.insert(0, ("input", "branch_input", addition.start, addition.readers))
+    for index, (name, role, source, users) in enumerate(sides):
+        shape = map_shape(values.get(source))
+        if shape is not None:
+            before = order - (len(sides) - index) * 1e-6
+            yield Found(before, f"{path}:{node.name}.{name}", path, source.name, shape, role, users)
 
 
 def _values(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> dict[fx.Node, Any]:
@@ -63,12 +88,24 @@ def _values(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> dict[fx.N
     return values
 
 
-def _branch_ends(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> set[fx.Node]:
-    """The ends of residual branches: of the two sides of an addition, the one that went the longer way.
+class Addition(NamedTuple):
+    """The two sides of a residual addition."""
+
+    end: fx.Node
+    """The branch's last value, before whatever only drops it."""
+    shortcut: fx.Node
+    start: fx.Node | None
+    """The one value that the branch reads; None where it reads several."""
+    readers: tuple[str, ...]
+    """The nodes of the branch that read it."""
+
+
+def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, Addition]:
+    """The additions that end a residual branch: of the two sides, the branch is the one that went the longer way.
 
     What only drops the branch on its last step is stepped over, so that a block comes before stochastic depth.
     """
-    ends = set()
+    found = {}
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         sides = node.all_input_nodes
@@ -81,12 +118,42 @@ def _branch_ends(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) 
         joined = all(any(n.op == "placeholder" for n in ancestors[side]) for side in sides)
         if not joined or lengths[0] == lengths[1]:
             continue
-        end = sides[lengths.index(max(lengths))]
+        branch, shortcut = sides if lengths[0] > lengths[1] else reversed(sides)
+        end = branch
         while end.op == "call_module" and len(end.users) == 1 and _drops(owner, end):
             end = end.all_input_nodes[0]
-        if end.op not in ("placeholder", "get_attr") and map_shape(values.get(end)) is not None:
-            ends.add(end)
-    return ends
+        if end.op in ("placeholder", "get_attr") or map_shape(values.get(end)) is None:
+            continue
+        own = ancestors[branch] - ancestors[shortcut]
+        # of a forward's other arguments, such as a mask, none is a map
+        reads = {
+            source: None
+            for reader in own
+            for source in reader.all_input_nodes
+            if source not in own and map_shape(values.get(source)) is not None
+        }
+        start = next(iter(reads)) if len(reads) == 1 else None
+        readers = tuple(n.name for n in graph.nodes if start is not None and n in own and start in n.all_input_nodes)
+        found[node] = Addition(end, shortcut, start, readers)
+    return found
+
+
+def _last_spatial(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> fx.Node | None:
+    """What the last 3x3 (or larger) convolution gives, after the normalisation and activation right behind it."""
+    node = next((n for n in reversed(graph.nodes) if n.op == "call_module" and _is_spatial(owner, n)), None)
+    while node is not None and len(node.users) == 1:
+        behind = next(iter(node.users))
+        if behind.op != "call_module" or map_shape(values.get(behind)) != map_shape(values.get(node)):
+            break
+        if any(parameter.ndim > 1 for parameter in owner.get_submodule(str(behind.target)).parameters()):
+            break
+        node = behind
+    return node
+
+
+def _is_spatial(owner: nn.Module, node: fx.Node) -> bool:
+    kernels = [m.kernel_size for m in owner.get_submodule(str(node.target)).modules() if isinstance(m, nn.Conv2d)]
+    return len(kernels) == 1 and max(kernels[0]) > 1
 
 
 def _drops(owner: nn.Module, node: fx.Node) -> bool:

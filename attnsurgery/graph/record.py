@@ -32,6 +32,8 @@ class Found(NamedTuple):
     node: str | None
     shape: tuple[int, ...]
     role: Role
+    users: tuple[str, ...] = ()
+    spatial: bool = False
 
 
 @dataclass

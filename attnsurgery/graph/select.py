@@ -5,7 +5,13 @@
     stage:3 before_last_block     stage-relative, the same words for every model
     stage:34 every:2              stages 3 and 4, after every second block
     stage:* branches              the end of every residual branch (of every block, where there are no branches)
+    stage:* branch_inputs         what every residual branch reads; the shortcut stays as it is
+    stage:* shortcuts             what every residual branch is added to; the branch stays as it is
+    stage:* spatial               behind the last 3x3 (or larger) convolution of every block
     stage:-1 last                 what the last stage returns
+    layer2.1 .. layer2.2          a span: what goes into the one module and comes out of the other
+    stage:3 span                  a span over all blocks of the stage that keep the map's size
+    stage:3 spans:2               the same blocks in spans of two
 
 Nothing matched is an error, never an empty answer.
 """
@@ -19,7 +25,18 @@ from attnsurgery.errors import SiteError, did_you_mean
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.site import Site
 
-RULES = ("before_last_block", "last", "every", "every:N", "branches")
+RULES = (
+    "before_last_block",
+    "last",
+    "every",
+    "every:N",
+    "branches",
+    "branch_inputs",
+    "shortcuts",
+    "spatial",
+    "span",
+    "spans:N",
+)
 _STAGE = re.compile(
     r"stage:(?P<stages>\*|-?[0-9]|[0-9]+(?:,[0-9])*)(?:\s+(?P<rule>\w+)(?:(?::|\s+)(?P<step>[0-9]+))?)?"
 )
@@ -34,6 +51,8 @@ def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
     text = selector.strip()
     if text.startswith("stage:"):
         return _by_stage(text, anatomy)
+    if ".." in text:
+        return _spans(text, anatomy)
     try:
         pattern = re.compile(_regex(text))
     except re.error:
@@ -50,7 +69,7 @@ def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
 
 def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
     match = _STAGE.fullmatch(text)
-    if match is None or (match["step"] and (match["rule"] != "every" or int(match["step"]) < 1)):
+    if match is None or (match["step"] and (match["rule"] not in ("every", "spans") or int(match["step"]) < 1)):
         raise SiteError(
             f"{text!r} is not a stage selector. It reads: stage:<3 or 34 or -1 or *> <{' | '.join(RULES)}>, "
             "such as 'stage:3 before_last_block'."
@@ -60,19 +79,55 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
         "before_last_block": lambda stage: anatomy.blocks(stage)[-2:][:1],
         "last": lambda stage: anatomy.blocks(stage)[-1:],
         "every": lambda stage: _every(anatomy.blocks(stage), int(match["step"] or 1)),
-        "branches": lambda stage: anatomy.branches(stage) or anatomy.blocks(stage),
+        "branches": lambda stage: anatomy.sides(stage, "branch") or anatomy.blocks(stage),
+        "branch_inputs": lambda stage: anatomy.sides(stage, "branch_input"),
+        "shortcuts": lambda stage: anatomy.sides(stage, "shortcut"),
+        "spatial": anatomy.spatial,
+        "span": lambda stage: _in_spans(anatomy, stage, len(anatomy.trunk(stage)) or 1),
+        "spans": lambda stage: _in_spans(anatomy, stage, int(match["step"] or 1)),
     }
     if rule not in rules:
         raise SiteError(f"{text!r}: there is no rule {rule!r}.{did_you_mean(rule, rules)} Rules: {', '.join(RULES)}.")
     found = tuple(site for stage in _stages(text, match["stages"], anatomy) for site in rules[rule](stage))
     if not found:
-        raise SiteError(f"{text!r} matches nothing in {anatomy.name}: its stages have too few blocks for that step.")
+        why = {
+            "branch_inputs": "it adds no branch to a shortcut there",
+            "shortcuts": "it adds no branch to a shortcut there",
+            "spatial": "its blocks have no convolution larger than 1x1 there",
+            "span": "no block there keeps the map's size",
+            "spans": "too few blocks in a row keep the map's size there",
+        }
+        reason = why.get(rule, "its stages have too few blocks for that step")
+        raise SiteError(f"{text!r} matches nothing in {anatomy.name}: {reason}.")
     return found
 
 
 def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
     """After the 2nd, 4th, ... block for a step of 2, as in the non-local paper's 5-block model (section 4.1)."""
     return blocks[step - 1 :: step]
+
+
+def _in_spans(anatomy: Anatomy, stage: int, length: int) -> tuple[Site, ...]:
+    """The stage's trunk cut into spans of so many blocks; what is left over at its start stays plain."""
+    row = anatomy.trunk(stage)
+    starts = range(len(row) % length, len(row), length)
+    return tuple(anatomy.span(row[start], row[start + length - 1]) for start in starts)
+
+
+def _spans(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
+    """Each first module with the nearest last one behind it that has the same parent."""
+    parts = [part.strip() for part in text.split("..")]
+    if len(parts) != 2 or not all(parts):
+        raise SiteError(f"{text!r} is not a span. It reads: FIRST .. LAST, such as 'layer2.1 .. layer2.2'.")
+    firsts, lasts = (select(part, anatomy) for part in parts)
+    found = []
+    for first in firsts:
+        behind = [last for last in lasts if last.depth >= first.depth]
+        near = [last for last in behind if last.owner.rpartition(".")[0] == first.owner.rpartition(".")[0]]
+        if not behind:
+            raise SiteError(f"{text!r}: {lasts[-1].address!r} runs before {first.address!r}. Name the first one first.")
+        found.append(anatomy.span(first, (near or behind)[0]))
+    return tuple(found)
 
 
 def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal["NCHW", "NHWC", "NLC"]
-Role = Literal["block", "branch", "inner"]
+Role = Literal["block", "branch", "shortcut", "branch_input", "span", "inner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,9 @@ class Site:
     """A tensor on its way through a model.
 
     `address` is what people type: `layer3.5` is what that module returns, `layer3.5.bn3` what its child returns,
-    `layer3.5:add` the result of an operation in its forward.
+    `layer3.5:add` the result of an operation in its forward. The two sides of a residual addition are places, too:
+    `layer3.5:add.shortcut` is what comes over the shortcut, `layer3.5:add.input` what goes into the branch. A span,
+    `layer3.1 .. layer3.2`, is a chain of modules: what goes into the first and what comes out of the last.
     """
 
     address: str
@@ -30,9 +32,16 @@ class Site:
     depth: float
     """Position in the order of execution, counted in modules that have returned."""
     role: Role
-    """'block': the output of a residual block or its like. 'branch': the end of a residual branch. Else 'inner'."""
+    """'block': the output of a residual block or its like. 'branch': the end of a residual branch, before the addition.
+    'branch_input', 'shortcut': what that branch reads, and what it is added to. 'span': a chain of modules."""
     prefix_tokens: int = 0
     """Tokens of an NLC tensor that are no image position (class, registers); a block leaves them alone."""
+    users: tuple[str, ...] = ()
+    """fx nodes for which the block's result replaces the tensor; empty means all that use it."""
+    span: tuple[str, ...] = ()
+    """Paths of the modules of a span, in order; the first is the owner. Empty for a single place."""
+    spatial: bool = False
+    """The result of a block's last spatial convolution (3x3 or larger), after its normalisation and activation."""
 
     @property
     def channels(self) -> int:

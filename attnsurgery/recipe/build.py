@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import build_block, check_options
-from attnsurgery.errors import OptionError, RecipeError, UsageError
+from attnsurgery.errors import OptionError, RecipeError, SiteError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.graph.site import Site
@@ -47,7 +48,9 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
         raise OptionError(f"{where(recipe, f'edits[{index}].options')}: {error}") from None
     except UsageError as error:
         raise type(error)(f"{where(recipe, f'edits[{index}].{field}')}: {error}") from None
-    plan = [Insertion(site, edit.block, options, edit.start) for site in sites]
+    plan = [
+        Insertion(_fitting(recipe, index, edit, site, anatomy), edit.block, options, edit.start) for site in sites
+    ]
     checked: set[tuple[int, tuple[int, int]]] = set()
     for insertion in plan:
         size = insertion.site.channels, insertion.site.map_size
@@ -55,6 +58,20 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
             checked.add(size)
             _check_fit(recipe, index, insertion, insertion.site)
     return plan
+
+
+def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatomy) -> Site:
+    """The place as the block takes it: one that gates a span takes a single module as a span of one."""
+    gates = BLOCKS[edit.block].gates
+    try:
+        if site.span and not gates:
+            raise SiteError(
+                f"block {edit.block!r} goes to one place and not on a span. What the span returns is "
+                f"{site.span[-1]!r}; blocks for spans: {', '.join(name for name in BLOCKS if BLOCKS[name].gates)}."
+            )
+        return anatomy.span(site, site) if gates and not site.span else site
+    except SiteError as error:
+        raise SiteError(f"{where(recipe, f'edits[{index}].at')}: {error}") from None
 
 
 def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:

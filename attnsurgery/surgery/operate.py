@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from attnsurgery.blocks import BLOCKS, Block
+from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
 from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.surgery.plan import Insertion, Plan
-from attnsurgery.surgery.rewrite import RECORD, Graft, find_slot, surgical_class
+from attnsurgery.surgery.rewrite import RECORD, Graft, Part, Slot, find_slot, surgical_class
 
 PATHS = "_attnsurgery_blocks"
 """The attribute of a model that says where blocks were put, so that a lost one is missed."""
@@ -30,10 +31,10 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         SiteError: a site's owner is not in this model, or its forward cannot be cut there. The model is unchanged.
     """
-    by_owner: dict[str, list[Insertion]] = {}
+    owners: dict[str, _Owner] = {}
     for insertion in plan:
-        by_owner.setdefault(insertion.site.owner, []).append(insertion)
-    prepared = [_prepare(model, path, insertions) for path, insertions in by_owner.items()]
+        _prepare(model, insertion, owners)
+    prepared = [owner.finished() for owner in owners.values()]
     for path, owner, grafts, blocks, cls in prepared:
         for name, block in blocks.items():
             setattr(owner, name, block)
@@ -50,7 +51,7 @@ def remove(model: nn.Module) -> nn.Module:
         The same object; a model without surgery is returned as it is.
     """
     for _, owner, grafts in list(operated(model)):
-        for graft in reversed(grafts):
+        for graft in reversed([graft for graft in grafts if graft.held]):
             if graft.slot == "identity":
                 setattr(owner, graft.child, nn.Identity())
             else:
@@ -77,50 +78,79 @@ def grafted_blocks(model: nn.Module) -> dict[str, Block]:
         f"{path}.{graft.child}" if path else graft.child: owner.get_submodule(graft.child)  # type: ignore[misc]
         for path, owner, grafts in operated(model)
         for graft in grafts
+        if graft.held
     }
+
+
+class _Owner:
+    """A module to be operated on: what will be grafted onto it, tried on a copy; the module is not touched."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
+        self.module = _owner(model, path)
+        self.trial = uncut_copy(self.module)
+        self.grafts: list[Graft] = list(self.module.__dict__.get(RECORD, ()))
+        self.blocks: dict[str, Block] = {}
+
+    def finished(self) -> Prepared:
+        """The new class with all that goes with it."""
+        grafts = tuple(self.grafts)
+        try:
+            return self.path, self.module, grafts, self.blocks, surgical_class(self.trial, grafts)
+        except SiteError as error:
+            raise SiteError(f"{self.path!r}: {error}") from None
 
 
 Prepared = tuple[str, nn.Module, tuple[Graft, ...], dict[str, Block], type[nn.Module]]
 
 
-def _prepare(model: nn.Module, path: str, insertions: list[Insertion]) -> Prepared:
-    """New blocks and the new class for one owner; the owner itself is not touched."""
-    owner = _owner(model, path)
-    device, dtype = _home(owner, model)
-    trial = uncut_copy(owner)
-    grafts: list[Graft] = list(owner.__dict__.get(RECORD, ()))
-    blocks: dict[str, Block] = {}
-    for insertion in insertions:
-        site = insertion.site
-        if any((graft.node, graft.block) == (site.node, insertion.block) for graft in grafts):
-            raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
-        block = build_block(
-            insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype
-        )
-        wanted = BLOCKS[insertion.block].child_name
-        slot = find_slot(trial, wanted, site.node)
-        name = wanted if slot else _free_name(trial, wanted)
-        block.grafted = True
-        block.train(owner.training)
-        trial.__dict__.pop(name, None)
-        trial._modules[name] = block
-        blocks[name] = block
-        grafts.append(
+def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) -> None:
+    """Build the block and note on every owner concerned what becomes of it."""
+    site = insertion.site
+    span = site.span or (site.owner,)
+    for path in span:
+        if path not in owners:
+            owners[path] = _Owner(model, path)
+    first = owners[span[0]]
+    place = site.node, site.users, site.span
+    if any((g.node, g.users, g.span) == place and g.block == insertion.block for g in first.grafts):
+        raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
+    device, dtype = _home(first.module, model)
+    block = build_block(insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype)
+    if block.gates != bool(site.span):
+        raise SiteError(f"{insertion.block!r} {'takes a span' if block.gates else 'takes no span'}: {site.address!r}.")
+    name, slot = _child(first.trial, type(block), site)
+    block.grafted = True
+    block.train(first.module.training)
+    first.trial.__dict__.pop(name, None)
+    first.trial._modules[name] = first.blocks[name] = block
+    for index, path in enumerate(span):
+        part: Part = "first" if index == 0 else "last" if index == len(span) - 1 else "middle"
+        owners[path].grafts.append(
             Graft(
                 child=name,
                 node=site.node,
                 layout=site.layout,
                 prefix_tokens=site.prefix_tokens,
-                slot=slot or "new",
+                slot=slot,
                 block=insertion.block,
                 options=dict(insertion.options),
                 start=insertion.start,
+                users=site.users,
+                span=site.span,
+                part="place" if not site.span else "whole" if len(span) == 1 else part,
             )
         )
-    try:
-        return path, owner, tuple(grafts), blocks, surgical_class(trial, tuple(grafts))
-    except SiteError as error:
-        raise SiteError(f"{path!r}: {error}") from None
+
+
+def _child(trial: nn.Module, block: type[Block], site: Site) -> tuple[str, Slot]:
+    """The name the block gets in its host: of a place the host keeps free for it, else a new one."""
+    if not site.users and not site.span:
+        for name in (block.child_name, *block.slots):
+            slot = find_slot(trial, name, site.node)
+            if slot:
+                return name, slot
+    return _free_name(trial, block.child_name), "new"
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:

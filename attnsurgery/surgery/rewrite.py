@@ -1,13 +1,17 @@
 """The owner's forward, rewritten; everything else about the owner stays what it is.
 
 Only the module whose own forward holds the cut gets a new class, a generated subclass of its old one, so `isinstance`
-keeps holding. There are two ways to write that subclass:
+keeps holding. There are three kinds of cuts:
 
-* cuts at the module's *output*: the generated forward calls the old one and passes its result through the block.
+* at the module's *output*: the generated forward calls the old one and passes its result through the block.
   Nothing is traced, so nothing can be baked: flags such as `grad_checkpointing` keep working.
-* cuts *inside*: the old forward is traced with its children as leaves, the calls are inserted into the graph, and
+* *inside*: the old forward is traced with its children as leaves, the calls are inserted into the graph, and
   torch.fx generates the code. Where the graphs of the two modes differ, both are kept and the forward asks
   `self.training`.
+* around a *span* of modules: the first one computes the gate from its own input, before anything can write to that,
+  the last one multiplies. In between the gate travels as an attribute of the very tensor the modules hand on, so
+  nothing is stored in a module: two forwards at once, recomputation in checkpoints, torch.compile and torch.export see
+  plain data flow. TorchScript knows no such attributes, and a span of several modules says so there.
 
 The generated source is what gets pickled, with the names it needs: a pickle or deep copy builds the very same class
 again. Two owners with the same source share one class, so torch.compile and torch.jit.script see one type, not
@@ -23,16 +27,17 @@ import inspect
 import linecache
 import operator
 import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 from torch import fx, nn
 
 from attnsurgery.blocks import Start
-from attnsurgery.errors import SiteError
+from attnsurgery.errors import SiteError, SurgeryError
 from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW
 from attnsurgery.graph.site import Layout
 from attnsurgery.graph.trace import same, trace_in_both_modes, uncut_class, uncut_copy
@@ -44,6 +49,7 @@ RECORD = "_attnsurgery"
 CHANGES = ("set_input_size",)
 
 Slot = Literal["new", "none", "identity"]
+Part = Literal["place", "whole", "first", "middle", "last"]
 Bindings = tuple[tuple[str, str, Any], ...]
 
 
@@ -61,6 +67,22 @@ class Graft:
     block: str
     options: Mapping[str, Any]
     start: Start
+    users: tuple[str, ...] = ()
+    """The nodes for which the block's result replaces the value; empty is all."""
+    span: tuple[str, ...] = ()
+    """Paths of the modules of the span, this owner among them."""
+    part: Part = "place"
+    """What this owner is to the span: all of it, or its first module, which holds the block, or a later one."""
+
+    @property
+    def held(self) -> bool:
+        """True if the block is this owner's child."""
+        return self.part in ("place", "whole", "first")
+
+    @property
+    def carrier(self) -> str:
+        """The attribute of a tensor in which the gate travels through a span."""
+        return f"_attnsurgery_{'__'.join(self.span[0].split('.'))}__{self.child}"
 
 
 def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Module]:
@@ -74,22 +96,38 @@ def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Modul
     """
     base = uncut_class(owner)
     cuts = [graft for graft in grafts if graft.slot == "new"]
-    if not cuts:
+    outside = [graft for graft in cuts if graft.node is None]
+    inside = tuple(graft for graft in grafts if graft.node is not None)
+    parts: list[tuple[str, Bindings]] = []
+    called = "_uncut_forward"
+    if any(graft.slot == "new" for graft in inside):
+        called = "_inside" if outside else "forward"
+        parts += _cut_inside(owner, inside, called)
+    if outside:
+        parts.append(_wrapping(base, outside, called))
+    if not parts:
         return base
-    if all(graft.node is None for graft in cuts):
-        return _class(base, _wrapping_source(base, cuts), (("torch", "module", "torch"),))
+    merged = {name: (name, kind, value) for _, bindings in parts for name, kind, value in bindings}
+    return _class(base, "\n".join(source for source, _ in parts), tuple(merged.values()))
+
+
+def _cut_inside(owner: nn.Module, grafts: tuple[Graft, ...], name: str) -> list[tuple[str, Bindings]]:
+    """The owner's forward, with the calls inserted, as a method called `name`."""
     graphs = trace_in_both_modes(owner)
     if graphs is None:
-        raise SiteError(f"the forward of {base.__name__} cannot be traced; cut at its output instead.")
+        raise SiteError(
+            f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead."
+        )
     alike = same(*graphs)
     evaluating = _inserted(graphs[0], owner, grafts, "eval")
     if alike:
-        source, bindings = _generated(evaluating, "forward")
-        return _class(base, source, bindings)
+        return [_generated(evaluating, name)]
     training = _inserted(graphs[1], owner, grafts, "train")
-    parts = [_generated(evaluating, "_evaluating"), _generated(training, "_training"), _dispatching(base)]
-    merged = {name: (name, kind, value) for _, bindings in parts for name, kind, value in bindings}
-    return _class(base, "\n".join(source for source, _ in parts), tuple(merged.values()))
+    return [
+        _generated(evaluating, "_evaluating"),
+        _generated(training, "_training"),
+        _dispatching(uncut_class(owner), name),
+    ]
 
 
 def find_slot(owner: nn.Module, child: str, node: str | None) -> Slot | None:
@@ -118,16 +156,17 @@ def _inserted(graph: fx.Graph, owner: nn.Module, grafts: tuple[Graft, ...], mode
     for node in graph.nodes:
         if node.op == "placeholder":
             node.target = _argument_name(owner, str(node.target))
-    output = nodes["output"]
-    last: dict[str | None, fx.Node] = {}
+    last: dict[tuple[str | None, tuple[str, ...]], fx.Node] = {}
     for graft in grafts:
-        place = output.args[0] if graft.node is None else nodes.get(graft.node)
-        if not isinstance(place, fx.Node):
-            raise SiteError(
-                f"{uncut_class(owner).__name__} has no single tensor at {graft.node or 'output'} in {mode} mode."
-            )
-        before = last.get(graft.node, place)
-        last[graft.node] = nodes[graft.child] if graft.slot != "new" else _insert(graph, before, graft)
+        place = nodes.get(str(graft.node))
+        if place is None or not all(user in nodes for user in graft.users):
+            raise SiteError(f"{uncut_class(owner).__name__} has no single tensor at {graft.node} in {mode} mode.")
+        # what another block has made of the tensor, for the same users or for all
+        before = last.get((graft.node, graft.users)) or last.get((graft.node, ())) or place
+        users = [nodes[user] for user in graft.users] or list(before.users)
+        last[graft.node, graft.users] = (
+            nodes[graft.child] if graft.slot != "new" else _insert(graph, before, users, graft)
+        )
     graph.lint()
     return graph
 
@@ -139,11 +178,16 @@ def _argument_name(owner: nn.Module, target: str) -> str:
     return target if bare in names else bare.rpartition("_")[0]
 
 
-def _insert(graph: fx.Graph, before: fx.Node, graft: Graft) -> fx.Node:
-    users = list(before.users)
+def _insert(graph: fx.Graph, before: fx.Node, users: list[fx.Node], graft: Graft) -> fx.Node:
+    """Right behind the value where all users get the block's result; else as late as its first user allows."""
     value = before
-    with graph.inserting_after(before):
-        marker = graph.call_function(operator.pos, (before,))
+    if graft.users:
+        first = next(node for node in graph.nodes if node in users)
+        with graph.inserting_before(first):
+            marker = graph.call_function(operator.pos, (before,))
+    else:
+        with graph.inserting_after(before):
+            marker = graph.call_function(operator.pos, (before,))
     with graph.inserting_before(marker):
         prefix = graft.prefix_tokens
         if prefix:
@@ -163,40 +207,93 @@ def _insert(graph: fx.Graph, before: fx.Node, graft: Graft) -> fx.Node:
     return value
 
 
-def _wrapping_source(base: type[nn.Module], cuts: list[Graft]) -> str:
+def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[str, Bindings]:
     """A forward that calls the old one and passes what it returns through the blocks."""
     declared, passed = _arguments(base)
-    lines = [f"def forward({declared}):", f"    y = self._uncut_forward({passed})"]
-    for graft in cuts:
-        if graft.prefix_tokens:
-            lines += [f"    kept = y[:, :{graft.prefix_tokens}]", f"    y = y[:, {graft.prefix_tokens}:]"]
-        lines += [f"    y = y.{method}{args}" for method, args in _calls(TO_NCHW[graft.layout])]
-        lines += [f"    y = self.{graft.child}(y)"]
-        lines += [f"    y = y.{method}{args}" for method, args in _calls(FROM_NCHW[graft.layout])]
-        if graft.prefix_tokens:
-            lines += ["    y = torch.cat((kept, y), 1)"]
-    return "\n".join([*lines, "    return y", ""])
+    x = passed.partition(",")[0]
+    before, after, at_last = [], [], []
+    for number, graft in enumerate(cuts):
+        gate, prefix = f"gate_{number}", graft.prefix_tokens
+        if graft.part == "place":
+            if prefix:
+                after += [f"kept = y[:, :{prefix}]", f"y = y[:, {prefix}:]"]
+            after += _through(graft, "y", "y")
+            if prefix:
+                after += ["y = torch.cat((kept, y), 1)"]
+            continue
+        if graft.held:
+            before += _through(graft, f"{x}[:, {prefix}:]" if prefix else x, gate)
+        else:
+            before += [f"{gate} = carried({x}, {graft.carrier!r})"]
+        if graft.part in ("first", "middle"):
+            at_last += [f"y.{graft.carrier} = {gate}"]
+        elif prefix:
+            after += [f"y = torch.cat((y[:, :{prefix}], y[:, {prefix}:] * {gate}.to(y.dtype)), 1)"]
+        else:
+            after += [f"y = y * {gate}.to(y.dtype)"]
+    lines = [*before, f"y = self.{called}({passed})", *after, *at_last, "return y"]
+    source = "\n    ".join([f"def forward({declared}):", *lines]) + "\n"
+    return source, (*_ANNOTATING, ("carried", "object", carried)) if "carried(" in source else _ANNOTATING
 
 
-def _calls(steps: Any) -> list[tuple[str, str]]:
-    return [(method, f"({', '.join(map(str, args))})") for method, args in steps]
+def _through(graft: Graft, source: str, target: str) -> list[str]:
+    """Statements that give `target` what the block makes of the tensor `source`."""
+    there = "".join(f".{method}({', '.join(map(str, args))})" for method, args in TO_NCHW[graft.layout])
+    back = "".join(f".{method}({', '.join(map(str, args))})" for method, args in FROM_NCHW[graft.layout])
+    return [f"{target} = self.{graft.child}({source}{there}){back}"]
 
 
-def _dispatching(base: type[nn.Module]) -> tuple[str, Bindings]:
+def carried(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The gate that travels with a tensor through a span.
+
+    Raises:
+        SurgeryError: something between the modules of the span made a new tensor.
+    """
+    gate: torch.Tensor | None = getattr(x, name, None)
+    if gate is None:
+        raise SurgeryError(
+            f"the gate {name.removeprefix('_attnsurgery_').replace('__', '.')!r} was lost inside its span: between two "
+            "modules of it something made a new tensor, as reentrant checkpointing and sharding wrappers do. Use "
+            "use_reentrant=False, or a span of one module."
+        )
+    return gate
+
+
+def _dispatching(base: type[nn.Module], name: str) -> tuple[str, Bindings]:
     declared, passed = _arguments(base)
     source = (
-        f"def forward({declared}):\n"
+        f"def {name}({declared}):\n"
         f"    if self.training:\n"
         f"        return self._training({passed})\n"
         f"    return self._evaluating({passed})\n"
     )
-    return source, ()
+    return source, _ANNOTATING
+
+
+_ANNOTATING: Bindings = (("torch", "module", "torch"), ("Optional", "object", Optional))
+_SCRIPTED = {bool: "bool", int: "int", float: "float", torch.Tensor: "torch.Tensor"}
+
+
+def _typed(hint: Any) -> str:
+    """The annotation as text, for types that torch.jit.script knows."""
+    if hint in _SCRIPTED:
+        return f": {_SCRIPTED[hint]}"
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    optional = len(parts) == 1 and len(typing.get_args(hint)) == 2 and parts[0] in _SCRIPTED
+    return f": Optional[{_SCRIPTED[parts[0]]}]" if optional else ""
 
 
 def _arguments(base: type[nn.Module]) -> tuple[str, str]:
-    """The forward's arguments as declared and as passed on; defaults and annotations are put back by `_class`."""
+    """The forward's arguments as declared and as passed on; defaults are put back by `_new_class`.
+
+    torch.jit.script takes types from the text, and those it knows are written there.
+    """
     declared, passed = [], []
     starred = False
+    try:
+        hints = typing.get_type_hints(base.forward)
+    except Exception:  # a name that only type checkers can see
+        hints = {}
     for name, parameter in inspect.signature(base.forward).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             starred = True
@@ -206,11 +303,12 @@ def _arguments(base: type[nn.Module]) -> tuple[str, str]:
             declared.append(f"**{name}")
             passed.append(f"**{name}")
         elif parameter.kind is parameter.KEYWORD_ONLY:
-            declared += [name] if starred else ["*", name]
+            typed = name + _typed(hints.get(name))
+            declared += [typed] if starred else ["*", typed]
             starred = True
             passed.append(f"{name}={name}")
         else:
-            declared.append(name)
+            declared.append(name + _typed(hints.get(name)))
             passed.append(name)
     return ", ".join(declared), ", ".join(passed[1:])
 
@@ -268,6 +366,8 @@ def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[n
         "_uncut_forward": _renamed(base.forward),
         "_recipe_of_class": (base, source, bindings),
     }
+    if "._attnsurgery_" in source or "carried" in namespace:
+        body["__prepare_scriptable__"] = _refuse_scripting
     return type(f"Surgical{base.__name__}", (base,), body)
 
 
@@ -281,6 +381,13 @@ def _then_rewritten(name: str) -> Any:
 
     change.__name__ = name
     return change
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    raise SurgeryError(
+        "a block on a span of several modules cannot be scripted: TorchScript tensors carry no attributes. Use "
+        "torch.export, or a span of one module."
+    )
 
 
 def _renamed(forward: Any) -> Any:

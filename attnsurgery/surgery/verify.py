@@ -74,7 +74,9 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     images = example(model, size, device)
     ours, calls, costs = _watched(model, images)
     theirs = _output(base, images)
-    records = {f"{path}.{graft.child}": graft.block for path, _, grafts in operated(model) for graft in grafts}
+    records = {
+        f"{path}.{graft.child}": graft.block for path, _, grafts in operated(model) for graft in grafts if graft.held
+    }
     added = [key for key in model.state_dict() if key not in set(base.state_dict())]
     return Report(
         max_abs_diff=float((ours - theirs).abs().max()),
@@ -111,7 +113,7 @@ def _check_records(model: nn.Module) -> None:
         raise SurgeryError(f"the block {lost[0]!r} is gone: something replaced what it was in after surgery.")
     for path, owner, grafts in operated(model):
         for graft in grafts:
-            if not isinstance(getattr(owner, graft.child, None), Block):
+            if graft.held and not isinstance(getattr(owner, graft.child, None), Block):
                 raise SurgeryError(
                     f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery."
                 )
