@@ -1,0 +1,249 @@
+"""Blocks on spans and on one side of an addition: the two kinds of places that are not simply a tensor."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+import attnsurgery
+from attnsurgery.errors import SiteError, SurgeryError
+from attnsurgery.graph.find import survey
+from attnsurgery.graph.select import select
+from attnsurgery.surgery.operate import grafted_blocks, remove
+from attnsurgery.surgery.verify import verify
+from tests.conftest import build, images
+
+SPAN = "stages.2.blocks.0 .. stages.2.blocks.2"
+
+
+def operated(model: nn.Module, *edits: tuple[str, str, dict[str, object]], start: str = "identity") -> nn.Module:
+    recipe = {
+        "version": 1,
+        "name": "spans",
+        "base": "resnet18",
+        "edits": [{"at": at, "block": block, "options": options, "start": start} for at, block, options in edits],
+    }
+    return attnsurgery.operate(model, recipe, (3, 64, 64))
+
+
+def with_mask(model: nn.Module, at: str = SPAN) -> nn.Module:
+    return operated(model, (at, "residual_attention", {"depth": 1}))
+
+
+def move_gates(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in grafted_blocks(model).values():
+            for parameter in block.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_the_span_computes_its_trunk_times_the_gate_of_its_input() -> None:
+    base = build("test_convnext")
+    model = move_gates(with_mask(copy.deepcopy(base)))
+    block = model.stages[2].blocks[0].residual_attention
+    x = torch.randn(2, base.stages[2].blocks[0].conv_dw.in_channels, 8, 8)
+    trunk = base.stages[2].blocks[2](base.stages[2].blocks[1](base.stages[2].blocks[0](x)))
+    ours = model.stages[2].blocks[2](model.stages[2].blocks[1](model.stages[2].blocks[0](x)))
+    assert torch.equal(ours, trunk * block(x))
+    assert not torch.equal(ours, trunk)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("host", "at"),
+    [
+        ("test_convnext", SPAN),
+        ("test_convnext", "stages.2.blocks.1"),
+        ("resnet18", "stage:* span"),
+        ("regnetx_002", "s4.b2 .. s4.b5"),  # a row that is no Sequential
+        ("swin_tiny_patch4_window7_224", "layers.1.blocks.0 .. layers.1.blocks.1"),  # channels last
+    ],
+)
+def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, at: str, training: bool) -> None:
+    base = build(host)
+    model = operated(copy.deepcopy(base), (at, "residual_attention", {"depth": 0}))
+    x = images(64)
+    for twin in (base, model):
+        twin.train(training)
+    assert torch.equal(model(x), base(x))
+    assert verify(model.eval(), (3, 64, 64)).alive
+    assert not torch.equal(move_gates(model).train(training)(x), base(x))
+    remove(model)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+
+
+def test_a_spanned_model_compiles_exports_copies_and_pickles() -> None:
+    model = move_gates(with_mask(build("test_convnext")))
+    x = images(64)
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    assert torch.allclose(exported.module()(images(64, batch=3)), model(images(64, batch=3)), atol=1e-4)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+
+
+def test_compiling_module_by_module_hands_the_gate_on() -> None:
+    model = move_gates(with_mask(build("test_convnext")))
+    x = images(64)
+    expected = model(x)
+    for index in (0, 1, 2):
+        model.stages[2].blocks[index].compile(backend="eager")
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_span_of_one_module_scripts_and_a_longer_one_says_why_it_cannot() -> None:
+    model = move_gates(with_mask(build("test_convnext"), "stages.2.blocks.1"))
+    x = images(64)
+    assert torch.allclose(torch.jit.script(model)(x), model(x), atol=1e-5)
+    with pytest.raises(SurgeryError, match="span of several modules cannot be scripted"):
+        torch.jit.script(with_mask(build("test_convnext")))
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_gradients_are_the_same_with_checkpointing_even_with_two_forwards_before_one_backward() -> None:
+    model = move_gates(with_mask(build("test_convnext"))).train()
+    x, other = images(64), images(64).flip(0) * 2
+    expected = gradients(model, model(x).square().sum())
+    model.set_grad_checkpointing(True)
+    first = model(x)
+    model(other)  # a second forward must not change what the first one recomputes
+    got = gradients(model, first.square().sum())
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_gate_lost_on_the_way_is_an_error_and_never_a_wrong_number() -> None:
+    model = with_mask(build("test_convnext")).train()
+    blocks = model.stages[2].blocks
+    x = torch.randn(2, blocks[0].conv_dw.in_channels, 8, 8, requires_grad=True)
+    checkpoint_sequential(blocks, 4, x, use_reentrant=False).sum().backward()
+    loss = checkpoint_sequential(blocks, 4, x, use_reentrant=True).sum()
+    with pytest.raises(SurgeryError, match=r"the gate 'stages.2.blocks.0.residual_attention' was lost inside its span"):
+        loss.backward()
+
+
+def test_spans_may_nest_and_overlap_and_share_an_end_with_other_blocks() -> None:
+    base = build("test_convnext")
+    outer, inner, single = SPAN, "stages.2.blocks.1 .. stages.2.blocks.3", "stages.2.blocks.2"
+    model = operated(
+        copy.deepcopy(base),
+        (outer, "residual_attention", {"depth": 0}),
+        (inner, "residual_attention", {"depth": 0}),
+        (single, "se", {}),
+        ("stages.2.blocks.2:add.shortcut", "se", {"reduction": 4}),
+    )
+    assert torch.equal(model(images(64)), base(images(64)))
+    move_gates(model)
+    b0, b1, b2, b3 = (base.stages[2].blocks[index] for index in range(4))
+    m0, m1, m2 = (model.stages[2].blocks[index] for index in range(3))
+    x = torch.randn(2, b0.conv_dw.in_channels, 8, 8)
+    first = b0(x)
+    gate_outer, gate_inner = m0.residual_attention(x), m1.residual_attention(first)
+    second = b1(first)
+    # the shortcut's block changes only what is added
+    third = b2(second) - second + m2.se_2(second)
+    third = m2.se(third * gate_outer)
+    expected = b3(third) * gate_inner
+    got = x
+    for block in model.stages[2].blocks:
+        got = block(got)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert verify(model, (3, 64, 64)).alive
+
+
+def test_prefix_tokens_pass_a_span_untouched() -> None:
+    base = build("test_vit")
+    model = operated(copy.deepcopy(base), ("blocks.1 .. blocks.2", "residual_attention", {"depth": 0}))
+    x = torch.randn(2, 17, base.embed_dim)
+    assert torch.equal(model(images(64)), base(images(64)))
+    move_gates(model)
+    expected = base.blocks[2](base.blocks[1](x))
+    got = model.blocks[2](model.blocks[1](x))
+    assert torch.equal(got[:, :1], expected[:, :1])
+    assert not torch.equal(got[:, 1:], expected[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("at", "block", "message"),
+    [
+        ("layer2.1 .. layer3.1", "residual_attention", "does not lead from 'layer2.3' to 'layer3.1' that way"),
+        ("layer2.2 .. layer2.1", "residual_attention", "'layer2.1' runs before 'layer2.2'"),
+        ("layer2.0 .. layer2.2", "residual_attention", "takes 256x56x56 and returns 512x28x28.*Begin it behind"),
+        ("layer2.1.bn3 .. layer2.2", "residual_attention", "'layer2.1.bn3' is inside one"),
+        ("layer2.1 .. layer2.9", "residual_attention", "'layer2.9' matches none of the"),
+        ("layer2.1 ..", "residual_attention", "is not a span. It reads: FIRST .. LAST"),
+        ("layer2.1.bn3", "residual_attention", "'layer2.1.bn3' is inside one"),
+        ("layer2.1 .. layer2.2", "se", "goes to one place and not on a span. What the span returns is 'layer2.2'"),
+    ],
+)
+def test_what_cannot_be_a_span_is_refused_with_the_reason(at: str, block: str, message: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    recipe = {"version": 1, "name": "n", "base": "resnet50", "edits": [{"at": at, "block": block}]}
+    with pytest.raises(SiteError, match=message):
+        attnsurgery.operate(model, recipe)
+    assert not any(type(module).__name__.startswith("Surgical") for module in model.modules())
+
+
+def test_span_rules_cover_the_blocks_that_keep_the_size() -> None:
+    anatomy = attnsurgery.inspect("resnet50")
+    at = {rule: [site.address for site in select(f"stage:3 {rule}", anatomy)] for rule in ("span", "spans:2", "spans")}
+    assert at["span"] == ["layer3.1 .. layer3.5"]
+    assert at["spans:2"] == ["layer3.2 .. layer3.3", "layer3.4 .. layer3.5"]
+    assert at["spans"] == [f"layer3.{n} .. layer3.{n}" for n in range(1, 6)]
+    both = select("layer[23].1 .. layer[23].2", anatomy)
+    assert [site.address for site in both] == ["layer2.1 .. layer2.2", "layer3.1 .. layer3.2"]
+
+
+# where Hu et al. 2018 put the block: figure 5 and table 14 (standard, PRE, POST, Identity), table 15 (after the 3x3)
+PLACES = ("branches", "branch_inputs", "every", "shortcuts", "spatial")
+
+
+def by_hand(block: nn.Module, se: nn.Module, place: str, x: torch.Tensor) -> torch.Tensor:
+    """A bottleneck's forward with the block in its place, as the paper draws it (figure 5)."""
+    y = block.conv1(se(x) if place == "branch_inputs" else x)
+    y = block.act2(block.bn2(block.conv2(block.act1(block.bn1(y)))))
+    y = block.bn3(block.conv3(se(y) if place == "spatial" else y))
+    y = se(y) if place == "branches" else y
+    shortcut = x if block.downsample is None else block.downsample(x)
+    y = block.act3(y + (se(shortcut) if place == "shortcuts" else shortcut))
+    return se(y) if place == "every" else y
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_squeeze_excite_in_all_five_places_of_its_paper(place: str) -> None:
+    base = build("resnet50", in_chans=3)
+    model = operated(copy.deepcopy(base), (f"stage:1 {place}", "se", {}))
+    x = images(64)
+    assert torch.equal(model(x), base(x))
+    assert verify(model, (3, 64, 64)).alive
+    move_gates(model)
+    for index in (0, 1):  # with a convolution on the shortcut, and without
+        host = base.layer1[index]
+        x = torch.randn(2, host.conv1.in_channels, 8, 8)
+        (se,) = (block for path, block in grafted_blocks(model).items() if path.startswith(f"layer1.{index}."))
+        expected = by_hand(host, se, place, x)
+        assert torch.allclose(model.layer1[index](x), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model.layer1[index](x), host(x), rtol=1e-4, atol=1e-4)
+
+
+def test_both_sides_of_an_addition_have_addresses_in_every_kind_of_host() -> None:
+    for host, inputs in (("test_convnext", "stages.2.blocks.0:add"), ("test_vit", "blocks.1:add_1")):
+        anatomy = survey(build(host), (3, 64, 64))
+        assert anatomy.site(f"{inputs}.input").role == "branch_input"
+        assert anatomy.site(f"{inputs}.shortcut").role == "shortcut"
