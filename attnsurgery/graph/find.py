@@ -89,7 +89,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 
 
 def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by path, less the root, whatever earlier surgery added, and what will be rebuilt.
+    """The model's modules by path, less the root, attention blocks of ours, and what will be rebuilt.
 
     Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result.
     """
@@ -97,11 +97,11 @@ def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if path.startswith(hidden) and hidden:
             continue
-        grafted = module.__dict__.get("grafted", False)
+        of_ours = hasattr(type(module), "grafted")  # a block, grafted or built in
         fleeting = hasattr(type(module), "fuse")
-        if path and (grafted or rebuilds(type(module))):
+        if path and (of_ours or rebuilds(type(module))):
             hidden = (*hidden, f"{path}.")
-        if path and not fleeting and not grafted:
+        if path and not fleeting and not of_ours:
             yield path, module
 
 
