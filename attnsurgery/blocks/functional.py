@@ -1,0 +1,312 @@
+"""The pairwise sums of attention blocks in exact forms that are fast and hold no N x M matrix.
+
+Papers: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971, equations 1 to 6; Fu et
+al., "Dual Attention Network for Scene Segmentation", CVPR 2019, arXiv:1809.02983, equations 1 to 4. Nothing here
+approximates.
+
+Each sum has a *product* form, which is the formula with its N x M matrix, and a form without that matrix. On small maps
+the product is the fastest and its matrix fits a cache; where it stops paying was measured, stands in `SOFTMAX_PRODUCT`
+and `CONCATENATION_PRODUCT`, and is measured again by `scripts/bench/blocks.py --crossover`. While torch compiles or
+exports for sizes that it does not know, the choice is always the form without the matrix.
+
+Shape letters in this file:  B batch, N positions, M positions summed over, E width of queries and keys, D width of
+values, C channels. Positions come first, (B, N, E), whichever way they lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.jit import is_scripting  # type: ignore[attr-defined]
+
+__all__ = ["attend", "channel_weights", "concatenate", "dot_product"]
+
+SOFTMAX_PRODUCT = 1 << 19
+"""Largest N * M at which a softmax runs in its product form, on CPU.
+
+Seen on two cores in fp32, time of the fused kernel over that of the product: 1.0 to 2.2 at 196 x 196, 0.8 to 1.4 at
+784 x 784, 0.4 to 0.9 at 3136 x 3136, the lower ones at small widths. In between, memory decides.
+"""
+
+CONCATENATION_PRODUCT = 1 << 18
+"""Largest N * M at which a concatenation runs in its product form, on CPU.
+
+Seen on two cores in fp32, time of the sorted form over that of the product: 1.3 at 784 x 196, 0.3 to 0.5 at 784 x 784.
+"""
+
+# Rows of the matrix of weights that are alive together: as many as make a tile of so many numbers, but within limits.
+_TILE = 1 << 20
+_FEWEST_ROWS, _MOST_ROWS = 64, 256
+
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _at_most(number: int, limit: int) -> bool:
+    """number <= limit; False, without a guard on it, where a compiler does not know the number."""
+    if is_scripting():
+        return number <= limit
+    elif torch.compiler.is_compiling():
+        return _known_at_most(number, limit)
+    else:
+        return number <= limit
+
+
+def _known_at_most(number: int, limit: int) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(number <= limit)
+
+
+def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """weights (B, N, M) times values (B, M, D), which lies in memory as the values do."""
+    if _at_most(values.stride(2), 1):
+        return torch.bmm(weights, values)
+    return torch.bmm(values.transpose(1, 2), weights.transpose(1, 2)).transpose(1, 2)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float = 1.0,
+    product_up_to: int = SOFTMAX_PRODUCT,
+) -> torch.Tensor:
+    """softmax(scale * query key^T) value: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D).
+
+    The Gaussian modes of a non-local block and position attention. N * M * (E + D) multiply-accumulates. Its forms:
+
+    * product, up to N * M = `product_up_to` in full precision on CPU: the formula;
+    * fused: `F.scaled_dot_product_attention`. That kernel falls back to the formula without a word unless the last
+      dimensions lie contiguously and, on CPU, unless E = D; so both are seen to;
+    * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back. At N = M = 3136, E =
+      64, D = 512 they take 0.6 of the time that padding for the fused kernel takes;
+    * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
+
+    On CUDA nothing was measured. By memory it is always the fused kernel there; where E and D differ it is the
+    memory-efficient one, which takes that, or in half precision the flash kernel with the value in heads of width E.
+    """
+    full = query.dtype == torch.float32 or query.dtype == torch.float64
+    if full and query.device.type == "cpu":
+        if _at_most(query.shape[1] * key.shape[1], product_up_to):
+            scores = torch.bmm(query * scale if scale != 1.0 else query, key.transpose(1, 2))
+            return _mix(torch.softmax(scores, dim=-1), value)
+        if is_scripting() or torch.compiler.is_compiling():
+            pass
+        elif query.shape[2] != value.shape[2]:
+            tiled: torch.Tensor = _Tiles.apply(query, key, value, scale)
+            return tiled
+    if query.device.type == "cuda":
+        return _fused_on_cuda(query, key, value, scale)
+    return _fused(query, key, value, scale)
+
+
+def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """The fused kernel, behind zeros that make E = D."""
+    width, value_width = query.shape[2], value.shape[2]
+    if width < value_width:
+        query, key = F.pad(query, (0, value_width - width)), F.pad(key, (0, value_width - width))
+    elif width > value_width:
+        value = F.pad(value, (0, width - value_width))
+    # (B, 1, N, E): one head; contiguous, or the kernel is not used
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    mixed = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale)
+    return mixed.squeeze(1)[:, :, :value_width]
+
+
+def _fused_on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """The fused kernels of CUDA, which want widths that are multiples of 8."""
+    value_width = value.shape[2]
+    missing, value_missing = -query.shape[2] % 8, -value_width % 8
+    query, key, value = F.pad(query, (0, missing)), F.pad(key, (0, missing)), F.pad(value, (0, value_missing))
+    width, heads = query.shape[2], 1
+    half = query.dtype == torch.float16 or query.dtype == torch.bfloat16
+    if half and width <= 256 and value.shape[2] % width == 0:
+        heads = value.shape[2] // width
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    values = value.reshape(value.shape[0], value.shape[1], heads, value.shape[2] // heads).transpose(1, 2)
+    query, key = query.unsqueeze(1).expand(-1, heads, -1, -1), key.unsqueeze(1).expand(-1, heads, -1, -1)
+    mixed = F.scaled_dot_product_attention(query, key, values, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)[:, :, :value_width]
+
+
+class _Tiles(torch.autograd.Function):
+    """softmax(scale * query key^T) value, some rows of the matrix of weights at a time, forward and backward."""
+
+    @staticmethod
+    def _rows(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
+        rows = min(max(_TILE // (key.shape[0] * key.shape[1]), _FEWEST_ROWS), _MOST_ROWS)
+        return (slice(start, start + rows) for start in range(0, query.shape[1], rows))
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
+        mixed = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        for rows in _Tiles._rows(query, key):
+            weights = torch.softmax(torch.bmm(query[:, rows], key.transpose(1, 2)), dim=-1)
+            mixed[:, rows] = torch.bmm(weights, value)
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for rows in _Tiles._rows(query, key):
+            weights = torch.softmax(torch.bmm(query[:, rows], key.transpose(1, 2)), dim=-1)
+            to_value.add_(torch.bmm(weights.transpose(1, 2), grad[:, rows]))
+            to_weights = torch.bmm(grad[:, rows], value.transpose(1, 2)).mul_(weights)
+            to_scores = to_weights.sub_(weights.mul_(to_weights.sum(dim=-1, keepdim=True)))
+            to_key.add_(torch.bmm(to_scores.transpose(1, 2), query[:, rows]))
+            to_query[:, rows] = torch.bmm(to_scores, key)
+        return to_query.mul_(ctx.scale), to_key, to_value, None
+
+
+def dot_product_by_matrix(positions: int, summed: int, width: int, value_width: int) -> bool:
+    """Whether (theta phi^T) g takes no more multiply-accumulates than theta (phi^T g).
+
+    Measured on CPU, that is where it is the faster one: the ratio of the times is 0.9 to 1.05 of the ratio of the
+    counts, forward and backward, from 49 to 3136 positions at widths of 64 to 512.
+    """
+    by_matrix = positions * summed * (width + value_width)
+    return _at_most(by_matrix - (positions + summed) * width * value_width, 0)
+
+
+def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """theta phi^T g / M: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D). Mode `dot_product`, section 3.2.
+
+    The cheaper association runs; the N x M matrix is built only where it is the smaller thing. In half precision the
+    division by M comes before the sums, which could overflow.
+    """
+    summed = phi.shape[1]
+    half = theta.dtype == torch.float16 or theta.dtype == torch.bfloat16
+    if half:
+        phi = phi / summed
+    if dot_product_by_matrix(theta.shape[1], summed, theta.shape[2], g.shape[2]):
+        weights = torch.bmm(theta, phi.transpose(1, 2))
+        return _mix(weights if half else weights / summed, g)
+    context = torch.bmm(phi.transpose(1, 2), g)
+    return _mix_rows(theta, context if half else context / summed)
+
+
+def _mix_rows(theta: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """theta (B, N, E) times context (B, E, D), which lies in memory as theta does."""
+    if _at_most(theta.stride(2), 1):
+        return torch.bmm(theta, context)
+    return torch.bmm(context.transpose(1, 2), theta.transpose(1, 2)).transpose(1, 2)
+
+
+def concatenate(
+    a: torch.Tensor, b: torch.Tensor, g: torch.Tensor, product_up_to: int = CONCATENATION_PRODUCT
+) -> torch.Tensor:
+    """sum over j of relu(a_i + b_j) g_j / M: of (B, N), (B, M) and (B, M, D), a (B, N, D). Mode `concatenation`.
+
+    With the b_j in falling order, those with a_i + b_j > 0 come first, so for each i the sum is a_i times a prefix sum
+    of g plus a prefix sum of b g: O((N + M) (log M + D)) and nothing larger than N x D or M x D. Pairs with
+    a_i + b_j = 0 give 0 and get no gradient, as with relu. Up to N * M = `product_up_to` the product form runs in full
+    precision on CPU; on CUDA, where nothing was measured, never. Half precision is summed in fp32.
+
+    The gradient is the same sum with a and b in each other's place. Scripted or compiled it is left to autograd, and
+    an exported graph finds the prefixes by sorting, for which ONNX has operators.
+    """
+    dtype = g.dtype
+    if dtype == torch.float16 or dtype == torch.bfloat16:
+        a, b, g = a.float(), b.float(), g.float()
+    elif g.device.type == "cpu" and _at_most(a.shape[1] * b.shape[1], product_up_to):
+        return _mix(torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / b.shape[1], g)
+    if is_scripting() or torch.compiler.is_compiling():
+        return _concatenate(a, b, g).to(dtype)
+    else:
+        mixed: torch.Tensor = _SortedSums.apply(a, b, g)
+        return mixed.to(dtype)
+
+
+def _count_above(a: torch.Tensor, b: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
+    """How many b_j are above -a_i, (B, N); `falling` is b in falling order."""
+    if is_scripting():
+        return torch.searchsorted(-falling, a.contiguous())
+    elif _is_exporting():
+        return _count_by_sorting(a, b)
+    else:
+        return torch.searchsorted(-falling, a.contiguous())
+
+
+def _count_by_sorting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same from where each -a_i comes to stand among the b_j; of equals the first stays first, and that is -a_i."""
+    order = torch.sort(torch.cat([-a, b], dim=1), dim=1, descending=True, stable=True)[1]
+    passed = torch.cumsum((order >= a.shape[1]).to(torch.int64), dim=1)
+    place = torch.sort(order, dim=1)[1]
+    return torch.gather(passed, 1, place[:, : a.shape[1]])
+
+
+def _columns(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values (B, D, M) at index (B, N): (B, D, N)."""
+    return torch.gather(values, 2, index.unsqueeze(1).expand(-1, values.shape[1], -1))
+
+
+def _concatenate(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The sorted form in plain operations."""
+    summed = b.shape[1]
+    falling, order = torch.sort(b, dim=1, descending=True)
+    count = _count_above(a.detach(), b.detach(), falling.detach())
+    ordered = _columns(g.transpose(1, 2), order)
+    plain = F.pad(torch.cumsum(ordered, dim=2), (1, 0))
+    weighted = F.pad(torch.cumsum(ordered * (falling / summed).unsqueeze(1), dim=2), (1, 0))
+    mixed = torch.addcmul(_columns(weighted, count), _columns(plain, count), (a / summed).unsqueeze(1))
+    return mixed.transpose(1, 2)
+
+
+class _SortedSums(torch.autograd.Function):
+    """The sorted form with fewer copies, and its gradient by the same prefix sums."""
+
+    @staticmethod
+    def _sums(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each i, over the j with a_i + b_j > 0: sums of values_j, and of values_j b_j / M. values is (B, D, M)."""
+        falling, order = torch.sort(b, dim=1, descending=True)
+        count = _count_above(a, b, falling)
+        ordered = _columns(values.contiguous(), order)
+        prefix = ordered.new_zeros(*ordered.shape[:2], ordered.shape[2] + 1)
+        torch.cumsum(ordered, dim=2, out=prefix[..., 1:])
+        plain = _columns(prefix, count)
+        torch.cumsum(ordered.mul_((falling / b.shape[1]).unsqueeze(1)), dim=2, out=prefix[..., 1:])
+        return plain, _columns(prefix, count)
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        plain, weighted = _SortedSums._sums(a, b, g.transpose(1, 2))
+        ctx.save_for_backward(a, b, g, plain)
+        return weighted.addcmul_(plain, (a / b.shape[1]).unsqueeze(1)).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, b, g, plain = ctx.saved_tensors
+        positions, summed = a.shape[1], b.shape[1]
+        grad = grad.transpose(1, 2)
+        to_a = (grad * plain).sum(dim=1).div_(summed)
+        plain, weighted = _SortedSums._sums(b, a, grad)  # its weights are a_i / N
+        to_b = (g.transpose(1, 2) * plain).sum(dim=1).div_(summed)
+        to_g = weighted.mul_(positions / summed).addcmul_(plain, (b / summed).unsqueeze(1))
+        return to_a, to_b, to_g.transpose(1, 2)
+
+
+def channel_weights(x: torch.Tensor, paper: bool = False) -> torch.Tensor:
+    """How much each channel of (B, C, N) takes from each: (B, C, C) in fp32 or better, each row adding up to 1.
+
+    softmax(max(E) - E) over E = x x^T as in the authors' code, which equals softmax(-E); or softmax(E), the paper's
+    equation 3. E is computed in fp32 even under autocast: a sum of N squares overflows fp16.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    if x.device.type == "cuda":
+        with torch.autocast("cuda", enabled=False):
+            energy = torch.bmm(wide, wide.transpose(1, 2))
+    else:
+        with torch.autocast("cpu", enabled=False):
+            energy = torch.bmm(wide, wide.transpose(1, 2))
+    return torch.softmax(energy if paper else -energy, dim=-1)
