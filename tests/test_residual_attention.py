@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import attnsurgery
 from attnsurgery.blocks._base import build_block
 from attnsurgery.blocks.residual_attention import PreActUnit, ResidualAttention
 from attnsurgery.errors import OptionError
@@ -188,6 +190,22 @@ def test_a_map_too_small_is_refused_with_the_depth_that_would_do() -> None:
 def test_depth_follows_the_map_as_in_the_paper(side: int, depth: int) -> None:
     assert ResidualAttention.fitted({"r": 2}, side, side + 5) == {"r": 2, "depth": depth}
     assert ResidualAttention.fitted({"depth": 5}, side, side) == {"depth": 5}
+
+
+def test_masks_of_a_model_name_are_as_deep_as_the_papers() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet50_resattn")
+    masks = [module for module in model.modules() if isinstance(module, ResidualAttention)]
+    assert [mask.depth for mask in masks] == [3, 2, 1, 0]
+    edit: dict[str, Any] = {"at": "layer1.1 .. layer1.2", "block": "residual_attention", "options": {"depth": 2}}
+    recipe = {"version": 1, "name": "shallow", "base": "resnet50", "edits": [edit]}
+    with torch.device("meta"):
+        operated = attnsurgery.operate(timm.create_model("resnet50"), recipe)
+    (mask,) = [module for module in operated.modules() if isinstance(module, ResidualAttention)]
+    assert mask.depth == 2
+    edit["options"]["depth"] = 6
+    with pytest.raises(OptionError, match=r"depth=6 halves a map of 56 x 56.*use depth: 4 or an earlier stage"):
+        attnsurgery.operate(timm.create_model("resnet50"), recipe)
 
 
 @every_option

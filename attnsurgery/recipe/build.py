@@ -48,9 +48,9 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
         raise OptionError(f"{where(recipe, f'edits[{index}].options')}: {error}") from None
     except UsageError as error:
         raise type(error)(f"{where(recipe, f'edits[{index}].{field}')}: {error}") from None
-    plan = [
-        Insertion(_fitting(recipe, index, edit, site, anatomy), edit.block, options, edit.start) for site in sites
-    ]
+    block = BLOCKS[edit.block]
+    places = [_fitting(recipe, index, edit, site, anatomy) for site in sites]
+    plan = [Insertion(site, edit.block, block.fitted(options, *site.map_size), edit.start) for site in places]
     checked: set[tuple[int, tuple[int, int]]] = set()
     for insertion in plan:
         size = insertion.site.channels, insertion.site.map_size
