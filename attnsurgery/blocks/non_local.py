@@ -1,8 +1,8 @@
 """Non-local block: every position of the map takes a weighted sum over all positions.
 
 Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971. Names follow the paper:
-equation 1 is the weighted sum, equation 4 its embedded Gaussian weights, equation 6 the residual z = W_z y + x;
-"sub-sampling" (section 3.3) pools what is summed over.
+equation 1 is the weighted sum, equations 2, 4, 5 and 6 its four kinds of weights, z = W_z y + x the residual;
+"sub-sampling" (section 3.3) pools what is summed over. `blocks/functional.py` computes the sums.
 
 Shape letters in this file:  B batch, C channels, D = C / reduction, H W height and width, N = H * W positions,
 M = positions left after sub-sampling.
@@ -10,37 +10,53 @@ M = positions left after sub-sampling.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.blocks.functional import (
+    CONCATENATION_PRODUCT,
+    attend,
+    concatenate,
+    dot_product,
+    dot_product_by_matrix,
+)
 from attnsurgery.errors import OptionError
+
+Mode = Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
 
 
 @BLOCKS.register("non_local")
 class NonLocal(Block):
-    """Softmax attention over positions, without ever holding the N x M matrix of weights.
+    """Attention over positions in the paper's four modes, without holding the N x M matrix of weights on large maps.
 
-    Embedded Gaussian weights are a softmax of theta . phi without the 1 / sqrt(D) of transformers, so the fused
-    attention kernel of torch computes them exactly when it is told `scale=1`.
+    Gaussian weights are a softmax of theta . phi, or of x . x, without the 1 / sqrt(D) of transformers; the two other
+    modes divide by the number of positions summed over.
 
-    The residual goes through a batch norm whose gamma is 0 at the start, as in the paper (section 4.1), so the block
-    begins as the identity; W_z itself is not 0, for two zeros in a row never learn. `start='paper'` differs in
-    the Gaussian(0, 0.01) weights only.
+    The residual goes through a norm whose gamma is 0 at the start, as in the paper (section 4.1), so the block
+    begins as the identity; W_z itself is not 0, for two zeros in a row never learn. Only where there is no norm W_z is
+    0. `start='paper'` differs in the Gaussian(0, 0.01) weights only.
 
     Args:
         channels: C of the tensor this block is given and gives back.
+        mode: 'embedded_gaussian', 'gaussian', 'dot_product' or 'concatenation'.
         reduction: C / D, how much narrower the embeddings theta, phi and g are; 2 in the paper.
         subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor.
         subsample_op: the pooling, 'max' as in the paper or 'avg'.
+        subsample_order: 'project_first', the paper's text, pools phi and g; 'pool_first', the authors' code, computes
+            them from the pooled map, at a fraction of their cost. With 'avg' the two are the same function.
+        scale: of theta . phi under the softmax: 'none' as in the paper, or 'inner' for D ** -0.5, as in the authors'
+            code. In mode 'embedded_gaussian' only.
+        norm: after W_z: 'batch', 'layer' (over the channels of a position) or 'none'.
         start: 'identity' or 'paper'.
 
     Raises:
-        OptionError: `reduction` leaves no channel.
+        OptionError: `reduction` leaves no channel, or the mode has no scale.
     """
 
     child_name = "non_local"
@@ -51,9 +67,13 @@ class NonLocal(Block):
         self,
         channels: int,
         *,
+        mode: Mode = "embedded_gaussian",
         reduction: Annotated[int, Field(ge=1, le=4096)] = 2,
         subsample: Annotated[int, Field(ge=1, le=64)] = 1,
         subsample_op: Literal["max", "avg"] = "max",
+        subsample_order: Literal["project_first", "pool_first"] = "project_first",
+        scale: Literal["none", "inner"] = "none",
+        norm: Literal["batch", "layer", "none"] = "batch",
         start: Start = "identity",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,32 +85,72 @@ class NonLocal(Block):
                 f"block 'non_local' cannot take reduction={reduction} on {channels} channels: "
                 f"no channel is left. The largest that works here is {channels}."
             )
+        if scale == "inner" and mode != "embedded_gaussian":
+            raise OptionError(
+                f"block 'non_local' cannot take scale='inner' with mode={mode!r}: only theta . phi under a softmax is "
+                "scaled. Use scale: none, or mode: embedded_gaussian."
+            )
+        self.mode = mode
         self.subsample = subsample
-        self.theta = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
-        self.phi = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        # averages and 1x1 convolutions commute, so the cheaper order is exact
+        self.pool_first = subsample_order == "pool_first" or subsample_op == "avg"
+        self.scale = width**-0.5 if scale == "inner" else 1.0
+        embedded = mode != "gaussian"
+        self.theta: Any = nn.Conv2d(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
+        self.phi: Any = nn.Conv2d(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
         self.g = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        concatenated = mode == "concatenation"
+        self.w_f: Any = nn.Conv2d(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
         pool = nn.MaxPool2d if subsample_op == "max" else nn.AvgPool2d
         self.pool = pool(subsample) if subsample > 1 else nn.Identity()
         self.w_z = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
-        nn.init.zeros_(self.norm.weight)
+        self.norm: nn.Module = nn.Identity()
+        if norm != "none":
+            of_kind = nn.BatchNorm2d if norm == "batch" else LayerNorm2d
+            self.norm = of_kind(channels, device=device, dtype=dtype)
+            nn.init.zeros_(self.norm.weight)
         if start == "paper":
-            for conv in (self.theta, self.phi, self.g, self.w_z):
-                nn.init.normal_(conv.weight, std=0.01)
-                if conv.bias is not None:
-                    nn.init.zeros_(conv.bias)
+            for conv in self.children():
+                if isinstance(conv, nn.Conv2d):
+                    nn.init.normal_(conv.weight, std=0.01)
+                    if conv.bias is not None:
+                        nn.init.zeros_(conv.bias)
+        if norm == "none":
+            for parameter in self.w_z.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # (B, D, h, w) -> (B, 1, h * w, D): the kernel is fused only where D is the contiguous dimension
-        query = self.theta(x).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        key = self.pool(self.phi(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        value = self.pool(self.g(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        y = y.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        summed = self.pool(x) if self.pool_first else x
+        g = self._rows(self.g(summed) if self.pool_first else self.pool(self.g(summed)))
+        if self.w_f is not None:
+            a, b = self._scores(x, summed)
+            y = concatenate(a, b, g)
+        else:
+            theta = self._rows(self.theta(x)).to(g.dtype)
+            phi = self._rows(self.phi(summed) if self.pool_first else self.pool(self.phi(summed))).to(g.dtype)
+            y = dot_product(theta, phi, g) if self.mode == "dot_product" else attend(theta, phi, g, self.scale)
+        y = y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
         z: torch.Tensor = self.norm(self.w_z(y))
         return x + z
 
+    def _rows(self, embedded: torch.Tensor) -> torch.Tensor:
+        """(B, D, h, w) as (B, h * w, D)."""
+        return embedded.flatten(2).transpose(1, 2)
+
+    def _scores(self, x: torch.Tensor, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a = w_theta . theta, (B, N), and b = w_phi . phi, (B, M), whose sums are the weights before the relu."""
+        w_theta, w_phi = self.w_f.weight.flatten(1).chunk(2, dim=1)
+        a = _fold(x, w_theta, self.theta.weight, self.theta.bias)
+        if self.pool_first or self.subsample == 1:
+            return a, _fold(summed, w_phi, self.phi.weight, self.phi.bias)
+        return a, F.conv2d(self.pool(self.phi(summed)), w_phi.reshape(1, -1, 1, 1)).flatten(1)
+
     def check_map(self, height: int, width: int) -> None:
+        if height * width == 1:
+            raise OptionError(
+                "block 'non_local' has no meaning on a map of 1 x 1: there is a single position, and nothing else to "
+                "attend to. Use an earlier stage or a larger image."
+            )
         smallest = min(height, width)
         if height // self.subsample < 1 or width // self.subsample < 1:
             raise OptionError(
@@ -102,8 +162,30 @@ class NonLocal(Block):
     def cost(self, height: int, width: int) -> Cost:
         positions = height * width
         summed = (height // self.subsample) * (width // self.subsample)
-        embedding = self.theta.weight.numel()
-        return Cost(
-            macs=positions * 4 * embedding + 2 * positions * summed * self.theta.out_channels,
-            attention_bytes=4 * positions * summed,
-        )
+        narrow, channels = self.g.out_channels, self.g.in_channels
+        embedding = narrow * channels
+        pooled = summed if self.pool_first else positions  # on so many positions phi and g are computed
+        macs = (pooled + positions) * embedding  # g and w_z
+        if self.mode == "gaussian":
+            macs += positions * summed * (channels + narrow)
+        elif self.mode == "concatenation":
+            macs += embedding + positions * channels  # theta, folded into one map
+            if pooled == summed:
+                macs += embedding + summed * channels
+            else:
+                macs += pooled * embedding + summed * narrow
+            if positions * summed <= CONCATENATION_PRODUCT:
+                macs += positions * summed * narrow
+        else:
+            macs += (positions + pooled) * embedding
+            if self.mode == "embedded_gaussian" or dot_product_by_matrix(positions, summed, narrow, narrow):
+                macs += positions * summed * 2 * narrow
+            else:
+                macs += (positions + summed) * narrow * narrow
+        return Cost(macs=macs, attention_bytes=4 * positions * summed)
+
+
+def _fold(x: torch.Tensor, w: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """w (1, D) times a 1x1 convolution of x to D channels, as one convolution to a single channel: (B, N)."""
+    folded = torch.mm(w, weight.flatten(1)).reshape(1, -1, 1, 1)
+    return F.conv2d(x, folded, (w.flatten() * bias).sum().reshape(1)).flatten(1)

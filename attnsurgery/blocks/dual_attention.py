@@ -1,0 +1,182 @@
+"""Dual attention: every position attends to all positions, and every channel to all channels.
+
+Paper: Fu, Liu, Tian, Li, Bao, Fang, Lu, "Dual Attention Network for Scene Segmentation", CVPR 2019, arXiv:1809.02983.
+Names follow the paper: section 3.2 is position attention (equations 1 and 2), section 3.3 channel attention (equations
+3 and 4); alpha and beta are the two `gamma`. Children are named as in the authors' release, so that its weights load.
+
+Shape letters in this file:  B batch, C channels, H W height and width, N = H * W positions, M = positions left after
+sub-sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.blocks.functional import attend, channel_weights
+from attnsurgery.errors import OptionError
+
+Energy = Literal["code", "paper"]
+
+
+class PositionAttention(nn.Module):
+    """The position attention module without its residual: (B, C, H, W) to what is to be weighted by `gamma` and added.
+
+    The softmax takes q . k without a scale. The N x M matrix is not held on large maps.
+
+    Args:
+        channels: C.
+        reduction: C over the width of queries and keys.
+        subsample: side of a max pooling window in front of keys and values; 1 attends to every position.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 8,
+        subsample: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        width = channels // reduction
+        self.query_conv = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        self.key_conv = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        self.value_conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        self.pool = nn.MaxPool2d(subsample) if subsample > 1 else nn.Identity()
+        self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = self.pool(x)
+        query = self.query_conv(x).flatten(2).transpose(1, 2)
+        key = self.key_conv(pooled).flatten(2).transpose(1, 2)
+        value = self.value_conv(pooled).flatten(2).transpose(1, 2)
+        return attend(query, key, value).transpose(1, 2).reshape(x.shape)
+
+
+class ChannelAttention(nn.Module):
+    """The channel attention module without its residual: (B, C, H, W) to what is to be weighted by `gamma` and added.
+
+    Args:
+        energy: 'code', softmax(max(E) - E) as in the authors' release, or 'paper', softmax(E).
+    """
+
+    def __init__(
+        self,
+        energy: Energy = "code",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.paper = energy == "paper"
+        self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(2)
+        weights = channel_weights(flat, self.paper).to(x.dtype)
+        return torch.bmm(weights, flat).reshape(x.shape)
+
+
+def add_weighted(x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """x + gamma * branch in one pass; x itself, bit for bit, at gamma = 0."""
+    return torch.addcmul(x, gamma.to(x.dtype), branch.to(x.dtype))
+
+
+@BLOCKS.register("dual")
+class DualAttention(Block):
+    """Adds position attention and channel attention to a map, each through a weight that starts at 0.
+
+    y = x + gamma_p * position(x) + gamma_c * channel(x). At gamma = 0 that is the identity; both gammas learn first.
+
+    Args:
+        channels: C of the tensor this block is given and gives back.
+        parts: 'both', 'position' or 'channel'.
+        fusion: 'shared_residual', the sum above; 'sequential', channel attention on the result of position attention;
+            'paper_sum', the sum of the paper's two residual modules, which is 2 x at gamma = 0.
+        reduction: C over the width of position attention's queries and keys; 8 in the authors' release.
+        subsample: side of a max pooling window in front of position attention's keys and values; 1 attends to every
+            position. Odd maps floor.
+        cam_energy: of channel attention, 'code' for the authors' softmax(max(E) - E), 'paper' for softmax(E).
+        start: 'identity'; 'paper' is the same start, and takes 'paper_sum' too.
+
+    Raises:
+        OptionError: `reduction` leaves no channel, or 'paper_sum' is to start as the identity.
+    """
+
+    child_name = "dual"
+    model_suffix = "dual"
+    model_place = "last"
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        parts: Literal["both", "position", "channel"] = "both",
+        fusion: Literal["shared_residual", "sequential", "paper_sum"] = "shared_residual",
+        reduction: Annotated[int, Field(ge=1, le=4096)] = 8,
+        subsample: Annotated[int, Field(ge=1, le=64)] = 1,
+        cam_energy: Energy = "code",
+        start: Start = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if fusion == "paper_sum" and start == "identity":
+            raise OptionError(
+                "block 'dual' cannot take fusion='paper_sum' with start='identity': the sum of two residual modules is "
+                "2 x at gamma = 0, which no host in front of its own convolutions expects. Use fusion: shared_residual "
+                "(x is added once) or start: paper."
+            )
+        if parts != "channel" and channels // reduction < 1:
+            raise OptionError(
+                f"block 'dual' cannot take reduction={reduction} on {channels} channels: "
+                f"no channel is left. The largest that works here is {channels}."
+            )
+        self.channels = channels
+        self.subsample = subsample
+        self.sequential = fusion == "sequential"
+        self.twice = fusion == "paper_sum" and parts == "both"
+        with_position, with_channel = parts != "channel", parts != "position"
+        self.sa = PositionAttention(channels, reduction, subsample, device, dtype) if with_position else None
+        self.sc = ChannelAttention(cam_energy, device, dtype) if with_channel else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + x if self.twice else x
+        if self.sa is not None:
+            y = add_weighted(y, self.sa.gamma, self.sa(x))
+        if self.sc is not None:
+            y = add_weighted(y, self.sc.gamma, self.sc(y if self.sequential else x))
+        return y
+
+    def check_map(self, height: int, width: int) -> None:
+        if self.sa is None:
+            return
+        if height * width == 1:
+            raise OptionError(
+                "block 'dual' has no position to attend to on a map of 1 x 1. "
+                "Use parts: channel, an earlier stage or a larger image."
+            )
+        if min(height, width) < self.subsample:
+            raise OptionError(
+                f"block 'dual' with subsample={self.subsample} needs a map of at least "
+                f"{self.subsample} x {self.subsample}, and this one is {height} x {width}: "
+                f"use subsample: {min(height, width)} or less, or an earlier stage."
+            )
+
+    def cost(self, height: int, width: int) -> Cost:
+        positions, channels = height * width, self.channels
+        macs = attention = 0
+        if self.sa is not None:
+            narrow = self.sa.query_conv.out_channels
+            summed = (height // self.subsample) * (width // self.subsample)
+            macs += positions * channels * narrow + summed * channels * (narrow + channels)
+            macs += positions * summed * (narrow + channels)
+            attention = positions * summed
+        if self.sc is not None:
+            macs += 2 * channels * channels * positions
+            attention = max(attention, channels * channels)
+        return Cost(macs=macs, attention_bytes=4 * attention)
