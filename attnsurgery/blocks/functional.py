@@ -182,12 +182,12 @@ def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torc
     """theta phi^T g / M: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D). Mode `dot_product`, section 3.2.
 
     The cheaper association runs; the N x M matrix is built only where it is the smaller thing. In half precision the
-    division by M comes before the sums, which could overflow.
+    division by M comes before the sums, which could overflow, one half of it on each side, which could underflow.
     """
     summed = phi.shape[1]
     half = theta.dtype == torch.float16 or theta.dtype == torch.bfloat16
     if half:
-        phi = phi / summed
+        phi, g = phi / summed**0.5, g / summed**0.5
     if dot_product_by_matrix(theta.shape[1], summed, theta.shape[2], g.shape[2]):
         weights = torch.bmm(theta, phi.transpose(1, 2))
         return _mix(weights if half else weights / summed, g)
@@ -238,8 +238,8 @@ def _count_above(a: torch.Tensor, b: torch.Tensor, falling: torch.Tensor) -> tor
 
 
 def _count_by_sorting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The same from where each -a_i comes to stand among the b_j; of equals the first stays first, and that is -a_i."""
-    order = torch.sort(torch.cat([-a, b], dim=1), dim=1, descending=True, stable=True)[1]
+    """The same from where each -a_i comes to stand among the b_j. A b_j = -a_i may count or not: it weighs 0."""
+    order = torch.sort(torch.cat([-a, b], dim=1), dim=1, descending=True)[1]
     passed = torch.cumsum((order >= a.shape[1]).to(torch.int64), dim=1)
     place = torch.sort(order, dim=1)[1]
     return torch.gather(passed, 1, place[:, : a.shape[1]])

@@ -185,7 +185,8 @@ class NonLocal(Block):
         return Cost(macs=macs, attention_bytes=4 * positions * summed)
 
 
-def _fold(x: torch.Tensor, w: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _fold(x: torch.Tensor, w: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """w (1, D) times a 1x1 convolution of x to D channels, as one convolution to a single channel: (B, N)."""
     folded = torch.mm(w, weight.flatten(1)).reshape(1, -1, 1, 1)
-    return F.conv2d(x, folded, (w.flatten() * bias).sum().reshape(1)).flatten(1)
+    offset = None if bias is None else (w.flatten() * bias).sum().reshape(1)
+    return F.conv2d(x, folded, offset).flatten(1)

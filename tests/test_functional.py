@@ -1,0 +1,242 @@
+"""The exact forms of pairwise sums against the formulas with their N x M matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnsurgery.blocks import functional
+from attnsurgery.blocks.functional import attend, channel_weights, concatenate, dot_product
+
+ALWAYS, NEVER = 1 << 62, 0  # of the product form
+
+
+def naive_attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+    return torch.softmax(scale * query @ key.transpose(1, 2), dim=-1) @ value
+
+
+def naive_dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    return theta @ phi.transpose(1, 2) / phi.shape[1] @ g
+
+
+def naive_concatenate(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    return torch.relu(a[:, :, None] + b[:, None, :]) / b.shape[1] @ g
+
+
+def rows(batch: int, positions: int, width: int, seed: int, channels_last: bool = False) -> Tensor:
+    """(B, N, E) in fp64, in memory as a map lies: (B, E, N) unless channels last."""
+    made = torch.randn(batch, width, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    made = made.transpose(1, 2)
+    return (made.contiguous() if channels_last else made).requires_grad_()
+
+
+def numbers(batch: int, positions: int, seed: int) -> Tensor:
+    made = torch.randn(batch, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return made.requires_grad_()
+
+
+# name: (ours, naive, inputs of batch, N, M and memory format)
+Form = tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[[int, int, int, bool], list[Tensor]]]
+
+
+def widths(width: int, value_width: int) -> Callable[[int, int, int, bool], list[Tensor]]:
+    return lambda batch, n, m, last: [
+        rows(batch, n, width, 1, last),
+        rows(batch, m, width, 2, last),
+        rows(batch, m, value_width, 3, last),
+    ]
+
+
+def scores(batch: int, n: int, m: int, last: bool) -> list[Tensor]:
+    return [numbers(batch, n, 1), numbers(batch, m, 2), rows(batch, m, 4, 3, last)]
+
+
+FORMS: dict[str, Form] = {
+    "softmax_product": (lambda *t: attend(*t, 0.5, ALWAYS), lambda *t: naive_attend(*t, 0.5), widths(4, 6)),
+    "softmax_fused": (lambda *t: attend(*t, 0.5, NEVER), lambda *t: naive_attend(*t, 0.5), widths(4, 4)),
+    "softmax_tiles": (lambda *t: attend(*t, 0.5, NEVER), lambda *t: naive_attend(*t, 0.5), widths(4, 6)),
+    "softmax_tiles_narrow": (lambda *t: attend(*t, 1.0, NEVER), naive_attend, widths(6, 4)),
+    "softmax_padded": (lambda *t: functional._fused(*t, 1.0), naive_attend, widths(4, 6)),
+    "softmax_padded_narrow": (lambda *t: functional._fused(*t, 1.0), naive_attend, widths(6, 4)),
+    "softmax_heads": (lambda *t: functional._fused_on_cuda(*t, 1.0), naive_attend, widths(8, 16)),
+    "softmax_widths_of_no_kernel": (lambda *t: functional._fused_on_cuda(*t, 1.0), naive_attend, widths(3, 9)),
+    "dot_product": (dot_product, naive_dot_product, widths(4, 4)),
+    "dot_product_wide": (dot_product, naive_dot_product, widths(20, 30)),
+    "concatenation_product": (lambda *t: concatenate(*t, ALWAYS), naive_concatenate, scores),
+    "concatenation_sorted": (lambda *t: concatenate(*t, NEVER), naive_concatenate, scores),
+    "concatenation_plain": (functional._concatenate, naive_concatenate, scores),
+}
+
+every_form = pytest.mark.parametrize("form", list(FORMS))
+
+
+@every_form
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "n", "m"), [(1, 8, 8), (3, 7, 5), (2, 5, 7), (2, 6, 1), (2, 1, 6), (1, 1, 1), (2, 300, 280)]
+)
+def test_each_form_computes_the_formula_and_its_gradient(
+    form: str, batch: int, n: int, m: int, channels_last: bool
+) -> None:
+    ours, naive, make = FORMS[form]
+    inputs = make(batch, n, m, channels_last)
+    got, expected = ours(*inputs), naive(*inputs)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-12
+    weights = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).reshape(got.shape)
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (got, expected)]
+    for ours_, theirs in zip(*gradients, strict=True):
+        assert (ours_ - theirs).abs().max() <= 1e-11
+
+
+@every_form
+def test_gradcheck(form: str) -> None:
+    ours, _, make = FORMS[form]
+    assert torch.autograd.gradcheck(ours, make(2, 4, 3, False))
+
+
+@every_form
+def test_permuted_queries_permute_the_result_and_permuted_keys_change_nothing(form: str) -> None:
+    ours, _, make = FORMS[form]
+    first, second, values = make(2, 9, 11, False)
+    of_queries, of_keys = torch.randperm(9), torch.randperm(11)
+    expected = ours(first, second, values)
+    assert (ours(first[:, of_queries], second, values) - expected[:, of_queries]).abs().max() <= 1e-12
+    assert (ours(first, second[:, of_keys], values[:, of_keys]) - expected).abs().max() <= 1e-12
+    assert (ours(first, second[:, of_keys], values) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["concatenation_product", "concatenation_sorted", "concatenation_plain"])
+def test_pairs_that_add_up_to_zero_give_zero_and_get_no_gradient(form: str) -> None:
+    ours, naive, _ = FORMS[form]
+    a = torch.tensor([[-2.0, -1, 0, 1, 2, 2]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[2.0, 1, 1, 0, -1, -2]], dtype=torch.float64, requires_grad=True)
+    g = rows(1, 6, 3, 1)
+    assert (ours(a, b, g) - naive(a, b, g)).abs().max() <= 1e-12
+    for got, expected in zip(
+        torch.autograd.grad(ours(a, b, g).square().sum(), (a, b, g)),
+        torch.autograd.grad(naive(a, b, g).square().sum(), (a, b, g)),
+        strict=True,
+    ):
+        assert (got - expected).abs().max() <= 1e-12
+    nothing = ours(a[:, :1], -a[:, :1], g[:, :1])
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_counting_by_sorting_and_by_binary_search_agree_with_comparing_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n, m in [(1, 1), (5, 9), (40, 30)]:
+        a, b = (torch.randint(-3, 4, (2, size), generator=generator).double() for size in (n, m))
+        above, tied = ((compare(b[:, None, :], -a[:, :, None])).sum(2) for compare in (torch.gt, torch.eq))
+        falling = b.sort(dim=1, descending=True)[0]
+        assert torch.equal(functional._count_above(a, b, falling), above)
+        by_sorting = functional._count_by_sorting(a, b)
+        assert (by_sorting >= above).all()
+        assert (by_sorting <= above + tied).all()
+
+
+FUSED = ["softmax_fused", "softmax_padded", "softmax_padded_narrow"]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, dtype) for form in FUSED for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        ("softmax_heads", torch.bfloat16),  # in full precision another kernel of CUDA takes different widths
+        ("softmax_heads", torch.float16),
+    ],
+)
+def test_the_fused_kernel_really_runs(form: str, dtype: torch.dtype) -> None:
+    ours, naive, make = FORMS[form]
+    inputs = [t.detach().to(dtype) for t in make(2, 90, 80, False)]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        got = ours(*inputs)
+    assert torch.allclose(got.double(), naive(*(t.double() for t in inputs)), atol=0.05)
+
+
+def test_a_fallback_of_the_fused_kernel_raises_where_one_kernel_is_forced() -> None:
+    query, key, value = (t.unsqueeze(1) for t in widths(4, 6)(1, 90, 80, True))
+    with (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        pytest.warns(UserWarning),
+        pytest.raises(RuntimeError, match="kernel"),
+    ):
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the largest tensor that any operation returns, forward and backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("m", [3136, 784])
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.endswith(("_product", "_heads", "_no_kernel"))])
+def test_no_matrix_is_built_on_large_maps(form: str, m: int) -> None:
+    ours, naive, make = FORMS[form]
+    inputs = [t.detach().float().requires_grad_() for t in make(1, 3136, m, False)]
+    with LargestTensor() as watched:
+        torch.autograd.grad(ours(*inputs).sum(), inputs)
+    assert watched.largest <= 3136 * m / 3
+    with LargestTensor() as of_naive, torch.no_grad():
+        naive(*inputs)
+    assert of_naive.largest == 3136 * m
+
+
+def test_the_matrix_is_not_built_at_default_crossovers_either() -> None:
+    for form in (attend, concatenate):
+        make = scores if form is concatenate else widths(8, 8)
+        with LargestTensor() as watched, torch.no_grad():
+            form(*make(1, 3136, 784, False))
+        assert watched.largest < 3136 * 784 / 4
+
+
+@pytest.mark.parametrize(("n", "size"), [(3136, 8.0), (3136, 0.01), (4, 8.0)])
+def test_a_dot_product_in_half_precision_neither_overflows_nor_underflows(n: int, size: float) -> None:
+    theta, phi, g = torch.ones(1, n, 4).half(), *(torch.full((1, 3136, 4), size).half() for _ in range(2))
+    assert size < 1 or torch.isinf(phi.transpose(1, 2) @ g).all()
+    expected = naive_dot_product(theta.double(), phi.double(), g.double())
+    assert torch.allclose(dot_product(theta, phi, g).double(), expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_full_precision(dtype: torch.dtype) -> None:
+    a, b, g = (t.detach().to(dtype) for t in scores(2, 3136, 3136, False))
+    got = concatenate(a, b, g)
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), naive_concatenate(a.double(), b.double(), g.double()), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_channel_weights_are_the_softmax_of_the_energy(paper: bool) -> None:
+    x = rows(2, 5, 12, 1).detach().requires_grad_()  # 5 channels, 12 positions
+    energy = x @ x.transpose(1, 2)
+    expected = torch.softmax(energy if paper else energy.amax(dim=-1, keepdim=True) - energy, dim=-1)
+    assert (channel_weights(x, paper) - expected).abs().max() <= 1e-12
+    assert torch.autograd.gradcheck(lambda t: channel_weights(t, paper), x)
+    assert (channel_weights(x, not paper) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_energy_of_channels_overflows_fp16_and_is_not_computed_in_it(autocast: bool) -> None:
+    x = 20 * torch.randn(1, 8, 3136, generator=torch.Generator().manual_seed(0))
+    naive = torch.bmm(x.half(), x.half().transpose(1, 2))
+    naive = torch.softmax(naive.amax(dim=-1, keepdim=True) - naive, dim=-1)
+    assert torch.isnan(naive).any()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        got = channel_weights(x if autocast else x.half())
+    assert got.dtype == torch.float32
+    assert torch.isfinite(got).all()
+    assert torch.allclose(got.sum(dim=-1), torch.ones(1, 8))

@@ -1,0 +1,285 @@
+"""The non-local block in every mode and with every option, against the paper's formulas and published counts."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from typing import Any
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
+from attnsurgery.blocks.non_local import NonLocal
+from attnsurgery.errors import OptionError
+
+MODES = ["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
+SUBSAMPLING: list[dict[str, Any]] = [
+    {},
+    *(
+        {"subsample": 2, "subsample_op": op, "subsample_order": order}
+        for op, order in itertools.product(["max", "avg"], ["project_first", "pool_first"])
+    ),
+]
+OPTIONS = [
+    {"mode": mode, "norm": norm, **subsampling}
+    for mode, norm, subsampling in itertools.product(MODES, ["batch", "layer", "none"], SUBSAMPLING)
+]
+OPTIONS += [{"scale": "inner", "reduction": 4}, {"subsample": 4, "mode": "dot_product"}, {"reduction": 16}]
+
+# Each value of each option at least once: for what takes seconds.
+FEW = [
+    {"mode": "embedded_gaussian", "subsample": 2, "norm": "layer", "scale": "inner"},
+    {"mode": "gaussian", "subsample": 2, "subsample_op": "avg"},
+    {"mode": "dot_product", "subsample": 2, "subsample_order": "pool_first"},
+    {"mode": "concatenation", "norm": "none"},
+    {"mode": "concatenation", "subsample": 2},
+]
+
+
+def of(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values()) or "default"
+
+
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=of)
+few_options = pytest.mark.parametrize("options", FEW, ids=of)
+
+
+def made(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> NonLocal:
+    torch.manual_seed(0)
+    block = NonLocal(16, **options, dtype=dtype).eval()
+    if awake:
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+    return block
+
+
+def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def naive(block: NonLocal, x: Tensor, options: dict[str, Any]) -> Tensor:
+    """Equations 1 to 6 of the paper with the N x M matrix, in the order of operations that the options name."""
+    mode = options.get("mode", "embedded_gaussian")
+    if options.get("subsample_order") == "pool_first":
+        of_pooled = block.pool(x)
+        phi, g = block.phi(of_pooled).flatten(2), block.g(of_pooled).flatten(2)
+    else:
+        phi, g = block.pool(block.phi(x)).flatten(2), block.pool(block.g(x)).flatten(2)
+    theta = block.theta(x).flatten(2)
+    product = torch.einsum("bdn,bdm->bnm", theta, phi)
+    if "gaussian" in mode:
+        scale = theta.shape[1] ** -0.5 if options.get("scale") == "inner" else 1.0
+        weights = torch.softmax(scale * product, dim=-1)
+    elif mode == "dot_product":
+        weights = product / phi.shape[2]
+    else:
+        n, m = theta.shape[2], phi.shape[2]
+        pairs = torch.cat([theta[:, :, :, None].expand(-1, -1, -1, m), phi[:, :, None].expand(-1, -1, n, -1)], dim=1)
+        weights = torch.relu(block.w_f(pairs)).squeeze(1) / m
+    y = torch.einsum("bnm,bdm->bdn", weights, g).reshape(x.shape[0], -1, *x.shape[2:])
+    return block.norm(block.w_z(y)) + x
+
+
+@every_option
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_every_option_computes_the_papers_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
+    block = made(options, awake=True, dtype=torch.float64)
+    x = images(2, 16, *size, dtype=torch.float64).requires_grad_()
+    ours, expected = block(x), naive(block, x, options)
+    assert (ours - x).abs().max() > 1e-3
+    assert (ours - expected).abs().max() <= 1e-12
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, expected)]
+    for got, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(28, 38), (1, 1100)])
+def test_large_maps_compute_the_same_formula_in_their_other_form(mode: str, size: tuple[int, int]) -> None:
+    block, x = made({"mode": mode}, awake=True, dtype=torch.float64), images(2, 16, *size, dtype=torch.float64)
+    assert (block(x) - naive(block, x, {"mode": mode})).abs().max() <= 1e-12
+
+
+@every_option
+def test_every_option_starts_as_the_identity_and_leaves_it(options: dict[str, Any]) -> None:
+    block, x = made(options), images(2, 16, 7, 9)
+    for training in (True, False):
+        assert torch.equal(block.train(training)(x), x)
+    optimiser = torch.optim.SGD(block.parameters(), 0.5)
+    (block.train()(x) - images(2, 16, 7, 9).flip(0)).square().mean().backward()
+    optimiser.step()
+    assert not torch.equal(block.eval()(x), x)
+
+
+@every_option
+def test_every_option_keeps_the_memory_format_and_the_dtype(options: dict[str, Any]) -> None:
+    block = made(options, awake=True)
+    expected = block(images(3, 16, 7, 9))
+    x = images(3, 16, 7, 9).contiguous(memory_format=torch.channels_last)
+    got = block(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(got, expected, atol=1e-5)
+    half = made(options, dtype=torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@every_option
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_option_stays_finite_and_near_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+    block, x = made(options, awake=True), images(2, 16, 8, 8).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        got = block(x)
+    assert torch.isfinite(got).all()
+    assert torch.allclose(got, block(x), atol=0.1, rtol=0.1)
+    for gradient in torch.autograd.grad(got.square().mean(), [x, *block.parameters()]):
+        assert torch.isfinite(gradient).all()
+
+
+@every_option
+def test_every_option_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
+    block = made(options, awake=True)
+    scripted = torch.jit.script(block)
+    assert torch.equal(scripted(images(1, 16, 8, 9)), block(images(1, 16, 8, 9)))
+    large = images(1, 16, 4, 270)
+    got, expected = scripted(large), block(large)
+    # the widths of Gaussian keys and values differ, and what can be scripted pads them
+    assert torch.allclose(got, expected, atol=1e-5) if block.mode == "gaussian" else torch.equal(got, expected)
+
+
+@few_options
+def test_options_compile_to_the_same_numbers(options: dict[str, Any]) -> None:
+    block, x = made(options, awake=True), images(2, 16, 8, 9)
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+
+
+def test_compiled_for_any_size_a_block_does_not_compile_again_when_its_form_would_change() -> None:
+    block = made({"mode": "concatenation"}, awake=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.compiler.set_stance("default"):
+        compiled(images(2, 16, 8, 9))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in [(7, 6), (40, 30)]:
+            assert torch.allclose(compiled(images(2, 16, *size)), block(images(2, 16, *size)), atol=1e-5)
+
+
+def dynamic(block: NonLocal) -> dict[str, Any]:
+    """Any size that leaves two positions a side."""
+    sides = {axis: torch.export.Dim(name, min=2 * block.subsample) for axis, name in ((2, "height"), (3, "width"))}
+    return {"x": {0: torch.export.Dim("batch"), **sides}}
+
+
+@few_options
+def test_options_export_for_any_batch_height_and_width(options: dict[str, Any]) -> None:
+    block = made(options, awake=True)
+    exported = torch.export.export(block, (images(2, 16, 8, 9),), dynamic_shapes=dynamic(block)).module()
+    for size in [(4, 16, 5, 6), (1, 16, 40, 30)]:
+        assert torch.allclose(exported(images(*size)), block(images(*size)), atol=1e-5)
+
+
+@few_options
+def test_options_export_to_onnx_for_any_batch_height_and_width(options: dict[str, Any]) -> None:
+    block, file = made(options, awake=True), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            block, (images(2, 16, 8, 9),), dynamo=True, dynamic_shapes=dynamic(block), verbose=False
+        )
+    assert program is not None
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (name,) = (entry.name for entry in session.get_inputs())
+    for size in [(2, 16, 8, 9), (3, 16, 5, 6)]:
+        (got,) = session.run(None, {name: images(*size).numpy()})
+        assert torch.allclose(torch.from_numpy(got), block(images(*size)), atol=1e-4)
+
+
+@few_options
+def test_options_are_deterministic(options: dict[str, Any]) -> None:
+    block = made(options, awake=True).train()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            x = images(2, 16, 30, 30).requires_grad_()
+            runs.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]))
+        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_option
+def test_every_option_costs_what_torch_counts(options: dict[str, Any]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block = made(options)
+    for size in [(8, 8), (6, 9), (40, 25)]:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            block(images(1, 16, *size))
+        assert block.cost(*size).macs == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(("channels", "params"), [(256, 132_224), (512, 526_592), (1024, 2_101_760), (2048, 8_397_824)])
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product"])
+def test_parameters_are_the_published_ones(mode: str, channels: int, params: int) -> None:
+    assert sum(p.numel() for p in NonLocal(channels, mode=mode, device="meta").parameters()) == params
+
+
+@pytest.mark.parametrize(("mode", "params"), [("gaussian", 1_052_160), ("concatenation", 2_102_784)])
+def test_parameters_of_the_other_modes(mode: str, params: int) -> None:
+    assert sum(p.numel() for p in NonLocal(1024, mode=mode, device="meta").parameters()) == params
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("resnet50_nonlocal_s3", 27_658_792), ("resnet50_nonlocal5", 25_557_032 + 7_358_464)]
+)
+def test_parameters_of_the_papers_models(name: str, params: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "percent"), [(1024, 14, (2, 9)), (512, 28, (16, 43)), (256, 56, (60, 86))]
+)
+def test_share_of_the_pairs_in_a_blocks_cost_at_224_pixels(channels: int, side: int, percent: tuple[int, int]) -> None:
+    """With sub-sampling by 2 and without; the projections alone are what is left when there are no pairs."""
+    for subsample, expected in zip((2, 1), percent, strict=True):
+        block = NonLocal(channels, subsample=subsample, device="meta")
+        pairs = side**2 * (side // subsample) ** 2 * channels
+        assert round(100 * pairs / block.cost(side, side).macs) == expected
+
+
+def test_a_checkpoint_of_the_default_block_has_the_keys_it_always_had() -> None:
+    embeddings = [f"{name}.{kind}" for name in ("theta", "phi", "g", "w_z") for kind in ("weight", "bias")]
+    of_norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert list(NonLocal(16).state_dict()) == [*embeddings, *(f"norm.{name}" for name in of_norm)]
+
+
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian"])
+def test_large_maps_run_the_fused_kernel_and_never_its_fallback(mode: str) -> None:
+    block = made({"mode": mode, "reduction": 1}, awake=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = images(1, 16, 30, 30).contiguous(memory_format=memory_format)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            got = block(x)
+        assert torch.allclose(got, naive(block, x, {"mode": mode}), atol=1e-4)
+
+
+def test_a_map_of_one_position_is_refused() -> None:
+    with pytest.raises(OptionError, match="no meaning on a map of 1 x 1.*Use an earlier stage"):
+        NonLocal(16).check_map(1, 1)
+    NonLocal(16).check_map(1, 2)
+
+
+def test_a_scale_is_refused_where_the_mode_has_none() -> None:
+    for mode in ("gaussian", "dot_product", "concatenation"):
+        with pytest.raises(OptionError, match=f"mode='{mode}'.*Use scale: none"):
+            NonLocal(16, mode=mode, scale="inner")
