@@ -1,0 +1,257 @@
+"""Dual attention with every option, and its segmentation head, against the paper's formulas and published counts."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from test_functional import LargestTensor
+from torch import Tensor
+
+from attnsurgery.blocks.dual_attention import ChannelAttention, DualAttention, PositionAttention
+from attnsurgery.errors import OptionError
+from attnsurgery.models.danet import DANetHead
+
+FUSIONS = ["shared_residual", "sequential", "paper_sum"]
+OPTIONS: list[dict[str, Any]] = [
+    {"parts": parts, "fusion": fusion, "subsample": subsample, "cam_energy": energy}
+    for parts, fusion, subsample, energy in itertools.product(
+        ["both", "position", "channel"], FUSIONS, [1, 2], ["code", "paper"]
+    )
+]
+OPTIONS += [{"reduction": 1}, {"reduction": 16, "subsample": 3}]
+
+# Each value of each option at least once: for what takes seconds.
+FEW: list[dict[str, Any]] = [
+    {},
+    {"fusion": "sequential", "subsample": 2, "cam_energy": "paper"},
+    {"fusion": "paper_sum", "reduction": 1},
+]
+
+
+def of(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values()) or "default"
+
+
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=of)
+few_options = pytest.mark.parametrize("options", FEW, ids=of)
+
+
+def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def made(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> DualAttention:
+    torch.manual_seed(0)
+    start = "paper" if options.get("fusion") == "paper_sum" else "identity"
+    block = DualAttention(16, **options, start=start, dtype=dtype).eval()
+    if awake:
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return block
+
+
+def naive_position(module: PositionAttention, x: Tensor) -> Tensor:
+    """Equations 1 and 2 of the paper, with the N x M matrix written out."""
+    query, key, value = module.query_conv(x), module.key_conv(module.pool(x)), module.value_conv(module.pool(x))
+    weights = torch.softmax(torch.einsum("bcn,bcm->bnm", query.flatten(2), key.flatten(2)), dim=-1)
+    return torch.einsum("bnm,bcm->bcn", weights, value.flatten(2)).reshape(x.shape)
+
+
+def naive_channel(x: Tensor, energy: str) -> Tensor:
+    """Equations 3 and 4, or the authors' code for equation 3."""
+    product = torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2))
+    if energy == "code":
+        product = product.amax(dim=-1, keepdim=True) - product
+    return torch.einsum("bcd,bdn->bcn", torch.softmax(product, dim=-1), x.flatten(2)).reshape(x.shape)
+
+
+def naive(block: DualAttention, x: Tensor, options: dict[str, Any]) -> Tensor:
+    energy = options.get("cam_energy", "code")
+    terms = []
+    if block.sa is not None:
+        terms.append(block.sa.gamma * naive_position(block.sa, x))
+    if block.sc is not None:
+        of = x + sum(terms) if options.get("fusion") == "sequential" else x
+        terms.append(block.sc.gamma * naive_channel(of, energy))
+    if options.get("fusion") == "paper_sum":
+        return sum(x + term for term in terms)  # type: ignore[return-value]
+    return x + sum(terms)
+
+
+@every_option
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_every_option_computes_the_papers_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
+    block = made(options, awake=True, dtype=torch.float64)
+    x = images(2, 16, *size, dtype=torch.float64).requires_grad_()
+    ours, expected = block(x), naive(block, x, options)
+    assert (ours - x).abs().max() > 1e-3
+    assert (ours - expected).abs().max() <= 1e-12
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, expected)]
+    for got, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-10, rtol=1e-10)
+
+
+def test_large_maps_compute_the_same_formula_in_their_other_form() -> None:
+    block, x = made({}, awake=True, dtype=torch.float64), images(2, 16, 28, 38, dtype=torch.float64)
+    assert (block(x) - naive(block, x, {})).abs().max() <= 1e-12
+
+
+@every_option
+def test_every_option_starts_as_the_identity_but_for_the_papers_sum(options: dict[str, Any]) -> None:
+    block, x = made(options), images(2, 16, 7, 9)
+    twice = options.get("fusion") == "paper_sum" and options["parts"] == "both"
+    for training in (True, False):
+        assert torch.equal(block.train(training)(x), 2 * x if twice else x)
+        assert block(x).data_ptr() != x.data_ptr()
+
+
+def test_the_papers_sum_is_refused_as_an_identity_start_and_the_message_says_why() -> None:
+    with pytest.raises(OptionError, match=r"2 x at gamma = 0.*Use fusion: shared_residual .* or start: paper"):
+        DualAttention(16, fusion="paper_sum")
+
+
+@every_option
+def test_every_option_keeps_the_memory_format_and_the_dtype(options: dict[str, Any]) -> None:
+    block, x = made(options, awake=True), images(3, 16, 7, 9)
+    got = block(x.contiguous(memory_format=torch.channels_last))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(got, block(x), atol=1e-5)
+    assert made(options, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@every_option
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_option_stays_finite_and_near_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+    block, x = made(options, awake=True), images(2, 16, 8, 8).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        got = block(x)
+    assert got.dtype == x.dtype
+    assert torch.allclose(got, block(x), atol=0.1, rtol=0.1)
+    for gradient in torch.autograd.grad(got.square().mean(), [x, *block.parameters()]):
+        assert torch.isfinite(gradient).all()
+
+
+def test_channel_attention_of_large_fp16_maps_is_finite() -> None:
+    block = made({"parts": "channel"}, awake=True)
+    x = 40 * images(1, 16, 56, 56)
+    assert not torch.isfinite(x.half().flatten(2) @ x.half().flatten(2).transpose(1, 2)).all()
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.isfinite(block(x)).all()
+    assert torch.isfinite(block.half()(x.half())).all()
+
+
+@every_option
+def test_every_option_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
+    block, x = made(options, awake=True), images(2, 16, 8, 9)
+    assert torch.equal(torch.jit.script(block)(x), block(x))
+
+
+@few_options
+def test_options_compile_and_export_to_the_same_numbers(options: dict[str, Any]) -> None:
+    block, x = made(options, awake=True), images(2, 16, 8, 9)
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+    exported = torch.export.export(block, (x,), dynamic_shapes=dynamic(block)).module()
+    for size in [(4, 16, 5, 6), (1, 16, 40, 30)]:
+        assert torch.allclose(exported(images(*size)), block(images(*size)), atol=1e-5)
+
+
+def dynamic(block: DualAttention) -> dict[str, Any]:
+    """Any size that leaves two positions a side."""
+    sides = {axis: torch.export.Dim(name, min=2 * block.subsample) for axis, name in ((2, "height"), (3, "width"))}
+    return {"x": {0: torch.export.Dim("batch"), **sides}}
+
+
+@few_options
+def test_options_export_to_onnx_for_any_batch_height_and_width(options: dict[str, Any]) -> None:
+    block, file = made(options, awake=True), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            block, (images(2, 16, 8, 9),), dynamo=True, dynamic_shapes=dynamic(block), verbose=False
+        )
+    assert program is not None
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (name,) = (entry.name for entry in session.get_inputs())
+    for size in [(2, 16, 8, 9), (3, 16, 5, 6)]:
+        (got,) = session.run(None, {name: images(*size).numpy()})
+        assert torch.allclose(torch.from_numpy(got), block(images(*size)), atol=1e-4)
+
+
+@few_options
+def test_options_are_deterministic(options: dict[str, Any]) -> None:
+    block = made(options, awake=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            x = images(2, 16, 30, 30).requires_grad_()
+            runs.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]))
+        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_option
+def test_every_option_costs_what_torch_counts(options: dict[str, Any]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block = made(options)
+    for size in [(8, 8), (6, 9), (40, 25)]:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            block(images(1, 16, *size))
+        assert block.cost(*size).macs == counter.get_total_flops() // 2
+
+
+def test_no_matrix_of_positions_is_built_on_large_maps() -> None:
+    block, x = made({}, awake=True), images(1, 16, 56, 56).requires_grad_()
+    with LargestTensor() as watched:
+        block(x).square().sum().backward()
+    assert watched.largest < 3136**2 / 4
+    with LargestTensor() as of_naive, torch.no_grad():
+        naive(block, x, {})
+    assert of_naive.largest == 3136**2
+
+
+def test_parameters_are_the_published_ones() -> None:
+    assert sum(p.numel() for p in PositionAttention(512, device="meta").parameters()) == 328_321
+    assert sum(p.numel() for p in ChannelAttention(device="meta").parameters()) == 1
+    assert sum(p.numel() for p in DualAttention(512, device="meta").parameters()) == 328_322
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DANetHead(2048, 19).parameters()) == 23_954_619
+
+
+def test_the_head_gives_three_maps_of_scores_and_learns_from_zero_gammas() -> None:
+    torch.manual_seed(0)
+    head, x = DANetHead(64, 5).train(), images(2, 64, 6, 7)
+    outputs = head(x)
+    assert [output.shape for output in outputs] == [(2, 5, 6, 7)] * 3
+    sum(output.square().mean() for output in outputs).backward()
+    assert head.sa.gamma.grad.abs() > 0
+    assert head.sc.gamma.grad.abs() > 0
+    scripted, head = torch.jit.script(head.eval()), head.eval()
+    assert all(torch.equal(got, expected) for got, expected in zip(scripted(x), head(x), strict=True))
+
+
+def test_a_head_too_narrow_for_position_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs 32 channels at least, and was given 28"):
+        DANetHead(28, 5)
+
+
+def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> None:
+    with pytest.raises(OptionError, match="no channel is left. The largest that works here is 4"):
+        DualAttention(4)
+    with pytest.raises(OptionError, match="1 x 1. Use parts: channel"):
+        DualAttention(16).check_map(1, 1)
+    with pytest.raises(OptionError, match="at least 4 x 4, and this one is 3 x 7: use subsample: 3 or less"):
+        DualAttention(16, subsample=4).check_map(3, 7)
+    DualAttention(4, parts="channel").check_map(1, 1)
+    DualAttention(16, subsample=3).check_map(3, 7)
