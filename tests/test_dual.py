@@ -242,16 +242,16 @@ def test_the_head_gives_three_maps_of_scores_and_learns_from_zero_gammas() -> No
 
 
 def test_a_head_too_narrow_for_position_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs 32 channels at least, and was given 28"):
+    with pytest.raises(ValueError, match=r"needs 32 channels at least, and was given 28"):
         DANetHead(28, 5)
 
 
 def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> None:
-    with pytest.raises(OptionError, match="no channel is left. The largest that works here is 4"):
+    with pytest.raises(OptionError, match=r"no channel is left. The largest that works here is 4"):
         DualAttention(4)
-    with pytest.raises(OptionError, match="1 x 1. Use parts: channel"):
+    with pytest.raises(OptionError, match=r"1 x 1. Use parts: channel"):
         DualAttention(16).check_map(1, 1)
-    with pytest.raises(OptionError, match="at least 4 x 4, and this one is 3 x 7: use subsample: 3 or less"):
+    with pytest.raises(OptionError, match=r"at least 4 x 4, and this one is 3 x 7: use subsample: 3 or less"):
         DualAttention(16, subsample=4).check_map(3, 7)
     DualAttention(4, parts="channel").check_map(1, 1)
     DualAttention(16, subsample=3).check_map(3, 7)

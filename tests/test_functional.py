@@ -163,7 +163,7 @@ def test_a_fallback_of_the_fused_kernel_raises_where_one_kernel_is_forced() -> N
     query, key, value = (t.unsqueeze(1) for t in widths(4, 6)(1, 90, 80, True))
     with (
         sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="Flash"),
         pytest.raises(RuntimeError, match="kernel"),
     ):
         torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)

@@ -274,7 +274,7 @@ def test_large_maps_run_the_fused_kernel_and_never_its_fallback(mode: str) -> No
 
 
 def test_a_map_of_one_position_is_refused() -> None:
-    with pytest.raises(OptionError, match="no meaning on a map of 1 x 1.*Use an earlier stage"):
+    with pytest.raises(OptionError, match=r"no meaning on a map of 1 x 1.*Use an earlier stage"):
         NonLocal(16).check_map(1, 1)
     NonLocal(16).check_map(1, 2)
 
