@@ -168,7 +168,6 @@ def _check_proof(recipe: Recipe, report: Report) -> None:
     identity = all(edit.start == "identity" for edit in recipe.edits)
     if not report.alive or (identity and report.max_abs_diff != 0):
         raise SurgeryError(
-            f"{recipe.name} is not what its base was: outputs differ by {report.max_abs_diff:.3g}, "
-            f"{len(report.keys_missing)} keys lost, "
-            f"blocks ran {sorted({block.calls for block in report.blocks})} times. Nothing was written."
+            f"{recipe.name} is not what its base was: outputs differ by {report.max_abs_diff:.3g}"
+            f"{''.join(f'; {fault}' for fault in report.faults)}. Nothing was written."
         )

@@ -338,6 +338,53 @@ def test_verify_sees_a_block_that_never_runs_or_runs_twice(calls: int) -> None:
     assert not report.alive
 
 
+class Tampering(nn.Module):
+    """A host that goes on with its convolution's result in different ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = self.conv(x)
+        y = whole[:]
+        if self.way == "drops":
+            return x * 2 + y.shape[1]
+        if self.way == "overwrites":
+            y.copy_(x)
+        if self.way == "writes behind":
+            whole.mul_(2)
+        return y + x
+
+
+@pytest.mark.parametrize(
+    ("way", "fault"),
+    [
+        ("plain", None),
+        ("drops", "what layer3.0.bn3.se returns never reaches the output"),
+        ("overwrites", "what layer3.0.bn3.se returns never reaches the output"),
+        ("writes behind", "the host writes in place to what layer3.0.bn3.se has read, and that write is lost"),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_verify_hears_a_block_that_does_not_count_and_sees_a_host_that_writes_behind_it(
+    way: str, fault: str | None, trained: bool
+) -> None:
+    model = build("test_resnet")
+    host = model.layer3[0]
+    width = host.bn3.num_features
+    host.bn3 = Tampering(way)
+    host.bn3.conv = nn.Conv2d(width, width, 1)
+    host.add_module("act3", nn.ReLU())
+    cut(model, ("layer3.0.bn3:getitem", "se"))
+    if trained:
+        move_gates(model)
+    report = verify(model, (3, 64, 64))
+    assert report.faults == ((fault,) if fault else ())
+    assert report.alive is (fault is None)
+
+
 def test_verify_says_so_when_something_replaced_a_block() -> None:
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     model.layer3[0].se = nn.Identity()

@@ -28,8 +28,7 @@ def verify(
             f"{model} has no blocks of ours: there is nothing to verify. Surgical names end in _se, _nonlocal ..."
         )
     if not report.alive:
-        wrong = ", ".join(f"{block.path} ran {block.calls} times" for block in report.blocks if block.calls != 1)
-        raise SurgeryError(f"the surgery of {model} is damaged: {wrong or 'keys of the base are gone'}.")
+        raise SurgeryError(f"the surgery of {model} is damaged: {'; '.join(report.faults)}.")
 
 
 def register(app: typer.Typer) -> None:

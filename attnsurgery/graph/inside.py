@@ -45,9 +45,7 @@ def inner_sites(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Itera
         yield Found(order, address, path, node.name, shape, role, spatial=node is spatial)
 
 
-def _sides(
-    path: str, node: fx.Node, addition: Addition, values: dict[fx.Node, Any], order: float
-) -> Iterator[Found]:
+def _sides(path: str, node: fx.Node, addition: Addition, values: dict[fx.Node, Any], order: float) -> Iterator[Found]:
     """The places that belong to one use of a tensor rather than to the tensor: what the branch reads, and the shortcut.
 
     A shortcut is usually the very tensor the branch reads; a block there must leave the other side alone.

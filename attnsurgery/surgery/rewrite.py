@@ -115,9 +115,7 @@ def _cut_inside(owner: nn.Module, grafts: tuple[Graft, ...], name: str) -> list[
     """The owner's forward, with the calls inserted, as a method called `name`."""
     graphs = trace_in_both_modes(owner)
     if graphs is None:
-        raise SiteError(
-            f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead."
-        )
+        raise SiteError(f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead.")
     alike = same(*graphs)
     evaluating = _inserted(graphs[0], owner, grafts, "eval")
     if alike:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,22 @@ class BlockReport:
     calls: int
     """How often it ran in one forward; anything but 1 is a mistake."""
     params: int
+    reaches_output: bool
+    """False if the model's output would be the same whatever the block returned: nothing uses it, or an in-place
+    operation of the host overwrites it."""
+    input_kept: bool
+    """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it, in words."""
+        if self.calls != 1:
+            return f"{self.path} ran {self.calls} times"
+        if not self.reaches_output:
+            return f"what {self.path} returns never reaches the output"
+        if not self.input_kept:
+            return f"the host writes in place to what {self.path} has read, and that write is lost"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +66,19 @@ class Report:
     blocks: tuple[BlockReport, ...]
 
     @property
+    def faults(self) -> tuple[str, ...]:
+        """All that is wrong with the surgery, in words."""
+        lost = (f"{len(self.keys_missing)} keys of the base are gone",) if self.keys_missing else ()
+        return lost + tuple(block.fault for block in self.blocks if block.fault)
+
+    @property
     def alive(self) -> bool:
-        """True if every block ran exactly once and no base key is gone."""
-        return not self.keys_missing and all(block.calls == 1 for block in self.blocks)
+        """True if every block ran exactly once, on a tensor nobody writes to afterwards, and is heard at the output,
+        and no base key is gone."""
+        return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"alive": self.alive}
+        return asdict(self) | {"alive": self.alive, "faults": self.faults}
 
 
 def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Report:
@@ -69,10 +93,15 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     """
     size = input_size or input_size_of(model)
     _check_records(model)
-    base = remove(copy.deepcopy(model))
     device = next(model.parameters()).device
     images = example(model, size, device)
-    ours, calls, costs = _watched(model, images)
+    seen = _Watch()
+    with seen.on(model):
+        ours = _output(model, images)
+    twin = copy.deepcopy(model)
+    deaf = _unheard(twin, images)
+    twin.load_state_dict(model.state_dict())
+    base = remove(twin)
     theirs = _output(base, images)
     records = {
         f"{path}.{graft.child}": graft.block for path, _, grafts in operated(model) for graft in grafts if graft.held
@@ -86,10 +115,17 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         params_after=sum(p.numel() for p in model.parameters()),
         macs_before=count_macs(base, size),
         macs_after=count_macs(model, size),
-        attention_bytes=sum(costs.values()),
+        attention_bytes=sum(seen.costs.values()),
         input_size=size,
         blocks=tuple(
-            BlockReport(path, records[path], calls.get(path, 0), sum(p.numel() for p in block.parameters()))
+            BlockReport(
+                path=path,
+                block=records[path],
+                calls=seen.calls.get(path, 0),
+                params=sum(p.numel() for p in block.parameters()),
+                reaches_output=path not in deaf,
+                input_kept=path not in seen.written,
+            )
             for path, block in grafted_blocks(model).items()
         ),
     )
@@ -140,21 +176,77 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _watched(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int], dict[str, int]]:
-    """The model's output, and for every block how often it ran and what its attention would weigh."""
-    calls: dict[str, int] = {}
-    costs: dict[str, int] = {}
+class _Watch:
+    """What the grafted blocks of a model do in one forward."""
 
-    def watch(path: str) -> Any:
-        def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            calls[path] = calls.get(path, 0) + 1
-            costs[path] = block.cost(output.shape[2], output.shape[3]).attention_bytes
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.costs: dict[str, int] = {}
+        self.written: set[str] = set()
+        """Blocks whose input was written to after they had read it."""
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        reads: dict[str, tuple[torch.Tensor, int]] = {}
+        whole = {
+            f"{path}.{graft.child}"
+            for path, _, grafts in operated(model)
+            for graft in grafts
+            # on one side of an addition, or before a trunk, the host goes on with the tensor itself
+            if graft.part == "place" and not graft.users
+        }
+
+        def watch(path: str) -> Any:
+            def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                self.calls[path] = self.calls.get(path, 0) + 1
+                self.costs[path] = block.cost(output.shape[2], output.shape[3]).attention_bytes
+                if path in whole:
+                    reads[path] = args[0], args[0]._version
+
+            return hook
+
+        handles = [block.register_forward_hook(watch(path)) for path, block in grafted_blocks(model).items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.written = {path for path, (tensor, version) in reads.items() if tensor._version != version}
+
+
+def _unheard(model: nn.Module, images: torch.Tensor) -> set[str]:
+    """The blocks that the output does not depend on, by one backward. Changes the model's parameters.
+
+    They are moved first: where a norm starts at 0, as timm's last norms of residual branches do, nothing is heard.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                scale = float(parameter.float().square().mean().sqrt()) + 0.1
+                parameter.add_(noise.to(parameter.dtype), alpha=0.05 * scale)
+    probes: dict[str, torch.Tensor] = {}
+
+    def add(path: str) -> Any:
+        def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            probes[path] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
+            return output + probes[path]
 
         return hook
 
-    handles = [block.register_forward_hook(watch(path)) for path, block in grafted_blocks(model).items()]
+    handles = [block.register_forward_hook(add(path)) for path, block in grafted_blocks(model).items()]
     try:
-        return _output(model, images), calls, costs
+        with torch.enable_grad():
+            output = torch.cat([tensor.float().flatten() for tensor in _tensors(model.eval()(images))])
+            weights = torch.randn(output.shape, generator=generator).to(output.device)
+            loss = (output * weights).sum()
+            found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True) if probes else ()
+    except RuntimeError as error:
+        if "inplace" in str(error) or "in-place" in str(error):
+            raise SurgeryError(f"an in-place operation of the host corrupts a block, backward fails: {error}") from None
+        raise
     finally:
         for handle in handles:
             handle.remove()
+    return {path for path, slope in zip(probes, found, strict=True) if slope is None or slope.item() == 0}
