@@ -385,6 +385,17 @@ def test_verify_hears_a_block_that_does_not_count_and_sees_a_host_that_writes_be
     assert report.alive is (fault is None)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_verify_finds_a_gate_that_was_frozen_with_the_norms_of_its_host() -> None:
+    from timm.layers import freeze_batch_norm_2d
+
+    model = freeze_batch_norm_2d(cut(build("test_resnet"), ("layer3.0", "non_local")))
+    (fault,) = verify(model, (3, 64, 64)).faults
+    assert fault.startswith("nothing in layer3.0.non_local gets a gradient: its gate is frozen")
+    frozen_first = cut(freeze_batch_norm_2d(build("test_resnet")), ("layer3.0", "non_local"))
+    assert verify(frozen_first, (3, 64, 64)).alive
+
+
 def test_verify_says_so_when_something_replaced_a_block() -> None:
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     model.layer3[0].se = nn.Identity()

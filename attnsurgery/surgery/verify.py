@@ -33,6 +33,8 @@ class BlockReport:
     operation of the host overwrites it."""
     input_kept: bool
     """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
+    learns: bool
+    """False if nothing in it gets a gradient: freezing batch norms after surgery freezes a gate at 0 for ever."""
 
     @property
     def fault(self) -> str | None:
@@ -43,6 +45,8 @@ class BlockReport:
             return f"what {self.path} returns never reaches the output"
         if not self.input_kept:
             return f"the host writes in place to what {self.path} has read, and that write is lost"
+        if not self.learns:
+            return f"nothing in {self.path} gets a gradient: its gate is frozen (freeze norms before surgery)"
         return None
 
 
@@ -99,7 +103,8 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     with seen.on(model):
         ours = _output(model, images)
     twin = copy.deepcopy(model)
-    deaf = _unheard(twin, images)
+    # where the host writes behind a block, backward fails, and that is said already
+    unheard, stuck = _probed(twin, images) if not seen.written else (set[str](), set[str]())
     twin.load_state_dict(model.state_dict())
     base = remove(twin)
     theirs = _output(base, images)
@@ -123,8 +128,9 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
                 block=records[path],
                 calls=seen.calls.get(path, 0),
                 params=sum(p.numel() for p in block.parameters()),
-                reaches_output=path not in deaf,
+                reaches_output=path not in unheard,
                 input_kept=path not in seen.written,
+                learns=path not in stuck,
             )
             for path, block in grafted_blocks(model).items()
         ),
@@ -214,10 +220,11 @@ class _Watch:
         self.written = {path for path, (tensor, version) in reads.items() if tensor._version != version}
 
 
-def _unheard(model: nn.Module, images: torch.Tensor) -> set[str]:
-    """The blocks that the output does not depend on, by one backward. Changes the model's parameters.
+def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]:
+    """By one backward: the blocks that the output does not depend on, and those that get no gradient.
 
-    They are moved first: where a norm starts at 0, as timm's last norms of residual branches do, nothing is heard.
+    Changes the model's parameters. They are moved first: where a norm starts at 0, as timm's last norms of residual
+    branches do, nothing is heard.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -235,13 +242,15 @@ def _unheard(model: nn.Module, images: torch.Tensor) -> set[str]:
 
         return hook
 
-    handles = [block.register_forward_hook(add(path)) for path, block in grafted_blocks(model).items()]
+    blocks = grafted_blocks(model)
+    parameters = {path: [p for p in block.parameters() if p.requires_grad] for path, block in blocks.items()}
+    handles = [block.register_forward_hook(add(path)) for path, block in blocks.items()]
     try:
         with torch.enable_grad():
             output = torch.cat([tensor.float().flatten() for tensor in _tensors(model.eval()(images))])
             weights = torch.randn(output.shape, generator=generator).to(output.device)
-            loss = (output * weights).sum()
-            found = torch.autograd.grad(loss, list(probes.values()), allow_unused=True) if probes else ()
+            inputs = [*probes.values(), *(p for own in parameters.values() for p in own)]
+            slopes = iter(torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True) if probes else ())
     except RuntimeError as error:
         if "inplace" in str(error) or "in-place" in str(error):
             raise SurgeryError(f"an in-place operation of the host corrupts a block, backward fails: {error}") from None
@@ -249,4 +258,10 @@ def _unheard(model: nn.Module, images: torch.Tensor) -> set[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return {path for path, slope in zip(probes, found, strict=True) if slope is None or slope.item() == 0}
+    unheard = {path for path in probes if _is_zero(next(slopes))}
+    still = {path: [_is_zero(next(slopes)) for _ in own] for path, own in parameters.items()}
+    return unheard, {path for path, zeros in still.items() if zeros and all(zeros) and path not in unheard}
+
+
+def _is_zero(slope: torch.Tensor | None) -> bool:
+    return slope is None or not bool((slope != 0).any())
