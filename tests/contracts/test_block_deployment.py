@@ -1,0 +1,123 @@
+"""What every block of the catalog keeps outside eager training: ONNX, determinism, memory, the smallest batch and map."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnsurgery.blocks import BLOCKS
+from attnsurgery.errors import OptionError
+from tests.contracts.test_block_contract import CHANNELS, images, make, perturbed, smallest_side, unsupported
+
+every_block = pytest.mark.parametrize("name", list(BLOCKS))
+
+
+@every_block
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_gives_the_same_numbers_at_other_sizes(name: str) -> None:
+    block = perturbed(make(name)).eval()
+    one_size = "any_size" in unsupported(block)
+    batch, side = torch.export.Dim("batch", min=1), smallest_side(block)
+    sizes = {0: batch}
+    if not one_size:
+        sizes |= {2: torch.export.Dim("height", min=side), 3: torch.export.Dim("width", min=side)}
+    x = images(8, 8)
+    if "onnx" in unsupported(block):
+        with pytest.raises(Exception, match=".+"):
+            torch.onnx.export(block, (x,), dynamo=True, dynamic_shapes={"x": sizes}, verbose=False)
+        return
+    program = torch.onnx.export(block, (x,), dynamo=True, dynamic_shapes={"x": sizes}, verbose=False)
+    file = io.BytesIO()
+    assert program is not None
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for other in (x, images(8, 8, batch=3) if one_size else images(6, 9, batch=3)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        assert torch.allclose(torch.from_numpy(got), block(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_block
+@pytest.mark.usefixtures("_deterministic")
+def test_training_runs_under_deterministic_algorithms_and_repeats(name: str) -> None:
+    block = perturbed(make(name)).train()
+    found = []
+    for _ in range(2):
+        x = images(8, 8).requires_grad_()
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()], allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@every_block
+@pytest.mark.parametrize("training", [False, True])
+def test_one_image_alone_is_enough(name: str, training: bool) -> None:
+    block = perturbed(make(name)).train(training)
+    x = images(8, 8, batch=1).requires_grad_()
+    y = block(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@every_block
+def test_in_eval_each_image_is_on_its_own(name: str) -> None:
+    block = perturbed(make(name)).eval()
+    x = images(8, 8, batch=3)
+    assert torch.allclose(block(x)[1:2], block(x[1:2]), atol=1e-5)
+
+
+@every_block
+def test_a_single_position_is_served_or_refused_with_the_reason(name: str) -> None:
+    """No block divides by the zero spread of one position, or takes a softmax over one thing, in silence."""
+    block = perturbed(make(name)).eval()
+    x = images(1, 1)
+    try:
+        block.check_map(1, 1)
+    except OptionError as refusal:
+        assert "1 x 1" in str(refusal)
+        return
+    y = block(x)
+    assert torch.isfinite(y).all()
+    assert not torch.equal(y, x)
+    assert not torch.equal(y, torch.zeros_like(x))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+@every_block
+def test_no_tensor_of_positions_by_positions_is_ever_made(name: str) -> None:
+    block = perturbed(make(name)).train()
+    if "any_size" in unsupported(block):
+        pytest.skip(unsupported(block)["any_size"])
+    side = 56
+    x = torch.randn(1, CHANNELS, side, side, requires_grad=True)
+    with Largest() as seen:
+        block(x).sum().backward()
+    if "linear_memory" in unsupported(block):
+        assert seen.elements >= side**4
+    else:
+        assert seen.elements <= side**4 // 8  # tiles of a few hundred rows are no matrix
