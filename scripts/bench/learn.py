@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Every family of blocks learns from its identity start: a base trained on CIFAR-10, blocks put in, trained on.
+
+    python scripts/bench/learn.py CIFAR10 [--images 500] [--base-epochs 10] [--steps 150] [--paper] [--run DIR]
+
+CIFAR10 is an image folder with train/<class>/ and test/<class>/. A small timm ResNet is trained there; then each family
+goes into a copy of it, twice. `block alone`: everything but the block is frozen, so whatever the loss falls by is the
+block's doing. `whole model`: all weights train. All of it in bfloat16 autocast. With --paper, whole models are trained
+from the papers' own initialisation as well, which has no such beginning to keep.
+
+Each row must show: the same logits as the base before the first step, bit for bit; a gate (what starts at zero) that
+has left zero; no number that is not finite; a training loss below that of the start. Writes
+docs/benchmarks/learn.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _common import write
+from torch import nn
+from torch.nn import functional as F
+
+import attnsurgery
+from attnsurgery.blocks._base import check_options
+from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.evaluate.batches import Split
+from attnsurgery.evaluate.data import Data, load_data
+from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.surgery.operate import grafted_blocks
+
+SIZE = (3, 32, 32)
+BATCH = 64
+FAMILIES: dict[str, dict[str, Any]] = {
+    "se": {"at": "stage:* branches", "block": "se"},
+    "non_local embedded_gaussian": {"at": "stage:23 last", "block": "non_local"},
+    "non_local gaussian": {"at": "stage:23 last", "block": "non_local", "options": {"mode": "gaussian"}},
+    "non_local dot_product": {"at": "stage:23 last", "block": "non_local", "options": {"mode": "dot_product"}},
+    "non_local concatenation": {"at": "stage:23 last", "block": "non_local", "options": {"mode": "concatenation"}},
+    "dual": {"at": "stage:23 last", "block": "dual"},
+    "residual_attention": {"at": "stage:12 span", "block": "residual_attention"},
+    "timm:eca": {"at": "stage:* branches", "block": "timm:eca"},
+}
+
+
+def linked(cifar: Path, images: int, test_images: int, folder: Path) -> Path:
+    """An image folder of links: so many images of each class to train on and to test on."""
+    for part, count in (("train", images), ("test", test_images)):
+        for kind in sorted(path for path in (cifar / part).iterdir() if path.is_dir()):
+            target = folder / f"{images}-{test_images}" / part / kind.name
+            target.mkdir(parents=True, exist_ok=True)
+            for image in sorted(kind.iterdir())[:count]:
+                link = target / image.name
+                if not link.is_symlink():
+                    link.symlink_to(image.resolve())
+    return folder / f"{images}-{test_images}"
+
+
+def base_model() -> nn.Module:
+    """timm's test_resnet with two blocks in stages 2 and 3, without max-pooling: maps of 16, 8, 4 and 2 at 32 px."""
+    model = timm.create_model("test_resnet", num_classes=10, layers=(2, 2, 2, 1))
+    model.maxpool = nn.Identity()
+    return model
+
+
+def with_block(base: nn.Module, label: str, start: str) -> nn.Module:
+    """A copy of the base with the family's blocks in it."""
+    edit = {**FAMILIES[label], "start": start}
+    recipe = {"version": 1, "name": "learn", "base": "test_resnet", "edits": [edit]}
+    return attnsurgery.operate(copy.deepcopy(base), recipe, SIZE)
+
+
+def not_there(label: str) -> str | None:
+    """Why this family cannot be tried here, if it cannot."""
+    edit = FAMILIES[label]
+    try:
+        check_options(edit["block"], edit.get("options", {}))
+    except AttnSurgeryError as error:
+        return str(error)
+    return None
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """What is zero in the blocks of a fresh model, biases aside: what keeps them from doing anything."""
+    return [
+        parameter
+        for block in grafted_blocks(model).values()
+        for name, parameter in block.named_parameters()
+        if not name.endswith("bias") and not parameter.any()
+    ]
+
+
+def norm(parameters: list[nn.Parameter]) -> float:
+    return math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
+
+
+@torch.no_grad()
+def departure(model: nn.Module, x: torch.Tensor) -> float:
+    """How far the blocks are from doing nothing: the largest |y - x| / |x|, or |factor - 1| / |1|, over the blocks."""
+    found: list[float] = []
+
+    def watch(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        neutral = torch.ones_like(output) if block.gates else inputs[0]
+        found.append(float((output - neutral).norm() / neutral.norm()))
+
+    hooks = [block.register_forward_hook(watch) for block in grafted_blocks(model).values()]
+    model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return max(found)
+
+
+def batches(split: Split, size: int, device: str, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    epoch = 0
+    while True:
+        yield from split.train_batches(size, device, seed, epoch)
+        epoch += 1
+
+
+def autocast(device: str) -> torch.autocast:
+    return torch.autocast(device, dtype=torch.bfloat16)
+
+
+def train(model: nn.Module, data: Data, steps: int, lr: float, device: str, seed: int, alone: bool) -> list[float]:
+    """Train in place; the loss of every step. New weights learn at 3 times the rate; `alone`, only they do."""
+    new = {id(p) for block in grafted_blocks(model).values() for p in block.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in new], "lr": 3 * lr},
+        {"params": [p for p in model.parameters() if id(p) not in new and not alone], "lr": lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    torch.manual_seed(seed)
+    model.train(not alone)
+    for block in grafted_blocks(model).values():
+        block.train()
+    losses = []
+    for step, (x, labels) in zip(range(steps), batches(data.train, BATCH, device, seed), strict=False):
+        scale = min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        with autocast(device):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@torch.no_grad()
+def score(model: nn.Module, split: Split, device: str) -> tuple[float, float]:
+    """Mean cross-entropy and share of right answers, in eval mode and autocast, on all images as they are."""
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for x, labels in split.eval_batches(500, device):
+        with autocast(device):
+            logits = model(x).float()
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    return loss / count, right / count
+
+
+def run(base: nn.Module, data: Data, label: str, start: str, alone: bool, steps: int, device: str) -> dict[str, Any]:
+    """One family, trained once."""
+    torch.manual_seed(0)
+    model = with_block(base, label, start).to(device)
+    x = next(data.test.eval_batches(100, device))[0]
+    with torch.inference_mode():
+        same = torch.equal(model.eval()(x), base.eval()(x))
+    gate = gates(model)
+    before, began = norm(gate), time.perf_counter()
+    loss_before = score(model, data.train, device)[0]
+    losses = train(model, data, steps, 2e-3, device, 0, alone)
+    seconds = time.perf_counter() - began
+    loss_after = score(model, data.train, device)[0]
+    test_loss, test_top1 = score(model, data.test, device)
+    tensors = [*losses, *(float(p.detach().abs().max()) for p in model.parameters())]
+    return {
+        "family": label,
+        "start": start,
+        "trained": "block alone" if alone else "whole model",
+        "equals_base_before": same,
+        "gate_before": before,
+        "gate_after": norm(gate),
+        "departure_after": departure(model, x),
+        "loss_first_steps": sum(losses[:10]) / 10,
+        "loss_last_steps": sum(losses[-10:]) / 10,
+        "loss_before": loss_before,
+        "loss_after": loss_after,
+        "test_loss": test_loss,
+        "test_top1": test_top1,
+        "finite": all(math.isfinite(value) for value in tensors),
+        "seconds": seconds,
+    }
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """What the identity start promises, and that the block learned."""
+    began_at_base = row["equals_base_before"] and row["gate_before"] == 0 < row["gate_after"]
+    return row["finite"] and row["loss_after"] < row["loss_before"] and (began_at_base or row["start"] == "paper")
+
+
+def show(row: dict[str, Any]) -> str:
+    return (
+        f"{row['family']:28} {row['start']:9} {row['trained']:12} "
+        f"gate {row['gate_before']:.2f} -> {row['gate_after']:6.3f}   departs {row['departure_after']:6.3f}   "
+        f"loss {row['loss_before']:.3f} -> {row['loss_after']:.3f}   test {100 * row['test_top1']:5.2f} %   "
+        f"{row['seconds']:4.0f} s   {'holds' if holds(row) else 'FAILS'}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cifar", type=Path)
+    parser.add_argument("--images", type=int, default=500, help="training images of each class")
+    parser.add_argument("--test-images", type=int, default=200, help="test images of each class")
+    parser.add_argument("--base-epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=150, help="of 64 images, for each family")
+    parser.add_argument("--paper", action="store_true", help="the papers' starts beside it; half as long again")
+    parser.add_argument("--run", type=Path, default=Path("runs/learn"), help="links to the images")
+    asked = parser.parse_args()
+    if not (asked.cifar / "train").is_dir():
+        print(f"skipped: {asked.cifar} has no train/<class>/ of CIFAR-10 images.")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    base = base_model().to(device)
+    folder = linked(asked.cifar, asked.images, asked.test_images, asked.run)
+    data = load_data(str(folder), Preprocessing.of(base, SIZE))
+    epoch = len(data.train) // BATCH
+    train(base, data, asked.base_epochs * epoch, 4e-3, device, 0, alone=False)
+    (loss, _), (test_loss, test_top1) = score(base, data.train, device), score(base, data.test, device)
+    print(f"{data.describe()}; base: loss {loss:.3f}, test {100 * test_top1:.2f} %", flush=True)
+    control = copy.deepcopy(base)
+    train(control, data, asked.steps, 2e-3, device, 0, alone=False)
+    control_loss, (_, control_top1) = score(control, data.train, device)[0], score(control, data.test, device)
+    print(f"the base itself, {asked.steps} steps more: loss {control_loss:.3f}, test {100 * control_top1:.2f} %")
+    rows, skipped = [], {}
+    for label in FAMILIES:
+        reason = not_there(label)
+        if reason:
+            skipped[label] = reason
+            print(f"{label:28} skipped: {reason}")
+            continue
+        for start in ("identity", "paper") if asked.paper else ("identity",):
+            for alone in (True, False) if start == "identity" else (False,):
+                rows.append(run(base, data, label, start, alone, asked.steps, device))
+                print(show(rows[-1]), flush=True)
+    path = write(
+        "learn",
+        {
+            "images": {"train": len(data.train), "test": len(data.test)},
+            "steps": asked.steps,
+            "batch": BATCH,
+            "seed": 0,
+            "autocast": "bfloat16",
+            "base": {"loss": loss, "test_loss": test_loss, "test_top1": test_top1, "epochs": asked.base_epochs},
+            "base_trained_on": {"loss": control_loss, "test_top1": control_top1},
+            "rows": [{**row, "holds": holds(row)} for row in rows],
+            "skipped": skipped,
+        },
+    )
+    print(f"written {path}; {sum(map(holds, rows))} of {len(rows)} hold")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Every block learns from its identity start: its gate leaves zero and the loss falls, in bfloat16 autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from attnsurgery.blocks import BLOCKS, Block
+from attnsurgery.blocks._base import build_block
+from attnsurgery.errors import OptionError
+
+FAMILIES: list[tuple[str, dict[str, object]]] = [
+    ("se", {}),
+    *(("non_local", {"mode": mode}) for mode in ("embedded_gaussian", "gaussian", "dot_product", "concatenation")),
+    ("dual", {}),
+    ("residual_attention", {}),
+    ("timm:eca", {}),
+]
+
+
+class Host(nn.Module):
+    """Two frozen convolutions with the block behind them, or over the second where it gates a span."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+        self.requires_grad_(False)
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        y = self.trunk(x) * self.block(x) if self.block.gates else self.block(self.trunk(x))
+        return self.head(torch.relu(y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES, ids=str)
+def test_a_block_alone_learns_from_its_identity_start(name: str, options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    block = build_block(name, 16, options, "identity")
+    host = Host(block).train()
+    x = torch.randn(32, 3, 8, 8)
+    labels = torch.arange(32) % 4
+    x += 2 * labels[:, None, None, None] * torch.randn(1, 3, 8, 8)
+    # biases aside, what is zero at the start is what keeps the block from doing anything
+    gate = [p for key, p in block.named_parameters() if not key.endswith("bias") and not p.any()]
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(25):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = host(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert gate
+    assert all(p.any() for p in gate)
+    assert all(torch.isfinite(p).all() for p in block.parameters())
+    assert losses[-1] < losses[0]
+    assert max(losses) < 2 * losses[0]
+
+
+def test_every_family_is_here() -> None:
+    families = {name for name in BLOCKS if not name.startswith("timm:")}
+    assert families <= {name for name, _ in FAMILIES}
+    with pytest.raises(OptionError, match="cannot take mode='other'"):
+        build_block("non_local", 16, {"mode": "other"}, "identity")
