@@ -213,6 +213,18 @@ def test_a_directory_without_config_is_refused(tmp_path: Path):
 # ---- list
 
 
+def test_blocks_lists_every_block_and_describes_one_with_its_options() -> None:
+    from attnsurgery.blocks import BLOCKS
+
+    listed = call("blocks").stdout
+    assert all(f"\n{name} " in listed for name in BLOCKS)
+    one = call("blocks", "non_local").stdout
+    assert "    subsample_order: 'project_first', the paper's text" in one
+    assert "    norm: batch\n" in one
+    assert parsed(call("blocks", "se", "--json"))["se"]["properties"]["reduction"]["default"] == 16
+    assert "Did you mean 'non_local'?" in refusal(call("blocks", "nonlocal"), 2)
+
+
 def test_list_shows_what_ships_and_nothing_else_on_stdout():
     result = call("list")
     assert "resnet50_nonlocal_s3" in result.stdout.splitlines()

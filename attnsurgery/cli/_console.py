@@ -66,11 +66,13 @@ def print_lines(lines: Iterable[str]) -> None:
         console.print(Text(line))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """A table whose first column is left-aligned and whose others are numbers, right-aligned."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", left: bool = False
+) -> None:
+    """A table whose first column is left-aligned and whose others are numbers, right-aligned; or `left`: all words."""
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index else "left", no_wrap=not stdout().is_terminal)
+        grid.add_column(column, justify="right" if index and not left else "left", no_wrap=not stdout().is_terminal)
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     stdout().print(grid)
