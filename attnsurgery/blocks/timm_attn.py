@@ -105,7 +105,12 @@ KINDS: dict[str, Kind] = {
         residual=lambda options: bool(options["has_skip"] or not options["use_conv"]),
         odd=_KERNEL,
     ),
-    "sk": Kind(residual=_always, relayouts=True, hidden=(*_RESHAPING[:-1], "kernel_size")),
+    "sk": Kind(
+        residual=_always,
+        relayouts=True,
+        hidden=(*_RESHAPING[:-1], "kernel_size"),
+        unsupported={"one_image": "its batch norm sees one value a channel and image, so training needs two images"},
+    ),
     "splat": Kind(residual=_always, relayouts=True, hidden=_RESHAPING, odd=_KERNEL),
     "lambda": Kind(
         residual=_always,
@@ -130,7 +135,11 @@ KINDS: dict[str, Kind] = {
         hidden=(*_RESHAPING, "feat_size", "avg_down"),
         attention=lambda block, height, width: block.num_heads * height * width * block.win_size**2,
     ),
-    "nl": Kind(relayouts=True, attention=lambda block, height, width: (height * width) ** 2),
+    "nl": Kind(
+        relayouts=True,
+        attention=lambda block, height, width: (height * width) ** 2,
+        unsupported={"linear_memory": "timm writes the N x N weights out; the block 'non_local' does not"},
+    ),
     "bat": Kind(
         example={"block_size": 4},
         unsupported={"any_size": "height and width must be multiples of block_size"},
@@ -212,7 +221,8 @@ class TimmAttention(Block):
     example: ClassVar[Options] = types.MappingProxyType({})
     """Options for 16 channels and a map of 8 x 8, where the defaults do not fit: a ReLU of width 1 is often dead."""
     unsupported: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
-    """What timm's class cannot do, and why: 'script' (torch.jit), 'any_size' (maps of any height and width)."""
+    """What timm's class cannot do, and why: 'script' (torch.jit), 'any_size' (maps of any height and width),
+    'one_image' (training with a batch of one), 'linear_memory' (no N x N tensor)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.timm_forward(x)
