@@ -9,7 +9,7 @@ Shape letters in this file:  B batch, C channels, K = width * C channels inside 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ from torch._jit_internal import is_scripting
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
 from attnsurgery.errors import OptionError
+
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in 2.7
 
 SMALLEST_AUTO = 4
 """Least side of the lowest map where the depth follows the map."""
@@ -85,7 +87,7 @@ def _units(count: int, channels: int, device: torch.device | str | None, dtype: 
 def _halved(x: torch.Tensor) -> torch.Tensor:
     """The maximum of 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2)."""
     if not is_scripting():  # noqa: SIM102 (a script needs the two apart)
-        if torch.compiler.is_exporting():
+        if _exporting():
             # the same for sizes that are symbols: ceil mode would ask them whether they are odd
             return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
     return F.max_pool2d(x, 3, 2, ceil_mode=True)
