@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _UNWRAPPED = 100_000
 _STEP = 4
 """Columns by which a tree indents one level."""
-_ROLE_STYLE = {"block": "bold", "branch": "cyan", "inner": "dim"}
+_ROLE_STYLE = {"block": "bold", "branch": "cyan"}
+"""Of the roles that are shown without being asked for; the others are dim."""
 
 
 def stdout() -> Console:
@@ -66,9 +67,7 @@ def print_lines(lines: Iterable[str]) -> None:
         console.print(Text(line))
 
 
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", left: bool = False
-) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", left: bool = False) -> None:
     """A table whose first column is left-aligned and whose others are numbers, right-aligned; or `left`: all words."""
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
@@ -91,12 +90,13 @@ def busy(what: str) -> Iterator[None]:
 
 def print_anatomy(anatomy: Anatomy, everything: bool) -> None:
     """A tree of stages, their blocks, and the sites in each block."""
-    shown = [site for site in anatomy.sites if everything or site.role != "inner"]
+    shown = [site for site in anatomy.sites if everything or site.role in _ROLE_STYLE]
     width = max((len(site.address) + _STEP * (site.role != "block") for site in shown), default=0)
+    role = max((len(site.role) for site in shown), default=0)
     root = Tree(Text(f"{anatomy.name}  input {_times(anatomy.input_size)}", style="bold"))
     for stage in sorted({site.stage for site in shown}, key=lambda stage: (stage is None, stage or 0)):
         branch = root.add(Text("outside the stages" if stage is None else f"stage {stage}"))
-        _add_sites(branch, [site for site in shown if site.stage == stage], width)
+        _add_sites(branch, [site for site in shown if site.stage == stage], width, role)
     console = stdout()
     console.print(root)
     hidden = len(anatomy.sites) - len(shown)
@@ -104,7 +104,7 @@ def print_anatomy(anatomy: Anatomy, everything: bool) -> None:
     console.print(Text(f"{len(shown)} sites{more}", style="dim"))
 
 
-def _add_sites(branch: Tree, sites: Sequence[Site], width: int) -> None:
+def _add_sites(branch: Tree, sites: Sequence[Site], width: int, role: int) -> None:
     """Each site below the block that it lies in, in order of execution."""
     nodes: dict[str, Tree] = {}
     blocks = {site.address: site for site in sites if site.role == "block"}
@@ -113,14 +113,14 @@ def _add_sites(branch: Tree, sites: Sequence[Site], width: int) -> None:
         while home and home not in blocks:
             home = home[: max(home.rfind("."), home.rfind(":"), 0)]
         if home and home not in nodes:
-            nodes[home] = branch.add(_site(blocks[home], width))
+            nodes[home] = branch.add(_site(blocks[home], width, role))
         if site.address not in blocks:
-            nodes.get(home, branch).add(_site(site, width - _STEP * bool(home)))
+            nodes.get(home, branch).add(_site(site, width - _STEP * bool(home), role))
 
 
-def _site(site: Site, width: int) -> Text:
+def _site(site: Site, width: int, role: int) -> Text:
     shape = f"{_times(site.shape):>14} {site.layout}"
-    return Text(f"{site.address:<{width}}  {site.role:<6} {shape}", style=_ROLE_STYLE[site.role])
+    return Text(f"{site.address:<{width}}  {site.role:<{role}} {shape}", style=_ROLE_STYLE.get(site.role, "dim"))
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -221,7 +221,7 @@ class _Watch:
 
 
 def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]:
-    """By one backward: the blocks that the output does not depend on, and those that get no gradient.
+    """By one backward: the blocks that the output does not depend on, and those that can never leave the identity.
 
     Changes the model's parameters. They are moved first: where a norm starts at 0, as timm's last norms of residual
     branches do, nothing is heard.
@@ -234,10 +234,14 @@ def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]
                 scale = float(parameter.float().square().mean().sqrt()) + 0.1
                 parameter.add_(noise.to(parameter.dtype), alpha=0.05 * scale)
     probes: dict[str, torch.Tensor] = {}
+    idle: set[str] = set()
+    # blocks that are the identity, although all of their parameters have moved
 
     def add(path: str) -> Any:
         def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             probes[path] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
+            if torch.equal(output, torch.ones_like(output) if block.gates else args[0]):
+                idle.add(path)
             return output + probes[path]
 
         return hook
@@ -260,7 +264,7 @@ def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]
             handle.remove()
     unheard = {path for path in probes if _is_zero(next(slopes))}
     still = {path: [_is_zero(next(slopes)) for _ in own] for path, own in parameters.items()}
-    return unheard, {path for path, zeros in still.items() if zeros and all(zeros) and path not in unheard}
+    return unheard, {path for path, zeros in still.items() if zeros and all(zeros) and path in idle}
 
 
 def _is_zero(slope: torch.Tensor | None) -> bool:
