@@ -111,6 +111,14 @@ def test_permuted_queries_permute_the_result_and_permuted_keys_change_nothing(fo
     assert (ours(first, second[:, of_keys], values) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_queries_in_slices_give_the_same_sums(channels_last: bool) -> None:
+    inputs = [t.detach() for t in widths(4, 4)(2, 2 * functional._SLICE + 5, 70, channels_last)]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        got = attend(*inputs, 0.5, NEVER)
+    assert (got - naive_attend(*inputs, 0.5)).abs().max() <= 1e-12
+
+
 @pytest.mark.parametrize("form", ["concatenation_product", "concatenation_sorted", "concatenation_plain"])
 def test_pairs_that_add_up_to_zero_give_zero_and_get_no_gradient(form: str) -> None:
     ours, naive, _ = FORMS[form]

@@ -42,7 +42,15 @@ Seen on two cores in fp32, time of the sorted form over that of the product: 1.3
 _TILE = 1 << 20
 _FEWEST_ROWS, _MOST_ROWS = 64, 256
 
+# Queries whose copy is alive at a time where the fused kernel runs in slices.
+_SLICE = 1024
+
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def softmax_by_matrix(positions: int, summed: int, product_up_to: int = SOFTMAX_PRODUCT) -> bool:
+    """Whether `attend` runs in its product form on CPU; if not, it copies keys and values that are not contiguous."""
+    return _at_most(positions * summed, product_up_to)
 
 
 def _at_most(number: int, limit: int) -> bool:
@@ -81,7 +89,8 @@ def attend(
 
     * product, up to N * M = `product_up_to` in full precision on CPU: the formula;
     * fused: `F.scaled_dot_product_attention`. That kernel falls back to the formula without a word unless the last
-      dimensions lie contiguously and, on CPU, unless E = D; so both are seen to;
+      dimensions lie contiguously and, on CPU, unless E = D; so both are seen to. Without gradients the queries are
+      copied slice by slice;
     * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back. At N = M = 3136, E =
       64, D = 512 they take 0.6 of the time that padding for the fused kernel takes;
     * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
@@ -92,13 +101,15 @@ def attend(
     full = query.dtype == torch.float32 or query.dtype == torch.float64
     if full and query.device.type == "cpu":
         if _at_most(query.shape[1] * key.shape[1], product_up_to):
-            scores = torch.bmm(query * scale if scale != 1.0 else query, key.transpose(1, 2))
-            return _mix(torch.softmax(scores, dim=-1), value)
+            scaled = query * scale if scale != 1.0 else query
+            return _mix(torch.softmax(torch.bmm(scaled, key.transpose(1, 2)), dim=-1), value)
         if is_scripting() or torch.compiler.is_compiling():
             pass
         elif query.shape[2] != value.shape[2]:
             tiled: torch.Tensor = _Tiles.apply(query, key, value, scale)
             return tiled
+        elif not torch.is_grad_enabled() and not query.is_contiguous():
+            return _fused_in_slices(query, key, value, scale)
     if query.device.type == "cuda":
         return _fused_on_cuda(query, key, value, scale)
     return _fused(query, key, value, scale)
@@ -115,6 +126,16 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     mixed = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale)
     return mixed.squeeze(1)[:, :, :value_width]
+
+
+def _fused_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """The fused kernel for some queries after others, so that their contiguous copy is a small one."""
+    key, value = key.contiguous(), value.contiguous()
+    mixed = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    for start in range(0, query.shape[1], _SLICE):
+        rows = slice(start, start + _SLICE)
+        mixed[:, rows] = _fused(query[:, rows], key, value, scale)
+    return mixed
 
 
 def _fused_on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

@@ -25,6 +25,7 @@ from attnsurgery.blocks.functional import (
     concatenate,
     dot_product,
     dot_product_by_matrix,
+    softmax_by_matrix,
 )
 from attnsurgery.errors import OptionError
 
@@ -120,18 +121,25 @@ class NonLocal(Block):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.norm(self.w_z(self._mixed(x)))
+        return x + z
+
+    def _mixed(self, x: torch.Tensor) -> torch.Tensor:
+        """y of equation 1, (B, D, H, W)."""
         summed = self.pool(x) if self.pool_first else x
         g = self._rows(self.g(summed) if self.pool_first else self.pool(self.g(summed)))
         if self.w_f is not None:
             a, b = self._scores(x, summed)
             y = concatenate(a, b, g)
         else:
-            theta = self._rows(self.theta(x)).to(g.dtype)
             phi = self._rows(self.phi(summed) if self.pool_first else self.pool(self.phi(summed))).to(g.dtype)
-            y = dot_product(theta, phi, g) if self.mode == "dot_product" else attend(theta, phi, g, self.scale)
-        y = y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
-        z: torch.Tensor = self.norm(self.w_z(y))
-        return x + z
+            if self.mode == "dot_product":
+                y = dot_product(self._rows(self.theta(x)), phi, g)
+            else:
+                if not softmax_by_matrix(x.shape[2] * x.shape[3], phi.shape[1]):
+                    phi, g = phi.contiguous(), g.contiguous()  # here what they are copied from can go
+                y = attend(self._rows(self.theta(x)).to(g.dtype), phi, g, self.scale)
+        return y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
 
     def _rows(self, embedded: torch.Tensor) -> torch.Tensor:
         """(B, D, h, w) as (B, h * w, D)."""
