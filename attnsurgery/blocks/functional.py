@@ -25,11 +25,12 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 __all__ = ["attend", "channel_weights", "concatenate", "dot_product"]
 
-SOFTMAX_PRODUCT = 1 << 19
+SOFTMAX_PRODUCT = 1 << 20
 """Largest N * M at which a softmax runs in its product form, on CPU.
 
-Seen on two cores in fp32, time of the fused kernel over that of the product: 1.0 to 2.2 at 196 x 196, 0.8 to 1.4 at
-784 x 784, 0.4 to 0.9 at 3136 x 3136, the lower ones at small widths. In between, memory decides.
+Seen on two cores in fp32, time of the other forms over that of the product: 1.0 to 2.2 at 196 x 196, 0.8 to 1.4 at
+784 x 784 (where the matrix takes no more memory than the copies that the fused kernel wants), 0.4 to 1.1 at 3136 x 784
+and 0.4 to 0.9 at 3136 x 3136, the lower ones at small widths.
 """
 
 CONCATENATION_PRODUCT = 1 << 18
@@ -91,8 +92,9 @@ def attend(
     * fused: `F.scaled_dot_product_attention`. That kernel falls back to the formula without a word unless the last
       dimensions lie contiguously and, on CPU, unless E = D; so both are seen to. Without gradients the queries are
       copied slice by slice;
-    * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back. At N = M = 3136, E =
-      64, D = 512 they take 0.6 of the time that padding for the fused kernel takes;
+    * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back, which costs more
+      than keeping it would. At N = M = 3136, E = 64, D = 512 forward takes 0.6 of what padding for the fused kernel
+      does, forward and backward 0.6 to 0.9;
     * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
 
     On CUDA nothing was measured. By memory it is always the fused kernel there; where E and D differ it is the
@@ -158,17 +160,35 @@ class _Tiles(torch.autograd.Function):
     """softmax(scale * query key^T) value, some rows of the matrix of weights at a time, forward and backward."""
 
     @staticmethod
-    def _rows(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
+    def _height(query: torch.Tensor, key: torch.Tensor) -> int:
         rows = min(max(_TILE // (key.shape[0] * key.shape[1]), _FEWEST_ROWS), _MOST_ROWS)
+        return min(rows, query.shape[1])
+
+    @staticmethod
+    def _rows(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
+        rows = _Tiles._height(query, key)
         return (slice(start, start + rows) for start in range(0, query.shape[1], rows))
 
     @staticmethod
+    def _weights(query: torch.Tensor, key: torch.Tensor, rows: slice, tile: torch.Tensor) -> torch.Tensor:
+        """softmax(query key^T) of these rows, in the memory of `tile`."""
+        query = query[:, rows]
+        weights = tile[:, : query.shape[1]]
+        torch.bmm(query, key.transpose(1, 2), out=weights)
+        return torch.softmax(weights, dim=-1, out=weights)
+
+    @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
-        mixed = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        if scale != 1.0:
+            query = query * scale
+        batch, positions, width = query.shape[0], query.shape[1], value.shape[2]
+        tile = value.new_empty(batch, _Tiles._height(query, key), key.shape[1])
+        if value.stride(2) == 1:
+            mixed = value.new_empty(batch, positions, width)
+        else:
+            mixed = value.new_empty(batch, width, positions).transpose(1, 2)
         for rows in _Tiles._rows(query, key):
-            weights = torch.softmax(torch.bmm(query[:, rows], key.transpose(1, 2)), dim=-1)
-            mixed[:, rows] = torch.bmm(weights, value)
+            mixed[:, rows] = _mix(_Tiles._weights(query, key, rows, tile), value)
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         return mixed
@@ -177,14 +197,16 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        to_query, to_key, to_value = (
+            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        )
+        tile, other = value.new_empty(2, key.shape[0], _Tiles._height(query, key), key.shape[1])
         for rows in _Tiles._rows(query, key):
-            weights = torch.softmax(torch.bmm(query[:, rows], key.transpose(1, 2)), dim=-1)
-            to_value.add_(torch.bmm(weights.transpose(1, 2), grad[:, rows]))
-            to_weights = torch.bmm(grad[:, rows], value.transpose(1, 2)).mul_(weights)
-            to_scores = to_weights.sub_(weights.mul_(to_weights.sum(dim=-1, keepdim=True)))
-            to_key.add_(torch.bmm(to_scores.transpose(1, 2), query[:, rows]))
+            weights, of_rows = _Tiles._weights(query, key, rows, tile), grad[:, rows]
+            to_value.baddbmm_(weights.transpose(1, 2), of_rows)
+            to_scores = torch.bmm(of_rows, value.transpose(1, 2), out=other[:, : of_rows.shape[1]]).mul_(weights)
+            to_scores.sub_(weights.mul_(to_scores.sum(dim=-1, keepdim=True)))
+            to_key.baddbmm_(to_scores.transpose(1, 2), query[:, rows])
             to_query[:, rows] = torch.bmm(to_scores, key)
         return to_query.mul_(ctx.scale), to_key, to_value, None
 

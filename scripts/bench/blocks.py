@@ -4,10 +4,11 @@
     python scripts/bench/blocks.py [--seconds 2]      # about 8 minutes on two cores
     python scripts/bench/blocks.py --crossover        # where the product form stops paying
 
-`sum` rows are the pairwise sums alone, on projections that lie as convolutions leave them; `block` rows have the
-convolutions, norm and residual around them. Candidates take turns; a figure is the median of its candidate, a ratio
-that of two medians. Memory is the most that was allocated on top of inputs and weights. On a GPU everything is bfloat16
-and channels last, and the L2 cache is flushed before each run. mmcv-lite's NonLocal2d takes part where it is installed.
+`sum` rows are the pairwise sums alone, from projections that lie as one convolution leaves them to a map that lies as
+the next one wants it; `block` rows have the convolutions, norm and residual around them. Candidates take turns; a figure
+is the median of its candidate, a ratio that of two medians. Memory is the most that was allocated on top of inputs and
+weights. On a GPU everything is bfloat16 and channels last, and the L2 cache is flushed before each run. mmcv-lite's
+NonLocal2d takes part where it is installed.
 
 Writes docs/benchmarks/blocks-<device>.json.
 """
@@ -285,6 +286,11 @@ def compare(
     return found
 
 
+def to_map(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum, (B, N, D), as the next convolution wants it: (B, D, N) contiguous on CPU, channels last on a GPU."""
+    return lambda *inputs: function(*inputs) if CUDA else function(*inputs).transpose(1, 2).contiguous()
+
+
 def measure_sums(seconds: float) -> list[dict[str, Any]]:
     found = []
     for name, (ours, naive, make, sizes) in SUMS.items():
@@ -297,6 +303,8 @@ def measure_sums(seconds: float) -> list[dict[str, Any]]:
                 continue
             inputs = make(n)
             functions = {"ours": ours, "naive": naive}
+            if name != "channel":
+                functions = {key: to_map(function) for key, function in functions.items()}
             runs = {
                 "forward": {key: forward(f, inputs) for key, f in functions.items()},
                 "both": {key: forward_backward(f, inputs, ()) for key, f in functions.items()},
