@@ -94,7 +94,7 @@ def attend(
       copied slice by slice;
     * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back, which costs more
       than keeping it would. At N = M = 3136, E = 64, D = 512 forward takes 0.6 of what padding for the fused kernel
-      does, forward and backward 0.6 to 0.9;
+      does, forward and backward 0.5 to 0.7;
     * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
 
     On CUDA nothing was measured. By memory it is always the fused kernel there; where E and D differ it is the

@@ -5,10 +5,10 @@
     python scripts/bench/blocks.py --crossover        # where the product form stops paying
 
 `sum` rows are the pairwise sums alone, from projections that lie as one convolution leaves them to a map that lies as
-the next one wants it; `block` rows have the convolutions, norm and residual around them. Candidates take turns; a figure
-is the median of its candidate, a ratio that of two medians. Memory is the most that was allocated on top of inputs and
-weights. On a GPU everything is bfloat16 and channels last, and the L2 cache is flushed before each run. mmcv-lite's
-NonLocal2d takes part where it is installed.
+the next one wants it; `block` rows have the convolutions, norm and residual around them. Candidates take turns; a
+figure is the median of its candidate, a ratio that of two medians. Memory is the most that was allocated on top of
+inputs and weights. On a GPU everything is bfloat16 and channels last, and the L2 cache is flushed before each run.
+mmcv-lite's NonLocal2d takes part where it is installed.
 
 Writes docs/benchmarks/blocks-<device>.json.
 """
@@ -49,11 +49,7 @@ PAIR_WIDTH = 16  # of the [2 D, N, N] form, which would take 20 GB at WIDTH
 SIDES = {196: 14, 784: 28, 3136: 56, 9409: 97}
 MODES = ["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
 # The largest tensor that a candidate may build; above it the row says so instead.
-LARGEST_BYTES = (
-    torch.cuda.get_device_properties(0).total_memory
-    if CUDA
-    else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-) // 4
+LARGEST_BYTES = torch.cuda.get_device_properties(0).total_memory // 8 if CUDA else 3 << 30
 
 Run = Callable[[], Any]
 
