@@ -23,7 +23,7 @@ LAYERS = [
     {"zoo"},
     {"registry", "base"},
     {"checkpoint", "api"},
-    {"search"},
+    {"search", "stock"},
     {"cli"},
 ]
 

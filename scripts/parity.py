@@ -1,0 +1,231 @@
+#!/usr/bin/env python
+"""timm's attention models against their plain models after surgery, bit for bit; writes docs/parity.md.
+
+    python scripts/parity.py                   every pair; minutes, and about 2 GB for the largest
+    python scripts/parity.py seresnet50 ...    some of them, printed only
+
+For each pair the attention model gets random weights and statistics, all different from their initial values. The plain
+model is operated on with `start: paper`, loads those weights strictly, and the two are compared by `torch.equal`: the
+outputs in eval and in train mode, the gradients of the input and of every parameter, and the running statistics after.
+That the comparison can fail is seen from a third run, in which the weights of one block are changed.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import attnsurgery
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.stock import PAIRS, Pair
+from attnsurgery.surgery.operate import grafted_blocks
+
+OUTPUT = Path(__file__).parent.parent / "docs" / "parity.md"
+
+FALSE_FRIENDS = tuple(
+    Pair(base, stock, tuple(Edit(at=f"stages.{stage}.conv_concat", block="timm:ese") for stage in stages))
+    for base, stock, stages in (
+        ("vovnet39a", "ese_vovnet39b", ("0.blocks.0", "1.blocks.0", "2.blocks.1", "3.blocks.1")),
+        ("vovnet57a", "ese_vovnet57b", ("0.blocks.0", "1.blocks.0", "2.blocks.3", "3.blocks.2")),
+    )
+)
+"""Pairs that match in every name and shape and compute something else: the second adds a residual."""
+
+
+@dataclass(frozen=True)
+class Result:
+    blocks: int
+    parameters: int
+    side: int
+    eval_equal: bool
+    train_equal: bool
+    gradients_equal: bool
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return self.eval_equal and self.train_equal and self.gradients_equal
+
+
+def side_of(pair: Pair) -> int:
+    """Pixels of a square image: bilinear attention cuts its smallest map, of stride 32, into 8 x 8 blocks."""
+    return 256 if "bat_" in pair.stock else 64
+
+
+def compare(pair: Pair) -> Result:
+    """Build both, load strictly, compare.
+
+    Raises:
+        RuntimeError: the weights do not load; the outputs say nothing: not finite, or the same for any block or image.
+    """
+    began = time.perf_counter()
+    side = side_of(pair)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    theirs = awake(timm.create_model(pair.stock, num_classes=10), images)
+    ours = attnsurgery.operate(timm.create_model(pair.base, num_classes=10), paper(pair))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    with torch.no_grad():
+        evals = [model.eval()(images) for model in (ours, theirs)]
+    blocks = grafted_blocks(ours)
+    changed = moved(ours, next(iter(blocks.values())), images)
+    trains = [trained(model, images) for model in (ours, theirs)]
+    finite = all(torch.isfinite(tensor).all() for tensor in (*evals, *trains[0][1]))
+    if not finite or torch.allclose(evals[0], changed) or torch.allclose(*evals[0]):
+        raise RuntimeError(f"{pair.stock}: this comparison cannot tell anything.")
+    return Result(
+        blocks=len(blocks),
+        parameters=sum(parameter.numel() for parameter in timm_size(pair.stock).parameters()),
+        side=side,
+        eval_equal=torch.equal(*evals),
+        train_equal=torch.equal(trains[0][0], trains[1][0]) and same(buffers(ours), buffers(theirs)),
+        gradients_equal=same(trains[0][1], trains[1][1]),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def paper(pair: Pair) -> Recipe:
+    return pair.recipe("paper")
+
+
+def timm_size(name: str) -> nn.Module:
+    """The model with its own classes, without memory."""
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(name)
+        return model
+
+
+def awake(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Every norm with its own scale and shift, where timm starts the last of a branch at zero, and the statistics that
+    these images have: with others, hardly anything of an image would reach the output of a deep model."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+            else:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model
+
+
+def trained(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output in train mode, and the gradients of the input and of every parameter by its name."""
+    torch.manual_seed(2)
+    images = images.clone().requires_grad_()
+    output = model.train()(images)
+    output.square().sum().backward()
+    gradients = [parameter.grad for _, parameter in sorted(model.named_parameters())]
+    return output.detach(), [images.grad, *gradients]
+
+
+def buffers(model: nn.Module) -> list[torch.Tensor]:
+    return [buffer for _, buffer in sorted(model.named_buffers())]
+
+
+def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def moved(model: nn.Module, block: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The output in eval mode with the block's weights changed; they are put back."""
+    with torch.no_grad():
+        before = [parameter.clone() for parameter in block.parameters()]
+        for parameter in block.parameters():
+            parameter += 1
+        output: torch.Tensor = model.eval()(images)
+        for parameter, value in zip(block.parameters(), before, strict=True):
+            parameter.copy_(value)
+    return output
+
+
+def in_words(edits: tuple[Edit, ...]) -> str:
+    """The recipe in one line."""
+    kinds = sorted({edit.block for edit in edits})
+    if len(edits) > 1:
+        places = f"{edits[0].at} ... {edits[-1].at}"
+        widths = sorted({int(edit.options["width"] or 0) for edit in edits if "width" in edit.options})
+        return f"`{kinds[0]}`{f', widths {widths[0]} to {widths[-1]},' if widths else ''} at `{places}`"
+    options = ", ".join(f"{key}: {value}" for key, value in edits[0].options.items())
+    return f"`{kinds[0]}`{f' {{{options}}}' if options else ''} at `{edits[0].at}`"
+
+
+def row(pair: Pair, result: Result) -> str:
+    compared = result.eval_equal, result.train_equal, result.gradients_equal
+    cells = [
+        f"{pair.base} → {pair.stock}",
+        in_words(pair.edits),
+        result.blocks,
+        f"{result.parameters:,}",
+        result.side,
+        *("equal" if equal else "differ" for equal in compared),
+        f"{result.seconds:.0f} s",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(pairs: tuple[Pair, ...]) -> Iterator[tuple[str, bool]]:
+    for pair in pairs:
+        result = compare(pair)
+        line = row(pair, result)
+        print(line, flush=True)
+        yield line, result.equal
+        gc.collect()
+
+
+HEAD = """# Parity with timm's attention models
+
+Written by `scripts/parity.py` with timm {timm}, torch {torch}, {machine}. Each line: timm's attention model with random
+weights, and timm's plain model after surgery with `start: paper`, which loaded those weights *strictly*. Compared by
+`torch.equal`: outputs in eval mode, outputs and running statistics in train mode, gradients of the input and of every
+parameter. Parameters are those of the model with 1,000 classes; images are square, of that many pixels, in a batch of
+two. Changing the weights of one block changes the outputs in every line.
+
+| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time |
+|---|---|---:|---:|---:|---|---|---|---:|
+"""
+TAIL = """
+## False friends
+
+The weights of these load strictly too, as every name and shape is there, and the function is another one: the second
+model adds the input of each block to its output, without a parameter. A strict load proves nothing by itself.
+
+| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time |
+|---|---|---:|---:|---:|---|---|---|---:|
+"""
+
+
+def main(names: list[str]) -> int:
+    everything = (*PAIRS, *FALSE_FRIENDS)
+    unknown = set(names) - {pair.stock for pair in everything}
+    if unknown:
+        print(f"no pair makes {', '.join(sorted(unknown))}.", file=sys.stderr)
+        return 2
+    if names:
+        return 0 if all([equal for _, equal in table(tuple(p for p in everything if p.stock in names))]) else 1
+    pairs, friends = list(table(PAIRS)), list(table(FALSE_FRIENDS))
+    head = HEAD.format(timm=timm.__version__, torch=torch.__version__, machine=f"{platform.machine()} CPU")
+    lines = "\n".join(line for line, _ in pairs)
+    OUTPUT.write_text(f"{head}{lines}\n{TAIL}" + "\n".join(line for line, _ in friends) + "\n", encoding="utf-8")
+    as_expected = all(equal for _, equal in pairs) and not any(equal for _, equal in friends)
+    print(f"{OUTPUT}: {sum(equal for _, equal in pairs)} of {len(pairs)} pairs are equal.")
+    return 0 if as_expected else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
