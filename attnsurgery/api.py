@@ -18,7 +18,7 @@ from attnsurgery.base import check_base, weightless
 from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
-from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.build import resolve, settled
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.surgery import operate as surgery
 from attnsurgery.surgery.verify import Report
@@ -57,8 +57,10 @@ def operate(
     """
     made = registry.as_recipe(recipe)
     _check_model(model)
-    plan = resolve(made, survey(model, input_size))
-    done = _joined(model, made)
+    anatomy = survey(model, input_size)
+    plan = resolve(made, anatomy)
+    # rebuilt by its description, the model is surveyed at its own size of images
+    done = _joined(model, made if input_size is None else settled(made, anatomy))
     surgery.operate(model, plan)
     _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict())
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -247,3 +248,23 @@ def test_both_sides_of_an_addition_have_addresses_in_every_kind_of_host() -> Non
         anatomy = survey(build(host), (3, 64, 64))
         assert anatomy.site(f"{inputs}.input").role == "branch_input"
         assert anatomy.site(f"{inputs}.shortcut").role == "shortcut"
+
+
+def test_what_a_mask_took_from_the_size_of_its_map_is_written_down(tmp_path: Path) -> None:
+    """At 64 pixels the mask of stage 1 is one scale deep, at the 160 that timm has for the model it would be two."""
+    recipe = {
+        "version": 1,
+        "name": "n",
+        "base": "test_resnet",
+        "edits": [{"at": "stage:1 span", "block": "residual_attention", "start": "paper"}],
+    }
+    model = attnsurgery.operate(build("test_resnet"), recipe, (3, 64, 64))
+    assert model.layer1[0].residual_attention.depth != depth_in("test_resnet_resattn_s1")
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert torch.equal(again(images(64)), model(images(64)))
+
+
+def depth_in(name: str) -> int:
+    (block,) = grafted_blocks(timm.create_model(name)).values()
+    return int(block.depth)

@@ -38,6 +38,25 @@ def resolve(recipe: Recipe, anatomy: Anatomy) -> Plan:
     return tuple(plan)
 
 
+def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
+    """The recipe with every option written out that a block has taken from the size of its map.
+
+    It makes the same model whatever image size that is built for; what it makes of a model of this anatomy is the same.
+    """
+    edits: list[Edit] = []
+    for index, edit in enumerate(recipe.edits):
+        plan = _resolve_edit(recipe, index, edit, anatomy)
+        asked = check_options(edit.block, edit.options)
+        if all(insertion.options == asked for insertion in plan):
+            edits.append(edit)
+            continue
+        for insertion in plan:
+            taken = {option: value for option, value in insertion.options.items() if value != asked[option]}
+            options = {**edit.options, **taken}
+            edits.append(edit.model_copy(update={"at": insertion.site.address, "options": options}))
+    return recipe.model_copy(update={"edits": edits})
+
+
 def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> list[Insertion]:
     field = "at"
     try:
