@@ -200,7 +200,8 @@ class _Tiles(torch.autograd.Function):
         to_query, to_key, to_value = (
             torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
         )
-        tile, other = value.new_empty(2, key.shape[0], _Tiles._height(query, key), key.shape[1])
+        tile = value.new_empty(key.shape[0], _Tiles._height(query, key), key.shape[1])
+        other = torch.empty_like(tile)
         for rows in _Tiles._rows(query, key):
             weights, of_rows = _Tiles._weights(query, key, rows, tile), grad[:, rows]
             to_value.baddbmm_(weights.transpose(1, 2), of_rows)
