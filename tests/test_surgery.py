@@ -385,6 +385,17 @@ def test_verify_hears_a_block_that_does_not_count_and_sees_a_host_that_writes_be
     assert report.alive is (fault is None)
 
 
+def test_verify_tells_blocks_that_a_head_on_the_class_token_does_not_read() -> None:
+    model = cut(build("test_vit"), ("stage:4 branches", "se"))
+    report = verify(model, (3, 64, 64))
+    assert report.alive
+    heard = {block.path: block.reaches for block in report.blocks}
+    # behind the last attention, nothing takes a patch's token to the class token any more
+    assert [path for path, how in heard.items() if how == "features"] == ["blocks.5.se", "blocks.5.se_2"]
+    pooled = cut(build("test_vit", global_pool="avg"), ("stage:4 branches", "se"))
+    assert {block.reaches for block in verify(pooled, (3, 64, 64)).blocks} == {"output"}
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_verify_finds_a_gate_that_was_frozen_with_the_norms_of_its_host() -> None:
     from timm.layers import freeze_batch_norm_2d

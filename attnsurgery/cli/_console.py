@@ -152,6 +152,8 @@ def print_report(report: Report) -> None:
             f"attention  {report.attention_bytes:,} bytes if written out, one image in fp32",
         ]
     )
+    if inside := [block.path for block in report.blocks if block.reaches == "features"]:
+        print_lines([f"heard      in forward_features alone, the head does not read it: {', '.join(inside)}"])
 
 
 def _change(what: str, before: int, after: int) -> tuple[str, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ class BlockReport:
     calls: int
     """How often it ran in one forward; anything but 1 is a mistake."""
     params: int
-    reaches_output: bool
-    """False if the model's output would be the same whatever the block returned: nothing uses it, or an in-place
-    operation of the host overwrites it."""
+    reaches: Literal["output", "features", "nothing"]
+    """How far what it returns is heard. 'features': no further than forward_features, as behind the last attention of a
+    ViT whose head reads the class token alone. 'nothing': it is not used, or an in-place operation overwrites it."""
     input_kept: bool
     """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
     learns: bool
@@ -41,7 +41,7 @@ class BlockReport:
         """What is wrong with it, in words."""
         if self.calls != 1:
             return f"{self.path} ran {self.calls} times"
-        if not self.reaches_output:
+        if self.reaches == "nothing":
             return f"what {self.path} returns never reaches the output"
         if not self.input_kept:
             return f"the host writes in place to what {self.path} has read, and that write is lost"
@@ -104,7 +104,7 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         ours = _output(model, images)
     twin = copy.deepcopy(model)
     # where the host writes behind a block, backward fails, and that is said already
-    unheard, stuck = _probed(twin, images) if not seen.written else (set[str](), set[str]())
+    heard = _probed(twin, images) if not seen.written else _Heard(set(), set(), set())
     twin.load_state_dict(model.state_dict())
     base = remove(twin)
     theirs = _output(base, images)
@@ -128,9 +128,9 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
                 block=records[path],
                 calls=seen.calls.get(path, 0),
                 params=sum(p.numel() for p in block.parameters()),
-                reaches_output=path not in unheard,
+                reaches="nothing" if path in heard.nowhere else "features" if path in heard.inside else "output",
                 input_kept=path not in seen.written,
-                learns=path not in stuck,
+                learns=path not in heard.stuck,
             )
             for path, block in grafted_blocks(model).items()
         ),
@@ -220,11 +220,19 @@ class _Watch:
         self.written = {path for path, (tensor, version) in reads.items() if tensor._version != version}
 
 
-def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]:
-    """By one backward: the blocks that the output does not depend on, and those that can never leave the identity.
+class _Heard(NamedTuple):
+    """Paths of the blocks that the output does not depend on: not even the features, or those alone; and of the blocks
+    that can never leave the identity."""
 
-    Changes the model's parameters. They are moved first: where a norm starts at 0, as timm's last norms of residual
-    branches do, nothing is heard.
+    nowhere: set[str]
+    inside: set[str]
+    stuck: set[str]
+
+
+def _probed(model: nn.Module, images: torch.Tensor) -> _Heard:
+    """Which blocks count, by one backward. Changes the model's parameters.
+
+    They are moved first: where a norm starts at 0, as timm's last norms of residual branches do, nothing is heard.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -233,16 +241,30 @@ def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 scale = float(parameter.float().square().mean().sqrt()) + 0.1
                 parameter.add_(noise.to(parameter.dtype), alpha=0.05 * scale)
+    model.eval()
+    unheard, stuck = _one_backward(model, model, images, generator)
+    features = getattr(model, "forward_features", None)
+    if not unheard or features is None:
+        return _Heard(unheard, set(), stuck)
+    nowhere = unheard & _one_backward(model, features, images, generator)[0]
+    return _Heard(nowhere, unheard - nowhere, stuck)
+
+
+def _one_backward(
+    model: nn.Module, run: Callable[[torch.Tensor], Any], images: torch.Tensor, generator: torch.Generator
+) -> tuple[set[str], set[str]]:
+    """The blocks that what `run` gives does not depend on, and those that are the identity and get no gradient."""
     probes: dict[str, torch.Tensor] = {}
     idle: set[str] = set()
-    # blocks that are the identity, although all of their parameters have moved
 
     def add(path: str) -> Any:
         def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             probes[path] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
             if torch.equal(output, torch.ones_like(output) if block.gates else args[0]):
-                idle.add(path)
-            return output + probes[path]
+                idle.add(path)  # although all of its parameters have moved
+            # one number for all would be lost in a layer norm
+            direction = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+            return output + probes[path] * direction
 
         return hook
 
@@ -251,7 +273,7 @@ def _probed(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]
     handles = [block.register_forward_hook(add(path)) for path, block in blocks.items()]
     try:
         with torch.enable_grad():
-            output = torch.cat([tensor.float().flatten() for tensor in _tensors(model.eval()(images))])
+            output = torch.cat([tensor.float().flatten() for tensor in _tensors(run(images))])
             weights = torch.randn(output.shape, generator=generator).to(output.device)
             inputs = [*probes.values(), *(p for own in parameters.values() for p in own)]
             slopes = iter(torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True) if probes else ())
