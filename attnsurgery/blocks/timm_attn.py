@@ -6,8 +6,10 @@ keys and its numbers are timm's, and weights of timm's attention models load int
 * options are the plain keyword arguments of timm's class and are strict; timm swallows those it does not know. Left out
   are arguments that timm ignores in that class, and those that change the shape of the map.
 * an identity start, in one of three ways. *zero*: the last layers start at zero and the gates are doubled, so that
-  2 * sigmoid(0) = 1. *own*: timm's own start is one already. *residual*: x + alpha * (attention(x) - x) with one number
-  alpha that starts at 0, for modules that no zero makes the identity; it costs one pass over the map.
+  2 * sigmoid(0) = 1; the gate alone is passed over once more, which in scoord and strip has the size of the map.
+  *own*: timm's own start is the identity already (nl). *residual*: x + alpha * (attention(x) - x) with one number alpha
+  that starts at 0, where no zero makes the identity (sk, splat, lambda, bottleneck, halo, bat, and has_skip): it costs
+  one pass over the map.
 
 Papers are named in timm's files: timm/layers/squeeze_excite.py, eca.py, gather_excite.py ...
 

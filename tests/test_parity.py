@@ -1,0 +1,67 @@
+"""timm's attention models against their plain models after surgery; scripts/parity.py compares every pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import attnsurgery
+from attnsurgery.base import weightless
+from attnsurgery.recipe.text import dumps, loads
+from attnsurgery.stock import PAIRS
+from scripts.parity import FALSE_FRIENDS, compare, paper
+
+TABLE = Path(__file__).parent.parent / "docs" / "parity.md"
+SMALL = [
+    "seresnet18",
+    "ecaresnet26t",
+    "regnety_002",
+    "sedarknet21",
+    "seresnext26ts",
+    "gcresnext26ts",
+    "bat_resnext26ts",
+]
+BY_STOCK = {pair.stock: pair for pair in (*PAIRS, *FALSE_FRIENDS)}
+
+
+@pytest.mark.parametrize("stock", SMALL)
+def test_surgery_computes_what_timms_attention_model_computes_bit_for_bit(stock: str) -> None:
+    result = compare(BY_STOCK[stock])
+    assert (result.eval_equal, result.train_equal, result.gradients_equal) == (True, True, True)
+    assert result.blocks >= 7
+
+
+def test_a_pair_with_one_option_wrong_loads_just_as_strictly_and_differs() -> None:
+    pair = BY_STOCK["sedarknet21"]
+    edits = tuple(edit.model_copy(update={"options": {"act": "relu"}}) for edit in pair.edits)
+    result = compare(dataclasses.replace(pair, edits=edits))
+    assert not result.eval_equal
+    assert not result.gradients_equal
+
+
+def test_false_friends_load_strictly_and_compute_something_else() -> None:
+    result = compare(FALSE_FRIENDS[0])
+    assert not result.eval_equal
+    assert not result.train_equal
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, *FALSE_FRIENDS], ids=lambda pair: pair.stock)
+def test_every_pair_has_the_same_names_and_shapes(pair: object) -> None:
+    ours = attnsurgery.operate(weightless(pair.base), paper(pair)).state_dict()
+    theirs = weightless(pair.stock).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_every_pair_is_a_recipe_that_can_be_written_down() -> None:
+    for pair in PAIRS:
+        assert loads(dumps(pair.recipe("identity")), "pair") == pair.recipe("identity")
+
+
+def test_the_table_holds_every_pair_and_says_which_are_equal() -> None:
+    rows = re.findall(r"^\| (\w+) → (\w+) \|.*\| (\w+) \| (\w+) \| (\w+) \| \d+ s \|$", TABLE.read_text(), re.MULTILINE)
+    assert [row[:2] for row in rows] == [(pair.base, pair.stock) for pair in (*PAIRS, *FALSE_FRIENDS)]
+    assert {row[2:] for row in rows[: len(PAIRS)]} == {("equal", "equal", "equal")}
+    assert {row[2:] for row in rows[len(PAIRS) :]} == {("differ", "differ", "differ")}

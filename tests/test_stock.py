@@ -1,0 +1,265 @@
+"""Export to stock: the fold keeps every bit, timm alone loads the result, and what cannot be folded is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import attnsurgery
+from attnsurgery import stock
+from attnsurgery.checkpoint import write_directory
+from attnsurgery.cli import main
+from attnsurgery.errors import CheckpointError, SurgeryError, UsageError
+from attnsurgery.stock import PAIRS, fold, to_stock
+from attnsurgery.surgery.operate import grafted_blocks
+from scripts.parity import awake
+
+SIDE = 64
+
+
+def base_model(name: str, side: int = SIDE, **kwargs: Any) -> nn.Module:
+    """A woken model for small images."""
+    torch.manual_seed(0)
+    size = (3, side, side)
+    model = timm.create_model(name, **{"num_classes": 5, "pretrained_cfg_overlay": {"input_size": size}, **kwargs})
+    return awake(model, torch.randn(2, kwargs.get("in_chans", 3), side, side)).eval()
+
+
+def operated(name: str, edits: list[dict[str, Any]], **kwargs: Any) -> nn.Module:
+    return attnsurgery.operate(base_model(name, **kwargs), {"version": 1, "name": "s", "base": name, "edits": edits})
+
+
+def paired(base: str, made: str, start: str = "identity") -> nn.Module:
+    (pair,) = [pair for pair in PAIRS if (pair.base, pair.stock) == (base, made)]
+    return attnsurgery.operate(base_model(base), pair.recipe(start))
+
+
+def trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    """A few steps on random images and labels: every block has left its start."""
+    generator = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    before = [parameter.clone() for block in grafted_blocks(model).values() for parameter in block.parameters()]
+    model.train()
+    for _ in range(steps):
+        images = torch.randn(4, 3, SIDE, SIDE, generator=generator)
+        loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = [parameter for block in grafted_blocks(model).values() for parameter in block.parameters()]
+    assert sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True)) > len(before) // 2
+    return model.eval()
+
+
+def outputs(model: nn.Module, channels: int = 3) -> list[torch.Tensor]:
+    """In eval and in train mode."""
+    images = torch.randn(3, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        found = [model.eval()(images), model.train()(images)]
+    model.eval()
+    return found
+
+
+SE = [{"at": "stage:* branches", "block": "se"}]
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("base", "made"),
+    [
+        ("resnet18", "seresnet18"),  # a norm in front
+        ("resnet26t", "ecaresnet26t"),
+        ("regnetx_002", "regnety_002"),  # a norm and a ReLU in front
+        ("resnext26ts", "seresnext26ts"),  # a SiLU in front: the convolution behind takes the factor
+        ("resnext26ts", "gcresnext26ts"),  # no gate, no factor
+    ],
+)
+def test_the_stock_model_computes_the_same_bits(base: str, made: str, train: bool, start: str) -> None:
+    model = paired(base, made, start)
+    if train:
+        model = trained(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = to_stock(model)
+    assert found.pretrained_cfg["architecture"] == made
+    assert not any(type(module).__module__.startswith("attnsurgery") for module in found.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for ours, theirs in zip(outputs(model), outputs(found), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_without_the_fold_the_same_weights_compute_something_else() -> None:
+    model = trained(operated("resnet18", SE))
+    plain = timm.create_model("seresnet18", num_classes=5).eval()
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert not torch.allclose(outputs(model)[0], outputs(plain)[0], atol=1e-2)
+
+
+def test_only_the_norm_in_front_and_the_layer_that_reads_it_change() -> None:
+    model = operated("resnet18", SE)
+    before, after = model.state_dict(), fold(model)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    branches = [path.removesuffix(".se") for path in grafted_blocks(model)]
+    assert changed == {f"{b}.{key}" for b in branches for key in ("bn2.weight", "bn2.bias", "se.fc1.weight")}
+    assert torch.equal(after["layer1.0.bn2.weight"], 2 * before["layer1.0.bn2.weight"])
+    assert torch.equal(after["layer1.0.se.fc1.weight"], before["layer1.0.se.fc1.weight"] / 2)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as `apply` writes it, with one input channel and five classes, trained since."""
+    folder = tmp_path_factory.mktemp("stock")
+    base = awake(timm.create_model("resnet18", num_classes=5, in_chans=1), torch.randn(2, 1, SIDE, SIDE))
+    safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")
+    recipe = {"version": 1, "name": "r18se", "base": "resnet18", "edits": SE}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    attnsurgery.checkpoint.apply(
+        attnsurgery.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical"
+    )
+    model = timm.create_model(f"local-dir:{folder / 'surgical'}", pretrained=True)
+    with torch.no_grad():
+        for block in grafted_blocks(model).values():
+            block.fc2.weight += 0.1 * torch.randn_like(block.fc2.weight)
+    write_directory(model, folder / "trained")
+    return folder
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in argv])
+    return int(exit_.value.code or 0)
+
+
+@pytest.mark.parametrize("name", ["surgical", "trained"])
+def test_the_command_writes_a_directory_that_timm_alone_builds(
+    written: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert run("export", written / name, "--stock", "--output", output) == 0
+    said = capsys.readouterr().out
+    assert "architecture  seresnet18" in said
+    assert "equal bit for bit" in said
+    assert f"local-dir:{output}" in said
+    model = timm.create_model(f"local-dir:{written / name}", pretrained=True).eval()
+    torch.save(outputs(model, channels=1), tmp_path / "expected.pt")
+    program = f"""
+import sys, timm, torch
+model = timm.create_model("local-dir:{output}", pretrained=True).eval()
+assert type(model).__name__ == "ResNet" and type(model).__module__ == "timm.models.resnet"
+assert model.num_classes == 5 and model.pretrained_cfg["architecture"] == "seresnet18"
+plain = timm.create_model("seresnet18", num_classes=5, in_chans=1, checkpoint_path="{output}/model.safetensors")
+images = torch.randn(3, 1, {SIDE}, {SIDE}, generator=torch.Generator().manual_seed(9))
+torch.set_num_threads(1)
+for found in (model, plain):
+    with torch.no_grad():
+        got = [found.eval()(images), found.train()(images)]
+    assert all(map(torch.equal, got, torch.load("{tmp_path}/expected.pt"))), "other bits"
+assert not any(name.startswith("attnsurgery") for name in sys.modules), "the plugin was needed"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((output / "config.json").read_text())
+    assert config["architecture"] == "seresnet18"
+    assert not {"base", "recipe", "start"} & config["model_args"].keys()
+
+
+def test_the_default_output_is_named_after_the_architecture(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", written / "surgical", "--stock", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"architecture": "seresnet18", "output": f"{written}/surgical-seresnet18", "bit_equal": True}
+    assert run("export", written / "surgical", "--stock") == 2
+    assert "exists and is never overwritten" in capsys.readouterr().err
+
+
+def se(**options: Any) -> list[dict[str, Any]]:
+    return [{**SE[0], "options": options}]
+
+
+def at(place: str, block: str = "se", **options: Any) -> dict[str, Any]:
+    return {"at": place, "block": block, "options": options}
+
+
+REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
+    "other block": ("resnet18", [at("stage:3 last", "non_local")], r"'non_local', and timm's .* no such block"),
+    "one block too many": ("resnet18", [*SE, at("stage:3 last", "non_local")], r"a block 'non_local'"),
+    "partial": ("resnet18", [at("layer1.*.bn2")], r"seresnet18 also has 'layer2.0.se.fc1.weight' and 23 more"),
+    "other width": ("resnet18", se(reduction=4), r"has in another shape 'layer1.0.se.fc1"),
+    "no bias": ("resnet18", se(bias=False), r"also has 'layer1.0.se.fc1.bias' and 15 more"),
+    "other kind": ("resnet18", se(kind="scse"), r"no squeeze-and-excitation over positions"),
+    "other activation": ("resnet18", se(act="silu"), r"compute something else: an option"),
+    "other gate": ("resnet18", se(gate="hardsigmoid"), r"compute something else: an option"),
+    "other pooling": ("resnet18", se(max_pool=True), r"compute something else: an option"),
+    "other place": ("resnet18", [at("layer?.?.bn1")], r"also has 'layer1.0.se.fc1.weight'"),
+    "other timm module": ("resnet18", [at("stage:* branches", "timm:cbam")], r"its identity start has what timm's"),
+    "residual start": (
+        "resnext26ts",
+        [at("stages.*.*.conv2b_kxk", "timm:bat", block_size=2)],
+        r"with start: paper it would be timm's own",
+    ),
+    "no such model": ("convnext_atto", SE, r"no attention model that is convnext_atto plus blocks; it has one for"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_timm_does_not_have_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    base, edits, message = REFUSED[case]
+    model = operated(base, edits)
+    write_directory(model, tmp_path / "model")
+    with pytest.raises(UsageError, match=message):
+        stock.export_stock(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_gate_that_nothing_around_it_can_take_is_refused() -> None:
+    model = operated("resnext26ts", [{"at": "stages.0.*.conv1_1x1", "block": "se"}])
+    with pytest.raises(UsageError, match="neither a batch norm directly in front nor a convolution"):
+        fold(model)
+
+
+def test_a_norm_that_others_read_too_does_not_take_the_factor() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.se = nn.BatchNorm2d(8), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x)
+            return self.se(x) + x
+
+    graph = stock.trace_owner(Shared())
+    assert stock._norm_in_front(Shared(), stock._call_of(graph, "se")) is None
+
+
+def test_a_plain_model_and_a_folder_that_is_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_directory(base_model("resnet18"), tmp_path / "plain")
+    with pytest.raises(UsageError, match="no surgery in this model"):
+        stock.export_stock(tmp_path / "plain")
+    assert run("export", tmp_path / "nothing", "--stock") == 2
+    assert "is no timm directory with a readable config.json" in capsys.readouterr().err
+    assert run("export", tmp_path / "plain") == 2
+    assert "Say so with --stock" in capsys.readouterr().err
+    (tmp_path / "plain" / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        stock.export_stock(tmp_path / "plain")
+
+
+def test_other_bits_stop_the_export(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(stock.READS, "se", "fc2")  # a wrong fold
+    assert run("export", written / "trained", "--stock", "--output", tmp_path / "out") == 1
+    assert "seresnet18 would not compute the same numbers. Nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SurgeryError):
+        stock.export_stock(written / "trained", tmp_path / "out")
