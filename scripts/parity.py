@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 import attnsurgery
+from attnsurgery.errors import UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
-from attnsurgery.stock import PAIRS, Pair
+from attnsurgery.stock import PAIRS, Pair, to_stock
 from attnsurgery.surgery.operate import grafted_blocks
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "parity.md"
@@ -91,6 +92,20 @@ def compare(pair: Pair) -> Result:
         gradients_equal=same(trains[0][1], trains[1][1]),
         seconds=time.perf_counter() - began,
     )
+
+
+def exports(pair: Pair) -> bool:
+    """Whether the same surgery from the identity start goes back to timm's model: `attnsurgery export --stock`."""
+    side = side_of(pair)
+    torch.manual_seed(0)
+    size = {"input_size": (3, side, side)}
+    base = timm.create_model(pair.base, num_classes=10, pretrained_cfg_overlay=size)
+    awake(base, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)))
+    try:
+        to_stock(attnsurgery.operate(base, pair.recipe("identity")))
+    except UsageError:
+        return False
+    return True
 
 
 def paper(pair: Pair) -> Recipe:
@@ -165,7 +180,7 @@ def in_words(edits: tuple[Edit, ...]) -> str:
     return f"`{kinds[0]}`{f' {{{options}}}' if options else ''} at `{edits[0].at}`"
 
 
-def row(pair: Pair, result: Result) -> str:
+def row(pair: Pair, result: Result, exported: bool) -> str:
     compared = result.eval_equal, result.train_equal, result.gradients_equal
     cells = [
         f"{pair.base} → {pair.stock}",
@@ -175,6 +190,7 @@ def row(pair: Pair, result: Result) -> str:
         result.side,
         *("equal" if equal else "differ" for equal in compared),
         f"{result.seconds:.0f} s",
+        "yes" if exported else "no",
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -182,7 +198,7 @@ def row(pair: Pair, result: Result) -> str:
 def table(pairs: tuple[Pair, ...]) -> Iterator[tuple[str, bool]]:
     for pair in pairs:
         result = compare(pair)
-        line = row(pair, result)
+        line = row(pair, result, exports(pair))
         print(line, flush=True)
         yield line, result.equal
         gc.collect()
@@ -194,10 +210,11 @@ Written by `scripts/parity.py` with timm {timm}, torch {torch}, {machine}. Each 
 weights, and timm's plain model after surgery with `start: paper`, which loaded those weights *strictly*. Compared by
 `torch.equal`: outputs in eval mode, outputs and running statistics in train mode, gradients of the input and of every
 parameter. Parameters are those of the model with 1,000 classes; images are square, of that many pixels, in a batch of
-two. Changing the weights of one block changes the outputs in every line.
+two. Changing the weights of one block changes the outputs in every line. The last column: whether the same surgery from
+the *identity* start goes back to timm's model by `attnsurgery export --stock`, which compares every bit itself.
 
-| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time |
-|---|---|---:|---:|---:|---|---|---|---:|
+| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time | export |
+|---|---|---:|---:|---:|---|---|---|---:|---|
 """
 TAIL = """
 ## False friends
@@ -205,8 +222,8 @@ TAIL = """
 The weights of these load strictly too, as every name and shape is there, and the function is another one: the second
 model adds the input of each block to its output, without a parameter. A strict load proves nothing by itself.
 
-| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time |
-|---|---|---:|---:|---:|---|---|---|---:|
+| pair | recipe | blocks | parameters | pixels | eval | train | gradients | time | export |
+|---|---|---:|---:|---:|---|---|---|---:|---|
 """
 
 
