@@ -6,11 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
+# torch.jit.script tells builtin operators by id(). When an overload joins an operator, torch drops the old function but
+# keeps its id in that table, and whatever object comes to lie there next "cannot be used as a value". So all are kept.
+_KEPT = []
+_refresh = torch._ops._refresh_packet
+
+
+def _keeping(packet: Any) -> None:
+    _KEPT.append(packet._op)
+    _refresh(packet)
+
+
+torch._ops._refresh_packet = _keeping
+
+import timm  # noqa: E402  (defines operators)
+
+import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
 
 # One small model of each kind of host: image size and the arguments that make it small.
 HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
