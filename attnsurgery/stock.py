@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def export_stock(directory: Path, output: Path | None = None) -> tuple[str, Path
     stock = to_stock(model)
     config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     name = str(stock.pretrained_cfg["architecture"])  # type: ignore[index]
-    target = output or directory.with_name(f"{directory.name}-{name}")
+    target = output or Path(f"{os.path.abspath(directory)}-{name}")
     kept = {key: value for key, value in arguments.items() if key not in ("base", "recipe", "start")}
     config = {key: value for key, value in config.items() if key != "tag"}  # the tag is of the base's weights
     stock.pretrained_cfg = stock.default_cfg = {**config, "architecture": name}  # type: ignore[assignment]
@@ -269,7 +270,7 @@ def _fresh(name: str, model: nn.Module) -> nn.Module:
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be built with the arguments of this model ({arguments}): {error}.") from error
-    return stock.eval()
+    return stock.to(next(model.parameters()).dtype).eval()
 
 
 def _misfit(stock: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
@@ -285,17 +286,19 @@ def _misfit(stock: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _prove(model: nn.Module, stock: nn.Module, name: str) -> None:
-    """Both compute the same bits in both modes: as they are, and with every block moved off its start.
+    """Both compute the same bits in both modes: as they are, and with blocks and norms moved off their start.
 
-    A block that has never been trained computes nothing, so only a moved one shows another activation or gate.
+    A block that has never been trained computes nothing, and behind a norm that starts at zero it is given nothing, so
+    only then another activation or gate shows.
     """
-    if not _same_bits(model, stock):
-        raise SurgeryError(f"{name} would not compute the same numbers. Nothing was written.")
+    if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        raise UsageError("some weights are not finite, so no outputs can be compared. Nothing was written.")
     moved, other = copy.deepcopy(model), copy.deepcopy(stock)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for block in grafted_blocks(moved).values():
-            for parameter in block.parameters():
+        of_blocks = {id(p) for block in grafted_blocks(moved).values() for p in block.parameters()}
+        for parameter in moved.parameters():
+            if id(parameter) in of_blocks or parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
     load_weights(other, fold(moved), "the folded model")
     if not _same_bits(moved, other):
@@ -303,6 +306,8 @@ def _prove(model: nn.Module, stock: nn.Module, name: str) -> None:
             f"the blocks have the shapes of those in {name} and compute something else: an option, such as the "
             "activation or the gate, differs. Nothing was written."
         )
+    if not _same_bits(model, stock):
+        raise SurgeryError(f"{name} would not compute the same numbers. Nothing was written.")
 
 
 def _same_bits(one: nn.Module, other: nn.Module) -> bool:
@@ -312,7 +317,8 @@ def _same_bits(one: nn.Module, other: nn.Module) -> bool:
     for training in (False, True):
         outputs = []
         for model in (one, other):
-            twin = copy.deepcopy(model).train(training)
+            # in one memory format: another one takes other kernels, with other rounding
+            twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format).train(training)
             with torch.no_grad(), torch.random.fork_rng():  # dropout draws the same numbers in both
                 torch.manual_seed(0)
                 outputs.append(twin(images))

@@ -209,3 +209,13 @@ def test_surgery_on_the_network_changes_nothing_until_its_gates_move() -> None:
     assert attnsurgery.verify(model, (3, 64, 64)).max_abs_diff == 0
     wake(model.stages[1][1].trunk[0].se)
     assert not torch.equal(model(x), expected)
+
+
+def test_pruned_to_an_earlier_map_the_network_still_runs() -> None:
+    model = timm.create_model("residual_attention_56", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    before = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
+    model.prune_intermediate_layers([1, 2])
+    after = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert model(x).shape == before[-1].shape

@@ -223,6 +223,36 @@ def test_what_timm_does_not_have_is_refused_before_anything_is_written(case: str
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("options", [{"act": "silu"}, {"gate": "hardsigmoid"}, {"max_pool": True}])
+@pytest.mark.parametrize("start", ["fresh", "woken"])
+def test_another_option_shows_behind_norms_that_start_at_zero_and_in_a_trained_block(
+    options: dict[str, Any], start: str
+) -> None:
+    """timm starts the last norm of a branch at 0: whatever the block does there, the outputs are the same."""
+    torch.manual_seed(0)
+    size = {"num_classes": 5, "pretrained_cfg_overlay": {"input_size": (3, SIDE, SIDE)}, "channels": (16, 24, 32, 48)}
+    model = timm.create_model("resnet18", **size) if start == "fresh" else base_model("resnet18")
+    model = attnsurgery.operate(model, {"version": 1, "name": "s", "base": "resnet18", "edits": se(**options)})
+    if start == "woken":
+        for block in grafted_blocks(model).values():
+            nn.init.normal_(block.fc2.weight)
+    with pytest.raises(UsageError, match="compute something else: an option"):
+        to_stock(model.eval())
+
+
+def test_the_default_output_stands_beside_the_directory_that_one_is_in(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(written / "surgical")
+    name, target = stock.export_stock(Path("."))
+    assert target == Path(f"{Path.cwd()}-{name}")
+
+
+def test_models_in_other_precision_and_memory_format_export() -> None:
+    for change in ({"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}):
+        assert to_stock(paired("resnet18", "seresnet18").to(**change)).pretrained_cfg["architecture"] == "seresnet18"
+
+
 def test_a_gate_that_nothing_around_it_can_take_is_refused() -> None:
     model = operated("resnext26ts", [{"at": "stages.0.*.conv1_1x1", "block": "se"}])
     with pytest.raises(UsageError, match="neither a batch norm directly in front nor a convolution"):
@@ -262,8 +292,10 @@ def test_other_bits_stop_the_export(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(stock.READS, "se", "fc2")  # a wrong fold
-    assert run("export", written / "trained", "--stock", "--output", tmp_path / "out") == 1
-    assert "seresnet18 would not compute the same numbers. Nothing was written" in capsys.readouterr().err
+    assert run("export", written / "trained", "--stock", "--output", tmp_path / "out") == 2
+    assert "compute something else" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SurgeryError):
+    answers = iter([True, False])  # with every block moved the same, as it is another
+    monkeypatch.setattr(stock, "_same_bits", lambda one, other: next(answers))
+    with pytest.raises(SurgeryError, match="seresnet18 would not compute the same numbers. Nothing was written"):
         stock.export_stock(written / "trained", tmp_path / "out")

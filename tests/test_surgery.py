@@ -403,8 +403,20 @@ def test_verify_finds_a_gate_that_was_frozen_with_the_norms_of_its_host() -> Non
     model = freeze_batch_norm_2d(cut(build("test_resnet"), ("layer3.0", "non_local")))
     (fault,) = verify(model, (3, 64, 64)).faults
     assert fault.startswith("nothing in layer3.0.non_local gets a gradient: its gate is frozen")
+    by_hand = cut(build("test_resnet"), ("layer3.0", "non_local"))
+    for module in by_hand.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    assert verify(by_hand, (3, 64, 64)).faults == (fault,)
+    assert verify(by_hand.requires_grad_(False), (3, 64, 64)).alive  # nobody means to train it
     frozen_first = cut(freeze_batch_norm_2d(build("test_resnet")), ("layer3.0", "non_local"))
     assert verify(frozen_first, (3, 64, 64)).alive
+
+
+def test_verify_sees_the_only_block_of_a_model_not_run() -> None:
+    model = cut(build("test_resnet"), ("layer3.0", "non_local"))
+    model.layer3[0].__class__ = type(model.layer3[0]).uncut_class
+    assert verify(model, (3, 64, 64)).faults == ("layer3.0.non_local ran 0 times",)
 
 
 def test_verify_says_so_when_something_replaced_a_block() -> None:

@@ -44,7 +44,7 @@ _TILE = 1 << 20
 _FEWEST_ROWS, _MOST_ROWS = 64, 256
 
 # Queries whose copy is alive at a time where the fused kernel runs in slices.
-_SLICE = 1024
+_SLICE = 512
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
@@ -161,7 +161,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def _height(query: torch.Tensor, key: torch.Tensor) -> int:
-        rows = min(max(_TILE // (key.shape[0] * key.shape[1]), _FEWEST_ROWS), _MOST_ROWS)
+        rows = min(max(_TILE // max(1, key.shape[0] * key.shape[1]), _FEWEST_ROWS), _MOST_ROWS)
         return min(rows, query.shape[1])
 
     @staticmethod
@@ -274,11 +274,11 @@ def concatenate(
 def _count_above(a: torch.Tensor, b: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
     """How many b_j are above -a_i, (B, N); `falling` is b in falling order."""
     if is_scripting():
-        return torch.searchsorted(-falling, a.contiguous())
+        return torch.searchsorted((-falling).contiguous(), a.contiguous())
     elif _is_exporting():
         return _count_by_sorting(a, b)
     else:
-        return torch.searchsorted(-falling, a.contiguous())
+        return torch.searchsorted((-falling).contiguous(), a.contiguous())
 
 
 def _count_by_sorting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -139,7 +139,7 @@ class NonLocal(Block):
                 if not softmax_by_matrix(x.shape[2] * x.shape[3], phi.shape[1]):
                     phi, g = phi.contiguous(), g.contiguous()  # here what they are copied from can go
                 y = attend(self._rows(self.theta(x)).to(g.dtype), phi, g, self.scale)
-        return y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        return y.transpose(1, 2).reshape(x.shape[0], y.shape[2], x.shape[2], x.shape[3])
 
     def _rows(self, embedded: torch.Tensor) -> torch.Tensor:
         """(B, D, h, w) as (B, h * w, D)."""

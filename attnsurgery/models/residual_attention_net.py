@@ -192,8 +192,9 @@ class ResidualAttentionNet(nn.Module):
     ) -> list[int]:
         """Drop what comes behind the last map asked for."""
         wanted, last = feature_take_indices(len(self.feature_info), indices)
+        pruned = last < len(self.stages)
         self.stages = self.stages[:last]  # map 0 comes before the stages
-        if prune_norm:
+        if prune_norm or pruned:  # the norm is as wide as the last stage
             self.norm = nn.Sequential()
         if prune_head:
             self.reset_classifier(0, "")

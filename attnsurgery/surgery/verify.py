@@ -235,14 +235,17 @@ def _probed(model: nn.Module, images: torch.Tensor) -> _Heard:
     They are moved first: where a norm starts at 0, as timm's last norms of residual branches do, nothing is heard.
     """
     generator = torch.Generator().manual_seed(0)
+    frozen = {id(p) for block in grafted_blocks(model).values() for p in block.parameters() if not p.requires_grad}
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and id(parameter) not in frozen:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 scale = float(parameter.float().square().mean().sqrt()) + 0.1
                 parameter.add_(noise.to(parameter.dtype), alpha=0.05 * scale)
     model.eval()
     unheard, stuck = _one_backward(model, model, images, generator)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        stuck = set()  # all of it is frozen: nobody means to train it
     features = getattr(model, "forward_features", None)
     if not unheard or features is None:
         return _Heard(unheard, set(), stuck)
@@ -269,12 +272,12 @@ def _one_backward(
         return hook
 
     blocks = grafted_blocks(model)
-    parameters = {path: [p for p in block.parameters() if p.requires_grad] for path, block in blocks.items()}
     handles = [block.register_forward_hook(add(path)) for path, block in blocks.items()]
     try:
         with torch.enable_grad():
             output = torch.cat([tensor.float().flatten() for tensor in _tensors(run(images))])
             weights = torch.randn(output.shape, generator=generator).to(output.device)
+            parameters = {path: [p for p in blocks[path].parameters() if p.requires_grad] for path in probes}
             inputs = [*probes.values(), *(p for own in parameters.values() for p in own)]
             slopes = iter(torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True) if probes else ())
     except RuntimeError as error:
@@ -286,7 +289,7 @@ def _one_backward(
             handle.remove()
     unheard = {path for path in probes if _is_zero(next(slopes))}
     still = {path: [_is_zero(next(slopes)) for _ in own] for path, own in parameters.items()}
-    return unheard, {path for path, zeros in still.items() if zeros and all(zeros) and path in idle}
+    return unheard, {path for path, zeros in still.items() if all(zeros) and path in idle}
 
 
 def _is_zero(slope: torch.Tensor | None) -> bool:
