@@ -297,5 +297,5 @@ def test_other_bits_stop_the_export(
     assert not list(tmp_path.iterdir())
     answers = iter([True, False])  # with every block moved the same, as it is another
     monkeypatch.setattr(stock, "_same_bits", lambda one, other: next(answers))
-    with pytest.raises(SurgeryError, match="seresnet18 would not compute the same numbers. Nothing was written"):
+    with pytest.raises(SurgeryError, match=r"seresnet18 would not compute the same numbers\. Nothing was written"):
         stock.export_stock(written / "trained", tmp_path / "out")
