@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # torch.jit.script tells builtin operators by id(). When an overload joins an operator, torch drops the old function but
 # keeps its id in that table, and whatever object comes to lie there next "cannot be used as a value". So all are kept.
@@ -25,6 +26,7 @@ torch._ops._refresh_packet = _keeping
 import timm  # noqa: E402  (defines operators)
 
 import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
+from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
 
 # One small model of each kind of host: image size and the arguments that make it small.
 HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -68,6 +70,28 @@ def build(name: str, **kwargs: object) -> nn.Module:
 
 def images(size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def move_gates(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in grafted_blocks(model).values():
+            for parameter in block.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the largest tensor that any operation returns, forward and backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import SEModule
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsurgery.blocks.non_local import NonLocal
 from attnsurgery.blocks.squeeze_excite import SqueezeExcite
 from attnsurgery.errors import OptionError
+from tests.conftest import LargestTensor
 
 
 @pytest.mark.parametrize("channels", [16, 64, 96, 256])
@@ -55,19 +55,6 @@ def test_non_local_computes_the_papers_formula(options: dict[str, object], size:
     gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, naive)]
     for got, expected in zip(*gradients, strict=True):
         assert torch.allclose(got, expected, atol=1e-10, rtol=1e-10)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 def test_non_local_never_builds_the_matrix_of_weights() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from test_functional import LargestTensor
 from torch import Tensor
 
 from attnsurgery.blocks.dual_attention import ChannelAttention, DualAttention, PositionAttention
 from attnsurgery.errors import OptionError
 from attnsurgery.models.danet import DANetHead
+from tests.conftest import LargestTensor
 
 FUSIONS = ["shared_residual", "sequential", "paper_sum"]
 OPTIONS: list[dict[str, Any]] = [

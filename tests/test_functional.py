@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsurgery.blocks import functional
 from attnsurgery.blocks.functional import attend, channel_weights, concatenate, dot_product
+from tests.conftest import LargestTensor
 
 ALWAYS, NEVER = 1 << 62, 0  # of the product form
 
@@ -175,19 +175,6 @@ def test_a_fallback_of_the_fused_kernel_raises_where_one_kernel_is_forced() -> N
         pytest.raises(RuntimeError, match="kernel"),
     ):
         torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches the largest tensor that any operation returns, forward and backward."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("m", [3136, 784])

@@ -18,7 +18,7 @@ from attnsurgery.graph.find import survey
 from attnsurgery.graph.select import select
 from attnsurgery.surgery.operate import grafted_blocks, remove
 from attnsurgery.surgery.verify import verify
-from tests.conftest import build, images
+from tests.conftest import build, images, move_gates
 
 SPAN = "stages.2.blocks.0 .. stages.2.blocks.2"
 
@@ -35,15 +35,6 @@ def operated(model: nn.Module, *edits: tuple[str, str, dict[str, object]], start
 
 def with_mask(model: nn.Module, at: str = SPAN) -> nn.Module:
     return operated(model, (at, "residual_attention", {"depth": 1}))
-
-
-def move_gates(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for block in grafted_blocks(model).values():
-            for parameter in block.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def test_the_span_computes_its_trunk_times_the_gate_of_its_input() -> None:

@@ -21,7 +21,7 @@ from attnsurgery.graph.select import select
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated, remove
 from attnsurgery.surgery.plan import Insertion, Plan
 from attnsurgery.surgery.verify import verify
-from tests.conftest import HOSTS, build, images
+from tests.conftest import HOSTS, build, images, move_gates
 
 every_host = pytest.mark.parametrize("host", HOSTS)
 EVERYWHERE = (("stage:* branches", "se"), ("stage:3 before_last_block", "non_local"))
@@ -36,15 +36,6 @@ def plan_for(model: nn.Module, size: int, *edits: tuple[str, str]) -> Plan:
 
 def cut(model: nn.Module, *edits: tuple[str, str], size: int = 64) -> nn.Module:
     return operate(model, plan_for(model, size, *(edits or EVERYWHERE)))
-
-
-def move_gates(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for block in grafted_blocks(model).values():
-            for parameter in block.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def forward(model: nn.Module, x: torch.Tensor, training: bool = False) -> torch.Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.errors import OptionError
+from tests.conftest import LargestTensor
 from tests.contracts.test_block_contract import CHANNELS, images, make, perturbed, smallest_side, unsupported
 
 every_block = pytest.mark.parametrize("name", list(BLOCKS))
@@ -106,19 +105,6 @@ def test_a_single_position_is_served_or_refused_with_the_reason(name: str) -> No
     assert not torch.equal(y, torch.zeros_like(x))
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, torch.Tensor):
-                self.elements = max(self.elements, part.numel())
-        return result
-
-
 @every_block
 def test_no_tensor_of_positions_by_positions_is_ever_made(name: str) -> None:
     block = perturbed(make(name)).train()
@@ -126,9 +112,9 @@ def test_no_tensor_of_positions_by_positions_is_ever_made(name: str) -> None:
         pytest.skip(unsupported(block)["any_size"])
     side = 56
     x = torch.randn(2 if "one_image" in unsupported(block) else 1, CHANNELS, side, side, requires_grad=True)
-    with Largest() as seen:
+    with LargestTensor() as seen:
         block(x).sum().backward()
     if "linear_memory" in unsupported(block):
-        assert seen.elements >= side**4
+        assert seen.largest >= side**4
     else:
-        assert seen.elements <= side**4 // 8  # tiles of a few hundred rows are no matrix
+        assert seen.largest <= side**4 // 8  # tiles of a few hundred rows are no matrix
