@@ -16,6 +16,7 @@ from attnsurgery._when_timm import install_names
 if TYPE_CHECKING:
     from attnsurgery.api import inspect, operate, recipe_of, remove, verify
     from attnsurgery.blocks import BLOCKS, Block
+    from attnsurgery.delta import load_delta, merge_delta, save_delta
     from attnsurgery.errors import AttnSurgeryError
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
@@ -36,10 +37,13 @@ __all__ = [
     "Site",
     "__version__",
     "inspect",
+    "load_delta",
+    "merge_delta",
     "operate",
     "recipe_of",
     "register",
     "remove",
+    "save_delta",
     "verify",
 ]
 
@@ -53,10 +57,13 @@ _HOMES = {
     "Report": "surgery.verify",
     "Site": "graph.site",
     "inspect": "api",
+    "load_delta": "delta",
+    "merge_delta": "delta",
     "operate": "api",
     "recipe_of": "api",
     "register": "registry",
     "remove": "api",
+    "save_delta": "delta",
     "verify": "api",
 }
 

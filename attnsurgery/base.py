@@ -56,7 +56,7 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
     if state_dict is None:
         return _published(name)
     twin = weightless(name)
-    state_dict = _native(twin, state_dict)
+    state_dict = native(twin, state_dict)
     sizes: dict[str, Any] = _sizes(twin, state_dict)
     model: nn.Module = timm.create_model(name, **sizes)
     load_weights(model, state_dict, source)
@@ -64,10 +64,16 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load strictly: every name and every shape must be there, but for the counters that old batch norms lack.
+    """Load strictly, after `check_weights`; the model is unchanged if that raises."""
+    check_weights(model, state_dict, source)
+    model.load_state_dict(state_dict, strict=True)
+
+
+def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Every name and every shape must be there, but for the counters that old batch norms lack.
 
     Raises:
-        CheckpointError: counts and names what differs, and the nearest name that would fit; the model is unchanged.
+        CheckpointError: counts and names what differs, and the nearest name that would fit.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict and not key.endswith(COUNTER)]
@@ -75,7 +81,6 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
     shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
     if missing or unexpected or shapes:
         raise CheckpointError(_mismatch(model, state_dict, source, missing, unexpected, shapes))
-    model.load_state_dict(state_dict, strict=True)
 
 
 def weightless(name: str) -> nn.Module:
@@ -101,8 +106,8 @@ def _published(name: str) -> nn.Module:
     return model.eval()
 
 
-def _native(twin: nn.Module, state_dict: StateDict) -> StateDict:
-    """Weights under timm's names; others go through the model family's own filter, if it brings them nearer."""
+def native(twin: nn.Module, state_dict: StateDict) -> StateDict:
+    """Weights under the names of `twin`; others go through the model family's own filter, if it brings them nearer."""
     convert = getattr(sys.modules[type(twin).__module__], "checkpoint_filter_fn", None)
     own = twin.state_dict().keys()
     if convert is None or own == state_dict.keys():

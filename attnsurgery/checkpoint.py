@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,27 @@ ARCHITECTURE = "surgery"
 """The generic architecture, whose arguments `base` and `recipe` say what to build."""
 
 
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """A base with its weights after the operation, with the proof of it."""
+
+    model: nn.Module
+    recipe: Recipe
+    report: Report
+    weights: StateDict
+    """The base's, as their file holds them."""
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """What the generic architecture needs to build the model again."""
+        return {
+            "base": self.recipe.base,
+            "recipe": self.recipe.as_dict(),
+            "num_classes": self.model.num_classes,
+            "in_chans": get_model_input_config(self.model)["input_size"][0],
+        }
+
+
 def apply(
     recipe: Recipe,
     checkpoint: Path | None,
@@ -49,36 +71,47 @@ def apply(
     """Operate on the recipe's base with its weights, prove it, and write a timm directory.
 
     Args:
-        checkpoint: weights of the base; the number of classes and of input channels is read off them.
         output: a directory that does not exist yet.
+        checkpoint, pretrained, start: as `operated_base`.
+
+    Raises:
+        UsageError: `output` exists.
+        CheckpointError: it cannot be written. And all that `operated_base` raises.
+    """
+    refuse_existing(output)
+    done = operated_base(recipe, checkpoint, pretrained=pretrained, start=start)
+    texts = {"recipe.yaml": dumps(done.recipe)}
+    write_directory(done.model, output, architecture=ARCHITECTURE, model_args=done.model_args, texts=texts)
+    return done.report
+
+
+def operated_base(
+    recipe: Recipe, checkpoint: Path | None, *, pretrained: bool = False, start: Start | None = None
+) -> Operated:
+    """The recipe's base with its weights, operated on; the identity start is proven to change no output.
+
+    Args:
+        checkpoint: weights of the base; the number of classes and of input channels is read off them.
         pretrained: take timm's published weights instead of a checkpoint.
         start: replaces the start of every edit.
 
     Raises:
-        UsageError: `output` exists, or not exactly one source of weights is given.
+        UsageError: not exactly one source of weights is given.
         RecipeError, SiteError, OptionError, UnknownNameError: the recipe does not fit its base.
-        CheckpointError: the weights cannot be read, are of another model, or the output cannot be written.
+        CheckpointError: the weights cannot be read, or are of another model.
         SurgeryError: an identity start that changed the outputs.
     """
     if (checkpoint is None) != pretrained:
         raise UsageError("apply needs weights: either a checkpoint (--checkpoint FILE) or --pretrained, and not both.")
-    _refuse_existing(output)
     recipe = _started(recipe, start)
     check_base(recipe.base, where(recipe, "base"))
-    model = build_base(recipe.base, None if checkpoint is None else read_state_dict(checkpoint), str(checkpoint))
+    read = None if checkpoint is None else read_state_dict(checkpoint)
+    model = build_base(recipe.base, read, str(checkpoint))
+    weights = dict(model.state_dict()) if read is None else read
     operate(model, resolve(recipe, survey(model)))
     report = verify(model)
     _check_proof(recipe, report)
-    arguments = {
-        "base": recipe.base,
-        "recipe": recipe.as_dict(),
-        "num_classes": model.num_classes,
-        "in_chans": get_model_input_config(model)["input_size"][0],
-    }
-    write_directory(
-        model, output, architecture=ARCHITECTURE, model_args=arguments, texts={"recipe.yaml": dumps(recipe)}
-    )
-    return report
+    return Operated(model, recipe, report, weights)
 
 
 def write_directory(
@@ -102,27 +135,36 @@ def write_directory(
         CheckpointError: it cannot be written; nothing is left behind.
     """
     path = Path(path)
-    _refuse_existing(path)
-    config = {"pretrained_cfg": {"architecture": architecture}} if architecture else {}
-    with _beside(path) as partial:
-        tensors = _storable(model.state_dict())
+    refuse_existing(path)
+    with beside(path) as partial:
+        tensors = storable(model.state_dict())
         safetensors.torch.save_file(tensors, partial / HF_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        save_config_for_hf(model, str(partial / "config.json"), model_config=config, model_args=dict(model_args or {}))
+        write_config(model, partial / "config.json", architecture, model_args)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
 
 
+def write_config(
+    model: nn.Module, path: Path, architecture: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> None:
+    """The config.json of a timm directory; arguments as `write_directory`."""
+    config = {"pretrained_cfg": {"architecture": architecture}} if architecture else {}
+    save_config_for_hf(model, str(path), model_config=config, model_args=dict(model_args or {}))
+
+
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A new directory next to `path` that takes its name if all goes well, and is gone with its parents if not."""
     made = [parent for parent in path.parents if not parent.exists()]
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
         yield partial
+        readable = partial.stat().st_mode & 0o666  # as any new file here; safetensors makes its own private
         for file in partial.iterdir():
+            file.chmod(readable)
             _to_disk(file)
-        _refuse_existing(path)
+        refuse_existing(path)
         partial.rename(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -139,7 +181,7 @@ def _to_disk(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _storable(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
+def storable(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     """Contiguous tensors of their own on the CPU: safetensors stores neither strides nor shared memory."""
     tensors: StateDict = {}
     seen: set[int] = set()
@@ -152,7 +194,11 @@ def _storable(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     return tensors
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """
+    Raises:
+        UsageError: there is something at `path`, if only a dangling link.
+    """
     if path.exists() or path.is_symlink():
         raise UsageError(f"the output {str(path)!r} exists and is never overwritten; name another.")
 

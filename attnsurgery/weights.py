@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from timm.models._helpers import clean_state_dict, load_state_dict
@@ -23,6 +24,11 @@ StateDict = dict[str, torch.Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 NESTED_KEYS = "state_dict_ema, model_ema, state_dict, model"
 """Where timm looks for the weights in a training checkpoint, in this order."""
+
+DELTA_NAME = "weights.delta"
+"""The file of a delta directory: safetensors, under a name that nobody takes for a whole model's weights."""
+DELTA_MARK = "attnsurgery_delta"
+"""In the metadata of a safetensors file: it holds what differs from a base, and is no use without it."""
 
 _PREFERRED = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
@@ -73,6 +79,8 @@ def _file_meant(path: Path) -> Path:
 
 
 def _weights_in(directory: Path) -> Path:
+    if (directory / DELTA_NAME).is_file():
+        raise CheckpointError(_is_delta(directory))
     for name in _PREFERRED:
         if (directory / name).is_file():
             return directory / name
@@ -138,14 +146,25 @@ def _kind_of_text(head: bytes) -> str:
     return f"a text file that begins {text.split(chr(10), 1)[0][:40]!r}"
 
 
+def _is_delta(path: Path) -> str:
+    return (
+        f"{path} is a delta: it holds only what differs from its base. Put them together with 'attnsurgery merge DELTA "
+        "--base FILE --output DIR'."
+    )
+
+
 def _read_safetensors(path: Path) -> Any:
     try:
-        return clean_state_dict(safetensors.torch.load_file(path))
+        with safetensors.safe_open(path, framework="pt") as file:
+            delta = DELTA_MARK in (file.metadata() or {})
+        if not delta:
+            return clean_state_dict(safetensors.torch.load_file(path))
     except Exception as error:  # the library raises its own, OSError, ValueError and more for damaged files
         raise CheckpointError(
             f"{path} begins like a .safetensors file but is damaged or truncated ({_brief(error)}). "
             "Fetch or write it again."
         ) from None
+    raise CheckpointError(_is_delta(path))
 
 
 def _read_torch(path: Path) -> Any:

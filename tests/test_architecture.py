@@ -18,12 +18,12 @@ LAYERS = [
     {"errors"},
     {"catalog"},
     {"blocks", "graph", "latency", "evaluate", "weights"},
-    {"surgery", "models"},
+    {"surgery", "models", "difference"},
     {"recipe"},
     {"zoo"},
     {"registry", "base"},
     {"checkpoint", "api"},
-    {"search", "stock"},
+    {"search", "stock", "delta"},
     {"cli"},
 ]
 

@@ -10,6 +10,7 @@ from torch import nn
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.base import check_base, weightless
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, UnknownNameError, UsageError
+from attnsurgery.weights import DELTA_NAME, read_state_dict
 
 
 def open_model(name: str, *, weights: bool = True) -> nn.Module:
@@ -37,6 +38,8 @@ def open_model(name: str, *, weights: bool = True) -> nn.Module:
 def _from_directory(path: Path) -> nn.Module:
     if not (path / "config.json").is_file():
         raise UsageError(f"{str(path)!r} is no timm directory: it has no config.json. 'attnsurgery apply' writes one.")
+    if (path / DELTA_NAME).is_file():
+        read_state_dict(path)  # which says how to make it whole
     try:
         model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
     except AttnSurgeryError:

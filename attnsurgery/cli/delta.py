@@ -1,0 +1,61 @@
+"""`attnsurgery delta DIR --base FILE --output DELTA`: keep of a trained model only what differs from its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from attnsurgery.delta import Saved
+
+
+def delta(
+    directory: Annotated[Path, typer.Argument(help="A timm directory: what 'apply' wrote, trained since or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write only what differs from the base: blocks, statistics, the head, whatever was fine-tuned."""
+    from attnsurgery.cli._console import busy, print_json, print_lines
+    from attnsurgery.delta import save_delta
+
+    check_base_given(base, pretrained)
+    with busy(f"comparing {directory} with its base"):
+        saved = save_delta(directory, base, output)
+    if as_json:
+        print_json({"output": str(output), **saved.as_dict()})
+        return
+    print_lines(told(saved, output))
+
+
+def check_base_given(base: Path | None, pretrained: bool) -> None:
+    """
+    Raises:
+        UsageError: not exactly one source of the base's weights.
+    """
+    from attnsurgery.errors import UsageError
+
+    if (base is None) != pretrained:
+        raise UsageError("the base's weights are needed: either --base FILE or --pretrained, and not both.")
+
+
+def told(saved: Saved, output: Path) -> list[str]:
+    """What was saved, in lines."""
+    dropped = f", {len(saved.dropped)} dropped" if saved.dropped else ""
+    share = saved.bytes / max(saved.whole_bytes, 1)
+    return [
+        f"base       {saved.base}, {saved.base_digest}",
+        f"tensors    {saved.kept} of the base kept out, {len(saved.changed)} changed, {len(saved.added)} new{dropped}",
+        f"size       {saved.bytes / 1e6:.2f} MB instead of {saved.whole_bytes / 1e6:.2f} MB ({share:.1%})",
+        f"written    {output}; make it whole with: attnsurgery merge {output} --base FILE --output DIR",
+    ]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("delta")(delta)

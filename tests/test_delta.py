@@ -1,0 +1,605 @@
+"""Deltas: only what differs is kept, the whole comes back bit for bit, and a wrong or hostile part is an error."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from typer.testing import CliRunner
+
+import attnsurgery
+import attnsurgery.base
+import attnsurgery.checkpoint
+from attnsurgery.checkpoint import apply, read_state_dict, write_directory
+from attnsurgery.cli import build_app
+from attnsurgery.delta import apply_as_delta, digest, load_delta, merge_delta, save_delta
+from attnsurgery.difference import Difference, same_bits
+from attnsurgery.errors import CheckpointError, UsageError
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.surgery.operate import grafted_blocks
+from attnsurgery.weights import DELTA_NAME
+from tests.conftest import build, images, move_gates, wake
+
+RECIPE = Recipe(
+    version=1,
+    name="mine",
+    base="test_resnet",
+    edits=[
+        Edit(at="stage:* branches", block="se", options={"reduction": 4}),
+        Edit(at="stage:3 last", block="non_local"),
+    ],
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return build("test_resnet", num_classes=10)
+
+
+@pytest.fixture
+def base_file(base: nn.Module, tmp_path: Path) -> Path:
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    return tmp_path / "base.pth"
+
+
+def trained(base: nn.Module) -> nn.Module:
+    """Blocks, head and statistics have moved; all else is frozen."""
+    model = attnsurgery.operate(copy.deepcopy(base), RECIPE).train()
+    own = [p for block in grafted_blocks(model).values() for p in block.parameters()]
+    optimizer = torch.optim.SGD([*own, *model.get_classifier().parameters()], lr=0.1)
+    for step in range(2):
+        x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return move_gates(model).eval()
+
+
+def stored(directory: Path) -> Tensors:
+    return safetensors.torch.load_file(directory / DELTA_NAME)
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
+
+
+# ---- what differs
+
+
+def test_the_digest_is_what_its_definition_says():
+    tensors = {"b": torch.tensor([1, 2], dtype=torch.int16), "a": torch.tensor(1.0)}
+    expected = hashlib.sha256(
+        b'["a", "float32", []]\n' + b"\x00\x00\x80?" + b'["b", "int16", [2]]\n' + b"\x01\x00\x02\x00"
+    )
+    assert digest(tensors) == f"sha256:{expected.hexdigest()}"
+
+
+def test_the_digest_knows_weights_and_not_files(base: nn.Module, tmp_path: Path):
+    tensors = base.state_dict()
+    torch.save(tensors, tmp_path / "new.pth")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in tensors.items()}}, tmp_path / "train.pth")
+    safetensors.torch.save_file(dict(reversed(tensors.items())), tmp_path / "w.safetensors", metadata={"a": "b"})
+    torch.save({key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+                for key, value in tensors.items()}, tmp_path / "last.pth")  # fmt: skip
+    assert {digest(read_state_dict(path)) for path in tmp_path.iterdir()} == {digest(tensors)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.tensor([0.0, 2.0])},
+        {"a": torch.tensor([-0.0, 1.0])},
+        {"a": torch.tensor([0.0, 1.0], dtype=torch.float64)},
+        {"a": torch.tensor([[0.0, 1.0]])},
+        {"b": torch.tensor([0.0, 1.0])},
+        {"a": torch.tensor([0.0, 1.0]), "b": torch.ones(0)},
+        {},
+    ],
+)
+def test_the_digest_changes_with_a_name_a_type_a_shape_or_one_bit(other: Tensors):
+    assert digest(other) != digest({"a": torch.tensor([0.0, 1.0])})
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.ones(2, device="meta")])
+def test_what_is_no_plain_tensor_has_no_digest(tensor: torch.Tensor):
+    with pytest.raises(CheckpointError, match="'a' is sparse, quantised or without data"):
+        digest({"a": tensor})
+
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
+
+
+@st.composite
+def bits(draw: st.DrawFn) -> torch.Tensor:
+    """A tensor of any type and any bits, NaNs among them."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    count = torch.empty(shape, dtype=dtype).nbytes
+    raw = draw(st.binary(min_size=count, max_size=count))
+    if dtype is torch.bool:
+        raw = bytes(byte & 1 for byte in raw)
+    flat = torch.tensor(list(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    return flat.view(dtype).reshape(shape)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    base=st.dictionaries(st.sampled_from("abcdef"), bits(), max_size=6),
+    other=st.dictionaries(st.sampled_from("abcdefgh"), bits(), max_size=4),
+    gone=st.sets(st.sampled_from("abcdef"), max_size=3),
+    narrow=st.sampled_from([None, torch.float16, torch.bfloat16]),
+)
+def test_whatever_is_taken_apart_comes_back_bit_for_bit(
+    base: Tensors, other: Tensors, gone: set[str], narrow: Any, tmp_path_factory: pytest.TempPathFactory
+):
+    kept = {key: tensor for key, tensor in base.items() if key not in gone | other.keys()}
+    if narrow is not None:
+        kept = {key: tensor.to(narrow) if tensor.dtype is torch.float32 else tensor for key, tensor in kept.items()}
+    base = {**base, "shared": torch.ones(2)}
+    whole = {**kept, **other, "shared": torch.ones(2)}
+    found = Difference.between(whole, base, base="x", base_file="x.pth", base_digest=digest(base))
+    same = {key for key in other if key in base and same_bits(other[key], base[key])}
+    assert not found.tensors.keys() & (kept.keys() | {"shared"} | same)
+    path = tmp_path_factory.mktemp("delta") / DELTA_NAME
+    found.write(path)
+    again = Difference.read(path)
+    assert equal(again.tensors, found.tensors)
+    assert equal(again.joined(base, "x"), whole)
+
+
+# ---- models
+
+
+def test_a_delta_holds_blocks_statistics_and_head_and_merges_to_the_same_bits(
+    base: nn.Module, base_file: Path, tmp_path: Path
+):
+    model = trained(base)
+    saved = save_delta(model, base_file, tmp_path / "delta")
+    of_blocks = {f"{path}.{key}" for path, block in grafted_blocks(model).items() for key in block.state_dict()}
+    changed = {key for key, value in base.state_dict().items() if not torch.equal(value, model.state_dict()[key])}
+    assert changed >= {"fc.weight", "fc.bias", "bn1.running_mean", "bn1.num_batches_tracked"}
+    assert "conv1.0.weight" not in changed
+    assert set(stored(tmp_path / "delta")) == of_blocks | changed
+    assert (set(saved.added), set(saved.changed), saved.dropped) == (of_blocks, changed, ())
+    assert saved.kept + len(saved.added) + len(saved.changed) == len(model.state_dict())
+    assert saved.bytes == (tmp_path / "delta" / DELTA_NAME).stat().st_size < saved.whole_bytes / 2
+
+    assert merge_delta(tmp_path / "delta", base_file, tmp_path / "whole") == saved.digest == digest(model.state_dict())
+    assert equal(safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors"), dict(model.state_dict()))
+    again = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).eval()
+    loaded = load_delta(tmp_path / "delta", base_file)
+    x = images(64)
+    for twin in (again, loaded):
+        assert torch.equal(twin(x), model(x))
+        assert list(grafted_blocks(twin)) == list(grafted_blocks(model))
+    assert not torch.equal(base(x), model(x))
+
+
+def test_the_directory_that_was_trained_gives_the_same_delta_and_gets_its_own_files_back(
+    base: nn.Module, base_file: Path, tmp_path: Path
+):
+    model = trained(base)
+    write_directory(model, tmp_path / "whole", texts={"recipe.yaml": "version: 1\n"})
+    saved = save_delta(tmp_path / "whole", base_file, tmp_path / "delta")
+    live = save_delta(model, base_file, tmp_path / "live")
+    assert equal(stored(tmp_path / "delta"), stored(tmp_path / "live"))
+    assert (saved.digest, saved.base_digest) == (live.digest, live.base_digest)
+    merge_delta(tmp_path / "delta", base_file, tmp_path / "merged")
+    whole, merged = (sorted((tmp_path / name).iterdir()) for name in ("whole", "merged"))
+    assert [path.name for path in whole] == [path.name for path in merged]
+    for one, other in zip(whole, merged, strict=True):
+        if one.suffix == ".json":
+            assert json.loads(one.read_text()) == json.loads(other.read_text())
+        elif one.suffix == ".safetensors":
+            assert equal(safetensors.torch.load_file(one), safetensors.torch.load_file(other))
+        else:
+            assert one.read_bytes() == other.read_bytes()
+
+
+def test_apply_as_a_delta_writes_the_blocks_alone(base: nn.Module, base_file: Path, tmp_path: Path):
+    report, saved = apply_as_delta(RECIPE, base_file, tmp_path / "delta")
+    assert set(saved.added) == set(report.keys_added) == set(stored(tmp_path / "delta"))
+    assert not saved.changed
+    x = images(64)
+    model = load_delta(tmp_path / "delta", base_file)
+    assert torch.equal(model(x), base(x))
+    assert not torch.equal(move_gates(model)(x), base(x))
+    # but for its weights, the directory says what apply says
+    apply(RECIPE, base_file, tmp_path / "whole")
+    said = json.loads((tmp_path / "delta" / "config.json").read_text())
+    of_delta = said.pop("delta")
+    assert said == json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert of_delta["base"] == "test_resnet"
+    assert of_delta["base_file"] == "base.pth"
+    with safetensors.safe_open(tmp_path / "delta" / DELTA_NAME, "pt") as file:
+        assert file.metadata()["base"] == "test_resnet"
+        assert file.metadata()["base_digest"] == of_delta["base_digest"] == digest(base.state_dict())
+    recipes = [(tmp_path / name / "recipe.yaml").read_text() for name in ("delta", "whole")]
+    assert recipes[0] == recipes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_takes_what_it_left_alone_from_a_base_in_full(
+    dtype: torch.dtype, base: nn.Module, base_file: Path, tmp_path: Path
+):
+    model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE)).to(dtype)
+    saved = save_delta(model, base_file, tmp_path / "delta")
+    assert not saved.changed
+    assert {tensor.dtype for tensor in stored(tmp_path / "delta").values()} == {dtype, torch.int64}
+    loaded = load_delta(tmp_path / "delta", base_file)
+    assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
+    merge_delta(tmp_path / "delta", base_file, tmp_path / "whole")
+    assert equal(safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors"), dict(model.state_dict()))
+
+
+def test_a_base_in_half_precision_serves_a_model_in_full(base: nn.Module, tmp_path: Path):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in base.state_dict().items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    _, saved = apply_as_delta(RECIPE, tmp_path / "half.safetensors", tmp_path / "delta")
+    assert not saved.changed
+    loaded = load_delta(tmp_path / "delta", tmp_path / "half.safetensors")
+    assert loaded.conv1[0].weight.dtype is torch.float32
+    assert torch.equal(loaded.conv1[0].weight, half["conv1.0.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changed", "dropped"),
+    [
+        ({"num_classes": 3}, {"fc.weight", "fc.bias"}, ()),
+        ({"num_classes": 0}, set(), ("fc.bias", "fc.weight")),
+        ({"in_chans": 1, "num_classes": 10}, {"conv1.0.weight"}, ()),
+    ],
+)
+def test_another_head_or_stem_is_part_of_the_delta(
+    sizes: dict[str, int], changed: set[str], dropped: tuple[str, ...], base: nn.Module, base_file: Path, tmp_path: Path
+):
+    model = timm.create_model("test_resnet_se", **sizes).eval()
+    own = model.state_dict()
+    model.load_state_dict(
+        {**own, **{k: v for k, v in base.state_dict().items() if k in own and own[k].shape == v.shape}}
+    )
+    move_gates(model)
+    saved = save_delta(model, base_file, tmp_path / "delta")
+    assert set(saved.changed) == changed
+    assert saved.dropped == dropped
+    merge_delta(tmp_path / "delta", base_file, tmp_path / "whole")
+    again = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).eval()
+    x = images(64, channels=sizes.get("in_chans", 3))
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_plain_model_that_was_fine_tuned_has_a_delta_too(base: nn.Module, base_file: Path, tmp_path: Path):
+    model = copy.deepcopy(base)
+    nn.init.normal_(model.fc.weight)
+    saved = save_delta(model, base_file, tmp_path / "delta")
+    assert (saved.changed, saved.added) == (("fc.weight",), ())
+    assert equal(dict(load_delta(tmp_path / "delta", base_file).state_dict()), dict(model.state_dict()))
+
+
+def test_tensors_are_compared_by_bits(base: nn.Module, tmp_path: Path):
+    """A NaN that stayed is no change, and a zero that changed its sign is one."""
+    tensors = {key: value.clone() for key, value in base.state_dict().items()}
+    tensors["bn1.running_mean"].fill_(float("nan"))
+    tensors["fc.bias"].zero_()
+    model = copy.deepcopy(base)
+    model.load_state_dict(tensors)
+    assert save_delta(model, tensors, tmp_path / "same").changed == ()
+    model.fc.bias.data.neg_()
+    assert save_delta(model, tensors, tmp_path / "signed").changed == ("fc.bias",)
+
+
+def test_a_base_under_its_authors_names_or_without_counters_serves_as_well(tmp_path: Path):
+    base = build("test_convnext")
+    original = {}
+    for key, value in base.state_dict().items():
+        key = key.replace("stem.", "downsample_layers.0.")
+        for index in range(1, 4):
+            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
+        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
+            key = key.replace(ours, theirs)
+        original[key] = value
+    model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE.model_copy(update={"base": "test_convnext"})))
+    assert not save_delta(model, original, tmp_path / "delta").changed
+    assert equal(dict(load_delta(tmp_path / "delta", original).state_dict()), dict(model.state_dict()))
+
+    resnet = build("test_resnet")
+    old = {key: value for key, value in resnet.state_dict().items() if not key.endswith("num_batches_tracked")}
+    model = attnsurgery.operate(copy.deepcopy(resnet), RECIPE)
+    saved = save_delta(model, old, tmp_path / "counted")
+    counters = resnet.state_dict().keys() - old.keys()
+    assert counters
+    assert set(saved.added) == counters | (model.state_dict().keys() - resnet.state_dict().keys())
+    assert equal(dict(load_delta(tmp_path / "counted", old).state_dict()), dict(model.state_dict()))
+
+
+def test_the_published_weights_can_be_the_base(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attnsurgery.base, "_published", lambda name: copy.deepcopy(base))
+    _, saved = apply_as_delta(RECIPE, None, tmp_path / "delta", pretrained=True)
+    assert saved.base_digest == digest(base.state_dict())
+    assert torch.equal(load_delta(tmp_path / "delta", None)(images(64)), base(images(64)))
+    wake(base_now := copy.deepcopy(base))
+    monkeypatch.setattr(attnsurgery.base, "_published", lambda name: base_now)
+    with pytest.raises(CheckpointError, match="published weights of test_resnet is not the base of"):
+        load_delta(tmp_path / "delta", None)
+
+
+# ---- what is wrong
+
+
+@pytest.fixture
+def delta(base: nn.Module, base_file: Path, tmp_path: Path) -> Path:
+    save_delta(trained(base), base_file, tmp_path / "delta")
+    return tmp_path / "delta"
+
+
+def test_a_wrong_base_is_told_with_the_right_one_and_both_digests(delta: Path, base: nn.Module, tmp_path: Path):
+    other = {**base.state_dict(), "fc.bias": base.state_dict()["fc.bias"] + 1}
+    torch.save(other, tmp_path / "other.pth")
+    for use in (lambda: load_delta(delta, tmp_path / "other.pth"),
+                lambda: merge_delta(delta, tmp_path / "other.pth", tmp_path / "out")):  # fmt: skip
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        message = str(caught.value)
+        assert f"other.pth is not the base of {delta}: that is test_resnet with the digest" in message
+        assert digest(base.state_dict()) in message
+        assert digest(other) in message
+        assert "read from base.pth when" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_model_is_refused_when_the_delta_is_made(base: nn.Module, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"holds no tensor that this model has.*of test_resnet, its base\?"):
+        save_delta(trained(base), dict(build("test_vit").state_dict()), tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_half_a_block_is_refused_on_the_way_in_and_on_the_way_back(
+    delta: Path, base: nn.Module, base_file: Path, tmp_path: Path
+):
+    write_directory(trained(base), tmp_path / "whole")
+    tensors = read_state_dict(tmp_path / "whole")
+    lost = next(key for key in tensors if ".se." in key)
+    safetensors.torch.save_file(
+        {key: value for key, value in tensors.items() if key != lost}, tmp_path / "whole" / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=rf"1 of \d+ missing \({lost}\)"):
+        save_delta(tmp_path / "whole", base_file, tmp_path / "out")
+    found = Difference.read(delta / DELTA_NAME)
+    del found.tensors[lost]
+    found.write(delta / DELTA_NAME)
+    with pytest.raises(CheckpointError, match="do not make the model that was taken apart"):
+        load_delta(delta, base_file)
+
+
+def test_one_changed_bit_in_the_delta_is_noticed(delta: Path, base_file: Path):
+    content = bytearray((delta / DELTA_NAME).read_bytes())
+    content[-1] ^= 1
+    (delta / DELTA_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match="do not make the model that was taken apart"):
+        load_delta(delta, base_file)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_whatever_bytes_of_a_delta_are_broken_it_is_read_as_one_or_refused(
+    small_delta: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
+    content = bytearray(small_delta)
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("broken") / DELTA_NAME
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    try:
+        message = Difference.read(path).base
+    except CheckpointError as error:
+        message = str(error)
+        assert DELTA_NAME in message
+    assert "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def small_delta(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("small") / DELTA_NAME
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
+    base = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(2)}
+    Difference.between(tensors, base, base="x", base_file="x.pth", base_digest=digest(base)).write(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attnsurgery_delta": "2"}, r"a delta of version '2'; this attnsurgery reads '1'"),
+        ({"attnsurgery_delta": None}, "a safetensors file but no delta"),
+        ({"base": "../../etc"}, "its 'base' is not right"),
+        ({"base_digest": "sha256:xyz"}, "its 'base_digest' is not right"),
+        ({"digest": None}, "its 'digest' is not right"),
+        ({"dropped": "[1]"}, r"its 'dropped\.0' is not right"),
+        ({"dropped": "["}, "metadata does not read as JSON"),
+        ({"dropped": "[" * 5000}, "metadata does not read as JSON"),
+        ({"cast": '{"int8": ["c"]}'}, r"its 'cast\.int8.*' is not right"),
+        ({"other": "x"}, "its 'other' is not right"),
+    ],
+)
+def test_a_header_that_is_not_ours_is_refused(
+    change: dict[str, str | None], message: str, small_delta: bytes, tmp_path: Path
+):
+    path = tmp_path / DELTA_NAME
+    path.write_bytes(small_delta)
+    with safetensors.safe_open(path, "pt") as file:
+        header = {**file.metadata(), **change}
+    kept = {key: value for key, value in header.items() if value is not None}
+    safetensors.torch.save_file({"a": torch.ones(3)}, path, metadata=kept)
+    with pytest.raises(CheckpointError, match=message):
+        Difference.read(path)
+
+
+def test_a_conversion_of_what_the_base_does_not_have_is_refused(small_delta: bytes, tmp_path: Path):
+    (tmp_path / DELTA_NAME).write_bytes(small_delta)
+    found = Difference.read(tmp_path / DELTA_NAME)
+    for name in ("nothing", "a"):
+        odd = Difference(found.base, "x", found.base_digest, found.digest, found.tensors, cast={"float16": (name,)})
+        with pytest.raises(CheckpointError, match=f"it converts '{name}', which the base does not have"):
+            odd.joined({"a": torch.zeros(3)}, "x")
+
+
+def test_sizes_in_a_header_are_checked_before_memory_is_taken(tmp_path: Path):
+    header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}, "__metadata__": {}}
+    text = json.dumps(header).encode()
+    for length in (len(text), 2**60):
+        (tmp_path / DELTA_NAME).write_bytes(length.to_bytes(8, "little") + text + b"0000")
+        with pytest.raises(CheckpointError, match="is no readable delta: damaged, truncated or another kind of file"):
+            Difference.read(tmp_path / DELTA_NAME)
+
+
+def test_sizes_in_config_json_are_compared_before_memory_is_taken(delta: Path, base_file: Path):
+    config = json.loads((delta / "config.json").read_text())
+    config["model_args"]["num_classes"] = 10**13
+    (delta / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"fc\.weight is 10x\d+ and not 10000000000000x"):
+        load_delta(delta, base_file)
+
+
+class Evil:
+    trace: Path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {Evil.trace}",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda evil, path: path.write_bytes(pickle.dumps(evil))])
+def test_a_pickle_in_the_place_of_a_delta_is_never_run(write: Any, delta: Path, base_file: Path, tmp_path: Path):
+    Evil.trace = tmp_path / "trace"
+    write(Evil(), delta / DELTA_NAME)
+    with pytest.raises(CheckpointError, match="is no readable delta"):
+        load_delta(delta, base_file)
+    assert not Evil.trace.exists()
+
+
+def test_files_of_two_deltas_do_not_mix(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    save_delta(move_gates(trained(base)), base_file, other)
+    (other / DELTA_NAME).replace(delta / DELTA_NAME)
+    with pytest.raises(CheckpointError, match=rf"config.json and {DELTA_NAME} are not of the same delta"):
+        load_delta(delta, base_file)
+
+
+def test_a_delta_is_never_taken_for_a_whole_model(delta: Path, base_file: Path, tmp_path: Path):
+    for path in (delta, delta / DELTA_NAME):
+        with pytest.raises(CheckpointError, match=r"is a delta: it holds only what differs .*'attnsurgery merge DELTA"):
+            read_state_dict(path)
+    for arguments in ({}, {"num_classes": 5}):  # timm loads leniently where the number of classes differs
+        with pytest.raises(RuntimeError, match="No suitable checkpoints found"):
+            timm.create_model(f"local-dir:{delta}", pretrained=True, **arguments)
+    with pytest.raises(UsageError, match="is a delta already"):
+        save_delta(delta, base_file, tmp_path / "out")
+    (delta / DELTA_NAME).unlink()
+    with pytest.raises(CheckpointError, match="is no readable delta"):
+        load_delta(delta, base_file)
+
+
+def test_a_directory_that_is_no_delta_is_told(base: nn.Module, base_file: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="is no timm directory with a readable config"):
+        load_delta(tmp_path, base_file)
+    write_directory(base, tmp_path / "whole")
+    with pytest.raises(UsageError, match="is no delta; 'attnsurgery delta' writes one"):
+        load_delta(tmp_path / "whole", base_file)
+    (tmp_path / "whole" / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match="names no architecture"):
+        save_delta(tmp_path / "whole", base_file, tmp_path / "out")
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
+    delta: Path, base: nn.Module, base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "there").mkdir()
+    for use in (
+        lambda: save_delta(base, base_file, tmp_path / "there"),
+        lambda: merge_delta(delta, base_file, tmp_path / "there"),
+        lambda: apply_as_delta(RECIPE, base_file, tmp_path / "there"),
+    ):
+        with pytest.raises(UsageError, match="exists and is never overwritten"):
+            use()
+    before = sorted(tmp_path.iterdir())
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    for use in (
+        lambda: save_delta(base, base_file, tmp_path / "new" / "out"),
+        lambda: merge_delta(delta, base_file, tmp_path / "new" / "out"),
+    ):
+        with pytest.raises(CheckpointError, match=r"disk full\. Nothing was left behind"):
+            use()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_written_can_be_read_by_those_who_may_read_the_directory(delta: Path):
+    assert {path.stat().st_mode & 0o777 for path in delta.iterdir()} == {delta.stat().st_mode & 0o666}
+
+
+# ---- the command line
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def test_the_commands_take_apart_and_put_together(base: nn.Module, base_file: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\nname: x\nbase: test_resnet\nedits:\n  - {at: 'stage:* branches', block: se}\n")
+    first, whole, second = (tmp_path / name for name in ("first", "whole", "second"))
+    result = call("apply", recipe, "--checkpoint", base_file, "--output", first, "--delta")
+    assert result.exit_code == 0, result.output
+    assert f"base       test_resnet, {digest(base.state_dict())}\n" in result.stdout
+    assert f"{len(base.state_dict())} of the base kept out, 0 changed, " in result.stdout
+    assert f"attnsurgery merge {first} --base FILE" in result.stdout
+    merged = call("merge", first, "--base", base_file, "--output", whole, "--json")
+    assert merged.exit_code == 0, merged.output
+    assert json.loads(merged.stdout)["digest"] == digest(read_state_dict(whole))
+    again = call("delta", whole, "--base", base_file, "--output", second, "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["changed"] == []
+    assert equal(stored(first), stored(second))
+    as_json = call("apply", recipe, "--checkpoint", base_file, "--output", tmp_path / "third", "--delta", "--json")
+    assert json.loads(as_json.stdout)["delta"]["base"] == "test_resnet"
+    assert call("merge", first, "--base", base_file, "--output", tmp_path / "spoken").stdout.startswith(
+        "weights    sha"
+    )
+    assert call("verify", first).stderr.startswith(f"error: {first} is a delta: it holds only what differs")
+    wrong = call("merge", first, "--base", whole, "--output", tmp_path / "x")
+    assert wrong.exit_code == 1
+    assert "is not the base of" in wrong.stderr
+    for both in ((), ("--base", base_file, "--pretrained")):
+        for command in ("merge", "delta"):
+            refused = call(command, first, *both, "--output", tmp_path / "x")
+            assert refused.exit_code == 2
+            assert "either --base FILE or --pretrained, and not both" in refused.stderr
