@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from attnsurgery._when_timm import install_names
 
 if TYPE_CHECKING:
-    from attnsurgery.api import inspect, operate, recipe_of, remove, verify
+    from attnsurgery.api import inspect, operate, plan, recipe_of, remove, verify
     from attnsurgery.blocks import BLOCKS, Block
     from attnsurgery.delta import load_delta, merge_delta, save_delta
     from attnsurgery.errors import AttnSurgeryError
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
+    from attnsurgery.recipe.forecast import Forecast
     from attnsurgery.recipe.schema import Edit, Recipe
     from attnsurgery.registry import register
     from attnsurgery.surgery.verify import Report
@@ -32,6 +33,7 @@ __all__ = [
     "AttnSurgeryError",
     "Block",
     "Edit",
+    "Forecast",
     "Recipe",
     "Report",
     "Site",
@@ -40,6 +42,7 @@ __all__ = [
     "load_delta",
     "merge_delta",
     "operate",
+    "plan",
     "recipe_of",
     "register",
     "remove",
@@ -53,6 +56,7 @@ _HOMES = {
     "AttnSurgeryError": "errors",
     "Block": "blocks",
     "Edit": "recipe.schema",
+    "Forecast": "recipe.forecast",
     "Recipe": "recipe.schema",
     "Report": "surgery.verify",
     "Site": "graph.site",
@@ -60,6 +64,7 @@ _HOMES = {
     "load_delta": "delta",
     "merge_delta": "delta",
     "operate": "api",
+    "plan": "api",
     "recipe_of": "api",
     "register": "registry",
     "remove": "api",

@@ -19,6 +19,7 @@ from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve, settled
+from attnsurgery.recipe.forecast import Forecast, forecast
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.surgery import operate as surgery
 from attnsurgery.surgery.verify import Report
@@ -35,7 +36,28 @@ def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = No
     Raises:
         UnknownNameError: timm has no such model.
     """
-    return survey(_named(model) if isinstance(model, str) else model, input_size)
+    return survey(_named(model, input_size) if isinstance(model, str) else model, input_size)
+
+
+def plan(
+    model: nn.Module | str,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    input_size: tuple[int, int, int] | None = None,
+) -> Forecast:
+    """What the recipe would put where, and what each block would cost. Nothing is changed and nothing allocated.
+
+    Args:
+        model: a built timm model, or a name; the recipe's `base` need not be its architecture.
+        recipe: a Recipe, the same as plain data, or a path of a YAML file.
+        input_size: (C, H, W) of one image; by default what the model is built for.
+
+    Raises:
+        RecipeError, SiteError, OptionError, UnknownNameError: whatever `operate` would refuse.
+    """
+    made = registry.as_recipe(recipe)
+    if not isinstance(model, str):
+        _check_model(model)
+    return forecast(made, _named(model, input_size) if isinstance(model, str) else model, input_size)
 
 
 def operate(
@@ -60,7 +82,7 @@ def operate(
     anatomy = survey(model, input_size)
     plan = resolve(made, anatomy)
     # rebuilt by its description, the model is surveyed at its own size of images
-    done = _joined(model, made if input_size is None else settled(made, anatomy))
+    done = _joined(model, made if input_size is None else settled(made, anatomy), anatomy)
     surgery.operate(model, plan)
     _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict())
     return model
@@ -127,13 +149,20 @@ def _kept_recipe(model: nn.Module) -> Recipe | None:
     return recipe
 
 
-def _joined(model: nn.Module, made: Recipe) -> Recipe:
-    """The recipe of all operations so far and this one, on the model's own architecture."""
+def _joined(model: nn.Module, made: Recipe, anatomy: Anatomy) -> Recipe:
+    """The recipe of all operations so far and this one, on the model's own architecture.
+
+    A limit is on the blocks of one recipe: the joined one has the sum of the limits, where every part sets one.
+    """
     before = recipe_of(model)
+    limits = [recipe.max_attention_mb for recipe in (before, made) if recipe is not None]
+    if before is not None and any(limits):  # what each of the two has settled under its own limit stays so
+        before, made = settled(before, survey(model)), settled(made, anatomy)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     base = before.base if before else config.get("architecture")
     edits = [*(before.edits if before else ()), *made.edits]
     joined = {**made.as_dict(), "edits": [edit.model_dump(exclude_defaults=True) for edit in edits]}
+    joined["max_attention_mb"] = sum(filter(None, limits)) if all(limits) else None
     return registry.as_recipe({**joined, "base": base if base and timm.is_model(base) else made.base})
 
 
@@ -145,10 +174,10 @@ def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
     model._model_args = {k: v for k, v in kept.items() if v is not None}  # type: ignore[assignment]
 
 
-def _named(name: str) -> nn.Module:
-    """The model of that name without its weights; a directory is named `local-dir:DIR`."""
+def _named(name: str, input_size: tuple[int, int, int] | None = None) -> nn.Module:
+    """The model of that name without its weights, for such images; a directory is named `local-dir:DIR`."""
     if ":" not in name:
         check_base(name, "model")
     elif name.startswith("local-dir:") and not Path(name.partition(":")[2], "config.json").is_file():
         raise UnknownNameError(f"{name!r} names no directory with a config.json, as attnsurgery apply writes it.")
-    return weightless(name)
+    return weightless(name, input_size and input_size[1:])

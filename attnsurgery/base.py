@@ -83,14 +83,27 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
         raise CheckpointError(_mismatch(model, state_dict, source, missing, unexpected, shapes))
 
 
-def weightless(name: str) -> nn.Module:
-    """The architecture at its default sizes, for its names and shapes; without memory where it can be."""
+def weightless(name: str, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """The architecture, for its names and shapes; without memory where it can be.
+
+    Args:
+        img_size: (H, W) of the images, where its constructor wants to know; by default what it is made for.
+    """
+    if img_size is not None:
+        try:
+            return _weightless(name, img_size=img_size)
+        except TypeError:  # most families take images of any size, and no such argument
+            pass
+    return _weightless(name)
+
+
+def _weightless(name: str, **sizes: Any) -> nn.Module:
     try:
         with torch.device("meta"):
-            twin: nn.Module = timm.create_model(name)
+            twin: nn.Module = timm.create_model(name, **sizes)
             return twin
     except (NotImplementedError, RuntimeError):  # a constructor that looks at numbers
-        model: nn.Module = timm.create_model(name)
+        model: nn.Module = timm.create_model(name, **sizes)
         return model
 
 

@@ -192,7 +192,9 @@ def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recip
     inner = recipe_of(base)
     edit = Edit(at=f"stage:{stages or '*'} {BLOCKS[block].model_place}", block=block)
     edits = [*inner.edits, edit] if inner else [edit]
-    return Recipe(version=1, name=name, base=inner.base if inner else base, edits=edits)
+    if inner is not None:  # a limit that it sets holds for the added block, too
+        return inner.model_copy(update={"name": name, "edits": edits})
+    return Recipe(version=1, name=name, base=base, edits=edits)
 
 
 def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:

@@ -73,7 +73,7 @@ def test_help_lists_every_command_file():
     result = call("--help")
     assert result.exit_code == 0
     files = [found.name for found in pkgutil.iter_modules(attnsurgery.cli.__path__) if not found.name.startswith("_")]
-    assert {"apply", "exec", "inspect", "latency", "list", "schema", "verify"} <= set(files)
+    assert {"apply", "exec", "inspect", "latency", "list", "plan", "schema", "verify"} <= set(files)
     assert all(f"\n  {name} " in result.stdout for name in files)
 
 
@@ -198,6 +198,41 @@ def test_inspect_as_json_gives_every_site_and_nothing_else():
     assert branch["role"] == "branch"
 
 
+def test_inspect_tells_what_a_block_would_cost_at_every_site():
+    result = call(
+        "inspect", "test_resnet", "--block", "non_local", "--option", "subsample=2", "--option", "reduction=4"
+    )
+    line = next(line for line in result.stdout.splitlines() if "layer2.0.bn2" in line)
+    cells = "2,484 parameters 1,881,600 multiply-accumulates 160,000 bytes of attention"
+    assert line.split("NCHW")[1].split() == cells.split()
+    assert "together  at 4 block sites: " in result.stdout
+    assert "multiply-accumulates, 2,730,400 bytes of attention\n" in result.stdout
+    assert "attention" not in call("inspect", "test_resnet").stdout
+    found = parsed(call("inspect", "test_resnet", "--block", "non_local", "--option", "subsample=10", "--json"))
+    told = {site["address"]: site for site in found["sites"]}
+    assert told["layer3.0"]["cost"] == {
+        "params": 74_592,
+        "macs": 4 * 100 * 192 * 96 + 100 * 2 * 96,
+        "attention_bytes": 400,
+    }
+    assert told["layer4.0"]["refused"].startswith("block 'non_local' with subsample=10 needs a map of at least 10 x 10")
+
+
+def test_inspect_says_where_a_block_cannot_stand():
+    result = call("inspect", "test_resnet", "--block", "residual_attention")
+    assert result.stdout.count("cannot stand here") == 7
+    assert "cannot    at 7 sites; at 'layer1.0.bn2': " in result.stdout
+    assert "together  at 1 block site: 11,649 parameters" in result.stdout
+
+
+def test_inspect_refuses_blocks_and_options_that_are_none():
+    assert "Did you mean 'non_local'?" in refusal(call("inspect", "test_resnet", "--block", "nonlocal"), 2)
+    assert "name the block with --block" in refusal(call("inspect", "test_resnet", "--option", "a=1"), 2)
+    said = refusal(call("inspect", "test_resnet", "--block", "se", "--option", "reductoin=4"), 2)
+    assert "Did you mean 'reduction'?" in said
+    assert "reads NAME=VALUE" in refusal(call("inspect", "test_resnet", "--block", "se", "--option", "4"), 2)
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "latency"])
 def test_an_unknown_model_names_the_nearest(command: str):
     assert "Did you mean 'test_resnet'?" in refusal(call(command, "test_resnett"), 2)
@@ -208,6 +243,64 @@ def test_a_directory_without_config_is_refused(tmp_path: Path):
     assert "has no config.json" in refusal(call("inspect", tmp_path), 2)
     (tmp_path / "config.json").write_text("{}")
     assert "cannot be built" in refusal(call("inspect", tmp_path), 1)
+
+
+# ---- plan
+
+
+def test_plan_shows_each_block_what_was_settled_and_the_sums(recipe: Path):
+    recipe.write_text(
+        RECIPE.replace("edits:", "max_attention_mb: 1\nedits:")
+        + "  - at: stage:12 last\n    block: non_local\n    options: {subsample: auto}\n"
+    )
+    result = call("plan", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("test_resnet_se: 6 blocks into test_resnet, images of 3x160x160\n")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["layer1.0", "non_local", "subsample=4", "(auto)", "32x40x40"] in [line[:5] for line in lines]
+    assert ["layer2.0", "non_local", "subsample=2", "(auto)", "48x20x20"] in [line[:5] for line in lines]
+    assert ["layer2.0.bn2", "se", "reduction=4", "48x20x20", "1,600", "1,536", "0"] in lines
+    assert "attention  800,000 bytes if written out, one image in fp32, all blocks; within the recipe's 1,000,000" in (
+        result.stdout
+    )
+    found = parsed(call("plan", recipe, "--json"))
+    assert found["attention_bytes"] == 800_000
+    assert [block["settled"] for block in found["blocks"]][-2:] == [{"subsample": 4}, {"subsample": 2}]
+
+
+def test_plan_takes_a_name_another_base_and_another_size(recipe: Path):
+    named = parsed(call("plan", "test_resnet_nonlocal_s3", "--json"))
+    assert (named["base"], named["attention_bytes"]) == ("test_resnet", 40_000)
+    larger = parsed(call("plan", "test_resnet_nonlocal_s3", "--image-size", "320", "160", "--json"))
+    assert (larger["input_size"], larger["attention_bytes"]) == ([3, 320, 160], 160_000)
+    other = parsed(call("plan", recipe, "--base", "test_convnext", "--json"))
+    assert other["base"] == "test_convnext"
+    assert other["params_before"] == sum(p.numel() for p in timm.create_model("test_convnext").parameters())
+    assert parsed(call("plan", recipe, "--base", "test_vit", "--image-size", "96", "64", "--json"))["params_added"] > 0
+
+
+def test_plan_refuses_what_apply_refuses_in_the_same_words(recipe: Path, weights: Path, tmp_path: Path):
+    dual = RECIPE.replace("se\n    options: {reduction: 4}", "dual")
+    wrong = {
+        "a limit": dual.replace("edits:", "max_attention_mb: 0.001\nedits:"),
+        "a place": RECIPE.replace("stage:* branches", "layer9"),
+        "a base": RECIPE.replace("base: test_resnet", "base: test_resnett"),
+        "an option": RECIPE.replace("reduction: 4", "reduction: 0"),
+    }
+    for text in wrong.values():
+        recipe.write_text(text)
+        said = refusal(call("plan", recipe), 2)
+        assert said == refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+        assert "recipe.yaml:" in said
+    assert "Did you mean 'test_resnet'?" in refusal(call("plan", recipe, "--base", "test_resnett"), 2)
+    assert "attnsurgery inspect test_resnet --block se" in refusal(call("plan", "test_resnet"), 2)
+    assert "there is no file" in refusal(call("plan", tmp_path / "no.yaml"), 2)
+    assert "Did you mean 'test_resnet_se_s3'?" not in refusal(call("plan", "test_resnet_sse_s3"), 2)
+
+
+def test_plan_reads_the_directory_that_apply_wrote(recipe: Path, weights: Path, tmp_path: Path):
+    assert call("apply", recipe, "-c", weights, "-o", tmp_path / "out").exit_code == 0
+    assert call("plan", tmp_path / "out").stdout == call("plan", recipe).stdout
 
 
 # ---- list

@@ -96,6 +96,9 @@ recipes = st.builds(
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,10}", fullmatch=True)
     | st.sampled_from(["yes", "1e5", "0x1F", "null"]),
     base=st.from_regex(r"[A-Za-z0-9_]{1,8}(\.[A-Za-z0-9_\-.]{1,5})?", fullmatch=True),
+    max_attention_mb=st.none()
+    | st.floats(0, exclude_min=True, allow_infinity=False)
+    | st.integers(1, 10**12).map(float),
     edits=st.lists(edits, min_size=1, max_size=3),
 )
 
@@ -173,7 +176,13 @@ def test_a_number_where_text_is_wanted_says_to_quote_it():
 REFUSED = {
     "an unknown key": ("options:", "optoins:", "edits[0]: has no field 'optoins'. Did you mean 'options'"),
     "an unknown key at the top": ("edits:", "edit:", "recipe.yaml:4: has no field 'edit'. Did you mean 'edits'?"),
-    "a missing key": ("name: resnet50_se_nl\n", "", "lacks the field 'name'. Fields: version, name, base, edits."),
+    "a missing key": ("name: resnet50_se_nl\n", "", "lacks the field 'name'. Fields: version, name, base, max_"),
+    "a limit of zero": ("edits:", "max_attention_mb: 0\nedits:", "yaml:4: max_attention_mb: must be greater than 0"),
+    "a limit below zero": ("edits:", "max_attention_mb: -2.5\nedits:", "must be greater than 0, not -2.5."),
+    "a limit in words": ("edits:", "max_attention_mb: 64 MB\nedits:", "must be a valid number, not '64 MB'."),
+    "a limit that is true": ("edits:", "max_attention_mb: true\nedits:", "must be a valid number, not true."),
+    "a limit of many digits": ("edits:", f"max_attention_mb: {'9' * 400}\nedits:", "recipe.yaml:4: max_attention_mb: "),
+    "a limit misspelled": ("edits:", "max_atention_mb: 1\nedits:", "Did you mean 'max_attention_mb'?"),
     "a missing key below": ("block: se", "start: paper", "recipe.yaml:5: edits[0]: lacks the field 'block'"),
     "a wrong version": ("version: 1", "version: 2", "recipe.yaml:1: version: must be 1, not 2."),
     "a wrong choice": ("block: se", "block: se\n    start: papr", "start: must be 'identity' or 'paper', not 'papr'"),
@@ -341,11 +350,32 @@ def test_read_strict_serves_any_model_and_names_its_nested_fields():
         text.read_strict("parts:\n  a: [{width: 1, deep: yes}]", "space.yaml", Outer)
 
 
+def test_a_limit_comes_back_as_it_was_written():
+    for written in ("64", "2.5", "0.001"):
+        recipe = text.loads(GOOD.replace("edits:", f"max_attention_mb: {written}\nedits:"))
+        assert f"\nmax_attention_mb: {written}\nedits:" in text.dumps(recipe)
+        assert recipe.as_dict()["max_attention_mb"] == float(written)
+    assert "max_attention_mb" not in text.loads(GOOD).as_dict()
+
+
+def test_the_digest_of_a_recipe_without_a_limit_is_what_it_was_before_there_were_limits():
+    edit = Edit(at="stage:3 last", block="non_local", options={"subsample": 2})
+    recipe = Recipe(version=1, name="any", base="resnet50", edits=[edit])
+    assert recipe.digest().startswith("522bf9b161f898bd")
+    limited = recipe.model_copy(update={"max_attention_mb": 4.0})
+    assert len({recipe.digest(), limited.digest(), limited.model_copy(update={"max_attention_mb": 5.0}).digest()}) == 3
+
+
 def test_the_json_schema_enumerates_blocks_and_their_options():
     schema = json_schema()
     assert {"se", "non_local"} <= set(schema["$defs"]["Edit"]["properties"]["block"]["enum"])
     assert schema["$defs"]["se.options"]["properties"]["reduction"]["default"] == 16
     assert "subsample" in options_schema()["non_local"]["properties"]
     assert "subsample" not in options_schema()["se"]["properties"]
+    limit, none = schema["properties"]["max_attention_mb"]["anyOf"]
+    assert (limit["type"], limit["exclusiveMinimum"], none["type"]) == ("number", 0, "null")
+    for block in ("non_local", "dual"):
+        number, auto = options_schema()[block]["properties"]["subsample"]["anyOf"]
+        assert (number["maximum"], auto["const"]) == (64, "auto")
     references = {rule["then"]["properties"]["options"]["$ref"] for rule in schema["$defs"]["Edit"]["allOf"]}
     assert all(reference.removeprefix("#/$defs/") in schema["$defs"] for reference in references)

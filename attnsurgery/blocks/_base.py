@@ -23,6 +23,9 @@ from attnsurgery.errors import OptionError, did_you_mean
 
 Start = Literal["identity", "paper"]
 
+LARGEST_SUBSAMPLE = 64
+"""Side of the largest pooling window in front of what is summed over."""
+
 _NOT_OPTIONS = {"self", "channels", "start", "device", "dtype"}
 
 
@@ -80,6 +83,12 @@ class Block(nn.Module, ABC):
     def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
         """The options for a map of this size: where one says 'auto', what it comes to."""
         return dict(options)
+
+    @classmethod
+    def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
+        """All that an 'auto' may come to on a map of this size, the dearest first, which is `fitted`: a recipe with a
+        limit on attention goes on to the next."""
+        return (cls.fitted(options, height, width),)
 
     def check_map(self, height: int, width: int) -> None:
         """Refuse a map on which the block has no meaning.
@@ -143,14 +152,25 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return schema.model_validate(dict(options)).model_dump()
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = found[0]
         option = str(first["loc"][0])
         allowed = ", ".join(f"{field}={info.default!r}" for field, info in schema.model_fields.items())
         if first["type"] == "extra_forbidden":
             problem = f"has no option {option!r}.{did_you_mean(option, schema.model_fields)}"
         else:
-            problem = f"cannot take {option}={first['input']!r}: {first['msg'].lower()}."
+            said = dict.fromkeys(item["msg"] for item in found if item["loc"][0] == first["loc"][0])
+            wanted = " or ".join(said).replace(" or Input should be ", " or ")
+            problem = f"cannot take {option}={first['input']!r}: {wanted[:1].lower()}{wanted[1:]}."
         raise OptionError(f"block {name!r} {problem} Options and their defaults: {allowed}.") from None
+
+
+def subsamplings(options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
+    """Where `subsample` says 'auto': 1, 2, 4, 8 ..., as far as the map leaves one position to sum over."""
+    if options.get("subsample") != "auto":
+        return (dict(options),)
+    sides = range(min(height, width, LARGEST_SUBSAMPLE).bit_length())
+    return tuple({**options, "subsample": 2**power} for power in sides)
 
 
 def build_block(

@@ -10,13 +10,14 @@ sub-sampling.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.blocks._base import BLOCKS, LARGEST_SUBSAMPLE, Block, Cost, Start, subsamplings
 from attnsurgery.blocks.functional import attend, channel_weights
 from attnsurgery.errors import OptionError
 
@@ -99,7 +100,8 @@ class DualAttention(Block):
             'paper_sum', the sum of the paper's two residual modules, which is 2 x at gamma = 0.
         reduction: C over the width of position attention's queries and keys; 8 in the authors' release.
         subsample: side of a max pooling window in front of position attention's keys and values; 1 attends to every
-            position. Odd maps floor.
+            position. Odd maps floor. 'auto' is the first of 1, 2, 4, 8 ... with which a recipe keeps to its
+            `max_attention_mb`; 1 where it sets none, and in a block built by hand.
         cam_energy: of channel attention, 'code' for the authors' softmax(max(E) - E), 'paper' for softmax(E).
         start: 'identity'; 'paper' is the same start, and takes 'paper_sum' too.
 
@@ -118,7 +120,7 @@ class DualAttention(Block):
         parts: Literal["both", "position", "channel"] = "both",
         fusion: Literal["shared_residual", "sequential", "paper_sum"] = "shared_residual",
         reduction: Annotated[int, Field(ge=1, le=4096)] = 8,
-        subsample: Annotated[int, Field(ge=1, le=64)] = 1,
+        subsample: Annotated[int, Field(ge=1, le=LARGEST_SUBSAMPLE)] | Literal["auto"] = 1,
         cam_energy: Energy = "code",
         start: Start = "identity",
         device: torch.device | str | None = None,
@@ -137,11 +139,11 @@ class DualAttention(Block):
                 f"no channel is left. The largest that works here is {channels}."
             )
         self.channels = channels
-        self.subsample = subsample
+        self.subsample = window = 1 if subsample == "auto" else subsample
         self.sequential = fusion == "sequential"
         self.twice = fusion == "paper_sum" and parts == "both"
         with_position, with_channel = parts != "channel", parts != "position"
-        self.sa = PositionAttention(channels, reduction, subsample, device, dtype) if with_position else None
+        self.sa = PositionAttention(channels, reduction, window, device, dtype) if with_position else None
         self.sc = ChannelAttention(cam_energy, device, dtype) if with_channel else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +153,14 @@ class DualAttention(Block):
         if self.sc is not None:
             y = add_weighted(y, self.sc.gamma, self.sc(y if self.sequential else x))
         return y
+
+    @classmethod
+    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        return subsamplings(options, height, width)[0]
+
+    @classmethod
+    def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
+        return subsamplings(options, height, width)
 
     def check_map(self, height: int, width: int) -> None:
         if self.sa is None:

@@ -10,6 +10,7 @@ M = positions left after sub-sampling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import Field
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.blocks._base import BLOCKS, LARGEST_SUBSAMPLE, Block, Cost, Start, subsamplings
 from attnsurgery.blocks.functional import (
     CONCATENATION_PRODUCT,
     attend,
@@ -47,7 +48,9 @@ class NonLocal(Block):
         channels: C of the tensor this block is given and gives back.
         mode: 'embedded_gaussian', 'gaussian', 'dot_product' or 'concatenation'.
         reduction: C / D, how much narrower the embeddings theta, phi and g are; 2 in the paper.
-        subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor.
+        subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor. 'auto' is the
+            first of 1, 2, 4, 8 ... with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a
+            block built by hand.
         subsample_op: the pooling, 'max' as in the paper or 'avg'.
         subsample_order: 'project_first', the paper's text, pools phi and g; 'pool_first', the authors' code, computes
             them from the pooled map, at a fraction of their cost. With 'avg' the two are the same function.
@@ -70,7 +73,7 @@ class NonLocal(Block):
         *,
         mode: Mode = "embedded_gaussian",
         reduction: Annotated[int, Field(ge=1, le=4096)] = 2,
-        subsample: Annotated[int, Field(ge=1, le=64)] = 1,
+        subsample: Annotated[int, Field(ge=1, le=LARGEST_SUBSAMPLE)] | Literal["auto"] = 1,
         subsample_op: Literal["max", "avg"] = "max",
         subsample_order: Literal["project_first", "pool_first"] = "project_first",
         scale: Literal["none", "inner"] = "none",
@@ -92,7 +95,7 @@ class NonLocal(Block):
                 "scaled. Use scale: none, or mode: embedded_gaussian."
             )
         self.mode = mode
-        self.subsample = subsample
+        self.subsample = window = 1 if subsample == "auto" else subsample
         # averages and 1x1 convolutions commute, so the cheaper order is exact
         self.pool_first = subsample_order == "pool_first" or subsample_op == "avg"
         self.scale = width**-0.5 if scale == "inner" else 1.0
@@ -103,7 +106,7 @@ class NonLocal(Block):
         concatenated = mode == "concatenation"
         self.w_f: Any = nn.Conv2d(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
         pool = nn.MaxPool2d if subsample_op == "max" else nn.AvgPool2d
-        self.pool = pool(subsample) if subsample > 1 else nn.Identity()
+        self.pool = pool(window) if window > 1 else nn.Identity()
         self.w_z = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm != "none":
@@ -152,6 +155,14 @@ class NonLocal(Block):
         if self.pool_first or self.subsample == 1:
             return a, _fold(summed, w_phi, self.phi.weight, self.phi.bias)
         return a, F.conv2d(self.pool(self.phi(summed)), w_phi.reshape(1, -1, 1, 1)).flatten(1)
+
+    @classmethod
+    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        return subsamplings(options, height, width)[0]
+
+    @classmethod
+    def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
+        return subsamplings(options, height, width)
 
     def check_map(self, height: int, width: int) -> None:
         if height * width == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.latency import Comparison, Conditions, Latency
+    from attnsurgery.recipe.forecast import Forecast, PlannedBlock, Priced
     from attnsurgery.surgery.verify import Report
 
 _UNWRAPPED = 100_000
@@ -67,11 +68,11 @@ def print_lines(lines: Iterable[str]) -> None:
         console.print(Text(line))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", left: bool = False) -> None:
-    """A table whose first column is left-aligned and whose others are numbers, right-aligned; or `left`: all words."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", words: int = 1) -> None:
+    """A table whose first columns are `words`, left-aligned, and whose others are numbers, right-aligned."""
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index and not left else "left", no_wrap=not stdout().is_terminal)
+        grid.add_column(column, justify="left" if index < words else "right", no_wrap=not stdout().is_terminal)
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     stdout().print(grid)
@@ -88,23 +89,71 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-def print_anatomy(anatomy: Anatomy, everything: bool) -> None:
-    """A tree of stages, their blocks, and the sites in each block."""
-    shown = [site for site in anatomy.sites if everything or site.role in _ROLE_STYLE]
+def shown_sites(anatomy: Anatomy, everything: bool) -> list[Site]:
+    """Those of the sites that `inspect` shows."""
+    return [site for site in anatomy.sites if everything or site.role in _ROLE_STYLE]
+
+
+def print_anatomy(
+    anatomy: Anatomy, everything: bool, block: str | None = None, prices: Mapping[str, Priced] | None = None
+) -> None:
+    """A tree of stages, their blocks, and the sites in each block; with what one `block` more would cost at each."""
+    shown = shown_sites(anatomy, everything)
     width = max((len(site.address) + _STEP * (site.role != "block") for site in shown), default=0)
     role = max((len(site.role) for site in shown), default=0)
     root = Tree(Text(f"{anatomy.name}  input {_times(anatomy.input_size)}", style="bold"))
     for stage in sorted({site.stage for site in shown}, key=lambda stage: (stage is None, stage or 0)):
         branch = root.add(Text("outside the stages" if stage is None else f"stage {stage}"))
-        _add_sites(branch, [site for site in shown if site.stage == stage], width, role)
+        _add_sites(branch, [site for site in shown if site.stage == stage], width, role, _columns(prices or {}))
     console = stdout()
     console.print(root)
     hidden = len(anatomy.sites) - len(shown)
     more = f", and {hidden} inside blocks: --all shows them" if hidden else ""
     console.print(Text(f"{len(shown)} sites{more}", style="dim"))
+    if block is not None:
+        _print_sums(block, shown, prices or {})
 
 
-def _add_sites(branch: Tree, sites: Sequence[Site], width: int, role: int) -> None:
+def _columns(prices: Mapping[str, Priced]) -> dict[str, str]:
+    """The end of a site's line, by address: each number with its unit."""
+    costs = [priced for priced in prices.values() if not isinstance(priced, str)]
+    params = max((len(f"{cost.params:,}") for cost in costs), default=0)
+    macs = max((len(f"{cost.macs:,}") for cost in costs), default=0)
+    attention = max((len(f"{cost.attention_bytes:,}") for cost in costs), default=0)
+    return {
+        address: "  cannot stand here"
+        if isinstance(priced, str)
+        else f"  {priced.params:>{params},} parameters  {priced.macs:>{macs},} multiply-accumulates"
+        f"  {priced.attention_bytes:>{attention},} bytes of attention"
+        for address, priced in prices.items()
+    }
+
+
+def _print_sums(block: str, shown: Sequence[Site], prices: Mapping[str, Priced]) -> None:
+    """What blocks at all sites of a kind come to, and why there is none at others."""
+    lines = ["", f"costs     of one {block} at a site, for one image; attention is in fp32 and as if written out"]
+    for role in dict.fromkeys(site.role for site in shown):
+        found = [prices[site.address] for site in shown if site.role == role]
+        costs = [priced for priced in found if not isinstance(priced, str)]
+        if not costs:
+            continue
+        params, macs = sum(cost.params for cost in costs), sum(cost.macs for cost in costs)
+        attention = sum(cost.attention_bytes for cost in costs)
+        lines.append(
+            f"together  at {_counted(len(costs), f'{role} site')}: {params:,} parameters, "
+            f"{macs:,} multiply-accumulates, {attention:,} bytes of attention"
+        )
+    refused = {address: priced for address, priced in prices.items() if isinstance(priced, str)}
+    for address, reason in list(refused.items())[:1]:
+        lines.append(f"cannot    at {_counted(len(refused), 'site')}; at {address!r}: {reason} All reasons: --json")
+    print_lines(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _add_sites(branch: Tree, sites: Sequence[Site], width: int, role: int, ends: Mapping[str, str]) -> None:
     """Each site below the block that it lies in, in order of execution."""
     nodes: dict[str, Tree] = {}
     blocks = {site.address: site for site in sites if site.role == "block"}
@@ -113,18 +162,66 @@ def _add_sites(branch: Tree, sites: Sequence[Site], width: int, role: int) -> No
         while home and home not in blocks:
             home = home[: max(home.rfind("."), home.rfind(":"), 0)]
         if home and home not in nodes:
-            nodes[home] = branch.add(_site(blocks[home], width, role))
+            nodes[home] = branch.add(_site(blocks[home], width, role, ends))
         if site.address not in blocks:
-            nodes.get(home, branch).add(_site(site, width - _STEP * bool(home), role))
+            nodes.get(home, branch).add(_site(site, width - _STEP * bool(home), role, ends))
 
 
-def _site(site: Site, width: int, role: int) -> Text:
+def _site(site: Site, width: int, role: int, ends: Mapping[str, str]) -> Text:
     shape = f"{_times(site.shape):>14} {site.layout}"
-    return Text(f"{site.address:<{width}}  {site.role:<{role}} {shape}", style=_ROLE_STYLE.get(site.role, "dim"))
+    end = ends.get(site.address, "")
+    return Text(f"{site.address:<{width}}  {site.role:<{role}} {shape}{end}", style=_ROLE_STYLE.get(site.role, "dim"))
 
 
 def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def print_forecast(forecast: Forecast) -> None:
+    """Each block of a recipe at its place, with what it costs, and all of them against the base."""
+    size = _times(forecast.input_size)
+    print_lines(
+        [f"{forecast.name}: {_counted(len(forecast.blocks), 'block')} into {forecast.base}, images of {size}", ""]
+    )
+    print_table(
+        ["site", "block", "options", "shape", "parameters", "multiply-accumulates", "bytes of attention"],
+        [
+            (
+                planned.address,
+                planned.block,
+                _options(planned),
+                _times(planned.shape),
+                f"{planned.cost.params:,}",
+                f"{planned.cost.macs:,}",
+                f"{planned.cost.attention_bytes:,}",
+            )
+            for planned in forecast.blocks
+        ],
+        words=3,
+    )
+    print_lines([""])
+    params, macs = forecast.params_before, forecast.macs_before
+    print_table(
+        ["", "base", "operated", "added"],
+        [
+            _change("parameters", params, params + forecast.params_added),
+            _change("multiply-accumulates", macs, macs + forecast.macs_added),
+        ],
+    )
+    limit = forecast.max_attention_mb
+    within = "the recipe sets no limit" if limit is None else f"within the recipe's {limit * 1e6:,.0f}"
+    print_lines(
+        [
+            "",
+            f"attention  {forecast.attention_bytes:,} bytes if written out, one image in fp32, all blocks; {within}",
+        ]
+    )
+
+
+def _options(planned: PlannedBlock) -> str:
+    """What differs from the defaults of the block, and what 'auto' has come to."""
+    told = {**planned.chosen, **planned.settled}
+    return ", ".join(f"{key}={value}" + " (auto)" * (key in planned.settled) for key, value in told.items())
 
 
 def print_report(report: Report) -> None:

@@ -26,7 +26,7 @@ def blocks(
         for block in BLOCKS:
             summary = inspect.cleandoc(BLOCKS[block].__doc__ or "").partition("\n\n")[0].replace("\n", " ")
             rows.append((block, BLOCKS[block].model_suffix and f"_{BLOCKS[block].model_suffix}", summary))
-        print_table(["block", "in names", "what it does"], rows, left=True)
+        print_table(["block", "in names", "what it does"], rows, words=3)
     else:
         found = BLOCKS[name]
         defaults = {field: info.default for field, info in options_model(found).model_fields.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from attnsurgery.blocks import BLOCKS
@@ -10,6 +12,7 @@ from attnsurgery.errors import OptionError, RecipeError, SiteError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.graph.site import Site
+from attnsurgery.recipe.guard import within_limit
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import where
 from attnsurgery.surgery.plan import Insertion, Plan
@@ -20,22 +23,28 @@ def resolve(recipe: Recipe, anatomy: Anatomy) -> Plan:
 
     Raises:
         SiteError: a selector that matches nothing.
-        UnknownNameError, OptionError: a block or option that does not exist, or has no meaning at that site.
+        UnknownNameError, OptionError: a block or option that does not exist, or has no meaning at that site; or more
+            attention than the recipe's `max_attention_mb`.
         RecipeError: the same block twice at one site.
     """
+    return tuple(chain.from_iterable(resolve_edits(recipe, anatomy)))
+
+
+def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
+    """The same plan, edit by edit; raises as `resolve`."""
+    edits = [_resolve_edit(recipe, index, edit, anatomy) for index, edit in enumerate(recipe.edits)]
     taken: dict[tuple[str, str], int] = {}
-    plan: list[Insertion] = []
-    for index, edit in enumerate(recipe.edits):
-        for insertion in _resolve_edit(recipe, index, edit, anatomy):
+    for index, made in enumerate(edits):
+        for insertion in made:
             key = insertion.site.address, insertion.block
             first = taken.setdefault(key, index)
             if first != index:
+                at = recipe.edits[index].at
                 raise RecipeError(
-                    f"{where(recipe, f'edits[{index}].at')} = {edit.at!r} puts {key[1]!r} at {key[0]!r}, where "
+                    f"{where(recipe, f'edits[{index}].at')} = {at!r} puts {key[1]!r} at {key[0]!r}, where "
                     f"edits[{first}] ({recipe.edits[first].at!r}) has put it already. Narrow one of the two selectors."
                 )
-            plan.append(insertion)
-    return tuple(plan)
+    return within_limit(recipe, edits, anatomy)
 
 
 def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
@@ -44,8 +53,7 @@ def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
     It makes the same model whatever image size that is built for; what it makes of a model of this anatomy is the same.
     """
     edits: list[Edit] = []
-    for index, edit in enumerate(recipe.edits):
-        plan = _resolve_edit(recipe, index, edit, anatomy)
+    for edit, plan in zip(recipe.edits, resolve_edits(recipe, anatomy), strict=True):
         asked = check_options(edit.block, edit.options)
         if all(insertion.options == asked for insertion in plan):
             edits.append(edit)

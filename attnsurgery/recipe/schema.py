@@ -50,16 +50,24 @@ class Recipe(Strict):
     base: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_\-.]+)?$", max_length=200)] = Field(
         description="any timm architecture, a tag allowed: 'resnet50.a1_in1k'"
     )
+    max_attention_mb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="refuse the recipe where its blocks together would hold more attention than so many megabytes "
+        "(10^6 bytes, one image, fp32, as the plain formula holds it); 'subsample: auto' keeps to it",
+    )
     edits: Annotated[list[Edit], Field(min_length=1, max_length=1000)] = Field(description="applied in this order")
 
     def __hash__(self) -> int:
         return hash(self.digest())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data; defaults of an edit are left out, so that what a person wrote comes back."""
-        return self.model_dump(exclude_defaults=True) | {"version": self.version}
+        """Plain JSON data; defaults are left out, so that what a person wrote comes back."""
+        data = self.model_dump(exclude_defaults=True) | {"version": self.version}
+        if self.max_attention_mb is not None and self.max_attention_mb.is_integer():
+            data["max_attention_mb"] = int(self.max_attention_mb)
+        return data
 
     def digest(self) -> str:
         """Hash of what the recipe does: the name does not count, nor the order of keys."""
-        content = self.model_dump(exclude={"name"})
+        content = self.model_dump(exclude={"name"} if self.max_attention_mb else {"name", "max_attention_mb"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""`attnsurgery plan RECIPE`: what a recipe would put where, and what that would cost, before anything is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from attnsurgery.recipe.schema import Recipe
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe (YAML), a directory that 'apply' wrote, or a surgical name.")],
+    base: Annotated[str | None, typer.Option(help="Another model to plan it for; by default the recipe's own.")] = None,
+    image_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(min=1, help="Height and width of the images; by default what the model is made for."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show each block of a recipe with its place, parameters, multiply-accumulates and attention; nothing is built."""
+    from attnsurgery.api import plan as forecast
+    from attnsurgery.base import check_base, weightless
+    from attnsurgery.cli._console import busy, print_forecast, print_json
+    from attnsurgery.graph.find import input_size_of
+    from attnsurgery.recipe.text import where
+
+    read = _recipe(recipe)
+    name = base or read.base
+    check_base(name, "--base" if base else where(read, "base"))
+    with busy(f"planning {read.name} on {name}"):
+        model = weightless(name, image_size)
+        found = forecast(model, read, image_size and (input_size_of(model)[0], *image_size))
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_forecast(found)
+
+
+def _recipe(named: str) -> Recipe:
+    """The recipe meant.
+
+    Raises:
+        RecipeError: the file is no recipe.
+        UnknownNameError: neither a file nor a name that a recipe stands for.
+    """
+    from attnsurgery import registry
+    from attnsurgery.base import check_base
+    from attnsurgery.errors import UnknownNameError
+    from attnsurgery.recipe.text import load
+
+    path = Path(named.removeprefix("local-dir:"))
+    if path.is_dir():
+        return load(path / "recipe.yaml")
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        return load(path)
+    check_base(named, "RECIPE")
+    recipe = registry.recipe_of(named)
+    if recipe is None:
+        raise UnknownNameError(
+            f"{named} is a plain model, and no recipe stands behind it. Name a file or a surgical model, such as "
+            f"{named.partition('.')[0]}_se. What a block costs at each place: attnsurgery inspect {named} --block se"
+        )
+    return recipe
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
