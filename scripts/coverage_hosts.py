@@ -1,0 +1,454 @@
+"""The base of one architecture for the coverage run: built small, every weight woken, and what it gives written down.
+
+Building is quick because random initial values are left out: all of them are overwritten by `woken`. What memory
+held before is NaN in a base, so a tensor that `woken` misses shows in its output.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models import _builder, _registry
+from timm.models import _features as features
+from timm.models._features_fx import FeatureGraphNet
+from torch import nn
+
+from attnsurgery.surgery import operate as surgery
+
+BATCH = 2
+COPIES = 5
+"""Of the weights, at most, at one time: base, surgical model, the bytes of its checkpoint, what is read, its reader."""
+
+_SMALLEST = """
+beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
+cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m
+deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0
+test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8
+focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 hardcorenas_b hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny
+hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s
+lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050 mobilenetv5_base
+mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small test_nfnet pit_ti_224
+pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d
+test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050
+swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224
+tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos
+samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p
+xcit_nano_12_p8_224
+"""
+SMALLEST = tuple(_SMALLEST.split())
+"""The architecture with the fewest parameters of each family, in the order of the families' names."""
+
+Tensors = list[torch.Tensor]
+
+
+class BaseError(Exception):
+    """The base itself does not run, or its output says nothing."""
+
+
+def architectures() -> dict[str, str]:
+    """Every architecture of timm by name, with its family: the file of timm.models that it comes from."""
+    table = _registry._model_entrypoints
+    modules = {name: table[name].__module__ for name in dict.keys(table) if name not in _registry._deprecated_models}
+    return {
+        name: module.rpartition(".")[2] for name, module in sorted(modules.items()) if module.startswith("timm.models.")
+    }
+
+
+def flat(value: Any) -> Tensors:
+    """Every tensor of an output, whether it is one, a list, a tuple or a dictionary."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts: Iterable[Any] = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    )
+    return [tensor for part in parts for tensor in flat(part)]
+
+
+def equal(ones: Tensors, others: Tensors) -> bool:
+    """The same number of tensors, the same shapes and, where there are values, the same bits."""
+    if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+        return False
+    return all(one.is_meta or torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+@dataclass
+class Built:
+    """What was built while `swift` was on."""
+
+    blocks: int = 0
+
+
+@contextmanager
+def swift(poison: bool = False) -> Iterator[Built]:
+    """Models are built without random initial values, attention blocks with them.
+
+    Args:
+        poison: fill what would stay uninitialised with NaN.
+    """
+    built = Built()
+    idle = {name: _returns_self for name in ("normal_", "uniform_", "erfinv_")}
+    make_block, orthogonal = surgery.build_block, nn.init.orthogonal_
+
+    def enable() -> None:
+        for name, method in idle.items():
+            setattr(torch.Tensor, name, method)
+        nn.init.orthogonal_ = _returns_self
+        torch.use_deterministic_algorithms(poison)  # then torch.empty gives NaN
+
+    def disable() -> None:
+        for name in idle:
+            if name in torch.Tensor.__dict__:
+                delattr(torch.Tensor, name)
+        nn.init.orthogonal_ = orthogonal
+        torch.use_deterministic_algorithms(False)
+
+    def with_values(*args: Any, **kwargs: Any) -> Any:
+        disable()
+        try:
+            built.blocks += 1
+            return make_block(*args, **kwargs)
+        finally:
+            enable()
+
+    surgery.build_block = with_values
+    enable()
+    try:
+        yield built
+    finally:
+        disable()
+        surgery.build_block = make_block
+
+
+def _returns_self(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+@contextmanager
+def weights_at_load(state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """`pretrained=True` loads this state dict, at the moment and in the way timm loads published weights."""
+    load = _builder.load_pretrained
+
+    def load_ours(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        own = model.state_dict()
+        model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=True)
+
+    _builder.load_pretrained = load_ours
+    try:
+        yield
+    finally:
+        _builder.load_pretrained = load
+
+
+class Noise:
+    """Normal random numbers at the speed of a copy: slices of one pool, whose length is prime, so that rows differ."""
+
+    def __init__(self, seed: int, length: int = 1048583) -> None:
+        self.pool = torch.randn(length, generator=torch.Generator().manual_seed(seed))
+        self.at = 0
+
+    def fill(self, tensor: torch.Tensor, scale: float, shift: float = 0.0) -> None:
+        """Overwrite the tensor with numbers of this mean and standard deviation."""
+        rest = tensor.view(-1) if tensor.is_contiguous() else tensor.new_empty(tensor.numel())
+        whole = rest
+        while rest.numel():
+            part = self.pool[self.at : self.at + rest.numel()].to(tensor.dtype)
+            torch.mul(part, scale, out=rest[: part.numel()])
+            self.at = (self.at + part.numel()) % self.pool.numel()
+            rest = rest[part.numel() :]
+        if shift:
+            whole += shift
+        if not tensor.is_contiguous():
+            tensor.copy_(whole.view(tensor.shape))
+
+
+@torch.no_grad()
+def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Every parameter random and none zero, every batch norm with the statistics that these images have, eval mode.
+
+    timm starts the last norm of residual branches and layer scales at zero or nearly so: on a fresh model whatever
+    stands there sees zeros. With random weights of unit gain some nets, those without norms, would still die or explode
+    on the way; so each layer whose output leaves the range of 1/4 to 4 in a first run is scaled to 1.
+    """
+    noise = Noise(0)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if parameter.ndim < 2:
+            centre = 0.0 if "bias" in name.rpartition(".")[2] else 1.0
+            noise.fill(parameter, 0.2, centre)
+        else:
+            noise.fill(parameter, 1 / math.sqrt(fan_in(parameter)))
+    scaled: set[int] = set()
+
+    def tame(layer: nn.Module, args: Any, output: Any) -> Any:
+        if id(layer) in scaled or not isinstance(output, torch.Tensor):
+            return None
+        scaled.add(id(layer))
+        size = float(output.std())
+        if not math.isfinite(size) or 0.25 < size < 4 or size == 0:
+            return None
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.div_(size)
+        return output / size
+
+    layers = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv2d", "Conv2dSame")]
+    handles = [layer.register_forward_hook(tame) for layer in layers]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return fresh(model)
+
+
+def fan_in(parameter: torch.Tensor) -> int:
+    """How many inputs a weight adds up; what comes first in a batch of one, positions or tokens, adds up nothing."""
+    return math.prod(parameter.shape[1:]) if parameter.shape[0] > 1 else 4
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """In eval mode, without what runs before have left: levit's attention biases, which then get no gradient."""
+    return model.train().eval()
+
+
+def forward(model: nn.Module, images: torch.Tensor) -> tuple[Tensors, Tensors]:
+    """The output and what forward_features gave on the way; that is called by itself where forward does not."""
+    inner = getattr(model, "forward_features", None)
+    seen: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(inner(*args, **kwargs))
+        return seen[-1]
+
+    if inner is None:
+        return flat(model(images)), []
+    model.forward_features = spy
+    try:
+        output = flat(model(images))
+    finally:
+        del model.forward_features
+    return output, flat(seen[0] if seen else inner(images))
+
+
+def gradients(
+    model: nn.Module, images: torch.Tensor, of: Callable[[tuple[Tensors, Tensors]], Tensors]
+) -> tuple[set[str], set[str], tuple[Tensors, Tensors]]:
+    """Names of the parameters that one backward reaches at all, of those it moves, and the outputs.
+
+    Gradients are let go as they come, so that none but the largest is held.
+    """
+    fresh(model)
+    reached: set[str] = set()
+    moved: set[str] = set()
+
+    def note(name: str) -> Any:
+        def hook(parameter: torch.Tensor) -> None:
+            reached.add(name)
+            if parameter.grad is not None and (parameter.grad.is_meta or bool(parameter.grad.any())):
+                moved.add(name)
+            parameter.grad = None
+
+        return hook
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(note(name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        with torch.enable_grad():
+            outputs = forward(model, images)
+            generator = torch.Generator().manual_seed(3)
+            loss = sum(
+                (tensor * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
+                for tensor in of(outputs)
+                if tensor.requires_grad
+            )
+            if isinstance(loss, torch.Tensor):
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    detached = [tensor.detach() for tensor in outputs[0]], [tensor.detach() for tensor in outputs[1]]
+    return reached, moved, detached
+
+
+def wrapped(model: nn.Module, kind: str) -> nn.Module:
+    """The model in one of timm's feature classes, at all of its indices; weights are shared, modules are not."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    indices = tuple(range(len(model.feature_info)))
+    if kind == "list":
+        return features.FeatureListNet(twin, out_indices=indices).eval()
+    if kind == "flat list":
+        return features.FeatureListNet(twin, out_indices=indices, flatten_sequential=True).eval()
+    if kind == "hook":
+        return features.FeatureHookNet(twin, out_indices=indices).eval()
+    if kind == "getter":
+        return features.FeatureGetterNet(twin, out_indices=indices).eval()
+    return FeatureGraphNet(twin, out_indices=indices).eval()
+
+
+KINDS = ("list", "flat list", "hook", "getter", "fx")
+"""timm's feature classes, lists with and without their sequences taken apart."""
+QUICK = KINDS[:-1]
+"""Those that cost no more than a copy. A graph of a whole model can take torchvision longer than all other checks."""
+
+
+@dataclass
+class Base:
+    """A woken base in eval mode and what it gives for its images."""
+
+    arch: str
+    kwargs: dict[str, Any]
+    images: torch.Tensor
+    model: nn.Module
+    state: dict[str, torch.Tensor]
+    output: Tensors
+    features: Tensors
+    reached: set[str]
+    parameters: int
+    features_only: Tensors | None = None
+    """What `features_only=True` gives; None where timm has no such thing for the architecture."""
+    kinds: dict[str, Tensors] = field(default_factory=dict)
+
+    @property
+    def meta(self) -> bool:
+        return self.images.is_meta
+
+    def build(self, name: str, **more: Any) -> nn.Module:
+        """A model by name, of the same size of images and on the same device; its weights say nothing yet."""
+        with torch.device("meta") if self.meta else nullcontext():
+            return timm.create_model(name, **self.kwargs, **more).eval()
+
+
+def sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Heights and widths to try, smallest first: not square, three patches a side or more, or two positions at last."""
+    infos = [dict(info) for info in getattr(model, "feature_info", None) or [{"reduction": 32}]]
+    strides = {int(info["reduction"]) for info in infos}
+    stride = min(max(strides), 64)
+    if len(strides) == 1 and len(infos) > 1:
+        yield from ((4 * stride, 3 * stride), (4 * stride, 4 * stride), (8 * stride, 8 * stride))
+    else:
+        yield from ((3 * stride, 2 * stride), (3 * stride, 3 * stride), (4 * stride, 4 * stride))
+    yield from ((128, 96), (128, 128), (160, 160), (192, 192), (224, 224), (256, 256))
+    yield tuple(model.pretrained_cfg["input_size"][1:])
+
+
+def find_base(arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS) -> Base:
+    """The base at the smallest size it takes, on real tensors where COPIES of them fit into `max_bytes`, else on meta.
+
+    Args:
+        kinds: the feature classes to try it in.
+
+    Raises:
+        BaseError: at no size does it run and tell images apart.
+    """
+    with torch.device("meta"):
+        plain = timm.create_model(arch).eval()
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    meta = parameters * 4 * COPIES > max_bytes
+    said: list[str] = []
+    sized = _takes_img_size(arch)
+    for size in dict.fromkeys(sizes(plain)):
+        # what is built for these images: maps that blocks are fitted to, and positions that are learned
+        shape = (channels_of(plain), *size)
+        kwargs = {"img_size": size} if sized else {"pretrained_cfg_overlay": {"input_size": shape}}
+        try:
+            _try_on_meta(arch, plain, kwargs, size)
+            return _measured(arch, kwargs, size, meta, parameters, kinds)
+        except Exception as error:  # the architecture's own, of any kind: this size is not for it
+            said.append(f"{size[0]}x{size[1]}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+    raise BaseError(f"runs at no size; {said[0]}; {said[-1]}")
+
+
+def _takes_img_size(arch: str) -> bool:
+    try:
+        with torch.device("meta"):
+            timm.create_model(arch, img_size=224)
+    except TypeError as error:
+        return "img_size" not in str(error)
+    except Exception:
+        return True
+    return True
+
+
+def _try_on_meta(arch: str, plain: nn.Module, kwargs: dict[str, Any], size: tuple[int, int]) -> None:
+    with torch.device("meta"), torch.no_grad():
+        model = timm.create_model(arch, **kwargs).eval() if "img_size" in kwargs else plain
+        model(torch.empty(BATCH, channels_of(model), *size))
+
+
+def channels_of(model: nn.Module) -> int:
+    return int(model.pretrained_cfg["input_size"][0])
+
+
+def _measured(
+    arch: str, kwargs: dict[str, Any], size: tuple[int, int], meta: bool, parameters: int, kinds: tuple[str, ...]
+) -> Base:
+    with swift(poison=not meta), torch.device("meta") if meta else nullcontext():
+        model = timm.create_model(arch, **kwargs).eval()
+    shape = (BATCH, channels_of(model), *size)
+    if meta:
+        images = torch.empty(shape, device="meta")
+    else:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        woken(model, images)
+    reached, _, (output, inner) = gradients(model, images, lambda outputs: outputs[0])
+    if not meta:
+        _check_telling([*output, *inner])
+    base = Base(arch, kwargs, images, model, model.state_dict(), output, inner, reached, parameters)
+    _note_features(base, kinds)
+    return base
+
+
+def _check_telling(tensors: Tensors) -> None:
+    """Raises BaseError where equality of such outputs would prove nothing."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise BaseError("its output is not finite")
+    telling = [t for t in tensors if t.is_floating_point() and t.shape[0] == BATCH and t.numel() > BATCH]
+    if not telling or any(float((t[0] - t[1]).abs().max()) < 1e-3 * float(t.abs().max()) for t in telling):
+        raise BaseError("its output hardly depends on the image")
+
+
+@torch.no_grad()
+def _note_features(base: Base, kinds: tuple[str, ...]) -> None:
+    try:
+        with swift(), weights_at_load(base.state):
+            model = base.build(base.arch, features_only=True, pretrained=True)
+        base.features_only = flat(model(base.images))
+    except Exception:  # timm has no such model, and says so in many ways
+        base.features_only = None
+    for kind in kinds:
+        if kind == "flat list" and "list" in base.kinds:
+            continue
+        try:
+            base.kinds[kind] = flat(wrapped(base.model, kind)(base.images))
+        except Exception:
+            continue
+
+
+def describe(base: Base) -> dict[str, Any]:
+    """What of a base goes into a row of the results."""
+    return {
+        "tensors": "meta" if base.meta else "real",
+        "size": list(base.images.shape[2:]),
+        "parameters": base.parameters,
+        "features": [*(["default"] if base.features_only is not None else []), *base.kinds],
+    }

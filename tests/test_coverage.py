@@ -1,0 +1,239 @@
+"""The smallest architecture of each timm family with each family of blocks, through the checks of scripts/coverage.
+
+All of timm goes through the same checks by `scripts/coverage`; docs/coverage.md holds what came out. Each check fails
+here as well, on a model with the fault that it looks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from attnsurgery.errors import SiteError
+from scripts import coverage, coverage_report
+from scripts.coverage_checks import CHECKS, SUFFIXES, TRUE_REFUSALS, Subject, Wrong, examine, is_refusal, move
+from scripts.coverage_hosts import QUICK, SMALLEST, Base, BaseError, _check_telling, architectures, find_base, swift
+
+FAMILIES = architectures()
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return find_base("test_resnet", max_bytes=4e9, kinds=QUICK)
+
+
+@pytest.fixture
+def subject(base: Base) -> Iterator[Subject]:
+    """Built, and with the base's weights; these are not shared, so nothing done to it is left in the base."""
+    subject = Subject(base, "nonlocal")
+    CHECKS["plan"](subject)
+    CHECKS["keys"](subject)
+    before = {key: value.clone() for key, value in base.state.items()}
+    yield subject
+    assert all(torch.equal(value, base.state[key]) for key, value in before.items())
+
+
+def test_every_family_of_timm_has_its_architecture_here() -> None:
+    assert sorted(FAMILIES[arch] for arch in SMALLEST) == sorted(set(FAMILIES.values()))
+
+
+@pytest.mark.parametrize("arch", ("test_convnext", "test_vit"), ids=lambda arch: FAMILIES.get(arch, arch))
+def test_all_checks_pass_in_every_family_for_every_block(arch: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's own, about this and that
+        base = find_base(arch, max_bytes=6e9, kinds=QUICK)
+        rows = [examine(base, suffix) for suffix in SUFFIXES]
+    assert {row["block"]: row["checks"] for row in rows if row["outcome"] == "failed"} == {}
+    passed = [row for row in rows if row["outcome"] == "passed"]
+    assert {"se", "nonlocal"} <= {row["block"] for row in passed}
+    assert all(row["blocks"] > 0 and list(row["checks"]) == list(CHECKS) for row in passed)
+
+
+def test_a_base_has_no_value_that_was_never_set_and_its_outputs_tell_images_apart(base: Base) -> None:
+    assert all(bool(torch.isfinite(value).all()) for value in base.state.values())
+    assert all(bool((parameter != 0).all()) for parameter in base.model.parameters())
+    with pytest.raises(BaseError, match="hardly depends on the image"):
+        _check_telling([torch.ones(2, 10)])
+    with pytest.raises(BaseError, match="not finite"):
+        _check_telling([torch.full((2, 10), torch.nan)])
+
+
+def test_without_initial_values_what_is_not_woken_shows() -> None:
+    with swift(poison=True):
+        assert nn.Linear(3, 3).weight.isnan().all()
+    assert nn.Linear(3, 3).weight.isfinite().all()
+
+
+def moved_gates(subject: Subject) -> None:
+    move(subject.model)
+
+
+def no_blocks_at_work(subject: Subject) -> None:
+    for block in subject.blocks.values():
+        block.forward = torch.clone
+
+
+def one_block_twice(subject: Subject) -> None:
+    width = subject.model.layer1[0].non_local.theta.in_channels
+
+    def once_more(layer: nn.Module, *_: Any) -> None:
+        layer[0].non_local(torch.zeros(2, width, 4, 4))
+
+    subject.model.layer1.register_forward_hook(once_more)
+
+
+def one_block_unheard(subject: Subject) -> None:
+    CHECKS["moved"](subject)
+    block = next(iter(subject.blocks.values()))
+    inner = block.forward
+    block.forward = lambda x: x + 0 * inner(x)
+
+
+def a_frozen_base(subject: Subject) -> None:
+    next(subject.model.parameters()).requires_grad_(False)
+
+
+def a_lost_key(subject: Subject) -> None:
+    subject.model.layer1[0].bn1 = nn.Identity()
+
+
+def a_key_too_many(subject: Subject) -> None:
+    subject.model.layer1.extra = nn.Linear(2, 2)
+
+
+def blocks_that_load_halves(subject: Subject) -> None:
+    subject.model.load_state_dict = lambda state, strict: None
+
+
+def an_output_of_other_weights(subject: Subject) -> None:
+    CHECKS["moved"](subject)
+    subject.output = [tensor + 1 for tensor in subject.output]
+
+
+def a_changed_base(subject: Subject) -> None:
+    with torch.no_grad():
+        subject.model.fc.bias += 1
+
+
+@pytest.mark.parametrize(
+    ("check", "fault", "said"),
+    [
+        ("keys", a_lost_key, "keys of the base are gone"),
+        ("keys", a_key_too_many, "neither the base's nor a block's"),
+        ("keys", blocks_that_load_halves, "loads"),
+        ("identity", moved_gates, "outputs differ"),
+        ("identity", one_block_twice, "runs of blocks in one forward: .* 2"),
+        ("feature_classes", moved_gates, "features differ at the identity start"),
+        ("feature_classes", one_block_twice, "runs of blocks"),
+        ("moved", no_blocks_at_work, "nothing differs"),
+        ("backward", no_blocks_at_work, "get no gradient"),
+        ("backward", one_block_unheard, "1 of 4 blocks are not heard"),
+        ("backward", a_frozen_base, "1 base parameters get no gradient"),
+        ("round_trip", an_output_of_other_weights, "outputs differ after save"),
+        ("removal", a_changed_base, "outputs differ from the base's"),
+    ],
+)
+def test_a_check_fails_on_a_model_with_the_fault_that_it_looks_for(
+    subject: Subject, check: str, fault: Callable[[Subject], None], said: str
+) -> None:
+    fault(subject)
+    with pytest.raises(Wrong, match=said):
+        CHECKS[check](subject)
+
+
+def test_blocks_that_features_only_leaves_out_are_missed(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(base, "nonlocal")
+    CHECKS["features_only"](subject)
+    monkeypatch.setattr(subject, "name", base.arch)  # what it would be, were surgery lost on the way
+    with pytest.raises(Wrong, match="none of 0 blocks runs"):
+        CHECKS["features_only"](subject)
+
+
+def test_only_a_true_reason_is_a_refusal() -> None:
+    assert is_refusal(SiteError(f"block 'dual' {TRUE_REFUSALS[0]} and there is none."))
+    assert not is_refusal(SiteError("'stage:* last' matches nothing in test_resnet."))
+    assert not is_refusal(RuntimeError(TRUE_REFUSALS[0]))
+
+
+def test_a_pair_that_takes_too_long_has_failed(base: Base) -> None:
+    row = examine(base, "se", limit=0.05)
+    assert (row["outcome"], row["checks"]["time"]) == ("failed", "TimeLimit: stopped after 0 s")
+
+
+def test_on_meta_tensors_structure_is_checked_and_the_row_says_so() -> None:
+    base = find_base("test_resnet", max_bytes=0, kinds=QUICK)
+    row = examine(base, "nonlocal")
+    assert (row["tensors"], row["outcome"], row["blocks"]) == ("meta", "passed", 4)
+    assert not any(value.numel() for value in base.state.values() if not value.is_meta)
+
+
+def options(folder: Path, *more: str) -> argparse.Namespace:
+    return coverage._options(["--results", str(folder), "--only", "test_resnet", *more])
+
+
+def lines(folder: Path, **outcomes: str) -> None:
+    for block, outcome in outcomes.items():
+        row = {"arch": "test_resnet", "family": "resnet", "block": block, "outcome": outcome, "checks": {}}
+        coverage.append(folder / "1-of-1.jsonl", row)
+
+
+def test_what_is_done_is_not_done_again_unless_asked_for(tmp_path: Path) -> None:
+    lines(tmp_path, se="passed", dual="failed", resattn="refused")
+    with (tmp_path / "1-of-1.jsonl").open("a") as stream:
+        stream.write('{"arch": "test_resnet", "blo')  # a kill in the middle of a line
+    for more, blocks in (
+        ((), ("nonlocal",)),
+        (("--again", "failed"), ("dual",)),
+        (("--again", "refused"), ("resattn",)),
+        (("--again", "all"), SUFFIXES),
+    ):
+        assert coverage.wanted(options(tmp_path, *more), FAMILIES) == [("test_resnet", blocks)]
+    assert coverage.wanted(options(tmp_path, "--block", "se"), FAMILIES) == []
+
+
+def test_shards_share_out_everything() -> None:
+    parts = [coverage.wanted(coverage._options(["--shard", f"{part}/3"]), FAMILIES) for part in (1, 2, 3)]
+    names = [arch for part in parts for arch, _ in part]
+    assert sorted(names) == sorted(FAMILIES)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_costs_one_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "work", die)
+    todo = [("test_resnet", ("dual", "se")), ("test_vit", ("se",))]
+    left = coverage._in_a_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
+    assert left == [("test_resnet", ("se",)), ("test_vit", ("se",))]
+    (row,) = coverage.latest(tmp_path).values()
+    assert (row["block"], row["outcome"], row["checks"]) == ("dual", "failed", {"process": "died of exit code -9"})
+
+
+def test_the_report_counts_refusals_and_failures_apart(tmp_path: Path) -> None:
+    lines(tmp_path, se="passed", dual="failed", resattn="refused")
+    rows = coverage.latest(tmp_path)
+    rows["test_resnet", "dual"]["checks"] = {"plan": "passed", "identity": "outputs differ in test_resnet"}
+    rows["test_resnet", "resattn"]["checks"] = {"plan": "SiteError: it needs a grid"}
+    for row in rows.values():
+        row.update(tensors="real", blocks=1)
+    text = coverage_report.in_markdown(rows, FAMILIES)
+    assert "| se | 1 | 0 | 0 | 0 | 1,370 | 1,371 |" in text
+    assert "| dual | 0 | 0 | 0 | 1 | 1,370 | 1,371 |" in text
+    assert "| resattn | 0 | 0 | 1 | 0 | 1,370 | 1,371 |" in text
+    refusals, failures = text.split("## Refusals")[1].split("## Failures")
+    assert "it needs a grid" in refusals
+    assert "outputs differ in test_resnet" in failures
+    assert json.loads(coverage_report.in_json(rows, FAMILIES))["test_resnet"]["dual"] == ["failed", 1]
