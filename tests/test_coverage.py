@@ -48,7 +48,7 @@ def test_every_family_of_timm_has_its_architecture_here() -> None:
     assert sorted(FAMILIES[arch] for arch in SMALLEST) == sorted(set(FAMILIES.values()))
 
 
-@pytest.mark.parametrize("arch", ("test_convnext", "test_vit"), ids=lambda arch: FAMILIES.get(arch, arch))
+@pytest.mark.parametrize("arch", ["test_convnext", "test_vit"], ids=lambda arch: FAMILIES.get(arch, arch))
 def test_all_checks_pass_in_every_family_for_every_block(arch: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's own, about this and that
