@@ -1,58 +1,107 @@
 """`attnsurgery exec SCRIPT [ARGS]`: any Python script, with the surgical names known to timm.
 
-timm's train.py can import us by an option of its own; validate.py, benchmark.py and most others cannot.
+timm's train.py can import us by an option of its own; validate.py, benchmark.py and most others cannot. What the script
+sees is what Python would show it: `__main__`, `__file__`, sys.argv, and its own folder first in sys.path. Processes
+that it starts through multiprocessing know the names as well, whichever way they are started.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
+from attnsurgery.cli._errors import INTERRUPTED
+
+_NOT_THE_SCRIPTS = {__file__, "<frozen runpy>"}
+
 
 def execute(
-    script: Annotated[Path, typer.Argument(help="A Python file.")],
+    script: Annotated[str, typer.Argument(help="A Python file; with -m, the name of a module.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Passed on to it.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="Run a module by its name, as 'python -m' does.")] = False,
 ) -> None:
     """Run a Python script as 'python SCRIPT ARGS' would, with the surgical names known; its exit code is passed on."""
-    import runpy
-
     import attnsurgery  # noqa: F401  (makes the names known)
+
+    folder = os.getcwd() if module else str(Path(script).resolve().parent)
+    with _as_if_started([script, *(arguments or [])], folder):
+        run = _module_runner(script) if module else _file_runner(script)
+        try:
+            run()
+        except (Exception, KeyboardInterrupt) as error:  # the script's own, shown as Python shows it
+            _show(error)
+            raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def _file_runner(script: str) -> Callable[[], None]:
     from attnsurgery.errors import UsageError
 
-    if not script.is_file():
-        raise UsageError(f"there is no script {str(script)!r}.")
-    with _as_if_started(script, arguments or []):
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except KeyboardInterrupt:
-            raise
-        except Exception as error:  # the script's own, shown as Python shows it, without our frames
-            _print_own_part(error, script)
-            raise typer.Exit(1) from None
+    path = Path(script)
+    if not path.is_file():
+        is_module = path.suffix != ".py" and _is_module(script)
+        near = f" There is a module of that name: attnsurgery exec -m {script}." if is_module else ""
+        raise UsageError(f"there is no script {script!r}.{near}")
+
+    def run() -> None:
+        # as Python does it: __file__ is absolute, and argv[0] is what was typed; runpy.run_path makes both the same
+        main = ModuleType("__main__")
+        main.__file__ = str(path.absolute())
+        sys.modules["__main__"] = main
+        exec(compile(path.read_bytes(), main.__file__, "exec", dont_inherit=True), main.__dict__)
+
+    return run
+
+
+def _module_runner(name: str) -> Callable[[], None]:
+    import runpy
+
+    from attnsurgery.errors import UsageError
+
+    if Path(name).suffix == ".py" or not _is_module(name):
+        near = f" There is a file of that name: attnsurgery exec {name}." if Path(name).is_file() else ""
+        raise UsageError(f"there is no module {name!r}.{near}")
+
+    def run() -> None:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    return run
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a package on the way is missing, or it is no name at all
+        return False
 
 
 @contextmanager
-def _as_if_started(script: Path, arguments: list[str]) -> Iterator[None]:
-    argv, path = sys.argv[:], sys.path[:]
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
+def _as_if_started(argv: list[str], folder: str) -> Iterator[None]:
+    """The process as Python would have set it up; `folder` takes the place of the folder that this command lies in."""
+    from attnsurgery._in_children import Arguments
+
+    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    sys.argv = Arguments(argv)
+    sys.path[: 0 if sys.flags.safe_path else 1] = [folder]
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:], sys.modules["__main__"] = before
 
 
-def _print_own_part(error: Exception, script: Path) -> None:
+def _show(error: Exception | KeyboardInterrupt) -> None:
+    """As an uncaught error is shown, by whatever the script has set for that, from the script's first frame on."""
     step = error.__traceback__
-    while step is not None and step.tb_frame.f_code.co_filename != str(script):
+    while step is not None and step.tb_frame.f_code.co_filename in _NOT_THE_SCRIPTS:
         step = step.tb_next
-    traceback.print_exception(error.with_traceback(step or error.__traceback__), file=sys.stderr)
+    sys.excepthook(type(error), error.with_traceback(step), step)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,0 +1,315 @@
+"""`attnsurgery exec`: a script sees what Python would show it, and what timm's scripts do keeps blocks alive.
+
+The scripts in timm_scripts/ know nothing of surgery; they do what the options of timm's train.py, validate.py and
+onnx_export.py do, through timm's public functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import attnsurgery
+from attnsurgery.cli import build_app
+from attnsurgery.surgery.operate import grafted_blocks, operated
+from tests.conftest import images, move_gates, wake
+
+SCRIPTS = Path(__file__).parent / "timm_scripts"
+
+# what timm's and torch's own functions warn of is theirs to mend; where people run scripts, a warning is no error
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), ["exec", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of two classes, dark and light."""
+    folder = tmp_path_factory.mktemp("pictures")
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 8), ("validation", 2)):
+        for name, light in (("dark", 0), ("light", 100)):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = numbers.integers(light, light + 128, (64, 64, 3)).astype("uint8")
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def train(pictures: Path, output: Path, model: str, *options: object) -> Path:
+    """Run the training script; its checkpoint."""
+    ended = call(SCRIPTS / "train.py", pictures, "--output", output, "--model", model, "--num-classes", 2, *options)
+    assert ended.exit_code == 0, ended.stderr[-3000:]
+    return output / "last.pth.tar"
+
+
+def check_alive(name: str, checkpoint: Path, tolerance: float = 0.0, ema: bool = False, **arguments: object) -> None:
+    """Every block learnt in training; loaded back by timm it runs once and gives the answers that the script wrote."""
+    torch.manual_seed(0)
+    start = timm.create_model(name, num_classes=2, **arguments)
+    weights = torch.load(checkpoint, weights_only=False)["state_dict_ema" if ema else "state_dict"]
+    assert set(weights) == set(start.state_dict())
+    for path, block in grafted_blocks(start).items():
+        for key, value in block.named_parameters():
+            if value.ndim > 1 or key.endswith("gamma"):
+                assert not torch.equal(weights[f"{path}.{key}"], value), f"{path}.{key} has not moved"
+    again = timm.create_model(name, num_classes=2, **arguments).eval()
+    timm.models.load_checkpoint(again, str(checkpoint), use_ema=ema)
+    x = images(again.pretrained_cfg["input_size"][-1] if "vit" in name else 64, channels=arguments.get("in_chans", 3))
+    said = torch.load(checkpoint.parent / "eval.pt")["ema" if ema else "model"]
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), said, rtol=tolerance, atol=tolerance)
+        assert attnsurgery.verify(again).alive
+        without = attnsurgery.remove(again)(x)
+    assert float((without - said).abs().max()) > 10 * tolerance, "the answers do not depend on the blocks"
+
+
+OPTIONS = [
+    ("test_resnet_se", "--model-ema"),
+    ("test_resnet_nonlocal_s3", "--sync-bn"),
+    ("test_efficientnet_se", "--sync-bn --layer-decay 0.75"),  # whose norms hold their activation, and are rebuilt
+    ("test_efficientnet_nonlocal_s3", "--grad-checkpointing --channels-last"),
+    ("test_resnet_nonlocal_s34", "--amp --clip-grad 1.0"),
+    ("test_convnext_nonlocal_s3", "--drop-path 0.1 --in-chans 1 --layer-decay 0.75"),
+    ("test_vit_dual_s3", "--img-size 160 --grad-checkpointing --layer-decay 0.75"),
+    ("test_resnet_dual_s4", "--torchscript --model-ema"),
+    ("test_resnet_nonlocal_s3", "--torchcompile eager"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_training_with_an_option_of_train_py_leaves_the_blocks_alive(
+    name: str, options: str, pictures: Path, tmp_path: Path
+) -> None:
+    checkpoint = train(pictures, tmp_path / "out", name, *options.split())
+    arguments: dict[str, object] = {"in_chans": 1} if "--in-chans" in options else {}
+    if "--torchscript" in options:
+        arguments["scriptable"] = True
+    exact = not {"--channels-last", "--torchscript", "--torchcompile"} & set(options.split())
+    check_alive(name, checkpoint, 0.0 if exact else 1e-5, **arguments)
+    if "--model-ema" in options:
+        check_alive(name, checkpoint, 0.0 if exact else 1e-5, ema=True, **arguments)
+
+
+def test_training_through_timms_task_leaves_the_blocks_alive(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm.task", reason="timm has training tasks since 1.0.23")
+    checkpoint = train(pictures, tmp_path / "out", "test_resnet_se", "--task", "--model-ema")
+    check_alive("test_resnet_se", checkpoint)
+    check_alive("test_resnet_se", checkpoint, ema=True)
+
+
+def test_training_resumes_and_starts_from_checkpoints_of_either_kind(pictures: Path, tmp_path: Path) -> None:
+    name = "test_resnet_se"
+    first = train(pictures, tmp_path / "run", name, "--epochs", 2, "--stop-after", 1, "--model-ema")
+    said = torch.load(tmp_path / "run" / "eval.pt")
+    train(pictures, tmp_path / "same", name, "--epochs", 2, "--stop-after", 1, "--model-ema", "--resume", first)
+    same = torch.load(tmp_path / "same" / "eval.pt")
+    assert all(torch.equal(same[key], said[key]) for key in ("model", "ema"))
+    second = train(pictures, tmp_path / "run", name, "--epochs", 2, "--model-ema", "--resume", first)
+    assert not torch.equal(torch.load(tmp_path / "run" / "eval.pt")["model"], said["model"])
+    check_alive(name, second)
+    whole = torch.load(second, weights_only=False)["state_dict"]
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "base.pth")
+    torch.save(whole, tmp_path / "surgical.pth")
+    for start in ("base", "surgical"):
+        check_alive(name, train(pictures, tmp_path / start, name, "--initial-checkpoint", tmp_path / f"{start}.pth"))
+
+
+def test_a_block_that_is_lost_in_training_is_noticed(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The opposite of all above: a conversion that rebuilds modules from the class they had before surgery."""
+
+    def losing(model: nn.Module) -> nn.Module:
+        for _, owner, _ in list(operated(model)):
+            owner.__class__ = owner.uncut_class
+        return model
+
+    monkeypatch.setattr(timm.layers, "convert_sync_batchnorm", losing)
+    checkpoint = train(pictures, tmp_path / "out", "test_resnet_nonlocal_s3", "--sync-bn")
+    with pytest.raises(AssertionError, match="has not moved"):
+        check_alive("test_resnet_nonlocal_s3", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
+    """Checkpoints with every parameter awake, the blocks' gates far from their start, and the models they are of."""
+    made = {}
+    for name in ("test_resnet_nonlocal_s3", "test_efficientnet_se", "repghostnet_050_se"):
+        model = move_gates(wake(timm.create_model(name, num_classes=2))).eval()
+        path = tmp_path_factory.mktemp("checkpoints") / f"{name}.pth"
+        torch.save(model.state_dict(), path)
+        made[name] = path, model
+    return made
+
+
+VALIDATIONS = [
+    ("test_resnet_nonlocal_s3", "", 0.0),
+    ("test_resnet_nonlocal_s3", "--torchscript --fuser te", 1e-4),
+    ("test_efficientnet_se", "--torchscript --channels-last", 1e-4),
+    ("test_efficientnet_se", "--torchcompile eager", 1e-4),
+    ("test_resnet_nonlocal_s3", "--fast-norm --amp", 2e-2),
+    ("test_efficientnet_se", "--img-size 192 --test-pool", 0.0),
+    ("repghostnet_050_se", "--reparam", 1e-4),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "tolerance"), VALIDATIONS, ids=str)
+def test_validating_with_an_option_of_validate_py_asks_the_blocks(
+    name: str, options: str, tolerance: float, checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path
+) -> None:
+    checkpoint, model = checkpoints[name]
+    ended = call(
+        SCRIPTS / "validate.py", "--model", name, "--num-classes", 2, "--checkpoint", checkpoint,
+        "--output", tmp_path / "answers.pt", *options.split(),
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.stderr[-3000:]
+    said = torch.load(tmp_path / "answers.pt")["answers"]
+    x = images(int(options.split()[1]) if "--img-size" in options else 64)
+    model, base = copy.deepcopy(model), attnsurgery.remove(copy.deepcopy(model))
+    if "--test-pool" in options:
+        (model, _), (base, _) = (
+            timm.layers.apply_test_time_pool(each.eval(), {"input_size": x.shape[1:]}) for each in (model, base)
+        )
+    with torch.no_grad():
+        expected, without = model.eval()(x), base.eval()(x)
+    torch.testing.assert_close(said, expected, rtol=tolerance, atol=tolerance)
+    assert float((said - without).abs().max()) > 3 * tolerance
+
+
+def test_exporting_as_onnx_export_py_does_takes_the_blocks_along(
+    checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    name = "test_resnet_nonlocal_s3"
+    checkpoint, model = checkpoints[name]
+    ended = call(
+        SCRIPTS / "validate.py", "--model", name, "--num-classes", 2, "--checkpoint", checkpoint,
+        "--output", tmp_path / "unused", "--onnx", tmp_path / "model.onnx",
+    )  # fmt: skip
+    assert ended.exit_code == 0, ended.stderr[-3000:]
+    x = images(64)[:1]
+    (said,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"input0": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(said), model(x), rtol=1e-4, atol=1e-4)
+        assert float((attnsurgery.remove(copy.deepcopy(model))(x) - torch.from_numpy(said)).abs().max()) > 1e-2
+
+
+# ---- processes
+
+
+def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own that finds this package, and nothing else of ours."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(attnsurgery.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def test_torchrun_launches_a_script_through_exec_in_two_processes(pictures: Path, tmp_path: Path) -> None:
+    name = "test_efficientnet_se"
+    ended = python(
+        "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "attnsurgery", "exec",
+        SCRIPTS / "train.py", pictures, "--output", tmp_path, "--model", name, "--num-classes", 2, "--model-ema",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    check_alive(name, tmp_path / "last.pth.tar")
+    check_alive(name, tmp_path / "last.pth.tar", ema=True)
+
+
+SHOWS_ITSELF = """\
+import json, sys
+import neighbour
+print(json.dumps([__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].neighbour is neighbour]))
+"""
+
+
+@pytest.mark.parametrize("way", [["inside/script.py"], ["-m", "inside.script"]], ids=["file", "module"])
+def test_a_script_sees_what_python_would_show_it(way: list[str], tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "script.py").write_text(SHOWS_ITSELF)
+    for folder in (tmp_path, tmp_path / "inside"):
+        (folder / "neighbour.py").write_text("")
+    arguments = ["--model", "x", "-m", "--help", "--", "-v"]
+    plain = python(*way, *arguments, cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    ours = python("-m", "attnsurgery", "exec", *way, *arguments, cwd=tmp_path)
+    assert ours.stdout == plain.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["def f():\n    1 / 0\nf()", "x = (", "import sys\nsys.exit('no')", "raise KeyboardInterrupt", "import no_such"],
+    ids=["error", "syntax", "exit", "interrupt", "import"],
+)
+def test_a_script_ends_as_python_would_end_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(text)
+    plain = python(tmp_path / "script.py")
+    ours = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
+    assert ours.stderr == plain.stderr
+    interrupted = text == "raise KeyboardInterrupt"  # Python ends itself by a signal then
+    assert ours.returncode == (130 if interrupted else plain.returncode)
+    assert plain.returncode != 0
+
+
+def test_a_modules_traceback_starts_in_the_module(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("1 / 0")
+    ended = python("-m", "attnsurgery", "exec", "-m", "script", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.count('File "') == 1
+    assert "ZeroDivisionError" in ended.stderr
+
+
+STARTS_OTHERS = """\
+import multiprocessing, sys
+from torch.utils.data import DataLoader, Dataset
+
+class Names(Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        import timm
+        return [timm.is_model("test_resnet_se"), timm.is_model("test_resnet_seq")]
+
+if __name__ == "__main__":
+    way = sys.argv[1]
+    known = [part.tolist() for part in next(iter(DataLoader(Names(), 2, num_workers=1, multiprocessing_context=way)))]
+    print(known, multiprocessing.current_process().name)
+"""
+
+
+@pytest.mark.parametrize("way", ["spawn", "forkserver"])
+def test_names_are_known_in_processes_that_start_empty(way: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STARTS_OTHERS)
+    ended = python("-m", "attnsurgery", "exec", tmp_path / "script.py", way)
+    assert ended.stdout == "[[True, True], [False, False]] MainProcess\n", ended.stderr[-3000:]
+    if way == "spawn":
+        plain = python(tmp_path / "script.py", way)
+        assert plain.stdout == "[[False, False], [False, False]] MainProcess\n", plain.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such.py"], "there is no script 'no_such.py'."),
+        (["timm"], "There is a module of that name: attnsurgery exec -m timm."),
+        (["-m", "no_such.module"], "there is no module 'no_such.module'."),
+        (["-m", __file__], f"There is a file of that name: attnsurgery exec {__file__}."),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_nearest_that_is(arguments: list[str], message: str) -> None:
+    ended = call(*arguments)
+    assert ended.exit_code == 2
+    assert message in ended.stderr
