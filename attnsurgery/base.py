@@ -12,11 +12,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._input import get_model_input_config
-from timm.models._registry import get_arch_pretrained_cfgs, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 from attnsurgery.errors import CheckpointError, UnknownNameError, did_you_mean
+from attnsurgery.graph.find import input_size_of
 from attnsurgery.weights import StateDict
 
 COUNTER = ".num_batches_tracked"
@@ -150,7 +150,7 @@ def _sizes(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
             continue
         if mine.shape[1] == theirs.shape[1]:
             continue
-        channels = get_model_input_config(twin)["input_size"][0]
+        channels = input_size_of(twin)[0]
         if theirs.shape[1] * channels % mine.shape[1] == 0:  # stems that fold pixels into channels have a multiple
             sizes["in_chans"] = theirs.shape[1] * channels // mine.shape[1]
     return sizes

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
-from timm.models._input import get_model_input_config
 from torch import nn
 
 from attnsurgery.base import build_base, check_base
 from attnsurgery.blocks import Start
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, SurgeryError, UsageError
-from attnsurgery.graph.find import survey
+from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps, keep_origin, where
@@ -56,7 +56,7 @@ class Operated:
             "base": self.recipe.base,
             "recipe": self.recipe.as_dict(),
             "num_classes": self.model.num_classes,
-            "in_chans": get_model_input_config(self.model)["input_size"][0],
+            "in_chans": input_size_of(self.model)[0],
         }
 
 
@@ -148,8 +148,13 @@ def write_config(
     model: nn.Module, path: Path, architecture: str | None = None, model_args: Mapping[str, Any] | None = None
 ) -> None:
     """The config.json of a timm directory; arguments as `write_directory`."""
-    config = {"pretrained_cfg": {"architecture": architecture}} if architecture else {}
-    save_config_for_hf(model, str(path), model_config=config, model_args=dict(model_args or {}))
+    arguments = dict(model_args or {})
+    if hasattr(timm.models, "get_model_args"):  # timm adds what the model was built with
+        config: dict[str, Any] = {"pretrained_cfg": {"architecture": architecture}} if architecture else {}
+    else:  # before 1.0.31
+        config = {"architecture": architecture} if architecture else {}
+        arguments = {**getattr(model, "_model_args", {}), **arguments}
+    save_config_for_hf(model, path, model_config=config, model_args=arguments)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ GENERIC = "surgery"
 
 _NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-4]+))?", re.ASCII)
 _BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
+_NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _FAMILIES = ("timm.models.", "attnsurgery.models")
 _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
@@ -204,6 +205,8 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         model: nn.Module = entry(pretrained=pretrained, **kwargs)
+        # timm keeps them since 1.0.31; a saved directory is built with them again
+        model._model_args = {k: v for k, v in kwargs.items() if k not in _NOT_KEPT}  # type: ignore[assignment]
         return model
 
     entry_point.__name__ = entry_point.__qualname__ = name

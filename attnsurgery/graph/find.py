@@ -38,7 +38,21 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     size = traits.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
         height, width = size
-    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+    return _channels(model, int(channels)), int(height), int(width)
+
+
+def _channels(model: nn.Module, usual: int) -> int:
+    """Of the images: what the model says, or, before timm 1.0.31, what its first convolution says."""
+    kept: dict[str, Any] = getattr(model, "_model_args", {})
+    said = getattr(model, "in_chans", kept.get("in_chans"))
+    if said is not None:
+        return int(said)
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("first_conv")
+    weight = dict(model.named_parameters()).get(f"{name[0] if isinstance(name, tuple | list) else name}.weight")
+    if weight is None or weight.ndim < 2 or weight.shape[1] % usual == 0:  # a multiple: a stem that folds pixels
+        return usual
+    return weight.shape[1]
 
 
 def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Anatomy:
