@@ -272,8 +272,7 @@ def test_a_modules_traceback_starts_in_the_module(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in ended.stderr
 
 
-STARTS_OTHERS = """\
-import multiprocessing, sys
+LOADS_BY_A_WORKER = """\
 from torch.utils.data import DataLoader, Dataset
 
 class Names(Dataset):
@@ -281,23 +280,43 @@ class Names(Dataset):
         return 2
     def __getitem__(self, index):
         import timm
-        return [timm.is_model("test_resnet_se"), timm.is_model("test_resnet_seq")]
+        return timm.is_model(["test_resnet_se", "test_resnet_seq"][index])
 
 if __name__ == "__main__":
-    way = sys.argv[1]
-    known = [part.tolist() for part in next(iter(DataLoader(Names(), 2, num_workers=1, multiprocessing_context=way)))]
-    print(known, multiprocessing.current_process().name)
+    print(next(iter(DataLoader(Names(), 2, num_workers=1, multiprocessing_context="spawn"))).tolist())
+"""
+
+STARTS_OTHERS = """\
+import multiprocessing, sys
+
+def work(queue):
+    queue.put(("attnsurgery" in sys.modules, __name__, sys.argv))
+
+if __name__ == "__main__":
+    for way in ("spawn", "forkserver", "fork"):
+        context = multiprocessing.get_context(way)
+        queue = context.Queue()
+        worker = context.Process(target=work, args=(queue,))
+        worker.start()
+        print(way, *queue.get())
+        worker.join()
 """
 
 
-@pytest.mark.parametrize("way", ["spawn", "forkserver"])
-def test_names_are_known_in_processes_that_start_empty(way: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(STARTS_OTHERS)
-    ended = python("-m", "attnsurgery", "exec", tmp_path / "script.py", way)
-    assert ended.stdout == "[[True, True], [False, False]] MainProcess\n", ended.stderr[-3000:]
-    if way == "spawn":
-        plain = python(tmp_path / "script.py", way)
-        assert plain.stdout == "[[False, False], [False, False]] MainProcess\n", plain.stderr[-3000:]
+def test_names_are_known_to_workers_of_a_loader_that_start_empty(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LOADS_BY_A_WORKER)
+    ended = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
+    assert ended.stdout == "[True, False]\n", ended.stderr[-3000:]
+
+
+def test_every_process_that_a_script_starts_has_the_package_and_only_through_exec(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(STARTS_OTHERS)
+    ours, plain = python("-m", "attnsurgery", "exec", script, "-x"), python(script, "-x")
+    names = {"spawn": "__mp_main__", "forkserver": "__mp_main__", "fork": "__main__"}
+    for ended, known in ((ours, True), (plain, False)):
+        lines = [f"{way} {known} {name} {[str(script), '-x']}" for way, name in names.items()]
+        assert ended.stdout.splitlines() == lines, ended.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
