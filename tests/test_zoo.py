@@ -1,0 +1,136 @@
+"""The recipes that ship: each reads, resolves, builds and verifies. And one recipe in words fits all kinds of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import HOSTS, build, images, move_gates
+from torch import nn
+
+import attnsurgery
+from attnsurgery import registry, zoo
+from attnsurgery.base import weightless
+from attnsurgery.graph.find import survey
+from attnsurgery.recipe import text
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.forecast import forecast
+from attnsurgery.surgery.operate import grafted_blocks, operate
+
+FILES = sorted(Path(zoo.__file__).parent.glob("*.yaml"))
+NAMES = [file.stem for file in FILES]
+
+# How many blocks; and arguments that make the model narrow, since the whole of a resnet50 takes seconds to verify.
+MADE = {
+    "convnext_tiny_se": (18, {"dims": (8, 16, 24, 32)}),
+    "efficientnet_b0_nonlocal_s3": (1, {}),
+    "resnet50_dual_s4": (1, {"channels": (8, 8, 8, 16)}),
+    "resnet50_nonlocal5": (5, {"channels": (8, 8, 8, 16)}),
+    "resnet50_nonlocal_s3": (1, {"channels": (8, 8, 8, 16)}),
+    "resnet50_resattn_s123": (3, {"channels": (8, 8, 8, 16)}),
+    "resnet50_se": (16, {"channels": (8, 8, 8, 16)}),
+    "swin_tiny_patch4_window7_224_nonlocal_s3": (1, HOSTS["swin_tiny_patch4_window7_224"][1]),
+    "vit_small_patch16_224_se_s123": (18, {"img_size": 64, "embed_dim": 48}),
+}
+
+
+def test_every_recipe_that_ships_is_tested_here() -> None:
+    assert sorted(MADE) == NAMES
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_file_is_a_recipe_by_its_own_name_and_opens_with_what_it_is_and_the_paper(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    comment = [line for line in lines if line.startswith("# ")]
+    assert len(comment) == 2
+    assert lines[:2] == comment
+    assert "arXiv:" in " ".join(comment)
+    recipe = text.load(file)
+    assert recipe.name == file.stem
+    assert timm.is_model(recipe.base)
+    spelled = registry._NAME.fullmatch(file.stem)
+    if spelled and spelled["block"] in registry._suffixes():  # then what ships is what the name would have meant
+        block = registry._suffixes()[spelled["block"]]
+        assert recipe.edits == registry._named_recipe(file.stem, spelled["base"], block, spelled["stages"]).edits
+    else:
+        assert file.stem == "resnet50_nonlocal5"
+
+
+def test_what_ships_is_listed() -> None:
+    assert set(NAMES) <= set(timm.list_models(module="zoo"))
+    assert set(NAMES) <= set(registry.grafted_names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_builds_verifies_and_is_alive(name: str) -> None:
+    blocks, small = MADE[name]
+    base = build(registry.recipe_of(name).base, num_classes=10, **small)
+    model = timm.create_model(name, num_classes=10, **small).eval()
+    model.load_state_dict(base.state_dict())
+    for path, buffer in base.named_buffers():  # those of swin that no checkpoint holds were woken, too
+        model.get_buffer(path).copy_(buffer)
+    x = images(64)
+    assert torch.equal(model(x), base(x))
+    report = attnsurgery.verify(model, (3, 64, 64))
+    assert report.alive, report.faults
+    assert report.max_abs_diff == 0
+    assert len(report.blocks) == blocks
+    assert {block.reaches for block in report.blocks} == {"output"}
+    assert not torch.equal(move_gates(model)(x), base(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_is_planned_at_full_size(name: str) -> None:
+    recipe = registry.recipe_of(name)
+    found = forecast(recipe, weightless(recipe.base))
+    assert len(found.blocks) == MADE[name][0]
+    assert found.input_size == (3, 224, 224)
+    assert 0 < found.params_added < found.params_before / 3
+    assert found.attention_bytes < 20e6
+
+
+PORTABLE = """\
+version: 1
+name: anywhere
+base: resnet50
+max_attention_mb: 4
+edits:
+  - at: "stage:* branches"
+    block: se
+  - at: "stage:34 before_last_block"
+    block: non_local
+    options: {subsample: auto}
+  - at: "stage:2 every:2"
+    block: timm:gc
+  - at: "stage:-1 last"
+    block: dual
+    options: {parts: position, subsample: auto}
+"""
+HOSTS = [
+    "resnet50",
+    "convnext_tiny",
+    "efficientnet_b0",
+    "swin_tiny_patch4_window7_224",
+    "vit_small_patch16_224",
+    "mobilenetv3_large_100",
+    "regnety_016",
+]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_one_recipe_in_words_fits_every_kind_of_model_unchanged(host: str) -> None:
+    model = weightless(host)
+    plan = resolve(text.loads(PORTABLE), survey(model))
+    stages = {block: {cut.site.stage for cut in plan if cut.block == block} for block in {cut.block for cut in plan}}
+    assert stages == {"se": {1, 2, 3, 4}, "non_local": {3, 4}, "timm:gc": {2}, "dual": {4}}
+    assert sum(cut.block == "non_local" for cut in plan) == 2
+    blocks = grafted_blocks(operate(model, plan))
+    assert len(blocks) == len(plan)
+    seen: list[nn.Module] = []
+    for block in blocks.values():
+        block.register_forward_hook(lambda module, args, output: seen.append(module))
+    model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    assert set(seen) == set(blocks.values())
+    assert len(seen) == len(blocks)
