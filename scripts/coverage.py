@@ -72,6 +72,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts, one a process")
     parser.add_argument("--again", choices=("failed", "refused", "all"), help="make these once more")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no architecture after that")
+    parser.add_argument(
+        "--quick", action="store_true", help="no graph of any whole model: feature class fx is left out"
+    )
     parser.add_argument("--pair-seconds", type=float, default=600, help="a pair that takes longer has failed")
     parser.add_argument(
         "--memory-gb", type=float, default=None, help="of one process; larger models go on meta tensors"
@@ -143,8 +146,12 @@ def _in_a_process(
     options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / f"{options.part}-of-{options.parts}.jsonl"
     context = multiprocessing.get_context("spawn")
-    seconds = max(0.0, deadline - time.monotonic())
-    settings = {"bytes": options.memory_gb * 1e9, "pair_seconds": options.pair_seconds, "seconds": seconds}
+    settings = {
+        "seconds": max(0.0, deadline - time.monotonic()),
+        "max_bytes": options.memory_gb * 1e9,
+        "pair_seconds": options.pair_seconds,
+        "quick": options.quick,
+    }
     began = _lines(file)
     process = context.Process(target=work, args=(file, families, todo, settings))
     process.start()
@@ -170,22 +177,24 @@ def work(file: Path, families: dict[str, str], todo: list[tuple[str, tuple[str, 
     """What the process does: architecture by architecture, the base once for all blocks."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    began = time.monotonic()
+    began, seconds = time.monotonic(), settings.pop("seconds")
     for arch, blocks in todo:
-        if time.monotonic() - began > settings["seconds"]:
+        if time.monotonic() - began > seconds:
             return
-        for row in rows_of(arch, blocks, settings["bytes"], settings["pair_seconds"]):
+        for row in rows_of(arch, blocks, **settings):
             append(file, {"arch": arch, "family": families[arch], **row})
             said = "" if row["outcome"] == "passed" else " ".join(_complaints(row))[:150]
             print(f"{arch} {row['block']} {row['outcome']} {row['seconds']} s {said}", flush=True)
         gc.collect()
 
 
-def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600) -> Iterator[Row]:
+def rows_of(
+    arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600, quick: bool = False
+) -> Iterator[Row]:
     """The result of each block in turn. Graphs of whole models are made for one architecture of each family."""
     began = time.process_time()
     try:
-        base = find_base(arch, max_bytes, KINDS if arch in SMALLEST else QUICK)
+        base = find_base(arch, max_bytes, KINDS if arch in SMALLEST and not quick else QUICK)
     except BaseError as error:
         for block in blocks:
             yield {

@@ -248,8 +248,8 @@ def forward(model: nn.Module, images: torch.Tensor) -> tuple[Tensors, Tensors]:
 
 def gradients(
     model: nn.Module, images: torch.Tensor, of: Callable[[tuple[Tensors, Tensors]], Tensors]
-) -> tuple[set[str], set[str], tuple[Tensors, Tensors]]:
-    """Names of the parameters that one backward reaches at all, of those it moves, and the outputs.
+) -> tuple[set[str], set[str]]:
+    """Names of the parameters that one backward reaches at all, and of those it would move.
 
     Gradients are let go as they come, so that none but the largest is held.
     """
@@ -285,8 +285,7 @@ def gradients(
     finally:
         for handle in handles:
             handle.remove()
-    detached = [tensor.detach() for tensor in outputs[0]], [tensor.detach() for tensor in outputs[1]]
-    return reached, moved, detached
+    return reached, moved
 
 
 def wrapped(model: nn.Module, kind: str) -> nn.Module:
@@ -410,7 +409,9 @@ def _measured(
     else:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         woken(model, images)
-    reached, _, (output, inner) = gradients(model, images, lambda outputs: outputs[0])
+    reached, _ = gradients(model, images, lambda outputs: outputs[0])
+    with torch.no_grad():  # with gradients, torch takes other kernels, which round otherwise
+        output, inner = forward(fresh(model), images)
     if not meta:
         _check_telling([*output, *inner])
     base = Base(arch, kwargs, images, model, model.state_dict(), output, inner, reached, parameters)
