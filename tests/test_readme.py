@@ -45,12 +45,12 @@ def test_the_recipe_and_its_commands_work(
     ran = 0
     for command in COMMANDS:
         verb = shlex.split(command)[1]
-        if verb in ("inspect", "apply", "verify"):
+        if verb in ("inspect", "plan", "apply", "verify"):
             with pytest.raises(SystemExit) as ended:
                 main(shlex.split(command)[1:])
             assert ended.value.code == 0, capsys.readouterr().err
             ran += 1
-    assert ran == 3
+    assert ran == 4
     assert "layer3.1" in capsys.readouterr().out
     timm.create_model("local-dir:resnet18_se_nl", pretrained=True)
 
