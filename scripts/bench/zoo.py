@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -58,6 +59,7 @@ def main() -> None:
     seconds = [row["total"] for row in done]
     worst, fattest = max(done, key=lambda row: row["total"]), max(done, key=lambda row: row["peak_mb"])
     figures = {
+        "processes_waiting": os.getloadavg(),  # over 1, 5 and 15 minutes: who shares caches is slower
         "families": len({row["family"] for row in rows}),
         "models": len(rows),
         "median_s": statistics.median(seconds),
