@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="architectures by a pattern of names")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="architectures by patterns of names"
+    )
     parser.add_argument("--family", help="the architectures of one family, a file of timm.models")
     parser.add_argument("--block", choices=SUFFIXES, help="one family of blocks")
     parser.add_argument("--sample", type=int, metavar="N", help="N architectures, drawn at random by a fixed seed")
@@ -119,7 +121,7 @@ def wanted(options: argparse.Namespace, families: dict[str, str]) -> list[tuple[
     names = [
         arch
         for arch, family in families.items()
-        if fnmatch.fnmatchcase(arch, options.only) and options.family in (None, family)
+        if any(fnmatch.fnmatchcase(arch, only) for only in options.only) and options.family in (None, family)
     ]
     if options.small:
         names = [arch for arch in names if arch in SMALLEST]

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import weight_init
 from timm.models import _builder, _registry
 from timm.models import _features as features
 from timm.models._features_fx import FeatureGraphNet
@@ -23,8 +24,9 @@ from torch import nn
 from attnsurgery.surgery import operate as surgery
 
 BATCH = 2
-COPIES = 5
-"""Of the weights, at most, at one time: base, surgical model, the bytes of its checkpoint, what is read, its reader."""
+COPIES = 4
+"""Of the weights, at most, at one time: base, surgical model, and its checkpoint, which safetensors puts together of a
+copy."""
 
 _SMALLEST = """
 beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
@@ -93,20 +95,20 @@ def swift(poison: bool = False) -> Iterator[Built]:
         poison: fill what would stay uninitialised with NaN.
     """
     built = Built()
-    idle = {name: _returns_self for name in ("normal_", "uniform_", "erfinv_")}
-    make_block, orthogonal = surgery.build_block, nn.init.orthogonal_
+    make_block = surgery.build_block
+    fillers = [(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_")]
+    # these also shift and clamp, each a walk through all of the memory
+    fillers += [(nn.init, "orthogonal_"), (nn.init, "_no_grad_trunc_normal_"), (weight_init, "_trunc_normal_")]
+    kept = [getattr(holder, name) for holder, name in fillers]
 
     def enable() -> None:
-        for name, method in idle.items():
-            setattr(torch.Tensor, name, method)
-        nn.init.orthogonal_ = _returns_self
+        for holder, name in fillers:
+            setattr(holder, name, _returns_self)
         torch.use_deterministic_algorithms(poison)  # then torch.empty gives NaN
 
     def disable() -> None:
-        for name in idle:
-            if name in torch.Tensor.__dict__:
-                delattr(torch.Tensor, name)
-        nn.init.orthogonal_ = orthogonal
+        for (holder, name), filler in zip(fillers, kept, strict=True):
+            setattr(holder, name, filler)
         torch.use_deterministic_algorithms(False)
 
     def with_values(*args: Any, **kwargs: Any) -> Any:
@@ -291,19 +293,24 @@ def gradients(
 def wrapped(model: nn.Module, kind: str) -> nn.Module:
     """The model in one of timm's feature classes, at all of its indices; weights are shared, modules are not."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     twin = copy.deepcopy(model, shared)
     indices = tuple(range(len(model.feature_info)))
-    if kind == "list":
-        return features.FeatureListNet(twin, out_indices=indices).eval()
-    if kind == "flat list":
-        return features.FeatureListNet(twin, out_indices=indices, flatten_sequential=True).eval()
-    if kind == "hook":
-        return features.FeatureHookNet(twin, out_indices=indices).eval()
-    if kind == "getter":
-        return features.FeatureGetterNet(twin, out_indices=indices).eval()
-    return FeatureGraphNet(twin, out_indices=indices).eval()
+    try:
+        if kind == "flat list":
+            return features.FeatureListNet(twin, out_indices=indices, flatten_sequential=True).eval()
+        return _CLASSES[kind](twin, out_indices=indices).eval()
+    finally:
+        for parameter, was in learns:  # efficientvim freezes one where its head is taken off
+            parameter.requires_grad_(was)
 
 
+_CLASSES: dict[str, Callable[..., nn.Module]] = {
+    "list": features.FeatureListNet,
+    "hook": features.FeatureHookNet,
+    "getter": features.FeatureGetterNet,
+    "fx": FeatureGraphNet,
+}
 KINDS = ("list", "flat list", "hook", "getter", "fx")
 """timm's feature classes, lists with and without their sequences taken apart."""
 QUICK = KINDS[:-1]
