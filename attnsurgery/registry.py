@@ -27,7 +27,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm.models import _builder, _registry
+from timm.models import _builder, _prune, _registry
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery import zoo
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 GENERIC = "surgery"
 """The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
 
-_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-4]+))?", re.ASCII)
+_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-9]+))?", re.ASCII)
 _BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
 _NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _FAMILIES = ("timm.models.", "attnsurgery.models")
 _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
+_adapted: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_adapted_operation", default=None)
 _recipes: dict[str, Recipe] = {}
 
 
@@ -166,7 +167,7 @@ def _suffixes() -> dict[str, str]:
 def _resolve(name: str) -> Callable[..., Any] | None:
     """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None for other names."""
     match = _NAME.fullmatch(name)
-    if match is None or match["base"].endswith("_pruned"):
+    if match is None:
         return None
     base, suffix, stages = match["base"], match["block"], match["stages"]
     with _lock:
@@ -313,6 +314,7 @@ def _input_size(cfg: PretrainedCfg, model_kwargs: Mapping[str, Any]) -> tuple[in
 def _patch_builders() -> None:
     """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends."""
     with _lock:
+        _builder.adapt_model_from_file = _adapting
         for module in list(sys.modules.values()):
             of_family = getattr(module, "__name__", "").startswith(_FAMILIES) and module is not _builder
             if of_family and module.__dict__.get("build_model_with_cfg") is _builder.build_model_with_cfg:
@@ -324,16 +326,38 @@ def _building(model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     operation = _pending.get()
     if operation is None:
         return _builder.build_model_with_cfg(model_cls, *args, **kwargs)
-    if kwargs.get("pruned"):
-        raise SurgeryError(
-            "pruned architectures change the width of their layers after they are built, so blocks put in before would "
-            "not fit. Build the pruned model first and call attnsurgery.operate(model, recipe)."
-        )
     token = _pending.set(None)  # a backbone built inside this model is not the model asked for
     try:
-        return _builder.build_model_with_cfg(functools.partial(operation, model_cls), *args, **kwargs)
+        if not kwargs.get("pruned"):
+            return _builder.build_model_with_cfg(functools.partial(operation, model_cls), *args, **kwargs)
+        return _building_pruned(operation, model_cls, *args, **kwargs)
     finally:
         _pending.reset(token)
+
+
+def _building_pruned(operation: Callable[..., Any], model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The layers of a pruned architecture change their width after it is built, so the cut comes after that."""
+    given: dict[str, Any] = {}
+
+    def remembering(*inner: Any, **model_kwargs: Any) -> Any:
+        given.update(model_kwargs)
+        return model_cls(*inner, **model_kwargs)
+
+    def adapted(model: nn.Module) -> Any:
+        return operation(lambda **_: model, **given)
+
+    token = _adapted.set(adapted)
+    try:
+        return _builder.build_model_with_cfg(remembering, *args, **kwargs)
+    finally:
+        _adapted.reset(token)
+
+
+@functools.wraps(_builder.adapt_model_from_file)
+def _adapting(*args: Any, **kwargs: Any) -> Any:
+    model = _prune.adapt_model_from_file(*args, **kwargs)
+    cut = _adapted.get()
+    return model if cut is None else cut(model)
 
 
 def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> None:

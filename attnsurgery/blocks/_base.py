@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
+from timm.layers import register_notrace_module
 from torch import nn
 
 from attnsurgery.catalog import Catalog
@@ -72,6 +73,10 @@ class Block(nn.Module, ABC):
     gates = False
     """True: the block reads the input of a span and returns the factor of the span's output."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_notrace_module(cls)  # timm's feature extraction through torch.fx takes a block as one call
+
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -89,6 +94,11 @@ class Block(nn.Module, ABC):
         """All that an 'auto' may come to on a map of this size, the dearest first, which is `fitted`: a recipe with a
         limit on attention goes on to the next."""
         return (cls.fitted(options, height, width),)
+
+    @classmethod
+    def order_free(cls, options: Mapping[str, Any]) -> bool:
+        """True if it makes no difference how the positions lie, so that a token sequence does without its grid."""
+        return False
 
     def check_map(self, height: int, width: int) -> None:
         """Refuse a map on which the block has no meaning.

@@ -162,6 +162,10 @@ class DualAttention(Block):
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         return subsamplings(options, height, width)
 
+    @classmethod
+    def order_free(cls, options: Mapping[str, Any]) -> bool:
+        return bool(options["parts"] == "channel" or options["subsample"] == 1)
+
     def check_map(self, height: int, width: int) -> None:
         if self.sa is None:
             return

@@ -164,6 +164,10 @@ class NonLocal(Block):
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         return subsamplings(options, height, width)
 
+    @classmethod
+    def order_free(cls, options: Mapping[str, Any]) -> bool:
+        return bool(options["subsample"] == 1)
+
     def check_map(self, height: int, width: int) -> None:
         if height * width == 1:
             raise OptionError(

@@ -164,7 +164,7 @@ class ResidualAttention(Block):
 
     child_name = "residual_attention"
     model_suffix = "resattn"
-    model_place = "span"
+    model_place = "trunk"
     gates = True
 
     def __init__(

@@ -10,7 +10,8 @@ Shape letters in this file:  B batch, C channels, R = C / reduction, H W height 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -117,6 +118,10 @@ class SqueezeExcite(Block):
     def _gate(self, excited: torch.Tensor) -> torch.Tensor:
         opened = nn.functional.hardsigmoid(excited) if self.hard else torch.sigmoid(excited)
         return opened * self.gate_scale
+
+    @classmethod
+    def order_free(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     def cost(self, height: int, width: int) -> Cost:
         macs = 0

@@ -59,6 +59,8 @@ class Kind:
     """Numbers in the largest attention-like activation for one map of H x W."""
     example: Options = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
+    order_free: bool = False
+    """True if it makes no difference how the positions lie."""
 
 
 def _always(options: Options) -> bool:
@@ -75,19 +77,19 @@ _RESHAPING = ("out_channels", "dim_out", "stride", "padding", "dilation")
 _MLP = ("kernel_size", "use_mlp", "rd_ratio", "rd_channels", "rd_divisor")
 
 KINDS: dict[str, Kind] = {
-    "se": Kind(zero=("fc2",), gates=("gate",)),
-    "ese": Kind(zero=("fc",), gates=("gate",)),
-    "eca": Kind(zero=("conv",), gates=("gate",), hidden=_MLP),
-    "ecam": Kind(zero=("conv2",), gates=("gate",), hidden=_KERNEL),
-    "ceca": Kind(zero=("conv",), gates=("gate",), hidden=_KERNEL),
+    "se": Kind(order_free=True, zero=("fc2",), gates=("gate",)),
+    "ese": Kind(order_free=True, zero=("fc",), gates=("gate",)),
+    "eca": Kind(order_free=True, zero=("conv",), gates=("gate",), hidden=_MLP),
+    "ecam": Kind(order_free=True, zero=("conv2",), gates=("gate",), hidden=_KERNEL),
+    "ceca": Kind(order_free=True, zero=("conv",), gates=("gate",), hidden=_KERNEL),
     "ge": Kind(
         zero=("mlp.fc2",),
         gates=("gate",),
         hidden=("feat_size", "extra_params", "use_mlp"),
         unsupported={"script": "torch.jit does not know mean(keepdims=)"},
     ),
-    "gc": Kind(zero=("mlp_scale.fc2", "mlp_add.fc2"), gates=("gate",), hidden=("init_last_zero",)),
-    "gca": Kind(zero=("mlp_add.fc2",), hidden=("init_last_zero", "gate_layer")),
+    "gc": Kind(order_free=True, zero=("mlp_scale.fc2", "mlp_add.fc2"), gates=("gate",), hidden=("init_last_zero",)),
+    "gca": Kind(order_free=True, zero=("mlp_add.fc2",), hidden=("init_last_zero", "gate_layer")),
     "cbam": Kind(
         zero=("channel.fc2", "spatial.conv.bn"), gates=("channel.gate", "spatial.gate"), odd=("spatial_kernel_size",)
     ),
@@ -138,6 +140,7 @@ KINDS: dict[str, Kind] = {
         attention=lambda block, height, width: block.num_heads * height * width * block.win_size**2,
     ),
     "nl": Kind(
+        order_free=True,
         relayouts=True,
         attention=lambda block, height, width: (height * width) ** 2,
         unsupported={"linear_memory": "timm writes the N x N weights out; the block 'non_local' does not"},
@@ -245,6 +248,10 @@ class TimmAttention(Block):
         if options.get("feat_size", 0) is None and height == width:
             return {**options, "feat_size": height}
         return dict(options)
+
+    @classmethod
+    def order_free(cls, options: Options) -> bool:
+        return KINDS[cls.timm_name].order_free
 
     def check_map(self, height: int, width: int) -> None:
         """Raises: OptionError: timm's class does not take this map, and which options would."""

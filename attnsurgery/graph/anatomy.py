@@ -8,11 +8,8 @@ trace is made when somebody asks.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
-from typing import Any, cast
+from functools import cached_property
 
 from torch import fx, nn
 
@@ -21,6 +18,7 @@ from attnsurgery.graph.inside import inner_sites
 from attnsurgery.graph.record import Found, Run, map_shape
 from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import trace_owner, uncut_class
+from attnsurgery.graph.units import adds
 
 
 class Anatomy:
@@ -85,7 +83,7 @@ class Anatomy:
         found = {
             site.address: site
             for path, owner in self._owners.items()
-            if adds(cast(Any, uncut_class(owner)))
+            if adds(uncut_class(owner))
             for site in self._sites_inside(path)
             if site.stage == stage and site.role == role
         }
@@ -106,30 +104,41 @@ class Anatomy:
         """The stage's last blocks in a row, as far back as none changes the size of the map: what a span may cover."""
         row: list[Site] = []
         for site in reversed(self.blocks(stage)):
-            if self._taken(site) != site.shape or (row and not self._hands_on(site, row[-1])):
+            if not self.keeps_size(site) or (row and not self._hands_on(site, row[-1])):
                 break
             row.append(site)
         return tuple(reversed(row))
 
+    def keeps_size(self, site: Site) -> bool:
+        """True if the site is what a module returns, of the shape it was given: it can be a span of one."""
+        own = site.node is None and not site.users and not site.host and not _second(site)
+        return own and self._taken(site) == site.shape
+
     def span(self, first: Site, last: Site) -> Site:
-        """From the input of one module to the output of another, through a chain of modules with one parent.
+        """From the input of one module to the output of another, through a chain of blocks or of one parent's modules.
 
         Raises:
             SiteError: they are no such chain, or what goes in has another shape than what comes out.
         """
         address = f"{first.address} .. {last.address}"
+        if _second(first) or _second(last):
+            raise SiteError(f"{address!r}: a span reads and returns the first of several tensors only.")
         for end in (first, last):
-            if end.node is not None or end.address != end.owner:
+            if end.node is not None or end.span:
                 raise SiteError(f"{address!r}: a span goes from module to module, and {end.address!r} is inside one.")
         parent = first.owner.rpartition(".")[0]
-        row = [site for site in self._outputs if site.owner.rpartition(".")[0] == parent]
+        row = [
+            site
+            for site in self._outputs
+            if (site.owner.rpartition(".")[0] == parent or site.role == "block") and not _second(site)
+        ]
         chain = [first]
         while chain[-1].owner != last.owner:
             behind = [site for site in row if self._hands_on(chain[-1], site) and site not in chain]
             if not behind:
                 raise SiteError(
-                    f"{address!r}: a span is a chain of modules of one parent, in which each takes what the one before "
-                    f"returns, and {self.name} does not lead from {chain[-1].owner!r} to {last.owner!r} that way."
+                    f"{address!r}: a span is a chain of blocks, or of modules of one parent, in which each takes what the "
+                    f"one before returns, and {self.name} does not lead from {chain[-1].owner!r} to {last.owner!r} that way."
                 )
             chain.append(behind[0])
         if self._taken(first) != last.shape:
@@ -149,7 +158,8 @@ class Anatomy:
     def _hands_on(self, site: Site, behind: Site) -> bool:
         """True if the one module takes the very tensor that the other returned."""
         args, _ = self._run.inputs[behind.owner]
-        return bool(args) and args[0] is self._run.outputs[site.owner]
+        output = self._run.outputs[site.owner]
+        return bool(args) and args[0] is (output[site.element[0]] if site.element else output)
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
@@ -171,6 +181,10 @@ class Anatomy:
             yield from map(self._finish, inner_sites(path, owner, graph, self._run))
 
 
+def _second(site: Site) -> bool:
+    return site.element is not None and site.element[0] > 0
+
+
 def _times(shape: tuple[int, ...] | None) -> str:
     return "x".join(map(str, shape)) if shape else "something else"
 
@@ -183,13 +197,3 @@ def _kind(owner: nn.Module) -> str:
     plain = [(k, v) for k, v in owner.__dict__.items() if isinstance(v, (bool, int, float, str, tuple, type(None)))]
     children = [(name, id(type(child))) for name, child in owner._modules.items()]
     return f"{id(uncut_class(owner))} {plain} {children}"
-
-
-@cache
-def adds(cls: Any) -> bool:
-    """False if a forward cannot hold a residual addition, because its source has none; that saves a trace."""
-    try:
-        source = inspect.getsource(cls.forward)
-    except (OSError, TypeError):  # no source to read: it might
-        return True
-    return re.search(r"\+|\badd_?\(", source) is not None

@@ -1,32 +1,30 @@
 """A model's Sites, from one forward of a weightless twin.
 
 Hooks on the twin tell what each module returns and in which order; the graph of each module's own forward tells what
-happens between its children. From these come, without any table of model families:
-
-* the *blocks*: innermost modules with children of their own that stand in a row;
-* the *stages*, counted by stride as papers do: 1, 2, 3, 4 for strides 4, 8, 16, 32. A module belongs to the first
-  entry of timm's `feature_info` that returns no earlier than it does, so that the stride-4 convolution in front of a
-  stride-8 block counts as that block's. Where the stride never changes, stages are the quarters of the depth.
+happens between its children. From these come, without any table of model families, the blocks and stages (`units`), the
+layouts and grids (`layout`), and the places inside blocks (`inside`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
-from attnsurgery.graph.layout import guess_layout
-from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record
-from attnsurgery.graph.site import Site
+from attnsurgery.graph.layout import Reader
+from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record, same_data, tensors
+from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import rebuilds
+from attnsurgery.graph.units import LOOPS, Rows, is_container, runs_in_a_row, staging
 
-LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+LEADING = re.compile(r"(^|\.)(stem|patch_embed|downsample)")
+"""What timm calls the modules between stages and before the first."""
 BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
 
 
@@ -66,110 +64,114 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UsageError(f"input_size is (channels, height, width) of one image, and not {size!r}.")
     twin = meta_twin(model)
-    modules = dict(_hosts(twin))
+    modules = {path: module for path, module in _not_ours(twin)}
     run = record(twin, modules, size)
-    stage_of = _stages(twin, run, size)
-    channels_last = getattr(twin, "output_fmt", None) == "NHWC"
+    rows = Rows(modules, run)
+    reader = Reader(twin, size[1:], modules, run)
+    units = rows.units()
+    strides = {path: _stride(reader, path, size) for path in units}
+    stage_of = staging(twin, run, size[1:], strides)
+    hosts = dict(_hosts(modules))
 
     def finish(place: Found) -> Site:
-        layout = guess_layout(place.shape, size[1:], channels_last)
-        return Site(
+        read = reader.read(place.shape, place.owner)
+        site = Site(
             address=place.address,
             owner=place.owner,
             node=place.node,
             shape=place.shape,
-            layout=layout,
-            stage=stage_of(place.order),
+            layout=read.layout,
+            stage=None,
             depth=place.order,
             role=place.role,
-            prefix_tokens=_prefix_tokens(twin, place.shape[0]) if layout == "NLC" else 0,
+            prefix_tokens=read.prefix_tokens,
             users=place.users,
+            element=place.element,
+            host=place.host,
+            grid=read.grid,
+            grid_names=read.grid_names,
+            ordered=read.ordered,
             spatial=place.spatial,
         )
+        stride = math.sqrt(size[1] * size[2] / site.positions)
+        return dataclasses.replace(site, stage=stage_of(place.order, stride))
 
-    outputs = sorted(map(finish, _output_places(modules, run)), key=lambda site: site.depth)
+    outputs = sorted(map(finish, _output_places(hosts, run, rows, units)), key=lambda site: site.depth)
     owners = {
         path: module
-        for path, module in modules.items()
+        for path, module in hosts.items()
         if any(module.children())
         and not isinstance(module, (*LOOPS, *NORMS))
         and run.once(path)
         # what comes after the last feature, the head, is not a map any more
-        and stage_of(run.finished[path]) is not None
+        and stage_of(run.finished[path], None) is not None
     }
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(model).__name__
-    return Anatomy(name, size, tuple(_with_blocks(outputs)), owners, run, finish)
+    return Anatomy(name, size, tuple(_with_blocks(_richest(outputs, rows))), owners, run, finish)
 
 
-def _hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by path, less the root, attention blocks of ours, and what will be rebuilt.
+def _stride(reader: Reader, path: str, size: tuple[int, int, int]) -> float:
+    """Of the first map that a module returns: the square root of the image's pixels for each position."""
+    shape = next(shape for tensor in tensors(reader.run.outputs[path]) if (shape := map_shape(tensor)))
+    read = reader.read(shape, path)
+    height, width = {"NCHW": shape[1:], "NHWC": shape[:2], "NLC": (shape[0] - read.prefix_tokens, 1)}[read.layout]
+    return math.sqrt(size[1] * size[2] / (height * width))
+
+
+def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by path, less attention blocks of ours, grafted or built in."""
+    hidden: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if hidden and path.startswith(hidden):
+            continue
+        if hasattr(type(module), "grafted"):
+            hidden = (*hidden, f"{path}.")
+        else:
+            yield path, module
+
+
+def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Those that can hold a block: not the root, and none that will be rebuilt.
 
     Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result.
     """
     hidden: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if path.startswith(hidden) and hidden:
+    for path, module in modules.items():
+        if hidden and path.startswith(hidden):
             continue
-        of_ours = hasattr(type(module), "grafted")  # a block, grafted or built in
-        fleeting = hasattr(type(module), "fuse")
-        if path and (of_ours or rebuilds(type(module))):
+        if path and rebuilds(type(module)):
             hidden = (*hidden, f"{path}.")
-        if path and not fleeting and not of_ours:
+        if path and not hasattr(type(module), "fuse"):
             yield path, module
 
 
-def _prefix_tokens(model: nn.Module, tokens: int) -> int:
-    """How many of so many tokens are no image patch; cait and xcit add theirs only behind the blocks."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-    return 0 if patches == tokens else prefix
-
-
-def _output_places(modules: dict[str, nn.Module], run: Run) -> Iterator[Found]:
+def _output_places(modules: dict[str, nn.Module], run: Run, rows: Rows, units: dict[str, None]) -> Iterator[Found]:
     """What modules return: those with children and a forward of their own, and bare activations in a container."""
-    units = _units(modules, run)
     for path, module in modules.items():
-        shape = map_shape(run.outputs.get(path))
-        if shape is None or not run.once(path) or isinstance(module, (*LOOPS, *NORMS)):
+        # a list with a forward of its own, such as a dense block, cannot have one child more, but its last child can
+        looping = isinstance(module, LOOPS) and path in units
+        if not run.once(path) or (isinstance(module, (*LOOPS, *NORMS)) and not looping):
             continue
         composite = any(module.children())
         if runs_in_a_row(path, module, run) if composite else not _may_host_bare(path, module, modules):
             continue
-        yield Found(run.finished[path], path, path, None, shape, "block" if path in units else "inner")
-
-
-def is_container(module: nn.Module) -> bool:
-    """True for what only holds modules: it runs them in order, or leaves that to others."""
-    return isinstance(module, LOOPS) and type(module).forward in [loop.forward for loop in LOOPS]
-
-
-def runs_in_a_row(path: str, module: nn.Module, run: Run) -> bool:
-    """True for regnet's RegStage and its like: no Sequential, but it only runs its children, all of one class."""
-    children = list(module.named_children())
-    if isinstance(module, LOOPS) or len({type(child) for _, child in children}) != 1:
-        return False
-    if isinstance(children[0][1], LOOPS) or not any(children[0][1].children()):
-        return False
-    return run.outputs.get(path) is not None and run.outputs[path] is run.outputs.get(f"{path}.{children[-1][0]}")
-
-
-def _units(modules: dict[str, nn.Module], run: Run) -> set[str]:
-    """Paths of the model's blocks: the innermost modules with children of their own that stand in a row."""
-    rows = {path for path, module in modules.items() if is_container(module) or runs_in_a_row(path, module, run)}
-    candidates = [
-        path
-        for path, module in modules.items()
-        if path not in rows
-        and path.rpartition(".")[0] in rows | {""}
-        and any(module.children())
-        and not isinstance(module, (*LOOPS, *NORMS))
-        and run.once(path)
-        and map_shape(run.outputs.get(path)) is not None
-    ]
-    inner = {path for path in candidates if not any(other.startswith(f"{path}.") for other in candidates)}
-    # the root's own children are blocks only where no container holds any
-    return {path for path in inner if "." in path} or inner
+        host = rows.last_child(path).removeprefix(f"{path}.") if looping else ""
+        role: Role = "block" if path in units else "inner"
+        output = run.outputs[path]
+        shape = map_shape(output)
+        if shape is not None:
+            yield Found(run.finished[path], path, path, None, shape, role, host=host)
+        elif type(output) in (list, tuple):
+            arity = len(output) if isinstance(output, tuple) else 0
+            for index, value in enumerate(output):
+                shape = map_shape(value)
+                before = [*run.given[path], *((earlier, earlier._version) for earlier in tensors(output[:index]))]
+                if shape is None or same_data(before, [(value, value._version)]):
+                    continue
+                order = run.finished[path] + index * 1e-3
+                main: Role = role if value.ndim == tensors(output)[0].ndim else "inner"  # the state of a mixer is none
+                yield Found(order, f"{path}[{index}]", path, None, shape, main, element=(index, arity), host=host)
 
 
 def _may_host_bare(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
@@ -179,36 +181,22 @@ def _may_host_bare(path: str, module: nn.Module, modules: dict[str, nn.Module]) 
     return parent is not None and is_container(parent) and stateless and type(module).__module__.startswith(BARE_HOSTS)
 
 
-def _stages(model: nn.Module, run: Run, size: tuple[int, int, int]) -> Callable[[float], int | None]:
-    """The function from an order of execution to a stage."""
-    infos = [dict(info) for info in (getattr(model, "feature_info", None) or [])]
-    known = [(run.finished[i["module"]], float(i["reduction"])) for i in infos if i.get("module") in run.finished]
-    isotropic = len(known) > 1 and len(known) == len(infos) and len({reduction for _, reduction in known}) == 1
-    if len(known) < max(1, len(infos)):  # feature_info names modules that do not exist: strides of the maps themselves
-        known = [
-            (order, size[1] / output.shape[2])
-            for path, order in run.finished.items()
-            if isinstance(output := run.outputs[path], torch.Tensor) and output.ndim == 4 and output.shape[2] > 1
-        ]
-    known.sort()
-    stages = _stage_numbers([reduction for _, reduction in known], isotropic, repeats=len(known) == len(infos))
-
-    def stage_of(order: float) -> int | None:
-        return next((stage for (last, _), stage in zip(known, stages, strict=True) if order <= last), None)
-
-    return stage_of
-
-
-def _stage_numbers(reductions: list[float], isotropic: bool, repeats: bool) -> list[int]:
-    """log2 of the stride less 1, or quarters; one that `output_stride` keeps at the stride before it still counts."""
-    if isotropic:
-        return [1 + 4 * index // len(reductions) for index in range(len(reductions))]
-    stages: list[int] = []
-    for index, reduction in enumerate(reductions):
-        stage = max(0, round(math.log2(max(reduction, 1))) - 1)
-        dilated = repeats and index > 0 and reduction == reductions[index - 1] and stage > 0
-        stages.append(stages[-1] + 1 if dilated else max([stage, *stages[-1:]]) if repeats else stage)
-    return stages
+def _richest(sites: list[Site], rows: Rows) -> list[Site]:
+    """A stage's blocks less what only leads to them, if there are others: stems, downsampling, position encodings."""
+    weights = {
+        site.address: 0 if LEADING.search(site.address) else rows.weights(site.owner)
+        for site in sites
+        if site.role == "block"
+    }
+    most: dict[int | None, int] = {}
+    for site in sites:
+        most[site.stage] = max(most.get(site.stage, 0), weights.get(site.address, 0))
+    return [
+        dataclasses.replace(site, role="inner")
+        if site.role == "block" and weights[site.address] < 2 <= most[site.stage]
+        else site
+        for site in sites
+    ]
 
 
 def _with_blocks(sites: list[Site]) -> Iterator[Site]:

@@ -1,17 +1,28 @@
 """How a Site's tensor becomes the (B, C, H, W) that blocks take, and how it comes back.
 
-The way there and back is a list of tensor methods, so that the same table serves torch.fx graphs and generated text.
-None of them copies data.
-
     NCHW   (B, C, H, W)   as it is
     NHWC   (B, H, W, C)   permuted; a channels-last view
-    NLC    (B, N, C)      a map of N x 1; prefix tokens are cut off before and put back after
+    NLC    (B, N, C)      a map of N x 1, or of H x W where the block needs the grid; prefix tokens are cut off before
+                          and put back after
+
+The way there and back is a list of tensor methods, or one function of this file, so that the same table serves torch.fx
+graphs and generated text. None of them copies data.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import torch
+from timm.layers import register_notrace_function
+from torch import nn
+
+from attnsurgery.errors import SurgeryError
+from attnsurgery.graph.record import Run
 from attnsurgery.graph.site import Layout
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
@@ -28,6 +39,22 @@ FROM_NCHW: dict[Layout, Steps] = {
 }
 
 
+@register_notrace_function
+def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, H * W, C) to (B, C, H, W), a channels-last view."""
+    if tokens.shape[1] != height * width:
+        raise SurgeryError(
+            f"a block was put on a grid of {height}x{width}, and there are {tokens.shape[1]} tokens: the size of the "
+            "images has changed since. Build the model at that size, by its name or recipe."
+        )
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
+
+
+def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to (B, H * W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def guess_layout(shape: tuple[int, ...], image: tuple[int, int], channels_last: bool) -> Layout:
     """The layout of a tensor without batch, from its shape and the (H, W) of the image it was made of.
 
@@ -42,3 +69,120 @@ def guess_layout(shape: tuple[int, ...], image: tuple[int, int], channels_last: 
     if as_nchw == as_nhwc:
         return "NHWC" if channels_last else "NCHW"
     return "NCHW" if as_nchw < as_nhwc else "NHWC"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a tensor is: see the fields of Site."""
+
+    layout: Layout
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+    grid_names: tuple[str, ...] = ()
+    ordered: bool = True
+
+
+@dataclass
+class Reader:
+    """Tells layouts, prefix tokens and grids in one recorded model.
+
+    A layout is what the layers say that take such a tensor or give it: a convolution has channels first, a Linear last.
+    Where none does, proportions decide. A grid needs evidence, too: the size is passed along with the tokens, or it is
+    that of the patch embedding, or of a map the model has made on the way, or a map half as large.
+    """
+
+    model: nn.Module
+    image: tuple[int, int]
+    modules: dict[str, nn.Module]
+    run: Run
+    votes: dict[tuple[int, ...], Counter[Layout]] = field(default_factory=dict)
+    grids: dict[tuple[int, int], None] = field(default_factory=dict)
+    """Sizes of maps in raster order, the likeliest first."""
+
+    def __post_init__(self) -> None:
+        for path, module in self.modules.items():
+            vote = _vote(module)
+            if vote is not None and path in self.run.outputs:
+                for value in (*self.run.inputs[path][0], self.run.outputs[path]):
+                    if isinstance(value, torch.Tensor) and value.ndim == 4:
+                        self.votes.setdefault(tuple(value.shape[1:]), Counter())[vote] += 1
+        # one that accepts images of any size has no grid of its own
+        embedding = getattr(self.model, "patch_embed", None)
+        if getattr(embedding, "strict_img_size", True):
+            self.grids = dict.fromkeys(self._fixed_grids(embedding))
+
+    def _fixed_grids(self, embedding: nn.Module | None) -> Iterator[tuple[int, int]]:
+        if hasattr(self.model, "unroll"):  # hiera: the sequence is not the raster
+            return
+        size = getattr(embedding, "grid_size", None)
+        if size is not None:
+            yield int(size[0]), int(size[1])
+        maps = [tensor for found in self.run.returned.values() for tensor, _ in found if tensor.ndim == 4]
+        shapes = dict.fromkeys(tuple(map(int, tensor.shape[1:])) for tensor in maps)
+        sizes = []
+        for shape in shapes:
+            height, width = shape[1:] if self.layout(shape) == "NCHW" else shape[:2]
+            if height * width > 1 and self._proportional(height, width):
+                sizes.append((height, width))
+        yield from sizes
+        for height, width in sizes:
+            for _ in range(4):
+                height, width = math.ceil(height / 2), math.ceil(width / 2)
+                yield height, width
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        if len(shape) == 3 and shape in self.votes:
+            (first, most), *others = self.votes[shape].most_common()
+            if not others or others[0][1] < most:
+                return first
+        return guess_layout(shape, self.image, getattr(self.model, "output_fmt", None) == "NHWC")
+
+    def read(self, shape: tuple[int, ...], owner: str) -> Reading:
+        """What a tensor of this shape without batch is, in the forward of `owner` or returned by it."""
+        layout = self.layout(shape)
+        if layout == "NCHW":
+            return Reading(layout, ordered=self._proportional(*shape[1:]))
+        if layout == "NHWC":
+            return Reading(layout, ordered=self._proportional(*shape[:2]))
+        hint = int(getattr(self.model, "num_prefix_tokens", 0) or 0)
+        for prefix in dict.fromkeys((0, hint, 1)):
+            told = [found for found in self._told(owner) if math.prod(found[0]) == shape[0] - prefix]
+            if told and not hasattr(self.model, "unroll"):
+                return Reading(layout, prefix, *told[0])
+            for grid in self.grids:
+                if math.prod(grid) == shape[0] - prefix:
+                    return Reading(layout, prefix, grid)
+        patches = getattr(getattr(self.model, "patch_embed", None), "num_patches", None)
+        return Reading(layout, hint if patches != shape[0] > hint else 0, ordered=False)
+
+    def _told(self, owner: str) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
+        """Sizes among the arguments of a module: a pair, or two numbers in a row."""
+        args, kwargs = self.run.inputs[owner]
+        try:
+            bound = inspect.signature(self.modules[owner].forward).bind(*args, **kwargs).arguments
+        except (TypeError, KeyError):
+            return
+        numbers: list[tuple[str, int]] = []
+        for name, value in bound.items():
+            if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(side, int) for side in value):
+                yield (value[0], value[1]), (name,)
+            if isinstance(value, int) and not isinstance(value, bool):
+                numbers.append((name, value))
+        if len(numbers) == 2:
+            (height, h), (width, w) = numbers
+            yield (h, w), (height, width)
+
+    def _proportional(self, height: int, width: int) -> bool:
+        """True if height and width are those of the image, divided by one stride and rounded."""
+        stride = max(self.image[0] / height, self.image[1] / width)
+        return abs(self.image[0] / stride - height) <= 1 and abs(self.image[1] / stride - width) <= 1
+
+
+def _vote(module: nn.Module) -> Layout | None:
+    if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
+        return "NCHW"
+    if isinstance(module, nn.Linear):
+        return "NHWC"
+    if isinstance(module, nn.LayerNorm):  # timm's LayerNorm2d permutes before and after
+        return "NCHW" if "2d" in type(module).__name__ else "NHWC"
+    return None

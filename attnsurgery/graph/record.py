@@ -34,6 +34,14 @@ class Found(NamedTuple):
     role: Role
     users: tuple[str, ...] = ()
     spatial: bool = False
+    element: tuple[int, int] | None = None
+    """Which of how many, where the owner returns a tuple; of 0, where it returns a list."""
+    host: str = ""
+    """The child that holds the block, where the owner loops over its children and can have no other."""
+
+
+Data = list[tuple[torch.Tensor, int]]
+"""Tensors with the number of in-place operations they had seen."""
 
 
 @dataclass
@@ -44,6 +52,10 @@ class Run:
     """Order in which the modules returned."""
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Data] = field(default_factory=dict)
+    """The tensors among the inputs, as they were when the module was called."""
+    returned: dict[str, Data] = field(default_factory=dict)
+    """The tensors among the outputs, as they were when it returned."""
     calls: dict[str, int] = field(default_factory=dict)
 
     def once(self, path: str) -> bool:
@@ -99,12 +111,19 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
     """Run the twin once on images of (C, H, W) and watch `modules`."""
     run = Run()
 
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            run.given[path] = [(tensor, tensor._version) for value in args for tensor in tensors(value)]
+
+        return hook
+
     def watch(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             run.calls[path] = run.calls.get(path, 0) + 1
             run.finished.setdefault(path, len(run.finished))
             run.inputs[path] = (args, kwargs)
             run.outputs[path] = output
+            run.returned[path] = [(tensor, tensor._version) for tensor in tensors(output)]
 
         return hook
 
@@ -112,6 +131,7 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
         if isinstance(module, NORMS):  # torch takes milliseconds to find a norm's shape on meta, and it is the input's
             module.__dict__["forward"] = torch.empty_like
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
+    handles += [module.register_forward_pre_hook(before(path)) for path, module in modules.items()]
     try:
         with torch.no_grad(), ONE_AT_A_TIME:
             twin(example(twin, size, "meta"))
@@ -131,3 +151,16 @@ def map_shape(value: Any) -> tuple[int, ...] | None:
     if isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.shape[0] == BATCH:
         return tuple(int(side) for side in value.shape[1:])
     return None
+
+
+def tensors(value: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of a list or tuple, or the one that the value is."""
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    return tuple(t for t in value if isinstance(t, torch.Tensor)) if isinstance(value, (list, tuple)) else ()
+
+
+def same_data(one: Data, other: Data) -> bool:
+    """True if a tensor of the one is, or is a view of, a tensor of the other, with nothing written in between."""
+    held = {(tensor.untyped_storage()._cdata, version) for tensor, version in one}
+    return any((tensor.untyped_storage()._cdata, version) in held for tensor, version in other)

@@ -10,6 +10,8 @@
     stage:* spatial               behind the last 3x3 (or larger) convolution of every block
     stage:-1 last                 what the last stage returns
     layer2.1 .. layer2.2          a span: what goes into the one module and comes out of the other
+    stage:3 trunk                 a span over the last two blocks of the stage that keep the map's size; where none
+                                  does, the stage's output
     stage:3 span                  a span over all blocks of the stage that keep the map's size
     stage:3 spans:2               the same blocks in spans of two
 
@@ -34,6 +36,7 @@ RULES = (
     "branch_inputs",
     "shortcuts",
     "spatial",
+    "trunk",
     "span",
     "spans:N",
 )
@@ -83,6 +86,7 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
         "branch_inputs": lambda stage: anatomy.sides(stage, "branch_input"),
         "shortcuts": lambda stage: anatomy.sides(stage, "shortcut"),
         "spatial": anatomy.spatial,
+        "trunk": lambda stage: _trunk(anatomy, stage),
         "span": lambda stage: _in_spans(anatomy, stage, len(anatomy.trunk(stage)) or 1),
         "spans": lambda stage: _in_spans(anatomy, stage, int(match["step"] or 1)),
     }
@@ -105,6 +109,12 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
 def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
     """After the 2nd, 4th, ... block for a step of 2, as in the non-local paper's 5-block model (section 4.1)."""
     return blocks[step - 1 :: step]
+
+
+def _trunk(anatomy: Anatomy, stage: int) -> tuple[Site, ...]:
+    """Two blocks, as the residual attention paper's t = 2 (section 3), or as many as there are."""
+    row = anatomy.trunk(stage)[-2:]
+    return (anatomy.span(row[0], row[-1]),) if row else anatomy.blocks(stage)[-1:]
 
 
 def _in_spans(anatomy: Anatomy, stage: int, length: int) -> tuple[Site, ...]:

@@ -40,6 +40,16 @@ class Site:
     """fx nodes for which the block's result replaces the tensor; empty means all that use it."""
     span: tuple[str, ...] = ()
     """Paths of the modules of a span, in order; the first is the owner. Empty for a single place."""
+    element: tuple[int, int] | None = None
+    """Where the owner returns several tensors, which of how many this is; of 0 where they come as a list."""
+    host: str = ""
+    """The child of the owner that holds the block, where the owner loops over its children and can have no other."""
+    grid: tuple[int, int] | None = None
+    """(H, W) of an NLC tensor whose positions are the rows of a map one after the other, as far as that is known."""
+    grid_names: tuple[str, ...] = ()
+    """Where the owner is told that size with every call, and images of any size go: the arguments that say it."""
+    ordered: bool = True
+    """False where the positions do not lie as in the image: windows cut apart, or a reordered sequence."""
     spatial: bool = False
     """The result of a block's last spatial convolution (3x3 or larger), after its normalisation and activation."""
 
@@ -49,9 +59,14 @@ class Site:
 
     @property
     def map_size(self) -> tuple[int, int]:
-        """Height and width as a block sees them; a token sequence is a map of N x 1."""
+        """Height and width as a block sees them; a token sequence without a grid is a map of N x 1."""
         if self.layout == "NCHW":
             return self.shape[1], self.shape[2]
         if self.layout == "NHWC":
             return self.shape[0], self.shape[1]
-        return self.shape[0] - self.prefix_tokens, 1
+        return self.grid or (self.shape[0] - self.prefix_tokens, 1)
+
+    @property
+    def positions(self) -> int:
+        height, width = self.map_size
+        return height * width

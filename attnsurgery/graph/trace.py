@@ -44,14 +44,14 @@ def rebuilds(cls: type[nn.Module]) -> bool:
     return any(hasattr(cls, name) for name in REBUILDS)
 
 
-def uncut_class(module: nn.Module) -> type[nn.Module]:
+def uncut_class(module: nn.Module) -> Any:
     """The class whose forward is traced: what the module was before any surgery."""
     return getattr(type(module), "uncut_class", type(module))
 
 
 def uncut_copy(module: nn.Module) -> nn.Module:
     """A shallow copy with the module's first class; children are shared, the table of children is not."""
-    twin = object.__new__(uncut_class(module))
+    twin: nn.Module = object.__new__(uncut_class(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = dict(module._modules)
     return twin

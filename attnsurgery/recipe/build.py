@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import chain
 
 import torch
@@ -44,7 +45,8 @@ def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
                     f"{where(recipe, f'edits[{index}].at')} = {at!r} puts {key[1]!r} at {key[0]!r}, where "
                     f"edits[{first}] ({recipe.edits[first].at!r}) has put it already. Narrow one of the two selectors."
                 )
-    return within_limit(recipe, edits, anatomy)
+    limited = within_limit(recipe, edits, anatomy)
+    return [[_seen(recipe, index, insertion) for insertion in made] for index, made in enumerate(limited)]
 
 
 def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
@@ -88,7 +90,8 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
 
 
 def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatomy) -> Site:
-    """The place as the block takes it: one that gates a span takes a single module as a span of one."""
+    """The place as the block takes it: one that gates a span takes a single module as a span of one, if the module
+    keeps the size of its map; any other place it gates by itself."""
     gates = BLOCKS[edit.block].gates
     try:
         if site.span and not gates:
@@ -96,9 +99,25 @@ def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatom
                 f"block {edit.block!r} goes to one place and not on a span. What the span returns is "
                 f"{site.span[-1]!r}; blocks for spans: {', '.join(name for name in BLOCKS if BLOCKS[name].gates)}."
             )
-        return anatomy.span(site, site) if gates and not site.span else site
+        return anatomy.span(site, site) if gates and anatomy.keeps_size(site) and not site.span else site
     except SiteError as error:
         raise SiteError(f"{where(recipe, f'edits[{index}].at')}: {error}") from None
+
+
+def _seen(recipe: Recipe, index: int, insertion: Insertion) -> Insertion:
+    """The place without its grid where the block does not ask how positions lie; then images of any size go."""
+    site = insertion.site
+    if BLOCKS[insertion.block].order_free(insertion.options):
+        return dataclasses.replace(insertion, site=dataclasses.replace(site, grid=None, grid_names=()))
+    if not site.ordered:
+        free = ", ".join(name for name in BLOCKS if BLOCKS[name].order_free(check_options(name, {})))
+        raise SiteError(
+            f"{where(recipe, f'edits[{index}].at')}: at {site.address!r}, {'x'.join(map(str, site.shape))} "
+            f"{site.layout}, positions do not lie as in the image (windows cut apart, a reordered sequence, or one "
+            f"of any length), and block {insertion.block!r} needs to know who is next to whom. "
+            f"Blocks that work there, as they are by default: {free}."
+        )
+    return insertion
 
 
 def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:

@@ -37,7 +37,7 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
     prepared = [owner.finished() for owner in owners.values()]
     for path, owner, grafts, blocks, cls in prepared:
         for name, block in blocks.items():
-            setattr(owner, name, block)
+            setattr(*_held(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
         model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(f"{path}.{name}" for name in blocks))
@@ -52,16 +52,23 @@ def remove(model: nn.Module) -> nn.Module:
     """
     for _, owner, grafts in list(operated(model)):
         for graft in reversed([graft for graft in grafts if graft.held]):
+            host, name = _held(owner, graft.child)
             if graft.slot == "identity":
-                setattr(owner, graft.child, nn.Identity())
+                setattr(host, name, nn.Identity())
             else:
-                delattr(owner, graft.child)
+                delattr(host, name)
             if graft.slot == "none":
-                setattr(owner, graft.child, None)
+                setattr(host, name, None)
         del owner.__dict__[RECORD]
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
     model.__dict__.pop(PATHS, None)
     return model
+
+
+def _held(owner: nn.Module, child: str) -> tuple[nn.Module, str]:
+    """The module that holds a block, and the block's name there: the owner, or a child of it."""
+    host, _, name = child.rpartition(".")
+    return owner.get_submodule(host), name
 
 
 def operated(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Graft, ...]]]:
@@ -74,12 +81,13 @@ def operated(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Graft, ..
 
 def grafted_blocks(model: nn.Module) -> dict[str, Block]:
     """Every grafted block by its path in the model."""
-    return {
-        f"{path}.{graft.child}" if path else graft.child: owner.get_submodule(graft.child)  # type: ignore[misc]
-        for path, owner, grafts in operated(model)
-        for graft in grafts
-        if graft.held
-    }
+    found = {}
+    for path, owner, grafts in operated(model):
+        for graft in grafts:
+            host, name = _held(owner, graft.child)
+            if graft.held and getattr(host, name, None) is not None:
+                found[f"{path}.{graft.child}" if path else graft.child] = getattr(host, name)
+    return found
 
 
 class _Owner:
@@ -112,18 +120,20 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
         if path not in owners:
             owners[path] = _Owner(model, path)
     first = owners[span[0]]
-    place = site.node, site.users, site.span
-    if any((g.node, g.users, g.span) == place and g.block == insertion.block for g in first.grafts):
+    place = site.node, site.users, site.span, site.element
+    if any((g.node, g.users, g.span, g.element) == place and g.block == insertion.block for g in first.grafts):
         raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
     device, dtype = _home(first.module, model)
     block = build_block(insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype)
-    if block.gates != bool(site.span):
-        raise SiteError(f"{insertion.block!r} {'takes a span' if block.gates else 'takes no span'}: {site.address!r}.")
+    if site.span and not block.gates:
+        raise SiteError(f"{insertion.block!r} takes no span: {site.address!r}.")
     name, slot = _child(first.trial, type(block), site)
     block.grafted = True
     block.train(first.module.training)
-    first.trial.__dict__.pop(name, None)
-    first.trial._modules[name] = first.blocks[name] = block
+    first.blocks[name] = block
+    if "." not in name:
+        first.trial.__dict__.pop(name, None)
+        first.trial._modules[name] = block
     for index, path in enumerate(span):
         part: Part = "first" if index == 0 else "last" if index == len(span) - 1 else "middle"
         owners[path].grafts.append(
@@ -138,18 +148,23 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
                 start=insertion.start,
                 users=site.users,
                 span=site.span,
-                part="place" if not site.span else "whole" if len(span) == 1 else part,
+                part=("point" if block.gates else "place") if not site.span else "whole" if len(span) == 1 else part,
+                element=site.element,
+                grid=site.grid,
+                grid_names=site.grid_names,
             )
         )
 
 
 def _child(trial: nn.Module, block: type[Block], site: Site) -> tuple[str, Slot]:
     """The name the block gets in its host: of a place the host keeps free for it, else a new one."""
-    if not site.users and not site.span:
+    if not (site.users or site.span or site.host or block.gates):
         for name in (block.child_name, *block.slots):
             slot = find_slot(trial, name, site.node)
             if slot:
                 return name, slot
+    if site.host:
+        return f"{site.host}.{_free_name(trial.get_submodule(site.host), block.child_name)}", "new"
     return _free_name(trial, block.child_name), "new"
 
 

@@ -38,7 +38,7 @@ from torch import fx, nn
 
 from attnsurgery.blocks import Start
 from attnsurgery.errors import SiteError, SurgeryError
-from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW
+from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW, map_to_tokens, tokens_to_map
 from attnsurgery.graph.site import Layout
 from attnsurgery.graph.trace import same, trace_in_both_modes, uncut_class, uncut_copy
 
@@ -49,7 +49,7 @@ RECORD = "_attnsurgery"
 CHANGES = ("set_input_size",)
 
 Slot = Literal["new", "none", "identity"]
-Part = Literal["place", "whole", "first", "middle", "last"]
+Part = Literal["place", "point", "whole", "first", "middle", "last"]
 Bindings = tuple[tuple[str, str, Any], ...]
 
 
@@ -72,12 +72,26 @@ class Graft:
     span: tuple[str, ...] = ()
     """Paths of the modules of the span, this owner among them."""
     part: Part = "place"
-    """What this owner is to the span: all of it, or its first module, which holds the block, or a later one."""
+    """What this owner is to the span: all of it, or its first module, which holds the block, or a later one. 'point' is
+    a place that is multiplied with what the block makes of it."""
+    element: tuple[int, int] | None = None
+    """Where the owner returns several tensors: which, of how many (0: a list)."""
+    grid: tuple[int, int] | None = None
+    """(H, W) of an NLC tensor, for a block that needs it."""
+    grid_names: tuple[str, ...] = ()
+    """The arguments of the owner that say it; then `grid` is only what they said at the time of surgery."""
 
     @property
     def held(self) -> bool:
         """True if the block is this owner's child."""
-        return self.part in ("place", "whole", "first")
+        return self.part in ("place", "point", "whole", "first")
+
+    @property
+    def size(self) -> str:
+        """The grid as text, in terms of the owner's arguments where they say it."""
+        if len(self.grid_names) == 1:
+            return f"{self.grid_names[0]}[0], {self.grid_names[0]}[1]"
+        return ", ".join(self.grid_names or map(str, self.grid or ()))
 
     @property
     def carrier(self) -> str:
@@ -94,7 +108,7 @@ def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Modul
     Raises:
         SiteError: the place does not exist in one of the modes, or the owner's forward cannot be a graph.
     """
-    base = uncut_class(owner)
+    base: type[nn.Module] = uncut_class(owner)
     cuts = [graft for graft in grafts if graft.slot == "new"]
     outside = [graft for graft in cuts if graft.node is None]
     inside = tuple(graft for graft in grafts if graft.node is not None)
@@ -192,17 +206,36 @@ def _insert(graph: fx.Graph, before: fx.Node, users: list[fx.Node], graft: Graft
             everything = slice(None)
             kept = graph.call_function(operator.getitem, (value, (everything, slice(None, prefix))))
             value = graph.call_function(operator.getitem, (value, (everything, slice(prefix, None))))
-        for method, args in TO_NCHW[graft.layout]:
-            value = graph.call_method(method, (value, *args))
+        plain = value
+        if graft.grid:
+            value = graph.call_function(tokens_to_map, (value, *_grid_nodes(graph, graft)))
+        else:
+            for method, args in TO_NCHW[graft.layout]:
+                value = graph.call_method(method, (value, *args))
         value = graph.call_module(graft.child, (value,))
-        for method, args in FROM_NCHW[graft.layout]:
-            value = graph.call_method(method, (value, *args))
+        if graft.grid:
+            value = graph.call_function(map_to_tokens, (value,))
+        else:
+            for method, args in FROM_NCHW[graft.layout]:
+                value = graph.call_method(method, (value, *args))
+        if graft.part == "point":
+            value = graph.call_function(operator.mul, (plain, graph.call_method("type_as", (value, plain))))
         if prefix:
             value = graph.call_function(torch.cat, ((kept, value), 1))
     for user in users:
         user.replace_input_with(before, value)
     graph.erase_node(marker)
     return value
+
+
+def _grid_nodes(graph: fx.Graph, graft: Graft) -> list[Any]:
+    """Height and width: nodes that read them off the owner's arguments, or plain numbers."""
+    assert graft.grid is not None
+    arguments = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    told = [arguments[name] for name in graft.grid_names if name in arguments]
+    if len(told) == 1 == len(graft.grid_names):
+        return [graph.call_function(operator.getitem, (told[0], side)) for side in (0, 1)]
+    return list(told) if len(told) == 2 else list(graft.grid)
 
 
 def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[str, Bindings]:
@@ -212,30 +245,43 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
     before, after, at_last = [], [], []
     for number, graft in enumerate(cuts):
         gate, prefix = f"gate_{number}", graft.prefix_tokens
-        if graft.part == "place":
-            if prefix:
-                after += [f"kept = y[:, :{prefix}]", f"y = y[:, {prefix}:]"]
-            after += _through(graft, "y", "y")
-            if prefix:
-                after += ["y = torch.cat((kept, y), 1)"]
-            continue
-        if graft.held:
-            before += _through(graft, f"{x}[:, {prefix}:]" if prefix else x, gate)
+        y = "y" if graft.element is None else f"y_{number}"
+        if graft.element is not None:
+            after += [f"{y} = y[{graft.element[0]}]"]
+        if graft.part in ("place", "point"):
+            rest = f"{y}[:, {prefix}:]" if prefix else y
+            after += _through(graft, rest, gate if graft.part == "point" or prefix else y)
+            changed = f"{rest} * {gate}.to({y}.dtype)" if graft.part == "point" else gate
         else:
-            before += [f"{gate} = carried({x}, {graft.carrier!r})"]
+            read = f"{x}[:, {prefix}:]" if prefix else x
+            before += _through(graft, read, gate) if graft.held else [f"{gate} = carried({x}, {graft.carrier!r})"]
+            changed = f"{y}[:, {prefix}:] * {gate}.to({y}.dtype)" if prefix else f"{y} * {gate}.to({y}.dtype)"
         if graft.part in ("first", "middle"):
-            at_last += [f"y.{graft.carrier} = {gate}"]
-        elif prefix:
-            after += [f"y = torch.cat((y[:, :{prefix}], y[:, {prefix}:] * {gate}.to(y.dtype)), 1)"]
-        else:
-            after += [f"y = y * {gate}.to(y.dtype)"]
+            at_last += [f"{'y' if graft.element is None else f'y[{graft.element[0]}]'}.{graft.carrier} = {gate}"]
+            continue
+        if prefix:
+            after += [f"{y} = torch.cat(({y}[:, :{prefix}], {changed}), 1)"]
+        elif changed != gate:
+            after += [f"{y} = {changed}"]
+        if graft.element is not None:
+            after += [f"y = {_with_element(*graft.element, y)}"]
     lines = [*before, f"y = self.{called}({passed})", *after, *at_last, "return y"]
     source = "\n    ".join([f"def forward({declared}):", *lines]) + "\n"
-    return source, (*_ANNOTATING, ("carried", "object", carried)) if "carried(" in source else _ANNOTATING
+    known = {"carried": carried, "tokens_to_map": tokens_to_map, "map_to_tokens": map_to_tokens}
+    return source, (*_ANNOTATING, *((name, "object", value) for name, value in known.items() if f"{name}(" in source))
+
+
+def _with_element(index: int, arity: int, value: str) -> str:
+    """`y`, a tuple of `arity` or a list, with another element; in words that torch.jit.script knows."""
+    if not arity:
+        return f"y[:{index}] + [{value}] + y[{index + 1}:]"
+    return "(" + " ".join(f"{value if i == index else f'y[{i}]'}," for i in range(arity)) + ")"
 
 
 def _through(graft: Graft, source: str, target: str) -> list[str]:
     """Statements that give `target` what the block makes of the tensor `source`."""
+    if graft.grid:
+        return [f"{target} = map_to_tokens(self.{graft.child}(tokens_to_map({source}, {graft.size})))"]
     there = "".join(f".{method}({', '.join(map(str, args))})" for method, args in TO_NCHW[graft.layout])
     back = "".join(f".{method}({', '.join(map(str, args))})" for method, args in FROM_NCHW[graft.layout])
     return [f"{target} = self.{graft.child}({source}{there}){back}"]

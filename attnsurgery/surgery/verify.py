@@ -153,9 +153,10 @@ def _check_records(model: nn.Module) -> None:
     lost = [path for path in model.__dict__.get(PATHS, ()) if path not in there]
     if lost:
         raise SurgeryError(f"the block {lost[0]!r} is gone: something replaced what it was in after surgery.")
-    for path, owner, grafts in operated(model):
+    alive = {name for name, block in there.items() if isinstance(block, Block)}
+    for path, _, grafts in operated(model):
         for graft in grafts:
-            if graft.held and not isinstance(getattr(owner, graft.child, None), Block):
+            if graft.held and f"{path}.{graft.child}" not in alive:
                 raise SurgeryError(
                     f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery."
                 )
