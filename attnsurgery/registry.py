@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 GENERIC = "surgery"
 """The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
 
-_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-9]+))?", re.ASCII)
+_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-5]+))?", re.ASCII)
 _BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
 _NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _FAMILIES = ("timm.models.", "attnsurgery.models")

@@ -219,10 +219,10 @@ def test_inspect_tells_what_a_block_would_cost_at_every_site():
 
 
 def test_inspect_says_where_a_block_cannot_stand():
-    result = call("inspect", "test_resnet", "--block", "residual_attention")
-    assert result.stdout.count("cannot stand here") == 7
-    assert "cannot    at 7 sites; at 'layer1.0.bn2': " in result.stdout
-    assert "together  at 1 block site: 11,649 parameters" in result.stdout
+    result = call("inspect", "test_resnet", "--block", "non_local", "--option", "subsample=10")
+    assert result.stdout.count("cannot stand here") == 2
+    assert "cannot    at 2 sites; at 'layer4.0.bn2': block 'non_local' with subsample=10 needs a map" in result.stdout
+    assert "together  at 3 block sites: 81,608 parameters" in result.stdout
 
 
 def test_inspect_refuses_blocks_and_options_that_are_none():

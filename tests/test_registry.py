@@ -15,7 +15,7 @@ from timm.models import _builder, _registry
 
 import attnsurgery
 from attnsurgery import registry
-from attnsurgery.errors import RecipeError, SiteError, SurgeryError, UnknownNameError
+from attnsurgery.errors import RecipeError, SiteError, UnknownNameError
 from attnsurgery.surgery.operate import grafted_blocks
 from tests.conftest import build, images, wake
 
@@ -264,10 +264,16 @@ def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> Non
         timm.create_model("surgery", recipe={**RECIPE, "edits": edits})
 
 
-def test_pruned_architectures_are_refused_with_the_way_round() -> None:
-    assert not timm.is_model("ecaresnet50d_pruned_se")
-    with pytest.raises(SurgeryError, match="Build the pruned model first"):
-        timm.create_model("surgery", base="ecaresnet50d_pruned", recipe=RECIPE)
+def test_pruned_architectures_are_cut_after_their_layers_have_been_narrowed() -> None:
+    base = wake(timm.create_model("efficientnet_es_pruned", num_classes=3)).eval()
+    plain = timm.create_model("efficientnet_es", num_classes=3)
+    assert sum(p.numel() for p in base.parameters()) < sum(p.numel() for p in plain.parameters())
+    model = timm.create_model("efficientnet_es_pruned_se_s3", num_classes=3).eval()
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(model(images(64)), base(images(64)))
+    assert not torch.equal(move_gates(model)(images(64)), base(images(64)))
+    features = timm.create_model("efficientnet_es_pruned_se_s3", features_only=True)
+    assert any(".se." in name for name, _ in features.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["resnet18" + "_se" * 70, "resnet18" + "_se" * 5000, "модель_se", "", "_se", "a b_se"])

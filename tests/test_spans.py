@@ -23,6 +23,10 @@ from tests.conftest import build, images, move_gates
 SPAN = "stages.2.blocks.0 .. stages.2.blocks.2"
 
 
+def recipe_of(at: str, block: str) -> dict[str, object]:
+    return {"version": 1, "name": "spans", "base": "resnet18", "edits": [{"at": at, "block": block}]}
+
+
 def operated(model: nn.Module, *edits: tuple[str, str, dict[str, object]], start: str = "identity") -> nn.Module:
     recipe = {
         "version": 1,
@@ -159,7 +163,7 @@ def test_spans_may_nest_and_overlap_and_share_an_end_with_other_blocks() -> None
 
 
 def test_prefix_tokens_pass_a_span_untouched() -> None:
-    base = build("test_vit")
+    base = build("test_vit", dynamic_img_size=False)
     model = operated(copy.deepcopy(base), ("blocks.1 .. blocks.2", "residual_attention", {"depth": 0}))
     x = torch.randn(2, 17, base.embed_dim)
     assert torch.equal(model(images(64)), base(images(64)))
@@ -173,13 +177,12 @@ def test_prefix_tokens_pass_a_span_untouched() -> None:
 @pytest.mark.parametrize(
     ("at", "block", "message"),
     [
-        ("layer2.1 .. layer3.1", "residual_attention", "does not lead from 'layer2.3' to 'layer3.1' that way"),
+        ("layer2.1 .. layer3.1", "residual_attention", "takes 512x28x28 and returns 1024x14x14"),
         ("layer2.2 .. layer2.1", "residual_attention", "'layer2.1' runs before 'layer2.2'"),
         ("layer2.0 .. layer2.2", "residual_attention", "takes 256x56x56 and returns 512x28x28.*Begin it behind"),
         ("layer2.1.bn3 .. layer2.2", "residual_attention", "'layer2.1.bn3' is inside one"),
         ("layer2.1 .. layer2.9", "residual_attention", "'layer2.9' matches none of the"),
         ("layer2.1 ..", "residual_attention", "is not a span. It reads: FIRST .. LAST"),
-        ("layer2.1.bn3", "residual_attention", "'layer2.1.bn3' is inside one"),
         ("layer2.1 .. layer2.2", "se", "goes to one place and not on a span. What the span returns is 'layer2.2'"),
     ],
 )
@@ -259,3 +262,35 @@ def test_what_a_mask_took_from_the_size_of_its_map_is_written_down(tmp_path: Pat
 def depth_in(name: str) -> int:
     (block,) = grafted_blocks(timm.create_model(name)).values()
     return int(block.depth)
+
+
+def test_where_no_grid_is_known_a_mask_is_refused_and_what_works_there_is_named() -> None:
+    model = build("test_vit")  # takes images of any size, so a sequence does not say how its tokens lie
+    with pytest.raises(SiteError, match=r"positions do not lie as in the image.*Blocks that work there.*non_local.*se"):
+        operated(model, ("blocks.1", "residual_attention", {}))
+    assert attnsurgery.verify(operated(model, ("blocks.1", "non_local", {})), (3, 64, 64)).alive
+
+
+def test_a_new_input_size_reaches_a_block_on_the_grid_of_tokens() -> None:
+    base = build("test_vit", dynamic_img_size=False)
+    model = attnsurgery.operate(copy.deepcopy(base), recipe_of("blocks.1 .. blocks.2", "residual_attention"))
+    with pytest.raises(AssertionError, match="height"):
+        model(images(96))
+    for twin in (base, model, copied := copy.deepcopy(model)):
+        twin.set_input_size((96, 64))
+    x = torch.randn(2, 3, 96, 64)
+    assert torch.equal(model(x), base(x))
+    assert torch.equal(copied(x), base(x))
+    assert not torch.equal(move_gates(model)(x), base(x))
+    assert attnsurgery.verify(model, (3, 96, 64)).alive
+    assert "set_input_size" not in vars(attnsurgery.remove(model))
+
+
+@pytest.mark.parametrize("at", ["layer2.0", "layer2.1.bn3", "layer2.1:add.input"])
+def test_a_mask_at_a_place_that_is_no_span_multiplies_what_it_reads(at: str) -> None:
+    base = build("resnet50")
+    model = operated(copy.deepcopy(base), (at, "residual_attention", {"depth": 1}))
+    assert torch.equal(model(images(64)), base(images(64)))
+    assert attnsurgery.verify(model, (3, 64, 64)).alive
+    assert not torch.equal(move_gates(model)(images(64)), base(images(64)))
+    assert torch.equal(attnsurgery.remove(model)(images(64)), base(images(64)))

@@ -73,6 +73,12 @@ class Anatomy:
             f"See them all: attnsurgery inspect {self.name} --all"
         )
 
+    def grid_at(self, owner: str, node: str | None, element: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The grid of a tensor inside a module, or of what that returns."""
+        near = self._outputs if node is None else self._sites_inside(owner)
+        sites = (site for site in near if (site.owner, site.node, site.element) == (owner, node, element))
+        return next((site.grid for site in sites), None)
+
     def blocks(self, stage: int) -> tuple[Site, ...]:
         """Outputs of the stage's blocks, in order."""
         return tuple(site for site in self._outputs if site.stage == stage and site.role == "block")
@@ -137,8 +143,9 @@ class Anatomy:
             behind = [site for site in row if self._hands_on(chain[-1], site) and site not in chain]
             if not behind:
                 raise SiteError(
-                    f"{address!r}: a span is a chain of blocks, or of modules of one parent, in which each takes what the "
-                    f"one before returns, and {self.name} does not lead from {chain[-1].owner!r} to {last.owner!r} that way."
+                    f"{address!r}: a span is a chain of blocks, or of modules of one parent, in which each takes what "
+                    f"the one before returns, and {self.name} does not lead from {chain[-1].owner!r} to "
+                    f"{last.owner!r} that way."
                 )
             chain.append(behind[0])
         if self._taken(first) != last.shape:

@@ -171,7 +171,7 @@ def _output_places(modules: dict[str, nn.Module], run: Run, rows: Rows, units: d
                     continue
                 order = run.finished[path] + index * 1e-3
                 main: Role = role if value.ndim == tensors(output)[0].ndim else "inner"  # the state of a mixer is none
-                yield Found(order, f"{path}[{index}]", path, None, shape, main, element=(index, arity), host=host)
+                yield Found(order, f"{path}:{index}", path, None, shape, main, element=(index, arity), host=host)
 
 
 def _may_host_bare(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:

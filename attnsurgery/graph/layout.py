@@ -39,7 +39,6 @@ FROM_NCHW: dict[Layout, Steps] = {
 }
 
 
-@register_notrace_function
 def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, H * W, C) to (B, C, H, W), a channels-last view."""
     if tokens.shape[1] != height * width:
@@ -48,6 +47,9 @@ def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor
             "images has changed since. Build the model at that size, by its name or recipe."
         )
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
+
+
+register_notrace_function(tokens_to_map)
 
 
 def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +109,8 @@ class Reader:
                     if isinstance(value, torch.Tensor) and value.ndim == 4:
                         self.votes.setdefault(tuple(value.shape[1:]), Counter())[vote] += 1
         # one that accepts images of any size has no grid of its own
-        embedding = getattr(self.model, "patch_embed", None)
+        named = [child for _, child in self.model.named_children() if getattr(child, "grid_size", None) is not None]
+        embedding = getattr(self.model, "patch_embed", named[0] if named else None)
         if getattr(embedding, "strict_img_size", True):
             self.grids = dict.fromkeys(self._fixed_grids(embedding))
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnsurgery.graph.record import NORMS, Run, map_shape, same_data, tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import chain
 
 import torch
@@ -46,7 +45,10 @@ def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
                     f"edits[{first}] ({recipe.edits[first].at!r}) has put it already. Narrow one of the two selectors."
                 )
     limited = within_limit(recipe, edits, anatomy)
-    return [[_seen(recipe, index, insertion) for insertion in made] for index, made in enumerate(limited)]
+    for index, made in enumerate(limited):
+        for insertion in made:
+            _check_order(recipe, index, insertion)
+    return limited
 
 
 def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
@@ -104,12 +106,10 @@ def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatom
         raise SiteError(f"{where(recipe, f'edits[{index}].at')}: {error}") from None
 
 
-def _seen(recipe: Recipe, index: int, insertion: Insertion) -> Insertion:
-    """The place without its grid where the block does not ask how positions lie; then images of any size go."""
+def _check_order(recipe: Recipe, index: int, insertion: Insertion) -> None:
+    """Refuse a block that asks who is next to whom where the positions do not say."""
     site = insertion.site
-    if BLOCKS[insertion.block].order_free(insertion.options):
-        return dataclasses.replace(insertion, site=dataclasses.replace(site, grid=None, grid_names=()))
-    if not site.ordered:
+    if not site.ordered and not BLOCKS[insertion.block].order_free(insertion.options):
         free = ", ".join(name for name in BLOCKS if BLOCKS[name].order_free(check_options(name, {})))
         raise SiteError(
             f"{where(recipe, f'edits[{index}].at')}: at {site.address!r}, {'x'.join(map(str, site.shape))} "
@@ -117,7 +117,6 @@ def _seen(recipe: Recipe, index: int, insertion: Insertion) -> Insertion:
             f"of any length), and block {insertion.block!r} needs to know who is next to whom. "
             f"Blocks that work there, as they are by default: {free}."
         )
-    return insertion
 
 
 def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:

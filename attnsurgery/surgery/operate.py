@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +13,8 @@ from torch import nn
 from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
 from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.find import survey
+from attnsurgery.graph.record import meta_twin
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.surgery.plan import Insertion, Plan
@@ -40,6 +45,8 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
             setattr(*_held(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
+        if any(graft.grid and not graft.grid_names for graft in grafts) and hasattr(model, "set_input_size"):
+            model.__dict__["set_input_size"] = functools.partial(_set_input_size, model)
         model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(f"{path}.{name}" for name in blocks))
     return model
 
@@ -62,7 +69,26 @@ def remove(model: nn.Module) -> nn.Module:
         del owner.__dict__[RECORD]
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
     model.__dict__.pop(PATHS, None)
+    model.__dict__.pop("set_input_size", None)
     return model
+
+
+def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The model's own `set_input_size`, after which the blocks that work on a grid of tokens are told the new one."""
+    method: Any = type(model).set_input_size
+    method(model, *args, **kwargs)
+    anatomy = survey(remove(meta_twin(model)))
+    for path, owner, grafts in operated(model):
+        told = tuple(
+            dataclasses.replace(
+                graft, grid=anatomy.grid_at(graft.span[-1] if graft.span else path, graft.node, graft.element)
+            )
+            if graft.grid and not graft.grid_names
+            else graft
+            for graft in grafts
+        )
+        owner.__dict__[RECORD] = told
+        owner.__class__ = surgical_class(owner, told)
 
 
 def _held(owner: nn.Module, child: str) -> tuple[nn.Module, str]:
@@ -127,6 +153,7 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
     block = build_block(insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype)
     if site.span and not block.gates:
         raise SiteError(f"{insertion.block!r} takes no span: {site.address!r}.")
+    free = block.order_free(insertion.options)
     name, slot = _child(first.trial, type(block), site)
     block.grafted = True
     block.train(first.module.training)
@@ -150,8 +177,9 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
                 span=site.span,
                 part=("point" if block.gates else "place") if not site.span else "whole" if len(span) == 1 else part,
                 element=site.element,
-                grid=site.grid,
-                grid_names=site.grid_names,
+                # a block that does not ask how positions lie takes images of any size
+                grid=None if free else site.grid,
+                grid_names=() if free else site.grid_names,
             )
         )
 
