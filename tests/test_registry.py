@@ -17,7 +17,7 @@ import attnsurgery
 from attnsurgery import registry
 from attnsurgery.errors import RecipeError, SiteError, UnknownNameError
 from attnsurgery.surgery.operate import grafted_blocks
-from tests.conftest import build, images, wake
+from tests.conftest import build, images, move_gates, wake
 
 RECIPE = {
     "version": 1,
@@ -265,14 +265,14 @@ def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> Non
 
 
 def test_pruned_architectures_are_cut_after_their_layers_have_been_narrowed() -> None:
-    base = wake(timm.create_model("efficientnet_es_pruned", num_classes=3)).eval()
-    plain = timm.create_model("efficientnet_es", num_classes=3)
+    base = wake(timm.create_model("efficientnet_b1_pruned", num_classes=3)).eval()
+    plain = timm.create_model("efficientnet_b1", num_classes=3)
     assert sum(p.numel() for p in base.parameters()) < sum(p.numel() for p in plain.parameters())
-    model = timm.create_model("efficientnet_es_pruned_se_s3", num_classes=3).eval()
+    model = timm.create_model("efficientnet_b1_pruned_se_s3", num_classes=3).eval()
     model.load_state_dict(base.state_dict())
     assert torch.equal(model(images(64)), base(images(64)))
     assert not torch.equal(move_gates(model)(images(64)), base(images(64)))
-    features = timm.create_model("efficientnet_es_pruned_se_s3", features_only=True)
+    features = timm.create_model("efficientnet_b1_pruned_se_s3", features_only=True)
     assert any(".se." in name for name, _ in features.named_parameters())
 
 

@@ -102,7 +102,7 @@ CASES = [
     ("pvt_v2_b0", {}, (64, 96), "stages.1.blocks.1"),  # the size goes along with the tokens
     ("xcit_nano_12_p8_224", {}, (32, 48), "blocks.3"),
     ("mvitv2_tiny", {"img_size": 64}, (64, 64), "stages.2.blocks.2:0"),  # a tuple, and the grid in it
-    ("tnt_s_patch16_224", {"img_size": 48}, (48, 48), "blocks.2:1"),
+    ("tnt_s_patch16_224", {"img_size": 64}, (64, 64), "blocks.2:1"),
     ("hrnet_w18_small", {}, (64, 64), "stage3.0:1"),  # a list
     ("selecsls42", {}, (64, 64), "features.1:0"),
     ("densenet121", {}, (64, 64), "features.denseblock2"),  # a module that loops over its children
@@ -159,7 +159,7 @@ def test_a_dense_block_keeps_its_children_and_the_block_hides_in_the_last() -> N
 def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None:
     def places(arch: str) -> list[str]:
         found = attnsurgery.plan(arch, recipe("stage:* trunk", "residual_attention"))
-        return [planned.site.address for planned in found.blocks]
+        return [planned.address for planned in found.blocks]
 
     assert places("resnet50")[2] == "layer3.4 .. layer3.5"
     assert places("resnet18")[3] == "layer4.1"

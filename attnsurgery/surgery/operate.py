@@ -75,8 +75,8 @@ def remove(model: nn.Module) -> nn.Module:
 
 def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """The model's own `set_input_size`, after which the blocks that work on a grid of tokens are told the new one."""
-    method: Any = type(model).set_input_size
-    method(model, *args, **kwargs)
+    cls: Any = type(model)
+    cls.set_input_size(model, *args, **kwargs)
     anatomy = survey(remove(meta_twin(model)))
     for path, owner, grafts in operated(model):
         told = tuple(
