@@ -162,6 +162,6 @@ def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None
         return [planned.address for planned in found.blocks]
 
     assert places("resnet50")[2] == "layer3.4 .. layer3.5"
-    assert places("resnet18")[3] == "layer4.1"
+    assert places("resnet18")[3] == "layer4.1 .. layer4.1"
     assert places("densenet121") == [f"features.denseblock{stage}" for stage in (1, 2, 3, 4)]
     assert places("mvitv2_tiny")[2] == "stages.2.blocks.3:0 .. stages.2.blocks.4:0"
