@@ -85,13 +85,13 @@ def by_brute_force(rows: list[list[int]], limit: int) -> list[int] | None:
     return max(fitting)[1] if fitting else None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(falling, min_size=1, max_size=4), st.integers(0, 200))
 def test_settling_is_the_first_that_fits_when_the_largest_goes_first(rows: list[list[int]], limit: int) -> None:
     assert settle(rows, limit) == by_brute_force(rows, limit)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(falling, min_size=1, max_size=6), st.integers(0, 200), st.integers(0, 100), st.randoms())
 def test_settling_heeds_no_order_treats_equals_alike_and_only_loosens_with_the_limit(
     rows: list[list[int]], limit: int, more: int, chance: random.Random
@@ -109,7 +109,7 @@ def test_settling_heeds_no_order_treats_equals_alike_and_only_loosens_with_the_l
     assert all(after <= before for after, before in zip(looser, found, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4, unique=True), st.integers(1, 12_000_000))
 def test_auto_settles_a_whole_recipe_by_that_rule(stages: list[int], limit: int) -> None:
     made = recipe(*(auto(f"stage:{stage} last") for stage in stages), limit=limit / 1e6)
