@@ -447,9 +447,13 @@ def _note_features(base: Base, kinds: tuple[str, ...]) -> None:
         if kind == "flat list" and "list" in base.kinds:
             continue
         try:
-            base.kinds[kind] = flat(wrapped(base.model, kind)(base.images))
+            found = flat(wrapped(base.model, kind)(base.images))
         except Exception:
             continue
+        # a hook on tnt gets the first of the two tensors that its blocks return: pixels of patches, not of images,
+        # and nothing that happens to the tokens is ever heard there
+        if all(tensor.shape[:1] == (BATCH,) for tensor in found):
+            base.kinds[kind] = found
 
 
 def describe(base: Base) -> dict[str, Any]:
