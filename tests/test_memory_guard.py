@@ -185,6 +185,13 @@ def test_every_fitting_is_legal_and_takes_no_more_than_the_one_before(block: str
     assert 2 * ways[-1]["subsample"] > min(size)
 
 
+def test_tokens_on_a_grid_are_subsampled_in_both_directions() -> None:
+    side = 14
+    for window in (1, 2, 4):
+        just = attention_bytes(side, window) / 1e6
+        assert subsamples(recipe(auto("stage:3 last"), limit=just), "vit_small_patch16_224") == [window]
+
+
 # ---- what is refused, and by whom
 
 
