@@ -39,6 +39,7 @@ class Cost:
     """Size of the largest attention-like activation that the naive formula would hold, fp32."""
 
 
+@register_notrace_module  # timm's feature extraction through torch.fx keeps a block whole, and its checkpoints load
 class Block(nn.Module, ABC):
     """An attention block: (B, C, H, W) in, a *new* tensor of the same shape, dtype and memory format out.
 
