@@ -257,7 +257,7 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
             before += _through(graft, read, gate) if graft.held else [f"{gate} = carried({x}, {graft.carrier!r})"]
             changed = f"{y}[:, {prefix}:] * {gate}.to({y}.dtype)" if prefix else f"{y} * {gate}.to({y}.dtype)"
         if graft.part in ("first", "middle"):
-            at_last += [f"{'y' if graft.element is None else f'y[{graft.element[0]}]'}.{graft.carrier} = {gate}"]
+            at_last += [f"carry({'y' if graft.element is None else f'y[{graft.element[0]}]'}, {graft.carrier!r}, {gate})"]
             continue
         if prefix:
             after += [f"{y} = torch.cat(({y}[:, :{prefix}], {changed}), 1)"]
@@ -267,7 +267,7 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
             after += [f"y = {_with_element(*graft.element, y)}"]
     lines = [*before, f"y = self.{called}({passed})", *after, *at_last, "return y"]
     source = "\n    ".join([f"def forward({declared}):", *lines]) + "\n"
-    known = {"carried": carried, "tokens_to_map": tokens_to_map, "map_to_tokens": map_to_tokens}
+    known = {"carry": carry, "carried": carried, "tokens_to_map": tokens_to_map, "map_to_tokens": map_to_tokens}
     return source, (*_ANNOTATING, *((name, "object", value) for name, value in known.items() if f"{name}(" in source))
 
 
@@ -287,13 +287,27 @@ def _through(graft: Graft, source: str, target: str) -> list[str]:
     return [f"{target} = self.{graft.child}({source}{there}){back}"]
 
 
+def carry(x: torch.Tensor, name: str, gate: torch.Tensor) -> None:
+    """Send the gate along with a tensor through a span.
+
+    Also on the tensor's memory: where checkpoints are nested, the inner one recomputes from a detached tensor.
+    """
+    setattr(x, name, gate)
+    if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
+        setattr(x.untyped_storage(), name, gate)
+
+
 def carried(x: torch.Tensor, name: str) -> torch.Tensor:
     """The gate that travels with a tensor through a span.
 
     Raises:
-        SurgeryError: something between the modules of the span made a new tensor.
+        SurgeryError: something between the modules of the span made a new tensor, or cut it off from its gradient.
     """
     gate: torch.Tensor | None = getattr(x, name, None)
+    if gate is None and isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
+        gate = getattr(x.untyped_storage(), name, None)
+        if gate is not None and torch.is_grad_enabled() and not gate.requires_grad:
+            gate = None  # computed where no gradient was asked for, and one is asked for here
     if gate is None:
         raise SurgeryError(
             f"the gate {name.removeprefix('_attnsurgery_').replace('__', '.')!r} was lost inside its span: between two "
@@ -410,7 +424,7 @@ def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[n
         "_uncut_forward": _renamed(base.forward),
         "_recipe_of_class": (base, source, bindings),
     }
-    if "._attnsurgery_" in source or "carried" in namespace:
+    if "carry" in namespace or "carried" in namespace:
         body["__prepare_scriptable__"] = _refuse_scripting
     return type(f"Surgical{base.__name__}", (base,), body)
 
