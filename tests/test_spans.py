@@ -264,13 +264,6 @@ def depth_in(name: str) -> int:
     return int(block.depth)
 
 
-def test_where_no_grid_is_known_a_mask_is_refused_and_what_works_there_is_named() -> None:
-    model = build("test_vit")  # takes images of any size, so a sequence does not say how its tokens lie
-    with pytest.raises(SiteError, match=r"positions do not lie as in the image.*Blocks that work there.*non_local.*se"):
-        operated(model, ("blocks.1", "residual_attention", {}))
-    assert attnsurgery.verify(operated(model, ("blocks.1", "non_local", {})), (3, 64, 64)).alive
-
-
 def test_a_new_input_size_reaches_a_block_on_the_grid_of_tokens() -> None:
     base = build("test_vit", dynamic_img_size=False)
     model = attnsurgery.operate(copy.deepcopy(base), recipe_of("blocks.1 .. blocks.2", "residual_attention"))

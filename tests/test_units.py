@@ -66,6 +66,8 @@ def test_branches_of_several_strides_are_counted_by_their_own() -> None:
         ("naflexvit_base_patch16_gap", "blocks.0", "NLC", 4, None),  # as many tokens as there are
         ("swin_tiny_patch4_window7_224", "layers.1.blocks.0", "NHWC", 0, None),
         ("poolformerv2_s12", "stages.0.blocks.0", "NCHW", 0, None),
+        ("caformer_s18", "stages.2.blocks.0", "NLC", 0, (14, 14)),
+        ("test_vit", "blocks.0", "NLC", 1, (10, 10)),  # built for images of any size
     ],
 )
 def test_layouts_prefixes_and_grids(arch: str, at: str, layout: str, prefix: int, grid: tuple[int, int] | None) -> None:
@@ -126,16 +128,36 @@ def test_a_block_anywhere_is_the_identity_until_its_gate_moves(
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-@pytest.mark.parametrize("arch", ["pvt_v2_b0", "xcit_nano_12_p8_224"])
-def test_where_the_size_goes_along_images_of_any_size_work(arch: str) -> None:
+# who says how large the map is: an argument of each block, or the module that made the map of which the tokens are
+ANY_SIZE = {
+    "pvt_v2_b0": "stages.2.blocks.1",
+    "xcit_nano_12_p8_224": "blocks.3",
+    "caformer_s18": "stages.2.blocks.1",
+    "test_vit": "blocks.1",
+}
+
+
+@pytest.mark.parametrize("arch", ANY_SIZE)
+def test_images_of_any_size_work_where_the_size_is_told_in_each_forward(arch: str) -> None:
     base = small(arch)
-    at = "stage:3 last"
-    model = attnsurgery.operate(copy.deepcopy(base), recipe(at, "non_local", subsample=2), (3, 64, 64))
-    for size in ((64, 64), (64, 128), (96, 64)):
-        x = torch.randn(2, 3, *size)
+    model = attnsurgery.operate(copy.deepcopy(base), recipe(ANY_SIZE[arch], "non_local", subsample=2), (3, 64, 64))
+    moved = move_gates(copy.deepcopy(model))
+    upright, lying = torch.randn(2, 3, 96, 64), torch.randn(2, 3, 64, 96)
+    for x in (torch.randn(2, 3, 64, 64), upright, lying, upright):
         assert torch.equal(model(x), base(x))
-    move_gates(model)
-    assert model(torch.randn(1, 3, 96, 64)).shape == (1, 1000)
+        assert not torch.equal(moved(x), base(x))
+    assert attnsurgery.verify(moved, (3, 64, 96)).faults == ()
+    assert not any("_attnsurgery" in name for m in attnsurgery.remove(moved).modules() for name in vars(m))
+
+
+def test_a_map_that_tells_its_size_compiles_and_exports() -> None:
+    model = move_gates(
+        attnsurgery.operate(small("test_vit"), recipe("blocks.1", "non_local", subsample=2), (3, 64, 64))
+    )
+    x = torch.randn(2, 3, 96, 64)
+    expected = model(x)
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, atol=1e-5)
+    assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-5)
 
 
 def test_prefix_tokens_are_no_part_of_the_grid() -> None:

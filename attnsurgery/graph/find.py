@@ -18,10 +18,10 @@ from torch import nn
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import Reader
-from attnsurgery.graph.record import NORMS, Found, Run, map_shape, meta_twin, record, same_data, tensors
+from attnsurgery.graph.record import LOOPS, NORMS, Found, Run, map_shape, meta_twin, record, same_data, tensors
 from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import rebuilds
-from attnsurgery.graph.units import LOOPS, Rows, is_container, runs_in_a_row, staging
+from attnsurgery.graph.units import Rows, is_container, runs_in_a_row, staging
 
 LEADING = re.compile(r"(^|\.)(stem|patch_embed|downsample)")
 """What timm calls the modules between stages and before the first."""
@@ -67,14 +67,14 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     modules = {path: module for path, module in _not_ours(twin)}
     run = record(twin, modules, size)
     rows = Rows(modules, run)
-    reader = Reader(twin, size[1:], modules, run)
+    hosts = dict(_hosts(modules))
+    reader = Reader(twin, size[1:], modules, run, hosts)
     units = rows.units()
     strides = {path: _stride(reader, path, size) for path in units}
     stage_of = staging(twin, run, size[1:], strides)
-    hosts = dict(_hosts(modules))
 
     def finish(place: Found) -> Site:
-        read = reader.read(place.shape, place.owner)
+        read = reader.read(place.shape, place.owner, place.order)
         site = Site(
             address=place.address,
             owner=place.owner,
@@ -90,6 +90,8 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
             host=place.host,
             grid=read.grid,
             grid_names=read.grid_names,
+            grid_source=read.grid_source,
+            source_layout=read.source_layout,
             ordered=read.ordered,
             spatial=place.spatial,
         )
@@ -114,7 +116,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 def _stride(reader: Reader, path: str, size: tuple[int, int, int]) -> float:
     """Of the first map that a module returns: the square root of the image's pixels for each position."""
     shape = next(shape for tensor in tensors(reader.run.outputs[path]) if (shape := map_shape(tensor)))
-    read = reader.read(shape, path)
+    read = reader.read(shape, path, reader.run.finished[path])
     height, width = {"NCHW": shape[1:], "NHWC": shape[:2], "NLC": (shape[0] - read.prefix_tokens, 1)}[read.layout]
     return math.sqrt(size[1] * size[2] / (height * width))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from timm.layers import register_notrace_function
 from torch import nn
 
 from attnsurgery.errors import SurgeryError
-from attnsurgery.graph.record import Run
+from attnsurgery.graph.record import LOOPS, Run
 from attnsurgery.graph.site import Layout
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
@@ -57,6 +57,14 @@ def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+class Grid:
+    """Height and width of the map of this forward, told by the module that makes it to those that see its tokens."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height = height
+        self.width = width
+
+
 def guess_layout(shape: tuple[int, ...], image: tuple[int, int], channels_last: bool) -> Layout:
     """The layout of a tensor without batch, from its shape and the (H, W) of the image it was made of.
 
@@ -81,6 +89,8 @@ class Reading:
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
     grid_names: tuple[str, ...] = ()
+    grid_source: str = ""
+    source_layout: Layout = "NCHW"
     ordered: bool = True
 
 
@@ -89,17 +99,22 @@ class Reader:
     """Tells layouts, prefix tokens and grids in one recorded model.
 
     A layout is what the layers say that take such a tensor or give it: a convolution has channels first, a Linear last.
-    Where none does, proportions decide. A grid needs evidence, too: the size is passed along with the tokens, or it is
-    that of the patch embedding, or of a map the model has made on the way, or a map half as large.
+    Where none does, proportions decide. A grid needs evidence, too: the size is passed along with the tokens; or it is
+    that of the patch embedding; or of a map the model has made on the way, or a map half as large. Where a module that
+    can be cut makes that map, it is asked in each forward, and images of any size go.
     """
 
     model: nn.Module
     image: tuple[int, int]
     modules: dict[str, nn.Module]
     run: Run
+    hosts: Container[str]
+    """Paths of the modules that can be cut."""
     votes: dict[tuple[int, ...], Counter[Layout]] = field(default_factory=dict)
     grids: dict[tuple[int, int], None] = field(default_factory=dict)
     """Sizes of maps in raster order, the likeliest first."""
+    sources: list[tuple[int, str, tuple[int, int], Layout]] = field(default_factory=list)
+    """Modules that make maps, in order of execution, with the size and layout of what they return."""
 
     def __post_init__(self) -> None:
         for path, module in self.modules.items():
@@ -111,12 +126,15 @@ class Reader:
         # one that accepts images of any size has no grid of its own
         named = [child for _, child in self.model.named_children() if getattr(child, "grid_size", None) is not None]
         embedding = getattr(self.model, "patch_embed", named[0] if named else None)
-        if getattr(embedding, "strict_img_size", True):
-            self.grids = dict.fromkeys(self._fixed_grids(embedding))
-
-    def _fixed_grids(self, embedding: nn.Module | None) -> Iterator[tuple[int, int]]:
+        strict = getattr(embedding, "strict_img_size", True)
         if hasattr(self.model, "unroll"):  # hiera: the sequence is not the raster
             return
+        if strict:
+            self.grids = dict.fromkeys(self._fixed_grids(embedding))
+        if not strict or not hasattr(embedding, "grid_size"):
+            self.sources = sorted(self._sources())
+
+    def _fixed_grids(self, embedding: nn.Module | None) -> Iterator[tuple[int, int]]:
         size = getattr(embedding, "grid_size", None)
         if size is not None:
             yield int(size[0]), int(size[1])
@@ -133,6 +151,21 @@ class Reader:
                 height, width = math.ceil(height / 2), math.ceil(width / 2)
                 yield height, width
 
+    def _sources(self) -> Iterator[tuple[int, str, tuple[int, int], Layout]]:
+        for path, output in self.run.outputs.items():
+            cuttable = path in self.hosts and self.run.once(path) and not isinstance(self.modules[path], LOOPS)
+            if (
+                cuttable
+                and any(self.modules[path].children())
+                and isinstance(output, torch.Tensor)
+                and output.ndim == 4
+            ):
+                shape = tuple(map(int, output.shape[1:]))
+                layout = self.layout(shape)
+                height, width = shape[1:] if layout == "NCHW" else shape[:2]
+                if height * width > 1 and self._proportional(height, width):
+                    yield self.run.finished[path], path, (height, width), layout
+
     def layout(self, shape: tuple[int, ...]) -> Layout:
         if len(shape) == 3 and shape in self.votes:
             (first, most), *others = self.votes[shape].most_common()
@@ -140,7 +173,7 @@ class Reader:
                 return first
         return guess_layout(shape, self.image, getattr(self.model, "output_fmt", None) == "NHWC")
 
-    def read(self, shape: tuple[int, ...], owner: str) -> Reading:
+    def read(self, shape: tuple[int, ...], owner: str, order: float) -> Reading:
         """What a tensor of this shape without batch is, in the forward of `owner` or returned by it."""
         layout = self.layout(shape)
         if layout == "NCHW":
@@ -152,6 +185,9 @@ class Reader:
             told = [found for found in self._told(owner) if math.prod(found[0]) == shape[0] - prefix]
             if told and not hasattr(self.model, "unroll"):
                 return Reading(layout, prefix, *told[0])
+            for when, path, grid, form in reversed(self.sources):
+                if when < order and math.prod(grid) == shape[0] - prefix and not f"{owner}.".startswith(f"{path}."):
+                    return Reading(layout, prefix, grid, grid_source=path, source_layout=form)
             for grid in self.grids:
                 if math.prod(grid) == shape[0] - prefix:
                     return Reading(layout, prefix, grid)

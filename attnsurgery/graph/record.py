@@ -19,6 +19,7 @@ from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
 
 BATCH = 2
+LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Swapped by timm and torch after surgery (SyncBatchNorm, fusing): nothing may hang on them. None changes a shape.
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 

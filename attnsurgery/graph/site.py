@@ -48,6 +48,10 @@ class Site:
     """(H, W) of an NLC tensor whose positions are the rows of a map one after the other, as far as that is known."""
     grid_names: tuple[str, ...] = ()
     """Where the owner is told that size with every call, and images of any size go: the arguments that say it."""
+    grid_source: str = ""
+    """Else the module that makes the map which the tokens are of: in each forward, its result says the size."""
+    source_layout: Layout = "NCHW"
+    """Of that result."""
     ordered: bool = True
     """False where the positions do not lie as in the image: windows cut apart, or a reordered sequence."""
     spatial: bool = False

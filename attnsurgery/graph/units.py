@@ -23,10 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnsurgery.graph.record import NORMS, Run, map_shape, same_data, tensors
+from attnsurgery.graph.record import LOOPS, NORMS, Run, map_shape, same_data, tensors
 from attnsurgery.graph.trace import uncut_class
-
-LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def is_container(module: nn.Module) -> bool:

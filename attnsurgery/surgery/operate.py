@@ -14,6 +14,7 @@ from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
 from attnsurgery.errors import SiteError, did_you_mean
 from attnsurgery.graph.find import survey
+from attnsurgery.graph.layout import Grid
 from attnsurgery.graph.record import meta_twin
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
@@ -40,12 +41,18 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
     for insertion in plan:
         _prepare(model, insertion, owners)
     prepared = [owner.finished() for owner in owners.values()]
+    shared: dict[str, Grid] = {}
     for path, owner, grafts, blocks, cls in prepared:
+        for graft in grafts:
+            if graft.grid_source and graft.grid and graft.told not in owner.__dict__:
+                source = model.get_submodule(graft.grid_source)
+                known = source.__dict__.get(graft.told) or shared.setdefault(graft.told, Grid(*graft.grid))
+                owner.__dict__[graft.told] = known
         for name, block in blocks.items():
             setattr(*_held(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
-        if any(graft.grid and not graft.grid_names for graft in grafts) and hasattr(model, "set_input_size"):
+        if any(graft.fixed for graft in grafts) and hasattr(model, "set_input_size"):
             model.__dict__["set_input_size"] = functools.partial(_set_input_size, model)
         model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(f"{path}.{name}" for name in blocks))
     return model
@@ -66,6 +73,8 @@ def remove(model: nn.Module) -> nn.Module:
                 delattr(host, name)
             if graft.slot == "none":
                 setattr(host, name, None)
+        for graft in grafts:
+            owner.__dict__.pop(graft.told, None)
         del owner.__dict__[RECORD]
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
     model.__dict__.pop(PATHS, None)
@@ -83,7 +92,7 @@ def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             dataclasses.replace(
                 graft, grid=anatomy.grid_at(graft.span[-1] if graft.span else path, graft.node, graft.element)
             )
-            if graft.grid and not graft.grid_names
+            if graft.fixed
             else graft
             for graft in grafts
         )
@@ -110,9 +119,11 @@ def grafted_blocks(model: nn.Module) -> dict[str, Block]:
     found = {}
     for path, owner, grafts in operated(model):
         for graft in grafts:
-            host, name = _held(owner, graft.child)
-            if graft.held and getattr(host, name, None) is not None:
-                found[f"{path}.{graft.child}" if path else graft.child] = getattr(host, name)
+            if graft.held:
+                host, name = _held(owner, graft.child)
+                block = getattr(host, name, None)
+                if block is not None:
+                    found[f"{path}.{graft.child}" if path else graft.child] = block
     return found
 
 
@@ -180,8 +191,33 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
                 # a block that does not ask how positions lie takes images of any size
                 grid=None if free else site.grid,
                 grid_names=() if free else site.grid_names,
+                grid_source="" if free else site.grid_source,
             )
         )
+    if site.grid_source and not free:
+        _ask(model, site, owners)
+
+
+def _ask(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:
+    """Let the module that makes the map say how large it is."""
+    source = site.grid_source
+    if source not in owners:
+        owners[source] = _Owner(model, source)
+    if not any(graft.part == "tells" for graft in owners[source].grafts):
+        teller = Graft(
+            child="",
+            node=None,
+            layout=site.source_layout,
+            prefix_tokens=0,
+            slot="new",
+            block="",
+            options={},
+            start="identity",
+            part="tells",
+            grid=site.grid,
+            grid_source=source,
+        )
+        owners[source].grafts.append(teller)
 
 
 def _child(trial: nn.Module, block: type[Block], site: Site) -> tuple[str, Slot]:

@@ -49,7 +49,7 @@ RECORD = "_attnsurgery"
 CHANGES = ("set_input_size",)
 
 Slot = Literal["new", "none", "identity"]
-Part = Literal["place", "point", "whole", "first", "middle", "last"]
+Part = Literal["place", "point", "whole", "first", "middle", "last", "tells"]
 Bindings = tuple[tuple[str, str, Any], ...]
 
 
@@ -73,13 +73,16 @@ class Graft:
     """Paths of the modules of the span, this owner among them."""
     part: Part = "place"
     """What this owner is to the span: all of it, or its first module, which holds the block, or a later one. 'point' is
-    a place that is multiplied with what the block makes of it."""
+    a place that is multiplied with what the block makes of it; 'tells' is no place at all, but a module that makes a map
+    and says how large it is."""
     element: tuple[int, int] | None = None
     """Where the owner returns several tensors: which, of how many (0: a list)."""
     grid: tuple[int, int] | None = None
     """(H, W) of an NLC tensor, for a block that needs it."""
     grid_names: tuple[str, ...] = ()
     """The arguments of the owner that say it; then `grid` is only what they said at the time of surgery."""
+    grid_source: str = ""
+    """Or the module that makes the map."""
 
     @property
     def held(self) -> bool:
@@ -87,10 +90,22 @@ class Graft:
         return self.part in ("place", "point", "whole", "first")
 
     @property
+    def fixed(self) -> bool:
+        """True if the grid is that of one size of images."""
+        return self.grid is not None and not self.grid_names and not self.grid_source
+
+    @property
+    def told(self) -> str:
+        """The attribute under which modules share the size of a map."""
+        return f"_attnsurgery_grid__{self.grid_source.replace('.', '__')}"
+
+    @property
     def size(self) -> str:
         """The grid as text, in terms of the owner's arguments where they say it."""
         if len(self.grid_names) == 1:
             return f"{self.grid_names[0]}[0], {self.grid_names[0]}[1]"
+        if self.grid_source:
+            return f"self.{self.told}.height, self.{self.told}.width"
         return ", ".join(self.grid_names or map(str, self.grid or ()))
 
     @property
@@ -231,6 +246,8 @@ def _insert(graph: fx.Graph, before: fx.Node, users: list[fx.Node], graft: Graft
 def _grid_nodes(graph: fx.Graph, graft: Graft) -> list[Any]:
     """Height and width: nodes that read them off the owner's arguments, or plain numbers."""
     assert graft.grid is not None
+    if graft.grid_source:
+        return [graph.create_node("get_attr", f"{graft.told}.{side}") for side in ("height", "width")]
     arguments = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
     told = [arguments[name] for name in graft.grid_names if name in arguments]
     if len(told) == 1 == len(graft.grid_names):
@@ -245,6 +262,13 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
     before, after, at_last = [], [], []
     for number, graft in enumerate(cuts):
         gate, prefix = f"gate_{number}", graft.prefix_tokens
+        if graft.part == "tells":
+            first = 2 if graft.layout == "NCHW" else 1
+            told = [
+                f"    self.{graft.told}.{side} = y.shape[{first + i}]" for i, side in enumerate(("height", "width"))
+            ]
+            after += ["if not torch.jit.is_scripting():", *told]
+            continue
         y = "y" if graft.element is None else f"y_{number}"
         if graft.element is not None:
             after += [f"{y} = y[{graft.element[0]}]"]
@@ -257,7 +281,9 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
             before += _through(graft, read, gate) if graft.held else [f"{gate} = carried({x}, {graft.carrier!r})"]
             changed = f"{y}[:, {prefix}:] * {gate}.to({y}.dtype)" if prefix else f"{y} * {gate}.to({y}.dtype)"
         if graft.part in ("first", "middle"):
-            at_last += [f"carry({'y' if graft.element is None else f'y[{graft.element[0]}]'}, {graft.carrier!r}, {gate})"]
+            at_last += [
+                f"carry({'y' if graft.element is None else f'y[{graft.element[0]}]'}, {graft.carrier!r}, {gate})"
+            ]
             continue
         if prefix:
             after += [f"{y} = torch.cat(({y}[:, :{prefix}], {changed}), 1)"]
@@ -281,7 +307,12 @@ def _with_element(index: int, arity: int, value: str) -> str:
 def _through(graft: Graft, source: str, target: str) -> list[str]:
     """Statements that give `target` what the block makes of the tensor `source`."""
     if graft.grid:
-        return [f"{target} = map_to_tokens(self.{graft.child}(tokens_to_map({source}, {graft.size})))"]
+        call = f"{target} = map_to_tokens(self.{graft.child}(tokens_to_map({source}, %s)))"
+        if not graft.grid_source:
+            return [call % graft.size]
+        # TorchScript knows no object to share, so there the size is fixed
+        fixed = call % ", ".join(map(str, graft.grid))
+        return ["if torch.jit.is_scripting():", f"    {fixed}", "else:", f"    {call % graft.size}"]
     there = "".join(f".{method}({', '.join(map(str, args))})" for method, args in TO_NCHW[graft.layout])
     back = "".join(f".{method}({', '.join(map(str, args))})" for method, args in FROM_NCHW[graft.layout])
     return [f"{target} = self.{graft.child}({source}{there}){back}"]
