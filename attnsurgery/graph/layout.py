@@ -153,13 +153,9 @@ class Reader:
 
     def _sources(self) -> Iterator[tuple[int, str, tuple[int, int], Layout]]:
         for path, output in self.run.outputs.items():
-            cuttable = path in self.hosts and self.run.once(path) and not isinstance(self.modules[path], LOOPS)
-            if (
-                cuttable
-                and any(self.modules[path].children())
-                and isinstance(output, torch.Tensor)
-                and output.ndim == 4
-            ):
+            module = self.modules[path]
+            cuttable = path in self.hosts and any(module.children()) and not isinstance(module, LOOPS)
+            if cuttable and self.run.once(path) and isinstance(output, torch.Tensor) and output.ndim == 4:
                 shape = tuple(map(int, output.shape[1:]))
                 layout = self.layout(shape)
                 height, width = shape[1:] if layout == "NCHW" else shape[:2]

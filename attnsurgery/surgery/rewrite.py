@@ -73,8 +73,8 @@ class Graft:
     """Paths of the modules of the span, this owner among them."""
     part: Part = "place"
     """What this owner is to the span: all of it, or its first module, which holds the block, or a later one. 'point' is
-    a place that is multiplied with what the block makes of it; 'tells' is no place at all, but a module that makes a map
-    and says how large it is."""
+    a place that is multiplied with what the block makes of it; 'tells' is no place at all, but a module that makes a
+    map and says how large it is."""
     element: tuple[int, int] | None = None
     """Where the owner returns several tensors: which, of how many (0: a list)."""
     grid: tuple[int, int] | None = None
