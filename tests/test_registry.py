@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import io
 import json
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -338,13 +343,103 @@ def test_plain_models_built_meanwhile_on_another_thread_stay_plain() -> None:
     assert [bool(grafted_blocks(model)) for model in models] == ["_se" in name for name in names]
 
 
-def test_the_private_names_of_timm_that_the_registry_uses_are_where_they_were() -> None:
-    for name in (
-        "_model_entrypoints", "_model_default_cfgs", "_model_pretrained_cfgs", "_module_to_models", "_deprecated_models"
-    ):  # fmt: skip
-        assert isinstance(getattr(_registry, name), dict), f"timm.models._registry.{name} has moved"
-    assert callable(_builder.resolve_pretrained_cfg), "timm.models._builder.resolve_pretrained_cfg has moved"
-    assert callable(_builder.build_model_with_cfg), "timm.models._builder.build_model_with_cfg has moved"
-    families = {module for name, module in sys.modules.items() if name.startswith("timm.models.")}
-    building = [module for module in families if "build_model_with_cfg" in vars(module)]
-    assert len(building) > 90, "timm's families no longer build through a global build_model_with_cfg"
+# Every private name of timm and torch that the package takes: what it is, and what breaks without it.
+PRIVATE: dict[str, tuple[type | str, str]] = {
+    "timm.models._registry._model_entrypoints": (dict, "surgical names are not known to timm"),
+    "timm.models._registry._model_default_cfgs": (dict, "tags of surgical names find no weights"),
+    "timm.models._registry._model_pretrained_cfgs": (dict, "tags of surgical names find no weights"),
+    "timm.models._registry._module_to_models": (dict, "surgical names cannot be listed"),
+    "timm.models._registry._deprecated_models": (dict, "surgical names of deprecated architectures"),
+    "timm.models._registry.register_model.__code__": (
+        "code",
+        "a user's model under a surgical name is overwritten",
+    ),
+    "timm.models._registry.register_model": ("function", "nothing can be registered"),
+    "timm.models._registry.generate_default_cfgs": ("function", "residual_attention_56 has no configuration"),
+    "timm.models._registry.get_arch_pretrained_cfgs": ("function", "surgical names have no configurations"),
+    "timm.models._registry.split_model_name_tag": ("function", "no tag is understood"),
+    "timm.models._builder.build_model_with_cfg": ("function", "there is no place to operate while timm builds"),
+    "timm.models._builder.resolve_pretrained_cfg": ("function", "surgical names have no configurations"),
+    "timm.models._builder.adapt_model_from_file": ("function", "pruned architectures cannot be operated on"),
+    "timm.models._prune.adapt_model_from_file": ("function", "pruned architectures cannot be operated on"),
+    "timm.models._pretrained.DefaultCfg": (type, "surgical names have no configurations"),
+    "timm.models._pretrained.PretrainedCfg": (type, "surgical names have no configurations"),
+    "timm.models._features.feature_take_indices": ("function", "residual_attention_56 gives no features"),
+    "timm.models._manipulate.checkpoint_seq": ("function", "residual_attention_56 cannot be checkpointed"),
+    "timm.models._helpers.clean_state_dict": ("function", "weights cannot be read"),
+    "timm.models._helpers.load_state_dict": ("function", "weights cannot be read"),
+    "timm.models._hub.HF_SAFE_WEIGHTS_NAME": (str, "directories cannot be written"),
+    "timm.models._hub.save_config_for_hf": ("function", "directories cannot be written"),
+    "torch._jit_internal.is_scripting": ("function", "residual attention cannot be scripted"),
+    "torch.nn.modules.batchnorm._NormBase": (type, "inspect is slow: norms are run on meta tensors"),
+    "torch.nn.modules.dropout._DropoutNd": (type, "a dropout rate that changes after surgery does not count"),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_of_timm_or_torch_is_where_it_was(name: str) -> None:
+    kind, broken = PRIVATE[name]
+    users = ", ".join(sorted(private_names_taken().get(name, {"nobody any more: take it off this list"})))
+    moved = f"{name} has moved or changed its kind. It is used by {users}; without it: {broken}."
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        pytest.fail(moved)
+    assert type(found).__name__ == kind if isinstance(kind, str) else isinstance(found, kind), moved
+
+
+def test_a_name_that_has_moved_is_told_with_its_users_and_what_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_builder, "resolve_pretrained_cfg")
+    message = r"resolve_pretrained_cfg has moved .* used by registry.py; without it: surgical names have no conf"
+    with pytest.raises(pytest.fail.Exception, match=message):
+        test_a_private_name_of_timm_or_torch_is_where_it_was("timm.models._builder.resolve_pretrained_cfg")
+
+
+def test_every_private_name_that_the_package_takes_is_on_that_list_and_no_other() -> None:
+    """Modules that names are taken from (`from timm.models import _registry`) are covered by those names."""
+    taken = {name: users for name, users in private_names_taken().items() if not is_module(name)}
+    assert {name: users for name, users in taken.items() if name not in PRIVATE} == {}
+    assert set(PRIVATE) <= set(taken)
+    beyond = {name for name in taken if name.startswith("timm.") and ".models._registry._" in name}
+    assert all(taken[name] == {"registry.py"} for name in beyond), "timm's tables are for registry.py alone"
+
+
+def is_module(name: str) -> bool:
+    return inspect.ismodule(pkgutil.resolve_name(name))
+
+
+@functools.cache
+def private_names_taken() -> dict[str, set[str]]:
+    """Names of timm and torch with a part that begins with an underscore, and the files of the package they are in."""
+    package = Path(attnsurgery.__file__).parent
+    taken: dict[str, set[str]] = {}
+    for file in sorted(package.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        imported: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("timm", "torch"):
+                imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    root = alias.name.partition(".")[0]
+                    if root in ("timm", "torch"):
+                        imported[alias.asname or root] = alias.name if alias.asname else root
+        found = list(imported.values())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                root, _, rest = ast.unparse(node).partition(".")
+                if root in imported and re.fullmatch(r"[\w.]+", rest):
+                    found.append(f"{imported[root]}.{rest}")
+        for name in found:
+            if re.search(r"\._(?!_)", name) or "__code__" in name:
+                taken.setdefault(name, set()).add(str(file.relative_to(package)))
+    return taken
+
+
+def test_timms_families_build_through_a_global_of_their_file() -> None:
+    families = [module for name, module in sys.modules.items() if name.startswith("timm.models.")]
+    of_models = {_registry._model_to_module[name] for name in timm.list_models()}
+    building = {module.__name__.rpartition(".")[2] for module in families if "build_model_with_cfg" in vars(module)}
+    theirs = {name for name in of_models if f"timm.models.{name}" in sys.modules}
+    assert theirs - building == set(), "these no longer build through a global build_model_with_cfg"
+    assert len(theirs) > 80
