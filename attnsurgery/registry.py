@@ -27,6 +27,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timm import models
 from timm.models import _builder, _prune, _registry
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
@@ -299,6 +300,10 @@ def _configuration(name: str, arch: str, tag: str, asked: Any, overlay: dict[str
     """The pretrained configuration, under our name: from the argument, else the tag, else the base's default."""
     variant = name if name in _registry._model_pretrained_cfgs or name in _registry._model_default_cfgs else arch
     cfg = _builder.resolve_pretrained_cfg(variant, pretrained_cfg=asked or tag or None, pretrained_cfg_overlay=overlay)
+    if cfg.source == "local-dir" and not hasattr(models, "get_model_args"):
+        # before 1.0.31 timm takes the safetensors of a directory for a pickle, and reads those of a file
+        weights = Path(str(cfg.file), "model.safetensors")
+        cfg = dataclasses.replace(cfg, source="", file=str(weights)) if weights.is_file() else cfg
     return dataclasses.replace(cfg, architecture=name)
 
 

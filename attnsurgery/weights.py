@@ -6,6 +6,7 @@ because names lie: a Git LFS pointer or a download page is often called `model.s
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 import zipfile
@@ -173,8 +174,9 @@ def _read_torch(path: Path) -> Any:
             f"{path} is a torch.save'd file under the name of a .safetensors file. Rename it to .pth."
         )
     try:
-        with warnings.catch_warnings():  # on pickle protocols and TorchScript: the errors below say more
-            warnings.simplefilter("ignore")
+        # a namespace runs nothing: timm's checkpoints hold the arguments of their training in one
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols and TorchScript: the errors below say more
             return load_state_dict(str(path), weights_only=True)
     except (AttributeError, TypeError):
         raise CheckpointError(

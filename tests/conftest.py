@@ -27,6 +27,7 @@ import timm  # noqa: E402  (defines operators)
 
 import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
 from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
+from tests.lower_end import reasons_to_skip  # noqa: E402
 
 # One small model of each kind of host: image size and the arguments that make it small.
 HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -107,3 +108,9 @@ def _few_threads() -> Iterator[None]:
 def _fresh_compiler() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for reason in reasons_to_skip(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -69,7 +69,10 @@ def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, at: str,
     x = images(64)
     for twin in (base, model):
         twin.train(training)
-    assert torch.equal(model(x), base(x))
+    torch.manual_seed(0)  # both drop the same paths in training
+    expected = base(x)
+    torch.manual_seed(0)
+    assert torch.equal(model(x), expected)
     assert verify(model.eval(), (3, 64, 64)).alive
     assert not torch.equal(move_gates(model).train(training)(x), base(x))
     remove(model)

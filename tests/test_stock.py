@@ -34,6 +34,8 @@ def base_model(name: str, side: int = SIDE, **kwargs: Any) -> nn.Module:
     model = timm.create_model(
         name, **{"num_classes": 5, "pretrained_cfg_overlay": {"input_size": size}, **narrow, **kwargs}
     )
+    if not hasattr(model, "_model_args"):  # timm keeps them with a model since 1.0.31
+        model._model_args = {**narrow, **kwargs}
     return awake(model, torch.randn(2, kwargs.get("in_chans", 3), side, side)).eval()
 
 

@@ -49,6 +49,10 @@ _SLICE = 512
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
+# Before, torch.compile could not ask what is known without guarding on it, and only compiled once more.
+_DYNAMO_ASKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+
 def softmax_by_matrix(positions: int, summed: int, product_up_to: int = SOFTMAX_PRODUCT) -> bool:
     """Whether `attend` runs in its product form on CPU; if not, it copies keys and values that are not contiguous."""
     return _at_most(positions * summed, product_up_to)
@@ -58,7 +62,7 @@ def _at_most(number: int, limit: int) -> bool:
     """number <= limit; False, without a guard on it, where a compiler does not know the number."""
     if is_scripting():
         return number <= limit
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() and (_DYNAMO_ASKS or not torch.compiler.is_dynamo_compiling()):
         return _known_at_most(number, limit)
     else:
         return number <= limit

@@ -351,8 +351,8 @@ def _gather_mlp(channels: int, options: Options, place: dict[str, Any]) -> nn.Mo
     width = options["rd_channels"] or make_divisible(
         channels * options["rd_ratio"], options["rd_divisor"], round_limit=0.0
     )
-    mlp: nn.Module = ConvMlp(channels, width, act_layer=nn.ReLU, **place)
-    return mlp
+    mlp: nn.Module = ConvMlp(channels, width, act_layer=nn.ReLU)
+    return mlp.to(**place)  # before 1.0.21 it takes no device
 
 
 def _options_of(host: Any, fixed: Options, kind: Kind) -> list[inspect.Parameter]:

@@ -126,8 +126,8 @@ class ResidualAttentionNet(nn.Module):
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{index}"})
         self.num_features = channels
         self.norm = nn.Sequential(nn.BatchNorm2d(channels, **factory), nn.ReLU(inplace=True))
-        self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
-        self.head_hidden_size = self.head.num_features
+        self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate).to(**factory)
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -150,7 +150,7 @@ class ResidualAttentionNet(nn.Module):
         """A new classifier for so many classes; 0 for none."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,

@@ -1,0 +1,127 @@
+"""What the oldest timm and torch lack, and which tests cannot pass there for that reason.
+
+Each timm named is the first seen to have it, or 1.0.31 where only the two ends were tried; of torch, 2.6 was tried.
+
+`scripts/test --oldest` runs the rest on the versions of tests/oldest.txt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import timm
+import torch
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+TIMM, TORCH = _version(timm.__version__), _version(torch.__version__)
+
+# (what lacks something, why that matters, tests: a file, "::" and the beginning of a test's name with its parameters)
+LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+    (
+        TIMM < (1, 0, 31),
+        "timm keeps with a model what it was built with since 1.0.31; before, save_for_hf has to be told",
+        (
+            "test_registry.py::test_the_generic_architecture_needs_only_base_and_recipe",
+            "test_spans.py::test_what_a_mask_took_from_the_size_of_its_map_is_written_down",
+            "test_surgery.py::test_operating_through_the_public_verb_makes_the_model_describe_itself",
+            "test_stock.py::test_another_option_shows_behind_norms_that_start_at_zero_and_in_a_trained_block[fresh",
+        ),
+    ),
+    (
+        TIMM < (1, 0, 31),
+        "before 1.0.31 timm takes the safetensors of a directory for a pickle, where no block of ours is in it",
+        (
+            "test_checkpoint.py::test_a_written_directory_builds_the_model_again",
+            "test_stock.py::test_the_command_writes_a_directory_that_timm_alone_builds",
+            "test_stock.py::test_a_plain_model_and_a_folder_that_is_none_are_refused",
+        ),
+    ),
+    (
+        TIMM < (1, 0, 31),
+        "timm 1.0.20 cannot build this on the meta device",
+        (
+            "test_models.py::test_classifier_can_be_changed_and_left_out",
+            "test_parity.py::test_surgery_computes_what_timms_attention_model_computes_bit_for_bit[regnety_002",
+            "test_parity.py::test_surgery_computes_what_timms_attention_model_computes_bit_for_bit[seresnext26ts",
+            "test_parity.py::test_surgery_computes_what_timms_attention_model_computes_bit_for_bit[gcresnext26ts",
+            "test_parity.py::test_surgery_computes_what_timms_attention_model_computes_bit_for_bit[bat_resnext26ts",
+            "test_parity.py::test_false_friends_load_strictly_and_compute_something_else",
+            "test_timm_attn.py::test_hosts_get_the_block_in_the_place_they_keep_free",
+        ),
+    ),
+    (
+        TIMM < (1, 0, 31),
+        "timm 1.0.20 does not have these attentions",
+        (
+            "test_timm_attn.py::test_every_name_that_timm_knows_is_a_block_and_none_makes_model_names",
+            *(
+                f"test_timm_attn.py::test_every_way_to_start_is_the_identity_in_every_precision_and_learns[{name}"
+                for name in ("coord", "scoord", "ela", "strip")
+            ),
+            "test_timm_attn.py::test_options_that_cannot_work_are_refused_in_words[ela",
+        ),
+    ),
+    (
+        TIMM < (1, 0, 21),
+        "the fault of timm's gather-excite that this tells of came with 1.0.21",
+        ("test_timm_attn.py::test_paper_start_is_timms_module_with_its_weights_and_numbers[ge]",),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch 2.6 traces no attention whose dropout rate is a symbol: the site is refused with the reason",
+        (
+            "test_surgery.py::test_dropout_inside_a_traced_forward_stays_alive_in_training_and_dead_in_eval",
+            "test_surgery.py::test_a_dropout_rate_changed_after_surgery_counts",
+        ),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch 2.6 does not count fused attention on CPU",
+        (
+            "test_dual.py::test_every_option_costs_what_torch_counts",
+            "test_non_local.py::test_every_option_costs_what_torch_counts",
+        ),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch 2.6 exports no lerp, addcmul or resizing of maps of any size to ONNX, and guards on what it need not",
+        (
+            "contracts/test_block_contract.py::test_block_compiles_exports_and_scripts_to_the_same_numbers[residual",
+            "contracts/test_block_deployment.py::test_onnx_gives_the_same_numbers_at_other_sizes",
+            "test_dual.py::test_options_compile_export_for_any_size_and_go_on_to_onnx",
+            "test_non_local.py::test_options_export_for_any_batch_height_and_width_and_on_to_onnx",
+            "test_non_local.py::test_compiled_for_any_size_a_block_does_not_compile_again_when_its_form_would_change",
+            "test_residual_attention.py::test_every_kind_of_mask_compiles_exports_scripts_and_goes_to_onnx",
+        ),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch.compile of 2.6 sets no attributes on tensors, which carry a gate through a span",
+        ("test_spans.py::test_a_spanned_model_compiles_exports_copies_and_pickles",),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch.export of 2.6 does not find the running mean of a block that a bare layer hosts",
+        ("test_surgery.py::test_surgical_models_compile_script_and_export[vgg11]",),
+    ),
+    (
+        TORCH < (2, 7),
+        "torch and safetensors say it in other words there",
+        (
+            "test_checkpoint.py::test_a_plain_pickle_is_never_run",
+            "test_checkpoint.py::test_a_damaged_file_says_so[weights.safetensors",
+        ),
+    ),
+)
+
+
+def reasons_to_skip(test: str) -> Iterator[str]:
+    """Why the test of that id cannot pass with the versions here, if so."""
+    for lacking, reason, tests in LACKS:
+        if lacking and test.removeprefix("tests/").startswith(tests):
+            yield reason
