@@ -21,6 +21,7 @@ from timm.models import _features as features
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
+from attnsurgery.graph import find
 from attnsurgery.surgery import operate as surgery
 
 BATCH = 2
@@ -146,6 +147,26 @@ def weights_at_load(state: dict[str, torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         _builder.load_pretrained = load
+
+
+@contextmanager
+def surveyed_once() -> Iterator[None]:
+    """Models of one class, the same names and shapes, and the same size of images are surveyed once between them."""
+    survey = find.survey
+    known: dict[Any, Any] = {}
+
+    def remembered(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Any:
+        shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+        key = type(model), input_size, shapes
+        if key not in known:
+            known[key] = survey(model, input_size)
+        return known[key]
+
+    find.survey = remembered
+    try:
+        yield
+    finally:
+        find.survey = survey
 
 
 class Noise:

@@ -24,7 +24,17 @@ from torch import nn
 from attnsurgery.errors import SiteError
 from scripts import coverage, coverage_report
 from scripts.coverage_checks import CHECKS, SUFFIXES, TRUE_REFUSALS, Subject, Wrong, examine, is_refusal, move
-from scripts.coverage_hosts import QUICK, SMALLEST, Base, BaseError, _check_telling, architectures, find_base, swift
+from scripts.coverage_hosts import (
+    QUICK,
+    SMALLEST,
+    Base,
+    BaseError,
+    _check_telling,
+    architectures,
+    find_base,
+    surveyed_once,
+    swift,
+)
 
 FAMILIES = architectures()
 LISTED = "1.0.31"
@@ -54,7 +64,7 @@ def test_every_family_of_timm_has_its_architecture_here() -> None:
 
 @pytest.mark.parametrize("arch", ["test_convnext", "test_vit"], ids=lambda arch: FAMILIES.get(arch, arch))
 def test_all_checks_pass_in_every_family_for_every_block(arch: str) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), surveyed_once():
         warnings.simplefilter("ignore")  # timm's own, about this and that
         thorough = arch.startswith("test_")  # the others in the one feature class that timm takes, at the one size
         base = find_base(arch, max_bytes=3e9, kinds=QUICK if thorough else ())
