@@ -332,7 +332,7 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "getter": features.FeatureGetterNet,
     "fx": FeatureGraphNet,
 }
-KINDS = ("list", "flat list", "hook", "getter", "fx")
+KINDS = ("hook", "list", "flat list", "getter", "fx")
 """timm's feature classes, lists with and without their sequences taken apart."""
 QUICK = KINDS[:-1]
 """Those that cost no more than a copy. A graph of a whole model can take torchvision longer than all other checks."""
@@ -473,7 +473,10 @@ def _note_features(base: Base, kinds: tuple[str, ...]) -> None:
             continue
         # a hook on tnt gets the first of the two tensors that its blocks return: pixels of patches, not of images,
         # and nothing that happens to the tokens is ever heard there
-        if all(tensor.shape[:1] == (BATCH,) for tensor in found):
+        of_images = all(tensor.shape[:1] == (BATCH,) for tensor in found)
+        # a list runs children in a row, also where forward does more: a ViT's then lack position and class token
+        faithful = "list" not in kind or "hook" not in base.kinds or equal(found, base.kinds["hook"])
+        if of_images and faithful:
             base.kinds[kind] = found
 
 
