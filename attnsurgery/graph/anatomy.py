@@ -117,7 +117,9 @@ class Anatomy:
 
     def keeps_size(self, site: Site) -> bool:
         """True if the site is what a module returns, of the shape it was given: it can be a span of one."""
-        own = site.node is None and not site.users and not site.host and not _second(site)
+        # a bare activation is no trunk: many work in place, on the very tensor that a mask reads
+        composite = site.owner in self._owners and not site.host
+        own = composite and site.node is None and not site.users and not _second(site)
         return own and self._taken(site) == site.shape
 
     def span(self, first: Site, last: Site) -> Site:
