@@ -190,7 +190,8 @@ def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str,
         last = max((run.finished[path] for path in units), default=math.inf)
         return lambda order, stride: None if order > last or stride is None else _stage_of(stride)
     if isotropic and units:
-        known = sorted((run.finished[path], stride) for path, stride in units.items())
+        end = known[-1][0] if complete else math.inf  # behind the last feature, class attention is no part of the depth
+        known = sorted((order, stride) for path, stride in units.items() if (order := run.finished[path]) <= end)
     stages = _stage_numbers([stride for _, stride in known], isotropic)
 
     def stage_of(order: float, stride: float | None) -> int | None:
