@@ -178,13 +178,17 @@ def backward(subject: Subject) -> None:
     base, model = subject.base, subject.model
     prefixes = [f"{path}." for path in subject.blocks]
     own = {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
-    reached, heard = gradients(model, base.images, lambda outputs: outputs[0])
+    reached, heard = gradients(model, base.images, lambda model, images: forward(model, images)[0])
     lost = sorted(base.reached - reached)
     expect(not lost, f"{len(lost)} base parameters get no gradient any more, as {lost[:2]}")
-    if not own <= reached or not all(any(name.startswith(prefix) for name in heard) for prefix in prefixes):
-        # behind the last attention a head may read the class token alone: then the features tell
-        more, louder = gradients(model, base.images, lambda outputs: outputs[1])
-        reached, heard = reached | more, heard | louder
+    # behind the last attention a head may read the class token alone: then the features tell, or the intermediates
+    further = [lambda model, images: forward(model, images)[1]]
+    if hasattr(model, "forward_intermediates"):
+        further.append(lambda model, images: flat(model.forward_intermediates(images)))
+    for of in further:
+        if not own <= reached or not all(any(name.startswith(prefix) for name in heard) for prefix in prefixes):
+            more, louder = gradients(model, base.images, of)
+            reached, heard = reached | more, heard | louder
     silent = sorted(own - reached)
     expect(not silent, f"{len(silent)} parameters of blocks get no gradient, as {silent[:2]}")
     unheard = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in heard)]

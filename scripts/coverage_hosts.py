@@ -270,7 +270,7 @@ def forward(model: nn.Module, images: torch.Tensor) -> tuple[Tensors, Tensors]:
 
 
 def gradients(
-    model: nn.Module, images: torch.Tensor, of: Callable[[tuple[Tensors, Tensors]], Tensors]
+    model: nn.Module, images: torch.Tensor, of: Callable[[nn.Module, torch.Tensor], Tensors]
 ) -> tuple[set[str], set[str]]:
     """Names of the parameters that one backward reaches at all, and of those it would move.
 
@@ -296,11 +296,11 @@ def gradients(
     ]
     try:
         with torch.enable_grad():
-            outputs = forward(model, images)
+            outputs = of(model, images)
             generator = torch.Generator().manual_seed(3)
             loss = sum(
                 (tensor * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
-                for tensor in of(outputs)
+                for tensor in outputs
                 if tensor.requires_grad
             )
             if isinstance(loss, torch.Tensor):
@@ -437,7 +437,7 @@ def _measured(
     else:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         woken(model, images)
-    reached, _ = gradients(model, images, lambda outputs: outputs[0])
+    reached, _ = gradients(model, images, lambda model, images: forward(model, images)[0])
     with torch.no_grad():  # with gradients, torch takes other kernels, which round otherwise
         output, inner = forward(fresh(model), images)
     if not meta:

@@ -20,7 +20,7 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import Reader
 from attnsurgery.graph.record import LOOPS, NORMS, Found, Run, map_shape, meta_twin, record, same_data, tensors
 from attnsurgery.graph.site import Role, Site
-from attnsurgery.graph.trace import rebuilds
+from attnsurgery.graph.trace import rebuilds, replaces_itself, uncut_class
 from attnsurgery.graph.units import Rows, is_container, runs_in_a_row, staging
 
 LEADING = re.compile(r"(^|\.)(stem|patch_embed|downsample)")
@@ -136,7 +136,7 @@ def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Those that can hold a block: not the root, and none that will be rebuilt.
 
-    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result.
+    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result, if that is another.
     """
     hidden: tuple[str, ...] = ()
     for path, module in modules.items():
@@ -144,7 +144,7 @@ def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
             continue
         if path and rebuilds(type(module)):
             hidden = (*hidden, f"{path}.")
-        if path and not hasattr(type(module), "fuse"):
+        if path and not replaces_itself(uncut_class(module)):
             yield path, module
 
 

@@ -7,7 +7,9 @@ computed, and the model itself is not touched.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +24,26 @@ BATCH = 2
 LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Swapped by timm and torch after surgery (SyncBatchNorm, fusing): nothing may hang on them. None changes a shape.
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], module.out_features))
+
+
+def _lstm(module: nn.LSTM, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    directions = 2 if module.bidirectional else 1
+    layers, batch = directions * module.num_layers, x.shape[:-2] if module.batch_first else x.shape[1:-1]
+    width = module.proj_size or module.hidden_size
+    state = x.new_empty((layers, *batch, width)), x.new_empty((layers, *batch, module.hidden_size))
+    return x.new_empty((*x.shape[:-1], directions * width)), state
+
+
+# What torch takes long to find the shape of on meta, an LSTM a step of the sequence at a time.
+SHAPES: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: _linear,
+    nn.LSTM: _lstm,
+    nn.GELU: lambda module, x: torch.empty_like(x),
+}
 
 
 class Found(NamedTuple):
@@ -131,6 +153,8 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
     for module in modules.values():
         if isinstance(module, NORMS):  # torch takes milliseconds to find a norm's shape on meta, and it is the input's
             module.__dict__["forward"] = torch.empty_like
+        elif type(module) in SHAPES:
+            module.__dict__["forward"] = functools.partial(SHAPES[type(module)], module)
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     handles += [module.register_forward_pre_hook(before(path)) for path, module in modules.items()]
     try:

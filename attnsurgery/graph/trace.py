@@ -11,6 +11,7 @@ both modes, and keeps the optional arguments symbolic only where the forward nev
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -42,6 +43,15 @@ class _OwnForward(fx.Tracer):
 def rebuilds(cls: type[nn.Module]) -> bool:
     """True if modules of this class rebuild themselves for deployment."""
     return any(hasattr(cls, name) for name in REBUILDS)
+
+
+@cache
+def replaces_itself(cls: Any) -> bool:
+    """True if timm puts what `fuse` returns in the place of such a module; some only change themselves."""
+    try:
+        return hasattr(cls, "fuse") and re.search(r"^\s+return self\s*$", inspect.getsource(cls.fuse), re.M) is None
+    except (OSError, TypeError):
+        return True
 
 
 def uncut_class(module: nn.Module) -> Any:

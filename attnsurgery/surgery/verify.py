@@ -29,8 +29,8 @@ class BlockReport:
     """How often it ran in one forward; anything but 1 is a mistake."""
     params: int
     reaches: Literal["output", "features", "nothing"]
-    """How far what it returns is heard. 'features': no further than forward_features, as behind the last attention of a
-    ViT whose head reads the class token alone. 'nothing': it is not used, or an in-place operation overwrites it."""
+    """How far what it returns is heard. 'features': no further than forward_features or forward_intermediates, as behind
+    the last attention of a ViT whose head reads the class token alone. 'nothing': it is not used, or an in-place operation overwrites it."""
     input_kept: bool
     """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
     learns: bool
@@ -139,7 +139,7 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of (C, H, W), counted on a weightless twin."""
-    twin = meta_twin(model)
+    twin = meta_twin(model).requires_grad_(False)  # the counter hooks into gradients, which parameters as inputs lack
     images = example(twin, input_size, "meta")
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -247,10 +247,11 @@ def _probed(model: nn.Module, images: torch.Tensor) -> _Heard:
     unheard, stuck = _one_backward(model, model, images, generator)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         stuck = set()  # all of it is frozen: nobody means to train it
-    features = getattr(model, "forward_features", None)
-    if not unheard or features is None:
-        return _Heard(unheard, set(), stuck)
-    nowhere = unheard & _one_backward(model, features, images, generator)[0]
+    nowhere = unheard
+    for name in ("forward_features", "forward_intermediates"):  # pit's features are its class tokens alone
+        features = getattr(model, name, None)
+        if nowhere and features is not None:
+            nowhere = nowhere & _one_backward(model, features, images, generator)[0]
     return _Heard(nowhere, unheard - nowhere, stuck)
 
 
