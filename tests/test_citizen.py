@@ -100,10 +100,7 @@ HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 PAIRS = [(host, family) for host in HOSTS for family in FAMILIES]
 
-REFUSED = {
-    ("test_vit", "resattn_s3"): "positions do not lie as in the image",
-    ("vit_small_patch16_dinov3", "resattn_s3"): "positions do not lie as in the image",
-}
+REFUSED: dict[tuple[str, str], str] = {}
 """Pairs that have no place for the block, and the reason given."""
 
 
@@ -113,9 +110,7 @@ def pairs(turn: int) -> list[tuple[str, str]]:
     return [pair for pair in (PAIRS if FULL else asked) if pair not in REFUSED]
 
 
-BROKEN = {
-    ("checkpointing", "tiny_caformer", "resattn_s3"): "nested checkpoints lose the gate of a span of several modules",
-}
+BROKEN: dict[tuple[str, str, str], str] = {}
 
 
 @pytest.fixture
@@ -299,7 +294,7 @@ WAYS = [
 
 
 THROUGH_THE_HEAD = {forward, other_classes, no_classes, training, in_bfloat16, in_double, larger_images}
-HEARD_BY_FEATURES_ALONE = {("test_vit", "dual_s4"), ("xcit_nano_12_p16_224", "dual_s4")}
+HEARD_BY_FEATURES_ALONE = {("test_vit", "dual_s4")}
 """The head reads the class token alone, and behind the last attention no patch reaches that."""
 
 

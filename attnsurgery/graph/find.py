@@ -136,7 +136,8 @@ def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Those that can hold a block: not the root, and none that will be rebuilt.
 
-    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result, if that is another.
+    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result,
+    if that is another.
     """
     hidden: tuple[str, ...] = ()
     for path, module in modules.items():

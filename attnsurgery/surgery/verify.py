@@ -29,8 +29,9 @@ class BlockReport:
     """How often it ran in one forward; anything but 1 is a mistake."""
     params: int
     reaches: Literal["output", "features", "nothing"]
-    """How far what it returns is heard. 'features': no further than forward_features or forward_intermediates, as behind
-    the last attention of a ViT whose head reads the class token alone. 'nothing': it is not used, or an in-place operation overwrites it."""
+    """How far what it returns is heard. 'features': no further than forward_features or forward_intermediates, as
+    behind the last attention of a ViT whose head reads the class token alone. 'nothing': it is not used, or an in-place
+    operation overwrites it."""
     input_kept: bool
     """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
     learns: bool
