@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,13 +64,32 @@ def test_every_family_of_timm_has_its_architecture_here() -> None:
     assert sorted(FAMILIES[arch] for arch in SMALLEST) == sorted(set(FAMILIES.values()))
 
 
-@pytest.mark.parametrize("arch", ["test_convnext", "test_vit"], ids=lambda arch: FAMILIES.get(arch, arch))
-def test_all_checks_pass_in_every_family_for_every_block(arch: str) -> None:
+def examined(arch: str) -> list[dict[str, Any]]:
+    """One row for each family of blocks, as scripts/coverage keeps them."""
+    torch.set_num_threads(1)
     with warnings.catch_warnings(), surveyed_once():
         warnings.simplefilter("ignore")  # timm's own, about this and that
         thorough = arch.startswith("test_")  # the others in the one feature class that timm takes, at the one size
         base = find_base(arch, max_bytes=3e9, kinds=QUICK if thorough else ())
-        rows = [examine(base, suffix, by_default=thorough) for suffix in SUFFIXES]
+        return [examine(base, suffix, by_default=thorough) for suffix in SUFFIXES]
+
+
+@pytest.fixture(scope="module")
+def in_parallel(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[list[dict[str, Any]]]]]:
+    """What was asked for, examined on every core: ten minutes of work for one."""
+    asked = [item.callspec.params["arch"] for item in request.session.items if "in_parallel" in item.fixturenames]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {arch: pool.submit(examined, arch) for arch in asked}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("arch", SMALLEST, ids=lambda arch: FAMILIES.get(arch, arch))
+def test_all_checks_pass_in_every_family_for_every_block(
+    arch: str, in_parallel: dict[str, Future[list[dict[str, Any]]]]
+) -> None:
+    if arch not in FAMILIES:
+        pytest.skip(f"timm {version('timm')} does not have it")
+    rows = in_parallel[arch].result()
     assert {row["block"]: row["checks"] for row in rows if row["outcome"] == "failed"} == {}
     passed = [row for row in rows if row["outcome"] == "passed"]
     assert {"se", "nonlocal"} <= {row["block"] for row in passed}

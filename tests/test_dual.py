@@ -9,9 +9,11 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor
 
+import attnsurgery
 from attnsurgery.blocks.dual_attention import ChannelAttention, DualAttention, PositionAttention
 from attnsurgery.errors import OptionError
 from attnsurgery.models.danet import DANetHead
@@ -248,3 +250,10 @@ def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> 
         DualAttention(16, subsample=4).check_map(3, 7)
     DualAttention(4, parts="channel").check_map(1, 1)
     DualAttention(16, subsample=3).check_map(3, 7)
+
+
+def test_what_a_plan_foretells_is_what_verify_counts() -> None:
+    recipe = {"version": 1, "name": "n", "base": "test_resnet", "edits": [{"at": "stage:23 last", "block": "dual"}]}
+    told = attnsurgery.plan("test_resnet", recipe, (3, 64, 64))
+    report = attnsurgery.verify(attnsurgery.operate(timm.create_model("test_resnet"), recipe), (3, 64, 64))
+    assert told.macs_added == report.macs_after - report.macs_before > 0
