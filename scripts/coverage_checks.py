@@ -28,6 +28,7 @@ from scripts.coverage_hosts import (
     flat,
     forward,
     gradients,
+    settling,
     swift,
     weights_at_load,
     wrapped,
@@ -178,6 +179,11 @@ def backward(subject: Subject) -> None:
     base, model = subject.base, subject.model
     prefixes = [f"{path}." for path in subject.blocks]
     own = {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if not base.meta:
+        # deep nets go wild once gates have moved, since their norms know the base's statistics, and wild ones are deaf
+        with torch.no_grad(), settling(model):
+            model(base.images)
     reached, heard = gradients(model, base.images, lambda model, images: forward(model, images)[0])
     lost = sorted(base.reached - reached)
     expect(not lost, f"{len(lost)} base parameters get no gradient any more, as {lost[:2]}")
@@ -189,6 +195,9 @@ def backward(subject: Subject) -> None:
         if not own <= reached or not all(any(name.startswith(prefix) for name in heard) for prefix in prefixes):
             more, louder = gradients(model, base.images, of)
             reached, heard = reached | more, heard | louder
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(state[name])
     silent = sorted(own - reached)
     expect(not silent, f"{len(silent)} parameters of blocks get no gradient, as {silent[:2]}")
     unheard = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in heard)]

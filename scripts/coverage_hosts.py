@@ -214,7 +214,7 @@ def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
         if id(layer) in scaled or not isinstance(output, torch.Tensor):
             return None
         scaled.add(id(layer))
-        size = float(output.std())
+        size = max(float(output.std()), 0.01)  # what is nearly constant must not be blown up
         if not math.isfinite(size) or 0.25 < size < 4 or size == 0:
             return None
         for parameter in (layer.weight, layer.bias):
@@ -224,20 +224,37 @@ def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
     layers = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv2d", "Conv2dSame")]
     handles = [layer.register_forward_hook(tame) for layer in layers]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
     try:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        model(images)
+        with settling(model):
+            model.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
     return fresh(model)
+
+
+@contextmanager
+def settling(model: nn.Module) -> Iterator[None]:
+    """In the next run, in eval mode, let each batch norm take the statistics of what it is given."""
+    done: set[int] = set()
+
+    def settle(norm: nn.Module, args: Any) -> None:
+        if id(norm) in done:
+            return
+        done.add(id(norm))
+        dimensions = [0, *range(2, args[0].ndim)]
+        norm.running_mean.copy_(args[0].mean(dimensions))
+        spread = args[0].var(dimensions, unbiased=False)
+        # a channel that hardly varies here would be blown up beyond measure as soon as it does
+        norm.running_var.copy_(spread.clamp(min=0.1 * float(spread.mean()) + 1e-6))
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(settle) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fan_in(parameter: torch.Tensor) -> int:
@@ -476,7 +493,7 @@ def _note_features(base: Base, kinds: tuple[str, ...]) -> None:
         of_images = all(tensor.shape[:1] == (BATCH,) for tensor in found)
         # a list runs children in a row, also where forward does more: a ViT's then lack position and class token
         faithful = "list" not in kind or "hook" not in base.kinds or equal(found, base.kinds["hook"])
-        if of_images and faithful:
+        if found and of_images and faithful:  # on coat a hook waits for lists that nobody calls, and gets nothing
             base.kinds[kind] = found
 
 
