@@ -74,9 +74,9 @@ class Rows:
         for path in modules:
             if path:
                 self._within.setdefault(path.rpartition(".")[0], []).append(path)
-        self._not_rows: set[type[nn.Module]] = set()
+        self._not_rows: set[Any] = set()
         # one of a class that is no row decides for all: without its shortcut, a residual block looks like one
-        classes = {type(module) for path, module in modules.items() if run.once(path) and not self.is_row(path)}
+        classes = {uncut_class(module) for path, module in modules.items() if run.once(path) and not self.is_row(path)}
         self._not_rows = {cls for cls in classes if not issubclass(cls, LOOPS)}
 
     def units(self) -> dict[str, None]:
@@ -89,21 +89,19 @@ class Rows:
 
     def weights(self, path: str) -> int:
         """How many weight tensors there are in a module: biases, norms and scales not counted."""
-        return sum(parameter.ndim > 1 and parameter.numel() > max(parameter.shape) for parameter in self._of(path))
+        parameters = self._modules[path].parameters()
+        return sum(parameter.ndim > 1 and parameter.numel() > max(parameter.shape) for parameter in parameters)
 
     def last_child(self, path: str) -> str:
         """The path of the child that returned last."""
         return self._kids(path)[-1]
-
-    def _of(self, path: str) -> Iterator[nn.Parameter]:
-        return self._modules[path].parameters()
 
     def is_row(self, path: str) -> bool:
         if path not in self._known:
             module = self._modules[path]
             loops = not path or is_container(module) or runs_in_a_row(path, module, self._run)
             self._known[path] = loops or self._relays(path)
-        return self._known[path] and type(self._modules[path]) not in self._not_rows
+        return self._known[path] and uncut_class(self._modules[path]) not in self._not_rows
 
     def _visit(self, path: str) -> Iterator[str]:
         kids = self._kids(path)
@@ -124,7 +122,7 @@ class Rows:
                 yield from (unit for unit in inner if self._single(unit))
 
     def _single(self, path: str) -> bool:
-        """True if a module takes one tensor and gives one of that size, as a residual block does."""
+        """True if a module takes a tensor and gives one of the same form, as a residual block does."""
         args, _ = self._run.inputs[path]
         shape = map_shape(self._run.outputs[path])
         return bool(args) and shape is not None and len(shape) == len(map_shape(args[0]) or ())
