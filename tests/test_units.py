@@ -187,3 +187,9 @@ def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None
     assert places("resnet18")[3] == "layer4.1 .. layer4.1"
     assert places("densenet121") == [f"features.denseblock{stage}" for stage in (1, 2, 3, 4)]
     assert places("mvitv2_tiny")[2] == "stages.2.blocks.3:0 .. stages.2.blocks.4:0"
+
+
+def test_blocks_go_into_residual_branches_also_where_feature_info_names_no_modules() -> None:
+    anatomy = attnsurgery.inspect("twins_svt_small")
+    assert {site.owner for site in anatomy.sides(1, "branch")} == {"blocks.0.0", "blocks.0.1"}
+    assert not any(site.owner.startswith("head") for site in anatomy.sites)

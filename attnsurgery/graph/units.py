@@ -164,7 +164,7 @@ class Rows:
 
 
 Staging = Callable[[float, float | None], int | None]
-"""From an order of execution and the stride of a tensor to its stage."""
+"""From an order of execution and the stride of a tensor to its stage; without a stride, only whether there is one."""
 
 
 def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str, float]) -> Staging:
@@ -186,7 +186,7 @@ def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str,
     )
     if not complete and not isotropic:
         last = max((run.finished[path] for path in units), default=math.inf)
-        return lambda order, stride: None if order > last or stride is None else _stage_of(stride)
+        return lambda order, stride: None if order > last else 0 if stride is None else _stage_of(stride)
     if isotropic and units:
         end = known[-1][0] if complete else math.inf  # behind the last feature, class attention is no part of the depth
         known = sorted((order, stride) for path, stride in units.items() if (order := run.finished[path]) <= end)
