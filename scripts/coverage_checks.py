@@ -44,8 +44,8 @@ class Wrong(Exception):
     """A check found something else than it should."""
 
 
-class TimeLimit(Exception):
-    """A pair took longer than it may."""
+class TimeLimit(BaseException):
+    """A pair took longer than it may. No `except Exception` on the way shall swallow that."""
 
 
 def expect(holds: bool, otherwise: str) -> None:

@@ -227,8 +227,8 @@ def test_a_refusal_finds_another_way_where_the_largest_place_has_none(
 
 def test_tokens_without_a_grid_are_refused_honestly() -> None:
     with pytest.raises(OptionError, match="Neither sub-sampling nor a later place"):
-        resolve(recipe(auto("stage:3 last"), limit=0.001), anatomy("test_vit"))
-    assert resolve(recipe(auto("stage:3 last"), limit=1), anatomy("test_vit"))
+        resolve(recipe(auto("stage:3 last"), limit=0.001), anatomy("hiera_tiny_224"))
+    assert resolve(recipe(auto("stage:3 last"), limit=1), anatomy("hiera_tiny_224"))
 
 
 def test_every_road_refuses_a_recipe_over_its_limit_and_changes_nothing(tmp_path: Path) -> None:
