@@ -62,6 +62,13 @@ def wake(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _norms_as_timm_sets_them() -> Iterator[None]:
+    """A script run with --fast-norm sets that for the whole process."""
+    yield
+    timm.layers.set_fast_norm(False)
+
+
 def build(name: str, **kwargs: object) -> nn.Module:
     """A woken model in eval mode; a host of HOSTS in its small form."""
     torch.manual_seed(0)
