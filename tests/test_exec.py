@@ -149,6 +149,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     """Checkpoints with every parameter awake, the blocks' gates far from their start, and the models they are of."""
     made = {}
     for name in ("test_resnet_nonlocal_s3", "test_efficientnet_se", "repghostnet_050_se"):
+        torch.manual_seed(1)
         model = move_gates(wake(timm.create_model(name, num_classes=2))).eval()
         path = tmp_path_factory.mktemp("checkpoints") / f"{name}.pth"
         torch.save(model.state_dict(), path)
