@@ -527,3 +527,10 @@ def test_operating_through_the_public_verb_makes_the_model_describe_itself(tmp_p
     assert attnsurgery.recipe_of(model) is None
     assert model.pretrained_cfg["architecture"] == "test_resnet"
     assert torch.equal(model(x), base(x))
+
+
+def test_models_built_with_timms_fast_norms_are_inspected_and_verified() -> None:
+    timm.layers.set_fast_norm(True)  # tests/conftest.py sets it back
+    model = cut(build("test_convnext"), ("stage:3 last", "se"))
+    assert any(vars(module).get("_fast_norm") for module in model.modules())
+    assert verify(model, (3, 64, 64)).alive

@@ -98,7 +98,11 @@ def meta_twin(model: nn.Module) -> nn.Module:
         )
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return _clone(model, memo).eval()
+    twin = _clone(model, memo).eval()
+    for module in twin.modules():
+        if "_fast_norm" in module.__dict__:  # timm's fast norms ask about autocast, which torch does not know on meta
+            module.__dict__["_fast_norm"] = False
+    return twin
 
 
 def _clone(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
