@@ -8,13 +8,13 @@ trace is made when somebody asks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 
 from torch import fx, nn
 
 from attnsurgery.errors import SiteError, did_you_mean
-from attnsurgery.graph.inside import inner_sites
+from attnsurgery.graph.inside import Shapes, inner_sites
 from attnsurgery.graph.record import Found, Run, map_shape
 from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import trace_owner, uncut_class
@@ -50,6 +50,7 @@ class Anatomy:
         self._finish = finish
         self._inside: dict[str, tuple[Site, ...]] = {}
         self._graphs: dict[str, fx.Graph | None] = {}
+        self._shapes: dict[Hashable, Shapes] = {}
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -187,7 +188,7 @@ class Anatomy:
             self._graphs[kind] = trace_owner(owner)
         graph = self._graphs[kind]
         if graph is not None:
-            yield from map(self._finish, inner_sites(path, owner, graph, self._run))
+            yield from map(self._finish, inner_sites(path, owner, graph, self._run, self._shapes))
 
 
 def _second(site: Site) -> bool:

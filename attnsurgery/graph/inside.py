@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,24 @@ ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 DROPS = {"DropPath", "Dropout", "Identity", "DropBlock2d"}
 
 
-def inner_sites(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Iterator[Found]:
-    """Every tensor of the graph that a block could take, in order."""
-    values = _values(path, owner, graph, run)
-    additions = _residual_additions(owner, graph, values)
+Shapes = dict[fx.Node, tuple[int, ...] | None]
+"""Of each node that gives a tensor a block could take."""
+
+
+def inner_sites(
+    path: str, owner: nn.Module, graph: fx.Graph, run: Run, known: dict[Hashable, Shapes]
+) -> Iterator[Found]:
+    """Every tensor of the graph that a block could take, in order.
+
+    `known` keeps what replays gave: most blocks of a stage are alike to the last shape.
+    """
+    key = _alike(path, owner, graph, run)
+    if key not in known:
+        known[key] = _shapes(path, owner, graph, run)
+    shapes = known[key]
+    additions = _residual_additions(owner, graph, shapes)
     ends = {addition.end for addition in additions.values()}
-    spatial = _last_spatial(owner, graph, values)
+    spatial = _last_spatial(owner, graph, shapes)
     last_child = run.finished[path] - 1.0
     named: set[str] = set()
     total = len(graph.nodes) + 1
@@ -37,15 +49,15 @@ def inner_sites(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Itera
                 address = f"{path}.{node.target}"
                 named.add(str(node.target))
         if node in additions:
-            yield from _sides(path, node, additions[node], values, order)
-        shape = map_shape(values.get(node))
+            yield from _sides(path, node, additions[node], shapes, order)
+        shape = shapes.get(node)
         if shape is None or node.op in ("placeholder", "output", "get_attr"):
             continue
         role: Role = "branch" if node in ends else "inner"
         yield Found(order, address, path, node.name, shape, role, spatial=node is spatial)
 
 
-def _sides(path: str, node: fx.Node, addition: Addition, values: dict[fx.Node, Any], order: float) -> Iterator[Found]:
+def _sides(path: str, node: fx.Node, addition: Addition, shapes: Shapes, order: float) -> Iterator[Found]:
     """The places that belong to one use of a tensor rather than to the tensor: what the branch reads, and the shortcut.
 
     A shortcut is usually the very tensor the branch reads; a block there must leave the other side alone.
@@ -56,23 +68,45 @@ def _sides(path: str, node: fx.Node, addition: Addition, values: dict[fx.Node, A
     if addition.start is not None:
         sides.insert(0, ("input", "branch_input", addition.start, addition.readers))
     for index, (name, role, source, users) in enumerate(sides):
-        shape = map_shape(values.get(source))
+        shape = shapes.get(source)
         if shape is not None:
             before = order - (len(sides) - index) * 1e-6
             yield Found(before, f"{path}:{node.name}.{name}", path, source.name, shape, role, users)
 
 
-def _values(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> dict[fx.Node, Any]:
-    """What every node of the graph is, replayed with the recorded outputs of the owner's children."""
-    values: dict[fx.Node, Any] = {}
+def _alike(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Hashable:
+    """What a replay's shapes follow from: the graph, and the sizes of what the owner was given, holds and hears."""
+    children = [run.outputs.get(f"{path}.{name}") for name in _called(graph)]
+    return graph, _sizes(run.inputs[path]), _sizes(owner._parameters), _sizes(owner._buffers), _sizes(children)
+
+
+def _called(graph: fx.Graph) -> Iterator[str]:
+    return (str(node.target) for node in graph.nodes if node.op == "call_module")
+
+
+def _sizes(value: Any) -> Hashable:
+    """The value with sizes in place of tensors; what is no plain value stands for itself alone."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_sizes, value))
+    if isinstance(value, dict):
+        return tuple((key, _sizes(entry)) for key, entry in value.items())
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _shapes(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Shapes:
+    """What every node of the graph gives, replayed with the recorded outputs of the owner's children."""
+    shapes: Shapes = {}
 
     class Replay(fx.Interpreter):
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             return run.outputs[f"{path}.{target}"]
 
         def run_node(self, n: fx.Node) -> Any:
-            values[n] = super().run_node(n)
-            return values[n]
+            value = super().run_node(n)
+            shapes[n] = map_shape(value)
+            return value
 
     args, kwargs = run.inputs[path]
     bound = inspect.signature(owner.forward).bind(*args, **kwargs)
@@ -80,10 +114,10 @@ def _values(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> dict[fx.N
     symbolic = sum(node.op == "placeholder" for node in graph.nodes)
     try:
         with torch.no_grad(), ONE_AT_A_TIME:
-            Replay(owner, garbage_collect_values=False, graph=graph).run(*list(bound.arguments.values())[:symbolic])
+            Replay(owner, graph=graph).run(*list(bound.arguments.values())[:symbolic])
     except Exception:  # an operation that meta tensors do not know: the sites up to there still stand
-        return values
-    return values
+        return shapes
+    return shapes
 
 
 class Addition(NamedTuple):
@@ -98,7 +132,7 @@ class Addition(NamedTuple):
     """The nodes of the branch that read it."""
 
 
-def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, Addition]:
+def _residual_additions(owner: nn.Module, graph: fx.Graph, shapes: Shapes) -> dict[fx.Node, Addition]:
     """The additions that end a residual branch: of the two sides, the branch is the one that went the longer way.
 
     What only drops the branch on its last step is stepped over, so that a block comes before stochastic depth.
@@ -110,7 +144,7 @@ def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node,
         ancestors[node] = {node}.union(*(ancestors[source] for source in sides))
         if node.target not in ADDITIONS or len(sides) != 2:
             continue
-        if any(map_shape(values.get(side)) != map_shape(values.get(node)) for side in sides):
+        if any(shapes.get(side) != shapes.get(node) for side in sides):
             continue
         lengths = [sum(n.op == "call_module" for n in ancestors[side]) for side in sides]
         joined = all(any(n.op == "placeholder" for n in ancestors[side]) for side in sides)
@@ -120,7 +154,7 @@ def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node,
         end = branch
         while end.op == "call_module" and len(end.users) == 1 and _drops(owner, end):
             end = end.all_input_nodes[0]
-        if end.op in ("placeholder", "get_attr") or map_shape(values.get(end)) is None:
+        if end.op in ("placeholder", "get_attr") or shapes.get(end) is None:
             continue
         own = ancestors[branch] - ancestors[shortcut]
         # of a forward's other arguments, such as a mask, none is a map
@@ -128,7 +162,7 @@ def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node,
             source: None
             for reader in own
             for source in reader.all_input_nodes
-            if source not in own and map_shape(values.get(source)) is not None
+            if source not in own and shapes.get(source) is not None
         }
         start = next(iter(reads)) if len(reads) == 1 else None
         readers = tuple(n.name for n in graph.nodes if start is not None and n in own and start in n.all_input_nodes)
@@ -136,12 +170,12 @@ def _residual_additions(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node,
     return found
 
 
-def _last_spatial(owner: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> fx.Node | None:
+def _last_spatial(owner: nn.Module, graph: fx.Graph, shapes: Shapes) -> fx.Node | None:
     """What the last 3x3 (or larger) convolution gives, after the normalisation and activation right behind it."""
     node = next((n for n in reversed(graph.nodes) if n.op == "call_module" and _is_spatial(owner, n)), None)
     while node is not None and len(node.users) == 1:
         behind = next(iter(node.users))
-        if behind.op != "call_module" or map_shape(values.get(behind)) != map_shape(values.get(node)):
+        if behind.op != "call_module" or shapes.get(behind) != shapes.get(node):
             break
         if any(parameter.ndim > 1 for parameter in owner.get_submodule(str(behind.target)).parameters()):
             break

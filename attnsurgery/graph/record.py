@@ -39,11 +39,19 @@ def _lstm(module: nn.LSTM, x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, tupl
 
 
 # What torch takes long to find the shape of on meta, an LSTM a step of the sequence at a time.
-SHAPES: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.Linear: _linear,
-    nn.LSTM: _lstm,
-    nn.GELU: lambda module, x: torch.empty_like(x),
-}
+SHAPES: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: _linear, nn.LSTM: _lstm}
+POINTWISE = {"GELU", "GELUTanh", "Hardsigmoid", "Hardswish", "Mish", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax"}
+"""Activations of torch and timm, by name; the shape is the input's too, unless they write to it."""
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    kind = type(module)
+    theirs = kind.__module__ in ("torch.nn.modules.activation", "timm.layers.activations")
+    return theirs and kind.__name__ in POINTWISE and not getattr(module, "inplace", False)
 
 
 class Found(NamedTuple):
@@ -155,8 +163,8 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
         return hook
 
     for module in modules.values():
-        if isinstance(module, NORMS):  # torch takes milliseconds to find a norm's shape on meta, and it is the input's
-            module.__dict__["forward"] = torch.empty_like
+        if isinstance(module, NORMS) or _is_pointwise(module):  # milliseconds on meta, and the shape is the input's
+            module.__dict__["forward"] = _like
         elif type(module) in SHAPES:
             module.__dict__["forward"] = functools.partial(SHAPES[type(module)], module)
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """What `attnsurgery.inspect` takes in every family of timm: seconds and memory, for its smallest and largest model.
 
-Target: median at most 0.4 s, none above 6 s, and never more than 1.5 GB, since nothing is allocated for real.
+Targets: `inspect` at most 0.4 s in the median, `total` never above 6 s, and never more than 1.5 GB, since nothing is
+allocated for real.
 
     python scripts/bench/zoo.py [--choose] [--only PATTERN]     # about 8 minutes on two cores
 
