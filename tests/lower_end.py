@@ -73,14 +73,6 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
     ),
     (
         TORCH < (2, 7),
-        "torch 2.6 traces no attention whose dropout rate is a symbol: the site is refused with the reason",
-        (
-            "test_surgery.py::test_dropout_inside_a_traced_forward_stays_alive_in_training_and_dead_in_eval",
-            "test_surgery.py::test_a_dropout_rate_changed_after_surgery_counts",
-        ),
-    ),
-    (
-        TORCH < (2, 7),
         "torch 2.6 does not count fused attention on CPU",
         (
             "test_dual.py::test_every_option_costs_what_torch_counts",

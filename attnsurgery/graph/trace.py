@@ -13,12 +13,15 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import timm.layers
+import torch
 from torch import fx, nn
+from torch.nn import functional
 
 # Python state that is expected to change after surgery; a forward that reads it cannot be frozen into a graph.
 CHANGING_STATE = ("grad_checkpointing",)
@@ -137,10 +140,31 @@ def same(one: fx.Graph, other: fx.Graph) -> bool:
     return content(one) == content(other)
 
 
+@contextmanager
+def _symbolic_dropout_in_attention() -> Iterator[None]:
+    """For torch before 2.7, whose fused attention does not take a symbol for its dropout rate."""
+    if torch.__version__ >= "2.7":
+        yield
+        return
+    attend = functional.scaled_dot_product_attention
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        symbol = next((value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
+        if symbol is None:
+            return attend(*args, **kwargs)
+        return symbol.tracer.create_proxy("call_function", attend, args, kwargs)
+
+    vars(functional)["scaled_dot_product_attention"] = wrapped
+    try:
+        yield
+    finally:
+        vars(functional)["scaled_dot_product_attention"] = attend
+
+
 def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
     tracer = module.__dict__["tracer"] = _OwnForward()
     try:
-        with ONE_AT_A_TIME:
+        with ONE_AT_A_TIME, _symbolic_dropout_in_attention():
             graph = tracer.trace(module, concrete_args=concrete)
     except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
         return None
