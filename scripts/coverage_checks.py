@@ -18,21 +18,8 @@ import attnsurgery
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.errors import UsageError
 from attnsurgery.surgery.operate import grafted_blocks
-from scripts.coverage_hosts import (
-    Base,
-    Noise,
-    Tensors,
-    describe,
-    equal,
-    fan_in,
-    flat,
-    forward,
-    gradients,
-    settling,
-    swift,
-    weights_at_load,
-    wrapped,
-)
+from scripts.coverage_hosts import Base, Tensors, describe, equal, flat, forward, gradients, wrapped
+from scripts.coverage_weights import Noise, fan_in, settling, swift, weights_at_load
 
 SUFFIXES = tuple(BLOCKS[name].model_suffix for name in BLOCKS if BLOCKS[name].model_suffix)
 

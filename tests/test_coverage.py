@@ -35,8 +35,8 @@ from scripts.coverage_hosts import (
     architectures,
     find_base,
     surveyed_once,
-    swift,
 )
+from scripts.coverage_weights import swift
 
 FAMILIES = architectures()
 LISTED = "1.0.31"
