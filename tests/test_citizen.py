@@ -27,7 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from attnsurgery.blocks import Block
-from attnsurgery.errors import AttnSurgeryError, SurgeryError
+from attnsurgery.errors import SurgeryError
 from attnsurgery.surgery.operate import grafted_blocks, operated
 from tests.conftest import HOSTS as OTHERS
 from tests.conftest import images, move_gates, wake
@@ -100,28 +100,11 @@ HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 PAIRS = [(host, family) for host in HOSTS for family in FAMILIES]
 
-REFUSED: dict[tuple[str, str], str] = {}
-"""Pairs that have no place for the block, and the reason given."""
-
 
 def pairs(turn: int) -> list[tuple[str, str]]:
     """Every host with one family, or with all."""
     asked = [(host, FAMILIES[(number + turn) % len(FAMILIES)]) for number, host in enumerate(HOSTS)]
-    return [pair for pair in (PAIRS if FULL else asked) if pair not in REFUSED]
-
-
-BROKEN: dict[tuple[str, str, str], str] = {}
-
-
-@pytest.fixture
-def known(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """What is known not to work yet; the day it does, the test says so."""
-
-    def note(*what: str) -> None:
-        if what in BROKEN:
-            request.applymarker(pytest.mark.xfail(strict=True, reason=BROKEN[what]))
-
-    return note
+    return PAIRS if FULL else asked
 
 
 def each_pair(turn: int) -> pytest.MarkDecorator:
@@ -201,13 +184,9 @@ def must(ok: bool, otherwise: str) -> None:
         pytest.fail(otherwise, pytrace=False)
 
 
-def test_every_pair_is_built_but_for_those_without_a_place() -> None:
-    for host, family in PAIRS:
-        if (host, family) in REFUSED:
-            with pytest.raises(AttnSurgeryError, match=REFUSED[host, family]):
-                make(f"{host}_{family}", host)
-        elif FULL or (host, family) in pairs(0):
-            assert grafted_blocks(surgical(host, family))
+@each_pair(0)
+def test_every_pair_has_a_place_for_the_block(host: str, family: str) -> None:
+    assert grafted_blocks(surgical(host, family))
 
 
 # ---- every way through the model
@@ -434,10 +413,7 @@ def gradients(model: nn.Module, host: str, checkpointing: bool) -> Outputs:
 
 @each_pair(2)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_gradients_are_the_same_with_and_without_checkpointing(
-    host: str, family: str, known: Callable[..., None]
-) -> None:
-    known("checkpointing", host, family)
+def test_gradients_are_the_same_with_and_without_checkpointing(host: str, family: str) -> None:
     of_base(host, lambda base: gradients(base, host, True))
     model = moved(host, family)
     plain, saved = gradients(copy.deepcopy(model), host, False), gradients(model, host, True)
@@ -562,8 +538,7 @@ def scripted(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], Any]
         if FULL or how is scripted or list(HOSTS).index(pair[0]) % 2 == turn
     ],
 )
-def test_what_compiles_the_base_compiles_ours(how: Any, host: str, family: str, known: Callable[..., None]) -> None:
-    known(how.__name__, host, family)
+def test_what_compiles_the_base_compiles_ours(how: Any, host: str, family: str) -> None:
     x = photo(host)
     model = moved(host, family)
     scripting = timm.layers.set_scriptable(True) if how is scripted else contextlib.nullcontext()

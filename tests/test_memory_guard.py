@@ -175,7 +175,7 @@ def move_gates_of(block: nn.Module) -> nn.Module:
 def test_every_fitting_is_legal_and_takes_no_more_than_the_one_before(block: str, size: tuple[int, int]) -> None:
     asked = check_options(block, {"subsample": "auto", "reduction": 1})
     ways = BLOCKS[block].fittings(asked, *size)
-    assert ways[0] == BLOCKS[block].fitted(asked, *size) == {**asked, "subsample": 1}
+    assert ways[0] == {**asked, "subsample": 1}
     sizes = []
     for way in ways:
         built = build_block(block, 8, way, "identity", "meta")

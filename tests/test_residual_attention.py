@@ -188,8 +188,8 @@ def test_a_map_too_small_is_refused_with_the_depth_that_would_do() -> None:
     ("side", "depth"), [(56, 3), (28, 2), (14, 1), (7, 0), (32, 3), (16, 2), (8, 1), (4, 0), (3, 0), (1, 0)]
 )
 def test_depth_follows_the_map_as_in_the_paper(side: int, depth: int) -> None:
-    assert ResidualAttention.fitted({"r": 2}, side, side + 5) == {"r": 2, "depth": depth}
-    assert ResidualAttention.fitted({"depth": 5}, side, side) == {"depth": 5}
+    assert ResidualAttention.fittings({"r": 2}, side, side + 5) == ({"r": 2, "depth": depth},)
+    assert ResidualAttention.fittings({"depth": 5}, side, side) == ({"depth": 5},)
 
 
 def test_masks_of_a_model_name_are_as_deep_as_the_papers() -> None:

@@ -189,6 +189,12 @@ def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None
     assert places("mvitv2_tiny")[2] == "stages.2.blocks.3:0 .. stages.2.blocks.4:0"
 
 
+def test_where_windows_or_patches_are_cut_apart_the_mask_is_for_what_holds_them() -> None:
+    for arch, at in (("nest_tiny", "levels.1"), ("mobilevitv2_050", "stages.2.1 .. stages.2.1")):
+        (planned,) = attnsurgery.plan(arch, recipe("stage:2 trunk", "residual_attention")).blocks
+        assert planned.address == at
+
+
 def test_blocks_go_into_residual_branches_also_where_feature_info_names_no_modules() -> None:
     anatomy = attnsurgery.inspect("twins_svt_small")
     assert {site.owner for site in anatomy.sides(1, "branch")} == {"blocks.0.0", "blocks.0.1"}

@@ -86,15 +86,12 @@ class Block(nn.Module, ABC):
         """Multiply-accumulates and attention bytes for one image whose map is `height` x `width`."""
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
-        """The options for a map of this size: where one says 'auto', what it comes to."""
-        return dict(options)
-
-    @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
-        """All that an 'auto' may come to on a map of this size, the dearest first, which is `fitted`: a recipe with a
-        limit on attention goes on to the next."""
-        return (cls.fitted(options, height, width),)
+        """The options for a map of this size: all that an 'auto' may come to, the dearest first.
+
+        The first is taken; a recipe with a limit on attention goes on to the next.
+        """
+        return (dict(options),)
 
     @classmethod
     def order_free(cls, options: Mapping[str, Any]) -> bool:

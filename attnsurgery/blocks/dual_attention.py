@@ -155,10 +155,6 @@ class DualAttention(Block):
         return y
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
-        return subsamplings(options, height, width)[0]
-
-    @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         return subsamplings(options, height, width)
 

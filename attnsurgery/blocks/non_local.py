@@ -157,10 +157,6 @@ class NonLocal(Block):
         return a, F.conv2d(self.pool(self.phi(summed)), w_phi.reshape(1, -1, 1, 1)).flatten(1)
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
-        return subsamplings(options, height, width)[0]
-
-    @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         return subsamplings(options, height, width)
 

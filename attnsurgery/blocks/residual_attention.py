@@ -220,11 +220,11 @@ class ResidualAttention(Block):
         return torch.sigmoid(logits)
 
     @classmethod
-    def fitted(cls, options: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+    def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         depth = options.get("depth", "auto")
         if depth == "auto":
             depth = max(0, (min(height, width) // SMALLEST_AUTO).bit_length() - 1)
-        return {**options, "depth": depth}
+        return ({**options, "depth": depth},)
 
     def check_map(self, height: int, width: int) -> None:
         if _lowest_positions(height, width, self.depth) > 1:

@@ -243,11 +243,11 @@ class TimmAttention(Block):
         raise NotImplementedError
 
     @classmethod
-    def fitted(cls, options: Options, height: int, width: int) -> dict[str, Any]:
+    def fittings(cls, options: Options, height: int, width: int) -> tuple[dict[str, Any], ...]:
         """With the map's side, where the position embedding needs one and none is given."""
         if options.get("feat_size", 0) is None and height == width:
-            return {**options, "feat_size": height}
-        return dict(options)
+            return ({**options, "feat_size": height},)
+        return (dict(options),)
 
     @classmethod
     def order_free(cls, options: Options) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnsurgery.cli._options import NewDirectory
+
 if TYPE_CHECKING:
     from attnsurgery.blocks import Start
 
@@ -19,7 +21,7 @@ class StartChoice(StrEnum):
 
 def apply(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); its format: attnsurgery schema recipe.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")],
+    output: NewDirectory,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", "-c", help="Weights of the base: .safetensors, .pth or a timm directory."),

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnsurgery.cli._options import AsJson, BasePretrained, BaseWeights, NewDirectory, check_base_given
+
 if TYPE_CHECKING:
     from attnsurgery.delta import Saved
 
 
 def delta(
     directory: Annotated[Path, typer.Argument(help="A timm directory: what 'apply' wrote, trained since or not.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")],
-    base: Annotated[
-        Path | None,
-        typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory."),
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: NewDirectory,
+    base: BaseWeights = None,
+    pretrained: BasePretrained = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write only what differs from the base: blocks, statistics, the head, whatever was fine-tuned."""
     from attnsurgery.cli._console import busy, print_json, print_lines
@@ -32,17 +31,6 @@ def delta(
         print_json({"output": str(output), **saved.as_dict()})
         return
     print_lines(told(saved, output))
-
-
-def check_base_given(base: Path | None, pretrained: bool) -> None:
-    """
-    Raises:
-        UsageError: not exactly one source of the base's weights.
-    """
-    from attnsurgery.errors import UsageError
-
-    if (base is None) != pretrained:
-        raise UsageError("the base's weights are needed: either --base FILE or --pretrained, and not both.")
 
 
 def told(saved: Saved, output: Path) -> list[str]:

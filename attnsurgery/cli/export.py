@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from attnsurgery.cli._options import AsJson
+
 
 def export(
     directory: Annotated[Path, typer.Argument(help="A directory that 'apply' wrote, trained since or not.")],
@@ -15,7 +17,7 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Directory to write; by default DIR-<architecture>. Must not exist yet."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a surgical model so that timm alone loads it, after comparing the outputs bit for bit."""
     from attnsurgery.cli._console import busy, print_json, print_lines

@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
+from attnsurgery.cli._options import AsJson, BasePretrained, BaseWeights, NewDirectory, check_base_given
+
 
 def merge(
     directory: Annotated[
         Path, typer.Argument(metavar="DELTA", help="A directory that 'delta' or 'apply --delta' wrote.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")],
-    base: Annotated[
-        Path | None,
-        typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory."),
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: NewDirectory,
+    base: BaseWeights = None,
+    pretrained: BasePretrained = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put a delta and the weights of its base together again, bit for bit."""
     from attnsurgery.cli._console import busy, print_json, print_lines
-    from attnsurgery.cli.delta import check_base_given
     from attnsurgery.delta import merge_delta
 
     check_base_given(base, pretrained)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnsurgery.cli._options import AsJson
+
 if TYPE_CHECKING:
     from attnsurgery.search import SearchConfig
 
@@ -49,7 +51,7 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL; by default SQLite in the run directory.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search for the best blocks and places under a latency budget; the same command goes on where it stopped."""
     from attnsurgery.search.prepare import pick_device

@@ -116,6 +116,14 @@ class Anatomy:
             row.append(site)
         return tuple(reversed(row))
 
+    def around(self, site: Site) -> Site | None:
+        """What the nearest module around a place returns whose positions lie as in the image, if there is one."""
+        returned = {output.owner: output for output in self._outputs if output.ordered and output.element is None}
+        path = site.owner
+        while path and path not in returned:
+            path = path.rpartition(".")[0]
+        return returned.get(path)
+
     def keeps_size(self, site: Site) -> bool:
         """True if the site is what a module returns, of the shape it was given: it can be a span of one."""
         # a bare activation is no trunk: many work in place, on the very tensor that a mask reads

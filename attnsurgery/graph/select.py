@@ -11,7 +11,7 @@
     stage:-1 last                 what the last stage returns
     layer2.1 .. layer2.2          a span: what goes into the one module and comes out of the other
     stage:3 trunk                 a span over the last two blocks of the stage that keep the map's size; where none
-                                  does, the stage's output
+                                  does, the stage's output; where they work on patches or windows, what holds them
     stage:3 span                  a span over all blocks of the stage that keep the map's size
     stage:3 spans:2               the same blocks in spans of two
 
@@ -112,9 +112,15 @@ def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
 
 
 def _trunk(anatomy: Anatomy, stage: int) -> tuple[Site, ...]:
-    """Two blocks, as the residual attention paper's t = 2 (section 3), or as many as there are."""
-    row = anatomy.trunk(stage)[-2:]
-    return (anatomy.span(row[0], row[-1]),) if row else anatomy.blocks(stage)[-1:]
+    """Two blocks, as the residual attention paper's t = 2 (section 3), or as many as there are.
+
+    Where they work on patches or windows cut apart, a mask means nothing between them: then what holds them.
+    """
+    row = anatomy.trunk(stage)[-2:] or anatomy.blocks(stage)[-1:]
+    around = None if row[-1].ordered else anatomy.around(row[-1])
+    if around is not None:
+        return (around,)
+    return (anatomy.span(row[0], row[-1]),) if anatomy.keeps_size(row[-1]) else row
 
 
 def _in_spans(anatomy: Anatomy, stage: int, length: int) -> tuple[Site, ...]:

@@ -81,7 +81,7 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
         raise type(error)(f"{where(recipe, f'edits[{index}].{field}')}: {error}") from None
     block = BLOCKS[edit.block]
     places = [_fitting(recipe, index, edit, site, anatomy) for site in sites]
-    plan = [Insertion(site, edit.block, block.fitted(options, *site.map_size), edit.start) for site in places]
+    plan = [Insertion(site, edit.block, block.fittings(options, *site.map_size)[0], edit.start) for site in places]
     checked: set[tuple[int, tuple[int, int]]] = set()
     for insertion in plan:
         size = insertion.site.channels, insertion.site.map_size

@@ -144,7 +144,7 @@ def _smaller_place(worst: Insertion, limit: float, anatomy: Anatomy) -> Insertio
         if site.depth <= worst.site.depth or math.prod(site.map_size) >= math.prod(worst.site.map_size):
             continue
         asked = {**worst.options, **dict.fromkeys(_with_auto(worst.block), "auto")}
-        fitted = BLOCKS[worst.block].fitted(asked, *site.map_size)
+        fitted = BLOCKS[worst.block].fittings(asked, *site.map_size)[0]
         there = dataclasses.replace(worst, site=site, options=fitted)
         if attention(there) <= limit and _is_legal(there, site):
             return there

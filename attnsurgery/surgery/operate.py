@@ -18,8 +18,9 @@ from attnsurgery.graph.layout import Grid
 from attnsurgery.graph.record import meta_twin
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
+from attnsurgery.surgery.graft import RECORD, Graft, Part, Slot
 from attnsurgery.surgery.plan import Insertion, Plan
-from attnsurgery.surgery.rewrite import RECORD, Graft, Part, Slot, find_slot, surgical_class
+from attnsurgery.surgery.rewrite import find_slot, surgical_class
 
 PATHS = "_attnsurgery_blocks"
 """The attribute of a model that says where blocks were put, so that a lost one is missed."""

@@ -28,90 +28,22 @@ import linecache
 import operator
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from torch import fx, nn
 
-from attnsurgery.blocks import Start
 from attnsurgery.errors import SiteError, SurgeryError
 from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW, map_to_tokens, tokens_to_map
-from attnsurgery.graph.site import Layout
 from attnsurgery.graph.trace import same, trace_in_both_modes, uncut_class, uncut_copy
-
-RECORD = "_attnsurgery"
-"""The attribute of an owner that says what was grafted onto it."""
+from attnsurgery.surgery.gate import carried, carry
+from attnsurgery.surgery.graft import RECORD, Graft, Slot
 
 # Methods of timm that change what a forward reads, such as the windows of a Swin block; an older graph is stale then.
 CHANGES = ("set_input_size",)
 
-Slot = Literal["new", "none", "identity"]
-Part = Literal["place", "point", "whole", "first", "middle", "last", "tells"]
 Bindings = tuple[tuple[str, str, Any], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Graft:
-    """What surgery did to one owner, kept on it; enough to do it again and to undo it."""
-
-    child: str
-    node: str | None
-    """The fx node whose value the block takes; None is the owner's output."""
-    layout: Layout
-    prefix_tokens: int
-    slot: Slot
-    """'new': a child that was not there. 'none', 'identity': a place the host kept free, which its forward calls."""
-    block: str
-    options: Mapping[str, Any]
-    start: Start
-    users: tuple[str, ...] = ()
-    """The nodes for which the block's result replaces the value; empty is all."""
-    span: tuple[str, ...] = ()
-    """Paths of the modules of the span, this owner among them."""
-    part: Part = "place"
-    """What this owner is to the span: all of it, or its first module, which holds the block, or a later one. 'point' is
-    a place that is multiplied with what the block makes of it; 'tells' is no place at all, but a module that makes a
-    map and says how large it is."""
-    element: tuple[int, int] | None = None
-    """Where the owner returns several tensors: which, of how many (0: a list)."""
-    grid: tuple[int, int] | None = None
-    """(H, W) of an NLC tensor, for a block that needs it."""
-    grid_names: tuple[str, ...] = ()
-    """The arguments of the owner that say it; then `grid` is only what they said at the time of surgery."""
-    grid_source: str = ""
-    """Or the module that makes the map."""
-
-    @property
-    def held(self) -> bool:
-        """True if the block is this owner's child."""
-        return self.part in ("place", "point", "whole", "first")
-
-    @property
-    def fixed(self) -> bool:
-        """True if the grid is that of one size of images."""
-        return self.grid is not None and not self.grid_names and not self.grid_source
-
-    @property
-    def told(self) -> str:
-        """The attribute under which modules share the size of a map."""
-        return f"_attnsurgery_grid__{self.grid_source.replace('.', '__')}"
-
-    @property
-    def size(self) -> str:
-        """The grid as text, in terms of the owner's arguments where they say it."""
-        if len(self.grid_names) == 1:
-            return f"{self.grid_names[0]}[0], {self.grid_names[0]}[1]"
-        if self.grid_source:
-            return f"self.{self.told}.height, self.{self.told}.width"
-        return ", ".join(self.grid_names or map(str, self.grid or ()))
-
-    @property
-    def carrier(self) -> str:
-        """The attribute of a tensor in which the gate travels through a span."""
-        return f"_attnsurgery_{'__'.join(self.span[0].split('.'))}__{self.child}"
 
 
 def surgical_class(owner: nn.Module, grafts: tuple[Graft, ...]) -> type[nn.Module]:
@@ -316,36 +248,6 @@ def _through(graft: Graft, source: str, target: str) -> list[str]:
     there = "".join(f".{method}({', '.join(map(str, args))})" for method, args in TO_NCHW[graft.layout])
     back = "".join(f".{method}({', '.join(map(str, args))})" for method, args in FROM_NCHW[graft.layout])
     return [f"{target} = self.{graft.child}({source}{there}){back}"]
-
-
-def carry(x: torch.Tensor, name: str, gate: torch.Tensor) -> None:
-    """Send the gate along with a tensor through a span.
-
-    Also on the tensor's memory: where checkpoints are nested, the inner one recomputes from a detached tensor.
-    """
-    setattr(x, name, gate)
-    if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
-        setattr(x.untyped_storage(), name, gate)
-
-
-def carried(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The gate that travels with a tensor through a span.
-
-    Raises:
-        SurgeryError: something between the modules of the span made a new tensor, or cut it off from its gradient.
-    """
-    gate: torch.Tensor | None = getattr(x, name, None)
-    if gate is None and isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
-        gate = getattr(x.untyped_storage(), name, None)
-        if gate is not None and torch.is_grad_enabled() and not gate.requires_grad:
-            gate = None  # computed where no gradient was asked for, and one is asked for here
-    if gate is None:
-        raise SurgeryError(
-            f"the gate {name.removeprefix('_attnsurgery_').replace('__', '.')!r} was lost inside its span: between two "
-            "modules of it something made a new tensor, as reentrant checkpointing and sharding wrappers do. Use "
-            "use_reentrant=False, or a span of one module."
-        )
-    return gate
 
 
 def _dispatching(base: type[nn.Module], name: str) -> tuple[str, Bindings]:

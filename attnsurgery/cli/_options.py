@@ -1,0 +1,26 @@
+"""Options that several commands have, in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")]
+BaseWeights = Annotated[
+    Path | None, typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory.")
+]
+BasePretrained = Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_base_given(base: Path | None, pretrained: bool) -> None:
+    """
+    Raises:
+        UsageError: not exactly one source of the base's weights.
+    """
+    from attnsurgery.errors import UsageError
+
+    if (base is None) != pretrained:
+        raise UsageError("the base's weights are needed: either --base FILE or --pretrained, and not both.")
