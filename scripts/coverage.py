@@ -31,7 +31,7 @@ import timm
 import torch
 
 from scripts.coverage_checks import SUFFIXES, examine, in_words
-from scripts.coverage_hosts import KINDS, QUICK, SMALLEST, BaseError, architectures, find_base
+from scripts.coverage_hosts import KINDS, SMALLEST, BaseError, architectures, find_base, surveyed_once
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "runs" / "coverage"
@@ -74,9 +74,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts, one a process")
     parser.add_argument("--again", choices=("failed", "refused", "all"), help="make these once more")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no architecture after that")
-    parser.add_argument(
-        "--quick", action="store_true", help="no graph of any whole model: feature class fx is left out"
-    )
     parser.add_argument("--pair-seconds", type=float, default=600, help="a pair that takes longer has failed")
     parser.add_argument(
         "--memory-gb", type=float, default=None, help="of one process; larger models go on meta tensors"
@@ -152,7 +149,6 @@ def _in_a_process(
         "seconds": max(0.0, deadline - time.monotonic()),
         "max_bytes": options.memory_gb * 1e9,
         "pair_seconds": options.pair_seconds,
-        "quick": options.quick,
     }
     began = _lines(file)
     process = context.Process(target=work, args=(file, families, todo, settings))
@@ -190,13 +186,11 @@ def work(file: Path, families: dict[str, str], todo: list[tuple[str, tuple[str, 
         gc.collect()
 
 
-def rows_of(
-    arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600, quick: bool = False
-) -> Iterator[Row]:
-    """The result of each block in turn. Graphs of whole models are made for one architecture of each family."""
+def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600) -> Iterator[Row]:
+    """The result of each block in turn. Feature classes other than the default are tried in one of each family."""
     began = time.process_time()
     try:
-        base = find_base(arch, max_bytes, KINDS if arch in SMALLEST and not quick else QUICK)
+        base = find_base(arch, max_bytes, KINDS if arch in SMALLEST else ())
     except BaseError as error:
         for block in blocks:
             yield {
@@ -209,10 +203,10 @@ def rows_of(
             }
         return
     spent = time.process_time() - began
-    for block in blocks:
-        row = examine(base, block, pair_seconds)
-        yield row | {"base_cpu_seconds": round(spent, 2)}
-        spent = 0.0
+    with surveyed_once():
+        for block in blocks:
+            yield examine(base, block, pair_seconds) | {"base_cpu_seconds": round(spent, 2)}
+            spent = 0.0
 
 
 def append(file: Path, row: Row) -> None:

@@ -24,7 +24,8 @@ Written by `scripts/coverage --report` from a run of `scripts/coverage{shards}` 
 {torch}, attnsurgery {attnsurgery}. {hours:.1f} hours of processor time, from first to last line {wall:.1f} hours.
 
 For each architecture and each block, the model `<architecture>_<block>` (all stages) goes through these checks, at the
-smallest images that the architecture takes, in eval mode, with random weights none of which is zero:
+smallest images that the architecture takes, in eval mode, with random weights none of which is zero. Feature classes
+other than the one that `features_only=True` takes are tried in a small architecture of each family.
 
 {checks}
 
