@@ -29,6 +29,14 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             "test_registry.py::test_the_generic_architecture_needs_only_base_and_recipe",
             "test_spans.py::test_what_a_mask_took_from_the_size_of_its_map_is_written_down",
             "test_surgery.py::test_operating_through_the_public_verb_makes_the_model_describe_itself",
+            "test_loading.py::test_each_road_takes_both_kinds_of_weights_and_refuses_half_a_block[test_vit_se-by_directory",
+            "test_loading.py::test_each_road_takes_both_kinds_of_weights_and_refuses_half_a_block[swin_tiny_patch4_window7"
+            "_224_nonlocal_s3-by_directory",
+            "test_loading.py::test_what_save_for_hf_writes_is_built_again_and_adapts",
+            "test_loading.py::test_a_repository_of_the_hub_loads_offline_from_its_cache",
+            "test_memory_guard.py::test_limit_and_auto_are_saved_with_the_model_and_build_it_again",
+            "test_memory_guard.py::test_what_was_settled_for_other_images_is_kept_in_numbers",
+            "test_memory_guard.py::test_two_operations_keep_what_each_has_settled_under_its_own_limit",
             "test_stock.py::test_another_option_shows_behind_norms_that_start_at_zero_and_in_a_trained_block[fresh",
         ),
     ),
@@ -52,6 +60,10 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             "test_parity.py::test_surgery_computes_what_timms_attention_model_computes_bit_for_bit[bat_resnext26ts",
             "test_parity.py::test_false_friends_load_strictly_and_compute_something_else",
             "test_timm_attn.py::test_hosts_get_the_block_in_the_place_they_keep_free",
+            *(
+                f"test_memory_guard.py::test_a_plan_foretells_what_the_operated_model_has_and_allocates_nothing[{name}"
+                for name in ("test_convnext", "test_vit", "test_byobnet")
+            ),
         ),
     ),
     (

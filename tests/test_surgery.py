@@ -307,7 +307,9 @@ def test_new_blocks_take_device_dtype_and_mode_of_their_host() -> None:
     for block in grafted_blocks(model).values():
         assert block.training
         assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
-    on_meta = cut(timm.create_model("test_resnet", device="meta"))
+    with torch.device("meta"):
+        plain = timm.create_model("test_resnet")
+    on_meta = cut(plain)
     assert all(p.device.type == "meta" for p in on_meta.parameters())
 
 

@@ -131,6 +131,6 @@ def test_one_recipe_in_words_fits_every_kind_of_model_unchanged(host: str) -> No
     seen: list[nn.Module] = []
     for block in blocks.values():
         block.register_forward_hook(lambda module, args, output: seen.append(module))
-    model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    model.eval()(torch.empty(1, 3, 224, 224, device=next(model.parameters()).device))
     assert set(seen) == set(blocks.values())
     assert len(seen) == len(blocks)
