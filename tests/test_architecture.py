@@ -17,7 +17,7 @@ PACKAGE = Path(attnsurgery.__file__).parent
 LAYERS = [
     {"errors"},
     {"catalog"},
-    {"blocks", "graph", "latency", "evaluate", "weights"},
+    {"blocks", "graph", "latency", "evaluate", "samplers", "weights"},
     {"surgery", "models", "difference"},
     {"recipe"},
     {"zoo"},

@@ -280,7 +280,7 @@ def test_a_repeated_candidate_is_told_what_it_was_told_before(
     none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
     plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
     monkeypatch.setattr(Store, "_unseen", lambda self, digests, seed: next(plan))
-    outcome = run(change(config, trials=2))
+    outcome = run(change(config, trials=2, sampler="tpe"))
     first, base, second, other = outcome.records
     assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
     assert (second.duplicate_of, second.top1, second.timing, second.seconds) == (0, first.top1, first.timing, 0.0)

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS, Places
 from attnsurgery.search.files import Journal
 from attnsurgery.search.record import ASKED, Record
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
 
 _STARTUP = 8
-"""So many candidates are drawn uniformly before the sampler has anything to learn from."""
+"""So many candidates are drawn uniformly before a sampler that needs that has anything to learn from."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
@@ -41,12 +42,20 @@ class Store:
         SearchError: the storage cannot be opened.
     """
 
-    def __init__(self, folder: Path, storage: str | None, space: BoundSpace, seed: int) -> None:
+    def __init__(
+        self, folder: Path, storage: str | None, space: BoundSpace, seed: int, sampler: str = "additive"
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
         self.journal = Journal(folder / "trials.jsonl")
         self._space = space
         self._seed = seed
+        self._sampler = SAMPLERS[sampler]
+        self._places = Places(
+            choices={variable.name: tuple(variable.choices) for variable in space.variables},
+            blocks={variable.name: len(variable.sites) for variable in space.variables},
+            most_blocks=space.max_blocks,
+        )
         with _storage_errors(url):
             self._study = optuna.create_study(
                 storage=url, study_name=folder.resolve().name, direction="maximize", load_if_exists=True
@@ -84,8 +93,10 @@ class Store:
         used = [record for record in records if record.state in ASKED]
         seed = seed_of(self._seed, len(used))
         stuck = len(used) >= _STUCK and all(record.state in _EMPTY for record in used[-_STUCK:])
-        fresh = self._unseen({record.digest for record in used}, seed) if len(used) < _STARTUP or stuck else None
-        self._study.sampler = _Given(fresh) if fresh else TPESampler(seed=seed, n_startup_trials=_STARTUP)
+        begins = len(used) < _STARTUP and not getattr(self._sampler, "begins_by_itself", False)
+        fresh = self._unseen({record.digest for record in used}, seed) if begins or stuck else None
+        base = (self.fixed("base") or {}).get("record") or {}
+        self._study.sampler = _Given(fresh) if fresh else self._sampler(self._places, seed, base.get("top1"))
         trial = self._study.ask(self._distributions)
         return trial.number, {name: str(trial.params[name]) for name in self._distributions}
 
@@ -98,9 +109,12 @@ class Store:
         trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         trial.set_user_attr("record", record.as_dict())
         budget = budget_ms if budget_ms is not None else float(self.fixed("config")["budget_ms"])
-        trial.set_constraint("latency_ms", record.timing.ms - budget if record.timing else 0.0)
+        if record.timing is not None:
+            trial.set_constraint("latency_ms", record.timing.ms - budget)
         if self._space.max_blocks is not None:
-            trial.set_constraint("blocks", float(record.blocks - self._space.max_blocks))
+            trial.set_constraint(BLOCKS, float(record.blocks - self._space.max_blocks))
+        if record.state == "interrupted":
+            trial.set_user_attr(AGAIN, True)
         over = record.state == "too_many_blocks" or (record.timing is not None and record.timing.ms > budget)
         if over:
             self._study.tell(trial, state=TrialState.PRUNED)

@@ -60,7 +60,7 @@ def run(
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     with locked(folder):
         bench = prepare(config, folder, listener, stop, backend)
-        store = Store(folder, config.storage, bench.space, config.seed)
+        store = Store(folder, config.storage, bench.space, config.seed, config.sampler)
         search = _Search(bench, store, folder, listener, stop, command)
         outcome = search.go()
     outcome.check_feasible()

@@ -1,0 +1,18 @@
+"""What samplers have in common: how they are made, and what they read off a study."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnsurgery.catalog import Catalog
+
+SAMPLERS: Catalog[Any] = Catalog("sampler", "attnsurgery.samplers", group="attnsurgery.samplers")
+"""Optuna samplers, made as `cls(places, seed, base_score)`: `places` is the space (Places), `seed` that of one ask, and
+`base_score` the value of the candidate without any block, or None. One that says `begins_by_itself = True` needs no
+candidates drawn at random before it is asked."""
+
+BLOCKS = "blocks"
+"""The constraint of a study that says by how many blocks a candidate is over the limit: no sampler need learn that."""
+
+AGAIN = "again"
+"""User attribute of a failed trial that may be asked for once more: it was stopped, and says nothing."""

@@ -1,0 +1,143 @@
+"""The best candidate within all budgets, exactly: a multiple-choice knapsack over places and what goes there.
+
+First, from the last place to the first, what the rest can still be worth for any cost and number of blocks: of partial
+candidates that another one beats in both value and cost nothing better can come, so only the undominated are kept
+(Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", 1969). Then candidates are grown from the
+first place on, always the one that promises most (A*). With one budget a promise is exact, so the search walks straight
+to the best candidate, and on to the next best where that one was tried before; with several budgets the smallest of
+their promises holds, and of that of their sum, which is never too low.
+
+16 places with 11 choices take 0.03 s with one budget and 0.13 s with three that have nothing to do with each other; 48
+places 0.5 s, and seconds with several. An integer programme (HiGHS, by scipy.optimize.milp) gives the same answers,
+faster for many places, but it prints on stdout now and then, which no option keeps it from.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attnsurgery.samplers.places import Floats, Picks, Places
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What choices cost, and how much there is.
+
+    Args:
+        costs: of each choice at each place; they add up.
+        most: what they may add up to.
+    """
+
+    costs: Sequence[Floats]
+    most: float
+
+    def holds(self, picks: Picks) -> bool:
+        """True if a candidate keeps to it."""
+        return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
+
+
+def best(
+    places: Places,
+    values: Sequence[Floats],
+    by_count: Floats | None = None,
+    budgets: Sequence[Budget] = (),
+    tried: Collection[Picks] = (),
+) -> Picks | None:
+    """The candidate of the highest value that fits and was not tried; None if there is none.
+
+    Args:
+        values: of each choice at each place; they add up.
+        by_count: worth of having 0, 1, 2, ... blocks, as many as all places can hold.
+        tried: candidates that do not count.
+    """
+    known = set(tried)
+    budgets = [*budgets] or [Budget([np.zeros(len(worth)) for worth in values], math.inf)]
+    if len(budgets) > 1 and all(budget.most > 0 for budget in budgets):
+        budgets.append(_together(budgets))
+    bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
+    promises = [_Promises(places, values, bonus, budget) for budget in budgets]
+    age = itertools.count()
+    # by promise, then the longer one first: picks, their value, number of blocks, what is left of each budget
+    heap: list[tuple[float, int, int, Picks, float, int, tuple[float, ...]]] = []
+
+    def consider(picks: Picks, value: float, count: int, left: tuple[float, ...]) -> None:
+        promise = min(p.at(len(picks), count, rest) for p, rest in zip(promises, left, strict=True))
+        if promise > -math.inf:
+            heapq.heappush(heap, (-(value + promise), -len(picks), next(age), picks, value, count, left))
+
+    consider((), 0.0, 0, tuple(budget.most for budget in budgets))
+    while heap:
+        *_, picks, value, count, left = heapq.heappop(heap)
+        place = len(picks)
+        if place == len(values):
+            if picks not in known:
+                return picks
+            continue
+        for choice, worth in enumerate(values[place].tolist()):
+            after = count + (places.weights[place] if choice else 0)
+            rest = tuple(r - float(b.costs[place][choice]) for r, b in zip(left, budgets, strict=True))
+            consider((*picks, choice), value + worth, after, rest)
+    return None
+
+
+def _together(budgets: Sequence[Budget]) -> Budget:
+    """All of them in one: what keeps to each keeps to their sum, and the sum promises less than any of them alone."""
+    places = range(len(budgets[0].costs))
+    costs = [np.sum([budget.costs[place] / budget.most for budget in budgets], axis=0) for place in places]
+    return Budget(costs, len(budgets) * (1 + 1e-9))
+
+
+class _Promises:
+    """The most that the places from each one on can add, within one budget."""
+
+    def __init__(self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget) -> None:
+        self._bonus = bonus
+        # by place and number of blocks from there on: costs and values, both ascending
+        self._fronts: list[dict[int, tuple[Floats, Floats]]] = [{0: (np.zeros(1), np.zeros(1))}]
+        spare = _slack(budget)
+        for place in reversed(range(len(values))):
+            parts: dict[int, list[tuple[Floats, Floats]]] = {}
+            for count, (spent, worth) in self._fronts[-1].items():
+                for choice, (cost, value) in enumerate(zip(budget.costs[place], values[place], strict=True)):
+                    more = count + (places.weights[place] if choice else 0)
+                    within = int(np.searchsorted(spent + cost, spare[place], side="right"))
+                    if more < len(bonus) and within:
+                        parts.setdefault(more, []).append((spent[:within] + cost, worth[:within] + value))
+            self._fronts.append({count: _undominated(part) for count, part in parts.items()})
+        self._fronts.reverse()
+
+    def at(self, place: int, count: int, left: float) -> float:
+        """What the places from this one on can add with so much left and so many blocks in place; -inf: nothing fits.
+
+        The worth of the number of blocks is part of it.
+        """
+        most = -math.inf
+        for more, (costs, values) in self._fronts[place].items():
+            if count + more < len(self._bonus):
+                within = int(costs.searchsorted(left, side="right"))
+                if within:
+                    most = max(most, float(values[within - 1]) + float(self._bonus[count + more]))
+        return most
+
+
+def _slack(budget: Budget) -> list[float]:
+    """What may be spent from each place on, when all before it take their cheapest choice."""
+    least = itertools.accumulate((float(costs.min()) for costs in budget.costs), initial=0.0)
+    return [budget.most - spent + 1e-9 * abs(budget.most) for spent in least]
+
+
+def _undominated(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Of costs and values those that no other beats in both, by ascending cost."""
+    costs: Any = np.concatenate([part[0] for part in parts])
+    values: Any = np.concatenate([part[1] for part in parts])
+    order = np.lexsort((-values, costs))
+    costs, values = costs[order], values[order]
+    risen = np.append(True, values[1:] > np.maximum.accumulate(values)[:-1])
+    return costs[risen], values[risen]

@@ -1,0 +1,224 @@
+"""Samplers: the knapsack is exact, effects are found again, nothing is asked for twice, constraints are learned."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+
+from attnsurgery.samplers import AGAIN, SAMPLERS, Places
+from attnsurgery.samplers.additive import AdditiveModel
+from attnsurgery.samplers.knapsack import Budget, best
+from attnsurgery.samplers.places import Picks
+
+CHOICES = ("none", "se(reduction=4)", "se(reduction=16)", "non_local")
+PLACES = Places({f"layer{place}": CHOICES for place in range(6)})
+Ask = Callable[[Picks], float]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def all_of(places: Places) -> list[Picks]:
+    return list(itertools.product(*(range(len(choices)) for choices in places.choices.values())))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = [f"p{place}" for place in range(rng.integers(1, 5))]
+    places = Places(
+        {name: CHOICES[: rng.integers(2, 5)] for name in names},
+        blocks={name: int(rng.integers(1, 3)) for name in names},
+        most_blocks=None if rng.random() < 0.3 else int(rng.integers(0, 5)),
+    )
+    values = [np.append(0.0, rng.normal(size=len(c) - 1).round(1)) for c in places.choices.values()]
+    by_count = rng.normal(size=sum(places.weights) + 1).round(1)
+    budgets = [
+        Budget([np.append(0.0, rng.uniform(-0.2, 1, len(c) - 1)) for c in places.choices.values()], rng.uniform(0, 2))
+        for _ in range(rng.integers(0, 3))
+    ]
+
+    def worth(picks: Picks) -> float:
+        return sum(float(v[pick]) for v, pick in zip(values, picks, strict=True)) + float(by_count[places.count(picks)])
+
+    left = [p for p in all_of(places) if places.count(p) <= places.limit and all(b.holds(p) for b in budgets)]
+    tried: list[Picks] = []
+    for _ in range(min(6, len(left))):
+        found = best(places, values, by_count, budgets, tried)
+        assert found in left
+        assert worth(found) == pytest.approx(max(map(worth, left)))
+        left.remove(found)
+        tried.append(found)
+    if not left:
+        assert best(places, values, by_count, budgets, tried) is None
+
+
+def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
+    places = Places({"a": CHOICES, "b": CHOICES[:2], "c": CHOICES[:3]}, blocks={"b": 2}, most_blocks=3)
+    fitting = [picks for picks in all_of(places) if 0 < places.count(picks) <= 3]
+    assert places.size() == len(fitting)
+    rng, drawn = np.random.default_rng(0), set()
+    while (picks := places.drawn(rng, drawn)) is not None:
+        drawn.add(picks)
+    assert drawn == set(fitting)
+
+
+def effects(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [np.append(0.0, rng.normal(0.3, 1.0, len(CHOICES) - 1)) for _ in PLACES.choices]
+
+
+def adding(seed: int, noise: float = 0.0) -> Ask:
+    """Scores that add up, from one seed."""
+    true, rng = effects(seed), np.random.default_rng(seed + 1000)
+    return lambda picks: 70 + sum(float(e[p]) for e, p in zip(true, picks, strict=True)) + noise * rng.normal()
+
+
+def cost(picks: Picks) -> float:
+    return sum((0.0, 0.3, 0.2, 1.0)[pick] for pick in picks)
+
+
+def draw(count: int, seed: int) -> list[Picks]:
+    rng = np.random.default_rng(seed)
+    return [tuple(int(pick) for pick in row) for row in rng.integers(0, len(CHOICES), (count, len(PLACES.choices)))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_effects_that_add_up_are_found_again(seed: int) -> None:
+    candidates, score = draw(60, seed), adding(seed, noise=0.05)
+    told = AdditiveModel(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+    for found, true in zip(told.mean().values, effects(seed), strict=True):
+        assert np.allclose(found, true, atol=0.3)
+    assert told.mean().base == pytest.approx(70, abs=0.6)
+    assert told.fit().explained > 0.95
+    assert not told.fit().misses_interactions
+
+
+def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scale_of_scores() -> None:
+    score = adding(0, noise=0.05)
+
+    def spread(count: int) -> float:
+        candidates = draw(count, 5)
+        told = AdditiveModel(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+        rng = np.random.default_rng(1)
+        return float(np.std([np.concatenate(told.draw(rng).values) for _ in range(200)], axis=0).mean())
+
+    assert spread(6) > 3 * spread(60)
+
+
+def test_one_training_that_broke_down_does_not_drown_the_rest() -> None:
+    candidates, score = draw(40, 3), adding(3, noise=0.05)
+    scores = [score(picks) for picks in candidates]
+    scores[7] = -1e6
+    told = AdditiveModel(PLACES).told(candidates, scores, np.random.default_rng(0))
+    found, true = np.concatenate(told.mean().values), np.concatenate(effects(3))
+    assert np.corrcoef(found, true)[0, 1] > 0.8
+
+
+def test_scores_that_do_not_add_up_are_noticed() -> None:
+    candidates = draw(80, 4)
+    # worth something only together: what the one place is worth has the sign of the other
+    scores = [
+        sum((1 if p % 2 else -1) * (1 if q % 2 else -1) for p, q in itertools.pairwise(c[:3])) for c in candidates
+    ]
+    told = AdditiveModel(Places({f"p{i}": CHOICES for i in range(3)})).told(
+        [c[:3] for c in candidates], scores, np.random.default_rng(0)
+    )
+    assert told.fit().misses_interactions
+
+
+def play(
+    name: str,
+    score: Ask,
+    trained: int,
+    budget: float,
+    seed: int = 0,
+    study: optuna.Study | None = None,
+    places: Places = PLACES,
+) -> tuple[optuna.Study, list[Picks]]:
+    """A search without training: what does not fit is pruned with its constraint, and does not count."""
+    study = study or optuna.create_study(direction="maximize")
+    space = {name: CategoricalDistribution(choices) for name, choices in places.choices.items()}
+    asked: list[Picks] = []
+    while sum(t.state is TrialState.COMPLETE for t in study.trials) < trained and len(asked) < 20 * trained:
+        study.sampler = SAMPLERS[name](places, 1000 * seed + len(study.trials), 70.0)
+        trial = study.ask(space)
+        picks = places.picks(trial.params)
+        assert picks is not None
+        asked.append(picks)
+        trial.set_constraint("ms", cost(picks) - budget)
+        if cost(picks) > budget:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, score(picks))
+    return study, asked
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_searches_within_a_budget(name: str) -> None:
+    study, asked = play(name, adding(0), trained=6, budget=2.0)
+    assert sum(t.state is TrialState.COMPLETE for t in study.trials) == 6
+    assert all(len(picks) == len(PLACES.choices) for picks in asked)
+
+
+def test_the_additive_sampler_asks_nothing_twice_and_takes_a_small_space_to_its_end() -> None:
+    places = Places({"a": CHOICES, "b": CHOICES[:2]})
+    study, asked = play("additive", lambda picks: 70.0 + sum(picks), trained=places.size(), budget=99, places=places)
+    assert len(asked) == len(set(asked)) == places.size()
+    assert (0, 0) not in asked
+    study.sampler = SAMPLERS["additive"](places, 0, 70.0)
+    trial = study.ask({name: CategoricalDistribution(choices) for name, choices in places.choices.items()})
+    assert set(trial.params) == {"a", "b"}  # nothing is left: then it is any of them, and no error
+
+
+def test_it_learns_what_fits_the_budget_from_candidates_that_were_only_measured() -> None:
+    _, asked = play("additive", adding(1), trained=20, budget=1.0)
+    assert sum(cost(picks) > 1.0 for picks in asked[-12:]) <= 3
+
+
+def test_it_finds_the_best_sooner_than_chance() -> None:
+    def reached(name: str, seed: int) -> float:
+        score = adding(seed)
+        fitting = [picks for picks in all_of(PLACES) if cost(picks) <= 2.0]
+        _, asked = play(name, adding(seed, noise=0.2), trained=16, budget=2.0, seed=seed)
+        tried = [score(picks) for picks in asked if cost(picks) <= 2.0]
+        return (max(tried) - 70) / (max(map(score, fitting)) - 70)
+
+    ours = [reached("additive", seed) for seed in range(4)]
+    assert np.mean(ours) > 0.9
+    assert np.mean(ours) > np.mean([reached("random", seed) for seed in range(4)]) + 0.1
+
+
+def test_the_same_study_and_seed_ask_the_same_and_an_interrupted_trial_is_asked_for_again() -> None:
+    study, asked = play("additive", adding(2), trained=5, budget=2.0)
+    space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
+
+    def next_one() -> Picks | None:
+        study.sampler = SAMPLERS["additive"](PLACES, 7, 70.0)
+        trial = study.ask(space)
+        picks = PLACES.picks(trial.params)
+        trial.set_user_attr(AGAIN, True)
+        study.tell(trial, state=TrialState.FAIL)
+        return picks
+
+    first = next_one()
+    assert first == next_one()
+    assert first not in asked
+
+
+def test_candidates_that_run_elsewhere_are_left_alone() -> None:
+    study, _ = play("additive", adding(2), trained=3, budget=2.0)
+    space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
+    running = []
+    for _ in range(4):
+        study.sampler = SAMPLERS["additive"](PLACES, 7, 70.0)
+        running.append(PLACES.picks(study.ask(space).params))
+    assert len(set(running)) == 4
