@@ -170,6 +170,14 @@ def test_two_and_two_more_are_the_same_trials_as_four(config: SearchConfig, fini
     assert again.confirmation == finished.confirmation
 
 
+def test_one_and_two_more_are_three_with_the_additive_sampler_too(config: SearchConfig, tmp_path: Path) -> None:
+    additive = change(config, sampler="additive", trials=3)
+    straight = run(change(additive, output=str(tmp_path / "straight")))
+    run(change(additive, trials=1))
+    assert differences(run(additive).records, straight.records) == ""
+    assert [record.state for record in straight.records] == ["trained"] * 3
+
+
 def test_another_seed_gives_other_trials(config: SearchConfig, finished: Outcome) -> None:
     other = run(change(config, seed=1, trials=2))
     assert differences(other.records, finished.records[:2]) != ""
@@ -280,7 +288,7 @@ def test_a_repeated_candidate_is_told_what_it_was_told_before(
     none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
     plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
     monkeypatch.setattr(Store, "_unseen", lambda self, digests, seed: next(plan))
-    outcome = run(change(config, trials=2, sampler="tpe"))
+    outcome = run(change(config, trials=2))
     first, base, second, other = outcome.records
     assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
     assert (second.duplicate_of, second.top1, second.timing, second.seconds) == (0, first.top1, first.timing, 0.0)

@@ -44,7 +44,7 @@ def search(
     mode: Annotated[str, typer.Option(help="Of the measured forward: eager, cudagraph or compile.")] = "eager",
     threads: Annotated[int, typer.Option(help="CPU threads of a measured forward; 0 for all.", min=0)] = 1,
     latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
-    sampler: Annotated[str, typer.Option(help="Which candidate is next: additive, tpe, nsga2 or random.")] = "additive",
+    sampler: Annotated[str, typer.Option(help="Which candidate is next: tpe, additive, nsga2 or random.")] = "tpe",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")

@@ -1,4 +1,4 @@
-"""Thompson sampling with an additive model and exact budgets: the sampler of a search, unless another is asked for.
+"""Thompson sampling with an additive model and exact budgets: what a search needs that can train only a few candidates.
 
 Each ask draws one version of what every block at every place is worth from all that is known, and takes the candidate
 that would be the best if that were true, found exactly among those that keep to every budget and were not tried yet.

@@ -30,7 +30,7 @@ class SearchConfig(Strict):
     train_batch_size: Annotated[int, Field(ge=2)] = 64
     lr: Annotated[float, Field(gt=0)] = 1e-3
     evaluator: str = "finetune"
-    sampler: str = Field(default="additive", description="which candidate is next: additive, tpe, nsga2 or random")
+    sampler: str = Field(default="tpe", description="which candidate is next: tpe, additive, nsga2 or random")
     confirm_seeds: Annotated[int, Field(ge=1, le=20)] = 2
     input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
     device: str = "cpu"

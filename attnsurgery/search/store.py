@@ -42,9 +42,7 @@ class Store:
         SearchError: the storage cannot be opened.
     """
 
-    def __init__(
-        self, folder: Path, storage: str | None, space: BoundSpace, seed: int, sampler: str = "additive"
-    ) -> None:
+    def __init__(self, folder: Path, storage: str | None, space: BoundSpace, seed: int, sampler: str = "tpe") -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
         self.journal = Journal(folder / "trials.jsonl")
