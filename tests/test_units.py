@@ -57,6 +57,7 @@ def test_branches_of_several_strides_are_counted_by_their_own() -> None:
         ("vit_tiny_patch16_224", "blocks.3", "NLC", 1, (14, 14)),
         ("deit_tiny_distilled_patch16_224", "blocks.3", "NLC", 2, (14, 14)),
         ("pit_ti_224", "transformers.0.blocks.0", "NLC", 1, (27, 27)),
+        ("pit_ti_distilled_224", "transformers.0.blocks.0", "NLC", 2, (27, 27)),  # and it says nowhere how many
         ("coat_lite_tiny", "serial_blocks2.0", "NLC", 1, (28, 28)),
         ("xcit_nano_12_p16_224", "blocks.0", "NLC", 0, (14, 14)),
         ("levit_128s", "stages.1.blocks.0", "NLC", 0, (7, 7)),

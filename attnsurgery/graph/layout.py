@@ -115,8 +115,12 @@ class Reader:
     """Sizes of maps in raster order, the likeliest first."""
     sources: list[tuple[int, str, tuple[int, int], Layout]] = field(default_factory=list)
     """Modules that make maps, in order of execution, with the size and layout of what they return."""
+    tokens: tuple[int, ...] = ()
+    """How many tokens each parameter called so holds: pit's class and distillation tokens are one."""
 
     def __post_init__(self) -> None:
+        learned = [(name.rpartition(".")[2], tensor) for name, tensor in self.model.named_parameters()]
+        self.tokens = tuple(t.shape[1] for name, t in learned if "token" in name and t.ndim == 3 and t.shape[0] == 1)
         for path, module in self.modules.items():
             vote = _vote(module)
             if vote is not None and path in self.run.outputs:
@@ -177,7 +181,7 @@ class Reader:
         if layout == "NHWC":
             return Reading(layout, ordered=self._proportional(*shape[:2]))
         hint = int(getattr(self.model, "num_prefix_tokens", 0) or 0)
-        for prefix in dict.fromkeys((0, hint, 1)):
+        for prefix in dict.fromkeys((0, hint, *self.tokens, 1)):
             told = [found for found in self._told(owner) if math.prod(found[0]) == shape[0] - prefix]
             if told and not hasattr(self.model, "unroll"):
                 return Reading(layout, prefix, *told[0])

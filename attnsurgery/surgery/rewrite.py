@@ -339,7 +339,7 @@ def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[n
     # torch.jit.script and tracebacks read the source through linecache; no mtime means it is never thrown out
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     names = {n: importlib.import_module(v) if kind == "module" else v for n, kind, v in bindings}
-    namespace: dict[str, Any] = {"__name__": __name__, **names}
+    namespace: dict[str, Any] = dict(names)  # without __name__: torch.compile would look for them in that module
     exec(compile(source, filename, "exec"), namespace)
     methods = {n: v for n, v in namespace.items() if isinstance(v, types.FunctionType) and n not in names}
     for name, method in methods.items():
