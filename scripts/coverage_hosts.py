@@ -15,6 +15,7 @@ from timm.models import _registry
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
+from attnsurgery.base import weightless
 from attnsurgery.graph import find
 from scripts.coverage_weights import fresh, swift, weights_at_load, woken
 
@@ -233,8 +234,7 @@ def find_base(arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS) -> Ba
     Raises:
         BaseError: at no size does it run and tell images apart.
     """
-    with torch.device("meta"):
-        plain = timm.create_model(arch).eval()
+    plain = weightless(arch).eval()
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     meta = parameters * 4 * COPIES > max_bytes
     said: list[str] = []
@@ -263,9 +263,9 @@ def _takes_img_size(arch: str) -> bool:
 
 
 def _try_on_meta(arch: str, plain: nn.Module, kwargs: dict[str, Any], size: tuple[int, int]) -> None:
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(arch, **kwargs).eval() if "img_size" in kwargs else plain
-        model(torch.empty(BATCH, channels_of(model), *size))
+    with torch.no_grad():
+        model = weightless(arch, kwargs["img_size"]).eval() if "img_size" in kwargs else plain
+        model(torch.zeros(BATCH, channels_of(model), *size, device=next(model.parameters()).device))
 
 
 def channels_of(model: nn.Module) -> int:
