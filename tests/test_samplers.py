@@ -66,7 +66,7 @@ def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
     fitting = [picks for picks in all_of(places) if 0 < places.count(picks) <= 3]
     assert places.size() == len(fitting)
     rng, drawn = np.random.default_rng(0), set()
-    while (picks := places.drawn(rng, drawn)) is not None:
+    while (picks := places.drawn(rng, lambda picks: picks not in drawn)) is not None:
         drawn.add(picks)
     assert drawn == set(fitting)
 

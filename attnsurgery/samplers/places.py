@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,10 @@ class Places:
             by_blocks = after
         return sum(ways for count, ways in by_blocks.items() if count <= self.limit) - 1
 
-    def drawn(self, rng: np.random.Generator, tried: Iterable[Picks], tries: int = 2000) -> Picks | None:
-        """A candidate with at least one block that was not tried, uniformly; None when there seems to be none."""
-        known = set(tried)
+    def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
+        """A candidate with at least one block that is wanted, uniformly; None when there seems to be none."""
         for _ in range(tries):
             picks = tuple(int(rng.integers(len(choices))) for choices in self.choices.values())
-            if any(picks) and self.count(picks) <= self.limit and picks not in known:
+            if any(picks) and self.count(picks) <= self.limit and wanted(picks):
                 return picks
         return None

@@ -25,7 +25,7 @@ from attnsurgery.samplers.places import Picks, Places
 
 _SHARPNESS = 2.0
 """Draws have half the deviation of the posterior: with tens of trials, and not thousands, exploring in full costs more
-than it finds out (measured on simulated spaces of 16 places with 11 choices)."""
+than it finds out."""
 _JUDGED = 16
 """From so many trained candidates on the model is asked whether it fits."""
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from attnsurgery.graph.select import select
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
+from attnsurgery.samplers import Places
 
 NONE = "none"
 """The choice that leaves a place as it is."""
@@ -114,18 +114,18 @@ class BoundSpace:
         """How many blocks an assignment inserts."""
         return sum(len(variable.sites) for variable in self.variables if assignment[variable.name] != NONE)
 
+    @property
+    def places(self) -> Places:
+        """The space as samplers see it."""
+        return Places(
+            choices={variable.name: tuple(variable.choices) for variable in self.variables},
+            blocks={variable.name: len(variable.sites) for variable in self.variables},
+            most_blocks=self.max_blocks,
+        )
+
     def size(self) -> int:
         """Number of candidates that keep to `max_blocks`, the base as it is not counted."""
-        by_blocks = {0: 1}
-        for variable in self.variables:
-            after: dict[int, int] = {}
-            for count, ways in by_blocks.items():
-                filled = count + len(variable.sites)
-                after[count] = after.get(count, 0) + ways
-                after[filled] = after.get(filled, 0) + ways * (len(variable.choices) - 1)
-            by_blocks = after
-        most = math.inf if self.max_blocks is None else self.max_blocks
-        return sum(ways for count, ways in by_blocks.items() if count <= most) - 1
+        return self.places.size()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON data: the same for spaces that offer the same."""

@@ -19,7 +19,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS, Places
+from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
+from attnsurgery.samplers.places import Picks
 from attnsurgery.search.files import Journal
 from attnsurgery.search.record import ASKED, Record
 from attnsurgery.search.space import BoundSpace
@@ -30,7 +31,6 @@ _STARTUP = 8
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
-_TRIES = 2000
 _NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
 
 
@@ -49,11 +49,7 @@ class Store:
         self._space = space
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
-        self._places = Places(
-            choices={variable.name: tuple(variable.choices) for variable in space.variables},
-            blocks={variable.name: len(variable.sites) for variable in space.variables},
-            most_blocks=space.max_blocks,
-        )
+        self._places = space.places
         with _storage_errors(url):
             self._study = optuna.create_study(
                 storage=url, study_name=folder.resolve().name, direction="maximize", load_if_exists=True
@@ -123,17 +119,13 @@ class Store:
 
     def _unseen(self, digests: set[str | None], seed: int) -> dict[str, str] | None:
         """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""
-        generator = np.random.default_rng(seed)
-        for _ in range(_TRIES):
-            drawn = {
-                variable.name: list(variable.choices)[int(generator.integers(len(variable.choices)))]
-                for variable in self._space.variables
-            }
-            recipe = self._space.recipe_of(drawn)
-            few = self._space.max_blocks is None or self._space.blocks(drawn) <= self._space.max_blocks
-            if recipe is not None and few and recipe.digest() not in digests:
-                return drawn
-        return None
+
+        def unseen(picks: Picks) -> bool:
+            recipe = self._space.recipe_of(self._places.params(picks))
+            return recipe is not None and recipe.digest() not in digests
+
+        picks = self._places.drawn(np.random.default_rng(seed), unseen)
+        return None if picks is None else self._places.params(picks)
 
 
 class _Given(BaseSampler):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """What `attnsurgery.inspect` takes in every family of timm: seconds and memory, for its smallest and largest model.
 
-Targets: `inspect` at most 0.4 s in the median, `total` never above 6 s, and never more than 1.5 GB, since nothing is
-allocated for real.
+Target: `total` at most 0.4 s in the median and never above 6 s, and never more than 1.5 GB, since nothing is allocated
+for real.
 
-    python scripts/bench/zoo.py [--choose] [--only PATTERN]     # about 8 minutes on two cores
+    python scripts/bench/zoo.py [--choose] [--only PATTERN]     # about 2 minutes
 
 Every model has a process of its own, forked from one in which two small models were inspected before: so imports count
 for memory and not for time. `build` is timm's own constructor on the meta device, `inspect` all behind it: the recorded
