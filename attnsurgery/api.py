@@ -36,7 +36,9 @@ def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = No
     Raises:
         UnknownNameError: timm has no such model.
     """
-    return survey(_named(model, input_size) if isinstance(model, str) else model, input_size)
+    if isinstance(model, str):
+        return survey(_named(model, input_size), input_size, spend=True)
+    return survey(model, input_size)
 
 
 def plan(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import fx, nn
 
 import attnsurgery
 from attnsurgery.errors import AttnSurgeryError, SiteError, UnknownNameError
@@ -16,6 +18,7 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.layout import guess_layout
 from attnsurgery.graph.select import select
+from attnsurgery.graph.trace import trace_owner
 from tests.conftest import HOSTS, build, images
 
 
@@ -98,6 +101,12 @@ def test_survey_leaves_the_model_as_it_was() -> None:
     assert [type(module) for module in model.modules()] == classes
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_50x1_bit", "pnasnet5large"])
+def test_a_name_has_the_sites_of_the_built_model(name: str) -> None:
+    """Only the second is copied; timm cannot build the last without weights."""
+    assert attnsurgery.inspect(name).sites == attnsurgery.inspect(timm.create_model(name)).sites
 
 
 def test_input_size_is_that_of_the_built_model_and_not_a_constant() -> None:
@@ -222,6 +231,31 @@ def test_what_rebuilds_itself_for_deployment_holds_no_site_inside() -> None:
     anatomy = attnsurgery.inspect("mobileone_s0")
     assert {site.address.rpartition(".")[0] for site in anatomy.blocks(1)} == {"stages.0"}
     assert not any("conv_kxk" in site.address for site in anatomy.sites)
+
+
+class Asking(nn.Module):
+    """Asks about types as dual path networks do: of what it is given, or only of what it was made with."""
+
+    def __init__(self, of_input: bool) -> None:
+        super().__init__()
+        self.of_input = of_input
+        self.sizes = (2, 2)
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if isinstance(x if self.of_input else self.sizes, tuple):
+            x = torch.cat(x, dim=1) if self.of_input else x
+        height, width = x.shape[-2:]
+        return self.conv(x).reshape(-1, 4, height * width)
+
+
+def test_a_forward_that_asks_for_the_type_of_its_input_is_not_frozen() -> None:
+    assert trace_owner(Asking(of_input=True)) is None
+    graph = trace_owner(Asking(of_input=False))
+    assert graph is not None
+    x = torch.randn(2, 4, 3, 5)
+    assert fx.GraphModule(Asking(of_input=False), graph)(x).shape == (2, 4, 15)
+    assert not hasattr(sys.modules[__name__], "isinstance")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 64, 64), (3, 0, 64)])

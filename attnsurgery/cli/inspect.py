@@ -29,7 +29,7 @@ def inspect(
     from attnsurgery.graph.find import survey
 
     with busy(f"building {model}"):
-        anatomy = survey(open_model(model, weights=False))
+        anatomy = survey(open_model(model, weights=False), spend=True)
         sites = anatomy.sites if as_json else shown_sites(anatomy, everything)
         prices = _prices(anatomy, [site.address for site in sites], block, option or [])
     if as_json:

@@ -53,17 +53,18 @@ def _channels(model: nn.Module, usual: int) -> int:
     return weight.shape[1]
 
 
-def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Anatomy:
+def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spend: bool = False) -> Anatomy:
     """Every Site of the model.
 
     Args:
         model: a built timm model, on any device, with or without earlier surgery; it is left as it was.
         input_size: (C, H, W) of one image; by default what the model is built for.
+        spend: nobody wants the model afterwards: one without weights need not be copied.
     """
     size = input_size or input_size_of(model)
     if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UsageError(f"input_size is (channels, height, width) of one image, and not {size!r}.")
-    twin = meta_twin(model)
+    twin = meta_twin(model, copied=not spend)
     modules = {path: module for path, module in _not_ours(twin)}
     run = record(twin, modules, size)
     rows = Rows(modules, run)

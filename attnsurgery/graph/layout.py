@@ -25,6 +25,8 @@ from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.record import LOOPS, Run
 from attnsurgery.graph.site import Layout
 
+Told = tuple[tuple[int, int], tuple[str, ...]]
+"""A (height, width) with the names of the arguments that say it."""
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
 
 TO_NCHW: dict[Layout, Steps] = {
@@ -115,6 +117,7 @@ class Reader:
     """Sizes of maps in raster order, the likeliest first."""
     sources: list[tuple[int, str, tuple[int, int], Layout]] = field(default_factory=list)
     """Modules that make maps, in order of execution, with the size and layout of what they return."""
+    told: dict[str, list[Told]] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     """How many tokens each parameter called so holds: pit's class and distillation tokens are one."""
 
@@ -182,7 +185,7 @@ class Reader:
             return Reading(layout, ordered=self._proportional(*shape[:2]))
         hint = int(getattr(self.model, "num_prefix_tokens", 0) or 0)
         for prefix in dict.fromkeys((0, hint, *self.tokens, 1)):
-            told = [found for found in self._told(owner) if math.prod(found[0]) == shape[0] - prefix]
+            told = [found for found in self._told_to(owner) if math.prod(found[0]) == shape[0] - prefix]
             if told and not hasattr(self.model, "unroll"):
                 return Reading(layout, prefix, *told[0])
             for when, path, grid, form in reversed(self.sources):
@@ -194,7 +197,12 @@ class Reader:
         patches = getattr(getattr(self.model, "patch_embed", None), "num_patches", None)
         return Reading(layout, hint if patches != shape[0] > hint else 0, ordered=False)
 
-    def _told(self, owner: str) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
+    def _told_to(self, owner: str) -> list[Told]:
+        if owner not in self.told:
+            self.told[owner] = list(self._told(owner))
+        return self.told[owner]
+
+    def _told(self, owner: str) -> Iterator[Told]:
         """Sizes among the arguments of a module: a pair, or two numbers in a row."""
         args, kwargs = self.run.inputs[owner]
         try:

@@ -23,6 +23,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from attnsurgery.graph.symbols import Symbol, types_unasked
+
 # Python state that is expected to change after surgery; a forward that reads it cannot be frozen into a graph.
 CHANGING_STATE = ("grad_checkpointing",)
 # Methods by which a module rebuilds itself for deployment: its forward afterwards is another one.
@@ -41,6 +43,9 @@ class _OwnForward(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Symbol(node, self)
 
 
 def rebuilds(cls: type[nn.Module]) -> bool:
@@ -73,8 +78,8 @@ def uncut_copy(module: nn.Module) -> nn.Module:
 def trace_owner(module: nn.Module, training: bool = False) -> fx.Graph | None:
     """The module's own forward as a graph in the given mode, or None where no graph can stand for it.
 
-    That is: Python control flow on tensors, state that timm changes later (`grad_checkpointing`), a forward that is
-    rebuilt for deployment. A site at the module's *output* needs no trace and works there all the same.
+    That is: Python control flow on tensors or on their type, state that timm changes later (`grad_checkpointing`), a
+    forward that is rebuilt for deployment. A site at the module's *output* needs no trace and works there all the same.
     """
     return _trace(module, training)[0]
 
@@ -164,7 +169,7 @@ def _symbolic_dropout_in_attention() -> Iterator[None]:
 def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
     tracer = module.__dict__["tracer"] = _OwnForward()
     try:
-        with ONE_AT_A_TIME, _symbolic_dropout_in_attention():
+        with ONE_AT_A_TIME, _symbolic_dropout_in_attention(), types_unasked(type(module)):
             graph = tracer.trace(module, concrete_args=concrete)
     except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
         return None

@@ -170,7 +170,7 @@ Staging = Callable[[float, float | None], int | None]
 def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str, float]) -> Staging:
     """How stages are counted in this model.
 
-    By timm's `feature_info`, if the modules that it names all run: a module belongs to the first entry that returns no
+    By timm's `feature_info`, if the modules that it names all run and have strides: a module belongs to the first entry that returns no
     earlier than it does, so that the stride-4 convolution in front of a stride-8 block counts as that block's. If not,
     by the stride of each tensor itself. Where the stride never changes, stages are the quarters of the depth.
 
@@ -179,7 +179,8 @@ def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str,
     """
     infos = [dict(info) for info in (getattr(model, "feature_info", None) or [])]
     known = sorted((run.finished[i["module"]], float(i["reduction"])) for i in infos if i.get("module") in run.finished)
-    complete = bool(infos) and len(known) == len(infos)
+    # convit's in timm 1.0.20 names the head alone, at a stride of 0
+    complete = bool(infos) and len(known) == len(infos) and all(stride >= 1 for _, stride in known)
     strides = {round(math.log2(max(stride, 1))) for stride in units.values()}
     isotropic = (
         len(known) > 1 and len({_stage_of(stride) for _, stride in known}) == 1 if complete else len(strides) == 1

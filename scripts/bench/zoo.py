@@ -103,7 +103,7 @@ def _inspect(name: str, sender: Any) -> None:
         start = time.process_time()
         model = weightless(name)
         built = time.process_time()
-        sites = survey(model).sites
+        sites = survey(model, spend=True).sites  # as `inspect` does with a name
         done = time.process_time()
     except Exception as error:  # one line of the table, and on with the next
         sender.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
