@@ -17,6 +17,7 @@ from torch import nn
 
 from attnsurgery.base import weightless
 from attnsurgery.graph import find
+from attnsurgery.graph.record import autocast_on_meta
 from scripts.coverage_weights import fresh, swift, weights_at_load, woken
 
 BATCH = 2
@@ -263,7 +264,7 @@ def _takes_img_size(arch: str) -> bool:
 
 
 def _try_on_meta(arch: str, plain: nn.Module, kwargs: dict[str, Any], size: tuple[int, int]) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), autocast_on_meta():
         model = weightless(arch, kwargs["img_size"]).eval() if "img_size" in kwargs else plain
         model(torch.zeros(BATCH, channels_of(model), *size, device=next(model.parameters()).device))
 

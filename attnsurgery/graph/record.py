@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     handles += [module.register_forward_pre_hook(before(path)) for path, module in modules.items()]
     try:
-        with torch.no_grad(), ONE_AT_A_TIME:
+        with torch.no_grad(), ONE_AT_A_TIME, autocast_on_meta():
             twin(example(twin, size, "meta"))
     except Exception as error:
         said = " ".join(str(error).split())[:200]
@@ -187,6 +188,24 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
         for handle in handles:
             handle.remove()
     return run
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """For torch before 2.7, which has no autocast there, not even one to be switched off, as efficientvit_mit does."""
+    if torch.__version__ >= "2.7":
+        yield
+        return
+    autocast = torch.autocast
+
+    def switched(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    vars(torch)["autocast"] = switched
+    try:
+        yield
+    finally:
+        vars(torch)["autocast"] = autocast
 
 
 def map_shape(value: Any) -> tuple[int, ...] | None:

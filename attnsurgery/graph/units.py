@@ -170,9 +170,10 @@ Staging = Callable[[float, float | None], int | None]
 def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str, float]) -> Staging:
     """How stages are counted in this model.
 
-    By timm's `feature_info`, if the modules that it names all run and have strides: a module belongs to the first entry that returns no
-    earlier than it does, so that the stride-4 convolution in front of a stride-8 block counts as that block's. If not,
-    by the stride of each tensor itself. Where the stride never changes, stages are the quarters of the depth.
+    By timm's `feature_info`, if the modules that it names all run and have strides: a module belongs to the first entry
+    that returns no earlier than it does, so that the stride-4 convolution in front of a stride-8 block counts as that
+    block's. If not, by the stride of each tensor itself. Where the stride never changes, stages are the quarters of the
+    depth.
 
     Args:
         units: the stride of what each block returns, by path.
