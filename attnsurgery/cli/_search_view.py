@@ -20,6 +20,7 @@ from rich.text import Text
 from attnsurgery.cli._console import print_lines, print_table, stderr
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
+from attnsurgery.search.budget import Budgets
 from attnsurgery.search.record import best
 
 _SILENCE_S = 20.0
@@ -110,7 +111,7 @@ class LiveView(Listener):
         """What to show at this moment."""
         config = self._config
         parts: list[RenderableType] = [
-            _line(f"{config.base}, space {config.space}, budget {config.budget_ms:g} ms", "bold"),
+            _line(f"{config.base}, space {config.space}, budget {Budgets.of(config).describe()}", "bold"),
             *(_line(fact, "dim") for fact in self._facts),
         ]
         if self._base:
@@ -142,7 +143,8 @@ def print_outcome(outcome: Outcome) -> None:
     lines = [f"winner     {winner.what()}"]
     if outcome.confirmation:
         again = outcome.confirmation.timing
-        over = "" if again.ms <= outcome.config.budget_ms else f": over the budget of {outcome.config.budget_ms:g} ms"
+        budget = outcome.config.budget_ms
+        over = "" if budget is None or again.ms <= budget else f": over the budget of {budget:g} ms"
         lines += [
             f"verdict    {outcome.confirmation.sentence()}",
             f"again      {_ms(again)}{over}, measured after the search ({outcome.conditions})",

@@ -19,11 +19,31 @@ if TYPE_CHECKING:
     from attnsurgery.search import SearchConfig
 
 _INTERRUPTED = 130
+_POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def amount(text: str) -> int:
+    """A number with K, M, G or B behind it."""
+    number = text.strip().upper().rstrip("KMGB")
+    try:
+        return round(float(number) * _POWERS[text.strip().upper()[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is no number such as 25600000, 25.6M or 4.1G.") from None
 
 
 def search(
-    budget_ms: Annotated[float, typer.Option("--budget-ms", help="Most milliseconds that one forward may take.")],
     model: Annotated[str | None, typer.Argument(help="Any timm name; by default the space's own small model.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="Most milliseconds that one forward may take.")] = None,
+    budget_params: Annotated[
+        int | None, typer.Option(parser=amount, metavar="N", help="Most parameters, such as 26M.")
+    ] = None,
+    budget_macs: Annotated[
+        int | None,
+        typer.Option(parser=amount, metavar="N", help="Most multiply-accumulates of one image, such as 4.2G."),
+    ] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Most memory that one forward may take at a time, in MB.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Image folder, or a name such as hfds/cifar10; by default the embedded digits."),
@@ -54,14 +74,20 @@ def search(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search for the best blocks and places under a latency budget; the same command goes on where it stopped."""
+    """Search for the best blocks and places under a budget; the same command goes on where it stopped.
+
+    At least one budget is needed; several hold together.
+    """
+    from attnsurgery.search.budget import Budgets
     from attnsurgery.search.prepare import pick_device
     from attnsurgery.search.space import load
 
     base = model or load(space).base or _default_base()
-    named = output or Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), f"{budget_ms:g}ms"])
     config = _config(
         budget_ms=budget_ms,
+        budget_params=budget_params,
+        budget_macs=budget_macs,
+        budget_mb=budget_mb,
         base=base,
         space=space,
         data=data,
@@ -82,9 +108,13 @@ def search(
         latency=latency,
         sampler=sampler,
         seed=seed,
-        output=str(named),
+        output="" if output is None else str(output),
         storage=storage,
     )
+    if output is None:
+        budgets = Budgets.of(config).describe().replace(" and ", "-").replace(" ", "")
+        named = Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), budgets])
+        config = config.model_copy(update={"output": str(named)})
     _run(config, as_json)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
+from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import Effort, interval_of_ratio, median, quantile, relative_noise, sample
 
 Mode = Literal["eager", "cudagraph", "compile"]
@@ -200,9 +201,29 @@ class LatencyBackend(ABC):
         finally:
             torch.set_num_threads(before)
 
+    def peak_bytes(self, model: nn.Module) -> int:
+        """The most memory at a time in one eager forward: weights, buffers, input and live activations.
+
+        Raises:
+            UsageError: the model cannot take an input of these conditions.
+        """
+        with self._session():
+            subject, x_BCHW = self._subject(model)
+            self._first(subject, x_BCHW, model)
+            return peak_bytes(subject, x_BCHW, lambda: subject(x_BCHW))
+
     @contextmanager
     def _prepared(self, model: nn.Module) -> Iterator[Call]:
         """A call without arguments that runs one forward of a copy of the model."""
+        subject, x_BCHW = self._subject(model)
+        forward: Callable[[torch.Tensor], Any] = (
+            torch.compile(subject, fullgraph=False) if self.conditions.mode == "compile" else subject
+        )
+        self._first(forward, x_BCHW, model)
+        yield self._call(lambda: forward(x_BCHW))
+
+    def _subject(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor]:
+        """A copy of the model, and an input for it, as the conditions want them."""
         conditions = self.conditions
         layout = torch.channels_last if conditions.channels_last else torch.contiguous_format
         subject = copy.deepcopy(model).eval().to(device=conditions.device, dtype=DTYPES[conditions.dtype])
@@ -210,18 +231,16 @@ class LatencyBackend(ABC):
         x_BCHW = x_BCHW.normal_(generator=torch.Generator(conditions.device).manual_seed(0))
         if conditions.channels_last:
             subject = subject.to(memory_format=torch.channels_last)
-        x_BCHW = x_BCHW.contiguous(memory_format=layout)
-        forward: Callable[[torch.Tensor], Any] = (
-            torch.compile(subject, fullgraph=False) if conditions.mode == "compile" else subject
-        )
+        return subject, x_BCHW.contiguous(memory_format=layout)
+
+    def _first(self, forward: Callable[[torch.Tensor], Any], x_BCHW: torch.Tensor, model: nn.Module) -> None:
         try:
             forward(x_BCHW)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UsageError(
                 f"{type(model).__name__} cannot run under the conditions of this measurement "
-                f"({conditions.describe()}): {str(error).splitlines()[0]}"
+                f"({self.conditions.describe()}): {str(error).splitlines()[0]}"
             ) from error
-        yield self._call(lambda: forward(x_BCHW))
 
     def _call(self, call: Call) -> Call:
         """A hook for backends that record the forward first, such as a CUDA graph."""

@@ -17,29 +17,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from attnsurgery.samplers.places import Floats, Picks, Places
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What choices cost, and how much there is.
-
-    Args:
-        costs: of each choice at each place; they add up.
-        most: what they may add up to.
-    """
-
-    costs: Sequence[Floats]
-    most: float
-
-    def holds(self, picks: Picks) -> bool:
-        """True if a candidate keeps to it."""
-        return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
+from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 
 
 def best(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,23 @@ import numpy as np
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Picks = tuple[int, ...]
 """The index of the choice at each place; 0 is no block."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What choices cost, and how much there is.
+
+    Args:
+        costs: of each choice at each place; they add up.
+        most: what they may add up to.
+    """
+
+    costs: Sequence[Floats]
+    most: float
+
+    def holds(self, picks: Picks) -> bool:
+        """True if a candidate keeps to it."""
+        return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
 
 
 @dataclass(frozen=True)
@@ -22,11 +39,13 @@ class Places:
             bracket is the block, what stands in it its options.
         blocks: how many blocks a place counts as when it has one, where that is not 1.
         most_blocks: most blocks in one candidate.
+        budgets: by the name of a constraint of the study, what is known of it beforehand: nobody need learn that.
     """
 
     choices: Mapping[str, tuple[str, ...]]
     blocks: Mapping[str, int] | None = None
     most_blocks: int | None = None
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[int, ...]:
@@ -64,10 +83,14 @@ class Places:
             by_blocks = after
         return sum(ways for count, ways in by_blocks.items() if count <= self.limit) - 1
 
+    def holds(self, picks: Picks) -> bool:
+        """True if a candidate keeps to the number of blocks, and to every budget that is known."""
+        return self.count(picks) <= self.limit and all(budget.holds(picks) for budget in self.budgets.values())
+
     def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
-        """A candidate with at least one block that is wanted, uniformly; None when there seems to be none."""
+        """A candidate with at least one block that holds and is wanted, uniformly; None if there seems to be none."""
         for _ in range(tries):
             picks = tuple(int(rng.integers(len(choices))) for choices in self.choices.values())
-            if any(picks) and self.count(picks) <= self.limit and wanted(picks):
+            if any(picks) and self.holds(picks) and wanted(picks):
                 return picks
         return None

@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.samplers._base import AGAIN, BLOCKS, SAMPLERS
 from attnsurgery.samplers.additive import AdditiveModel, Fit
-from attnsurgery.samplers.knapsack import Budget, best
-from attnsurgery.samplers.places import Picks, Places
+from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.places import Budget, Picks, Places
 
 _SHARPNESS = 2.0
 """Draws have half the deviation of the posterior: with tens of trials, and not thousands, exploring in full costs more
@@ -34,8 +34,8 @@ _JUDGED = 16
 class AdditiveSampler(BaseSampler):
     """Additive Bayesian Thompson sampling with an exact knapsack over all constraints of the study.
 
-    Constraints (`trial.set_constraint`) are learned as scores are, from trials that finished with any state: a pruned
-    trial that was only measured teaches its costs.
+    Constraints (`trial.set_constraint`) that are no known budget of the places are learned as scores are, from trials
+    that finished with any state: a pruned trial that was only measured teaches its costs.
 
     Args:
         places: the space; the study's parameters are its places, categorical.
@@ -104,9 +104,9 @@ class AdditiveSampler(BaseSampler):
         known: dict[str, list[tuple[Picks, float]]] = {}
         for t in trials:
             if t.number in asked and t.state is not TrialState.RUNNING:
-                for name in t.constraints.keys() - {BLOCKS}:
+                for name in t.constraints.keys() - {BLOCKS, *self._places.budgets}:
                     known.setdefault(name, []).append((asked[t.number], t.constraints[name]))
-        budgets = []
+        budgets = list(self._places.budgets.values())
         for measured in known.values():
             if len(measured) >= 2:
                 costs = self._costs.told([picks for picks, _ in measured], [cost for _, cost in measured], rng).mean()

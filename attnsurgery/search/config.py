@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from attnsurgery.errors import SearchError
+from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.latency import Mode
 from attnsurgery.recipe.schema import Strict
 
@@ -18,7 +18,14 @@ DEFAULT_BASE = "test_resnet"
 class SearchConfig(Strict):
     """A whole search as data; the same data does the same search."""
 
-    budget_ms: Annotated[float, Field(gt=0)] = Field(description="most milliseconds that a forward may take")
+    budget_ms: Annotated[float, Field(gt=0)] | None = Field(default=None, description="of a forward, most milliseconds")
+    budget_params: Annotated[int, Field(gt=0)] | None = Field(default=None, description="most parameters")
+    budget_macs: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="most multiply-accumulates of one image"
+    )
+    budget_mb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="most memory at a time in a measured forward, MB: weights, input, live activations"
+    )
     base: str = Field(default=DEFAULT_BASE, description="any timm architecture, a tag allowed")
     space: str = Field(default="tiny", description="a space that ships, or a YAML file")
     data: str | None = Field(default=None, description="image folder or data set name; none: the embedded digits")
@@ -44,6 +51,14 @@ class SearchConfig(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str = Field(default="runs/search", description="the run directory")
     storage: str | None = Field(default=None, description="Optuna storage URL; none: SQLite in the run directory")
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> SearchConfig:
+        if not (self.budget_ms or self.budget_params or self.budget_macs or self.budget_mb):
+            raise UsageError(
+                "a search needs a budget: --budget-ms, --budget-params, --budget-macs or --budget-mb, or several."
+            )
+        return self
 
 
 _FREE = {"trials", "output", "storage", "latency_seconds", "space", "checkpoint", "confirm_seeds"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
+from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import write_whole
@@ -32,6 +33,7 @@ class Outcome:
     confirmation: Confirmation | None
     interrupted: bool
     command: str
+    budgets: Budgets
     versions: dict[str, str]
 
     @property
@@ -70,24 +72,23 @@ class Outcome:
         """
         if self.trained or self.interrupted:
             return
+        budget = self.budgets.describe()
         measured = {record.digest: record for record in self.records if record.timing}
         fastest = sorted(measured.values(), key=lambda record: record.timing.ms if record.timing else 0.0)[:3]
-        listed = "; ".join(
-            f"{record.timing.ms:.3g} ms {record.what()}" for record in fastest if record.timing is not None
-        )
-        base_ms = self.base.timing.ms if self.base.timing else 0.0
+        listed = "; ".join(f"{_costs(record)} {record.what()}" for record in fastest)
         failed = [record.reason for record in self.records if record.state == "failed" and record.reason]
         raise NothingFeasibleError(
-            f"no candidate fits {self.config.budget_ms:g} ms ({self.conditions}). "
-            + f"The base alone takes {base_ms:.3g} ms. "
+            f"no candidate fits {budget} ({self.conditions}). "
+            + f"The base alone takes {_costs(self.base)}. "
             + (f"The fastest of {len(measured)} measured: {listed}. " if listed else "None could be measured. ")
             + (f"{len(failed)} failed, the last because: {failed[-1]} " if failed else "")
-            + "Raise --budget-ms, choose a faster MODEL, or a --space with cheaper blocks."
+            + "Raise the budget, choose a smaller or faster MODEL, or a --space with cheaper blocks."
         )
 
     def _report(self) -> Report:
         return Report(
-            title=f"{self.config.base}, {self.config.space}, {self.config.budget_ms:g} ms",
+            title=f"{self.config.base}, {self.config.space}, {self.budgets.describe()}",
+            budgets=self.budgets.describe(),
             budget_ms=self.config.budget_ms,
             wanted=self.config.trials,
             conditions=self.conditions,
@@ -105,14 +106,22 @@ class Outcome:
         )
 
 
+def _costs(record: Record) -> str:
+    """What was measured of it."""
+    ms = f"{record.timing.ms:.3g} ms" if record.timing else ""
+    return ms if record.peak_mb is None else f"{ms} and {record.peak_mb:.4g} MB"
+
+
 def _csv(records: list[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "recipe", "latency_ms", "latency_low_ms", "latency_high_ms", "val_top1", "parameters"])
+    writer.writerow(
+        ["trial", "recipe", "latency_ms", "latency_low_ms", "latency_high_ms", "val_top1", "parameters", "macs"]
+    )
     for record in records:
         assert record.timing is not None
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
         numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.top1 or 0.0)]
-        writer.writerow([record.number, name, *numbers, record.parameters])
+        writer.writerow([record.number, name, *numbers, record.parameters, record.macs])
     return text.getvalue()

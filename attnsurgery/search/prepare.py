@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from attnsurgery.evaluate import (
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.samplers.places import Picks, Places
+from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.listener import Listener
@@ -55,6 +57,20 @@ class Bench:
     backend: LatencyBackend
     weights: str
     """Hash of the starting weights."""
+    budgets: Budgets
+    costs: Costs
+    places: Places
+    """The space as samplers see it, with the budgets that are known exactly."""
+
+    def picks(self, assignment: Mapping[str, str]) -> Picks:
+        """A candidate as samplers see it."""
+        picks = self.places.picks(assignment)
+        assert picks is not None, "an assignment has a choice for each place"
+        return picks
+
+    def peak_mb(self, model: nn.Module) -> float | None:
+        """Memory of a forward, where there is a budget for it."""
+        return self.backend.peak_bytes(model) / 1e6 if "memory" in self.budgets.most else None
 
     def found(self) -> dict[str, Any]:
         """What stands behind the names of the configuration."""
@@ -94,6 +110,7 @@ def prepare(
     Raises:
         UnknownNameError: no such base, space or backend.
         RecipeError, SiteError, OptionError: the space does not read, or does not fit the base.
+        NothingFeasibleError: no candidate can keep to the budgets for parameters and multiply-accumulates.
         UsageError, SearchError: the data, the device, or a choice of both weights that exclude each other.
         CheckpointError: the weights cannot be read or fetched.
     """
@@ -115,6 +132,8 @@ def prepare(
     base = _untrained(config, data.num_classes)
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
+    budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)
+    costs.check_feasible(space.places, budgets)
     for choice in space.left_out:
         listener.phase(f"left out of the space: {choice}")
     conditions = Conditions(
@@ -131,7 +150,8 @@ def prepare(
     evaluator = EVALUATORS[config.evaluator](data, settings)
     weights = _starting_weights(config, base, data, settings, folder, listener, stop)
     base.to(config.device).eval()
-    return Bench(config, base, anatomy, space, data, evaluator, backend, weights)
+    places = replace(space.places, budgets=costs.budgets(budgets))
+    return Bench(config, base, anatomy, space, data, evaluator, backend, weights, budgets, costs, places)
 
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:

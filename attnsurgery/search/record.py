@@ -50,10 +50,14 @@ class Record:
     """On the validation split, 0 to 1."""
     loss: float | None = None
     parameters: int | None = None
+    macs: int | None = None
+    """Multiply-accumulates of one image."""
+    peak_mb: float | None = None
+    """Most memory at a time in a forward under the conditions of the latency; measured if there is a budget for it."""
     seconds: float = 0.0
     epochs: int = 0
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed, or what it costs that is over a budget."""
     duplicate_of: int | None = None
 
     def as_dict(self) -> dict[str, Any]:

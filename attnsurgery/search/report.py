@@ -55,7 +55,9 @@ class Report:
     """All that the page shows."""
 
     title: str
-    budget_ms: float
+    budgets: str
+    """All of them, in words."""
+    budget_ms: float | None
     wanted: int
     conditions: str
     data: str
@@ -102,7 +104,7 @@ def _summary(report: Report) -> list[str]:
         lines.append(f'<p class="verdict">{escape(report.verdict)}</p>')
     best = report.best
     if best is None or best.timing is None:
-        lines.append(f"<p>No candidate was trained within {report.budget_ms:g} ms so far.</p>")
+        lines.append(f"<p>No candidate was trained within {report.budgets} so far.</p>")
         return lines
     name = str(best.recipe["name"]) if best.recipe else ""
     lines.append(
@@ -111,9 +113,11 @@ def _summary(report: Report) -> list[str]:
         f"{f' at {report.base.timing.ms:.3g} ms' if report.base.timing else ''}.</p>"
     )
     if report.confirmed:
-        over = report.confirmed.ms > report.budget_ms
-        words = f"which is over the budget of {report.budget_ms:g} ms" if over else "within the budget"
-        lines.append(f"<p>Measured again after the search: {_ms(report.confirmed)}, {words}.</p>")
+        words = ""
+        if report.budget_ms is not None:
+            over = report.confirmed.ms > report.budget_ms
+            words = f", which is over the budget of {report.budget_ms:g} ms" if over else ", within the budget"
+        lines.append(f"<p>Measured again after the search: {_ms(report.confirmed)}{words}.</p>")
     return lines
 
 
@@ -122,13 +126,14 @@ def picture(report: Report) -> str:
     shown = [record for record in report.records if record.timing and record.state in {"trained", "over_budget"}]
     times = [record.timing.ms for record in [report.base, *shown] if record.timing]
     scores = [record.top1 for record in [report.base, *shown] if record.top1 is not None]
-    near = [*times, *([report.budget_ms] if report.budget_ms < 3 * max(times, default=1.0) else [])]
+    budget = report.budget_ms
+    near = [*times, *([] if budget is None or budget >= 3 * max(times, default=1.0) else [budget])]
     x = _Axis(min(near, default=0.0), max(near, default=1.0), _LEFT, WIDTH - _RIGHT)
     y = _Axis(min(scores, default=0.0), max(scores, default=1.0), HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="validation accuracy against latency">',
         *_grid(x, y),
-        *_budget_line(report.budget_ms, x),
+        *([] if budget is None else _budget_line(budget, x)),
         _front_line(report.front, x, y),
         *(_mark(record, x, y, record.state) for record in shown),
         _mark(report.base, x, y, "base"),
@@ -220,11 +225,10 @@ def _hover(record: Record) -> str:
 
 
 def _legend(report: Report) -> str:
-    far = (
-        ""
-        if report.budget_ms <= 3 * (report.base.timing.ms if report.base.timing else 1.0)
-        else (f" The budget of {report.budget_ms:g} ms lies to the right of the picture.")
-    )
+    usual = report.base.timing.ms if report.base.timing else 1.0
+    far = ""
+    if report.budget_ms is not None and report.budget_ms > 3 * usual:
+        far = f" The budget of {report.budget_ms:g} ms lies to the right of the picture."
     return (
         '<p class="faint">■ base ● trained candidate ○ over budget, measured only; orange is the best, the line is '
         f"the front. Horizontal bars are 95 % intervals of the latency.{far}</p>"
@@ -264,7 +268,7 @@ def _conditions(report: Report) -> str:
     return (
         f"<p>Latency: {escape(report.conditions)}; measured alternately with the base and put on the base's scale. "
         f"<br>{escape(versions)}<br>Data: {escape(report.data)}; candidates are chosen by validation images, the "
-        f"verdict is on test images. Wanted: {report.wanted} trained candidates within {report.budget_ms:g} ms.</p>"
+        f"verdict is on test images. Wanted: {report.wanted} trained candidates within {escape(report.budgets)}.</p>"
         f"<p>The command that does this:</p><pre>{escape(report.command or '(run from Python)')}</pre>"
     )
 

@@ -110,6 +110,11 @@ class BoundSpace:
         arch = self.base.partition(".")[0]
         return draft.model_copy(update={"name": f"{arch}_{self.name}_{draft.digest()[:8]}"})
 
+    @property
+    def nothing(self) -> dict[str, str]:
+        """The base as it is."""
+        return {variable.name: NONE for variable in self.variables}
+
     def blocks(self, assignment: Mapping[str, str]) -> int:
         """How many blocks an assignment inserts."""
         return sum(len(variable.sites) for variable in self.variables if assignment[variable.name] != NONE)

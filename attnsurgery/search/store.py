@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
-from attnsurgery.samplers.places import Picks
+from attnsurgery.samplers.places import Picks, Places
+from attnsurgery.search.budget import Budgets
 from attnsurgery.search.files import Journal
 from attnsurgery.search.record import ASKED, Record
 from attnsurgery.search.space import BoundSpace
@@ -42,14 +43,24 @@ class Store:
         SearchError: the storage cannot be opened.
     """
 
-    def __init__(self, folder: Path, storage: str | None, space: BoundSpace, seed: int, sampler: str = "tpe") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        storage: str | None,
+        space: BoundSpace,
+        places: Places,
+        budgets: Budgets,
+        seed: int,
+        sampler: str = "tpe",
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
         self.journal = Journal(folder / "trials.jsonl")
         self._space = space
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
-        self._places = space.places
+        self._places = places
+        self._budgets = budgets
         with _storage_errors(url):
             self._study = optuna.create_study(
                 storage=url, study_name=folder.resolve().name, direction="maximize", load_if_exists=True
@@ -86,7 +97,7 @@ class Store:
         """The next candidate: trial number, and a label for every variable."""
         used = [record for record in records if record.state in ASKED]
         seed = seed_of(self._seed, len(used))
-        stuck = len(used) >= _STUCK and all(record.state in _EMPTY for record in used[-_STUCK:])
+        stuck = len(used) >= _STUCK and not any(map(_teaches, used[-_STUCK:]))
         begins = len(used) < _STARTUP and not getattr(self._sampler, "begins_by_itself", False)
         fresh = self._unseen({record.digest for record in used}, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record") or {}
@@ -94,23 +105,22 @@ class Store:
         trial = self._study.ask(self._distributions)
         return trial.number, {name: str(trial.params[name]) for name in self._distributions}
 
-    def finish(self, record: Record, budget_ms: float) -> None:
+    def finish(self, record: Record) -> None:
         """Write the record down, then tell the study; in this order nothing that was finished is lost."""
         self.journal.append(record.as_dict())
-        self._settle(record.number, record, budget_ms)
+        self._settle(record.number, record)
 
-    def _settle(self, number: int, record: Record, budget_ms: float | None = None) -> None:
+    def _settle(self, number: int, record: Record) -> None:
         trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         trial.set_user_attr("record", record.as_dict())
-        budget = budget_ms if budget_ms is not None else float(self.fixed("config")["budget_ms"])
-        if record.timing is not None:
-            trial.set_constraint("latency_ms", record.timing.ms - budget)
+        excess = self._budgets.excess(record)
+        for name, share in excess.items():
+            trial.set_constraint(name, share)
         if self._space.max_blocks is not None:
             trial.set_constraint(BLOCKS, float(record.blocks - self._space.max_blocks))
         if record.state == "interrupted":
             trial.set_user_attr(AGAIN, True)
-        over = record.state == "too_many_blocks" or (record.timing is not None and record.timing.ms > budget)
-        if over:
+        if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
             self._study.tell(trial, state=TrialState.PRUNED)
         elif record.top1 is not None:
             self._study.tell(trial, record.top1)
@@ -126,6 +136,11 @@ class Store:
 
         picks = self._places.drawn(np.random.default_rng(seed), unseen)
         return None if picks is None else self._places.params(picks)
+
+
+def _teaches(record: Record) -> bool:
+    """False of a candidate that nothing was made for: it was there before, or is known to cost too much."""
+    return record.state not in _EMPTY and (record.state != "over_budget" or record.timing is not None)
 
 
 class _Given(BaseSampler):

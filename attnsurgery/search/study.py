@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from attnsurgery.errors import SearchError
@@ -60,7 +60,7 @@ def run(
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     with locked(folder):
         bench = prepare(config, folder, listener, stop, backend)
-        store = Store(folder, config.storage, bench.space, config.seed, config.sampler)
+        store = Store(folder, config.storage, bench.space, bench.places, bench.budgets, config.seed, config.sampler)
         search = _Search(bench, store, folder, listener, stop, command)
         outcome = search.go()
     outcome.check_feasible()
@@ -116,8 +116,9 @@ class _Search:
         known = {record.digest for record in asked if record.digest}
         if len(known) >= self.bench.space.size():
             return False
-        over = sum(record.state == "over_budget" for record in asked)
-        base_over = self.base.timing is not None and self.base.timing.low_ms > self.config.budget_ms
+        # those over an exact budget are no measure: others are known to keep to it
+        over = sum(record.state == "over_budget" and record.timing is not None for record in asked)
+        base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
         return done > 0 or over < (_HOPELESS_BASE if base_over else _HOPELESS)
 
     def _trial(self, records: list[Record]) -> list[Record]:
@@ -126,10 +127,15 @@ class _Search:
         number, assignment = self.store.ask(records)
         known = {digest: record for digest, record in seen.items() if digest is not None}
         record = run_trial(self.bench, number, assignment, known, self.reference, self.listener, self.stop)
-        self.store.finish(record, self.config.budget_ms)
+        self.store.finish(record)
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
         return records
+
+    def _fastest_base(self) -> Record:
+        """The base, as fast as it may be by its interval."""
+        timing = self.base.timing
+        return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
     def _confirm(self, records: list[Record]) -> None:
         winner = best(records)
@@ -187,10 +193,12 @@ class _Search:
             timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
             top1=score.top1,
             loss=score.loss,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=self.bench.costs.base["parameters"],
+            macs=self.bench.costs.base["macs"],
+            peak_mb=self.bench.peak_mb(model),
             seconds=score.seconds,
             epochs=score.epochs,
-            assignment={variable.name: "none" for variable in self.bench.space.variables},
+            assignment=self.bench.space.nothing,
         )
 
     def _outcome(self, records: list[Record], interrupted: bool) -> Outcome:
@@ -205,5 +213,6 @@ class _Search:
             confirmation=self.confirmation,
             interrupted=interrupted,
             command=self.command,
+            budgets=self.bench.budgets,
             versions=self.reference.versions,
         )

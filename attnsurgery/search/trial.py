@@ -67,6 +67,8 @@ def run_trial(
         recipe=recipe.as_dict() if recipe else None,
         digest=recipe.digest() if recipe else "",
         blocks=bench.space.blocks(assignment),
+        parameters=bench.costs.of("parameters", bench.picks(assignment)),
+        macs=bench.costs.of("macs", bench.picks(assignment)),
     )
     listener.asked(number, recipe.name if recipe else "the base as it is")
     if (earlier := seen.get(record.digest or "")) is not None:
@@ -74,6 +76,8 @@ def run_trial(
     if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
         return replace(record, state="too_many_blocks")
     assert recipe is not None, "the base as it is always is among the seen"
+    if over := bench.budgets.over(record):
+        return replace(record, state="over_budget", reason=over)
     try:
         return _measure_and_train(bench, record, recipe, reference, listener, stop)
     except StopAsked:
@@ -88,9 +92,9 @@ def _measure_and_train(
     candidate = build(bench, recipe)
     timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
     listener.timed(record.number, timing)
-    record = replace(record, timing=timing, parameters=sum(p.numel() for p in candidate.parameters()))
-    if timing.ms > bench.config.budget_ms:
-        return replace(record, state="over_budget")
+    record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
+    if over := bench.budgets.over(record):
+        return replace(record, state="over_budget", reason=over)
     score = bench.evaluator.score(candidate, train_seed(bench), watch=Watching(listener, stop))
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs

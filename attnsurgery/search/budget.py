@@ -1,0 +1,140 @@
+"""Budgets: the most that a candidate may cost, and by how much one is over.
+
+Parameters and multiply-accumulates add up, so they are known of every candidate before any is built: what is over
+such a budget is neither built nor measured. Milliseconds and memory are measured, before any training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from attnsurgery.errors import NothingFeasibleError
+from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.costs import cost_of
+from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.places import Budget, Floats, Picks, Places
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.record import Record
+from attnsurgery.search.space import BoundSpace
+from attnsurgery.surgery.verify import count_macs
+
+EXACT = ("parameters", "macs")
+"""Costs that are sums over blocks, by the fields of a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    field: str
+    """Of SearchConfig."""
+    of: Callable[[Record], float | None]
+    unit: str
+
+
+_KINDS = {
+    "latency": _Kind("budget_ms", lambda record: record.timing.ms if record.timing else None, "ms"),
+    "parameters": _Kind("budget_params", lambda record: record.parameters, "parameters"),
+    "macs": _Kind("budget_macs", lambda record: record.macs, "MACs"),
+    "memory": _Kind("budget_mb", lambda record: record.peak_mb, "MB"),
+}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What candidates have to keep to, by the name of the cost."""
+
+    most: Mapping[str, float]
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> Budgets:
+        asked = {name: getattr(config, kind.field) for name, kind in _KINDS.items()}
+        return cls({name: float(most) for name, most in asked.items() if most is not None})
+
+    def excess(self, record: Record) -> dict[str, float]:
+        """Of each budget whose cost is known: by how much the record is over it, as a share of it; below 0 within."""
+        costs = {name: _KINDS[name].of(record) for name in self.most}
+        return {name: cost / self.most[name] - 1.0 for name, cost in costs.items() if cost is not None}
+
+    def over(self, record: Record) -> str:
+        """The costs that are over their budgets, in words; '' if none is."""
+        over = [name for name, excess in self.excess(record).items() if excess > 0]
+        return ", ".join(_amount(float(_KINDS[name].of(record) or 0.0), _KINDS[name].unit) for name in over)
+
+    def describe(self) -> str:
+        """For people: '10 ms and 26 M parameters'."""
+        return " and ".join(_amount(most, _KINDS[name].unit) for name, most in self.most.items())
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit in ("ms", "MB"):
+        return f"{value:.4g} {unit}"
+    power = next((power for power in (9, 6, 3) if value >= 10**power), 0)
+    return f"{value / 10**power:.4g} {'GMk'[(9 - power) // 3]} {unit}" if power else f"{value:g} {unit}"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The exact costs of every candidate of a space.
+
+    Args:
+        base: of the model without any block.
+        added: by each choice at each place.
+    """
+
+    base: Mapping[str, int]
+    added: Mapping[str, tuple[Floats, ...]]
+
+    @classmethod
+    def count(cls, space: BoundSpace, anatomy: Anatomy, base: nn.Module) -> Costs:
+        """Count them, of blocks without weights; nothing is built."""
+        rows: dict[str, list[Floats]] = {name: [] for name in EXACT}
+        for variable in space.variables:
+            found = np.zeros((len(EXACT), len(variable.choices)))
+            for index, label in enumerate(variable.choices):
+                recipe = space.recipe_of(space.nothing | {variable.name: label})
+                for insertion in resolve(recipe, anatomy) if recipe else ():
+                    cost = cost_of(insertion)
+                    found[:, index] += (cost.params, cost.macs)
+            for name, row in zip(EXACT, found, strict=True):
+                rows[name].append(row)
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        before = {"parameters": parameters, "macs": count_macs(base, anatomy.input_size)}
+        return cls(before, {name: tuple(found) for name, found in rows.items()})
+
+    def of(self, name: str, picks: Picks) -> int:
+        """One of EXACT of a candidate."""
+        return self.base[name] + int(sum(row[pick] for row, pick in zip(self.added[name], picks, strict=True)))
+
+    def budgets(self, budgets: Budgets) -> dict[str, Budget]:
+        """What is left of each budget for the blocks."""
+        return {
+            name: Budget(self.added[name], budgets.most[name] - self.base[name])
+            for name in EXACT
+            if name in budgets.most
+        }
+
+    def check_feasible(self, places: Places, budgets: Budgets) -> None:
+        """Refuse a search in which no candidate can keep to its exact budgets.
+
+        Raises:
+            NothingFeasibleError: says what the base alone costs, and the least that any block adds.
+        """
+        exact = self.budgets(budgets)
+        values = [np.zeros(len(choices)) for choices in places.choices.values()]
+        nothing = (0,) * len(values)
+        if best(places, values, None, list(exact.values()), {nothing}) is not None:
+            return
+        said = [
+            f"the base alone has {_amount(self.base[name], _KINDS[name].unit)}, and no block of the space adds less "
+            f"than {_amount(min(row[1:].min() for row in self.added[name]), _KINDS[name].unit)}"
+            for name in exact
+        ]
+        raise NothingFeasibleError(
+            f"no candidate keeps to {budgets.describe()}: {'; '.join(said)}. "
+            f"Raise {' or '.join('--' + _KINDS[name].field.replace('_', '-') for name in exact)}, "
+            "choose a smaller MODEL, or a --space with cheaper blocks."
+        )

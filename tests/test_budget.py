@@ -1,0 +1,197 @@
+"""Budgets for parameters, multiply-accumulates and memory: known or measured before training, and kept to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+import typer
+from torch import nn
+from typer.testing import CliRunner
+
+import attnsurgery.search.trial as trial_module
+from attnsurgery.base import weightless
+from attnsurgery.cli import build_app
+from attnsurgery.cli.search import amount
+from attnsurgery.errors import NothingFeasibleError, UsageError
+from attnsurgery.graph.find import survey
+from attnsurgery.latency import Conditions, backend_for
+from attnsurgery.recipe.build import resolve
+from attnsurgery.samplers import SAMPLERS, Places
+from attnsurgery.samplers.places import Budget
+from attnsurgery.search import Record, SearchConfig, Timing, run
+from attnsurgery.search.budget import Budgets, Costs
+from attnsurgery.search.space import SearchSpace, bind, load
+from attnsurgery.surgery.operate import operate
+from attnsurgery.surgery.verify import count_macs
+from tests.conftest import build
+
+SPACE = """
+version: 1
+name: sizes
+decisions:
+  - at: "stage:* branches"
+    choices:
+      - block: se
+        options: {reduction: [2, 16]}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SearchConfig:
+    space = tmp_path / "sizes.yaml"
+    space.write_text(SPACE)
+    return SearchConfig(
+        space=str(space),
+        trials=3,
+        epochs=1,
+        base_epochs=1,
+        confirm_seeds=1,
+        input_size=32,
+        latency="fixed",
+        budget_ms=100.0,
+        output=str(tmp_path / "run"),
+    )
+
+
+def change(config: SearchConfig, **fields: object) -> SearchConfig:
+    return config.model_copy(update=fields)
+
+
+@pytest.mark.parametrize(("name", "shipped"), [("test_resnet", "se"), ("test_vit", "se"), ("test_resnet", "non_local")])
+def test_costs_of_a_candidate_are_those_of_the_model_that_is_built(name: str, shipped: str) -> None:
+    model = weightless(name)
+    anatomy = survey(model)
+    space = bind(load(shipped), anatomy, name)
+    costs = Costs.count(space, anatomy, model)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        picks = space.places.drawn(rng, lambda _: True)
+        assert picks is not None
+        recipe = space.recipe_of(space.places.params(picks))
+        assert recipe is not None
+        built = operate(weightless(name), resolve(recipe, anatomy))
+        assert costs.of("parameters", picks) == sum(parameter.numel() for parameter in built.parameters())
+        assert costs.of("macs", picks) == count_macs(built, anatomy.input_size)
+
+
+def test_what_is_known_to_be_over_is_not_even_built(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("test_resnet")
+    model.reset_classifier(10)
+    most = sum(parameter.numel() for parameter in model.parameters()) + 1500  # 4 of 80 candidates add no more
+    built: list[int] = []
+    real = trial_module.build
+
+    def counts(*args: object) -> nn.Module:
+        candidate = real(*args)  # type: ignore[arg-type]
+        built.append(sum(parameter.numel() for parameter in candidate.parameters()))
+        return candidate
+
+    monkeypatch.setattr(trial_module, "build", counts)
+    # places by themselves, uniformly: this sampler knows nothing of budgets
+    outcome = run(change(config, budget_ms=None, budget_params=most, sampler="random", trials=9))
+    over = [record for record in outcome.records if record.state == "over_budget"]
+    assert over
+    assert all(record.timing is None and record.reason and "parameters" in record.reason for record in over)
+    assert built
+    assert max(built) <= most
+    assert outcome.trained == 4
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
+    trial = study.trials[over[0].number]
+    assert trial.state is optuna.trial.TrialState.PRUNED
+    assert trial.system_attrs["constraints:parameters"] == pytest.approx((over[0].parameters or 0) / most - 1)
+    assert "over budget, not trained" in (outcome.folder / "report.html").read_text()
+
+
+def test_a_budget_that_no_candidate_can_keep_is_refused_before_anything_is_made(config: SearchConfig) -> None:
+    with pytest.raises(
+        NothingFeasibleError, match=r"keeps to 100 k parameters: the base alone has .*Raise --budget-params"
+    ):
+        run(change(config, budget_ms=None, budget_params=100_000))
+    assert not (Path(config.output) / "base.safetensors").exists()
+    assert not (Path(config.output) / "study.db").exists()
+
+
+def test_memory_is_measured_before_training_and_kept_to(config: SearchConfig) -> None:
+    with pytest.raises(NothingFeasibleError, match=r"no candidate fits 0.5 MB .*The base alone takes .* ms and \d"):
+        run(change(config, budget_ms=None, budget_mb=0.5))
+    outcome = run(change(config, budget_mb=500.0, output=f"{config.output}2", trials=2))
+    assert all(r.peak_mb is not None and 0.5 < r.peak_mb < 500 for r in outcome.records if r.state == "trained")
+
+
+class Widening(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 1000, bias=False)
+        self.last = nn.Linear(1000, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.mean((1, 2))
+        return torch.as_tensor(self.last(torch.relu(self.first(x))))
+
+
+def test_memory_of_a_forward_is_weights_input_and_what_lives_at_a_time() -> None:
+    backend = backend_for(Conditions(batch_size=4, input_size=(1, 5, 10)), "cpu")
+    weights, inputs = 2 * 10_000, 4 * 50
+    # the mean of 4 x 10 lives on in its caller's name; the widest moment is 4 x 1000 before and after the relu
+    assert backend.peak_bytes(Widening()) == 4 * (weights + inputs + 40 + 2 * 4000)
+
+
+def test_a_search_needs_a_budget() -> None:
+    with pytest.raises(UsageError, match=r"a search needs a budget: --budget-ms"):
+        SearchConfig()
+    result = CliRunner().invoke(build_app(), ["search"])
+    assert result.exit_code == 2
+    assert "needs a budget" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("25600000", 25_600_000), ("25.6M", 25_600_000), ("4.1g", 4_100_000_000), ("1e3", 1000)]
+)
+def test_amounts_read_as_people_write_them(text: str, number: int) -> None:
+    assert amount(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "many", "1MM", "nan", "inf"])
+def test_amounts_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is no number such as"):
+        amount(text)
+
+
+def test_budgets_are_told_in_words_and_as_shares() -> None:
+    budgets = Budgets({"latency": 10.0, "parameters": 25.6e6, "macs": 4.1e9, "memory": 300.0})
+    assert budgets.describe() == "10 ms and 25.6 M parameters and 4.1 G MACs and 300 MB"
+    record = Record(0, "failed", timing=Timing(11.0, 11.0, 11.0, 1.0), parameters=25_600_000)
+    assert budgets.excess(record) == {"latency": pytest.approx(0.1), "parameters": 0.0}
+    assert budgets.over(record) == "11 ms"
+
+
+def test_the_additive_sampler_keeps_to_known_budgets_from_the_first_candidate_on() -> None:
+    costs = [np.array([0.0, 1.0, 3.0])] * 5
+    places = Places({f"p{n}": ("none", "se", "non_local") for n in range(5)}, budgets={"cost": Budget(costs, 4.0)})
+    study = optuna.create_study(direction="maximize")
+    space = {name: optuna.distributions.CategoricalDistribution(c) for name, c in places.choices.items()}
+    for number in range(20):
+        study.sampler = SAMPLERS["additive"](places, number, None)
+        trial = study.ask(space)
+        picks = places.picks(trial.params)
+        assert picks is not None
+        assert places.budgets["cost"].holds(picks)
+        study.tell(trial, float(sum(picks)))
+
+
+def test_a_space_without_any_block_within_budget_is_found_out(tmp_path: Path) -> None:
+    model = weightless("test_resnet")
+    anatomy = survey(model)
+    decisions = [{"at": "stage:1 branches", "choices": [{"block": "se", "options": {"reduction": 2}}]}]
+    space = bind(
+        SearchSpace.model_validate({"version": 1, "name": "one", "decisions": decisions}), anatomy, "test_resnet"
+    )
+    costs = Costs.count(space, anatomy, model)
+    least = costs.of("parameters", (1,))
+    costs.check_feasible(space.places, Budgets({"parameters": least}))
+    with pytest.raises(NothingFeasibleError, match="no block of the space adds less than"):
+        costs.check_feasible(space.places, Budgets({"parameters": least - 1}))
