@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -59,6 +60,21 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(seed: int)
         tried.append(found)
     if not left:
         assert best(places, values, by_count, budgets, tried) is None
+
+
+def test_candidates_are_drawn_uniformly_from_those_that_keep_to_the_number_of_blocks() -> None:
+    places = Places({f"p{n}": CHOICES[: 2 + n % 3] for n in range(4)}, blocks={"p1": 2}, most_blocks=2)
+    legal = [picks for picks in all_of(places) if any(picks) and places.holds(picks)]
+    assert len(legal) == places.size()
+    rng = np.random.default_rng(0)
+    counts = Counter(places.drawn(rng, lambda _: True) for _ in range(400 * len(legal)))
+    assert set(counts) == set(legal)
+    assert max(abs(count - 400) for count in counts.values()) < 5 * 400**0.5
+    many = Places({f"p{n}": CHOICES * 3 for n in range(40)}, most_blocks=2)  # one in 10^40 keeps to it by chance
+    picks = many.drawn(rng, lambda _: True)
+    assert picks is not None
+    assert 1 <= many.count(picks) <= 2
+    assert places.drawn(rng, lambda _: False) is None
 
 
 def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,13 +76,17 @@ class Places:
 
     def size(self) -> int:
         """Number of candidates that keep to `most_blocks`, the one without any block not counted."""
-        by_blocks = {0: 1}
-        for choices, blocks in zip(self.choices.values(), self.weights, strict=True):
-            after = dict(by_blocks)
-            for count, ways in by_blocks.items():
-                after[count + blocks] = after.get(count + blocks, 0) + ways * (len(choices) - 1)
-            by_blocks = after
-        return sum(ways for count, ways in by_blocks.items() if count <= self.limit) - 1
+        return self._ways[0][self.limit] - 1
+
+    @cached_property
+    def _ways(self) -> list[list[int]]:
+        """How many ways there are to fill the places from each one on, with at most so many blocks."""
+        ways = [[1] * (self.limit + 1)]
+        for choices, blocks in reversed(list(zip(self.choices.values(), self.weights, strict=True))):
+            behind = ways[-1]
+            with_one = [0] * blocks + [(len(choices) - 1) * count for count in behind]
+            ways.append([none + one for none, one in zip(behind, with_one, strict=False)])
+        return ways[::-1]
 
     def holds(self, picks: Picks) -> bool:
         """True if a candidate keeps to the number of blocks, and to every budget that is known."""
@@ -90,7 +95,17 @@ class Places:
     def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
         """A candidate with at least one block that holds and is wanted, uniformly; None if there seems to be none."""
         for _ in range(tries):
-            picks = tuple(int(rng.integers(len(choices))) for choices in self.choices.values())
+            picks = self._drawn(rng)
             if any(picks) and self.holds(picks) and wanted(picks):
                 return picks
         return None
+
+    def _drawn(self, rng: np.random.Generator) -> Picks:
+        """One of all candidates that keep to the number of blocks, each as likely as any other."""
+        picks: list[int] = []
+        left = self.limit
+        for place, (choices, blocks) in enumerate(zip(self.choices.values(), self.weights, strict=True)):
+            empty = self._ways[place + 1][left] / self._ways[place][left]  # integers may be beyond a float, ratios not
+            picks.append(0 if rng.random() < empty else int(rng.integers(1, len(choices))))
+            left -= blocks if picks[-1] else 0
+        return tuple(picks)
