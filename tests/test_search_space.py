@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
+from attnsurgery.base import weightless
 from attnsurgery.errors import OptionError, RecipeError, SiteError, UnknownNameError
 from attnsurgery.graph.find import Anatomy, survey
 from attnsurgery.recipe.build import resolve
@@ -57,6 +58,16 @@ def test_every_space_that_ships_fits_models_of_different_families(name: str, mod
     recipe = bound.recipe_of(some)
     assert recipe is not None
     assert recipe.base == model
+
+
+def test_the_sizes_in_their_readme_are_so() -> None:
+    anatomy = survey(weightless("resnet50"))
+    text = (Path(__file__).parent.parent / "search_spaces" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert {row[0].strip("`") for row in rows} == set(shipped())
+    for name, _, places, candidates in rows:
+        bound = bind(load(name.strip("`")), anatomy, "resnet50")
+        assert (f"{len(bound.variables)}", f"{bound.size():,}") == (places, candidates)
 
 
 def test_each_place_decides_for_itself_or_all_together(anatomy: Anatomy) -> None:
@@ -147,7 +158,7 @@ def test_spaces_are_found_by_name_and_by_path(tmp_path: Path) -> None:
 
 
 def test_a_misspelled_space_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'tiny'\? .* non_local, se, tiny"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'tiny'\? .* non_local, residual, se, tiny"):
         find("tinny")
     with pytest.raises(UnknownNameError, match="no such file"):
         find(str(tmp_path / "tiny.yaml"))

@@ -21,6 +21,7 @@ from attnsurgery.cli._console import print_lines, print_table, stderr
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.budget import Budgets
+from attnsurgery.search.preview import Preview
 from attnsurgery.search.record import best
 
 _SILENCE_S = 20.0
@@ -156,6 +157,34 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.confirmation:
         lines.append(f"build it   timm.create_model('local-dir:{outcome.folder / 'best'}', pretrained=True)")
     print_lines(lines)
+
+
+def print_preview(preview: Preview, config: SearchConfig) -> None:
+    """What the search would be."""
+    limit = f", at most {preview.most_blocks} blocks in one" if preview.most_blocks else ""
+    latency = f"{preview.fitting} of {preview.drawn} drawn at random"
+    exact = f"{_percent(preview.exact_share)} by parameters and MACs, of these " if preview.exact_share < 1 else ""
+    print_lines(
+        [
+            f"space      {preview.space}: {preview.candidates:,} candidates, {preview.places} places{limit}",
+            *(f"left out   {choice}" for choice in preview.left_out),
+            f"data       {preview.data}",
+            f"base       {preview.base_ms:.3f} ms  {preview.base_parameters:,} parameters  {preview.base_macs:,} MACs",
+            f"           {preview.conditions}",
+            f"budget     {preview.budgets}: {exact}{latency} fit, "
+            f"so {100 * preview.low:.0f} to {100 * preview.high:.0f} % of the space",
+            f"a trial    {_duration(preview.trial_seconds)} ({config.epochs} epochs)",
+            f"the search {_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"
 
 
 def as_data(outcome: Outcome) -> dict[str, Any]:

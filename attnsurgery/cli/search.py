@@ -50,7 +50,7 @@ def search(
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's published weights.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Begin with the weights in this file.")] = None,
-    space: Annotated[str, typer.Option(help="A space that ships (tiny, se, non_local), or a YAML file.")] = "tiny",
+    space: Annotated[str, typer.Option(help="A space that ships (see search_spaces/), or a YAML file.")] = "tiny",
     trials: Annotated[int, typer.Option(help="Candidates within the budget to train, over all runs.", min=1)] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial, and of the confirmation.", min=1)] = 3,
     base_epochs: Annotated[int, typer.Option(help="Epochs of a base that has no weights.", min=1)] = 2,
@@ -72,6 +72,10 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL; by default SQLite in the run directory.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say how large the space is, how much of it fits, and how long it takes."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Search for the best blocks and places under a budget; the same command goes on where it stopped.
@@ -115,7 +119,30 @@ def search(
         budgets = Budgets.of(config).describe().replace(" and ", "-").replace(" ", "")
         named = Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), budgets])
         config = config.model_copy(update={"output": str(named)})
-    _run(config, as_json)
+    if dry_run:
+        _preview(config, as_json)
+    else:
+        _run(config, as_json)
+
+
+def _preview(config: SearchConfig, as_json: bool) -> None:
+    from attnsurgery.cli._console import print_error, print_json
+    from attnsurgery.cli._search_view import print_preview, view
+    from attnsurgery.search.preview import preview
+    from attnsurgery.search.watching import StopAsked
+
+    with view(config) as listener, _stopping() as stop:
+        try:
+            found = preview(config, listener, stop.is_set)
+        except StopAsked:
+            found = None
+    if found is None:
+        print_error("stopped; nothing was written.")
+        raise typer.Exit(_INTERRUPTED)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_preview(found, config)
 
 
 def _run(config: SearchConfig, as_json: bool) -> None:

@@ -124,8 +124,13 @@ def _price(anatomy: Anatomy, edit: Edit) -> Priced:
     try:
         (insertion,) = resolve(Recipe(version=1, name="price", base="any", edits=[edit]), anatomy)
     except UsageError as error:
-        return re.sub(r"^edits\[0\]\.\w+: (at '[^']*': )?", "", str(error))
+        return reason(error)
     return cost_of(insertion)
+
+
+def reason(error: UsageError) -> str:
+    """Why an edit that stands alone was refused, without where it stood."""
+    return re.sub(r"^edits\[0\]\.\w+: (at '[^']*': )?", "", str(error))
 
 
 def _planned(edit: Edit, insertion: Insertion) -> PlannedBlock:

@@ -55,12 +55,12 @@ class Bench:
     data: Data
     evaluator: Evaluator
     backend: LatencyBackend
-    weights: str
-    """Hash of the starting weights."""
     budgets: Budgets
     costs: Costs
     places: Places
     """The space as samplers see it, with the budgets that are known exactly."""
+    weights: str = ""
+    """Hash of the starting weights."""
 
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""
@@ -108,6 +108,19 @@ def prepare(
     """Load and build everything; train the base if it comes without weights.
 
     Raises:
+        what `assemble` raises.
+        CheckpointError: the run directory's weights cannot be read.
+    """
+    bench = assemble(config, listener, backend)
+    bench.weights = _starting_weights(config, bench.base, bench.data, bench.evaluator.settings, folder, listener, stop)
+    bench.base.to(config.device).eval()
+    return bench
+
+
+def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend | None = None) -> Bench:
+    """Load and build everything but the weights of a base that comes without; nothing is written.
+
+    Raises:
         UnknownNameError: no such base, space or backend.
         RecipeError, SiteError, OptionError: the space does not read, or does not fit the base.
         NothingFeasibleError: no candidate can keep to the budgets for parameters and multiply-accumulates.
@@ -148,10 +161,8 @@ def prepare(
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
     backend = backend or backend_for(conditions, config.latency, effort)
     evaluator = EVALUATORS[config.evaluator](data, settings)
-    weights = _starting_weights(config, base, data, settings, folder, listener, stop)
-    base.to(config.device).eval()
     places = replace(space.places, budgets=costs.budgets(budgets))
-    return Bench(config, base, anatomy, space, data, evaluator, backend, weights, budgets, costs, places)
+    return Bench(config, base, anatomy, space, data, evaluator, backend, budgets, costs, places)
 
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ from attnsurgery.errors import OptionError, SiteError, UnknownNameError, did_you
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.forecast import reason
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
@@ -195,7 +196,7 @@ def _legal(
             try:
                 resolve(Recipe(version=1, name="probe", base=base, edits=edits), anatomy)
             except OptionError as error:
-                refused.append(f"{_label(edit)} at {sites[0]}: {error}")
+                refused.append(f"{_label(edit)} at {sites[0]}: {reason(error)}")
                 continue
             choices[_label(edit)] = edit
     if len(choices) == 1:

@@ -1,0 +1,200 @@
+"""What a search would be, before it is begun: how large, how much of it fits, how long. Nothing is written anywhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.latency import LatencyBackend
+from attnsurgery.samplers.places import Picks
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.prepare import Bench, assemble
+from attnsurgery.search.record import Timing
+from attnsurgery.search.trial import build, train_seed
+from attnsurgery.search.watching import StopAsked
+
+DRAWN = 12
+"""Candidates that are built and measured."""
+_COUNTED = 2000
+"""Candidates that are held against the budgets that need no measurement."""
+_STEPS = 12
+_SECONDS = 10.0
+"""Training steps that are timed, or as many as fit into that time; the first one, which allocates, is left out."""
+_FORWARD = 1 / 3
+"""Of a training step: a forward is about a third of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A search before it is begun."""
+
+    base: str
+    space: str
+    places: int
+    candidates: int
+    most_blocks: int | None
+    left_out: tuple[str, ...]
+    """Choices that this model cannot take, with the reason."""
+    budgets: str
+    conditions: str
+    data: str
+    base_ms: float
+    base_parameters: int
+    base_macs: int
+    fitting: int
+    """So many of `drawn`, drawn uniformly among those within the exact budgets, are within the others too."""
+    drawn: int
+    exact_share: float
+    """Of the space, within the budgets for parameters and multiply-accumulates."""
+    low: float
+    high: float
+    """95 % interval of the share of the space that is within all budgets (Wilson, of `fitting` in `drawn`)."""
+    trial_seconds: float
+    """To train one candidate and to score it."""
+    seconds: float
+    """Of the whole search; more where less than expected is within the budgets."""
+
+    @property
+    def share(self) -> float:
+        """Of the space, within all budgets."""
+        return self.exact_share * self.fitting / max(1, self.drawn)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"share": self.share}
+
+
+class _Enough(Exception):
+    pass
+
+
+class _Timer(Watch):
+    """Notes when each training step begins, and ends the training when there are enough."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+        self._times: list[float] = []
+
+    def step(self) -> None:
+        if self._stop():
+            raise StopAsked
+        self._times.append(time.perf_counter())
+        if len(self._times) > _STEPS or (len(self._times) > 3 and self._times[-1] - self._times[0] > _SECONDS):
+            raise _Enough
+
+    def epoch(self, epoch: Epoch) -> None:
+        if len(self._times) > 3:
+            raise _Enough
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, the median."""
+        return float(np.median(np.diff(self._times)[1:])) if len(self._times) > 2 else 0.0
+
+
+def preview(
+    config: SearchConfig,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] | None = None,
+    *,
+    backend: LatencyBackend | None = None,
+) -> Preview:
+    """Build the base, measure it and a few candidates, and time a few training steps.
+
+    Raises:
+        StopAsked: the user asked for an end.
+        NothingFeasibleError and what else `run` raises before its first trial.
+    """
+    listener, stop = listener or Listener(), stop or (lambda: False)
+    bench = assemble(config, listener, backend)
+    bench.base.to(config.device).eval()
+    listener.phase("measuring the base")
+    reference = bench.backend.measure(bench.base)
+    rng = np.random.default_rng(0)
+    counted = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
+    exact = sum(map(bench.places.holds, counted)) / max(1, len(counted))
+    fitting, measured, model = 0, 0, bench.base
+    seen: set[Picks] = set()
+    for index in range(DRAWN):
+        if stop():
+            raise StopAsked
+        picks = bench.places.drawn(rng, lambda picks: picks not in seen)
+        if picks is None:
+            break
+        seen.add(picks)
+        listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
+        model, fits = _measured(bench, picks, reference)
+        fitting, measured = fitting + fits, measured + 1
+    listener.phase("timing training steps")
+    trial = _trial_seconds(bench, copy.deepcopy(model), stop)
+    low, high = _wilson(fitting, measured)
+    return Preview(
+        base=config.base,
+        space=bench.space.name,
+        places=len(bench.space.variables),
+        candidates=bench.space.size(),
+        most_blocks=bench.space.max_blocks,
+        left_out=bench.space.left_out,
+        budgets=bench.budgets.describe(),
+        conditions=bench.backend.conditions.describe(),
+        data=bench.data.describe(),
+        base_ms=reference.p50_ms,
+        base_parameters=bench.costs.base["parameters"],
+        base_macs=bench.costs.base["macs"],
+        fitting=fitting,
+        drawn=measured,
+        exact_share=exact,
+        low=exact * low,
+        high=exact * high,
+        trial_seconds=trial,
+        seconds=_seconds(config, trial, fitting / max(1, measured)),
+    )
+
+
+def _measured(bench: Bench, picks: Picks, reference: Any) -> tuple[nn.Module, bool]:
+    """The candidate, and whether it is within the budgets that have to be measured."""
+    recipe = bench.space.recipe_of(bench.space.places.params(picks))
+    assert recipe is not None, "what is drawn has a block"
+    model = build(bench, recipe)
+    ms = Timing.of(bench.backend.compare(bench.base, model, reference)).ms
+    most = bench.budgets.most
+    return model, ms <= most.get("latency", math.inf) and (bench.peak_mb(model) or 0.0) <= most.get("memory", math.inf)
+
+
+def _trial_seconds(bench: Bench, model: nn.Module, stop: Callable[[], bool]) -> float:
+    timer = _Timer(stop)
+    began = time.perf_counter()
+    try:
+        seconds = bench.evaluator.score(model, train_seed(bench), watch=timer).seconds
+    except _Enough:
+        seconds = 0.0
+    if seconds:  # so short that it was over before there were enough steps
+        return time.perf_counter() - began
+    images = len(bench.data.train) * bench.config.epochs + _FORWARD * len(bench.data.val)
+    return timer.seconds * images / min(bench.config.train_batch_size, len(bench.data.train))
+
+
+def _seconds(config: SearchConfig, trial: float, share: float) -> float:
+    """Trials, the base beside them, the confirmation, and the measurements of all that are asked for."""
+    untrained = not (config.pretrained or config.checkpoint)
+    trainings = config.trials + 1 + 2 * config.confirm_seeds + (config.base_epochs / config.epochs if untrained else 0)
+    measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4
+    return trainings * trial + measured * config.latency_seconds
+
+
+def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, "Probable inference", JASA 1927)."""
+    if count == 0:
+        return 0.0, 0.0
+    share = hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
