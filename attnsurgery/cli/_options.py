@@ -14,6 +14,14 @@ BaseWeights = Annotated[
 BasePretrained = Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+MeasuredDevice = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")
+]
+BatchSize = Annotated[int, typer.Option(help="Images in one measured forward.", min=1)]
+Dtype = Annotated[str, typer.Option(help="Of the measured forward: float32, bfloat16 or float16.")]
+Mode = Annotated[str, typer.Option(help="Of the measured forward: eager, cudagraph or compile.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of the measured forward; 0 for all.", min=0)]
+
 
 def check_base_given(base: Path | None, pretrained: bool) -> None:
     """

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
+from attnsurgery.cli._options import AsJson, BatchSize, Dtype, MeasuredDevice, Mode
+
 
 def latency(
     model: Annotated[str, typer.Argument(help="A timm name, a surgical name, or a directory.")],
     versus: Annotated[
         str | None, typer.Option("--vs", help="A second model, measured alternately with the first.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images in one forward.", min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    mode: Annotated[str, typer.Option(help="eager, cudagraph or compile.")] = "eager",
-    as_json: Annotated[bool, typer.Option("--json", help="Print numbers and conditions as JSON.")] = False,
+    device: MeasuredDevice = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    mode: Mode = "eager",
+    as_json: AsJson = False,
 ) -> None:
     """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least."""
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._options import AsJson, BatchSize, Dtype, Mode, Threads
 
 if TYPE_CHECKING:
     from attnsurgery.search import SearchConfig
@@ -50,7 +50,9 @@ def search(
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's published weights.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Begin with the weights in this file.")] = None,
-    space: Annotated[str, typer.Option(help="A space that ships (see search_spaces/), or a YAML file.")] = "tiny",
+    space: Annotated[
+        str, typer.Option(help="A space that ships (tiny, se, non_local, dual, residual, full) or a file.")
+    ] = "tiny",
     trials: Annotated[int, typer.Option(help="Candidates within the budget to train, over all runs.", min=1)] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial, and of the confirmation.", min=1)] = 3,
     base_epochs: Annotated[int, typer.Option(help="Epochs of a base that has no weights.", min=1)] = 2,
@@ -59,10 +61,10 @@ def search(
     confirm_seeds: Annotated[int, typer.Option(help="Trainings of winner and base on the test images.", min=1)] = 2,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images in a measured forward.", min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the measured forward: float32, bfloat16 or float16.")] = "float32",
-    mode: Annotated[str, typer.Option(help="Of the measured forward: eager, cudagraph or compile.")] = "eager",
-    threads: Annotated[int, typer.Option(help="CPU threads of a measured forward; 0 for all.", min=0)] = 1,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    mode: Mode = "eager",
+    threads: Threads = 1,
     latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
     sampler: Annotated[str, typer.Option(help="Which candidate is next: tpe, additive, nsga2 or random.")] = "tpe",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,

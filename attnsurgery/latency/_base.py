@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -167,7 +168,8 @@ class LatencyBackend(ABC):
         return {
             "torch": str(torch.__version__),
             "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()} {platform.processor()}".strip(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
             "threads": str(threads),
         }
 
@@ -259,6 +261,16 @@ class LatencyBackend(ABC):
             mode=conditions.mode,
             versions=self.versions(),
         )
+
+
+@cache
+def _processor() -> str:
+    """What the CPU calls itself."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
 
 
 LATENCY: Catalog[LatencyBackend] = Catalog("latency backend", "attnsurgery.latency", group="attnsurgery.latency")

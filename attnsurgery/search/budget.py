@@ -6,6 +6,8 @@ such a budget is neither built nor measured. Milliseconds and memory are measure
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.latency.model import Kind
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.costs import cost_of
 from attnsurgery.samplers.knapsack import best
@@ -21,6 +24,7 @@ from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.record import Record
 from attnsurgery.search.space import BoundSpace
+from attnsurgery.surgery.plan import Insertion
 from attnsurgery.surgery.verify import count_macs
 
 EXACT = ("parameters", "macs")
@@ -69,6 +73,13 @@ class Budgets:
         return " and ".join(_amount(most, _KINDS[name].unit) for name, most in self.most.items())
 
 
+def _kind(insertion: Insertion) -> str:
+    """What the time of a block depends on: its options, and the tensor that it is put on."""
+    options = ", ".join(f"{name}={value}" for name, value in sorted(insertion.options.items()))
+    shape = "x".join(map(str, insertion.site.shape))
+    return f"{insertion.block}({options}) on {shape} {insertion.site.layout}"
+
+
 def _amount(value: float, unit: str) -> str:
     if unit in ("ms", "MB"):
         return f"{value:.4g} {unit}"
@@ -83,27 +94,42 @@ class Costs:
     Args:
         base: of the model without any block.
         added: by each choice at each place.
+        blocks: the kinds of blocks of each choice at each place, for the latency model.
+        kinds: what these keys stand for.
     """
 
     base: Mapping[str, int]
     added: Mapping[str, tuple[Floats, ...]]
+    blocks: tuple[tuple[Counter[str], ...], ...]
+    kinds: Mapping[str, Kind]
 
     @classmethod
     def count(cls, space: BoundSpace, anatomy: Anatomy, base: nn.Module) -> Costs:
         """Count them, of blocks without weights; nothing is built."""
         rows: dict[str, list[Floats]] = {name: [] for name in EXACT}
+        blocks: list[tuple[Counter[str], ...]] = []
+        kinds: dict[str, Kind] = {}
         for variable in space.variables:
             found = np.zeros((len(EXACT), len(variable.choices)))
+            counts: tuple[Counter[str], ...] = tuple(Counter() for _ in variable.choices)
             for index, label in enumerate(variable.choices):
                 recipe = space.recipe_of(space.nothing | {variable.name: label})
                 for insertion in resolve(recipe, anatomy) if recipe else ():
                     cost = cost_of(insertion)
                     found[:, index] += (cost.params, cost.macs)
+                    key = _kind(insertion)
+                    counts[index][key] += 1
+                    kinds[key] = Kind(cost.macs, math.prod(insertion.site.shape))
+            blocks.append(counts)
             for name, row in zip(EXACT, found, strict=True):
                 rows[name].append(row)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         before = {"parameters": parameters, "macs": count_macs(base, anatomy.input_size)}
-        return cls(before, {name: tuple(found) for name, found in rows.items()})
+        return cls(before, {name: tuple(found) for name, found in rows.items()}, tuple(blocks), kinds)
+
+    def counts(self, picks: Picks) -> Counter[str]:
+        """How often each kind of block is in a candidate."""
+        return sum((row[pick] for row, pick in zip(self.blocks, picks, strict=True)), Counter())
 
     def of(self, name: str, picks: Picks) -> int:
         """One of EXACT of a candidate."""

@@ -1,0 +1,87 @@
+"""`attnsurgery calibrate MODEL --space NAME`: a latency model of this machine, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnsurgery.cli._options import AsJson, BatchSize, Dtype, MeasuredDevice, Mode, Threads
+
+if TYPE_CHECKING:
+    from attnsurgery.search.calibrate import Calibration
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Any timm name.")],
+    space: Annotated[str, typer.Option(help="A space that ships, or a YAML file: the blocks to be foretold.")] = "se",
+    seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
+    classes: Annotated[int | None, typer.Option(help="Classes of the data; by default the model's own.", min=1)] = None,
+    input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
+    device: MeasuredDevice = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    mode: Mode = "eager",
+    threads: Threads = 1,
+    latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure candidates of a space for a while, so that a search can foretell the latency of all others.
+
+    What is measured is kept in the user's cache and used by searches with the same model, device and conditions.
+    """
+    import torch
+
+    from attnsurgery.cli._console import print_json, progress
+    from attnsurgery.latency import Conditions
+    from attnsurgery.search.calibrate import calibrate as measure
+    from attnsurgery.search.space import load
+
+    found = load(space)
+    with progress(f"measuring candidates of {found.name}", seconds) as advance:
+        done = measure(
+            model,
+            found,
+            lambda size: Conditions(
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=dtype,
+                batch_size=batch_size,
+                input_size=size,
+                mode=mode,  # type: ignore[arg-type]
+                threads=threads or torch.get_num_threads(),
+            ),
+            seconds,
+            classes=classes,
+            input_size=input_size,
+            backend=latency,
+            on_measured=advance,
+        )
+    if as_json:
+        print_json(done.as_dict())
+    else:
+        _print(done)
+
+
+def _print(done: Calibration) -> None:
+    from attnsurgery.cli._console import print_lines
+
+    quality = done.quality
+    error = "not known: too few candidates, measure longer"
+    if quality is not None:
+        error = (
+            f"{100 * quality.mean:.2f} % on average, {100 * quality.worst:.2f} % at worst, rank correlation "
+            f"{quality.spearman:.3f} (of {quality.candidates} candidates that the model was not told)"
+        )
+    print_lines(
+        [
+            f"base       {done.model}, {done.base_ms:.3f} ms ({done.conditions})",
+            f"space      {done.space}: {done.kinds} kinds of blocks",
+            f"measured   {done.measured} candidates, {done.before} of them before",
+            f"error      {error}",
+            f"kept in    {done.path}",
+        ]
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command("calibrate")(calibrate)
