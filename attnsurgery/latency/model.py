@@ -80,6 +80,7 @@ class LatencyModel:
     """
 
     def __init__(self, base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measured]) -> None:
+        kinds = dict(sorted(kinds.items()))  # the same sums in the same order, whoever names the kinds
         self._index = {key: number for number, key in enumerate(kinds)}
         largest = max((kind.elements for kind in kinds.values()), default=1)
         shared = [[1.0, kind.macs / max(1, base_macs), kind.elements / largest] for kind in kinds.values()]
