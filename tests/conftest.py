@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,28 @@ def wake(model: nn.Module, seed: int = 0) -> nn.Module:
             if buffer.is_floating_point():
                 buffer += 0.1 * torch.rand(buffer.shape, generator=generator)
     return model
+
+
+_cache_number = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_the_file(caches: Path) -> Iterator[None]:
+    """Latencies that tests measure are none of the user's, nor of another file's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNSURGERY_CACHE", str(caches / str(next(_cache_number))))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache_of_the_test(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor of another test's."""
+    monkeypatch.setenv("ATTNSURGERY_CACHE", str(caches / str(next(_cache_number))))
 
 
 @pytest.fixture(autouse=True)

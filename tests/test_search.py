@@ -287,7 +287,7 @@ def test_a_repeated_candidate_is_told_what_it_was_told_before(
     same = {"layer1.0.bn2": "se(reduction=4)"}
     none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
     plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
-    monkeypatch.setattr(Store, "_unseen", lambda self, digests, seed: next(plan))
+    monkeypatch.setattr(Store, "_unseen", lambda self, places, digests, seed: next(plan))
     outcome = run(change(config, trials=2))
     first, base, second, other = outcome.records
     assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
@@ -528,3 +528,21 @@ def test_a_wrong_option_value_is_a_usage_error(search_cli: Callable[..., object]
     result = search_cli("--lr", "0")
     assert result.exit_code == 2  # type: ignore[attr-defined]
     assert "--lr cannot be 0.0" in result.stderr  # type: ignore[attr-defined]
+
+
+def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfig, finished: Outcome) -> None:
+    """The second search knows the first one's latencies, and builds nothing that is surely too slow."""
+    run(change(config, trials=8))
+    times = sorted(record.timing.ms for record in finished.records if record.timing)
+    second = change(config, budget_ms=times[0] * 1.001, output=f"{config.output}-2", sampler="random", trials=12)
+    try:
+        records = run(second).records
+    except NothingFeasibleError:
+        records = [Record.from_dict(json.loads(line)) for line in (Path(second.output) / "trials.jsonl").open()]
+    foretold = [record for record in records if record.foretold_ms is not None]
+    assert foretold
+    for record in foretold:
+        assert (record.state, record.timing) == ("over_budget", None)
+        assert record.foretold_ms is not None
+        assert second.budget_ms is not None
+        assert record.foretold_ms > second.budget_ms

@@ -266,7 +266,7 @@ def concatenate(
     dtype = g.dtype
     if dtype == torch.float16 or dtype == torch.bfloat16:
         a, b, g = a.float(), b.float(), g.float()
-    elif g.device.type == "cpu" and _at_most(a.shape[1] * b.shape[1], product_up_to):
+    elif (g.device.type == "cpu" or g.device.type == "meta") and _at_most(a.shape[1] * b.shape[1], product_up_to):
         return _mix(torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / b.shape[1], g)
     if is_scripting() or torch.compiler.is_compiling():
         return _concatenate(a, b, g).to(dtype)

@@ -39,7 +39,7 @@ _HELD_OUT = 4
 """One in so many tells how wrong the model is, fitted without them."""
 EFFORT = Effort(tolerance=0.003, max_seconds=1.0, placements=2)
 """Of one candidate: many measured roughly say more than few measured well."""
-_Z = 3.92
+Z_INTERVAL = 3.92
 """Width of a 95 % interval in standard errors."""
 
 Measure = Callable[[Picks], Measured]
@@ -188,7 +188,7 @@ def in_place(base: nn.Module, anatomy: Anatomy, space: BoundSpace, costs: Costs,
         assert recipe is not None, "a candidate has a block"
         model = operate(copy.deepcopy(base), resolve(recipe, anatomy)).to(backend.conditions.device)
         found = backend.compare(base, model)
-        return Measured(dict(costs.counts(picks)), found.ratio, (found.ratio_high - found.ratio_low) / _Z)
+        return Measured(dict(costs.counts(picks)), found.ratio, (found.ratio_high - found.ratio_low) / Z_INTERVAL)
 
     return measure
 

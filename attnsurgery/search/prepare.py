@@ -30,6 +30,7 @@ from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets, Costs
+from attnsurgery.search.calibrate import Shelf, base_key
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.listener import Listener
@@ -59,6 +60,8 @@ class Bench:
     costs: Costs
     places: Places
     """The space as samplers see it, with the budgets that are known exactly."""
+    shelf: Shelf
+    """Latencies that this machine has measured before."""
     weights: str = ""
     """Hash of the starting weights."""
 
@@ -162,7 +165,8 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     backend = backend or backend_for(conditions, config.latency, effort)
     evaluator = EVALUATORS[config.evaluator](data, settings)
     places = replace(space.places, budgets=costs.budgets(budgets))
-    return Bench(config, base, anatomy, space, data, evaluator, backend, budgets, costs, places)
+    shelf = Shelf(backend, base_key(base, config.base))
+    return Bench(config, base, anatomy, space, data, evaluator, backend, budgets, costs, places, shelf)
 
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:

@@ -46,6 +46,8 @@ class Record:
     digest: str | None = None
     blocks: int = 0
     timing: Timing | None = None
+    foretold_ms: float | None = None
+    """What the latency model said, where that was so far over the budget that nothing was measured."""
     top1: float | None = None
     """On the validation split, 0 to 1."""
     loss: float | None = None

@@ -48,7 +48,6 @@ class Store:
         folder: Path,
         storage: str | None,
         space: BoundSpace,
-        places: Places,
         budgets: Budgets,
         seed: int,
         sampler: str = "tpe",
@@ -59,7 +58,6 @@ class Store:
         self._space = space
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
-        self._places = places
         self._budgets = budgets
         with _storage_errors(url):
             self._study = optuna.create_study(
@@ -93,15 +91,19 @@ class Store:
         trials = self._study.get_trials(deepcopy=False)
         return [Record.from_dict(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
 
-    def ask(self, records: list[Record]) -> tuple[int, dict[str, str]]:
-        """The next candidate: trial number, and a label for every variable."""
+    def ask(self, records: list[Record], places: Places) -> tuple[int, dict[str, str]]:
+        """The next candidate: trial number, and a label for every variable.
+
+        Args:
+            places: the space, with what is known of its budgets by now.
+        """
         used = [record for record in records if record.state in ASKED]
         seed = seed_of(self._seed, len(used))
         stuck = len(used) >= _STUCK and not any(map(_teaches, used[-_STUCK:]))
         begins = len(used) < _STARTUP and not getattr(self._sampler, "begins_by_itself", False)
-        fresh = self._unseen({record.digest for record in used}, seed) if begins or stuck else None
+        fresh = self._unseen(places, {record.digest for record in used}, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record") or {}
-        self._study.sampler = _Given(fresh) if fresh else self._sampler(self._places, seed, base.get("top1"))
+        self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base.get("top1"))
         trial = self._study.ask(self._distributions)
         return trial.number, {name: str(trial.params[name]) for name in self._distributions}
 
@@ -127,15 +129,15 @@ class Store:
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 
-    def _unseen(self, digests: set[str | None], seed: int) -> dict[str, str] | None:
+    def _unseen(self, places: Places, digests: set[str | None], seed: int) -> dict[str, str] | None:
         """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""
 
         def unseen(picks: Picks) -> bool:
-            recipe = self._space.recipe_of(self._places.params(picks))
+            recipe = self._space.recipe_of(places.params(picks))
             return recipe is not None and recipe.digest() not in digests
 
-        picks = self._places.drawn(np.random.default_rng(seed), unseen)
-        return None if picks is None else self._places.params(picks)
+        picks = places.drawn(np.random.default_rng(seed), unseen)
+        return None if picks is None else places.params(picks)
 
 
 def _teaches(record: Record) -> bool:

@@ -16,6 +16,7 @@ from attnsurgery.latency import Effort, Latency, LatencyBackend
 from attnsurgery.search.config import SearchConfig, check_same, fixed_part
 from attnsurgery.search.confirm import Confirmation, confirm
 from attnsurgery.search.files import locked
+from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import Bench, prepare
@@ -60,7 +61,7 @@ def run(
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     with locked(folder):
         bench = prepare(config, folder, listener, stop, backend)
-        store = Store(folder, config.storage, bench.space, bench.places, bench.budgets, config.seed, config.sampler)
+        store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler)
         search = _Search(bench, store, folder, listener, stop, command)
         outcome = search.go()
     outcome.check_feasible()
@@ -85,6 +86,11 @@ class _Search:
         self._same_search()
         store.recover()
         self.reference, self.base = self._reference()
+        known = store.fixed("latencies")
+        if known is None:
+            known = Foreteller.kept(bench.shelf)
+            store.fix("latencies", known)
+        self.foreteller = Foreteller(bench, self.reference, known)
         self.confirmation: Confirmation | None = None
 
     def go(self) -> Outcome:
@@ -124,10 +130,13 @@ class _Search:
     def _trial(self, records: list[Record]) -> list[Record]:
         seen = {record.digest: record for record in records if record.state in {"trained", "over_budget", "failed"}}
         seen[""] = self.base
-        number, assignment = self.store.ask(records)
+        self.foreteller.learn(records)
+        number, assignment = self.store.ask(records, self.foreteller.places())
         known = {digest: record for digest, record in seen.items() if digest is not None}
-        record = run_trial(self.bench, number, assignment, known, self.reference, self.listener, self.stop)
+        foretold = self.foreteller.over(assignment)
+        record = run_trial(self.bench, number, assignment, known, self.reference, foretold, self.listener, self.stop)
         self.store.finish(record)
+        self.foreteller.keep(record, self.bench.shelf)
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
         return records

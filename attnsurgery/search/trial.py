@@ -55,10 +55,16 @@ def run_trial(
     assignment: Mapping[str, str],
     seen: Mapping[str, Record],
     reference: Latency,
+    foretold_ms: float | None,
     listener: Listener,
     stop: Callable[[], bool],
 ) -> Record:
-    """What became of the candidate. `seen` has earlier records by digest, the base as it is under ''."""
+    """What became of the candidate.
+
+    Args:
+        seen: earlier records by digest, the base as it is under ''.
+        foretold_ms: its latency, where that is known to be over the budget without a measurement.
+    """
     recipe = bench.space.recipe_of(assignment)
     record = Record(
         number=number,
@@ -69,6 +75,7 @@ def run_trial(
         blocks=bench.space.blocks(assignment),
         parameters=bench.costs.of("parameters", bench.picks(assignment)),
         macs=bench.costs.of("macs", bench.picks(assignment)),
+        foretold_ms=foretold_ms,
     )
     listener.asked(number, recipe.name if recipe else "the base as it is")
     if (earlier := seen.get(record.digest or "")) is not None:

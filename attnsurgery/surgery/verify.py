@@ -141,11 +141,11 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of (C, H, W), counted on a weightless twin."""
     twin = meta_twin(model).requires_grad_(False)  # the counter hooks into gradients, which parameters as inputs lack
-    images = example(twin, input_size, "meta")
+    image = example(twin, input_size, "meta")[:1]  # what is done once a batch, such as folding weights, counts in full
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        twin(images)
-    return int(counter.get_total_flops()) // (2 * len(images))
+        twin(image)
+    return int(counter.get_total_flops()) // 2
 
 
 def _check_records(model: nn.Module) -> None:

@@ -1,0 +1,91 @@
+"""Latency before it is measured: what the search knows of it, from earlier searches and from its own trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from attnsurgery.errors import SearchError
+from attnsurgery.latency import Latency
+from attnsurgery.latency.model import Foretold, Kind, LatencyModel, Measured
+from attnsurgery.samplers.places import Budget, Places
+from attnsurgery.search.calibrate import Z_INTERVAL, Shelf
+from attnsurgery.search.prepare import Bench
+from attnsurgery.search.record import Record
+
+_SURE = 2.326
+"""Standard deviations: what is over the budget with 99 % certainty need not be built."""
+
+
+class Foreteller:
+    """The latency model of one search; it learns from every trial that was measured.
+
+    Args:
+        known: what was measured before the search, as `kept` gives it.
+    """
+
+    def __init__(self, bench: Bench, reference: Latency, known: Mapping[str, Any]) -> None:
+        self._bench = bench
+        self._reference_ms = reference.p50_ms
+        self._known = [Measured(**entry) for entry in known["measured"]]
+        self._kinds = {key: Kind(**kind) for key, kind in known["kinds"].items()} | dict(bench.costs.kinds)
+        self._told: dict[str, Measured] = {}
+        self._model: LatencyModel | None = None
+
+    @staticmethod
+    def kept(shelf: Shelf) -> dict[str, Any]:
+        """What this machine knows already, as JSON data: a search that goes on has to begin with the same."""
+        measured, kinds = shelf.read()
+        return {
+            "measured": [asdict(one) for one in measured],
+            "kinds": {key: asdict(kind) for key, kind in kinds.items()},
+        }
+
+    def learn(self, records: Sequence[Record]) -> None:
+        """Take in what was measured since."""
+        for record in records:
+            if record.digest and record.timing and record.state != "duplicate" and record.digest not in self._told:
+                self._told[record.digest] = self._measured(record)
+                self._model = None
+
+    def keep(self, record: Record, shelf: Shelf) -> None:
+        """Put a measured trial on the shelf, for the next search; one that is full is no reason to end this one."""
+        if record.timing is not None and record.state != "duplicate":
+            with suppress(SearchError):
+                shelf.add(self._measured(record), self._bench.costs.kinds)
+
+    def foretell(self, assignment: Mapping[str, str]) -> Foretold | None:
+        """The ratio to the base's time; None while nothing is known."""
+        model = self._fitted()
+        return None if model is None else model.foretell(self._bench.costs.counts(self._bench.picks(assignment)))
+
+    def over(self, assignment: Mapping[str, str]) -> float | None:
+        """The milliseconds foretold, if these are over the budget with 99 % certainty."""
+        most, foretold = self._bench.budgets.most.get("latency"), self.foretell(assignment)
+        if most is None or foretold is None or foretold.bound(-_SURE) * self._reference_ms <= most:
+            return None
+        return foretold.ratio * self._reference_ms
+
+    def places(self) -> Places:
+        """The space with a budget for latency beside the exact ones, once anything is known."""
+        places, most, model = self._bench.places, self._bench.budgets.most.get("latency"), self._fitted()
+        if most is None or model is None:
+            return places
+        costs = [np.array([model.added(counts) for counts in row]) for row in self._bench.costs.blocks]
+        return replace(places, budgets={**places.budgets, "latency": Budget(costs, most / self._reference_ms - 1.0)})
+
+    def _fitted(self) -> LatencyModel | None:
+        if self._model is None and (self._known or self._told):
+            measured = [*self._known, *self._told.values()]
+            self._model = LatencyModel(self._bench.costs.base["macs"], self._kinds, measured)
+        return self._model
+
+    def _measured(self, record: Record) -> Measured:
+        timing = record.timing
+        assert timing is not None
+        counts = dict(self._bench.costs.counts(self._bench.picks(record.assignment)))
+        return Measured(counts, timing.ratio, (timing.high_ms - timing.low_ms) / self._reference_ms / Z_INTERVAL)
