@@ -402,6 +402,17 @@ def test_latency_measures_one_model_or_compares_two(monkeypatch: pytest.MonkeyPa
     assert "conditions  cpu, float32, batch 1" in shown.stdout
 
 
+def test_latency_tests_itself(monkeypatch: pytest.MonkeyPatch):
+    import attnsurgery.latency as latency
+
+    by_macs = latency.backend_for
+    monkeypatch.setattr(latency, "backend_for", lambda conditions: by_macs(conditions, "fixed"))
+    shown = call("latency", "test_resnet", "--device", "cpu", "--self-test")
+    assert "20 of 20 intervals hold 1 (100%; 95 % are meant): the intervals can be trusted" in shown.stdout
+    assert parsed(call("latency", "test_resnet", "--device", "cpu", "--self-test", "--json"))["coverage"] == 1.0
+    assert "give one of them" in refusal(call("latency", "test_resnet", "--vs", "test_vit", "--self-test"), 2)
+
+
 def test_latency_under_meaningless_conditions_is_refused():
     assert "dtype 'int8'" in refusal(call("latency", "test_resnet", "--device", "cpu", "--dtype", "int8"), 2)
     assert "cudagraph" in refusal(call("latency", "test_resnet", "--device", "cpu", "--mode", "cudagraph"), 2)

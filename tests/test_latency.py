@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.latency import LATENCY, Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.latency.protocol import interval_of_ratio, relative_noise, sample
+from attnsurgery.latency.self_test import SelfTest, self_test
 
 QUICK = Effort(max_seconds=0.3, max_warmup_seconds=0.2, min_rounds=5)
 SMALL = Conditions(input_size=(3, 16, 16))
@@ -71,11 +75,46 @@ def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
         disturbed = len(seen) in (41, 42, 43, 44)
         return repeats * (100.0 if disturbed else {"base": 3.0, "variant": 6.0}[name])
 
-    times, runs = sample(time_block, (lambda: "base", lambda: "variant"), Effort(tolerance=0.0, max_seconds=0.05))
+    found = sample(time_block, (lambda: "base", lambda: "variant"), Effort(tolerance=0.0, max_seconds=0.05))
     assert seen[-4:] == ["base", "variant", "variant", "base"]
-    assert set(times[0]) == {3.0}
-    assert set(times[1]) == {6.0}
-    assert runs[0] == runs[1] > len(times[0])
+    assert set(found.times[0]) == {3.0}
+    assert set(found.times[1]) == {6.0}
+    assert found.runs[0] == found.runs[1] > len(found.times[0])
+    assert 0 < found.left_out < 0.5
+    assert found.drift == 0.0
+
+
+def test_a_machine_that_slows_down_is_noticed() -> None:
+    calls = itertools.count()
+
+    def time_block(call: object, repeats: int) -> float:
+        return repeats * 3.0 * (1 + 0.002 * min(next(calls), 100))
+
+    found = sample(time_block, (lambda: None,), Effort(tolerance=0.0, max_seconds=0.01, min_rounds=90))
+    assert 0.05 < found.drift < 0.25
+    latency = backend_for(SMALL, "fixed").measure(convs(1))
+    assert latency.steady
+    assert not replace(latency, drift=found.drift).steady
+    assert not replace(latency, drift=-0.2).steady
+    assert not replace(latency, left_out=0.3).steady
+
+
+def test_the_self_test_counts_intervals_that_hold_one() -> None:
+    backend = backend_for(Conditions(input_size=(3, 16, 16), threads=1), "cpu", QUICK)
+    done: list[int] = []
+    found = self_test(backend, convs(2), 3, done.append)
+    assert done == [1, 2, 3]
+    assert len(found.ratios) == 3
+    assert found.worst == max(abs(ratio - 1) for ratio in found.ratios)
+    exact = self_test(backend_for(SMALL, "fixed"), convs(2), 5)
+    assert (exact.coverage, exact.worst, exact.passed) == (1.0, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("held", "of", "passed"), [(20, 20, True), (17, 20, True), (16, 20, False), (0, 1, True), (85, 100, False)]
+)
+def test_too_narrow_is_what_chance_does_not_explain(held: int, of: int, passed: bool) -> None:
+    assert SelfTest((1.0,) * of, held, 0.01, 0).passed is passed
 
 
 def test_interval_is_narrow_for_steady_times_and_wide_for_wild_ones() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.latency import Comparison, Conditions, Latency
+    from attnsurgery.latency.self_test import SelfTest
     from attnsurgery.recipe.forecast import Forecast, PlannedBlock, Priced
     from attnsurgery.surgery.verify import Report
 
@@ -285,6 +286,29 @@ def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: Conditions)
     )
     versions = ", ".join(f"{key} {value}" for key, value in rows[0][1].versions.items())
     print_lines([f"conditions  {conditions.describe()}", f"on          {versions}"])
+    first = rows[0][1]
+    if not first.steady:
+        print_hint(
+            f"the machine was not steady: {first.left_out:.0%} of the rounds were left out, and the time changed by "
+            f"{first.drift:+.1%} from beginning to end. Close what else runs, or let it cool down, and measure again."
+        )
+
+
+def print_self_test(model: str, found: SelfTest, conditions: Conditions, versions: Mapping[str, str]) -> None:
+    """What the meter says of a model compared with itself."""
+    count = len(found.ratios)
+    verdict = "the intervals can be trusted" if found.passed else "the intervals are TOO NARROW on this machine"
+    print_lines(
+        [
+            f"{model} against itself, {count} times: {found.held} of {count} intervals hold 1 ({found.coverage:.0%}; "
+            f"95 % are meant): {verdict}",
+            f"half an interval is {found.half_width:.2%} of the time; the largest difference seen is {found.worst:.2%}",
+            f"conditions  {conditions.describe()}",
+            f"on          {', '.join(f'{key} {value}' for key, value in versions.items())}",
+        ]
+    )
+    if found.unsteady:
+        print_hint(f"the machine was not steady in {found.unsteady} of {count} comparisons.")
 
 
 def print_comparison(base: str, variant: str, found: Comparison, conditions: Conditions) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from attnsurgery.cli._options import AsJson, BatchSize, Dtype, MeasuredDevice, Mode
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from attnsurgery.latency import LatencyBackend
+
+_REPEATS = 20
 
 
 def latency(
@@ -19,6 +26,12 @@ def latency(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     mode: Mode = "eager",
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test", help="Compare the model with itself, 20 times: how far is the meter to be trusted?"
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least."""
@@ -39,6 +52,9 @@ def latency(
         mode=mode,  # type: ignore[arg-type]
     )
     backend = backend_for(conditions)
+    if self_test:
+        _self_test(model, first, versus, backend, as_json)
+        return
     with busy(f"measuring on {conditions.device}"):
         if second is None:
             found = backend.measure(first)
@@ -52,6 +68,23 @@ def latency(
         print_json({"model": model, "vs": versus, "conditions": asdict(conditions), **asdict(compared)})
     else:
         print_comparison(model, versus, compared, conditions)
+
+
+def _self_test(name: str, model: nn.Module, versus: str | None, backend: LatencyBackend, as_json: bool) -> None:
+    from attnsurgery.cli._console import busy, print_json, print_self_test
+    from attnsurgery.errors import UsageError
+    from attnsurgery.latency.self_test import self_test
+
+    if versus:
+        raise UsageError("--self-test compares MODEL with itself, and --vs with another: give one of them.")
+    with busy(f"measuring on {backend.conditions.device}"):
+        found = self_test(backend, model, _REPEATS)
+    if as_json:
+        print_json({"model": name, "conditions": asdict(backend.conditions), **found.as_dict()})
+    else:
+        print_self_test(name, found, backend.conditions, backend.versions())
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:

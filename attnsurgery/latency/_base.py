@@ -21,7 +21,7 @@ from torch import nn
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.latency.memory import peak_bytes
-from attnsurgery.latency.protocol import Effort, interval_of_ratio, median, quantile, relative_noise, sample
+from attnsurgery.latency.protocol import Effort, Sampled, interval_of_ratio, median, quantile, relative_noise, sample
 
 Mode = Literal["eager", "cudagraph", "compile"]
 Call = Callable[[], Any]
@@ -31,6 +31,10 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+_MOST_LEFT_OUT = 0.2
+_MOST_DRIFT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,15 @@ class Latency:
     batch_size: int
     mode: str
     versions: dict[str, str] = field(default_factory=dict)
+    left_out: float = 0.0
+    """Share of the rounds in which something else slowed the machine down; they do not count."""
+    drift: float = 0.0
+    """By how much the end of the measurement was slower than its beginning, as a share: a machine that throttles."""
+
+    @property
+    def steady(self) -> bool:
+        """False if the machine did something else meanwhile, or changed its speed."""
+        return self.left_out <= _MOST_LEFT_OUT and abs(self.drift) <= _MOST_DRIFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +151,7 @@ class LatencyBackend(ABC):
         Raises:
             UsageError: the model cannot take an input of these conditions.
         """
-        times, runs = self._sample(model)
-        return self._latency(times[0], runs[0])
+        return self._latency(self._sample(model), 0)
 
     def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
         """Both models, interleaved base, variant, variant, base.
@@ -150,12 +162,13 @@ class LatencyBackend(ABC):
         Raises:
             UsageError: a model cannot take an input of these conditions.
         """
-        times, runs = self._sample(base, variant)
+        sampled = self._sample(base, variant)
+        times = sampled.times
         low, high = interval_of_ratio(*times)
-        base_latency = self._latency(times[0], runs[0])
+        base_latency = self._latency(sampled, 0)
         return Comparison(
             base=base_latency,
-            variant=self._latency(times[1], runs[1]),
+            variant=self._latency(sampled, 1),
             ratio=median(times[1]) / median(times[0]),
             ratio_low=low,
             ratio_high=high,
@@ -173,23 +186,24 @@ class LatencyBackend(ABC):
             "threads": str(threads),
         }
 
-    def _sample(self, *models: nn.Module) -> tuple[list[list[float]], list[int]]:
-        """Times in ms and numbers of calls of each model, over several fresh copies of all of them.
+    def _sample(self, *models: nn.Module) -> Sampled:
+        """What the protocol says of the models, over several fresh copies of all of them.
 
         Where its tensors happen to lie in memory can make one copy some percent slower than its twin for as long as it
         lives; more rounds on the same copy never show it.
         """
-        times: list[list[float]] = [[] for _ in models]
-        runs = [0] * len(models)
+        parts: list[Sampled] = []
         placements = 1 if self.conditions.mode == "compile" else self.effort.placements
         for _ in range(placements):
             with self._session(), ExitStack() as stack:
                 calls = [stack.enter_context(self._prepared(model)) for model in models]
-                part, counts = sample(self.time_block, calls, self.effort.share(placements))
-            for index in range(len(models)):
-                times[index] += part[index]
-                runs[index] += counts[index]
-        return times, runs
+                parts.append(sample(self.time_block, calls, self.effort.share(placements)))
+        return Sampled(
+            times=[[time for part in parts for time in part.times[index]] for index in range(len(models))],
+            runs=[sum(part.runs[index] for part in parts) for index in range(len(models))],
+            left_out=sum(part.left_out for part in parts) / len(parts),
+            drift=max((part.drift for part in parts), key=abs),
+        )
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -248,18 +262,20 @@ class LatencyBackend(ABC):
         """A hook for backends that record the forward first, such as a CUDA graph."""
         return call
 
-    def _latency(self, times_ms: list[float], runs: int) -> Latency:
-        conditions = self.conditions
+    def _latency(self, sampled: Sampled, index: int) -> Latency:
+        conditions, times_ms = self.conditions, sampled.times[index]
         return Latency(
             p50_ms=median(times_ms),
             p90_ms=quantile(times_ms, 0.9),
-            runs=runs,
+            runs=sampled.runs[index],
             noise=relative_noise(times_ms),
             device=conditions.device,
             dtype=conditions.dtype,
             batch_size=conditions.batch_size,
             mode=conditions.mode,
             versions=self.versions(),
+            left_out=sampled.left_out,
+            drift=sampled.drift,
         )
 
 

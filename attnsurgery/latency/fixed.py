@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgery.latency._base import LATENCY, Call, Comparison, Conditions, Latency, LatencyBackend
-from attnsurgery.latency.protocol import Effort
+from attnsurgery.latency.protocol import Effort, Sampled
 
 _MACS_PER_MS = 1e8
 _MS_PER_MODULE = 0.001
@@ -40,7 +40,7 @@ class FixedLatency(LatencyBackend):
         return float(counter.get_total_flops()) / 2 / _MACS_PER_MS
 
     def measure(self, model: nn.Module) -> Latency:
-        return self._latency([self._milliseconds(model)], 1)
+        return self._latency(Sampled([[self._milliseconds(model)]], [1], left_out=0.0, drift=0.0), 0)
 
     def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
         first, second = self.measure(base), self.measure(variant)

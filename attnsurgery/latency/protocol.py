@@ -47,8 +47,22 @@ class Effort:
         )
 
 
-def sample(time_block: TimeBlock, calls: Sequence[Call], effort: Effort) -> tuple[list[list[float]], list[int]]:
-    """Times of each call in ms, one number per round, and how many times each was timed.
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was timed of several calls, side by side."""
+
+    times: list[list[float]]
+    """Of each call in ms, one number a round."""
+    runs: list[int]
+    """How many times each call was timed."""
+    left_out: float
+    """Share of the rounds that something disturbed."""
+    drift: float
+    """By how much the first call was slower in the last third than in the first, as a share; below 0: faster."""
+
+
+def sample(time_block: TimeBlock, calls: Sequence[Call], effort: Effort) -> Sampled:
+    """Time the calls until what is asked about them is known well enough, or time is up.
 
     All calls are timed in every round, forwards and then backwards: A, or A B B A.
     """
@@ -68,7 +82,13 @@ def sample(time_block: TimeBlock, calls: Sequence[Call], effort: Effort) -> tupl
             break
     kept = _undisturbed(np.array(rounds))
     share = len(order) // len(calls)
-    return [list(column) for column in kept.T.tolist()], [len(rounds) * share * count for count in repeats]
+    third = max(1, len(kept) // 3)
+    return Sampled(
+        times=[list(column) for column in kept.T.tolist()],
+        runs=[len(rounds) * share * count for count in repeats],
+        left_out=1.0 - len(kept) / len(rounds),
+        drift=float(np.median(kept[-third:, 0]) / np.median(kept[:third, 0])) - 1.0,
+    )
 
 
 def median(times: Sequence[float]) -> float:
