@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""A fully enumerated table of trained networks: what every candidate of a small space is worth, from two seeds.
+
+    scripts/bench/table.py CIFAR10 --pilot                          which training tells blocks apart; an hour
+    scripts/bench/table.py CIFAR10 --shard 1/2 & ... --shard 2/2     all 256 candidates, twice; hours, resumable
+    scripts/bench/table.py --report                                  docs/benchmarks/table.json
+
+CIFAR10 is an image folder with train/<class>/ and test/<class>/. The base is a small timm ResNet; each of its four
+stages may have, after its last block, squeeze-and-excitation, a non-local block or a residual attention mask: 256.
+A network is trained as the search trains one (attnsurgery.evaluate), from the same starting weights; seeds change the
+order of the images and the blocks' initial weights. Validation images, a fifth of the training images, give `val`,
+the test images `test`. samplers.py and fidelity.py stand on this table.
+
+The pilot trains a dozen candidates with three seeds in each of several ways. A table is worth making where candidates
+differ by more than seeds do: `reliability` is the share of the variance between two-seed means that is the candidates'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _common import conditions, write
+from learn import linked
+from torch import nn
+
+from attnsurgery.base import check_base
+from attnsurgery.evaluate import Data, TrainSettings, load_data
+from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.graph.find import survey
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.surgery.operate import operate
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, SIZE = "test_resnet", (3, 32, 32)
+SITES = ("stage:1 last", "stage:2 last", "stage:3 last", "stage:4 last")
+OPTIONS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "se": {"block": "se", "options": {"reduction": 4}},
+    "non_local": {"block": "non_local", "options": {"reduction": 2}},
+    "mask": {"block": "residual_attention", "options": {"width": 0.5}},
+}
+SEEDS = (0, 1)
+Picks = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How candidates are made and trained."""
+
+    images: int = 2000
+    """Of each class, to train on and to choose by."""
+    base_epochs: int = 0
+    """The base is trained so long before candidates begin from it; 0: from scratch."""
+    epochs: int = 4
+    lr: float = 3e-3
+    start: str = "identity"
+
+
+WAYS = {
+    "scratch": Way(),
+    "scratch_paper": Way(start="paper"),
+    "young_base": Way(base_epochs=2, epochs=4),
+    "young_base_longer": Way(base_epochs=2, epochs=8),
+}
+CHOSEN = "scratch"
+
+
+def candidates() -> list[Picks]:
+    return list(itertools.product(OPTIONS, repeat=len(SITES)))
+
+
+def base_model() -> nn.Module:
+    """timm's test_resnet without max-pooling: maps of 16, 8, 4 and 2 at 32 px."""
+    check_base(BASE, "base")
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(BASE, num_classes=10)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def made(base: nn.Module, picks: Picks, way: Way, seed: int) -> nn.Module:
+    """A copy of the base with these blocks in it."""
+    model = copy.deepcopy(base)
+    edits = [
+        Edit(at=site, start=way.start, **given)
+        for site, pick in zip(SITES, picks, strict=True)
+        if (given := OPTIONS[pick])
+    ]
+    if edits:
+        torch.manual_seed(1000 + seed)
+        recipe = Recipe(version=1, name="candidate", base=BASE, edits=edits)
+        operate(model, resolve(recipe, survey(model, SIZE)))
+    return model
+
+
+def data_of(cifar: Path, way: Way, folder: Path) -> Data:
+    images = linked(cifar, way.images, 1000, folder / "images")
+    return load_data(str(images), Preprocessing.of(timm.create_model(BASE), SIZE), 0)
+
+
+def settings_of(way: Way) -> TrainSettings:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TrainSettings(epochs=way.epochs, batch_size=128, lr=way.lr, device=device, amp=device == "cuda")
+
+
+def start_of(way: Way, data: Data, folder: Path, name: str) -> nn.Module:
+    """The weights that all candidates begin from; trained once, and kept."""
+    model = base_model()
+    path = folder / f"{name}.pt"
+    if way.base_epochs and not path.exists():
+        young = Way(epochs=way.base_epochs, lr=way.lr)
+        train(model, data, settings_of(young), seed=99)
+        torch.save(model.cpu().state_dict(), path)
+    if way.base_epochs:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def trained(base: nn.Module, picks: Picks, seed: int, way: Way, data: Data) -> dict[str, Any]:
+    began = time.process_time()
+    model = made(base, picks, way, seed)
+    settings = settings_of(way)
+    train(model, data, settings, seed)
+    val, val_loss, _ = accuracy(model, data.val, settings)
+    test, _, _ = accuracy(model, data.test, settings)
+    seconds = time.process_time() - began
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "picks": list(picks), "seed": seed, "val": val, "val_loss": val_loss, "test": test,
+        "parameters": parameters, "cpu_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted(folder.glob(f"{name}-*.jsonl")):
+        for line in file.read_text().splitlines():
+            if line.endswith("}"):  # a torn last line is made again
+                rows.append(json.loads(line))
+    return rows
+
+
+def run(cifar: Path, name: str, wanted: list[tuple[Picks, int]], part: int, parts: int, folder: Path) -> None:
+    """Train what is wanted and not there yet, this part of it."""
+    way = WAYS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = data_of(cifar, way, folder)
+    base = start_of(way, data, folder, name)
+    done = {(tuple(row["picks"]), row["seed"]) for row in rows_of(folder, name)}
+    todo = [one for index, one in enumerate(wanted) if index % parts == part - 1 and one not in done]
+    with (folder / f"{name}-{part}-of-{parts}.jsonl").open("a") as file:
+        for number, (picks, seed) in enumerate(todo):
+            row = trained(base, picks, seed, way, data)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            said = f"{' '.join(picks)} seed {seed}: {100 * row['val']:.2f} %, {row['cpu_seconds']} s"
+            print(f"{number + 1}/{len(todo)} {said}", flush=True)
+
+
+def reliability(rows: list[dict[str, Any]], seeds: int = len(SEEDS)) -> dict[str, float]:
+    """How much of what differs between means over `seeds` is the candidates' (one-way analysis of variance)."""
+    by_picks: dict[Picks, list[float]] = {}
+    for row in rows:
+        by_picks.setdefault(tuple(row["picks"]), []).append(row["val"])
+    groups = [values for values in by_picks.values() if len(values) > 1]
+    within = statistics.mean(statistics.variance(values) for values in groups)
+    means = [statistics.mean(values) for values in groups]
+    between = max(0.0, statistics.variance(means) - within / statistics.mean(len(values) for values in groups))
+    return {
+        "candidates": len(groups),
+        "mean": statistics.mean(means),
+        "sd_between": between**0.5,
+        "sd_seeds": within**0.5,
+        "reliability": between / (between + within / seeds) if between else 0.0,
+    }
+
+
+def pilot(cifar: Path, part: int, parts: int, folder: Path) -> None:
+    order = torch.randperm(len(candidates()), generator=torch.Generator().manual_seed(0)).tolist()
+    some = [candidates()[index] for index in order[:12]]
+    for name in WAYS:
+        run(cifar, name, [(picks, seed) for seed in (0, 1, 2) for picks in some], part, parts, folder)
+        rows = rows_of(folder, name)
+        cost = statistics.mean(row["cpu_seconds"] for row in rows)
+        print(f"{name}: {reliability(rows)} at {cost:.0f} s a network", flush=True)
+
+
+def report(folder: Path) -> None:
+    rows = rows_of(folder, CHOSEN)
+    every = {(tuple(row["picks"]), row["seed"]): row for row in rows}
+    missing = [pair for pair in itertools.product(candidates(), SEEDS) if pair not in every]
+    if missing:
+        raise SystemExit(f"{len(missing)} of {len(candidates()) * len(SEEDS)} networks are not trained yet")
+    kept = [every[pair] for pair in itertools.product(candidates(), SEEDS)]
+    figures = reliability(kept)
+    way = asdict(WAYS[CHOSEN])
+    provenance = {"base": BASE, "size": SIZE, "sites": SITES, "options": OPTIONS, "way": way, **conditions()}
+    path = write("table", {"provenance": provenance, "figures": figures, "networks": kept})
+    print(f"written {path}")
+    percent = {key: f"{100 * figures[key]:.2f}" for key in ("mean", "sd_between", "sd_seeds")}
+    print(
+        f"{len(kept)} networks of {len(candidates())} candidates: validation {percent['mean']} % on average, "
+        f"sd {percent['sd_between']} between candidates, {percent['sd_seeds']} between seeds, reliability "
+        f"{figures['reliability']:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cifar", type=Path, nargs="?")
+    parser.add_argument("--pilot", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--shard", default="1/1", metavar="K/N")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "table")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    part, parts = map(int, asked.shard.split("/"))
+    if asked.report:
+        report(asked.results)
+    elif asked.cifar is None:
+        parser.error("CIFAR10 is needed to train on")
+    elif asked.pilot:
+        pilot(asked.cifar, part, parts, asked.results)
+    else:
+        run(asked.cifar, CHOSEN, list(itertools.product(candidates(), SEEDS)), part, parts, asked.results)
+
+
+if __name__ == "__main__":
+    main()
