@@ -233,7 +233,7 @@ def test_a_gate_at_zero_moves_and_is_not_decayed(digits: Data) -> None:
             return self.body(x) + self.gate * self.branch(x.flatten(1))  # type: ignore[no-any-return]
 
     model = Gated()
-    train(model, digits, TrainSettings(epochs=1), seed=0)
+    train(model, digits.train, TrainSettings(epochs=1), seed=0)
     assert model.gate.abs() > 1e-4
     assert not model.training
 
@@ -243,7 +243,7 @@ def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> 
     with torch.no_grad():
         model[1].weight.fill_(float("nan"))
     with pytest.raises(SearchError, match=r"out of the numbers in epoch 1 of 1"):
-        train(model, digits, TrainSettings(epochs=1), seed=0)
+        train(model, digits.train, TrainSettings(epochs=1), seed=0)
 
 
 def test_what_the_watch_raises_ends_the_training_within_a_batch(digits: Data) -> None:
@@ -256,7 +256,7 @@ def test_what_the_watch_raises_ends_the_training_within_a_batch(digits: Data) ->
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), digits, TrainSettings(epochs=5), seed=0, watch=Stop())
+        train(tiny(), digits.train, TrainSettings(epochs=5), seed=0, watch=Stop())
     assert len(steps) == 3
 
 
@@ -265,7 +265,7 @@ def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    train(model, digits, TrainSettings(epochs=1), seed=0)
+    train(model, digits.train, TrainSettings(epochs=1), seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 

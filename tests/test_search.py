@@ -20,7 +20,7 @@ import attnsurgery.search.trial as trial_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UsageError
-from attnsurgery.evaluate import Epoch
+from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.confirm import judge, sign_test
@@ -528,6 +528,25 @@ def test_a_wrong_option_value_is_a_usage_error(search_cli: Callable[..., object]
     result = search_cli("--lr", "0")
     assert result.exit_code == 2  # type: ignore[attr-defined]
     assert "--lr cannot be 0.0" in result.stderr  # type: ignore[attr-defined]
+
+
+def test_a_search_by_blocks_alone_is_confirmed_by_a_fine_tuning(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    real = finetune.train
+
+    def counts(model: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        real(model, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(finetune, "train", counts)
+    monkeypatch.setattr(blocks_only, "train", counts)
+    outcome = run(change(config, evaluator="blocks", trials=2))
+    everything = max(trained)
+    assert outcome.trained == 2
+    assert trained[-2:] == [trained[-2], everything]  # base and winner in the end
+    assert all(count < everything / 2 for count in trained[:-2])
 
 
 def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfig, finished: Outcome) -> None:

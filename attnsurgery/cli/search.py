@@ -66,6 +66,9 @@ def search(
     mode: Mode = "eager",
     threads: Threads = 1,
     latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
+    evaluator: Annotated[
+        str, typer.Option(help="How a trial is trained: finetune, or blocks alone on a frozen model, which is quicker.")
+    ] = "finetune",
     sampler: Annotated[str, typer.Option(help="Which candidate is next: tpe, additive, nsga2 or random.")] = "tpe",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
     output: Annotated[
@@ -112,6 +115,7 @@ def search(
         mode=mode,
         threads=threads,
         latency=latency,
+        evaluator=evaluator,
         sampler=sampler,
         seed=seed,
         output="" if output is None else str(output),

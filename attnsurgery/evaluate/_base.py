@@ -90,6 +90,9 @@ class Evaluator(ABC):
     out; a training that yields no finite number is a SearchError that says when.
     """
 
+    final = True
+    """False: it helps to choose, and the winner is confirmed by a fine-tuning."""
+
     def __init__(self, data: Data, settings: TrainSettings) -> None:
         self.data = data
         self.settings = settings

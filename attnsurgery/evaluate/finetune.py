@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import timm.optim
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
-from attnsurgery.evaluate.data import Data
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
 _optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
 
@@ -32,19 +33,30 @@ class FineTune(Evaluator):
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
-        train(model, self.data, self.settings, seed, watch)
+        train(model, self.data.train, self.settings, seed, watch)
         top1, loss, correct_N = accuracy(model, self.split(on), self.settings)
         return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N)
 
 
-def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
-    """Train `model` in place on `data.train`; it ends in eval mode.
+def train(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    seed: int,
+    watch: Watch | None = None,
+    forward: Forward | None = None,
+) -> None:
+    """Train `model` in place, what of it requires a gradient; it ends in eval mode.
+
+    Args:
+        split: to train on.
+        forward: from a batch of the split to logits; by default the model itself.
 
     Raises:
         SearchError: the loss is not finite.
     """
     model.to(settings.device)
-    steps = max(1, len(data.train) // min(settings.batch_size, len(data.train)))
+    steps = max(1, len(split) // min(settings.batch_size, len(split)))
     optimizer = _optim.create_optimizer_v2(_groups(model, settings), opt=settings.optimizer, lr=settings.lr)
     total = steps * settings.epochs
     warmup = min(total - 1, round(settings.warmup * total))
@@ -60,7 +72,8 @@ def train(model: nn.Module, data: Data, settings: TrainSettings, seed: int, watc
     with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
-            loss = _epoch(model, data.train, settings, optimizer, schedule, seed, epoch, watch or Watch())
+            logits_of = forward or model
+            loss = _epoch(model, logits_of, split, settings, optimizer, schedule, seed, epoch, watch or Watch())
             if watch:
                 watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
     model.eval()
@@ -82,6 +95,7 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
 
 def _epoch(
     model: nn.Module,
+    forward: Forward,
     split: Split,
     settings: TrainSettings,
     optimizer: torch.optim.Optimizer,
@@ -96,7 +110,7 @@ def _epoch(
     for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, seed, epoch):
         watch.step()
         with _autocast(settings):
-            logits_BK = model(x_BCHW)
+            logits_BK = forward(x_BCHW)
             loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -115,7 +129,9 @@ def _epoch(
     return mean
 
 
-def accuracy(model: nn.Module, split: Split, settings: TrainSettings) -> tuple[float, float, torch.Tensor]:
+def accuracy(
+    model: nn.Module, split: Split, settings: TrainSettings, forward: Forward | None = None
+) -> tuple[float, float, torch.Tensor]:
     """Top-1 from 0 to 1, mean cross-entropy, and which images were right as (N,) booleans.
 
     Raises:
@@ -126,7 +142,7 @@ def accuracy(model: nn.Module, split: Split, settings: TrainSettings) -> tuple[f
     with torch.inference_mode():
         for x_BCHW, labels_B in split.eval_batches(_EVAL_BATCH, settings.device):
             with _autocast(settings):
-                logits_BK = model(x_BCHW).float()
+                logits_BK = (forward or model)(x_BCHW).float()
             correct.append((logits_BK.argmax(dim=1) == labels_B).cpu())
             losses.append(F.cross_entropy(logits_BK, labels_B, reduction="none").cpu())
     correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())

@@ -93,7 +93,7 @@ def confirm(
         for who in ("base", "winner"):
             listener.phase(f"confirming: {who}, seed {index + 1} of {bench.config.confirm_seeds}")
             model = build(bench, recipe) if who == "winner" else copy.deepcopy(bench.base)
-            score = bench.evaluator.score(model, seed, on="test", watch=Watching(listener, stop))
+            score = bench.judge.score(model, seed, on="test", watch=Watching(listener, stop))
             rights[who].append(score.correct)
             best = model if who == "winner" and best is None else best
     assert best is not None

@@ -65,6 +65,13 @@ class Bench:
     weights: str = ""
     """Hash of the starting weights."""
 
+    @property
+    def judge(self) -> Evaluator:
+        """Has the last word on the winner."""
+        if self.evaluator.final:
+            return self.evaluator
+        return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings)
+
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""
         picks = self.places.picks(assignment)
@@ -216,7 +223,7 @@ def _starting_weights(
         if not (config.pretrained or config.checkpoint):
             listener.phase(f"training the base {config.base} on {data.name}, {config.base_epochs} epochs")
             from_scratch = replace(settings, epochs=config.base_epochs, lr=settings.lr * _BASE_LR)
-            train(base, data, from_scratch, config.seed, Watching(listener, stop))
+            train(base, data.train, from_scratch, config.seed, Watching(listener, stop))
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in base.state_dict().items()}
         write_whole(path, safetensors.torch.save(tensors))
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -121,7 +121,7 @@ def start_of(way: Way, data: Data, folder: Path, name: str) -> nn.Module:
     path = folder / f"{name}.pt"
     if way.base_epochs and not path.exists():
         young = Way(epochs=way.base_epochs, lr=way.lr)
-        train(model, data, settings_of(young), seed=99)
+        train(model, data.train, settings_of(young), seed=99)
         torch.save(model.cpu().state_dict(), path)
     if way.base_epochs:
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -132,7 +132,7 @@ def trained(base: nn.Module, picks: Picks, seed: int, way: Way, data: Data) -> d
     began = time.process_time()
     model = made(base, picks, way, seed)
     settings = settings_of(way)
-    train(model, data, settings, seed)
+    train(model, data.train, settings, seed)
     val, val_loss, _ = accuracy(model, data.val, settings)
     test, _, _ = accuracy(model, data.test, settings)
     seconds = time.process_time() - began

@@ -1,0 +1,102 @@
+"""Trains the blocks and the norms behind them, and nothing else: a first look at a candidate, for little.
+
+The rest of the model is frozen, so what it computes in front of the first block is computed once for every image and
+kept, if memory holds it. Images are then not augmented, and batches not decoded again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, Watch
+from attnsurgery.evaluate.batches import Batch, Split
+from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.prefix import Prefix
+
+KEPT_BYTES = 4 * 2**30
+"""Features of all images may take so much memory; more, and they are computed in every epoch."""
+_BATCH = 64
+
+
+@EVALUATORS.register("blocks")
+class BlocksOnly(Evaluator):
+    """Blocks and norms, `settings.epochs` epochs; every other weight is what it was before.
+
+    It tells blocks apart at a fraction of a fine-tuning's cost, and says nothing of what the rest of the model would
+    learn beside them.
+    """
+
+    final = False
+
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
+        start = time.perf_counter()
+        settings, judged = self.settings, self.split(on)
+        model.to(settings.device).eval()
+        with torch.no_grad():
+            some, _ = next(self.data.train.eval_batches(4, settings.device))
+            prefix = Prefix.find(model, some)
+            size = 0 if prefix is None else prefix.features(some[:1]).nbytes
+        with _only(blocks_and_norms(model), model):
+            if prefix is None or size * (len(self.data.train) + len(judged)) > KEPT_BYTES:
+                train(model, self.data.train, settings, seed, watch)
+                top1, loss, correct_N = accuracy(model, judged, settings)
+            else:
+                shape = some.shape[1:]
+
+                def forward(features: torch.Tensor) -> torch.Tensor:
+                    with prefix.handed_over(features):
+                        logits: torch.Tensor = model(features.new_zeros(()).expand(len(features), *shape))
+                    return logits
+
+                train(model, Kept(self.data.train, prefix, settings.device, watch), settings, seed, watch, forward)
+                top1, loss, correct_N = accuracy(model, Kept(judged, prefix, settings.device, watch), settings, forward)
+        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N)
+
+
+class Kept(Split):
+    """A split whose images are features of a prefix, computed once."""
+
+    def __init__(self, split: Split, prefix: Prefix, device: str, watch: Watch | None = None) -> None:
+        self.ids = split.ids
+        self.labels = split.labels
+        parts = []
+        with torch.no_grad():
+            for x_BCHW, _ in split.eval_batches(_BATCH, device):
+                if watch:
+                    watch.step()
+                parts.append(prefix.features(x_BCHW))
+        self._features_N = torch.cat(parts)
+
+    def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
+        for picks_B in picks:
+            yield self._features_N[picks_B.to(self._features_N.device)], self.labels[picks_B].to(device)
+
+
+def blocks_and_norms(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of every block, and of every norm that is not in one."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if getattr(module, "grafted", False):
+            found.update((id(parameter), parameter) for parameter in module.parameters())
+        elif isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__:
+            found.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
+    return list(found.values())
+
+
+@contextmanager
+def _only(learning: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Nothing else of the model requires a gradient for as long as this lasts."""
+    wanted = {id(parameter) for parameter in learning}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)

@@ -1,0 +1,144 @@
+"""Features in front of the first block are kept only where they give the same bits, and save what they promise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import attnsurgery
+from attnsurgery.evaluate import EVALUATORS, Data, TrainSettings, load_data
+from attnsurgery.evaluate.blocks_only import blocks_and_norms
+from attnsurgery.evaluate.prefix import Prefix
+from attnsurgery.evaluate.preprocess import Preprocessing
+from tests.conftest import wake
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def surgical(base: str, at: str, block: str = "se", **made: int) -> nn.Module:
+    recipe = {"version": 1, "name": "test", "base": base, "edits": [{"at": at, "block": block, "start": "paper"}]}
+    model = timm.create_model(base, **made)
+    return wake(attnsurgery.operate(model, recipe)).eval()
+
+
+@pytest.mark.parametrize(
+    ("base", "at", "size", "last"),
+    [
+        ("test_resnet", "stage:4 branches", 64, "layer3"),
+        ("test_resnet", "stage:1 branches", 64, "maxpool"),
+        ("resnet26", "stage:3 last", 64, "layer3.0"),
+        ("test_vit", "blocks.1", 160, "blocks.0"),
+        ("convnext_atto", "stage:3 every", 64, "stages.2.downsample"),
+        ("swin_tiny_patch4_window7_224", "stage:4 last", 224, "layers.3.blocks.0"),
+        ("test_efficientnet", "stage:4 branches", 64, "blocks.4.0.bn3"),
+        ("densenet121", "stage:4 last", 64, "features.transition3"),
+    ],
+)
+@torch.no_grad()
+def test_a_forward_from_kept_features_is_the_whole_forward(base: str, at: str, size: int, last: str) -> None:
+    model = surgical(base, at)
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    prefix = Prefix.find(model, x)
+    assert prefix is not None
+    names = {module: name for name, module in model.named_modules()}
+    assert names[prefix._last] == last
+    calls: list[str] = []
+    handles = [m.register_forward_hook(lambda m, *_: calls.append(names[m])) for m in model.modules()]
+    images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
+    expected, every = model(images), len(calls)
+    features = prefix.features(images)
+    calls.clear()
+    with prefix.handed_over(features):
+        assert torch.equal(model(torch.empty(7, 3, size, size)), expected)
+    assert len(calls) < every
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(images), expected)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Skipping(nn.Module):
+    """What stands in front of the block is read again behind it: features of one place are not enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.body = nn.Conv2d(4, 4, 1)
+        self.block = nn.Conv2d(4, 4, 1)
+        self.block.grafted = True  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return torch.as_tensor(self.block(self.body(y)) + y)
+
+
+@torch.no_grad()
+def test_an_earlier_module_is_taken_where_the_last_one_is_not_all_that_is_read() -> None:
+    model = Skipping().eval()
+    prefix = Prefix.find(model, torch.randn(4, 3, 5, 5))
+    assert prefix is not None
+    assert prefix._last is model.stem
+
+
+@torch.no_grad()
+def test_a_model_that_begins_with_a_block_or_has_none_keeps_nothing() -> None:
+    first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    first[0].grafted = True  # type: ignore[assignment]
+    assert Prefix.find(first.eval(), torch.randn(3, 3, 5, 5)) is None
+    assert Prefix.find(nn.Sequential(nn.ReLU()).eval(), torch.randn(3, 3, 5, 5)) is None
+
+    class Reads(Skipping):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.mean()
+
+    assert Prefix.find(Reads().eval(), torch.randn(4, 3, 5, 5)) is None
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(None, Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_blocks_and_norms_learn(digits: Data, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kept:
+        monkeypatch.setattr("attnsurgery.evaluate.blocks_only.KEPT_BYTES", 0)
+    model = surgical("test_resnet", "stage:4 branches", num_classes=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluator = EVALUATORS["blocks"](digits, TrainSettings(epochs=2))
+    first = evaluator.score(copy.deepcopy(model), seed=0)
+    score = evaluator.score(model, seed=0)
+    assert (score.top1, score.loss) == (first.top1, first.loss)
+    learning = {id(parameter) for parameter in blocks_and_norms(model)}
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if id(parameter) not in learning:
+            assert torch.equal(parameter, before[name]), name
+    assert not torch.equal(model.layer4[0].bn1.weight, before["layer4.0.bn1.weight"])
+    assert all(parameter.requires_grad for parameter in parameters.values())
+    in_front = "layer2.0.bn1.running_mean"
+    assert torch.equal(model.state_dict()[in_front], before[in_front]) is kept
+    assert score.correct.shape == (len(digits.val),)
+
+
+def test_blocks_that_learn_raise_the_score_of_a_trained_base(digits: Data) -> None:
+    """What is told is of some use: a block in a base whose head is ruined cannot help, one in a sound base can."""
+    base = timm.create_model("test_resnet", num_classes=10)
+    EVALUATORS["finetune"](digits, TrainSettings(epochs=2, lr=3e-3)).score(base, seed=0)
+    recipe = {"version": 1, "name": "t", "base": "test_resnet", "edits": [{"at": "stage:34 branches", "block": "se"}]}
+    model = attnsurgery.operate(base, recipe)
+    settings = TrainSettings(epochs=2, lr=3e-3)
+    untouched = EVALUATORS["blocks"](digits, TrainSettings(epochs=1, lr=1e-12)).score(copy.deepcopy(model), seed=0)
+    learned = EVALUATORS["blocks"](digits, settings).score(model, seed=0)
+    assert learned.loss < untouched.loss
