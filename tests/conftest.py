@@ -64,6 +64,15 @@ def wake(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The same numbers twice, where training is compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 _cache_number = itertools.count()
 
 

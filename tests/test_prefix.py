@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -17,13 +16,7 @@ from attnsurgery.evaluate.prefix import Prefix
 from attnsurgery.evaluate.preprocess import Preprocessing
 from tests.conftest import wake
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def surgical(base: str, at: str, block: str = "se", **made: int) -> nn.Module:
