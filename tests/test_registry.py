@@ -373,6 +373,9 @@ PRIVATE: dict[str, tuple[type | str, str]] = {
     "torch._jit_internal.is_scripting": ("function", "residual attention cannot be scripted"),
     "torch.nn.modules.batchnorm._NormBase": (type, "inspect is slow: norms are run on meta tensors"),
     "torch.nn.modules.dropout._DropoutNd": (type, "a dropout rate that changes after surgery does not count"),
+    "torch.utils._python_dispatch.TorchDispatchMode": (type, "peak memory cannot be counted on CPU"),
+    "torch.utils._pytree.tree_leaves": ("function", "peak memory cannot be counted on CPU"),
+    "torch.utils._pytree.tree_map_only": ("function", "features in front of the first block cannot be kept"),
 }
 
 
