@@ -36,6 +36,17 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Promotion:
+    """What a candidate came to on a higher rung of fidelity, trained anew from the base's starting weights."""
+
+    top1: float
+    """On the validation split, 0 to 1."""
+    loss: float
+    seconds: float
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One trial. `number` is the study's; -1 is the base as it is."""
 
@@ -49,8 +60,10 @@ class Record:
     foretold_ms: float | None = None
     """What the latency model said, where that was so far over the budget that nothing was measured."""
     top1: float | None = None
-    """On the validation split, 0 to 1."""
+    """On the validation split, 0 to 1; on the lowest rung, which every trained candidate has been on."""
     loss: float | None = None
+    promotions: tuple[Promotion, ...] = ()
+    """On the rungs above, from the second lowest up, as far as it came."""
     parameters: int | None = None
     macs: int | None = None
     """Multiply-accumulates of one image."""
@@ -69,17 +82,35 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
         timing = data.get("timing")
-        return cls(**{**data, "timing": Timing(**timing) if timing else None})
+        promotions = tuple(Promotion(**given) for given in data.get("promotions", ()))
+        return cls(**{**data, "timing": Timing(**timing) if timing else None, "promotions": promotions})
 
     def what(self) -> str:
         """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'."""
         placed = [f"{label} at {place}" for place, label in self.assignment.items() if label != "none"]
         return ", ".join(placed) or "the base as it is"
 
+    def top1_on(self, rung: int) -> float | None:
+        """On the validation split, trained as on that rung, 0 being the lowest; None where it has not been."""
+        if rung == 0:
+            return self.top1
+        return self.promotions[rung - 1].top1 if rung <= len(self.promotions) else None
+
     @property
-    def rank(self) -> tuple[float, float, float]:
-        """Larger is better: accuracy, then latency, then loss; so the best is always on the front."""
-        return self.top1 or 0.0, -(self.timing.ms if self.timing else 0.0), -(self.loss or 0.0)
+    def reached(self) -> int:
+        """The highest rung it has been on."""
+        return len(self.promotions)
+
+    @property
+    def final_top1(self) -> float | None:
+        """On the highest rung it has been on; to be compared with others of that rung only."""
+        return self.top1_on(self.reached)
+
+    @property
+    def rank(self) -> tuple[float, float, float, float]:
+        """Larger is better: rung, accuracy there, then latency, then loss; so the best is always on the front."""
+        loss = self.promotions[-1].loss if self.promotions else self.loss
+        return self.reached, self.final_top1 or 0.0, -(self.timing.ms if self.timing else 0.0), -(loss or 0.0)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
@@ -88,16 +119,17 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """The trained one with the highest validation accuracy, then the lowest latency, then the lowest loss."""
+    """Of those trained on the highest rung that any is on: the highest accuracy, the lowest latency, the lowest loss."""
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 
 def front(records: Iterable[Record]) -> list[Record]:
-    """Those trained that no other beats in both accuracy and latency, the fastest first."""
+    """Those on the highest rung that no other there beats in both accuracy and latency, the fastest first."""
     order = sorted(trained(records), key=lambda record: record.rank, reverse=True)
+    order = [record for record in order if record.reached == order[0].reached]
     order.sort(key=lambda record: record.timing.ms if record.timing else 0.0)
     kept: list[Record] = []
     for record in order:
-        if not kept or (record.top1 or 0.0) > (kept[-1].top1 or 0.0):
+        if not kept or (record.final_top1 or 0.0) > (kept[-1].final_top1 or 0.0):
             kept.append(record)
     return kept

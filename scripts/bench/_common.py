@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing in one process, conditions, and a JSON file under docs/benchmarks/."""
+"""What the benchmarks share: folders cut out of larger ones, interleaved timing in one process, conditions, JSON."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ import timm
 import torch
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+
+
+def linked(images: Path, folder: Path, parts: dict[str, tuple[str, slice]]) -> Path:
+    """`folder` as an image folder of links: {"val": ("train", slice(1000, 2000))} is so many of each class of train."""
+    for part, (source, some) in parts.items():
+        for kind in sorted(path for path in (images / source).iterdir() if path.is_dir()):
+            target = folder / part / kind.name
+            target.mkdir(parents=True, exist_ok=True)
+            for image in sorted(kind.iterdir())[some]:
+                link = target / image.name
+                if not link.is_symlink():
+                    link.symlink_to(image.resolve())
+    return folder
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

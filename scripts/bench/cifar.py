@@ -15,22 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _common import write
-
-
-def subset(cifar: Path, images: int, folder: Path) -> Path:
-    """An image folder of links: the first `images` of each class to train on, all to test on."""
-    for kind in sorted(path for path in (cifar / "train").iterdir() if path.is_dir()):
-        target = folder / "train" / kind.name
-        target.mkdir(parents=True, exist_ok=True)
-        for image in sorted(kind.iterdir())[:images]:
-            link = target / image.name
-            if not link.is_symlink():
-                link.symlink_to(image.resolve())
-    test = folder / "test"
-    if not test.is_symlink():
-        test.symlink_to((cifar / "test").resolve())
-    return folder
+from _common import linked, write
 
 
 def main() -> None:
@@ -40,7 +25,8 @@ def main() -> None:
     parser.add_argument("--budget-ms", type=float, default=1.8)
     parser.add_argument("--run", type=Path, default=Path("runs/cifar"), help="data links and the run directory")
     asked = parser.parse_args()
-    data = subset(asked.cifar, asked.images, asked.run / "images")
+    parts = {"train": ("train", slice(asked.images)), "test": ("test", slice(None))}
+    data = linked(asked.cifar, asked.run / "images", parts)
     command = [
         *(sys.executable, "-m", "attnsurgery", "search", "test_resnet", "--data", str(data)),
         *("--budget-ms", str(asked.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),

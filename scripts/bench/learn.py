@@ -25,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from _common import write
+from _common import linked, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,19 +49,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "residual_attention": {"at": "stage:12 span", "block": "residual_attention"},
     "timm:eca": {"at": "stage:* branches", "block": "timm:eca"},
 }
-
-
-def linked(cifar: Path, images: int, test_images: int, folder: Path) -> Path:
-    """An image folder of links: so many images of each class to train on and to test on."""
-    for part, count in (("train", images), ("test", test_images)):
-        for kind in sorted(path for path in (cifar / part).iterdir() if path.is_dir()):
-            target = folder / f"{images}-{test_images}" / part / kind.name
-            target.mkdir(parents=True, exist_ok=True)
-            for image in sorted(kind.iterdir())[:count]:
-                link = target / image.name
-                if not link.is_symlink():
-                    link.symlink_to(image.resolve())
-    return folder / f"{images}-{test_images}"
 
 
 def base_model() -> nn.Module:
@@ -237,7 +224,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     base = base_model().to(device)
-    folder = linked(asked.cifar, asked.images, asked.test_images, asked.run)
+    parts = {"train": ("train", slice(asked.images)), "test": ("test", slice(asked.test_images))}
+    folder = linked(asked.cifar, asked.run / f"{asked.images}-{asked.test_images}", parts)
     data = load_data(str(folder), Preprocessing.of(base, SIZE))
     epoch = len(data.train) // BATCH
     train(base, data, asked.base_epochs * epoch, 4e-3, device, 0, alone=False)
