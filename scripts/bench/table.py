@@ -49,7 +49,7 @@ SITES = ("stage:1 last", "stage:2 last", "stage:3 last", "stage:4 last")
 OPTIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "se": {"block": "se", "options": {"reduction": 4}},
-    "non_local": {"block": "non_local", "options": {"reduction": 2}},
+    "non_local": {"block": "non_local", "options": {"reduction": 2, "subsample": 2}},
     "mask": {"block": "residual_attention", "options": {"width": 0.5}},
 }
 SEEDS = (0, 1)
@@ -60,7 +60,7 @@ Picks = tuple[str, ...]
 class Way:
     """How candidates are made and trained."""
 
-    images: int = 800
+    images: int = 600
     """Of each class, to train on."""
     base_epochs: int = 0
     """The base is trained so long before candidates begin from it; 0: from scratch."""
