@@ -64,6 +64,10 @@ class PlainView(Listener):
         numbers = f"{_ms(record.timing)}  {_percent(record.top1)}"
         self._say(f"[{trained}/{wanted}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
 
+    def promoted(self, record: Record, rungs: int) -> None:
+        outcome = f"not promoted: {record.halted}" if record.halted else f"rung {record.reached + 1} of {rungs}"
+        self._say(f"trial {record.number}  {_ms(record.timing)}  {_percent(record.final_top1)}  {outcome}")
+
     def epoch(self, epoch: Epoch) -> None:
         if time.monotonic() - self._said_at > _SILENCE_S:
             self._say(f"         epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}")
@@ -108,6 +112,9 @@ class LiveView(Listener):
         self._records.append(record)
         self._trained = trained
 
+    def promoted(self, record: Record, rungs: int) -> None:
+        self._records = [record if other.number == record.number else other for other in self._records]
+
     def lines(self) -> RenderableType:
         """What to show at this moment."""
         config = self._config
@@ -120,7 +127,7 @@ class LiveView(Listener):
             parts.append(self._bar())
         found = best(self._records)
         if found:
-            parts.append(_line(f"best     {_ms(found.timing)}  {_percent(found.top1)}  {found.what()}", "green"))
+            parts.append(_line(f"best     {_ms(found.timing)}  {_percent(found.final_top1)}  {found.what()}", "green"))
         parts.append(_line(f"now      {self._now}"))
         parts.append(_line(f"         {self._detail}", "dim"))
         return Group(*parts)
@@ -173,10 +180,16 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
             f"           {preview.conditions}",
             f"budget     {preview.budgets}: {exact}{latency} fit, "
             f"so {100 * preview.low:.0f} to {100 * preview.high:.0f} % of the space",
-            f"a trial    {_duration(preview.trial_seconds)} ({config.epochs} epochs)",
+            f"a trial    {_rungs(preview)}",
             f"the search {_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation",
         ]
     )
+
+
+def _rungs(preview: Preview) -> str:
+    said = [f"{_duration(seconds)} ({how})" for how, _, seconds in preview.rungs]
+    above = [f"{count} of them again, {text}" for (_, count, _), text in zip(preview.rungs[1:], said[1:], strict=True)]
+    return "; the best ".join([said[0], *above])
 
 
 def _duration(seconds: float) -> str:
@@ -209,7 +222,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def _row(name: str, record: Record) -> tuple[str, ...]:
-    return name, _ms(record.timing), _percent(record.top1), f"{record.parameters or 0:,}"
+    return name, _ms(record.timing), _percent(record.final_top1), f"{record.parameters or 0:,}"
 
 
 def _line(text: str, style: str = "") -> Text:

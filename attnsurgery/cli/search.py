@@ -69,6 +69,14 @@ def search(
     evaluator: Annotated[
         str, typer.Option(help="How a trial is trained: finetune, or blocks alone on a frozen model, which is quicker.")
     ] = "finetune",
+    rungs: Annotated[
+        str,
+        typer.Option(
+            metavar="'NAME:EPOCHS ...'",
+            help="Cheaper trainings that come first, such as 'blocks:1'; the best of each go on to the next.",
+        ),
+    ] = "",
+    halving: Annotated[int, typer.Option(help="One candidate in so many goes on to the next rung.", min=2)] = 3,
     sampler: Annotated[str, typer.Option(help="Which candidate is next: tpe, additive, nsga2 or random.")] = "tpe",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
     output: Annotated[
@@ -116,6 +124,8 @@ def search(
         threads=threads,
         latency=latency,
         evaluator=evaluator,
+        rungs=rungs,
+        halving=halving,
         sampler=sampler,
         seed=seed,
         output="" if output is None else str(output),

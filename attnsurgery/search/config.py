@@ -37,6 +37,8 @@ class SearchConfig(Strict):
     train_batch_size: Annotated[int, Field(ge=2)] = 64
     lr: Annotated[float, Field(gt=0)] = 1e-3
     evaluator: str = "finetune"
+    rungs: str = Field(default="", description="cheaper ways to train that come first: 'blocks:1 blocks:3'")
+    halving: Annotated[int, Field(ge=2)] = Field(default=3, description="one in so many goes to the next rung")
     sampler: str = Field(default="tpe", description="which candidate is next: tpe, additive, nsga2 or random")
     confirm_seeds: Annotated[int, Field(ge=1, le=20)] = 2
     input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")

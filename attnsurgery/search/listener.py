@@ -27,5 +27,8 @@ class Listener:
     def timed(self, number: int, timing: Timing) -> None:
         """A candidate was built, found identical to the base, and measured."""
 
+    def promoted(self, record: Record, rungs: int) -> None:
+        """A candidate was trained on a higher one of so many rungs, or could not be."""
+
     def told(self, record: Record, trained: int, wanted: int) -> None:
         """A trial is over; so many of the wanted ones are trained now."""

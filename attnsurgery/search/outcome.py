@@ -122,6 +122,6 @@ def _csv(records: list[Record]) -> str:
         assert record.timing is not None
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
-        numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.top1 or 0.0)]
+        numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.final_top1 or 0.0)]
         writer.writerow([record.number, name, *numbers, record.parameters, record.macs])
     return text.getvalue()

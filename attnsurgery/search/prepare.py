@@ -34,6 +34,7 @@ from attnsurgery.search.calibrate import Shelf, base_key
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.rungs import rungs_of
 from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.watching import Watching
 from attnsurgery.weights import read_state_dict
@@ -54,7 +55,8 @@ class Bench:
     anatomy: Anatomy
     space: BoundSpace
     data: Data
-    evaluator: Evaluator
+    rungs: tuple[Evaluator, ...]
+    """From the lowest, which every trial is trained on, to the top, which decides."""
     backend: LatencyBackend
     budgets: Budgets
     costs: Costs
@@ -64,6 +66,11 @@ class Bench:
     """Latencies that this machine has measured before."""
     weights: str = ""
     """Hash of the starting weights."""
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Of the top rung."""
+        return self.rungs[-1]
 
     @property
     def judge(self) -> Evaluator:
@@ -170,10 +177,10 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     )
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
     backend = backend or backend_for(conditions, config.latency, effort)
-    evaluator = EVALUATORS[config.evaluator](data, settings)
+    rungs = tuple(EVALUATORS[rung.evaluator](data, replace(settings, epochs=rung.epochs)) for rung in rungs_of(config))
     places = replace(space.places, budgets=costs.budgets(budgets))
     shelf = Shelf(backend, base_key(base, config.base))
-    return Bench(config, base, anatomy, space, data, evaluator, backend, budgets, costs, places, shelf)
+    return Bench(config, base, anatomy, space, data, rungs, backend, budgets, costs, places, shelf)
 
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.evaluate import Epoch, Evaluator, Watch
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.record import Timing
+from attnsurgery.search.rungs import places_on, rungs_of
 from attnsurgery.search.trial import build, train_seed
 from attnsurgery.search.watching import StopAsked
 
@@ -58,8 +59,8 @@ class Preview:
     low: float
     high: float
     """95 % interval of the share of the space that is within all budgets (Wilson, of `fitting` in `drawn`)."""
-    trial_seconds: float
-    """To train one candidate and to score it."""
+    rungs: tuple[tuple[str, int, float], ...]
+    """From the lowest: how it trains, how many candidates, and the seconds to train and score one."""
     seconds: float
     """Of the whole search; more where less than expected is within the budgets."""
 
@@ -134,7 +135,11 @@ def preview(
         model, fits = _measured(bench, picks, reference)
         fitting, measured = fitting + fits, measured + 1
     listener.phase("timing training steps")
-    trial = _trial_seconds(bench, copy.deepcopy(model), stop)
+    counts = places_on(len(bench.rungs), config.trials, config.halving)
+    rungs = tuple(
+        (str(rung), count, _trial_seconds(bench, evaluator, copy.deepcopy(model), stop))
+        for rung, count, evaluator in zip(rungs_of(config), counts, bench.rungs, strict=True)
+    )
     low, high = _wilson(fitting, measured)
     return Preview(
         base=config.base,
@@ -154,8 +159,8 @@ def preview(
         exact_share=exact,
         low=exact * low,
         high=exact * high,
-        trial_seconds=trial,
-        seconds=_seconds(config, trial, fitting / max(1, measured)),
+        rungs=rungs,
+        seconds=_seconds(config, [(count, seconds) for _, count, seconds in rungs], fitting / max(1, measured)),
     )
 
 
@@ -169,25 +174,31 @@ def _measured(bench: Bench, picks: Picks, reference: Any) -> tuple[nn.Module, bo
     return model, ms <= most.get("latency", math.inf) and (bench.peak_mb(model) or 0.0) <= most.get("memory", math.inf)
 
 
-def _trial_seconds(bench: Bench, model: nn.Module, stop: Callable[[], bool]) -> float:
+def _trial_seconds(bench: Bench, evaluator: Evaluator, model: nn.Module, stop: Callable[[], bool]) -> float:
+    """To train one candidate as the evaluator does, and to score it."""
     timer = _Timer(stop)
     began = time.perf_counter()
     try:
-        seconds = bench.evaluator.score(model, train_seed(bench), watch=timer).seconds
+        seconds = evaluator.score(model, train_seed(bench), watch=timer).seconds
     except _Enough:
         seconds = 0.0
     if seconds:  # so short that it was over before there were enough steps
         return time.perf_counter() - began
-    images = len(bench.data.train) * bench.config.epochs + _FORWARD * len(bench.data.val)
+    images = len(bench.data.train) * evaluator.settings.epochs + _FORWARD * len(bench.data.val)
     return timer.seconds * images / min(bench.config.train_batch_size, len(bench.data.train))
 
 
-def _seconds(config: SearchConfig, trial: float, share: float) -> float:
-    """Trials, the base beside them, the confirmation, and the measurements of all that are asked for."""
+def _seconds(config: SearchConfig, rungs: list[tuple[int, float]], share: float) -> float:
+    """Candidates on every rung, the base beside them, the confirmation, and the measurements of all that are asked for.
+
+    Args:
+        rungs: candidates on each, and the seconds of one.
+    """
     untrained = not (config.pretrained or config.checkpoint)
-    trainings = config.trials + 1 + 2 * config.confirm_seeds + (config.base_epochs / config.epochs if untrained else 0)
+    last = 2 * config.confirm_seeds + (config.base_epochs / config.epochs if untrained else 0)
     measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4
-    return trainings * trial + measured * config.latency_seconds
+    trainings = sum((count + 1) * seconds for count, seconds in rungs)
+    return trainings + last * rungs[-1][1] + measured * config.latency_seconds
 
 
 def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:

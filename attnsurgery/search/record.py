@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
 
 State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed", "interrupted"]
@@ -45,6 +46,10 @@ class Promotion:
     seconds: float
     epochs: int
 
+    @classmethod
+    def of(cls, score: Score) -> Promotion:
+        return cls(score.top1, score.loss, score.seconds, score.epochs)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -64,6 +69,8 @@ class Record:
     loss: float | None = None
     promotions: tuple[Promotion, ...] = ()
     """On the rungs above, from the second lowest up, as far as it came."""
+    halted: str | None = None
+    """Why it could not be trained on the next rung, though it was its turn."""
     parameters: int | None = None
     macs: int | None = None
     """Multiply-accumulates of one image."""
@@ -119,7 +126,7 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """Of those trained on the highest rung that any is on: the highest accuracy, the lowest latency, the lowest loss."""
+    """Of those on the highest rung that any is on: the highest accuracy, then the lowest latency, then the loss."""
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 

@@ -85,11 +85,19 @@ class Store:
             else:
                 reason = "the process ended before the trial did"
                 self._settle(trial.number, Record(trial.number, "interrupted", dict(trial.params), reason=reason))
+        for number, entry in known.items():
+            if (entry.get("promotions") or entry.get("halted")) and self.fixed(_promoted(number)) != entry:
+                self.fix(_promoted(number), entry)
 
     def records(self) -> list[Record]:
         """Every finished trial, in order."""
         trials = self._study.get_trials(deepcopy=False)
-        return [Record.from_dict(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+        promoted = self._study.user_attrs
+        return [
+            Record.from_dict(promoted.get(_promoted(trial.number), trial.user_attrs["record"]))
+            for trial in trials
+            if "record" in trial.user_attrs
+        ]
 
     def ask(self, records: list[Record], places: Places) -> tuple[int, dict[str, str]]:
         """The next candidate: trial number, and a label for every variable.
@@ -111,6 +119,11 @@ class Store:
         """Write the record down, then tell the study; in this order nothing that was finished is lost."""
         self.journal.append(record.as_dict())
         self._settle(record.number, record)
+
+    def promote(self, record: Record) -> None:
+        """Write down what became of a trial on a higher rung; the study's trial itself is finished and stays."""
+        self.journal.append(record.as_dict())
+        self.fix(_promoted(record.number), record.as_dict())
 
     def _settle(self, number: int, record: Record) -> None:
         trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
@@ -138,6 +151,11 @@ class Store:
 
         picks = places.drawn(np.random.default_rng(seed), unseen)
         return None if picks is None else places.params(picks)
+
+
+def _promoted(number: int) -> str:
+    """Where the study keeps what became of a trial after it was told."""
+    return f"promoted:{number}"
 
 
 def _teaches(record: Record) -> bool:

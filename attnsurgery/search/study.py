@@ -20,9 +20,10 @@ from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import Bench, prepare
-from attnsurgery.search.record import ASKED, Record, Timing, best, trained
+from attnsurgery.search.record import ASKED, Promotion, Record, Timing, best, trained
+from attnsurgery.search.rungs import next_promotion, rungs_of
 from attnsurgery.search.store import Store, same_json
-from attnsurgery.search.trial import run_trial, train_seed
+from attnsurgery.search.trial import promote, run_trial, train_seed
 from attnsurgery.search.watching import StopAsked, Watching
 
 _ASKS_A_TRIAL = 10
@@ -107,6 +108,9 @@ class _Search:
                 if records[-1].state == "interrupted":
                     raise StopAsked
                 self._outcome(records, interrupted=False).write()
+            while (candidate := next_promotion(records, len(self.bench.rungs), self.config.halving)) is not None:
+                records = self._promote(records, candidate)
+                self._outcome(records, interrupted=False).write()
             self._confirm(records)
         except StopAsked:
             interrupted = True
@@ -140,6 +144,14 @@ class _Search:
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
         return records
+
+    def _promote(self, records: list[Record], candidate: Record) -> list[Record]:
+        rung, of = candidate.reached + 1, len(self.bench.rungs)
+        self.listener.phase(f"trial {candidate.number} on rung {rung + 1} of {of}: {rungs_of(self.config)[rung]}")
+        record = promote(self.bench, candidate, self.listener, self.stop)
+        self.store.promote(record)
+        self.listener.promoted(record, of)
+        return [record if other.number == record.number else other for other in records]
 
     def _fastest_base(self) -> Record:
         """The base, as fast as it may be by its interval."""
@@ -176,7 +188,6 @@ class _Search:
             self.store.fix("base", kept)
         reference = Latency(**kept["latency"])
         if "record" not in kept:
-            self.listener.phase(f"training the base as long as each trial, {self.config.epochs} epochs")
             kept = {**kept, "record": self._score_base(reference).as_dict()}
             self.store.fix("base", kept)
         return reference, Record.from_dict(kept["record"])
@@ -191,9 +202,12 @@ class _Search:
             backend.effort = usual
 
     def _score_base(self, reference: Latency) -> Record:
-        model = copy.deepcopy(self.bench.base)
-        watch = Watching(self.listener, self.stop)
-        score = self.bench.evaluator.score(model, train_seed(self.bench), watch=watch)
+        scores, watch = [], Watching(self.listener, self.stop)
+        for evaluator, rung in zip(self.bench.rungs, rungs_of(self.config), strict=True):
+            self.listener.phase(f"training the base as each candidate: {rung}")
+            model = copy.deepcopy(self.bench.base)
+            scores.append(evaluator.score(model, train_seed(self.bench), watch=watch))
+        score = scores[0]
         half = reference.noise * reference.p50_ms
         return Record(
             number=-1,
@@ -202,9 +216,10 @@ class _Search:
             timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
             top1=score.top1,
             loss=score.loss,
+            promotions=tuple(map(Promotion.of, scores[1:])),
             parameters=self.bench.costs.base["parameters"],
             macs=self.bench.costs.base["macs"],
-            peak_mb=self.bench.peak_mb(model),
+            peak_mb=self.bench.peak_mb(self.bench.base),
             seconds=score.seconds,
             epochs=score.epochs,
             assignment=self.bench.space.nothing,

@@ -16,7 +16,7 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
-from attnsurgery.search.record import Record, Timing
+from attnsurgery.search.record import Promotion, Record, Timing
 from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.surgery.operate import operate
 
@@ -90,7 +90,7 @@ def run_trial(
     except StopAsked:
         return replace(record, state="interrupted", reason="stopped by the user")
     except (AttnSurgeryError, RuntimeError, ValueError) as error:
-        return replace(record, state="failed", reason=" ".join(str(error).split())[:500] or type(error).__name__)
+        return replace(record, state="failed", reason=_reason(error))
 
 
 def _measure_and_train(
@@ -102,15 +102,34 @@ def _measure_and_train(
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
-    score = bench.evaluator.score(candidate, train_seed(bench), watch=Watching(listener, stop))
+    score = bench.rungs[0].score(candidate, train_seed(bench), watch=Watching(listener, stop))
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
     )
 
 
+def promote(bench: Bench, record: Record, listener: Listener, stop: Callable[[], bool]) -> Record:
+    """The record with its score on the rung above its own, or with the reason why it has none.
+
+    Raises:
+        StopAsked: the user asked for an end.
+    """
+    recipe = Recipe.model_validate(record.recipe)
+    evaluator = bench.rungs[record.reached + 1]
+    try:
+        score = evaluator.score(build(bench, recipe), train_seed(bench), watch=Watching(listener, stop))
+    except (AttnSurgeryError, RuntimeError, ValueError) as error:
+        return replace(record, halted=_reason(error))
+    return replace(record, promotions=(*record.promotions, Promotion.of(score)))
+
+
 def train_seed(bench: Bench) -> int:
     """One for all trials: every candidate sees the same images in the same order, so differences are its own."""
     return seed_of(bench.config.seed, "train")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def _again(record: Record, earlier: Record) -> Record:
@@ -120,6 +139,7 @@ def _again(record: Record, earlier: Record) -> Record:
         number=record.number,
         state="duplicate",
         assignment=record.assignment,
+        promotions=(),
         seconds=0.0,
         duplicate_of=earlier.number,
     )

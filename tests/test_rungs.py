@@ -1,0 +1,229 @@
+"""Rungs of fidelity: who is promoted, what is told to the study, and that nothing of it is lost or done twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import attnsurgery.search.study as study_module
+from attnsurgery.errors import SearchError, UnknownNameError, UsageError
+from attnsurgery.evaluate.blocks_only import BlocksOnly
+from attnsurgery.evaluate.finetune import FineTune
+from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
+from attnsurgery.search.preview import preview
+from attnsurgery.search.record import Promotion, best, front
+from attnsurgery.search.rungs import Rung, next_promotion, places_on, rungs_of
+
+SPACE = """
+version: 1
+name: small
+decisions:
+  - at: "stage:* branches"
+    choices:
+      - block: se
+        options: {reduction: [4, 16]}
+"""
+
+
+def candidate(number: int, *scores: float, ms: float = 1.0, halted: str | None = None) -> Record:
+    higher = tuple(Promotion(score, 0.0, 0.0, 1) for score in scores[1:])
+    timing = Timing(ms, ms, ms, 1.0)
+    return Record(number, "trained", top1=scores[0], promotions=higher, timing=timing, halted=halted)
+
+
+def climbed(records: list[Record], rungs: int, halving: int, scores: dict[int, float]) -> list[int]:
+    """Who is promoted, in order, where each gets its score on every higher rung."""
+    order = []
+    while (who := next_promotion(records, rungs, halving)) is not None:
+        order.append(who.number)
+        risen = replace(who, promotions=(*who.promotions, Promotion(scores[who.number], 0.0, 0.0, 1)))
+        records = [risen if record.number == who.number else record for record in records]
+        assert len(order) < 100
+    return order
+
+
+def test_rungs_hold_a_third_each_and_never_none() -> None:
+    assert places_on(3, 64, 3) == [64, 22, 8]
+    assert places_on(3, 2, 3) == [2, 1, 1]
+    assert places_on(1, 5, 2) == [5]
+
+
+def test_the_best_of_a_rung_go_on_and_the_best_of_those_again() -> None:
+    records = [candidate(number, 0.1 * number) for number in range(9)]
+    scores = {8: 0.1, 7: 0.3, 6: 0.2}
+    assert climbed(records, 3, 3, scores) == [8, 7, 6, 7]
+
+
+def test_equals_are_promoted_in_the_order_they_were_asked_in() -> None:
+    assert climbed([candidate(number, 0.5) for number in range(4)], 2, 2, dict.fromkeys(range(4), 0.5)) == [0, 1]
+
+
+def test_who_cannot_be_trained_leaves_its_place_to_the_next() -> None:
+    records = [candidate(0, 0.9, halted="out of memory"), candidate(1, 0.8), candidate(2, 0.7)]
+    assert climbed(records, 2, 3, {1: 0.5}) == [1]
+    stuck = [candidate(number, 0.5, halted="out of memory") for number in range(3)]
+    assert climbed(stuck, 2, 3, {}) == []
+
+
+def test_only_trained_candidates_are_promoted() -> None:
+    records = [replace(candidate(0, 0.9), state="duplicate"), candidate(1, 0.1)]
+    assert climbed(records, 2, 3, {1: 0.2}) == [1]
+
+
+def test_more_trials_later_promote_more_and_nobody_twice() -> None:
+    done = [candidate(0, 0.9, 0.5), candidate(1, 0.1), candidate(2, 0.2)]
+    assert climbed(done, 2, 3, {}) == []
+    assert climbed([*done, candidate(3, 0.95)], 2, 3, {3: 0.4}) == [3]
+
+
+def test_the_highest_rung_decides_and_rungs_are_never_compared() -> None:
+    records = [candidate(0, 0.99), candidate(1, 0.5, 0.6, ms=2.0), candidate(2, 0.6, 0.5, ms=1.5), candidate(3, 0.7)]
+    winner = best(records)
+    assert winner is not None
+    assert winner.number == 1
+    assert [record.number for record in front(records)] == [2, 1]
+
+
+@pytest.mark.parametrize("text", ["blocks", "blocks:0", "blocks:x", "blocks:", "blocks:-1"])
+def test_a_rung_that_does_not_read_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="no evaluator with epochs"):
+        Rung.read(text)
+
+
+def test_an_evaluator_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(UnknownNameError, match=r"block.*blocks"):
+        rungs_of(SearchConfig(budget_ms=1.0, rungs="block:1"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, one_thread: None) -> SearchConfig:
+    for label, level in (("dark", 0), ("light", 160)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(20):
+            pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{index}.png")
+    (tmp_path / "small.yaml").write_text(SPACE)
+    return SearchConfig(
+        budget_ms=100.0,
+        space=str(tmp_path / "small.yaml"),
+        data=str(tmp_path / "images"),
+        trials=4,
+        epochs=1,
+        base_epochs=1,
+        train_batch_size=8,
+        rungs="blocks:1",
+        confirm_seeds=1,
+        input_size=32,
+        latency="fixed",
+        output=str(tmp_path / "run"),
+    )
+
+
+class Counting(Listener):
+    def __init__(self) -> None:
+        self.promotions: list[int] = []
+
+    def promoted(self, record: Record, rungs: int) -> None:
+        self.promotions.append(record.number)
+
+
+def climbers(outcome: Outcome) -> dict[int, tuple[float | None, float | None]]:
+    return {r.number: (r.top1, r.final_top1) for r in outcome.records if r.reached}
+
+
+def test_all_are_trained_on_the_lowest_rung_and_the_best_two_of_four_on_the_top(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for evaluator in (BlocksOnly, FineTune):
+        score = evaluator.score
+
+        def counted(self, *given, _score=score, **named):  # type: ignore[no-untyped-def]
+            calls.append(type(self).__name__)
+            return _score(self, *given, **named)
+
+        monkeypatch.setattr(evaluator, "score", counted)
+    heard = Counting()
+    outcome = run(config, heard)
+    assert calls[:2] == ["BlocksOnly", "FineTune"], "the base is scored on each rung"
+    assert calls[2:] == ["BlocksOnly"] * 4 + ["FineTune"] * (2 + 2), "four trials, two promotions, winner and base"
+    assert sorted(heard.promotions) == sorted(climbers(outcome))
+    assert len(heard.promotions) == 2
+    assert outcome.best is not None
+    assert outcome.best.reached == 1
+    told = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
+    assert told == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
+
+
+def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]
+    import optuna
+
+    storage = f"sqlite:///{Path(config.output) / 'study.db'}"
+    return optuna.load_study(study_name=None, storage=storage).get_trials()
+
+
+def test_an_interrupted_ladder_goes_on_without_training_anything_twice(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(config.model_copy(update={"output": str(tmp_path / "whole")}))
+
+    class Dying(Listener):
+        def promoted(self, record: Record, rungs: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Dying())
+    heard = Counting()
+    outcome = run(config, heard)
+    assert len(heard.promotions) == 1, "the first was kept"
+    assert climbers(outcome) == climbers(whole)
+
+
+def test_a_promotion_that_only_the_journal_holds_is_not_lost(config: SearchConfig) -> None:
+    class Torn(study_module.Store):
+        def promote(self, record: Record) -> None:
+            self.journal.append(record.as_dict())
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "Store", Torn)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    heard = Counting()
+    outcome = run(config, heard)
+    assert len(heard.promotions) == 1
+    assert len(climbers(outcome)) == 2
+
+
+def test_a_promotion_that_fails_says_why_and_the_next_takes_its_place(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = FineTune.score
+    calls: list[int] = []
+
+    def fails_once(self, *given, **named):  # type: ignore[no-untyped-def]
+        calls.append(0)
+        if len(calls) == 2:  # the first is the base's
+            raise SearchError("training went out of the numbers")
+        return score(self, *given, **named)
+
+    monkeypatch.setattr(FineTune, "score", fails_once)
+    outcome = run(config)
+    halted = [record for record in outcome.records if record.halted]
+    assert len(halted) == 1
+    assert "out of the numbers" in str(halted[0].halted)
+    assert not halted[0].reached
+    assert len(climbers(outcome)) == 2
+    lines = [json.loads(line) for line in (Path(config.output) / "trials.jsonl").read_text().splitlines()]
+    assert sum(bool(line["halted"]) for line in lines) == 1
+
+
+def test_a_preview_counts_every_rung(config: SearchConfig) -> None:
+    foretold = preview(config)
+    assert [(how, count) for how, count, _ in foretold.rungs] == [("blocks, 1 epoch", 4), ("finetune, 1 epoch", 2)]
+    assert foretold.seconds > sum(count * seconds for _, count, seconds in foretold.rungs)
