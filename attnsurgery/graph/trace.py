@@ -131,7 +131,7 @@ def _watching(cls: Any) -> type[nn.Module]:
         self.__dict__["asked"] = True
         return bool(self.__dict__["mode"])
 
-    return type(cls.__name__, (cls,), {"training": property(read)})
+    return type(cls.__name__, (cls,), {"training": property(read), "__module__": cls.__module__})
 
 
 def same(one: fx.Graph, other: fx.Graph) -> bool:
