@@ -74,6 +74,8 @@ class Record:
     reason: str | None = None
     """Why it failed, or what it costs that is over a budget."""
     duplicate_of: int | None = None
+    drawn: bool = False
+    """True if it was drawn uniformly at random, and nothing that was learned had a say in it."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal record."""
@@ -119,7 +121,7 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """Of those trained on the highest rung that any is on: the highest accuracy, the lowest latency, the lowest loss."""
+    """Of those on the highest rung that any is on: the highest accuracy, the lowest latency, the lowest loss."""
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 

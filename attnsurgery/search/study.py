@@ -135,7 +135,7 @@ class _Search:
         known = {digest: record for digest, record in seen.items() if digest is not None}
         foretold = self.foreteller.over(assignment)
         record = run_trial(self.bench, number, assignment, known, self.reference, foretold, self.listener, self.stop)
-        self.store.finish(record)
+        record = self.store.finish(record)
         self.foreteller.keep(record, self.bench.shelf)
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
