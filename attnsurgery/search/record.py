@@ -121,7 +121,7 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def best(records: Iterable[Record]) -> Record | None:
-    """Of those on the highest rung that any is on: the highest accuracy, the lowest latency, the lowest loss."""
+    """Of those on the highest rung that any is on: the highest accuracy, then the lowest latency, then the loss."""
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 
