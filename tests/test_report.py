@@ -265,21 +265,21 @@ def test_rungs_are_shown_where_somebody_was_promoted_and_only_there(tmp_path: Pa
     section = rungs.section(outcome(tmp_path, [promoted(n, *pair) for n, pair in enumerate(scores)]))
     assert section is not None
     assert len(section.figures) == 1
-    assert "Rung 0 to rung 1: tau-b 0.80, 5 candidates." in section.below
+    assert "Rung 1 to rung 2: tau-b 0.80, 5 candidates." in section.below
     few = rungs.section(
         outcome(tmp_path, [promoted(0, 0.8, 0.9, 0.91), *map(promoted, (1, 2), (0.7, 0.6), (0.8, 0.7))])
     )
     assert few is not None
     assert len(few.figures) == 2
     assert "tau-b 1.00, 3 candidates, which is too few to mean much" in few.below
-    assert "Rung 1 to rung 2: tau-b undefined, 1 candidate, which is too few" in few.below
+    assert "Rung 2 to rung 3: tau-b undefined, 1 candidate, which is too few" in few.below
 
 
 def test_the_front_is_of_the_highest_rung_and_the_base_is_held_against_its_equal(tmp_path: Path) -> None:
     made = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
     assert [record.number for record in made.front] == [0]
     words = Page(render(made)).words
-    assert "the base was not trained that long; on rung 0, which both were on, 80.00 % against its 80.00 %" in words
+    assert "the base was not trained that long; on rung 1, which both were on, 80.00 % against its 80.00 %" in words
     assert "others are drawn fainter" in words
     higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
     assert "the base trained equally long: 83.00 %" in Page(render(replace(made, base=higher))).words
@@ -634,7 +634,7 @@ def test_the_front_is_a_table_with_its_rung(tmp_path: Path) -> None:
     made.write()
     with (tmp_path / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "1")]
+    assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "2")]
 
 
 # A browser

@@ -138,5 +138,5 @@ def _csv(records: list[Record]) -> str:
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
         numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.final_top1 or 0.0)]
-        writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached])
+        writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached + 1])
     return text.getvalue()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import ms, percent
+from attnsurgery.search.report.words import called, ms, percent
 
 if TYPE_CHECKING:
     from attnsurgery.search.control import Control
@@ -109,7 +109,7 @@ def _against(best: Record, base: Record) -> str:
     if rung == best.reached:
         return f"the base trained equally long: {percent(base.top1_on(rung))}"
     return (
-        f"the base was not trained that long; on rung {rung}, which both were on, {percent(best.top1_on(rung))} "
+        f"the base was not trained that long; on {called(rung)}, which both were on, {percent(best.top1_on(rung))} "
         f"against its {percent(base.top1_on(rung))}"
     )
 

@@ -14,7 +14,7 @@ from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
 from attnsurgery.search.report.figures import chart, hover, source, spread
 from attnsurgery.search.report.numbers import without_outliers
 from attnsurgery.search.report.section import Mark, Section
-from attnsurgery.search.report.words import counted
+from attnsurgery.search.report.words import called, counted
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -133,7 +133,7 @@ def _draw_budget(made: figure, budget: float) -> None:
 
 def _key(outcome: Outcome, groups: _Groups) -> tuple[Mark, ...]:
     """The marks that there are."""
-    highest = f"trained, rung {outcome.top_rung}" if groups.lower else "trained"
+    highest = f"trained, {called(outcome.top_rung)}" if groups.lower else "trained"
     marks = [
         (Mark("■", INK, "base"), [outcome.base]),
         (Mark("●", BLUE, highest), groups.top),

@@ -13,7 +13,7 @@ from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.figures import chart, hover, source, spread
 from attnsurgery.search.report.numbers import kendall_tau_b
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import counted
+from attnsurgery.search.report.words import called, counted
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -44,8 +44,8 @@ def section(outcome: Outcome) -> Section | None:
 def _scatter(rung: int, records: Sequence[Record]) -> figure:
     lower, higher = _scores(rung, records), _scores(rung + 1, records)
     made = chart(
-        f"validation top-1, %, rung {rung}",
-        f"rung {rung + 1}",
+        f"validation top-1, %, {called(rung)}",
+        called(rung + 1),
         340,
         x_range=spread(lower, 0.1),
         y_range=spread(higher, 0.1),
@@ -63,7 +63,7 @@ def _tau(rung: int, records: Sequence[Record]) -> str:
 
 def _words(rung: int, records: Sequence[Record]) -> str:
     few = ", which is too few to mean much" if len(records) < _FEW else ""
-    return f"Rung {rung} to rung {rung + 1}: {_tau(rung, records)}{few}."
+    return f"{called(rung).capitalize()} to {called(rung + 1)}: {_tau(rung, records)}{few}."
 
 
 def _scores(rung: int, records: Sequence[Record]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import STATES, ms, percent
+from attnsurgery.search.report.words import STATES, called, ms, percent
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -24,7 +24,7 @@ def section(outcome: Outcome) -> Section:
 
 def _table(outcome: Outcome) -> str:
     rungs = outcome.top_rung
-    scores = ["val top-1", *(f"rung {rung}" for rung in range(1, rungs + 1))]
+    scores = [f"val top-1<br>{called(rung)}" for rung in range(rungs + 1)] if rungs else ["val top-1"]
     numbers = [f'<th class="n">{words}</th>' for words in ("latency, ms", *scores, "parameters")]
     head = f'<tr><th class="n">trial</th><th>blocks</th>{"".join(numbers)}<th>outcome</th></tr>'
     rows = [_row(outcome.base, "base", "", rungs)]

@@ -42,6 +42,11 @@ def who(record: Record) -> str:
     return "the base" if record.number < 0 else f"trial {record.number}"
 
 
+def called(rung: int) -> str:
+    """What a rung is called: people count from 1, the lowest."""
+    return f"rung {rung + 1}"
+
+
 def duration(seconds: float) -> str:
     """'42 s', '12 min', '3.5 h'."""
     if seconds < 100:
