@@ -8,12 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import optuna
 import pytest
 import timm
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 import attnsurgery.search.trial as trial_module
@@ -27,6 +25,7 @@ from attnsurgery.search.confirm import judge, sign_test
 from attnsurgery.search.files import Journal, locked, write_whole
 from attnsurgery.search.record import best, front
 from attnsurgery.search.store import Store, without_password
+from tests._searches import write_images
 
 SPACE = """
 version: 1
@@ -44,13 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    for label, level in (("dark", 0), ("light", 160)):
-        (root / label).mkdir()
-        for index in range(20):
-            pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
-            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{index}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +114,7 @@ class StopAfter:
 
 def test_a_search_trains_as_many_candidates_as_were_asked_for(finished: Outcome) -> None:
     assert finished.trained == 4
-    assert finished.candidates == 80
+    assert finished.about.candidates == 80
     assert not finished.interrupted
     assert len({record.digest for record in finished.records if record.state == "trained"}) == 4
     assert finished.best in finished.front
@@ -271,7 +264,7 @@ def test_a_candidate_is_never_trained_twice_and_a_small_space_ends(config: Searc
     space = tmp_path / "one.yaml"
     space.write_text(SPACE.replace("stage:* branches", "stage:2 branches"))
     outcome = run(change(config, space=str(space), trials=9))
-    assert outcome.candidates == 2
+    assert outcome.about.candidates == 2
     digests = [record.digest for record in outcome.records if record.state == "trained"]
     assert len(digests) == len(set(digests)) == 2
 
@@ -365,17 +358,13 @@ def test_the_artefacts_say_what_was_found(finished: Outcome) -> None:
     assert differences([Record.from_dict(line) for line in lines], finished.records) == ""
 
 
-def test_the_report_is_one_offline_file_with_picture_table_and_command(finished: Outcome) -> None:
+def test_the_report_has_the_verdict_every_trial_and_the_command(finished: Outcome) -> None:
     page = (finished.folder / "report.html").read_text()
     assert finished.confirmation is not None
-    assert "http" not in page
-    assert "<script" not in page
-    assert page.count("<circle") >= finished.trained
     assert all(f'<td class="n">{record.number}</td>' in page for record in finished.records)
-    assert finished.conditions in page
+    assert finished.about.conditions in page
     assert "attnsurgery search test_resnet --budget-ms 100.0" in page
     assert f"{100 * finished.confirmation.winner_top1:.2f} %" in page
-    assert len(page) < 100_000
 
 
 def test_the_winner_is_a_directory_that_timm_builds_again(finished: Outcome) -> None:

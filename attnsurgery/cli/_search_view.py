@@ -155,15 +155,19 @@ def print_outcome(outcome: Outcome) -> None:
         over = "" if budget is None or again.ms <= budget else f": over the budget of {budget:g} ms"
         lines += [
             f"verdict    {outcome.confirmation.sentence()}",
-            f"again      {_ms(again)}{over}, measured after the search ({outcome.conditions})",
+            f"again      {_ms(again)}{over}, measured after the search ({outcome.about.conditions})",
         ]
-    lines += [
-        f"recipe     {outcome.folder / 'best.yaml'}",
-        f"report     {outcome.folder / 'report.html'}",
-    ]
-    if outcome.confirmation:
-        lines.append(f"build it   timm.create_model('local-dir:{outcome.folder / 'best'}', pretrained=True)")
-    print_lines(lines)
+    print_lines([*lines, *files_of(outcome)])
+
+
+def files_of(outcome: Outcome) -> list[str]:
+    """Where everything is, a line each."""
+    folder = outcome.folder
+    lines = [f"recipe     {folder / 'best.yaml'}"] if outcome.best else []
+    lines.append(f"report     {folder / 'report.html'}")
+    if outcome.confirmation and (folder / "best").is_dir():
+        lines.append(f"build it   timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
+    return lines
 
 
 def print_preview(preview: Preview, config: SearchConfig) -> None:
@@ -210,10 +214,10 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
         "confirmation": outcome.confirmation.as_dict() if outcome.confirmation else None,
         "trained": outcome.trained,
         "counts": dict(outcome.counts),
-        "candidates": outcome.candidates,
+        "candidates": outcome.about.candidates,
         "interrupted": outcome.interrupted,
-        "conditions": outcome.conditions,
-        "versions": outcome.versions,
+        "conditions": outcome.about.conditions,
+        "versions": dict(outcome.about.versions),
         "config": outcome.config.model_dump(exclude={"storage"}),
         "files": {
             name: str(folder / name) for name in ("best.yaml", "front.csv", "report.html", "trials.jsonl", "best")

@@ -29,5 +29,7 @@ class Nsga2Sampler(optuna.samplers.NSGAIISampler):
 class RandomSampler(optuna.samplers.RandomSampler):
     """Every place by itself, uniformly."""
 
+    draws_uniformly = True
+
     def __init__(self, places: Places, seed: int, base_score: float | None = None) -> None:
         super().__init__(seed=seed)

@@ -78,16 +78,21 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) 
     Raises:
         SearchError: lists what differs, as it was and as it is now.
     """
-    changed = [
-        f"{key}: was {_short(before.get(key))}, is now {_short(now.get(key))}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    changed = [f"{key}: was {was}, is now {now}" for key, (was, now) in differences(before, now).items()]
     if changed:
         raise SearchError(
             f"{run_dir} holds a search that differs from this one, and trials of both cannot be compared. "
             f"{'; '.join(changed)}. Repeat the first command to go on with it, or give this one another --output."
         )
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings in which two searches differ, with the short form of both values."""
+    return {
+        key: (_short(one.get(key)), _short(other.get(key)))
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    }
 
 
 def _short(value: object) -> str:

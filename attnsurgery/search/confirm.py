@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class Confirmation:
     verdict: Verdict
     timing: Timing
     """Measured again, after everything else."""
+    looks: int = field(default=1, compare=False)
+    """How often this search has looked at the test images by now: each look after the first is a chance more."""
 
     def sentence(self) -> str:
         """The result for people, with its numbers."""
@@ -66,6 +68,10 @@ class Confirmation:
             "no significant difference": "No significant difference on images that the search never saw",
         }
         return f"{words[self.verdict]}: {numbers}."
+
+    def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
+        """The same, counted as one look more than an earlier confirmation of the same search."""
+        return replace(self, looks=1 + (earlier.get("looks", 1) if earlier else 0))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal confirmation."""

@@ -4,43 +4,53 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
+from attnsurgery.search.about import About
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
+from attnsurgery.search.control import Control
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.record import Record, best, front, trained
-from attnsurgery.search.report import Report, render
+from attnsurgery.search.report import render
+
+_SELDOM_S = 10.0
+"""A report takes some 0.4 s to make, pictures and all."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A search, finished or interrupted."""
+    """A search, finished or not."""
 
     config: SearchConfig
     folder: Path
-    conditions: str
-    data: str
-    candidates: int
+    about: About
     base: Record
     records: list[Record]
     confirmation: Confirmation | None
+    """The last word; None before it was said."""
     interrupted: bool
-    command: str
-    budgets: Budgets
-    versions: dict[str, str]
+    seconds: float | None = None
+    """On the clock, over all runs, from measuring the base on."""
 
-    @property
+    @cached_property
+    def budgets(self) -> Budgets:
+        return Budgets.of(self.config)
+
+    @cached_property
     def best(self) -> Record | None:
         return best(self.records)
 
-    @property
+    @cached_property
     def front(self) -> list[Record]:
         return front(self.records)
 
@@ -49,12 +59,26 @@ class Outcome:
         return len(trained(self.records))
 
     @property
+    def drawn(self) -> list[Record]:
+        """The trained candidates that were drawn uniformly at random."""
+        return [record for record in trained(self.records) if record.drawn]
+
+    @property
+    def top_rung(self) -> int:
+        """The highest rung of fidelity that any candidate was on."""
+        return self.best.reached if self.best else 0
+
+    @property
     def counts(self) -> Counter[str]:
         """How many trials ended in which state."""
         return Counter(record.state for record in self.records)
 
-    def write(self) -> None:
+    def write(self, control: Control | None = None, *, seldom: bool = False) -> None:
         """Write every artefact, each as a whole or not at all.
+
+        Args:
+            control: a random search, for the report.
+            seldom: leave a report that is only seconds old; for a search whose trials take no longer than its report.
 
         Raises:
             SearchError: the disk is full or not writable.
@@ -62,7 +86,9 @@ class Outcome:
         write_whole(self.folder / "front.csv", _csv(self.front))
         if self.best and self.best.recipe:
             write_whole(self.folder / "best.yaml", dumps(Recipe.model_validate(self.best.recipe)))
-        write_whole(self.folder / "report.html", render(self._report()))
+        report = self.folder / "report.html"
+        if not (seldom and _age(report) < _SELDOM_S):
+            write_whole(report, render(self, control))
 
     def check_feasible(self) -> None:
         """Refuse to call a search done that found nothing.
@@ -78,32 +104,21 @@ class Outcome:
         listed = "; ".join(f"{_costs(record)} {record.what()}" for record in fastest)
         failed = [record.reason for record in self.records if record.state == "failed" and record.reason]
         raise NothingFeasibleError(
-            f"no candidate fits {budget} ({self.conditions}). "
+            f"no candidate fits {budget} ({self.about.conditions}). "
             + f"The base alone takes {_costs(self.base)}. "
             + (f"The fastest of {len(measured)} measured: {listed}. " if listed else "None could be measured. ")
             + (f"{len(failed)} failed, the last because: {failed[-1]} " if failed else "")
             + "Raise the budget, choose a smaller or faster MODEL, or a --space with cheaper blocks."
         )
 
-    def _report(self) -> Report:
-        return Report(
-            title=f"{self.config.base}, {self.config.space}, {self.budgets.describe()}",
-            budgets=self.budgets.describe(),
-            budget_ms=self.config.budget_ms,
-            wanted=self.config.trials,
-            conditions=self.conditions,
-            data=self.data,
-            candidates=self.candidates,
-            base=self.base,
-            records=self.records,
-            best=self.best,
-            front=self.front,
-            verdict=self.confirmation.sentence() if self.confirmation else None,
-            confirmed=self.confirmation.timing if self.confirmation else None,
-            interrupted=self.interrupted,
-            command=self.command,
-            versions=self.versions,
-        )
+
+def _age(path: Path) -> float:
+    """Seconds since it was written; infinite if it never was, or by another clock."""
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    return age if age >= 0 else math.inf
 
 
 def _costs(record: Record) -> str:
@@ -116,12 +131,12 @@ def _csv(records: list[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["trial", "recipe", "latency_ms", "latency_low_ms", "latency_high_ms", "val_top1", "parameters", "macs"]
+        ["trial", "recipe", "latency_ms", "latency_low_ms", "latency_high_ms", "val_top1", "parameters", "macs", "rung"]
     )
     for record in records:
         assert record.timing is not None
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
         numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.final_top1 or 0.0)]
-        writer.writerow([record.number, name, *numbers, record.parameters, record.macs])
+        writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached + 1])
     return text.getvalue()

@@ -81,6 +81,8 @@ class Record:
     reason: str | None = None
     """Why it failed, or what it costs that is over a budget."""
     duplicate_of: int | None = None
+    drawn: bool = False
+    """True if it was drawn uniformly at random, and nothing that was learned had a say in it."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal record."""

@@ -7,8 +7,10 @@ search that was interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.errors import SearchError, UsageError
@@ -59,10 +62,13 @@ class Store:
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
         self._budgets = budgets
-        with _storage_errors(url):
-            self._study = optuna.create_study(
-                storage=url, study_name=folder.resolve().name, direction="maximize", load_if_exists=True
-            )
+        self._drawn: set[int] = set()
+        with storage_errors(url):
+            kept = optuna.storages.get_storage(url)
+            # a folder's own database holds its study, whatever the folder was called when that began
+            name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
+            self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
+        self._began, self._before = time.monotonic(), float(self.fixed("seconds") or 0.0)
         self._distributions: dict[str, BaseDistribution] = {
             variable.name: CategoricalDistribution(tuple(variable.choices)) for variable in space.variables
         }
@@ -74,6 +80,11 @@ class Store:
     def fix(self, key: str, value: Any) -> None:
         """Keep data of the whole search."""
         self._study.set_user_attr(key, value)
+
+    def end(self, interrupted: bool) -> None:
+        """Note that this run has come to its end, and not merely died."""
+        self._note_time()
+        self.fix("ended", "interrupted" if interrupted else "finished")
 
     def recover(self) -> None:
         """Settle what a dead process left running: what had its result gets it, the rest is asked for again."""
@@ -91,13 +102,7 @@ class Store:
 
     def records(self) -> list[Record]:
         """Every finished trial, in order."""
-        trials = self._study.get_trials(deepcopy=False)
-        promoted = self._study.user_attrs
-        return [
-            Record.from_dict(promoted.get(_promoted(trial.number), trial.user_attrs["record"]))
-            for trial in trials
-            if "record" in trial.user_attrs
-        ]
+        return records_of(self._study)
 
     def ask(self, records: list[Record], places: Places) -> tuple[int, dict[str, str]]:
         """The next candidate: trial number, and a label for every variable.
@@ -113,17 +118,27 @@ class Store:
         base = (self.fixed("base") or {}).get("record") or {}
         self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base.get("top1"))
         trial = self._study.ask(self._distributions)
+        if getattr(self._sampler, "draws_uniformly", False) or (begins and fresh):
+            self._drawn.add(trial.number)  # and not one drawn when stuck: what is unseen then lacks what was chosen
         return trial.number, {name: str(trial.params[name]) for name in self._distributions}
 
-    def finish(self, record: Record) -> None:
-        """Write the record down, then tell the study; in this order nothing that was finished is lost."""
+    def finish(self, record: Record) -> Record:
+        """Write the record down, then tell the study; in this order nothing that was finished is lost.
+
+        Returns:
+            The record with the one thing that only the store knows: whether it was drawn at random.
+        """
+        record = replace(record, drawn=record.number in self._drawn)
         self.journal.append(record.as_dict())
         self._settle(record.number, record)
+        self._note_time()
+        return record
 
     def promote(self, record: Record) -> None:
         """Write down what became of a trial on a higher rung; the study's trial itself is finished and stays."""
         self.journal.append(record.as_dict())
         self.fix(_promoted(record.number), record.as_dict())
+        self._note_time()
 
     def _settle(self, number: int, record: Record) -> None:
         trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
@@ -141,6 +156,10 @@ class Store:
             self._study.tell(trial, record.top1)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
+
+    def _note_time(self) -> None:
+        """Keep the seconds that this search has taken, over all its runs, without the loading before each of them."""
+        self.fix("seconds", self._before + time.monotonic() - self._began)
 
     def _unseen(self, places: Places, digests: set[str | None], seed: int) -> dict[str, str] | None:
         """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""
@@ -183,8 +202,25 @@ class _Given(BaseSampler):
         return self._assignment[param_name]
 
 
+def records_of(study: optuna.Study) -> list[Record]:
+    """Every finished trial of a study, in order."""
+    later = study.user_attrs
+    return [
+        Record.from_dict(later.get(_promoted(trial.number), trial.user_attrs["record"]))
+        for trial in study.get_trials(deepcopy=False)
+        if "record" in trial.user_attrs
+    ]
+
+
+def study_name(storage: BaseStorage, folder: Path) -> str | None:
+    """The study of a run directory: the one of its name, or the only one there is; None if that does not tell."""
+    names = optuna.get_all_study_names(storage)
+    name = folder.resolve().name
+    return name if name in names else names[0] if len(names) == 1 else None
+
+
 @contextmanager
-def _storage_errors(url: str) -> Iterator[None]:
+def storage_errors(url: str) -> Iterator[None]:
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:

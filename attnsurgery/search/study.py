@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Effort, Latency, LatencyBackend
+from attnsurgery.search.about import remember
 from attnsurgery.search.config import SearchConfig, check_same, fixed_part
 from attnsurgery.search.confirm import Confirmation, confirm
 from attnsurgery.search.files import locked
@@ -81,12 +82,13 @@ class _Search:
         stop: Callable[[], bool],
         command: str,
     ) -> None:
-        self.bench, self.store, self.folder, self.command = bench, store, folder, command
+        self.bench, self.store, self.folder = bench, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
         self._same_search()
         store.recover()
         self.reference, self.base = self._reference()
+        self.about = remember(store, bench, self.reference, command)
         known = store.fixed("latencies")
         if known is None:
             known = Foreteller.kept(bench.shelf)
@@ -107,13 +109,14 @@ class _Search:
                 records = self._trial(records)
                 if records[-1].state == "interrupted":
                     raise StopAsked
-                self._outcome(records, interrupted=False).write()
+                self._outcome(records, interrupted=False).write(seldom=True)
             while (candidate := next_promotion(records, len(self.bench.rungs), self.config.halving)) is not None:
                 records = self._promote(records, candidate)
-                self._outcome(records, interrupted=False).write()
+                self._outcome(records, interrupted=False).write(seldom=True)
             self._confirm(records)
         except StopAsked:
             interrupted = True
+        self.store.end(interrupted)
         outcome = self._outcome(records, interrupted)
         outcome.write()
         return outcome
@@ -139,7 +142,7 @@ class _Search:
         known = {digest: record for digest, record in seen.items() if digest is not None}
         foretold = self.foreteller.over(assignment)
         record = run_trial(self.bench, number, assignment, known, self.reference, foretold, self.listener, self.stop)
-        self.store.finish(record)
+        record = self.store.finish(record)
         self.foreteller.keep(record, self.bench.shelf)
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
@@ -167,7 +170,7 @@ class _Search:
         if kept and all(kept[key] == value for key, value in wanted.items()) and (self.folder / "best").is_dir():
             self.confirmation = Confirmation.from_dict(kept)
             return
-        done = confirm(self.bench, winner, self.reference, self.folder, self.listener, self.stop)
+        done = confirm(self.bench, winner, self.reference, self.folder, self.listener, self.stop).after(kept)
         self.store.fix("confirmation", done.as_dict())
         self.confirmation = done
 
@@ -229,14 +232,10 @@ class _Search:
         return Outcome(
             config=self.config,
             folder=self.folder,
-            conditions=self.bench.backend.conditions.describe(),
-            data=self.bench.data.describe(),
-            candidates=self.bench.space.size(),
+            about=self.about,
             base=self.base,
             records=records,
             confirmation=self.confirmation,
             interrupted=interrupted,
-            command=self.command,
-            budgets=self.bench.budgets,
-            versions=self.reference.versions,
+            seconds=self.store.fixed("seconds"),
         )

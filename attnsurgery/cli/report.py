@@ -1,0 +1,52 @@
+"""`attnsurgery report RUN_DIR`: the report of a search again, from what its directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnsurgery.cli._options import AsJson
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What a search has written, finished or not.")],
+    control: Annotated[
+        Path | None, typer.Option(help="Run directory of the same search with --sampler random, to hold beside it.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL, where the study is not in the directory.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html, front.csv and best.yaml of a run directory again, from what it holds.
+
+    Neither model nor data is needed, and a search that goes on there is not disturbed.
+    """
+    from attnsurgery.cli._console import print_json, print_lines
+    from attnsurgery.cli._search_view import as_data, files_of
+    from attnsurgery.search.control import control_of
+    from attnsurgery.search.saved import read
+
+    saved = read(run_dir, storage)
+    beside = None
+    if control is not None:
+        beside = control_of(saved, read(control, None if (control / "study.db").is_file() else storage))
+    outcome = saved.outcome
+    outcome.write(beside)
+    if as_json:
+        print_json(as_data(outcome))
+        return
+    verdict = outcome.confirmation.sentence() if outcome.confirmation else "none yet"
+    print_lines(
+        [
+            f"trained    {outcome.trained} of {outcome.config.trials}",
+            f"verdict    {verdict}",
+            *files_of(outcome),
+        ]
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command("report")(report)

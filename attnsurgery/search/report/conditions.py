@@ -1,0 +1,58 @@
+"""What the numbers hold for, and the command that makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from attnsurgery.search.report.section import Section
+from attnsurgery.search.report.words import counted
+from attnsurgery.search.rungs import rungs_of
+
+if TYPE_CHECKING:
+    from attnsurgery.search.config import SearchConfig
+    from attnsurgery.search.outcome import Outcome
+
+
+def section(outcome: Outcome) -> Section:
+    """Latency, data, training, versions, command."""
+    about, config = outcome.about, outcome.config
+    rows = {
+        "Latency": f"{about.conditions}; measured alternately with the base and put on the base's scale",
+        "Machine": _listed(about.versions),
+        "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen by validation images, the "
+        "verdict is on test images",
+        "Base": f"{config.base}, {_weights(outcome)} (weights {about.weights})",
+        "Training": f"evaluator {config.evaluator}: {_listed(about.training)}; seed {config.seed}",
+        **({"Rungs": _rungs(config)} if config.rungs else {}),
+        "Search": f"{config.trials} trained candidates wanted within {outcome.budgets.describe()}, sampler "
+        f"{config.sampler}, seed {config.seed}",
+        "Code": "; then ".join(about.code),
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows.items())
+    return Section(
+        "conditions",
+        "Conditions",
+        below=f"<dl>{listed}</dl><p>The command that does this:</p>"
+        f"<pre>{escape(about.command or '(run from Python)')}</pre>",
+    )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _rungs(config: SearchConfig) -> str:
+    """What comes before the training named above, and how many get there."""
+    rungs = "; then ".join(map(str, rungs_of(config)))
+    return f"{rungs}; one candidate in {config.halving} goes on to the next rung, each trains from the base's weights"
+
+
+def _weights(outcome: Outcome) -> str:
+    config = outcome.config
+    if config.pretrained:
+        return "with the weights that timm publishes"
+    if config.checkpoint:
+        return f"with the weights of {config.checkpoint}"
+    return f"trained from scratch for {counted(config.base_epochs, 'epoch')}"

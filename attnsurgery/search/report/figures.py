@@ -1,0 +1,109 @@
+"""What all pictures have in common: paper and colours, marks with their hover, and the way into the page.
+
+The paper is light in dark mode, too: Bokeh draws on a canvas, which no style sheet reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from bokeh.document import Document
+from bokeh.embed import components
+from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, Range1d
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from attnsurgery.search.record import Record
+from attnsurgery.search.report.colours import AXIS, GREY, INK, LINE, PAPER
+from attnsurgery.search.report.words import ms, percent, who
+
+_HOVER = """
+<div style="max-width: 26rem; white-space: normal; font: 13px/1.45 system-ui, sans-serif; color: #1f2430">
+<b>@who</b> &nbsp; @outcome<br>@blocks<br>@latency<br>@score<br>@parameters</div>
+"""
+"""Bokeh puts in values as text, never as HTML."""
+
+
+def chart(x: str, y: str, height: int, **more: Any) -> figure:
+    """An empty picture as wide as the page, with the names of its axes."""
+    tools = "pan,box_zoom,reset,save"
+    made = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        tools=tools,
+        x_axis_label=x,
+        y_axis_label=y,
+        background_fill_color=PAPER,
+        border_fill_color=PAPER,
+        outline_line_color=None,
+        **more,
+    )
+    made.toolbar.logo = None
+    made.toolbar.autohide = True
+    made.grid.grid_line_color = LINE
+    made.axis.axis_label_text_font_style = "normal"
+    made.axis.axis_label_text_color = INK
+    made.axis.major_label_text_color = GREY
+    made.axis.axis_line_color = made.axis.major_tick_line_color = AXIS
+    made.axis.minor_tick_line_color = None
+    made.axis.axis_label_text_font_size = "13px"
+    made.axis.major_label_text_font_size = "12px"
+    return made
+
+
+def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataSource:
+    """Records as the columns that the hover reads, beside those that say where each is drawn."""
+    shown = list(records)
+    words = {
+        "who": [who(record) for record in shown],
+        "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in shown],
+        "blocks": [record.what() for record in shown],
+        "latency": [ms(record.timing) for record in shown],
+        "score": [_scores(record) for record in shown],
+        "parameters": [f"{record.parameters:,} parameters" if record.parameters else "" for record in shown],
+    }
+    return ColumnDataSource({**words, **columns})
+
+
+def _scores(record: Record) -> str:
+    """Validation accuracy on each rung that the candidate was on."""
+    if record.top1 is None:
+        return ""
+    return " → ".join(percent(record.top1_on(rung)) for rung in range(record.reached + 1)) + " on validation"
+
+
+def hover(made: figure, renderers: Sequence[GlyphRenderer]) -> None:
+    """What the pointer tells of a mark that stands for a record."""
+    made.add_tools(HoverTool(renderers=list(renderers), tooltips=_HOVER))
+
+
+def spread(values: Sequence[float], margin: float = 0.06) -> Range1d:
+    """A range that holds the values, and some room."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    room = margin * (high - low or abs(high) * 0.2 or 1.0)
+    return Range1d(low - room, high + room)
+
+
+def plain(text: str) -> str:
+    """The text as it is: what Bokeh would take for a formula is broken up, invisibly."""
+    return text.replace("$$", "$\u200b$").replace("\\", "\\\u200b")
+
+
+def embedded(figures: Mapping[str, figure]) -> tuple[dict[str, str], str]:
+    """Where each picture goes, as HTML, and the script that draws them all there."""
+    if not figures:
+        return {}, ""
+    document = Document()
+    with document.models.freeze():  # once for all, instead of looking for all models again with each picture
+        for made in figures.values():
+            document.add_root(made)
+    script, places = components(dict(figures), wrap_script=False)
+    return places, script
+
+
+@cache
+def library() -> str:
+    """BokehJS, as far as the pictures need it."""
+    return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)

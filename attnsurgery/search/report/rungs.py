@@ -1,0 +1,70 @@
+"""Does a short training foretell a longer one: each two neighbouring rungs against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bokeh.models import Title
+from bokeh.plotting import figure
+
+from attnsurgery.search.record import Record, trained
+from attnsurgery.search.report.colours import BLUE
+from attnsurgery.search.report.figures import chart, hover, source, spread
+from attnsurgery.search.report.numbers import kendall_tau_b
+from attnsurgery.search.report.section import Section
+from attnsurgery.search.report.words import called, counted
+
+if TYPE_CHECKING:
+    from attnsurgery.search.outcome import Outcome
+
+_FEW = 5
+"""Rank correlations of fewer say hardly anything."""
+
+
+def section(outcome: Outcome) -> Section | None:
+    """One scatter for each rung that has another below it; None where no candidate was promoted."""
+    found = trained(outcome.records)
+    both = [[record for record in found if record.reached > rung] for rung in range(outcome.top_rung)]
+    if not both:
+        return None
+    figures = tuple(_scatter(rung, records) for rung, records in enumerate(both))
+    said = " ".join(_words(rung, records) for rung, records in enumerate(both))
+    return Section(
+        "rungs",
+        "Rungs: does a short training foretell a longer one?",
+        figures=figures,
+        below=f"<p>{said}</p>"
+        '<p class="faint">Kendall\'s tau-b is 1 where both rungs order candidates alike, and 0 where they have nothing '
+        "to do with each other. Only promoted candidates are on both: it tells how the lower rung orders the better "
+        "ones among themselves, which is harder than to tell good from bad.</p>",
+    )
+
+
+def _scatter(rung: int, records: Sequence[Record]) -> figure:
+    lower, higher = _scores(rung, records), _scores(rung + 1, records)
+    made = chart(
+        f"validation top-1, %, {called(rung)}",
+        called(rung + 1),
+        340,
+        x_range=spread(lower, 0.1),
+        y_range=spread(higher, 0.1),
+    )
+    made.add_layout(Title(text=_tau(rung, records), text_font_style="normal", text_font_size="13px"), "above")
+    marks = made.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
+    hover(made, [marks])
+    return made
+
+
+def _tau(rung: int, records: Sequence[Record]) -> str:
+    tau = kendall_tau_b(_scores(rung, records), _scores(rung + 1, records))
+    return f"tau-b {'undefined' if tau is None else f'{tau:.2f}'}, {counted(len(records), 'candidate')}"
+
+
+def _words(rung: int, records: Sequence[Record]) -> str:
+    few = ", which is too few to mean much" if len(records) < _FEW else ""
+    return f"{called(rung).capitalize()} to {called(rung + 1)}: {_tau(rung, records)}{few}."
+
+
+def _scores(rung: int, records: Sequence[Record]) -> list[float]:
+    return [100 * (record.top1_on(rung) or 0.0) for record in records]

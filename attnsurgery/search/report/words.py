@@ -1,0 +1,54 @@
+"""How numbers, states and candidates read on the page, in pictures and in text."""
+
+from __future__ import annotations
+
+from attnsurgery.search.record import Record, Timing
+
+STATES = {
+    "trained": "trained",
+    "over_budget": "over budget, not trained",
+    "too_many_blocks": "too many blocks, not built",
+    "duplicate": "seen before, not trained again",
+    "failed": "failed",
+    "interrupted": "interrupted, asked for again",
+}
+
+
+def percent(share: float | None) -> str:
+    """'95.82 %', or '' of nothing."""
+    return "" if share is None else f"{100 * share:.2f} %"
+
+
+def points(share: float) -> str:
+    """A difference of two shares: '+1.20 points'."""
+    return f"{100 * share:+.2f} points"
+
+
+def ms(timing: Timing | None, unit: str = " ms") -> str:
+    """A latency with half its 95 % interval."""
+    if timing is None:
+        return ""
+    half = (timing.high_ms - timing.low_ms) / 2
+    return f"{timing.ms:.3f} ± {half:.3f}{unit}"
+
+
+def counted(count: int, what: str) -> str:
+    """'1 candidate', '2,000 candidates'."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def who(record: Record) -> str:
+    """What a trial is called."""
+    return "the base" if record.number < 0 else f"trial {record.number}"
+
+
+def called(rung: int) -> str:
+    """What a rung is called: people count from 1, the lowest."""
+    return f"rung {rung + 1}"
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '12 min', '3.5 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

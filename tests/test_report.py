@@ -1,0 +1,661 @@
+"""The report: offline, honest, and made from what is in the run directory alone."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import combinations, permutations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from attnsurgery.cli import build_app
+from attnsurgery.cli.search import command_of
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.search import Outcome, Record, SearchConfig, run
+from attnsurgery.search.about import About, Place
+from attnsurgery.search.control import Control, control_of
+from attnsurgery.search.record import Promotion
+from attnsurgery.search.report import checklist, heat_map, pareto, progress, render, rungs
+from attnsurgery.search.report.checklist import Item
+from attnsurgery.search.report.colours import BLUE
+from attnsurgery.search.report.numbers import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
+from attnsurgery.search.saved import Saved, read
+from tests._searches import BASE, LABELS, PLACES, about, outcome, search, timing, trial, write_images
+from tests.test_search import SPACE, small_search
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Page(HTMLParser):
+    """What a browser would read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.scripts: list[str] = []
+        self._in = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "script":
+            self.scripts.append(data)
+        elif self._in != "style":
+            self.words += data
+
+
+def answers(made: Outcome, control: Control | None = None) -> dict[str, Item]:
+    """The items of the checklist, by a word of their question."""
+    items = checklist.checklist(made, control)
+    words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "used once", "several seeds")
+    words = (*words, "luckiest", "planned", "measured, under", "measured again", "random search", "repeated")
+    words = (*words, "blocks matter", "cost", "all trials")
+    found = {word: [item for item in items if word in item.question] for word in words}
+    assert all(len(matching) == 1 for matching in found.values()), found
+    assert len(items) == len(words)
+    return {word: matching[0] for word, matching in found.items()}
+
+
+# The page
+
+
+def test_the_page_is_one_file_that_forbids_itself_any_connection(tmp_path: Path) -> None:
+    text = render(outcome(tmp_path, search(40, rungs=2)))
+    page = Page(text)
+    assert len(text.encode()) < 3e6
+    fetching = {"src", "srcset", "data", "action", "poster", "background"}
+    assert not [tag for tag in page.tags if fetching & set(tag[1])]
+    assert {tag for tag, _ in page.tags} & {"link", "iframe", "img", "object", "embed", "base"} == set()
+    assert all(given["href"].startswith("#") for tag, given in page.tags if given.get("href") is not None)  # type: ignore[union-attr]
+    style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert len(style) == 1
+    assert not re.search(r"url\(|@import", style[0])
+    policy = next(given["content"] for _, given in page.tags if given.get("http-equiv") == "Content-Security-Policy")
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+    assert policy == (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; "
+        "style-src 'unsafe-inline'; img-src data: blob:"
+    )
+
+
+def test_what_came_from_outside_is_shown_as_it_is_and_never_run(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
+    records = [
+        replace(record, assignment={f"{evil}{place}": f"{evil}({label})" for place, label in record.assignment.items()})
+        for record in search(12)
+    ]
+    records = [replace(record, reason=evil, recipe={**(record.recipe or {}), "name": evil}) for record in records]
+    places = [replace(place.spots[0], address=f"{evil}{place.name}") for place in about().places]
+    found = about(command=evil, data=evil, conditions=evil, versions={evil: evil}, code=(evil, evil), fingerprint=evil)
+    found = replace(found, places=tuple(Place(spot.address, (spot,)) for spot in places))
+    made = outcome(tmp_path, records, about=found)
+    made = replace(made, config=made.config.model_copy(update={"base": evil, "sampler": evil, "checkpoint": evil}))
+    page = Page(render(made, Control(tmp_path / evil, search(5))))
+    assert {tag for tag, _ in page.tags} & {"img"} == set()
+    assert len(page.scripts) == 2
+    assert not any(name.startswith("on") for _, given in page.tags for name in given)
+    assert page.words.count("alert(1)") > 40
+
+
+def test_formulas_in_names_are_not_handed_to_a_typesetter(tmp_path: Path) -> None:
+    """Bokeh would fetch one from the net."""
+    section = heat_map.section(outcome(tmp_path, [trial(0, 0.8, 1.6, assignment={"$$a$$": "\\[b\\]"})]))
+    assert section is not None
+    made = section.figures[0]
+    (place,), (label,) = made.y_range.factors, made.x_range.factors
+    assert (place.replace("\u200b", ""), label.replace("\u200b", "")) == ("$$a$$", "\\[b\\]")
+    assert "$$" not in place
+    assert "\\[" not in label
+    assert "\\]" not in label
+
+
+def test_the_words_are_there_without_any_script(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(40, rungs=1))
+    words = Page(render(made)).words
+    assert made.confirmation is not None
+    assert made.best is not None
+    for told in (made.confirmation.sentence(), made.best.what(), "Measured again after the search", "tau-b"):
+        assert told in words
+    assert "Pictures need JavaScript" in words
+
+
+def test_an_interrupted_search_says_so_and_one_that_runs_says_how_far_it_is(tmp_path: Path) -> None:
+    records = search(6)
+    stopped = Page(render(outcome(tmp_path, records, judged=False, interrupted=True))).words
+    assert "Interrupted: the same command goes on from here." in stopped
+    running = Page(render(outcome(tmp_path, records, judged=False))).words
+    trained = sum(record.state == "trained" for record in records)
+    assert f"Not finished: {trained} of 6 wanted candidates are trained" in running
+    done = Page(render(outcome(tmp_path, records))).words
+    assert "Not finished" not in done
+    assert "Interrupted" not in done
+
+
+def test_a_search_without_a_trained_candidate_has_a_page_too(tmp_path: Path) -> None:
+    words = Page(render(outcome(tmp_path, [trial(0, None, 2.5), trial(1, None, 9.0)]))).words
+    assert "No candidate was trained within 2 ms so far" in words
+    assert "2 over budget, not trained" in words
+    assert "Progress" not in words
+    assert "tau-b" not in words
+
+
+def test_without_a_budget_of_latency_the_page_says_which_there_is(tmp_path: Path) -> None:
+    config = SearchConfig(budget_params=400_000, output=str(tmp_path))
+    words = Page(render(outcome(tmp_path, search(6), config=config))).words
+    assert "no budget of latency here, but one of 400 k parameters" in words
+
+
+def test_the_winner_is_drawn_at_its_places(tmp_path: Path) -> None:
+    record = trial(0, 0.9, 1.7, assignment={PLACES[0]: "none", PLACES[5]: LABELS[1], PLACES[9]: LABELS[2]}, blocks=2)
+    text = render(outcome(tmp_path, [record]))
+    stages = re.findall(r'<div class="stage"><h3>(stage \d)</h3>(.*?)(?=<div class="arrow)', text)
+    assert [title for title, _ in stages] == ["stage 1", "stage 2", "stage 3", "stage 4"]
+    third, fourth = stages[2][1], stages[3][1]
+    assert f"<b>se</b><br>reduction=16<br><span>at {PLACES[5]}</span>" in third
+    assert third.count("○") == 3
+    assert f"<b>non_local</b><br>reduction=2, subsample=2<br><span>at {PLACES[9]}</span>" in fourth
+    assert (stages[0][1].count("○"), fourth.count("○")) == (2, 1)
+
+
+# The numbers
+
+
+def test_expected_best_is_the_mean_over_all_subsets() -> None:
+    scores = [0.3, 0.9, 0.5, 0.5, 0.1, 0.7]
+    wanted = [fmean(map(max, combinations(scores, count))) for count in range(1, 7)]
+    assert expected_best(scores) == pytest.approx(wanted)
+    assert expected_best([]) == []
+    many = expected_best(np.random.default_rng(0).random(300).tolist())
+    assert np.isfinite(many).all()
+    assert many == sorted(many)
+
+
+def test_best_so_far_never_falls_and_its_mean_over_orders_is_the_expected_best() -> None:
+    assert best_so_far([0.2, 0.5, 0.4]) == [0.2, 0.5, 0.5]
+    orders = [best_so_far(order) for order in permutations([0.2, 0.5, 0.4, 0.9])]
+    assert np.mean(orders, axis=0).tolist() == pytest.approx(expected_best([0.2, 0.5, 0.4, 0.9]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tau_is_that_of_scipy(seed: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first, second = np.random.default_rng(seed).integers(0, 6, (2, 20)).tolist()
+    assert kendall_tau_b(first, second) == pytest.approx(stats.kendalltau(first, second).statistic)
+
+
+def test_tau_by_hand() -> None:
+    assert kendall_tau_b([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((5 - 1) / 6)
+    assert kendall_tau_b([1, 2, 3], [3, 2, 1]) == -1.0
+    assert kendall_tau_b([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / (2 * 3) ** 0.5)
+    assert kendall_tau_b([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_gains_are_means_over_the_candidates_that_have_the_block_there() -> None:
+    a, b = PLACES[:2]
+    records = [
+        trial(0, 0.82, 1.6, assignment={a: LABELS[0], b: "none"}),
+        trial(1, 0.86, 1.6, assignment={a: LABELS[0], b: LABELS[1]}),
+        trial(2, 0.78, 1.6, assignment={a: LABELS[1], b: LABELS[1]}),
+    ]
+    found = {cell: (fmean(values), len(values)) for cell, values in gains(records, 0.80).items()}
+    assert found == {
+        (a, LABELS[0]): (pytest.approx(0.04), 2),
+        (a, LABELS[1]): (pytest.approx(-0.02), 1),
+        (b, LABELS[1]): (pytest.approx(0.02), 2),
+    }
+
+
+def test_the_map_shows_means_and_counts_in_the_order_of_the_network(tmp_path: Path) -> None:
+    records = [
+        trial(0, 0.82, 1.6, assignment={PLACES[4]: LABELS[0]}),
+        trial(1, 0.86, 1.6, assignment={PLACES[4]: LABELS[0], PLACES[1]: LABELS[1]}),
+        trial(2, None, 2.6, assignment={PLACES[0]: LABELS[1]}),
+    ]
+    section = heat_map.section(outcome(tmp_path, records))
+    assert section is not None
+    made = section.figures[0]
+    assert made.y_range.factors == [PLACES[4], PLACES[1]]  # from the bottom up
+    cells = made.renderers[0].data_source.data
+    shown = dict(zip(zip(cells["place"], cells["label"], strict=True), cells["words"], strict=True))
+    assert shown == {(PLACES[4], LABELS[0]): "+4.0 (2)", (PLACES[1], LABELS[1]): "+6.0 (1)"}
+    mapper = made.renderers[0].glyph.fill_color.transform
+    assert mapper.low == -mapper.high == pytest.approx(-6.0)
+
+
+def test_outliers_do_not_squeeze_a_picture() -> None:
+    assert without_outliers([0.1, *([0.8, 0.81, 0.82, 0.83] * 3)]) == [0.8, 0.81, 0.82, 0.83] * 3
+    assert without_outliers([0.1, 0.8, 0.8, 0.8, 0.8]) == [0.1, 0.8, 0.8, 0.8, 0.8]
+    assert without_outliers([]) == []
+
+
+# Rungs
+
+
+def promoted(number: int, *scores: float) -> Record:
+    higher = tuple(Promotion(score, 0.4, 60.0, 9) for score in scores[1:])
+    return trial(number, scores[0], 1.5 + number / 100, promotions=higher)
+
+
+def test_rungs_are_shown_where_somebody_was_promoted_and_only_there(tmp_path: Path) -> None:
+    assert rungs.section(outcome(tmp_path, search(12))) is None
+    scores = [(0.80, 0.84), (0.81, 0.83), (0.82, 0.85), (0.83, 0.86), (0.84, 0.87)]
+    section = rungs.section(outcome(tmp_path, [promoted(n, *pair) for n, pair in enumerate(scores)]))
+    assert section is not None
+    assert len(section.figures) == 1
+    assert "Rung 1 to rung 2: tau-b 0.80, 5 candidates." in section.below
+    few = rungs.section(
+        outcome(tmp_path, [promoted(0, 0.8, 0.9, 0.91), *map(promoted, (1, 2), (0.7, 0.6), (0.8, 0.7))])
+    )
+    assert few is not None
+    assert len(few.figures) == 2
+    assert "tau-b 1.00, 3 candidates, which is too few to mean much" in few.below
+    assert "Rung 2 to rung 3: tau-b undefined, 1 candidate, which is too few" in few.below
+
+
+def test_the_front_is_of_the_highest_rung_and_the_base_is_held_against_its_equal(tmp_path: Path) -> None:
+    made = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
+    assert [record.number for record in made.front] == [0]
+    words = Page(render(made)).words
+    assert "the base was not trained that long; on rung 1, which both were on, 80.00 % against its 80.00 %" in words
+    assert "others are drawn fainter" in words
+    higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
+    assert "the base trained equally long: 83.00 %" in Page(render(replace(made, base=higher))).words
+
+
+@pytest.mark.parametrize(("reached", "shown"), [(0, 80.0), (1, 83.0)])
+def test_the_base_is_drawn_as_on_the_rung_of_the_front(tmp_path: Path, reached: int, shown: float) -> None:
+    higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
+    records = [promoted(0, 0.81), promoted(1, *(0.82, 0.84)[: reached + 1])]
+    made = pareto.section(outcome(tmp_path, records, base=higher)).figures[0]
+    drawn = [r.data_source.data for r in made.renderers if list(r.data_source.data.get("who", [])) == ["the base"]]
+    assert drawn
+    assert all(list(data["y"]) == pytest.approx([shown]) for data in drawn)
+
+
+# The checklist
+
+
+def test_a_sound_search_is_told_so(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(40))
+    made = replace(made, config=made.config.model_copy(update={"pretrained": True}))
+    found = answers(made, Control(tmp_path, search(60, seed=1)))
+    assert {word for word, item in found.items() if item.answer != "yes"} <= {"repeated", "blocks matter", "luckiest"}
+
+
+@pytest.mark.parametrize(
+    ("word", "changed", "answer"),
+    [
+        ("version", {"about": about(code=("one", "two"))}, "partly"),
+        ("command", {"about": about(command="")}, "partly"),
+        ("as long", {"base": replace(BASE, epochs=1), "confirmation": None}, "no"),
+        ("chosen", {"confirmation": None}, "no"),
+        ("several seeds", {"confirmation": None}, "no"),
+        ("luckiest", {"about": about(images={"train": 10, "validation": 8, "test": 8})}, "no"),
+        ("planned", {"confirmation": None}, "no"),
+        ("measured, under", {"about": about(versions={"latency": "computed, not measured"})}, "no"),
+        ("measured, under", {"about": about(steady=False)}, "partly"),
+        ("measured again", {"confirmation": None}, "no"),
+        ("random search", {"records": [replace(record, drawn=False) for record in search(12)]}, "no"),
+        ("random search", {"records": search(12)}, "partly"),
+        ("repeated", {}, "no"),
+        ("cost", {"seconds": None}, "partly"),
+    ],
+)
+def test_the_checklist_says_no_where_it_has_to(tmp_path: Path, word: str, changed: dict[str, Any], answer: str) -> None:
+    assert answers(replace(outcome(tmp_path, search(12)), **changed))[word].answer == answer
+
+
+def test_a_second_look_at_the_test_images_is_told(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(12))
+    assert made.confirmation is not None
+    once = made.confirmation.as_dict()
+    twice = replace(made, confirmation=made.confirmation.after(once))
+    assert answers(made)["used once"].answer == "yes"
+    found = answers(twice)
+    assert (found["used once"].answer, found["planned"].answer) == ("no", "no")
+    assert "look 2" in found["used once"].fact
+
+
+def test_a_winner_over_its_budget_when_measured_again_is_told(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(12))
+    assert made.confirmation is not None
+    slow = replace(made, confirmation=replace(made.confirmation, timing=timing(2.1)))
+    assert answers(slow)["measured again"].answer == "partly"
+    assert "which is over the budget of 2 ms" in Page(render(slow)).words
+
+
+# The control
+
+
+def test_without_a_control_the_page_says_what_there_is_instead(tmp_path: Path) -> None:
+    def said(records: list[Record]) -> str:
+        section = progress.section(outcome(tmp_path, records), None)
+        assert section is not None
+        return section.below
+
+    chosen = [replace(record, drawn=False) for record in search(12)]
+    assert "There is no random control" in said(chosen)
+    begun = search(12)
+    count = sum(record.drawn and record.state == "trained" for record in begun)
+    assert f"expected best of 1 to {count} of the {count} trained candidates" in said(begun)
+    assert "So far all candidates were drawn at random" in said([record for record in begun if record.drawn])
+
+
+def test_a_control_is_shown_with_its_own_numbers(tmp_path: Path) -> None:
+    control = Control(tmp_path / "other", search(20, seed=3))
+    section = progress.section(outcome(tmp_path, search(12)), control)
+    assert section is not None
+    lines = [list(r.data_source.data["y"]) for r in section.figures[0].renderers if "who" not in r.data_source.data]
+    scores = [100 * (record.top1 or 0.0) for record in control.trained]
+    assert best_so_far(scores) in lines
+    assert expected_best(scores) in lines
+
+
+@pytest.mark.parametrize(
+    ("fixed", "folder", "message"),
+    [
+        ({"sampler": "tpe"}, "other", r"was searched with --sampler tpe, and a control is drawn at random"),
+        ({"epochs": 5}, "other", r"cannot be compared with .*: epochs: 3 here, 5 there"),
+        ({"images": "b"}, "other", r"images: 'a' here, 'b' there.*same --data and --seed"),
+        ({"weights": "b"}, "other", r"--checkpoint .*run/base.safetensors"),
+        ({}, "run", r"is the search itself"),
+    ],
+)
+def test_a_control_that_cannot_be_compared_is_refused(
+    tmp_path: Path, fixed: dict[str, Any], folder: str, message: str
+) -> None:
+    same = {"sampler": "random", "seed": 0, "epochs": 3, "images": "a", "weights": "a"}
+    mine = Saved(outcome(tmp_path / "run", search(5)), {**same, "sampler": "tpe"})
+    other = Saved(outcome(tmp_path / folder, search(5)), {**same, "seed": 7, **fixed})
+    with pytest.raises(UsageError, match=message):
+        control_of(mine, other)
+    fine = Saved(outcome(tmp_path / "other", search(5)), {**same, "seed": 7})
+    assert len(control_of(mine, fine).trained) == sum(record.state == "trained" for record in search(5))
+
+
+# A run directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two searches, one that chooses and its random control."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "small.yaml").write_text(SPACE)
+    (root / "images").mkdir()
+    images = write_images(root / "images")
+    for sampler, trials in (("tpe", 3), ("random", 2)):
+        config = small_search(images, root / "small.yaml", root / sampler)
+        config = config.model_copy(update={"sampler": sampler, "trials": trials})
+        run(config, command=command_of(config))
+    return root
+
+
+@pytest.fixture
+def copied(runs: Path, tmp_path: Path) -> Path:
+    """The first of them, under another name and elsewhere."""
+    return Path(shutil.copytree(runs / "tpe", tmp_path / "moved here"))
+
+
+def report(*words: object) -> Any:
+    return CliRunner().invoke(build_app(), ["report", *map(str, words)])
+
+
+def without_ids(page: str) -> str:
+    """The page's words: pictures have new ids each time."""
+    return Page(page).words
+
+
+def test_what_is_read_back_is_what_was_found(runs: Path) -> None:
+    saved = read(runs / "tpe").outcome
+    assert saved.trained == 3
+    assert saved.confirmation is not None
+    assert not saved.interrupted
+    assert saved.about.images == {"train": 24, "validation": 8, "test": 8}
+    assert [place.name for place in saved.about.places] == list(saved.base.assignment)
+    assert [spot.stage for place in saved.about.places for spot in place.spots] == [1, 2, 3, 4]
+    assert [stage.number for stage in saved.about.stages] == [1, 2, 3, 4]
+    assert About.from_dict(json.loads(json.dumps(saved.about.as_dict()))) == saved.about
+    assert saved.seconds is not None
+    assert all(record.drawn for record in saved.records if record.state == "trained")  # the first eight are
+
+
+def test_a_moved_directory_gives_the_same_report_and_nothing_else_is_touched(copied: Path) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    pages = ("report.html", "front.csv", "best.yaml")
+    for name in pages:
+        (copied / name).unlink()
+    result = report(copied)
+    assert result.exit_code == 0, result.output
+    assert str(copied / "report.html") in result.stdout
+    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert set(after) == set(before)
+    page = copied / "report.html"
+    assert without_ids(after.pop(page).decode()) == without_ids(before.pop(page).decode())
+    assert after == before
+
+
+def test_json_is_the_result_as_data(copied: Path) -> None:
+    data = json.loads(report(copied, "--json").stdout)
+    assert data["trained"] == 3
+    assert data["files"]["report.html"] == str(copied / "report.html")
+
+
+def test_a_directory_that_cannot_be_written_keeps_its_study_as_it_is(copied: Path) -> None:
+    (copied / "study.db").chmod(0o444)
+    assert read(copied).outcome.trained == 3
+    assert sorted(path.name for path in copied.glob("study.db*")) == ["study.db"]
+
+
+def test_a_search_goes_on_while_its_report_is_made(copied: Path) -> None:
+    with sqlite3.connect(copied / "study.db", timeout=0.1) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("UPDATE studies SET study_name = 'other'")
+        assert read(copied).outcome.trained == 3
+        writer.rollback()
+
+
+def test_what_a_dead_writer_left_half_done_is_rolled_back(copied: Path, tmp_path: Path) -> None:
+    dead = tmp_path / "dead"
+    with sqlite3.connect(copied / "study.db") as writer:
+        writer.execute("PRAGMA cache_size = 1")  # so that it has to write before it commits
+        writer.execute("UPDATE study_user_attributes SET value_json = '1' || hex(zeroblob(20000))")
+        shutil.copytree(copied, dead)
+        writer.rollback()
+    assert (dead / "study.db-journal").stat().st_size > 0
+    assert (dead / "study.db").read_bytes() != (copied / "study.db").read_bytes()
+    assert read(dead).outcome.trained == 3
+
+
+def test_an_unfinished_search_has_no_verdict_yet(copied: Path) -> None:
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
+    study.set_user_attr("ended", None)
+    running = read(copied).outcome
+    assert (running.confirmation, running.interrupted) == (None, False)
+    study.set_user_attr("ended", "interrupted")
+    stopped = read(copied).outcome
+    assert (stopped.confirmation, stopped.interrupted) == (None, True)
+    assert report(copied).exit_code == 0
+    assert "Interrupted: the same command goes on" in (copied / "report.html").read_text()
+
+
+def test_each_verdict_of_a_search_is_counted(copied: Path) -> None:
+    first = read(copied).outcome
+    again = run(first.config.model_copy(update={"confirm_seeds": 2}))
+    assert first.confirmation is not None
+    assert again.confirmation is not None
+    assert (first.confirmation.looks, again.confirmation.looks, again.confirmation.seeds) == (1, 2, 2)
+    kept = read(copied).outcome
+    assert kept.confirmation is not None
+    assert kept.confirmation.looks == 2
+    assert kept.seconds is not None
+    assert first.seconds is not None
+    assert kept.seconds > first.seconds
+
+
+def test_the_journal_has_the_last_word(copied: Path) -> None:
+    """A process may have died between writing something down and telling the study."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
+    number = study.ask().number
+    before = read(copied).outcome.records
+    assert len(before) == number
+    higher = replace(before[0], promotions=(Promotion(0.99, 0.1, 1.0, 9),))
+    with (copied / "trials.jsonl").open("a") as file:
+        for record in (trial(number, 0.5, 1.0), higher, trial(number + 1, 0.5, 1.0)):
+            file.write(json.dumps(record.as_dict()) + "\n")
+    after = read(copied).outcome
+    assert [record.number for record in after.records] == list(range(number + 1))  # of one beyond it knows nothing
+    assert after.best == higher
+
+
+def test_a_renamed_directory_is_gone_on_with_in_its_own_study(copied: Path) -> None:
+    config = read(copied).outcome.config
+    again = run(config.model_copy(update={"trials": 3}))
+    assert again.trained == 3
+    assert len(optuna.get_all_study_names(f"sqlite:///{copied / 'study.db'}")) == 1
+    assert again.about.command.startswith("attnsurgery search")  # this run had none
+
+
+def test_the_command_shows_a_control_and_refuses_what_is_none(runs: Path, copied: Path) -> None:
+    result = report(copied, "--control", runs / "random")
+    assert result.exit_code == 0, result.output
+    page = without_ids((copied / "report.html").read_text())
+    assert "The control is another search of the same space, base and data" in page
+    refused = report(runs / "random", "--control", copied)
+    assert refused.exit_code == 2
+    assert "was searched with --sampler tpe" in refused.stderr
+
+
+def test_a_folder_that_is_no_run_directory_is_a_usage_error(tmp_path: Path, runs: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = report(tmp_path / "photos")
+    assert result.exit_code == 2
+    assert "photos is no run directory: it has no study.db" in result.stderr
+    assert list((tmp_path / "photos").iterdir()) == []
+    result = report(runs / "tpf")
+    assert result.exit_code == 2
+    assert "Did you mean 'tpe'?" in result.stderr
+    (tmp_path / "photos" / "trials.jsonl").touch()
+    with pytest.raises(UsageError, match="give --storage"):
+        read(tmp_path / "photos")
+    (tmp_path / "photos" / "study.db").write_text("no database at all, but long enough to be looked at" * 9)
+    with pytest.raises(SearchError, match=r"study.db cannot be read: file is not a database"):
+        read(tmp_path / "photos")
+
+
+def test_a_study_elsewhere_is_found_by_the_name_of_the_folder(copied: Path, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    (copied / "study.db").rename(tmp_path / "elsewhere.db")
+    assert read(copied, storage).outcome.trained == 3  # the only one there
+    optuna.create_study(storage=storage, study_name="another")
+    with pytest.raises(UsageError, match=r"has no study 'moved here'.* there are: another, tpe"):
+        read(copied, storage)
+    assert read(copied.rename(tmp_path / "tpe"), storage).outcome.trained == 3
+
+
+def test_a_study_of_an_older_version_is_told_how_to_get_a_report(copied: Path) -> None:
+    for key, message in (("about", "begun by an older attnsurgery"), ("base", "not come to its first trial")):
+        with sqlite3.connect(copied / "study.db") as database:
+            database.execute("DELETE FROM study_user_attributes WHERE key = ?", (key,))
+        with pytest.raises(SearchError, match=message):
+            read(copied)
+
+
+def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
+    whole = (copied / "trials.jsonl").read_text()
+    with (copied / "trials.jsonl").open("a") as file:
+        file.write(json.dumps({**json.loads(whole.splitlines()[0]), "warp_factor": 9}) + "\n")
+    with pytest.raises(SearchError, match=r"this one cannot read: .*warp_factor.* It was attnsurgery 0"):
+        read(copied)
+    (copied / "trials.jsonl").write_text(whole)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
+    study.set_user_attr("asked", {**study.user_attrs["asked"], "warp_factor": 9})
+    with pytest.raises(SearchError, match=r"this one cannot read: .*warp_factor.* It was attnsurgery 0"):
+        read(copied)
+
+
+def test_candidates_that_were_drawn_are_known_and_those_that_were_chosen_too(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnsurgery.search.store._STARTUP", 1)
+    config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
+    assert [record.drawn for record in run(config).records][:2] == [True, False]
+    blind = config.model_copy(update={"output": str(tmp_path / "blind"), "sampler": "random"})
+    assert all(record.drawn for record in run(blind).records)
+
+
+def test_a_report_that_is_seconds_old_is_left_by_a_search_and_made_again_at_its_end(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    real = Outcome.write
+
+    def counts(self: Outcome, *args: Any, **kwargs: Any) -> None:
+        before = (self.folder / "report.html").stat().st_mtime_ns if (self.folder / "report.html").exists() else 0
+        real(self, *args, **kwargs)
+        written.append((self.folder / "report.html").stat().st_mtime_ns != before)
+
+    monkeypatch.setattr(Outcome, "write", counts)
+    monkeypatch.setattr("attnsurgery.search.outcome._SELDOM_S", 1000.0)
+    config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run")})
+    run(config)
+    assert written == [True, False, False, True]
+    old = (tmp_path / "run" / "report.html").stat().st_mtime - 2000
+    os.utime(tmp_path / "run" / "report.html", (old, old))
+    written.clear()
+    run(config.model_copy(update={"trials": 4}))
+    assert written == [True, True]
+
+
+def test_the_front_is_a_table_with_its_rung(tmp_path: Path) -> None:
+    made = outcome(tmp_path, [promoted(0, 0.80, 0.84)])
+    made.write()
+    with (tmp_path / "front.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "2")]
+
+
+# A browser
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to open the page with")
+def test_a_browser_draws_the_pictures_from_disk_without_a_complaint(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(40, rungs=2))
+    page = tmp_path / "report.html"
+    page.write_text(render(made, Control(tmp_path, search(20, seed=1))))
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,3000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
+    flags += [f"--screenshot={tmp_path / 'shown.png'}"]
+    shown = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
+    assert said == []
+    pixels = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB")).reshape(-1, 3)
+
+    def seen(colour: str) -> int:
+        return int((pixels == [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).all(1).sum())
+
+    # the key is text and has blue signs too, but of a hundred pixels
+    assert seen(heat_map._PALETTE[-1]) > 1000  # the best cell
+    assert seen(BLUE) > 1000  # front and progress
