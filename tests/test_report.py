@@ -298,6 +298,19 @@ def test_the_base_is_drawn_as_on_the_rung_of_the_front(tmp_path: Path, reached: 
 # The checklist
 
 
+def test_who_could_not_be_promoted_says_why(tmp_path: Path) -> None:
+    halted = replace(promoted(0, 0.5), halted="out of <memory>")
+    assert "not promoted: out of &lt;memory&gt;" in render(outcome(tmp_path, [halted]))
+
+
+def test_the_rungs_are_among_the_conditions(tmp_path: Path) -> None:
+    made = outcome(tmp_path, search(3))
+    config = made.config.model_copy(update={"rungs": "blocks:1", "halving": 4})
+    assert "blocks, 1 epoch; then finetune" in render(replace(made, config=config))
+    assert "one candidate in 4" in render(replace(made, config=config))
+    assert "<dt>Rungs</dt>" not in render(made)
+
+
 def test_a_sound_search_is_told_so(tmp_path: Path) -> None:
     made = outcome(tmp_path, search(40))
     made = replace(made, config=made.config.model_copy(update={"pretrained": True}))

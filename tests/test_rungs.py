@@ -6,9 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import attnsurgery.search.study as study_module
 from attnsurgery.errors import SearchError, UnknownNameError, UsageError
@@ -18,16 +16,8 @@ from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, 
 from attnsurgery.search.preview import preview
 from attnsurgery.search.record import Promotion, best, front
 from attnsurgery.search.rungs import Rung, next_promotion, places_on, rungs_of
-
-SPACE = """
-version: 1
-name: small
-decisions:
-  - at: "stage:* branches"
-    choices:
-      - block: se
-        options: {reduction: [4, 16]}
-"""
+from tests._searches import write_images
+from tests.test_search import SPACE, small_search
 
 
 def candidate(number: int, *scores: float, ms: float = 1.0, halted: str | None = None) -> Record:
@@ -102,26 +92,9 @@ def test_an_evaluator_that_does_not_exist_is_refused_with_those_that_do() -> Non
 
 @pytest.fixture
 def config(tmp_path: Path, one_thread: None) -> SearchConfig:
-    for label, level in (("dark", 0), ("light", 160)):
-        (tmp_path / "images" / label).mkdir(parents=True)
-        for index in range(20):
-            pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{index}.png")
     (tmp_path / "small.yaml").write_text(SPACE)
-    return SearchConfig(
-        budget_ms=100.0,
-        space=str(tmp_path / "small.yaml"),
-        data=str(tmp_path / "images"),
-        trials=4,
-        epochs=1,
-        base_epochs=1,
-        train_batch_size=8,
-        rungs="blocks:1",
-        confirm_seeds=1,
-        input_size=32,
-        latency="fixed",
-        output=str(tmp_path / "run"),
-    )
+    images = write_images(tmp_path / "images")
+    return small_search(images, tmp_path / "small.yaml", tmp_path / "run").model_copy(update={"rungs": "blocks:1"})
 
 
 class Counting(Listener):

@@ -42,6 +42,8 @@ def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
         outcome += f" (as {'the base' if record.duplicate_of < 0 else f'trial {record.duplicate_of}'})"
     if record.reason:
         outcome += f": {record.reason}"
+    if record.halted:
+        outcome += f"; not promoted: {record.halted}"
     scores = [percent(record.top1_on(rung)) for rung in range(rungs + 1)]
     parameters = f"{record.parameters:,}" if record.parameters else ""
     numbers = "".join(f'<td class="n">{words}</td>' for words in (ms(record.timing, unit=""), *scores, parameters))
