@@ -22,7 +22,7 @@ PLACES = [f"layer{stage}.{block}.bn2" for stage, block in SITES]
 def write_images(root: Path) -> Path:
     """Two classes that any model learns to tell apart."""
     for label, level in (("dark", 0), ("light", 160)):
-        (root / label).mkdir()
+        (root / label).mkdir(parents=True)
         for index in range(20):
             pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
             Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{index}.png")
