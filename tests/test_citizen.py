@@ -15,13 +15,13 @@ import os
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models import generate_default_cfgs, metaformer, mlp_mixer, register_model
+from timm.models import generate_default_cfgs, hrnet, metaformer, mlp_mixer, register_model
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -121,6 +121,14 @@ def woken(host: str, **kwargs: Any) -> nn.Module:
     model = make(host, host, **kwargs)
     model.load_state_dict(wake(copy.deepcopy(model)).state_dict())
     return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hrnets_as_they_were() -> Iterator[None]:
+    """timm 1.0.20 writes what one hrnet is given into its table of all."""
+    before = copy.deepcopy(hrnet.cfg_cls)
+    yield
+    hrnet.cfg_cls.update(before)
 
 
 @functools.cache
