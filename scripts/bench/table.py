@@ -172,21 +172,33 @@ def run(cifar: Path, name: str, wanted: list[tuple[Picks, int]], part: int, part
             print(f"{number + 1}/{len(todo)} {said}", flush=True)
 
 
-def reliability(rows: list[dict[str, Any]], seeds: int = len(SEEDS)) -> dict[str, float]:
-    """How much of what differs between means over `seeds` is the candidates' (one-way analysis of variance)."""
-    by_picks: dict[Picks, list[float]] = {}
-    for row in rows:
-        by_picks.setdefault(tuple(row["picks"]), []).append(row["val"])
-    groups = [values for values in by_picks.values() if len(values) > 1]
-    within = statistics.mean(statistics.variance(values) for values in groups)
-    means = [statistics.mean(values) for values in groups]
-    between = max(0.0, statistics.variance(means) - within / statistics.mean(len(values) for values in groups))
+def reliability(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How much of what differs between candidates' means over the seeds is the candidates' own.
+
+    Two-way analysis of variance: a seed that moves all candidates alike, by the order of its images, makes no noise
+    between them. Candidates that lack a seed are left out.
+    """
+    values = {(tuple(row["picks"]), row["seed"]): float(row["val"]) for row in rows}
+    seeds = sorted({seed for _, seed in values})
+    table = [
+        [values[picks, seed] for seed in seeds]
+        for picks in dict.fromkeys(picks for picks, _ in values)
+        if all((picks, seed) in values for seed in seeds)
+    ]
+    means = [statistics.mean(row) for row in table]
+    grand = statistics.mean(means)
+    moved = [statistics.mean(column) - grand for column in zip(*table, strict=True)]
+    rest = [
+        value - mean - by for row, mean in zip(table, means, strict=True) for value, by in zip(row, moved, strict=True)
+    ]
+    noise = sum(value * value for value in rest) / ((len(table) - 1) * (len(seeds) - 1))
+    between = max(0.0, statistics.variance(means) - noise / len(seeds))
     return {
-        "candidates": len(groups),
-        "mean": statistics.mean(means),
+        "candidates": len(table),
+        "mean": grand,
         "sd_between": between**0.5,
-        "sd_seeds": within**0.5,
-        "reliability": between / (between + within / seeds) if between else 0.0,
+        "sd_seeds": noise**0.5,
+        "reliability": between / (between + noise / len(seeds)) if between else 0.0,
     }
 
 
