@@ -30,11 +30,11 @@ from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
 from attnsurgery.search.about import About, Place
 from attnsurgery.search.control import Control, control_of
+from attnsurgery.search.numbers import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
 from attnsurgery.search.record import Promotion
 from attnsurgery.search.report import checklist, heat_map, pareto, progress, render, rungs
 from attnsurgery.search.report.checklist import Item
 from attnsurgery.search.report.colours import BLUE
-from attnsurgery.search.report.numbers import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
 from attnsurgery.search.saved import Saved, read
 from tests._searches import BASE, LABELS, PLACES, about, outcome, search, timing, trial, write_images
 from tests.test_search import SPACE, small_search

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -149,6 +150,8 @@ def print_outcome(outcome: Outcome) -> None:
     rows = [_row("base", outcome.base), _row("winner", winner)]
     print_table(["", "latency", "val top-1", "parameters"], rows)
     lines = [f"winner     {winner.what()}"]
+    if outcome.trust:
+        lines.append(f"supernet   {outcome.trust.sentence()}")
     if outcome.confirmation:
         again = outcome.confirmation.timing
         budget = outcome.config.budget_ms
@@ -212,6 +215,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
         "base": outcome.base.as_dict(),
         "front": [record.as_dict() for record in outcome.front],
         "confirmation": outcome.confirmation.as_dict() if outcome.confirmation else None,
+        "supernet": asdict(outcome.trust) if outcome.trust else None,
         "trained": outcome.trained,
         "counts": dict(outcome.counts),
         "candidates": outcome.about.candidates,

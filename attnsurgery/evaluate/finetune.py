@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.optim
@@ -44,13 +44,14 @@ def train(
     settings: TrainSettings,
     seed: int,
     watch: Watch | None = None,
-    forward: Forward | None = None,
+    forward: Forward | Sequence[Forward] | None = None,
 ) -> None:
     """Train `model` in place, what of it requires a gradient; it ends in eval mode.
 
     Args:
         split: to train on.
-        forward: from a batch of the split to logits; by default the model itself.
+        forward: from a batch of the split to logits; by default the model itself. Of several, each is run on every
+            batch, and a step follows the mean of their gradients.
 
     Raises:
         SearchError: the loss is not finite.
@@ -72,8 +73,8 @@ def train(
     with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
-            logits_of = forward or model
-            loss = _epoch(model, logits_of, split, settings, optimizer, schedule, seed, epoch, watch or Watch())
+            forwards = forward if isinstance(forward, Sequence) else [forward or model]
+            loss = _epoch(model, forwards, split, settings, optimizer, schedule, seed, epoch, watch or Watch())
             if watch:
                 watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
     model.eval()
@@ -95,7 +96,7 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
 
 def _epoch(
     model: nn.Module,
-    forward: Forward,
+    forwards: Sequence[Forward],
     split: Split,
     settings: TrainSettings,
     optimizer: torch.optim.Optimizer,
@@ -109,17 +110,18 @@ def _epoch(
     step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
     for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, seed, epoch):
         watch.step()
-        with _autocast(settings):
-            logits_BK = forward(x_BCHW)
-            loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for forward in forwards:
+            with _autocast(settings):
+                logits_BK = forward(x_BCHW)
+                loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
+            (loss / len(forwards)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / len(forwards)
         if settings.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         step, count = step + 1, count + 1
         schedule.step_update(step)
-        total += loss.detach()
     mean = float(total) / max(1, count)  # one synchronisation an epoch
     if not math.isfinite(mean):
         raise SearchError(

@@ -22,6 +22,7 @@ from attnsurgery.search.control import Control
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.record import Record, best, front, trained
 from attnsurgery.search.report import render
+from attnsurgery.search.rungs import Trust, shares, trust
 
 _SELDOM_S = 10.0
 """A report takes some 0.4 s to make, pictures and all."""
@@ -67,6 +68,11 @@ class Outcome:
     def top_rung(self) -> int:
         """The highest rung of fidelity that any candidate was on."""
         return self.best.reached if self.best else 0
+
+    @property
+    def trust(self) -> Trust | None:
+        """How far a supernet could be believed; None if there was none, or that is not known yet."""
+        return trust(self.records) if shares(self.config) else None
 
     @property
     def counts(self) -> Counter[str]:

@@ -34,8 +34,10 @@ from attnsurgery.search.calibrate import Shelf, base_key
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.rungs import rungs_of
+from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
+from attnsurgery.search.scorers import Alone, Scorer, Shared
 from attnsurgery.search.space import BoundSpace, bind, load
+from attnsurgery.search.supernet import Supernet
 from attnsurgery.search.watching import Watching
 from attnsurgery.weights import read_state_dict
 
@@ -55,8 +57,10 @@ class Bench:
     anatomy: Anatomy
     space: BoundSpace
     data: Data
-    rungs: tuple[Evaluator, ...]
-    """From the lowest, which every trial is trained on, to the top, which decides."""
+    rungs: tuple[Scorer, ...]
+    """From the lowest, which every trial is scored on, to the top, which decides."""
+    evaluator: Evaluator
+    """Of the top rung."""
     backend: LatencyBackend
     budgets: Budgets
     costs: Costs
@@ -66,11 +70,6 @@ class Bench:
     """Latencies that this machine has measured before."""
     weights: str = ""
     """Hash of the starting weights."""
-
-    @property
-    def evaluator(self) -> Evaluator:
-        """Of the top rung."""
-        return self.rungs[-1]
 
     @property
     def judge(self) -> Evaluator:
@@ -177,10 +176,31 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     )
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
     backend = backend or backend_for(conditions, config.latency, effort)
-    rungs = tuple(EVALUATORS[rung.evaluator](data, replace(settings, epochs=rung.epochs)) for rung in rungs_of(config))
+    *lower, top = rungs_of(config)
+    rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
+    evaluator = EVALUATORS[top.evaluator](data, settings)
     places = replace(space.places, budgets=costs.budgets(budgets))
     shelf = Shelf(backend, base_key(base, config.base))
-    return Bench(config, base, anatomy, space, data, rungs, backend, budgets, costs, places, shelf)
+    scorers = (*rungs, Alone(evaluator))
+    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf)
+
+
+def _scorer(
+    rung: Rung,
+    config: SearchConfig,
+    base: nn.Module,
+    space: BoundSpace,
+    anatomy: Anatomy,
+    data: Data,
+    settings: TrainSettings,
+) -> Scorer:
+    settings = replace(settings, epochs=rung.epochs)
+    if rung.evaluator != SUPERNET:
+        return Alone(EVALUATORS[rung.evaluator](data, settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        supernet = Supernet(base, space, anatomy)
+    return Shared(supernet, base, data, settings, Path(config.output) / "supernet.safetensors")
 
 
 def _input_size(config: SearchConfig) -> tuple[int, int, int]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from attnsurgery.evaluate import Epoch, Evaluator, Watch
-from attnsurgery.latency import LatencyBackend
+from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.record import Timing
 from attnsurgery.search.rungs import places_on, rungs_of
+from attnsurgery.search.scorers import Candidate, Scorer, Shared
+from attnsurgery.search.supernet import COUNTED, PASSES
 from attnsurgery.search.trial import build, train_seed
 from attnsurgery.search.watching import StopAsked
 
@@ -122,7 +124,7 @@ def preview(
     rng = np.random.default_rng(0)
     counted = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
     exact = sum(map(bench.places.holds, counted)) / max(1, len(counted))
-    fitting, measured, model = 0, 0, bench.base
+    fitting, measured, model, assignment = 0, 0, bench.base, bench.space.nothing
     seen: set[Picks] = set()
     for index in range(DRAWN):
         if stop():
@@ -132,13 +134,14 @@ def preview(
             break
         seen.add(picks)
         listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
-        model, fits = _measured(bench, picks, reference)
+        assignment = bench.space.places.params(picks)
+        model, fits = _measured(bench, assignment, reference)
         fitting, measured = fitting + fits, measured + 1
     listener.phase("timing training steps")
     counts = places_on(len(bench.rungs), config.trials, config.halving)
     rungs = tuple(
-        (str(rung), count, _trial_seconds(bench, evaluator, copy.deepcopy(model), stop))
-        for rung, count, evaluator in zip(rungs_of(config), counts, bench.rungs, strict=True)
+        (str(rung), count, _trial_seconds(bench, scorer, Candidate(copy.deepcopy(model), assignment), count, stop))
+        for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)
     )
     low, high = _wilson(fitting, measured)
     return Preview(
@@ -164,9 +167,9 @@ def preview(
     )
 
 
-def _measured(bench: Bench, picks: Picks, reference: Any) -> tuple[nn.Module, bool]:
+def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
     """The candidate, and whether it is within the budgets that have to be measured."""
-    recipe = bench.space.recipe_of(bench.space.places.params(picks))
+    recipe = bench.space.recipe_of(assignment)
     assert recipe is not None, "what is drawn has a block"
     model = build(bench, recipe)
     ms = Timing.of(bench.backend.compare(bench.base, model, reference)).ms
@@ -174,18 +177,25 @@ def _measured(bench: Bench, picks: Picks, reference: Any) -> tuple[nn.Module, bo
     return model, ms <= most.get("latency", math.inf) and (bench.peak_mb(model) or 0.0) <= most.get("memory", math.inf)
 
 
-def _trial_seconds(bench: Bench, evaluator: Evaluator, model: nn.Module, stop: Callable[[], bool]) -> float:
-    """To train one candidate as the evaluator does, and to score it."""
-    timer = _Timer(stop)
+def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: int, stop: Callable[[], bool]) -> float:
+    """To score one of `count` candidates on that rung: its training, or its share of a training for all."""
+    timer, shared = _Timer(stop), isinstance(scorer, Shared)
+    size = min(bench.config.train_batch_size, len(bench.data.train))
+    steps = scorer.settings.epochs * len(bench.data.train) / size
     began = time.perf_counter()
     try:
-        seconds = evaluator.score(model, train_seed(bench), watch=timer).seconds
+        if isinstance(scorer, Shared):
+            scorer.train(train_seed(bench), timer)
+        else:
+            scorer.score(candidate, train_seed(bench), timer)
+            return time.perf_counter() - began  # so short that it was over before there were enough steps
+        training = time.perf_counter() - began
     except _Enough:
-        seconds = 0.0
-    if seconds:  # so short that it was over before there were enough steps
-        return time.perf_counter() - began
-    images = len(bench.data.train) * evaluator.settings.epochs + _FORWARD * len(bench.data.val)
-    return timer.seconds * images / min(bench.config.train_batch_size, len(bench.data.train))
+        training = timer.seconds * steps
+    forward = training / steps * _FORWARD
+    if shared:
+        return training / count + forward / PASSES * (len(bench.data.val) / size + COUNTED)
+    return training + forward * len(bench.data.val) / size
 
 
 def _seconds(config: SearchConfig, rungs: list[tuple[int, float]], share: float) -> float:

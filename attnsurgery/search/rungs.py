@@ -8,6 +8,11 @@ A rung trains from the base's starting weights, not on from the rung below: a le
 is no place to go on from, a score depends on candidate and rung alone, and what is done again costs a fraction of the
 rung that it is done for.
 
+A supernet may be the lowest rung (`--rungs supernet:8`): it is trained once, and scores all candidates with the weights
+that they share. Whether it orders them as training by themselves does is not known beforehand, so each search asks: a
+few candidates that were drawn at random go on to the next rung whatever the supernet says of them, and if it orders
+these no better than chance would, the others go on in the order they were asked for, not in the supernet's.
+
 Successive halving is Jamieson and Talwalkar's ("Non-stochastic best arm identification and hyperparameter
 optimization", AISTATS 2016). ASHA promotes while results come in; with a fixed number of trials, promoting at the end
 trains as many on each rung, and chooses them from all.
@@ -19,10 +24,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnsurgery.errors import UsageError
+from attnsurgery.errors import UnknownNameError, UsageError, did_you_mean
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.numbers import kendall_tau_b
 from attnsurgery.search.record import Record, trained
+
+SUPERNET = "supernet"
+_CHECKED = 6
+"""So many candidates drawn at random tell whether the supernet is to be believed."""
+_ROUNDS = 4
+"""A supernet that no epochs are given for is trained so many times as long as a candidate by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +55,40 @@ class Rung:
         evaluator, colon, epochs = text.partition(":")
         if not (colon and epochs.isdecimal() and int(epochs)):
             raise UsageError(f"--rungs: {text!r} is no evaluator with epochs, such as blocks:1 or finetune:2.")
-        EVALUATORS[evaluator]
+        if evaluator != SUPERNET and evaluator not in EVALUATORS:
+            known = sorted([*EVALUATORS, SUPERNET])
+            raise UnknownNameError(
+                f"--rungs: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, known)} "
+                f"Known: {', '.join(known)}."
+            )
         return cls(evaluator, int(epochs))
 
     def __str__(self) -> str:
-        return f"{self.evaluator}, {self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        return f"{self.evaluator}, {length}{' for all candidates together' if self.evaluator == SUPERNET else ''}"
 
 
 def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
     """From the lowest to the top, which is the configuration's own evaluator and epochs.
 
+    The evaluator `supernet` is short for a supernet below a fine-tuning.
+
     Raises:
-        UsageError, UnknownNameError: as `Rung.read`.
+        UsageError, UnknownNameError: as `Rung.read`; or a supernet is above another rung.
     """
-    return (*map(Rung.read, config.rungs.split()), Rung(config.evaluator, config.epochs))
+    lower = [*map(Rung.read, config.rungs.split())]
+    top = Rung(config.evaluator, config.epochs)
+    if config.evaluator == SUPERNET:
+        lower.append(Rung(SUPERNET, _ROUNDS * config.epochs))
+        top = Rung("finetune", config.epochs)
+    if any(rung.evaluator == SUPERNET for rung in lower[1:]):
+        raise UsageError("a supernet is the lowest rung: it scores all candidates at once. Put it first in --rungs.")
+    return (*lower, top)
+
+
+def shares(config: SearchConfig) -> bool:
+    """True if the lowest rung is a supernet."""
+    return rungs_of(config)[0].evaluator == SUPERNET
 
 
 def places_on(rungs: int, candidates: int, halving: int) -> list[int]:
@@ -67,11 +99,61 @@ def places_on(rungs: int, candidates: int, halving: int) -> list[int]:
     return counts
 
 
-def next_promotion(records: Sequence[Record], rungs: int, halving: int) -> Record | None:
-    """Who is to be trained on the rung above its own: the best not promoted yet on the lowest rung with room above."""
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How the supernet orders a few candidates drawn at random, against training each by itself."""
+
+    tau: float | None
+    """Kendall's tau-b; None where either gives the same to all."""
+    candidates: int
+
+    @property
+    def holds(self) -> bool:
+        """The supernet's order is worth following."""
+        return self.tau is not None and self.tau > 0
+
+    def sentence(self) -> str:
+        """What was found, and what follows from it."""
+        tau = "undefined" if self.tau is None else f"{self.tau:.2f}"
+        found = f"on {self.candidates} candidates drawn at random, supernet and training alone agree with tau-b {tau}"
+        if self.holds:
+            return f"{found}; the best by the supernet went on"
+        return f"{found}: no better than chance, so its order was not followed, and the first asked for went on"
+
+
+def checked(records: Sequence[Record]) -> list[Record]:
+    """The candidates by which a supernet is judged: the first that were drawn at random."""
+    return [record for record in trained(records) if record.drawn][:_CHECKED]
+
+
+def trust(records: Sequence[Record]) -> Trust | None:
+    """Of a supernet on the lowest rung; None before those that tell were on the next one."""
+    there = [record for record in checked(records) if record.reached]
+    if len(there) < 2 or any(_may_rise(record, 0) for record in checked(records)):
+        return None
+    lower, upper = ([record.top1_on(rung) or 0.0 for record in there] for rung in (0, 1))
+    return Trust(kendall_tau_b(lower, upper), len(there))
+
+
+def next_promotion(records: Sequence[Record], rungs: int, halving: int, supernet: bool = False) -> Record | None:
+    """Who is to be trained on the rung above its own: the best not promoted yet on the lowest rung with room above.
+
+    Args:
+        supernet: the lowest rung is one; those that it is judged by go first.
+    """
+    blind = False
+    if supernet:
+        for record in checked(records):
+            if _may_rise(record, 0):
+                return record
+        found = trust(records)
+        blind = found is None or not found.holds
     for rung, room in enumerate(places_on(rungs, len(trained(records)), halving)[1:]):
         there = [record for record in trained(records) if record.reached > rung or _may_rise(record, rung)]
-        there.sort(key=lambda record: (record.top1_on(rung) or 0.0, -record.number), reverse=True)
+        if blind and rung == 0:
+            there.sort(key=lambda record: record.number)
+        else:
+            there.sort(key=lambda record: (record.top1_on(rung) or 0.0, -record.number), reverse=True)
         for record in there[:room]:
             if record.reached == rung:
                 return record

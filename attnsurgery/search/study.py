@@ -22,7 +22,8 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import Bench, prepare
 from attnsurgery.search.record import ASKED, Promotion, Record, Timing, best, trained
-from attnsurgery.search.rungs import next_promotion, rungs_of
+from attnsurgery.search.rungs import SUPERNET, next_promotion, rungs_of, shares
+from attnsurgery.search.scorers import Candidate
 from attnsurgery.search.store import Store, same_json
 from attnsurgery.search.trial import promote, run_trial, train_seed
 from attnsurgery.search.watching import StopAsked, Watching
@@ -110,7 +111,7 @@ class _Search:
                 if records[-1].state == "interrupted":
                     raise StopAsked
                 self._outcome(records, interrupted=False).write(seldom=True)
-            while (candidate := next_promotion(records, len(self.bench.rungs), self.config.halving)) is not None:
+            while (candidate := self._next_promotion(records)) is not None:
                 records = self._promote(records, candidate)
                 self._outcome(records, interrupted=False).write(seldom=True)
             self._confirm(records)
@@ -147,6 +148,9 @@ class _Search:
         records = [*records, record]
         self.listener.told(record, len(trained(records)), self.config.trials)
         return records
+
+    def _next_promotion(self, records: list[Record]) -> Record | None:
+        return next_promotion(records, len(self.bench.rungs), self.config.halving, shares(self.config))
 
     def _promote(self, records: list[Record], candidate: Record) -> list[Record]:
         rung, of = candidate.reached + 1, len(self.bench.rungs)
@@ -206,10 +210,13 @@ class _Search:
 
     def _score_base(self, reference: Latency) -> Record:
         scores, watch = [], Watching(self.listener, self.stop)
-        for evaluator, rung in zip(self.bench.rungs, rungs_of(self.config), strict=True):
-            self.listener.phase(f"training the base as each candidate: {rung}")
-            model = copy.deepcopy(self.bench.base)
-            scores.append(evaluator.score(model, train_seed(self.bench), watch=watch))
+        for scorer, rung in zip(self.bench.rungs, rungs_of(self.config), strict=True):
+            shared = rung.evaluator == SUPERNET
+            self.listener.phase(
+                f"training all candidates at once: {rung}" if shared else f"training the base as each candidate: {rung}"
+            )
+            candidate = Candidate(copy.deepcopy(self.bench.base), self.bench.space.nothing)
+            scores.append(scorer.score(candidate, train_seed(self.bench), watch))
         score = scores[0]
         half = reference.noise * reference.p50_ms
         return Record(

@@ -17,6 +17,7 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import Promotion, Record, Timing
+from attnsurgery.search.scorers import Candidate
 from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.surgery.operate import operate
 
@@ -102,7 +103,8 @@ def _measure_and_train(
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
-    score = bench.rungs[0].score(candidate, train_seed(bench), watch=Watching(listener, stop))
+    watch = Watching(listener, stop)
+    score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
     )
@@ -115,9 +117,9 @@ def promote(bench: Bench, record: Record, listener: Listener, stop: Callable[[],
         StopAsked: the user asked for an end.
     """
     recipe = Recipe.model_validate(record.recipe)
-    evaluator = bench.rungs[record.reached + 1]
+    rung, watch = bench.rungs[record.reached + 1], Watching(listener, stop)
     try:
-        score = evaluator.score(build(bench, recipe), train_seed(bench), watch=Watching(listener, stop))
+        score = rung.score(Candidate(build(bench, recipe), record.assignment), train_seed(bench), watch)
     except (AttnSurgeryError, RuntimeError, ValueError) as error:
         return replace(record, halted=_reason(error))
     return replace(record, promotions=(*record.promotions, Promotion.of(score)))

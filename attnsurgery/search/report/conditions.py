@@ -24,8 +24,8 @@ def section(outcome: Outcome) -> Section:
         "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen by validation images, the "
         "verdict is on test images",
         "Base": f"{config.base}, {_weights(outcome)} (weights {about.weights})",
-        "Training": f"evaluator {config.evaluator}: {_listed(about.training)}; seed {config.seed}",
-        **({"Rungs": _rungs(config)} if config.rungs else {}),
+        "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_listed(about.training)}; seed {config.seed}",
+        **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
         "Search": f"{config.trials} trained candidates wanted within {outcome.budgets.describe()}, sampler "
         f"{config.sampler}, seed {config.seed}",
         "Code": "; then ".join(about.code),

@@ -19,10 +19,10 @@ from bokeh.models import (
 from bokeh.palettes import RdBu11, interp_palette
 from bokeh.transform import transform
 
+from attnsurgery.search.numbers import gains, without_outliers
 from attnsurgery.search.record import trained
 from attnsurgery.search.report.colours import INK
 from attnsurgery.search.report.figures import chart, plain
-from attnsurgery.search.report.numbers import gains, without_outliers
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted
 

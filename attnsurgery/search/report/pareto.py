@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from bokeh.models import BoxAnnotation, GlyphRenderer, Label, Span
 from bokeh.plotting import figure
 
+from attnsurgery.search.numbers import without_outliers
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
 from attnsurgery.search.report.figures import chart, hover, source, spread
-from attnsurgery.search.report.numbers import without_outliers
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import called, counted
 

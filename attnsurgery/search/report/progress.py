@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from bokeh.models import BasicTicker, Span
 from bokeh.plotting import figure
 
+from attnsurgery.search.numbers import best_so_far, expected_best, without_outliers
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
 from attnsurgery.search.report.figures import chart, hover, source, spread
-from attnsurgery.search.report.numbers import best_so_far, expected_best, without_outliers
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import counted
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from bokeh.models import Title
 from bokeh.plotting import figure
 
+from attnsurgery.search.numbers import kendall_tau_b
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.figures import chart, hover, source, spread
-from attnsurgery.search.report.numbers import kendall_tau_b
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import called, counted
 
@@ -30,6 +30,8 @@ def section(outcome: Outcome) -> Section | None:
         return None
     figures = tuple(_scatter(rung, records) for rung, records in enumerate(both))
     said = " ".join(_words(rung, records) for rung, records in enumerate(both))
+    if outcome.trust:
+        said += f" The supernet, rung 1: {outcome.trust.sentence()}."
     return Section(
         "rungs",
         "Rungs: does a short training foretell a longer one?",

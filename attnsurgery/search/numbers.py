@@ -1,4 +1,4 @@
-"""The few statistics of the page, as plain functions of plain numbers."""
+"""The few statistics of a search, as plain functions of plain numbers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""How a candidate comes to its score on one rung: trained by itself, or as a path through a supernet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from attnsurgery.evaluate import Data, Evaluator, Score, TrainSettings, Watch
+from attnsurgery.search.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that may be trained in place, and the choices that it was made from."""
+
+    model: nn.Module
+    assignment: Mapping[str, str]
+
+
+class Scorer(ABC):
+    """Of one rung. The same candidate and seed give the same score on the same machine."""
+
+    data: Data
+    settings: TrainSettings
+
+    @abstractmethod
+    def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
+        """On the validation split.
+
+        Raises:
+            SearchError: training went out of the numbers.
+        """
+
+
+class Alone(Scorer):
+    """Each candidate is trained by itself, as the evaluator does."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.data, self.settings = evaluator.data, evaluator.settings
+
+    def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
+        return self.evaluator.score(candidate.model, seed, watch=watch)
+
+
+class Shared(Scorer):
+    """All candidates are paths through one supernet. It is trained before the first score, and kept in a file.
+
+    A training that is broken off begins anew: what is kept is whole.
+    """
+
+    def __init__(self, supernet: Supernet, base: nn.Module, data: Data, settings: TrainSettings, path: Path) -> None:
+        """
+        Args:
+            base: the model that the supernet was made of; its weights of the moment of the first score are begun with.
+            path: of the file.
+        """
+        self.data, self.settings = data, settings
+        self._supernet, self._base, self._path = supernet, base, path
+        self._ready = False
+
+    def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
+        if not self._ready:
+            if self._path.exists():
+                self._supernet.load(self._path)
+            else:
+                self.train(seed, watch)
+                self._supernet.save(self._path)
+            self._ready = True
+        return self._supernet.score(candidate.assignment, self.data, self.settings, seed)
+
+    def train(self, seed: int, watch: Watch | None = None) -> None:
+        """Train the supernet, and keep nothing of it on the disk.
+
+        Raises:
+            SearchError: training went out of the numbers.
+        """
+        self._supernet.begin_from(self._base)
+        self._supernet.train(self.data, self.settings, seed, watch)
