@@ -24,7 +24,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import Block, Cost, build_block, check_options
@@ -39,6 +38,8 @@ from attnsurgery.surgery.operate import PATHS, operate
 from attnsurgery.surgery.plan import Insertion
 from attnsurgery.weights import read_state_dict
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 PASSES = 3
 """Paths that each training step follows: the base's own and some drawn."""
 COUNTED = 32
@@ -156,7 +157,7 @@ class Supernet:
 
     def _count_anew(self, data: Data, settings: TrainSettings, seed: int) -> None:
         norms = [
-            module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+            module for module in self.model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats
         ]
         if not norms:
             return
@@ -168,7 +169,7 @@ class Supernet:
 
 
 @contextmanager
-def _counting(norms: list[_BatchNorm]) -> Iterator[None]:
+def _counting(norms: list[BatchNorm]) -> Iterator[None]:
     """Their statistics begin anew, and become plain means over all batches meanwhile."""
     before = [norm.momentum for norm in norms]
     for norm in norms:
