@@ -22,6 +22,7 @@ def config(tmp_path: Path) -> SearchConfig:
         trials=2,
         epochs=1,
         base_epochs=1,
+        finalists=1,
         confirm_seeds=1,
         input_size=32,
         latency="fixed",

@@ -14,16 +14,18 @@ import timm
 import torch
 from typer.testing import CliRunner
 
+import attnsurgery.search.confirm as confirm_module
 import attnsurgery.search.trial as trial_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UsageError
-from attnsurgery.evaluate import Epoch, blocks_only, finetune
+from attnsurgery.evaluate import Epoch, Score, blocks_only, finetune
+from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
-from attnsurgery.search.confirm import judge, sign_test
+from attnsurgery.search.confirm import Confirmation, judge, sign_test
 from attnsurgery.search.files import Journal, locked, write_whole
-from attnsurgery.search.record import best, front
+from attnsurgery.search.record import best, finalists, front
 from attnsurgery.search.store import Store, without_password
 from tests._searches import write_images
 
@@ -62,6 +64,7 @@ def small_search(images: Path, space: Path, output: Path) -> SearchConfig:
         epochs=1,
         base_epochs=1,
         train_batch_size=8,
+        finalists=1,
         confirm_seeds=1,
         input_size=32,
         latency="fixed",
@@ -441,6 +444,46 @@ def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
     assert sign_test(second, first) == pytest.approx(expected)
 
 
+def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_the_test_images(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    count = confirm_module.accuracy
+    monkeypatch.setattr(confirm_module, "accuracy", lambda *given: seen.append(len(given[1])) or count(*given))
+    outcome = run(change(config, finalists=3, confirm_seeds=2))
+    verdict = outcome.confirmation
+    assert verdict is not None
+    assert [one.digest for one in verdict.finalists] == [r.digest for r in finalists(outcome.records, 3)]
+    assert all(len(one.top1s) == 2 for one in verdict.finalists)
+    assert verdict.digest == max(verdict.finalists, key=lambda one: one.rank).digest
+    assert outcome.best is not None
+    assert outcome.best.digest == verdict.digest
+    assert load(outcome.folder / "best.yaml").digest() == verdict.digest
+    assert seen == [verdict.images] * 4, "base and winner, from two seeds each"
+    assert verdict.choice() in (outcome.folder / "report.html").read_text()
+    assert Confirmation.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
+
+
+def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the trials the larger candidate scores higher, trained again from other seeds the smaller one."""
+    first: list[int] = []
+    real = FineTune.score
+
+    def score(self: FineTune, model: torch.nn.Module, seed: int, **named: object) -> Score:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        done = real(self, model, seed, **named)  # type: ignore[arg-type]
+        first.append(seed)
+        return replace(done, top1=0.5 + (size if seed == first[0] else -size) / 1e7)
+
+    monkeypatch.setattr(FineTune, "score", score)
+    outcome = run(change(config, finalists=2))
+    lucky, other = finalists(outcome.records, 2)
+    assert lucky.top1 is not None
+    assert other.top1 is not None
+    assert lucky.top1 > other.top1
+    assert outcome.best == other
+
+
 def test_the_verdict_is_honest_in_all_three_ways() -> None:
     timing = Timing(1.0, 1.0, 1.0, 1.0)
 
@@ -529,7 +572,7 @@ def test_a_search_by_blocks_alone_is_confirmed_by_a_fine_tuning(
     outcome = run(change(config, evaluator="blocks", trials=2))
     everything = max(trained)
     assert outcome.trained == 2
-    assert trained[-2:] == [trained[-2], everything]  # base and winner in the end
+    assert trained[-2:] == [everything, trained[-1]]  # winner and base in the end
     assert all(count < everything / 2 for count in trained[:-2])
 
 

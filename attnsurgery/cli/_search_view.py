@@ -152,6 +152,8 @@ def print_outcome(outcome: Outcome) -> None:
     lines = [f"winner     {winner.what()}"]
     if outcome.trust:
         lines.append(f"supernet   {outcome.trust.sentence()}")
+    if outcome.confirmation and (choice := outcome.confirmation.choice()):
+        lines.append(f"chosen     among {choice}")
     if outcome.confirmation:
         again = outcome.confirmation.timing
         budget = outcome.config.budget_ms

@@ -58,7 +58,10 @@ def search(
     base_epochs: Annotated[int, typer.Option(help="Epochs of a base that has no weights.", min=1)] = 2,
     learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 1e-3,
     train_batch_size: Annotated[int, typer.Option(help="Images in one training step.", min=2)] = 64,
-    confirm_seeds: Annotated[int, typer.Option(help="Trainings of winner and base on the test images.", min=1)] = 2,
+    finalists: Annotated[
+        int, typer.Option(help="So many of the best are trained again; the best of these is the winner.", min=1)
+    ] = 3,
+    confirm_seeds: Annotated[int, typer.Option(help="Trainings of each finalist, and of the base.", min=1)] = 2,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: BatchSize = 1,
@@ -115,6 +118,7 @@ def search(
         base_epochs=base_epochs,
         lr=learning_rate,
         train_batch_size=train_batch_size,
+        finalists=finalists,
         confirm_seeds=confirm_seeds,
         input_size=input_size,
         device=pick_device(device),

@@ -40,7 +40,10 @@ class SearchConfig(Strict):
     rungs: str = Field(default="", description="cheaper ways to train that come first: 'blocks:1 blocks:3'")
     halving: Annotated[int, Field(ge=2)] = Field(default=3, description="one in so many goes to the next rung")
     sampler: str = Field(default="tpe", description="which candidate is next: tpe, additive, nsga2 or random")
-    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = 2
+    finalists: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=3, description="of the best that are trained again, to choose the winner among them"
+    )
+    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = Field(default=2, description="trainings of each of these")
     input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
     device: str = "cpu"
     dtype: str = "float32"
@@ -63,7 +66,7 @@ class SearchConfig(Strict):
         return self
 
 
-_FREE = {"trials", "output", "storage", "latency_seconds", "space", "checkpoint", "confirm_seeds"}
+_FREE = {"trials", "output", "storage", "latency_seconds", "space", "checkpoint", "finalists", "confirm_seeds"}
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
 
 

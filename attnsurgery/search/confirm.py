@@ -1,5 +1,8 @@
 """The last word: winner and base, trained equally long from the same weights, on images that the search never saw.
 
+The best of many is the luckiest of many too. So the few best are trained again, from seeds that the search did not use,
+and the best of these on the validation images, all seeds together, is the winner; the test images see it alone.
+
 Each image that only one of the two gets right is a vote; the exact sign test on the votes is McNemar's test when there
 is one seed. With several seeds an image votes once, for the model that got it right in more of them: images stay the
 unit, for seeds on the same image are not independent.
@@ -12,13 +15,16 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from attnsurgery.checkpoint import write_directory
+from attnsurgery.evaluate import Score, accuracy
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
@@ -31,6 +37,23 @@ from attnsurgery.search.watching import Watching
 Verdict = Literal["better", "no significant difference", "worse"]
 
 SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """One of the few best, trained again."""
+
+    number: int
+    digest: str
+    top1s: tuple[float, ...]
+    """On the validation split, of every seed."""
+    loss: float
+    """There too, the mean over the seeds."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better."""
+        return fmean(self.top1s), -self.loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +74,8 @@ class Confirmation:
     verdict: Verdict
     timing: Timing
     """Measured again, after everything else."""
+    finalists: tuple[Finalist, ...] = ()
+    """Among whom the winner was chosen, the best of the search first."""
     looks: int = field(default=1, compare=False)
     """How often this search has looked at the test images by now: each look after the first is a chance more."""
 
@@ -69,6 +94,21 @@ class Confirmation:
         }
         return f"{words[self.verdict]}: {numbers}."
 
+    def choice(self) -> str:
+        """How the winner came out of the finalists; nothing where there was only one."""
+        if len(self.finalists) < 2:
+            return ""
+        means = ", ".join(
+            f"{100 * fmean(one.top1s):.2f} % (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
+            for one in self.finalists
+        )
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"the {len(self.finalists)} best, trained again from {seeds}, on validation images: {means}"
+
+    def answers(self, finalists: Sequence[Record], seeds: int) -> bool:
+        """True if it is on these finalists and as many seeds."""
+        return [one.digest for one in self.finalists] == [one.digest for one in finalists] and self.seeds == seeds
+
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
         """The same, counted as one look more than an earlier confirmation of the same search."""
         return replace(self, looks=1 + (earlier.get("looks", 1) if earlier else 0))
@@ -79,34 +119,59 @@ class Confirmation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
-        return cls(**{**data, "timing": Timing(**data["timing"])})
+        finalists = tuple(Finalist(**{**one, "top1s": tuple(one["top1s"])}) for one in data.get("finalists", ()))
+        return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists})
 
 
 def confirm(
-    bench: Bench, winner: Record, reference: Latency, folder: Path, listener: Listener, stop: Callable[[], bool]
+    bench: Bench,
+    finalists: Sequence[Record],
+    reference: Latency,
+    folder: Path,
+    listener: Listener,
+    stop: Callable[[], bool],
 ) -> Confirmation:
-    """Train both, compare on the test split, measure again, and save the winner of the first seed as a timm directory.
+    """Train finalists and base, choose the winner on the validation split, hold it beside the base on the test split.
+
+    It is measured again, and as trained from the first seed saved as a timm directory.
 
     Raises:
         StopAsked: the user asked for an end; nothing was saved.
         SearchError: training went out of the numbers.
     """
-    recipe = Recipe.model_validate(winner.recipe)
-    rights: dict[str, list[torch.Tensor]] = {"base": [], "winner": []}
-    best: nn.Module | None = None
-    for index in range(bench.config.confirm_seeds):
-        seed = seed_of(bench.config.seed, "confirm", index)
-        for who in ("base", "winner"):
-            listener.phase(f"confirming: {who}, seed {index + 1} of {bench.config.confirm_seeds}")
-            model = build(bench, recipe) if who == "winner" else copy.deepcopy(bench.base)
-            score = bench.judge.score(model, seed, on="test", watch=Watching(listener, stop))
-            rights[who].append(score.correct)
-            best = model if who == "winner" and best is None else best
-    assert best is not None
+    seeds = [seed_of(bench.config.seed, "confirm", index) for index in range(bench.config.confirm_seeds)]
+
+    def trained(who: str, made: Callable[[], nn.Module]) -> list[tuple[nn.Module, Score]]:
+        done = []
+        for index, seed in enumerate(seeds):
+            listener.phase(f"confirming: {who}, seed {index + 1} of {len(seeds)}")
+            model = made()
+            score = bench.judge.score(model, seed, watch=Watching(listener, stop))
+            done.append((model.cpu(), score))
+        return done
+
+    ranked = []
+    for record in finalists:
+        recipe = Recipe.model_validate(record.recipe)
+        found = trained(f"trial {record.number}", partial(build, bench, recipe))
+        scores = [score for _, score in found]
+        one = Finalist(
+            record.number,
+            record.digest or "",
+            tuple(score.top1 for score in scores),
+            fmean(score.loss for score in scores),
+        )
+        ranked.append((one, recipe, [model for model, _ in found]))
+    winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank)
+    bases = [model for model, _ in trained("the base", lambda: copy.deepcopy(bench.base))]
+    base_rights, rights = (
+        [accuracy(model, bench.data.test, bench.judge.settings)[2] for model in some] for some in (bases, models)
+    )
     listener.phase("confirming: measuring the winner again")
-    timing = Timing.of(bench.backend.compare(bench.base, best, reference))
-    save(bench, best, recipe, folder / "best")
-    return judge(winner.digest or "", rights["base"], rights["winner"], bench.config.epochs, timing)
+    timing = Timing.of(bench.backend.compare(bench.base, models[0], reference))
+    save(bench, models[0], recipe, folder / "best")
+    verdict = judge(winner.digest, base_rights, rights, bench.config.epochs, timing)
+    return replace(verdict, finalists=tuple(one for one, _, _ in ranked))
 
 
 def judge(

@@ -49,6 +49,9 @@ class Outcome:
 
     @cached_property
     def best(self) -> Record | None:
+        """Whom the confirmation chose; before there is one, whom the trials put first."""
+        if self.confirmation:
+            return next(record for record in trained(self.records) if record.digest == self.confirmation.digest)
         return best(self.records)
 
     @cached_property

@@ -205,7 +205,8 @@ def _seconds(config: SearchConfig, rungs: list[tuple[int, float]], share: float)
         rungs: candidates on each, and the seconds of one.
     """
     untrained = not (config.pretrained or config.checkpoint)
-    last = 2 * config.confirm_seeds + (config.base_epochs / config.epochs if untrained else 0)
+    last = float((1 + min(config.finalists, rungs[-1][0])) * config.confirm_seeds)
+    last += config.base_epochs / config.epochs if untrained else 0
     measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
     return trainings + last * rungs[-1][1] + measured * config.latency_seconds

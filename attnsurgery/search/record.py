@@ -132,6 +132,12 @@ def best(records: Iterable[Record]) -> Record | None:
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 
+def finalists(records: Iterable[Record], count: int) -> list[Record]:
+    """The few best on the highest rung that any is on, the best first."""
+    order = sorted(trained(records), key=lambda record: record.rank, reverse=True)
+    return [record for record in order if record.reached == order[0].reached][:count]
+
+
 def front(records: Iterable[Record]) -> list[Record]:
     """Those on the highest rung that no other there beats in both accuracy and latency, the fastest first."""
     order = sorted(trained(records), key=lambda record: record.rank, reverse=True)

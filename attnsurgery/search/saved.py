@@ -23,7 +23,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.record import ASKED, Record, best
+from attnsurgery.search.record import ASKED, Record, finalists
 from attnsurgery.search.store import records_of, storage_errors, study_name, without_password
 
 _STUDY = "study.db"
@@ -107,10 +107,11 @@ def _records(study: optuna.Study, folder: Path) -> list[Record]:
 
 def _confirmation(kept: Mapping[str, Any], records: list[Record]) -> Confirmation | None:
     """The verdict, if it is on what is the best by now and nothing more was asked for."""
-    winner, given = best(records), kept.get("confirmation")
-    if kept.get("ended") != "finished" or not given or winner is None or given["digest"] != winner.digest:
+    given = kept.get("confirmation")
+    if kept.get("ended") != "finished" or not given:
         return None
-    return Confirmation.from_dict(given)
+    found = Confirmation.from_dict(given)
+    return found if found.answers(finalists(records, len(found.finalists)), found.seeds) else None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import Bench, prepare
-from attnsurgery.search.record import ASKED, Promotion, Record, Timing, best, trained
+from attnsurgery.search.record import ASKED, Promotion, Record, Timing, finalists, trained
 from attnsurgery.search.rungs import SUPERNET, next_promotion, rungs_of, shares
 from attnsurgery.search.scorers import Candidate
 from attnsurgery.search.store import Store, same_json
@@ -166,15 +166,15 @@ class _Search:
         return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
     def _confirm(self, records: list[Record]) -> None:
-        winner = best(records)
-        if winner is None:
+        chosen = finalists(records, self.config.finalists)
+        if not chosen:
             return
-        wanted = {"digest": winner.digest, "seeds": self.config.confirm_seeds}
         kept = self.store.fixed("confirmation")
-        if kept and all(kept[key] == value for key, value in wanted.items()) and (self.folder / "best").is_dir():
-            self.confirmation = Confirmation.from_dict(kept)
+        before = Confirmation.from_dict(kept) if kept else None
+        if before and before.answers(chosen, self.config.confirm_seeds) and (self.folder / "best").is_dir():
+            self.confirmation = before
             return
-        done = confirm(self.bench, winner, self.reference, self.folder, self.listener, self.stop).after(kept)
+        done = confirm(self.bench, chosen, self.reference, self.folder, self.listener, self.stop).after(kept)
         self.store.fix("confirmation", done.as_dict())
         self.confirmation = done
 

@@ -82,12 +82,15 @@ def _summary(outcome: Outcome) -> Iterator[str]:
         yield f"<p>No candidate was trained within {outcome.budgets.describe()} so far.</p>"
         return
     name = str(best.recipe["name"]) if best.recipe else ""
+    called_best = "The winner" if outcome.confirmation else "Best on validation"
     yield (
-        f"<p>Best on validation: <b>{escape(best.what())}</b> (trial {best.number}, <code>{escape(name)}</code>), "
-        f"{percent(best.final_top1)} at {ms(best.timing)}; {_against(best, base)}"
+        f"<p>{called_best}: <b>{escape(best.what())}</b> (trial {best.number}, <code>{escape(name)}</code>), "
+        f"{percent(best.final_top1)} on validation at {ms(best.timing)}; {_against(best, base)}"
         f"{f' at {base.timing.ms:.3g} ms' if base.timing else ''}.</p>"
     )
     if outcome.confirmation:
+        if choice := outcome.confirmation.choice():
+            yield f"<p>Chosen among {escape(choice)}.</p>"
         again, budget = outcome.confirmation.timing, outcome.config.budget_ms
         words = ""
         if budget is not None:
