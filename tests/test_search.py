@@ -592,3 +592,9 @@ def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfi
         assert record.foretold_ms is not None
         assert second.budget_ms is not None
         assert record.foretold_ms > second.budget_ms
+
+
+def test_every_trained_candidate_has_what_could_be_known_without_training(finished: Outcome) -> None:
+    trained = [record for record in finished.records if record.state == "trained"]
+    assert all(set(record.proxies) == {"grad_norm", "synflow"} for record in trained)
+    assert len({record.proxies["grad_norm"] for record in trained}) == len(trained)

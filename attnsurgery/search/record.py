@@ -76,6 +76,8 @@ class Record:
     """Multiply-accumulates of one image."""
     peak_mb: float | None = None
     """Most memory at a time in a forward under the conditions of the latency; measured if there is a budget for it."""
+    proxies: Mapping[str, float] = field(default_factory=dict)
+    """What could be known of it without training, by the proxy's name."""
     seconds: float = 0.0
     epochs: int = 0
     reason: str | None = None

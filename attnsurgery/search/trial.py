@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from attnsurgery.errors import AttnSurgeryError, SurgeryError
+from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
@@ -20,6 +23,8 @@ from attnsurgery.search.record import Promotion, Record, Timing
 from attnsurgery.search.scorers import Candidate
 from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.surgery.operate import operate
+
+_PROXY_BATCH = 64
 
 
 def seed_of(*parts: object) -> int:
@@ -35,11 +40,7 @@ def build(bench: Bench, recipe: Recipe) -> nn.Module:
         SiteError, OptionError: the recipe does not fit.
         SurgeryError: the outputs differ.
     """
-    candidate = copy.deepcopy(bench.base)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(bench.config.seed, "blocks", recipe.digest()))
-        operate(candidate, resolve(recipe, bench.anatomy))
-    candidate.to(bench.config.device).eval()
+    candidate = _operated(bench, recipe)
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(2, *bench.anatomy.input_size, generator=generator).to(bench.config.device)
     with torch.inference_mode():
@@ -48,6 +49,14 @@ def build(bench: Bench, recipe: Recipe) -> nn.Module:
         worst = float((expected - got).abs().max())
         raise SurgeryError(f"the candidate does not start as the base: outputs differ by up to {worst:.3g}.")
     return candidate
+
+
+def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
+    model = copy.deepcopy(bench.base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(bench.config.seed, "blocks", recipe.digest()))
+        operate(model, resolve(recipe, bench.anatomy))
+    return model.to(bench.config.device).eval()
 
 
 def run_trial(
@@ -103,11 +112,30 @@ def _measure_and_train(
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
+    record = replace(record, proxies=proxies(bench, recipe, candidate))
     watch = Watching(listener, stop)
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
     )
+
+
+def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module) -> dict[str, float]:
+    """Scores of a candidate as it is before training; without those that cannot be taken of this model."""
+    opened = recipe.model_copy(update={"edits": [edit.model_copy(update={"start": "paper"}) for edit in recipe.edits]})
+    x_BCHW, labels_B = next(
+        bench.data.train.train_batches(_PROXY_BATCH, bench.config.device, train_seed(bench), epoch=0)
+    )
+    ways: dict[str, Callable[[], float]] = {
+        "grad_norm": lambda: grad_norm(candidate, x_BCHW, labels_B),
+        "synflow": lambda: synflow(_operated(bench, opened), bench.anatomy.input_size),
+    }
+    found: dict[str, float] = {}
+    for name, way in ways.items():
+        with suppress(RuntimeError, ValueError):
+            if math.isfinite(value := way()):
+                found[name] = value
+    return found
 
 
 def promote(bench: Bench, record: Record, listener: Listener, stop: Callable[[], bool]) -> Record:

@@ -55,13 +55,24 @@ def render(outcome: Outcome, control: Control | None = None) -> str:
 
 def _sections(outcome: Outcome, control: Control | None) -> Iterator[Section]:
     """What there is to show, in order."""
-    from attnsurgery.search.report import checklist, conditions, heat_map, pareto, progress, rungs, trials, winner
+    from attnsurgery.search.report import (
+        checklist,
+        conditions,
+        heat_map,
+        pareto,
+        progress,
+        proxies,
+        rungs,
+        trials,
+        winner,
+    )
 
     found = (
         pareto.section(outcome),
         progress.section(outcome, control),
         heat_map.section(outcome),
         rungs.section(outcome),
+        proxies.section(outcome),
         winner.section(outcome),
         trials.section(outcome),
         conditions.section(outcome),

@@ -1,0 +1,86 @@
+"""Scores without training: their definitions on models that are done by hand, and what the search makes of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from attnsurgery.evaluate.proxies import grad_norm, synflow
+from attnsurgery.graph.find import survey
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.search.report.proxies import section
+from attnsurgery.surgery.operate import operate
+from tests._searches import outcome, search
+
+SIZE = (3, 64, 64)
+
+
+def operated(start: str = "identity") -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
+    edits = [Edit.model_validate({"at": "layer3.0", "block": "non_local", "start": start})]
+    return operate(model, resolve(Recipe(version=1, name="x", base="test_resnet", edits=edits), survey(model, SIZE)))
+
+
+def test_the_gradient_norm_of_a_linear_model_is_that_of_the_textbook() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    x_BCHW, labels_B = torch.randn(5, 3, 1, 1), torch.tensor([0, 1, 1, 0, 1])
+    with torch.no_grad():
+        wrong_BK = torch.softmax(model(x_BCHW), 1) - nn.functional.one_hot(labels_B, 2)
+    weight_KC, bias_K = wrong_BK.T @ x_BCHW.flatten(1) / 5, wrong_BK.mean(0)
+    expected = math.sqrt(float(weight_KC.square().sum() + bias_K.square().sum()))
+    assert grad_norm(model, x_BCHW, labels_B) == pytest.approx(expected)
+
+
+def test_the_gradient_norm_leaves_the_model_as_it_was() -> None:
+    model = operated().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grad_norm(model, torch.randn(2, *SIZE), torch.tensor([0, 1]))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_block_that_is_still_shut_adds_its_gates_gradient_and_takes_nothing() -> None:
+    torch.manual_seed(0)
+    base = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
+    x_BCHW, labels_B = torch.randn(4, *SIZE), torch.arange(4)
+    assert grad_norm(operated(), x_BCHW, labels_B) > grad_norm(base, x_BCHW, labels_B)
+
+
+def test_synaptic_flow_of_a_chain_is_the_sum_over_its_paths_for_every_layer() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    paths = (model[3].weight.abs() @ model[1].weight.abs()).detach()
+    assert synflow(model, (3, 1, 1)) == pytest.approx(math.log(2 * float(paths.sum())), rel=1e-6)
+
+
+def test_synaptic_flow_passes_norms_and_signs_by() -> None:
+    def made(sign: float, norm: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 2))
+        with torch.no_grad():
+            for parameter in (*model[0].parameters(), *model[3].parameters()):
+                parameter.mul_(sign)
+        return model
+
+    plain = synflow(made(1.0, nn.Identity()), (3, 8, 8))
+    assert synflow(made(-1.0, nn.BatchNorm2d(4)), (3, 8, 8)) == pytest.approx(plain)
+
+
+def test_synaptic_flow_sees_a_block_that_is_open() -> None:
+    torch.manual_seed(0)
+    base = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
+    assert synflow(operated("paper"), SIZE) > synflow(base, SIZE)
+
+
+def test_the_report_says_how_proxies_order_the_candidates(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made = section(outcome(tmp_path, search(20)))
+    assert made is not None
+    assert "parameters" in made.below
+    assert "gradient norm" not in made.below, "nobody has one"
+    assert section(outcome(tmp_path, search(3), judged=False)) is None
