@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def linked(images: Path, folder: Path, parts: dict[str, tuple[str, slice]]) -> P
             target.mkdir(parents=True, exist_ok=True)
             for image in sorted(kind.iterdir())[some]:
                 link = target / image.name
-                if not link.is_symlink():
+                with suppress(FileExistsError):  # another shard may be at it too
                     link.symlink_to(image.resolve())
     return folder
 
