@@ -49,7 +49,7 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        storage: str | None,
+        storage: str | BaseStorage | None,
         space: BoundSpace,
         budgets: Budgets,
         seed: int,
@@ -57,13 +57,14 @@ class Store:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        shown = url if isinstance(url, str) else type(url).__name__
         self.journal = Journal(folder / "trials.jsonl")
         self._space = space
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
         self._budgets = budgets
         self._drawn: set[int] = set()
-        with storage_errors(url):
+        with storage_errors(shown):
             kept = optuna.storages.get_storage(url)
             # a folder's own database holds its study, whatever the folder was called when that began
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
