@@ -111,12 +111,10 @@ class Table:
 
     @cached_property
     def space(self) -> BoundSpace:
-        variables = [
-            Variable(
-                site, (site,), {name: Edit(at=site, **given) if given else None for name, given in self.options.items()}
-            )
-            for site in self.sites
-        ]
+        def choices(site: str) -> dict[str, Edit | None]:
+            return {name: Edit(at=site, **given) if given else None for name, given in self.options.items()}
+
+        variables = [Variable(site, (site,), choices(site)) for site in self.sites]
         return BoundSpace("table", "test_resnet", tuple(variables), None)
 
     def scaled(self, picks: tuple[str, ...], seed: int) -> float:
@@ -148,9 +146,8 @@ def _looked_up(table: Table, number: int, assignment: dict[str, str], seed: int,
     score = table.scaled(picks, seed)
     record = Record(number, "trained", assignment, digest=digest, timing=timing, top1=score, loss=-score)
     if not recipe or any(other.digest == digest for other in before if other.state in ASKED):
-        return Record(
-            number, "duplicate", assignment, digest=digest, timing=timing, top1=score if ms <= table.budget else None
-        )
+        known = score if ms <= table.budget else None
+        return Record(number, "duplicate", assignment, digest=digest, timing=timing, top1=known)
     if ms > table.budget:
         return Record(number, "over_budget", assignment, digest=digest, timing=timing)
     return record
@@ -211,13 +208,15 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     curves = {name: np.array([row["worth"] for row in some]) for name, some in by_sampler.items()}
     lacks = {name: np.array([row["missing"] for row in some]) for name, some in by_sampler.items()}
     ours = curves[OURS]
+
+    def p_values(name: str) -> dict[int, float]:
+        return {mark: _p(ours[:, mark - 1], curves[name][:, mark - 1]) for mark in MARKS} if name != OURS else {}
+
     return {
         name: {
             "worth": {mark: float(curve[:, mark - 1].mean()) for mark in MARKS},
             "missing_hypervolume": {mark: float(lacks[name][:, i].mean()) for i, mark in enumerate(MARKS)},
-            "ours_is_better_p": {mark: _p(ours[:, mark - 1], curve[:, mark - 1]) for mark in MARKS}
-            if name != OURS
-            else {},
+            "ours_is_better_p": p_values(name),
             "needed_for_random_64": needed(curve, float(curves["random"][:, -1].mean())),
             "needed_for_tpe_64": needed(curve, float(curves["tpe"][:, -1].mean())),
         }

@@ -3,6 +3,7 @@
 
     scripts/bench/table.py CIFAR10 --pilot                          which training tells blocks apart; an hour
     scripts/bench/table.py CIFAR10 --shard 1/2 & ... --shard 2/2     all 256 candidates, twice; hours, resumable
+    scripts/bench/table.py --latency                                every candidate's milliseconds; nothing else running
     scripts/bench/table.py --report                                  docs/benchmarks/table.json
 
 CIFAR10 is an image folder with train/<class>/ and test/<class>/. The base is a small timm ResNet; each of its four
@@ -42,6 +43,7 @@ from attnsurgery.evaluate import Data, TrainSettings, load_data
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.graph.find import survey
+from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import operate
@@ -218,6 +220,27 @@ def pilot(cifar: Path, part: int, parts: int, folder: Path) -> None:
             print(f"{name}, {measure}: {reliability(rows, measure)} at {cost:.0f} s a network", flush=True)
 
 
+def latencies(folder: Path) -> None:
+    """Measure every candidate against the base, in random order, so that a slow hour meets no kind of block alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = base_model().eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    conditions = Conditions(device=device, input_size=SIZE, channels_last=True, threads=1)
+    backend = backend_for(conditions, effort=Effort(tolerance=0.005, max_seconds=3.0))
+    base.to(device)
+    reference = backend.measure(base)
+    done = {tuple(row["picks"]) for row in rows_of(folder, "latency")}
+    order = torch.randperm(len(candidates()), generator=torch.Generator().manual_seed(1)).tolist()
+    with (folder / "latency-1.jsonl").open("a") as file:
+        for picks in (candidates()[index] for index in order):
+            if picks not in done:
+                found = backend.compare(base, made(base, picks, 0).eval(), reference)
+                row = {"picks": picks, "ms": found.variant_ms, "ratio": found.ratio}
+                file.write(json.dumps({**row, "low": found.ratio_low, "high": found.ratio_high}) + "\n")
+                file.flush()
+    print(f"{len(rows_of(folder, 'latency'))} latencies ({backend.conditions.describe()})")
+
+
 def report(folder: Path) -> None:
     rows = rows_of(folder, CHOSEN)
     every = {(tuple(row["picks"]), row["seed"]): row for row in rows}
@@ -228,7 +251,11 @@ def report(folder: Path) -> None:
     figures = {measure: reliability(kept, measure) for measure in MEASURES}
     way = asdict(WAYS[CHOSEN])
     provenance = {"base": BASE, "size": SIZE, "sites": SITES, "options": OPTIONS, "way": way, **conditions()}
-    path = write("table", {"provenance": provenance, "figures": figures, "networks": kept})
+    measured = {tuple(row["picks"]): row for row in rows_of(folder, "latency")}
+    if lacking := len(candidates()) - len(measured):
+        raise SystemExit(f"{lacking} candidates have no latency yet: --latency measures them")
+    times = [measured[picks] for picks in candidates()]
+    path = write("table", {"provenance": provenance, "figures": figures, "networks": kept, "latencies": times})
     print(f"written {path}")
     for measure, found in figures.items():
         print(
@@ -242,6 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar", type=Path, nargs="?")
     parser.add_argument("--pilot", action="store_true")
+    parser.add_argument("--latency", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--shard", default="1/1", metavar="K/N")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "table")
@@ -250,6 +278,8 @@ def main() -> None:
     part, parts = map(int, asked.shard.split("/"))
     if asked.report:
         report(asked.results)
+    elif asked.latency:
+        latencies(asked.results)
     elif asked.cifar is None:
         parser.error("CIFAR10 is needed to train on")
     elif asked.pilot:
