@@ -39,6 +39,7 @@ from _common import conditions, linked, write
 from torch import nn
 
 from attnsurgery.base import check_base
+from attnsurgery.blocks import Start
 from attnsurgery.evaluate import Data, TrainSettings, load_data
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.preprocess import Preprocessing
@@ -96,10 +97,12 @@ def base_model() -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # a third faster on CPU
 
 
-def made(base: nn.Module, picks: Picks, seed: int) -> nn.Module:
+def made(base: nn.Module, picks: Picks, seed: int, start: Start = "identity") -> nn.Module:
     """A copy of the base with these blocks in it."""
     model = copy.deepcopy(base)
-    edits = [Edit(at=site, **given) for site, pick in zip(SITES, picks, strict=True) if (given := OPTIONS[pick])]
+    edits = [
+        Edit(at=site, start=start, **given) for site, pick in zip(SITES, picks, strict=True) if (given := OPTIONS[pick])
+    ]
     if edits:
         torch.manual_seed(1000 + seed)
         recipe = Recipe(version=1, name="candidate", base=BASE, edits=edits)
