@@ -70,7 +70,7 @@ def search(
     threads: Threads = 1,
     latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
     evaluator: Annotated[
-        str, typer.Option(help="How a trial is trained: finetune; blocks alone on a frozen model; or supernet, all at once.")
+        str, typer.Option(help="How a trial is trained: finetune; blocks on a frozen model; or supernet, all at once.")
     ] = "finetune",
     rungs: Annotated[
         str,
