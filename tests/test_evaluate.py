@@ -272,3 +272,45 @@ def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:
 def test_settings_that_train_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="at least one epoch"):
         TrainSettings(epochs=0)
+
+
+class Cramped(nn.Module):
+    """Has room for so many images at a time."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.linear = nn.Linear(3 * 32 * 32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        logits: torch.Tensor = self.linear(x.flatten(1))
+        return logits
+
+
+def test_a_batch_that_memory_does_not_hold_is_passed_in_pieces_to_the_same_end(flat_folder: Path) -> None:
+    data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
+
+    class Heard(Watch):
+        def __init__(self) -> None:
+            self.pieces: list[int] = []
+
+        def accumulating(self, images: int) -> None:
+            self.pieces.append(images)
+
+    trained = {}
+    for room in (100, 3):
+        torch.manual_seed(0)
+        model, heard = Cramped(room), Heard()
+        train(model, data.train, TrainSettings(epochs=2, batch_size=8), 0, heard)
+        trained[room] = (model.linear.weight, heard.pieces)
+    assert trained[100][1] == []
+    assert trained[3][1] == [4, 2], "halved until it fits, and kept so"
+    assert torch.allclose(trained[100][0], trained[3][0], atol=1e-6)
+
+
+def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
+    data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(Cramped(1), data.train, TrainSettings(epochs=1, batch_size=8), 0)

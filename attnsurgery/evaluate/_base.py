@@ -68,6 +68,9 @@ class Watch:
     def epoch(self, epoch: Epoch) -> None:
         """After each epoch."""
 
+    def accumulating(self, images: int) -> None:
+        """Memory ran out: from now on a batch is passed in pieces of at most so many images."""
+
 
 @dataclass(frozen=True, slots=True)
 class Score:

@@ -7,9 +7,11 @@ which know their job. The learning rate rises linearly and falls as a cosine.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm.optim
@@ -24,6 +26,8 @@ from attnsurgery.evaluate.batches import Split
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
+_LEAST_PIECE = 2
+"""Batch norms need two images to have a variance."""
 _optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
 
 
@@ -53,8 +57,12 @@ def train(
         forward: from a batch of the split to logits; by default the model itself. Of several, each is run on every
             batch, and a step follows the mean of their gradients.
 
+    A batch that memory does not hold is passed in two, four, eight ... pieces, whose gradients are added up; batch
+    norms then see the pieces, everything else the whole.
+
     Raises:
         SearchError: the loss is not finite.
+        torch.OutOfMemoryError: two images at a time are too many.
     """
     model.to(settings.device)
     steps = max(1, len(split) // min(settings.batch_size, len(split)))
@@ -69,12 +77,13 @@ def train(
         warmup_lr_init=settings.lr * 0.01,
         t_in_epochs=False,
     )
+    forwards = forward if isinstance(forward, Sequence) else [forward or model]
+    run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch())
     model.train()
     with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
-            forwards = forward if isinstance(forward, Sequence) else [forward or model]
-            loss = _epoch(model, forwards, split, settings, optimizer, schedule, seed, epoch, watch or Watch())
+            loss = run.epoch(epoch)
             if watch:
                 watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
     model.eval()
@@ -94,41 +103,67 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     return split
 
 
-def _epoch(
-    model: nn.Module,
-    forwards: Sequence[Forward],
-    split: Split,
-    settings: TrainSettings,
-    optimizer: torch.optim.Optimizer,
-    schedule: CosineLRScheduler,
-    seed: int,
-    epoch: int,
-    watch: Watch,
-) -> float:
-    """One pass over the images; the mean loss."""
-    total, count = torch.zeros((), device=settings.device), 0
-    step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
-    for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, seed, epoch):
-        watch.step()
-        optimizer.zero_grad(set_to_none=True)
-        for forward in forwards:
-            with _autocast(settings):
-                logits_BK = forward(x_BCHW)
-                loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing)
-            (loss / len(forwards)).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / len(forwards)
-        if settings.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
-        step, count = step + 1, count + 1
-        schedule.step_update(step)
-    mean = float(total) / max(1, count)  # one synchronisation an epoch
-    if not math.isfinite(mean):
-        raise SearchError(
-            f"training went out of the numbers in epoch {epoch + 1} of {settings.epochs} (loss {mean}). "
-            f"A smaller learning rate than {settings.lr:g} may help."
-        )
-    return mean
+@dataclass
+class _Run:
+    """One training, from its first step to its last."""
+
+    model: nn.Module
+    forwards: Sequence[Forward]
+    split: Split
+    settings: TrainSettings
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+    seed: int
+    watch: Watch
+    pieces: int = 1
+    """A batch is passed in so many, one after the other, for want of memory."""
+
+    def epoch(self, epoch: int) -> float:
+        """One pass over the images; the mean loss."""
+        settings, split = self.settings, self.split
+        total, count = torch.zeros((), device=settings.device), 0
+        step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
+        for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, self.seed, epoch):
+            self.watch.step()
+            total += self._gradients(x_BCHW, labels_B)
+            if settings.grad_clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+            self.optimizer.step()
+            step, count = step + 1, count + 1
+            self.schedule.step_update(step)
+        mean = float(total) / max(1, count)  # one synchronisation an epoch
+        if not math.isfinite(mean):
+            raise SearchError(
+                f"training went out of the numbers in epoch {epoch + 1} of {settings.epochs} (loss {mean}). "
+                f"A smaller learning rate than {settings.lr:g} may help."
+            )
+        return mean
+
+    def _gradients(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        """Of the mean loss of a batch, which is returned; in as many pieces as memory asks for."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._in_pieces(x_BCHW, labels_B)
+            except torch.OutOfMemoryError:
+                if len(labels_B) // (2 * self.pieces) < _LEAST_PIECE:
+                    raise
+            self.pieces *= 2  # out of the handler, whose traceback holds on to the memory
+            if torch.device(self.settings.device).type == "cuda":
+                torch.cuda.empty_cache()
+            self.watch.accumulating(math.ceil(len(labels_B) / self.pieces))
+
+    def _in_pieces(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=labels_B.device)
+        pieces = zip(x_BCHW.tensor_split(self.pieces), labels_B.tensor_split(self.pieces), strict=True)
+        for (x_PCHW, labels_P), forward in itertools.product(pieces, self.forwards):
+            with _autocast(self.settings):
+                logits_PK = forward(x_PCHW)
+                loss = F.cross_entropy(logits_PK.float(), labels_P, label_smoothing=self.settings.label_smoothing)
+            loss = loss * (len(labels_P) / len(labels_B) / len(self.forwards))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
 
 
 def accuracy(

@@ -25,3 +25,6 @@ class Watching(Watch):
 
     def epoch(self, epoch: Epoch) -> None:
         self._listener.epoch(epoch)
+
+    def accumulating(self, images: int) -> None:
+        self._listener.phase(f"out of memory: batches are passed in pieces of {images} images from here on")
