@@ -15,6 +15,9 @@ from typing import Any
 import timm
 import torch
 
+from attnsurgery.latency import Latency, LatencyBackend
+from attnsurgery.search.files import write_whole
+
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
@@ -29,6 +32,25 @@ def linked(images: Path, folder: Path, parts: dict[str, tuple[str, slice]]) -> P
                 with suppress(FileExistsError):  # another shard may be at it too
                     link.symlink_to(image.resolve())
     return folder
+
+
+def go_on(folder: Path, asked: dict[str, Any]) -> None:
+    """Begin in `folder`, or go on there with the very same; ends the script where another benchmark's results are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "asked.json"
+    now = {
+        key: value if value is None or isinstance(value, int | float) else str(value) for key, value in asked.items()
+    }
+    before = json.loads(path.read_text()) if path.exists() else now
+    if changed := [f"{key}: was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
+        raise SystemExit(f"{folder} holds the results of another call ({'; '.join(changed)}). Give another --results.")
+    write_whole(path, json.dumps(now, indent=2) + "\n")
+
+
+def on_scale(backend: LatencyBackend, base: Latency) -> LatencyBackend:
+    """The backend, made to take the base's latency as known: what a search measures then is on the scale of `base`."""
+    backend.measure = lambda model: base  # type: ignore[method-assign]
+    return backend
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
