@@ -20,6 +20,7 @@ from attnsurgery.evaluate import (
     TrainSettings,
     Watch,
     accuracy,
+    fit_head,
     load_data,
     train,
 )
@@ -314,3 +315,16 @@ def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
     with pytest.raises(torch.OutOfMemoryError):
         train(Cramped(1), data.train, TrainSettings(epochs=1, batch_size=8), 0)
+
+
+def test_fitting_a_head_moves_the_head_alone_and_makes_it_better_than_none(digits: Data) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, zero_init_last=False)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    untrained, _, _ = accuracy(model, digits.val, TrainSettings())
+    fit_head(model, digits.train, TrainSettings(epochs=4, lr=1e-2), seed=0)
+    fitted, _, _ = accuracy(model, digits.val, TrainSettings())
+    moved = {name for name, tensor in model.named_parameters() if not torch.equal(before[name], tensor)}
+    assert moved == {"fc.weight", "fc.bias"}
+    assert fitted > untrained + 0.2
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import safetensors.torch
 import timm
 import torch
 from typer.testing import CliRunner
@@ -523,6 +524,25 @@ def test_a_checkpoint_is_where_the_search_starts(config: SearchConfig, finished:
     weights = finished.folder / "base.safetensors"
     outcome = run(change(config, checkpoint=str(weights), trials=1))
     assert (outcome.folder / "base.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_a_head_for_other_classes_is_fitted_before_anything_is_tried(config: SearchConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "five.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), weights)
+    heard: list[str] = []
+
+    class Hearing(Listener):
+        def phase(self, text: str) -> None:
+            heard.append(text)
+
+    outcome = run(change(config, checkpoint=str(weights), trials=1, base_epochs=3), Hearing())
+    assert any(text.startswith("fitting a new head for 2 classes") for text in heard)
+    started = safetensors.torch.load_file(outcome.folder / "base.safetensors")
+    given = safetensors.torch.load_file(weights)
+    moved = {name for name, tensor in given.items() if not torch.equal(tensor, started[name])}
+    assert {name for name in moved if "running_" not in name and "num_batches" not in name} == {"fc.weight", "fc.bias"}
+    assert "a new head, fitted by itself for 3 epochs" in (outcome.folder / "report.html").read_text()
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def search(
     ] = "tiny",
     trials: Annotated[int, typer.Option(help="Candidates within the budget to train, over all runs.", min=1)] = 10,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial, and of the confirmation.", min=1)] = 3,
-    base_epochs: Annotated[int, typer.Option(help="Epochs of a base that has no weights.", min=1)] = 2,
+    base_epochs: Annotated[int, typer.Option(help="Epochs of a base without weights, or of a new head.", min=1)] = 2,
     learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 1e-3,
     train_batch_size: Annotated[int, typer.Option(help="Images in one training step.", min=2)] = 64,
     finalists: Annotated[

@@ -7,8 +7,7 @@ kept, if memory holds it. Images are then not augmented, and batches not decoded
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, Watch
 from attnsurgery.evaluate.batches import Batch, Split
 from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.frozen import only
 from attnsurgery.evaluate.prefix import Prefix
 
 KEPT_BYTES = 4 * 2**30
@@ -41,7 +41,7 @@ class BlocksOnly(Evaluator):
             some, _ = next(self.data.train.eval_batches(4, settings.device))
             prefix = Prefix.find(model, some)
             size = 0 if prefix is None else prefix.features(some[:1]).nbytes
-        with _only(blocks_and_norms(model), model):
+        with only(blocks_and_norms(model), model):
             if prefix is None or size * (len(self.data.train) + len(judged)) > KEPT_BYTES:
                 train(model, self.data.train, settings, seed, watch)
                 top1, loss, correct_N = accuracy(model, judged, settings)
@@ -86,17 +86,3 @@ def blocks_and_norms(model: nn.Module) -> list[nn.Parameter]:
         elif isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__:
             found.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
     return list(found.values())
-
-
-@contextmanager
-def _only(learning: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Nothing else of the model requires a gradient for as long as this lasts."""
-    wanted = {id(parameter) for parameter in learning}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

@@ -92,6 +92,8 @@ class About:
     places: tuple[Place, ...]
     """In order of execution."""
     stages: tuple[Stage, ...]
+    fresh: str = ""
+    """What of the base was trained before the search: all, its head, or nothing."""
 
     @classmethod
     def of(cls, bench: Bench, reference: Latency, command: str, before: Mapping[str, Any] | None) -> About:
@@ -118,6 +120,7 @@ class About:
             input_size=bench.anatomy.input_size,
             places=_places(bench),
             stages=_stages(bench),
+            fresh=bench.fresh,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class SearchConfig(Strict):
     checkpoint: str | None = None
     trials: Annotated[int, Field(ge=1)] = Field(default=10, description="trained trials within the budget")
     epochs: Annotated[int, Field(ge=1)] = Field(default=3, description="of each trial and of the confirmation")
-    base_epochs: Annotated[int, Field(ge=1)] = Field(default=2, description="of a base that comes without weights")
+    base_epochs: Annotated[int, Field(ge=1)] = Field(
+        default=2, description="of a base that comes without weights, or of its new head"
+    )
     train_batch_size: Annotated[int, Field(ge=2)] = 64
     lr: Annotated[float, Field(gt=0)] = 1e-3
     evaluator: str = "finetune"

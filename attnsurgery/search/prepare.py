@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import timm
@@ -21,6 +21,7 @@ from attnsurgery.evaluate import (
     Evaluator,
     Preprocessing,
     TrainSettings,
+    fit_head,
     load_data,
     native_size,
     train,
@@ -41,10 +42,12 @@ from attnsurgery.search.supernet import Supernet
 from attnsurgery.search.watching import Watching
 from attnsurgery.weights import read_state_dict
 
+Fresh = Literal["all", "head", "nothing"]
+
 _TOLERANCE = 0.005
 _DEFAULT_SIZE = 48
 _BASE_LR = 3.0
-"""A base from scratch learns this many times faster than a fine-tuning may."""
+"""A base or a head from scratch learns this many times faster than a fine-tuning may."""
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Bench:
     """The space as samplers see it, with the budgets that are known exactly."""
     shelf: Shelf
     """Latencies that this machine has measured before."""
+    fresh: Fresh
+    """What of the base has to be trained before the search begins."""
     weights: str = ""
     """Hash of the starting weights."""
 
@@ -128,7 +133,7 @@ def prepare(
         CheckpointError: the run directory's weights cannot be read.
     """
     bench = assemble(config, listener, backend)
-    bench.weights = _starting_weights(config, bench.base, bench.data, bench.evaluator.settings, folder, listener, stop)
+    bench.weights = _starting_weights(bench, folder, listener, stop)
     bench.base.to(config.device).eval()
     return bench
 
@@ -158,7 +163,7 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
         device=config.device,
         amp=config.dtype == "bfloat16",
     )
-    base = _untrained(config, data.num_classes)
+    base, fresh = _untrained(config, data.num_classes)
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)
@@ -182,7 +187,7 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     places = replace(space.places, budgets=costs.budgets(budgets))
     shelf = Shelf(backend, base_key(base, config.base))
     scorers = (*rungs, Alone(evaluator))
-    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf)
+    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
 
 
 def _scorer(
@@ -218,8 +223,9 @@ def _input_size(config: SearchConfig) -> tuple[int, int, int]:
     return channels, min(native, height), min(native, width)
 
 
-def _untrained(config: SearchConfig, classes: int) -> nn.Module:
+def _untrained(config: SearchConfig, classes: int) -> tuple[nn.Module, Fresh]:
     """The base for that many classes, with the weights it was given, or fresh ones that depend on the seed alone."""
+    fresh: Fresh = "nothing" if config.pretrained or config.checkpoint else "all"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.checkpoint:
@@ -230,27 +236,25 @@ def _untrained(config: SearchConfig, classes: int) -> nn.Module:
             model = timm.create_model(config.base, num_classes=classes)
         if getattr(model, "num_classes", classes) != classes:
             model.reset_classifier(classes)  # type: ignore[operator]
-    return model
+            fresh = "head"
+    return model, fresh
 
 
-def _starting_weights(
-    config: SearchConfig,
-    base: nn.Module,
-    data: Data,
-    settings: TrainSettings,
-    folder: Path,
-    listener: Listener,
-    stop: Callable[[], bool],
-) -> str:
+def _starting_weights(bench: Bench, folder: Path, listener: Listener, stop: Callable[[], bool]) -> str:
     """Load them from the run directory, or make them and put them there; their hash."""
-    path = folder / "base.safetensors"
+    path, config, base = folder / "base.safetensors", bench.config, bench.base
     if path.exists():
         load_weights(base, read_state_dict(path), str(path))
     else:
-        if not (config.pretrained or config.checkpoint):
-            listener.phase(f"training the base {config.base} on {data.name}, {config.base_epochs} epochs")
-            from_scratch = replace(settings, epochs=config.base_epochs, lr=settings.lr * _BASE_LR)
-            train(base, data.train, from_scratch, config.seed, Watching(listener, stop))
+        usual = bench.evaluator.settings
+        settings = replace(usual, epochs=config.base_epochs, lr=usual.lr * _BASE_LR)
+        length = f"on {bench.data.name}, {config.base_epochs} epochs"
+        if bench.fresh == "all":
+            listener.phase(f"training the base {config.base} {length}")
+            train(base, bench.data.train, settings, config.seed, Watching(listener, stop))
+        elif bench.fresh == "head":
+            listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
+            fit_head(base, bench.data.train, settings, config.seed, Watching(listener, stop))
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in base.state_dict().items()}
         write_whole(path, safetensors.torch.save(tensors))
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -163,7 +163,7 @@ def preview(
         low=exact * low,
         high=exact * high,
         rungs=rungs,
-        seconds=_seconds(config, [(count, seconds) for _, count, seconds in rungs], fitting / max(1, measured)),
+        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], fitting / max(1, measured)),
     )
 
 
@@ -198,15 +198,15 @@ def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: in
     return training + forward * len(bench.data.val) / size
 
 
-def _seconds(config: SearchConfig, rungs: list[tuple[int, float]], share: float) -> float:
+def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> float:
     """Candidates on every rung, the base beside them, the confirmation, and the measurements of all that are asked for.
 
     Args:
         rungs: candidates on each, and the seconds of one.
     """
-    untrained = not (config.pretrained or config.checkpoint)
+    config = bench.config
     last = float((1 + min(config.finalists, rungs[-1][0])) * config.confirm_seeds)
-    last += config.base_epochs / config.epochs if untrained else 0
+    last += {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
     measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
     return trainings + last * rungs[-1][1] + measured * config.latency_seconds

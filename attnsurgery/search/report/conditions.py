@@ -50,9 +50,10 @@ def _rungs(config: SearchConfig) -> str:
 
 
 def _weights(outcome: Outcome) -> str:
-    config = outcome.config
+    config, length = outcome.config, counted(outcome.config.base_epochs, "epoch")
+    head = f" and a new head, fitted by itself for {length}" if outcome.about.fresh == "head" else ""
     if config.pretrained:
-        return "with the weights that timm publishes"
+        return f"with the weights that timm publishes{head}"
     if config.checkpoint:
-        return f"with the weights of {config.checkpoint}"
-    return f"trained from scratch for {counted(config.base_epochs, 'epoch')}"
+        return f"with the weights of {config.checkpoint}{head}"
+    return f"trained from scratch for {length}"
