@@ -10,8 +10,8 @@ rung that it is done for.
 
 A supernet may be the lowest rung (`--rungs supernet:8`): it is trained once, and scores all candidates with the weights
 that they share. Whether it orders them as training by themselves does is not known beforehand, so each search asks: a
-few candidates that were drawn at random go on to the next rung whatever the supernet says of them, and if it orders
-these no better than chance would, the others go on in the order they were asked for, not in the supernet's.
+few candidates that were drawn at random go on to the next rung whatever the supernet says of them, and unless it rather
+agrees with what these come to there, the others go on in the order they were asked for, not in the supernet's.
 
 Successive halving is Jamieson and Talwalkar's ("Non-stochastic best arm identification and hyperparameter
 optimization", AISTATS 2016). ASHA promotes while results come in; with a fixed number of trials, promoting at the end
@@ -109,7 +109,11 @@ class Trust:
 
     @property
     def holds(self) -> bool:
-        """The supernet's order is worth following."""
+        """The supernet's order is worth following: it rather agrees than not.
+
+        Of so few candidates that is weak evidence, and enough: to follow an order that means nothing is no worse than
+        to follow none, only one that is reversed does harm.
+        """
         return self.tau is not None and self.tau > 0
 
     def sentence(self) -> str:
@@ -118,7 +122,7 @@ class Trust:
         found = f"on {self.candidates} candidates drawn at random, supernet and training alone agree with tau-b {tau}"
         if self.holds:
             return f"{found}; the best by the supernet went on"
-        return f"{found}: no better than chance, so its order was not followed, and the first asked for went on"
+        return f"{found}: its order was not followed, and those asked for first went on"
 
 
 def checked(records: Sequence[Record]) -> list[Record]:
