@@ -1,7 +1,7 @@
 """A new classifier on weights that know their job: fitted by itself before anything else is trained.
 
-A classifier drawn at random sends noise back through everything below it, which the first steps of a fine-tuning then
-unlearn features by; so it is fitted first, on the frozen model (Kumar et al., "Fine-tuning can distort pretrained
+A classifier drawn at random sends noise back through everything below it, and the first steps of a fine-tuning spoil
+features with that; so it is fitted first, on the frozen model (Kumar et al., "Fine-tuning can distort pretrained
 features and underperform out-of-distribution", ICLR 2022). And what is trained with the rest frozen, such as blocks
 alone, has something to be judged by.
 """

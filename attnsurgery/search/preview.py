@@ -19,7 +19,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.record import Timing
-from attnsurgery.search.rungs import places_on, rungs_of
+from attnsurgery.search.rungs import CHECKED, places_on, rungs_of, shares
 from attnsurgery.search.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.supernet import COUNTED, PASSES
 from attnsurgery.search.trial import build, train_seed
@@ -139,6 +139,8 @@ def preview(
         fitting, measured = fitting + fits, measured + 1
     listener.phase("timing training steps")
     counts = places_on(len(bench.rungs), config.trials, config.halving)
+    if shares(config):  # those that tell whether it is to be believed go on too
+        counts[1] = min(counts[0], counts[1] + CHECKED)
     rungs = tuple(
         (str(rung), count, _trial_seconds(bench, scorer, Candidate(copy.deepcopy(model), assignment), count, stop))
         for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)

@@ -31,7 +31,7 @@ from attnsurgery.search.numbers import kendall_tau_b
 from attnsurgery.search.record import Record, trained
 
 SUPERNET = "supernet"
-_CHECKED = 6
+CHECKED = 6
 """So many candidates drawn at random tell whether the supernet is to be believed."""
 _ROUNDS = 4
 """A supernet that no epochs are given for is trained so many times as long as a candidate by itself."""
@@ -127,7 +127,7 @@ class Trust:
 
 def checked(records: Sequence[Record]) -> list[Record]:
     """The candidates by which a supernet is judged: the first that were drawn at random."""
-    return [record for record in trained(records) if record.drawn][:_CHECKED]
+    return [record for record in trained(records) if record.drawn][:CHECKED]
 
 
 def trust(records: Sequence[Record]) -> Trust | None:

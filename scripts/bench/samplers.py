@@ -69,6 +69,8 @@ class Evolution(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[-self.population :]
+        if not done:  # nothing that it began with fits
+            return {name: choices[self._rng.integers(len(choices))] for name, choices in self._places.choices.items()}
         some = [done[index] for index in self._rng.choice(len(done), min(self.tournament, len(done)), replace=False)]
         child = dict(max(some, key=lambda one: one.value or 0.0).params)
         name = list(self._places.choices)[self._rng.integers(len(self._places.choices))]
