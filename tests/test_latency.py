@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from torch import nn
 from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.latency import LATENCY, Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.latency.fixed import FixedLatency
-from attnsurgery.latency.protocol import interval_of_ratio, relative_noise, sample
+from attnsurgery.latency.protocol import interval_of_median, interval_of_ratio, ratio_of, relative_noise, sample
 from attnsurgery.latency.self_test import SelfTest, self_test
 
 QUICK = Effort(max_seconds=0.3, max_warmup_seconds=0.2, min_rounds=5)
@@ -66,22 +69,54 @@ def test_fixed_latency_is_the_same_twice_and_differs_with_the_model() -> None:
     assert backend.measure(convs(2)) != backend.measure(convs(3))
 
 
+@contextmanager
+def named(*names: str) -> Iterator[list[Callable[[], str]]]:
+    """Subjects that say their names."""
+    yield [lambda name=name: name for name in names]  # type: ignore[misc]
+
+
 def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
     seen: list[str] = []
 
-    def time_block(call: object, repeats: int) -> float:
-        name = call()  # type: ignore[operator]
+    def time_block(call: Callable[[], str], repeats: int) -> float:
+        name = call()
         seen.append(name)
         disturbed = len(seen) in (41, 42, 43, 44)
         return repeats * (100.0 if disturbed else {"base": 3.0, "variant": 6.0}[name])
 
-    found = sample(time_block, (lambda: "base", lambda: "variant"), Effort(tolerance=0.0, max_seconds=0.05))
-    assert seen[-4:] == ["base", "variant", "variant", "base"]
+    effort = Effort(tolerance=0.0, max_seconds=0.05, rounds=1000, placements=1)
+    found = sample(time_block, lambda: named("base", "variant"), effort)
+    rounds = [tuple(seen[-4 * number - 4 :][:4]) for number in range(6)]
+    assert set(rounds) == {("base", "variant", "variant", "base"), ("variant", "base", "base", "variant")}
     assert set(found.times[0]) == {3.0}
     assert set(found.times[1]) == {6.0}
     assert found.runs[0] == found.runs[1] > len(found.times[0])
     assert 0 < found.left_out < 0.5
     assert found.drift == 0.0
+
+
+@pytest.mark.parametrize(("again", "made"), [(True, 5), (False, 1)])
+def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -> None:
+    places: list[int] = []
+    cold: set[str] = set()
+
+    @contextmanager
+    def place() -> Iterator[list[Callable[[], str]]]:
+        places.append(1)
+        cold.update(("base", "variant"))
+        with named("base", "variant") as calls:
+            yield calls
+
+    def time_block(call: Callable[[], str], repeats: int) -> float:
+        slow = 10.0 if call() in cold else 1.0
+        cold.discard(call())
+        return repeats * 3.0 * slow
+
+    effort = Effort(tolerance=0.0, max_seconds=0.0, placements=5, min_rounds=10)
+    found = sample(time_block, place, effort, again=again)
+    assert len(places) == made
+    assert found.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert found.times == [[3.0] * 10] * 2
 
 
 def test_a_machine_that_slows_down_is_noticed() -> None:
@@ -90,7 +125,8 @@ def test_a_machine_that_slows_down_is_noticed() -> None:
     def time_block(call: object, repeats: int) -> float:
         return repeats * 3.0 * (1 + 0.002 * min(next(calls), 100))
 
-    found = sample(time_block, (lambda: None,), Effort(tolerance=0.0, max_seconds=0.01, min_rounds=90))
+    effort = Effort(tolerance=0.0, max_seconds=0.0, min_rounds=90, rounds=90, placements=1)
+    found = sample(time_block, lambda: named("base"), effort)
     assert 0.05 < found.drift < 0.25
     latency = backend_for(SMALL, "fixed").measure(convs(1))
     assert latency.steady
@@ -118,11 +154,31 @@ def test_too_narrow_is_what_chance_does_not_explain(held: int, of: int, passed: 
 
 
 def test_interval_is_narrow_for_steady_times_and_wide_for_wild_ones() -> None:
-    assert interval_of_ratio([1.0] * 20, [2.0] * 20) == (2.0, 2.0)
-    low, high = interval_of_ratio([1.0, 1.3] * 10, [2.0, 4.0] * 10)
+    placement = [0] * 10 + [1] * 10
+    assert interval_of_ratio([1.0] * 20, [2.0] * 20, placement) == (2.0, 2.0)
+    low, high = interval_of_ratio([1.0, 1.3] * 10, [2.0, 4.0] * 10, placement)
     assert low < high
-    assert relative_noise([1.0] * 9) == 0.0
-    assert relative_noise([1.0, 2.0, 3.0] * 3) > 0.0
+    assert relative_noise([1.0] * 9, [0] * 9) == 0.0
+    assert relative_noise([1.0, 2.0, 3.0] * 3, [0] * 9) > 0.0
+
+
+def test_the_ratio_is_of_times_that_met_the_same_machine() -> None:
+    assert ratio_of([1.0, 10.0, 2.0], [2.0, 20.0, 4.0]) == 2.0
+
+
+@pytest.mark.parametrize("placements", [2, 4, 12])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
+def test_the_interval_covers_where_the_copies_differ(placements: int, offset: float) -> None:
+    """Offsets of copies `offset` times as large as what the rounds of a copy differ by."""
+    draw = np.random.default_rng(placements)
+    held = 0
+    for _ in range(300):
+        centre_G = offset * draw.standard_normal(placements)
+        values_GR = centre_G[:, None] + draw.standard_normal((placements, 6))
+        low, high = interval_of_median(values_GR.ravel(), np.repeat(np.arange(placements), 6))
+        held += low <= 0 <= high
+    too_few = placements < 3 and offset > 0  # to tell copies apart from rounds
+    assert held / 300 >= (0.4 if too_few else 0.92)
 
 
 def test_threads_are_fixed_during_the_measurement_and_restored() -> None:

@@ -7,6 +7,7 @@ their times, measured alternately: a machine that warms up or is shared slows bo
 from __future__ import annotations
 
 import copy
+import itertools
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -21,7 +22,16 @@ from torch import nn
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.latency.memory import peak_bytes
-from attnsurgery.latency.protocol import Effort, Sampled, interval_of_ratio, median, quantile, relative_noise, sample
+from attnsurgery.latency.protocol import (
+    Effort,
+    Sampled,
+    interval_of_ratio,
+    median,
+    quantile,
+    ratio_of,
+    relative_noise,
+    sample,
+)
 
 Mode = Literal["eager", "cudagraph", "compile"]
 Call = Callable[[], Any]
@@ -112,10 +122,10 @@ class Comparison:
     base: Latency
     variant: Latency
     ratio: float
-    """Median time of the variant by that of the base."""
+    """Median over the rounds of the variant's time by the base's."""
     ratio_low: float
     ratio_high: float
-    """95 % bootstrap interval of the ratio."""
+    """95 % interval of the ratio."""
     reference_ms: float
     """The base's time that every variant of one search is expressed in."""
 
@@ -163,13 +173,13 @@ class LatencyBackend(ABC):
             UsageError: a model cannot take an input of these conditions.
         """
         sampled = self._sample(base, variant)
-        times = sampled.times
-        low, high = interval_of_ratio(*times)
+        base_ms, variant_ms = sampled.times
+        low, high = interval_of_ratio(base_ms, variant_ms, sampled.placement)
         base_latency = self._latency(sampled, 0)
         return Comparison(
             base=base_latency,
             variant=self._latency(sampled, 1),
-            ratio=median(times[1]) / median(times[0]),
+            ratio=ratio_of(base_ms, variant_ms),
             ratio_low=low,
             ratio_high=high,
             reference_ms=(reference or base_latency).p50_ms,
@@ -187,23 +197,19 @@ class LatencyBackend(ABC):
         }
 
     def _sample(self, *models: nn.Module) -> Sampled:
-        """What the protocol says of the models, over several fresh copies of all of them.
+        """What the protocol says of the models."""
 
-        Where its tensors happen to lie in memory can make one copy some percent slower than its twin for as long as it
-        lives; more rounds on the same copy never show it.
-        """
-        parts: list[Sampled] = []
-        placements = 1 if self.conditions.mode == "compile" else self.effort.placements
-        for _ in range(placements):
-            with self._session(), ExitStack() as stack:
-                calls = [stack.enter_context(self._prepared(model)) for model in models]
-                parts.append(sample(self.time_block, calls, self.effort.share(placements)))
-        return Sampled(
-            times=[[time for part in parts for time in part.times[index]] for index in range(len(models))],
-            runs=[sum(part.runs[index] for part in parts) for index in range(len(models))],
-            left_out=sum(part.left_out for part in parts) / len(parts),
-            drift=max((part.drift for part in parts), key=abs),
-        )
+        turn = itertools.count()
+
+        @contextmanager
+        def placed() -> Iterator[list[Call]]:
+            order = list(enumerate(models))[:: -1 if next(turn) % 2 else 1]  # who comes first lies elsewhere in memory
+            with ExitStack() as stack:
+                calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
+                yield [calls[index] for index in range(len(models))]
+
+        with self._session():
+            return sample(self.time_block, placed, self.effort, again=self.conditions.mode != "compile")
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -268,7 +274,7 @@ class LatencyBackend(ABC):
             p50_ms=median(times_ms),
             p90_ms=quantile(times_ms, 0.9),
             runs=sampled.runs[index],
-            noise=relative_noise(times_ms),
+            noise=relative_noise(times_ms, sampled.placement),
             device=conditions.device,
             dtype=conditions.dtype,
             batch_size=conditions.batch_size,

@@ -1,23 +1,40 @@
 """The one way in which anything here is timed: warm up, alternate, stop when the ratio is known well enough.
 
-Calls are timed in blocks long enough for the clock. Two subjects alternate A B B A, so that a drift of the machine in
-one round cancels; a round in which either was slowed down far beyond its usual time is left out for both. The interval
-of the ratio of medians comes from resampling whole rounds, which keeps the two times of a round together.
+Calls are timed in blocks long enough for the clock. Two subjects alternate A B B A, then B A A B, so that neither a
+drift of the machine nor the first place in a round favours one of them; a round in which either was slowed down far
+beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own ratio, for the
+two times of a round met the same machine: a ratio of the two medians throws that away, and is twice as noisy.
+
+Where its tensors happen to lie in memory can make one copy of a model some percent slower than its twin for as long as
+it lives, and more rounds on the same copy never show it. So the rounds are spread over several *placements*, fresh
+copies of all subjects, and the interval takes a placement for one observation, not each of its rounds, unless rounds
+differ by more. A bootstrap of rounds, or of few placements, is too narrow.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Call = Callable[[], Any]
 TimeBlock = Callable[[Call, int], float]
+Place = Callable[[], AbstractContextManager[Sequence[Call]]]
+"""Makes fresh copies of the subjects, and a call for each."""
+Array = np.ndarray[Any, np.dtype[Any]]
+Numbers = Sequence[float] | Array
 
-_RESAMPLES = 1000
+_Z = 1.96
+"""Of a 95 % interval."""
+_LONG_MS = 20.0
+"""A block that takes so long warms up by itself: few are enough to see whether it has settled."""
+_SETTLED = 0.05
+"""Successive groups of blocks that differ by less are warm."""
 _THROTTLED = 1.5
 """A block this many times slower than the median was interrupted; it says nothing about the model."""
 
@@ -29,22 +46,15 @@ class Effort:
     tolerance: float = 0.002
     """Stop when half the 95 % interval is within this share of the value ..."""
     max_seconds: float = 5.0
-    """... or after this long, warm-up not counted."""
+    """... or after this long, the first warm-up not counted."""
     block_ms: float = 2.0
     """The shortest time between two readings of the clock."""
-    min_rounds: int = 8
+    min_rounds: int = 12
     max_warmup_seconds: float = 3.0
-    placements: int = 3
-    """Fresh copies of the models in memory; the time is shared out between them."""
-
-    def share(self, parts: int) -> Effort:
-        """The same effort for one of so many parts: a part alone need not reach the tolerance."""
-        return replace(
-            self,
-            tolerance=self.tolerance * parts**0.5,
-            max_seconds=self.max_seconds / parts,
-            max_warmup_seconds=self.max_warmup_seconds / parts,
-        )
+    placements: int = 6
+    """Fresh copies of the models in memory, at least; a model that is compiled for seconds keeps its first."""
+    rounds: int = 4
+    """On the same copies, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,8 @@ class Sampled:
 
     times: list[list[float]]
     """Of each call in ms, one number a round."""
+    placement: list[int]
+    """Of each round."""
     runs: list[int]
     """How many times each call was timed."""
     left_out: float
@@ -61,84 +73,131 @@ class Sampled:
     """By how much the first call was slower in the last third than in the first, as a share; below 0: faster."""
 
 
-def sample(time_block: TimeBlock, calls: Sequence[Call], effort: Effort) -> Sampled:
+def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool = True) -> Sampled:
     """Time the calls until what is asked about them is known well enough, or time is up.
 
-    All calls are timed in every round, forwards and then backwards: A, or A B B A.
+    All calls are timed in every round, forwards and then backwards: A, or A B B A, or B A A B.
+
+    Args:
+        place: the same number of calls each time.
+        again: fresh copies for every placement; otherwise rounds that follow each other count as one.
     """
-    repeats = [_warm_up(time_block, call, effort) for call in calls]
-    order = [*range(len(calls)), *reversed(range(len(calls)))] if len(calls) > 1 else [0]
     rounds: list[list[float]] = []
-    deadline = time.perf_counter() + effort.max_seconds
-    while True:
-        times = [0.0] * len(calls)
-        for index in order:
-            times[index] += time_block(calls[index], repeats[index]) / repeats[index]
-        rounds.append([total * len(calls) / len(order) for total in times])
-        if len(rounds) < effort.min_rounds:
-            continue
-        over = time.perf_counter() > deadline
-        if over or (len(rounds) % effort.min_rounds == 0 and _known(rounds, effort.tolerance)):
-            break
+    placement: list[int] = []
+    repeats: list[int] = []
+    least = -(-effort.min_rounds // effort.placements)
+    with ExitStack() as stack:
+        for number in itertools.count():
+            if again or not number:
+                stack.close()
+                calls = stack.enter_context(place())
+            if not number:
+                repeats = [_warm_up(time_block, call, effort) for call in calls]
+                begun = time.perf_counter()
+            elif again:
+                for call, count in zip(calls, repeats, strict=True):
+                    time_block(call, count)  # the first of a copy is slow
+            due = begun + effort.max_seconds * min(1.0, (number + 1) / effort.placements)
+            for turn in range(effort.rounds):
+                if turn >= least and time.perf_counter() > due:
+                    break
+                rounds.append(_round(time_block, calls, repeats, backwards=turn % 2 == 1))
+                placement.append(number)
+            enough = number + 1 >= effort.placements and len(rounds) >= effort.min_rounds
+            if enough and (
+                time.perf_counter() > due or _known(np.array(rounds), np.array(placement), effort.tolerance)
+            ):
+                break
     kept = _undisturbed(np.array(rounds))
-    share = len(order) // len(calls)
-    third = max(1, len(kept) // 3)
+    kept_RS = np.array(rounds)[kept]
+    third = max(1, len(kept_RS) // 3)
     return Sampled(
-        times=[list(column) for column in kept.T.tolist()],
-        runs=[len(rounds) * share * count for count in repeats],
-        left_out=1.0 - len(kept) / len(rounds),
-        drift=float(np.median(kept[-third:, 0]) / np.median(kept[:third, 0])) - 1.0,
+        times=[list(column) for column in kept_RS.T.tolist()],
+        placement=np.array(placement)[kept].tolist(),
+        runs=[len(rounds) * (2 if len(repeats) > 1 else 1) * count for count in repeats],
+        left_out=1.0 - len(kept_RS) / len(rounds),
+        drift=float(np.median(kept_RS[-third:, 0]) / np.median(kept_RS[:third, 0])) - 1.0,
     )
 
 
-def median(times: Sequence[float]) -> float:
+def median(times: Numbers) -> float:
     """The middle of the times."""
     return float(np.median(np.asarray(times)))
 
 
-def quantile(times: Sequence[float], share: float) -> float:
+def quantile(times: Numbers, share: float) -> float:
     """The time that this share of the runs stays under."""
     return float(np.quantile(np.asarray(times), share))
 
 
-def relative_noise(times: Sequence[float]) -> float:
-    """Half the 95 % bootstrap interval of the median, as a share of the median."""
-    medians = np.median(_resampled(np.asarray(times)[:, None]), axis=1)[:, 0]
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return float((high - low) / 2 / np.median(np.asarray(times)))
+def ratio_of(base: Numbers, variant: Numbers) -> float:
+    """Median over the rounds of the variant's time by the base's."""
+    return float(np.median(np.asarray(variant) / np.asarray(base)))
 
 
-def interval_of_ratio(base: Sequence[float], variant: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of median(variant) / median(base); the rounds stay paired."""
-    medians = np.median(_resampled(np.stack([base, variant], axis=1)), axis=1)
-    low, high = np.quantile(medians[:, 1] / medians[:, 0], (0.025, 0.975))
-    return float(low), float(high)
+def interval_of_median(values: Numbers, placement: Numbers) -> tuple[float, float]:
+    """95 % interval of the median of values of which those of one placement may have much in common.
+
+    It holds the medians that a sign test of all values does not reject, and reaches as far as Student's t says of the
+    placements' own medians. With fewer than three placements every value counts by itself.
+    """
+    sorted_V, middle, reach = np.sort(np.asarray(values)), median(values), 0.0
+    outside = max(0, int((len(sorted_V) - _Z * len(sorted_V) ** 0.5) / 2))
+    groups = np.unique(np.asarray(placement))
+    if (count := len(groups)) > 2:
+        own_G = [median(np.asarray(values)[np.asarray(placement) == group]) for group in groups]
+        reach = _student(count - 1) * float(np.std(own_G, ddof=1)) / count**0.5
+    return min(middle - reach, float(sorted_V[outside])), max(middle + reach, float(sorted_V[-1 - outside]))
 
 
-def _resampled(rounds_RS: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(resamples, rounds, subjects), drawn with a fixed seed: the same times give the same interval."""
-    count = len(rounds_RS)
-    picks = np.random.default_rng(0).integers(0, count, size=(_RESAMPLES, count))
-    resampled: np.ndarray[Any, np.dtype[np.float64]] = rounds_RS[picks]
-    return resampled
+def interval_of_ratio(base: Numbers, variant: Numbers, placement: Numbers) -> tuple[float, float]:
+    """95 % interval of `ratio_of`."""
+    return interval_of_median(np.asarray(variant) / np.asarray(base), placement)
 
 
-def _known(rounds: list[list[float]], tolerance: float) -> bool:
-    kept = _undisturbed(np.array(rounds))
-    if kept.shape[1] == 1:
-        return relative_noise(kept[:, 0].tolist()) <= tolerance
-    low, high = interval_of_ratio(kept[:, 0].tolist(), kept[:, 1].tolist())
+def relative_noise(times: Numbers, placement: Numbers) -> float:
+    """Half the 95 % interval of the median, as a share of the median."""
+    low, high = interval_of_median(times, placement)
+    return (high - low) / 2 / median(times)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 3 % from two degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
+    z = _Z
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
+def _round(time_block: TimeBlock, calls: Sequence[Call], repeats: list[int], *, backwards: bool) -> list[float]:
+    """The time of one call of each, in ms."""
+    order = list(range(len(calls)))[:: -1 if backwards else 1]
+    order += order[::-1] if len(calls) > 1 else []
+    times = [0.0] * len(calls)
+    for index in order:
+        times[index] += time_block(calls[index], repeats[index]) / repeats[index]
+    return [total * len(calls) / len(order) for total in times]
+
+
+def _known(rounds_RS: Array, placement_R: Array, tolerance: float) -> bool:
+    kept = _undisturbed(rounds_RS)
+    times_RS, placement_R = rounds_RS[kept], placement_R[kept]
+    if times_RS.shape[1] == 1:
+        return relative_noise(times_RS[:, 0], placement_R) <= tolerance
+    low, high = interval_of_ratio(times_RS[:, 0], times_RS[:, 1], placement_R)
     return (high - low) / 2 <= tolerance
 
 
-def _undisturbed(rounds_RS: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The rounds in which no subject was slowed down by something else; never fewer than half of them."""
+def _undisturbed(rounds_RS: Array) -> Array:
+    """Which rounds no subject was slowed down in by something else; never fewer than half of them."""
     slowest = (rounds_RS / np.median(rounds_RS, axis=0)).max(axis=1)
-    kept = slowest <= _THROTTLED
+    kept: Array = slowest <= _THROTTLED
     if kept.sum() * 2 < len(rounds_RS):
         kept = slowest <= np.median(slowest)
-    undisturbed: np.ndarray[Any, np.dtype[np.float64]] = rounds_RS[kept]
-    return undisturbed
+    return kept
 
 
 def _warm_up(time_block: TimeBlock, call: Call, effort: Effort) -> int:
@@ -147,10 +206,10 @@ def _warm_up(time_block: TimeBlock, call: Call, effort: Effort) -> int:
     repeats = 1
     while (spent := time_block(call, repeats)) < effort.block_ms and repeats < 1_000_000:
         repeats = max(repeats + 1, int(repeats * min(4.0, 1.2 * effort.block_ms / max(spent, 1e-6))))
-    before = 0.0
+    before, group = 0.0, 5 if spent < _LONG_MS else 2
     while time.perf_counter() < deadline:
-        now = median([time_block(call, repeats) for _ in range(5)])
-        if before and abs(now / before - 1) < 0.02:
+        now = median([time_block(call, repeats) for _ in range(group)])
+        if before and abs(now / before - 1) < _SETTLED:
             break
         before = now
     return repeats

@@ -37,7 +37,7 @@ _DRAWN = 64
 """So many candidates are drawn, and that one measured of which the model knows least."""
 _HELD_OUT = 4
 """One in so many tells how wrong the model is, fitted without them."""
-EFFORT = Effort(tolerance=0.003, max_seconds=1.0, placements=2)
+EFFORT = Effort(tolerance=0.003, max_seconds=1.0, min_rounds=4, placements=2)
 """Of one candidate: many measured roughly say more than few measured well."""
 Z_INTERVAL = 3.92
 """Width of a 95 % interval in standard errors."""
