@@ -485,6 +485,33 @@ def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch:
     assert outcome.best == other
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_finalist_that_cannot_be_trained_again_is_left_out_with_its_reason(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    seeds: list[int] = []
+    real = FineTune.score
+
+    def score(self: FineTune, model: torch.nn.Module, seed: int, **named: object) -> Score:
+        seeds.append(seed)
+        again = [other for other in seeds if other != seeds[0]]
+        if 0 < len(again) <= failing:
+            raise SearchError("the loss became infinite.")
+        return real(self, model, seed, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FineTune, "score", score)
+    if failing == 2:
+        with pytest.raises(SearchError, match="no finalist could be trained again: the loss became infinite"):
+            run(change(config, finalists=2))
+        return
+    outcome = run(change(config, finalists=2))
+    first, other = finalists(outcome.records, 2)
+    assert outcome.best == other
+    assert outcome.confirmation is not None
+    assert f"none (trial {first.number}: the loss became infinite)" in outcome.confirmation.choice()
+    assert Confirmation.from_dict(json.loads(json.dumps(outcome.confirmation.as_dict()))) == outcome.confirmation
+
+
 def test_the_verdict_is_honest_in_all_three_ways() -> None:
     timing = Timing(1.0, 1.0, 1.0, 1.0)
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
 def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> float:

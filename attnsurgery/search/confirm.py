@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from attnsurgery.checkpoint import write_directory
+from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import Score, accuracy
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
@@ -46,14 +47,22 @@ class Finalist:
     number: int
     digest: str
     top1s: tuple[float, ...]
-    """On the validation split, of every seed."""
-    loss: float
+    """On the validation split, of every seed; none if one of them failed."""
+    loss: float | None
     """There too, the mean over the seeds."""
+    failed: str = ""
+    """Why it could not be trained again."""
 
     @property
     def rank(self) -> tuple[float, float]:
         """Larger is better."""
-        return fmean(self.top1s), -self.loss
+        return (-math.inf, 0.0) if self.loss is None else (fmean(self.top1s), -self.loss)
+
+    def said(self, winner: str) -> str:
+        """What came of it, in words."""
+        if self.failed:
+            return f"none (trial {self.number}: {self.failed.rstrip('.')})"
+        return f"{100 * fmean(self.top1s):.2f} % (trial {self.number}{', the winner' if self.digest == winner else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +107,7 @@ class Confirmation:
         """How the winner came out of the finalists; nothing where there was only one."""
         if len(self.finalists) < 2:
             return ""
-        means = ", ".join(
-            f"{100 * fmean(one.top1s):.2f} % (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
-            for one in self.finalists
-        )
+        means = ", ".join(one.said(self.digest) for one in self.finalists)
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         return f"the {len(self.finalists)} best, trained again from {seeds}, on validation images: {means}"
 
@@ -133,11 +139,12 @@ def confirm(
 ) -> Confirmation:
     """Train finalists and base, choose the winner on the validation split, hold it beside the base on the test split.
 
-    It is measured again, and as trained from the first seed saved as a timm directory.
+    It is measured again, and as trained from the first seed saved as a timm directory. A finalist whose training goes
+    out of the numbers is left out, and its reason kept.
 
     Raises:
         StopAsked: the user asked for an end; nothing was saved.
-        SearchError: training went out of the numbers.
+        SearchError: the base, or every finalist, cannot be trained.
     """
     seeds = [seed_of(bench.config.seed, "confirm", index) for index in range(bench.config.confirm_seeds)]
 
@@ -150,19 +157,20 @@ def confirm(
             done.append((model.cpu(), score))
         return done
 
-    ranked = []
+    ranked: list[tuple[Finalist, Recipe, list[nn.Module]]] = []
     for record in finalists:
-        recipe = Recipe.model_validate(record.recipe)
-        found = trained(f"trial {record.number}", partial(build, bench, recipe))
-        scores = [score for _, score in found]
-        one = Finalist(
-            record.number,
-            record.digest or "",
-            tuple(score.top1 for score in scores),
-            fmean(score.loss for score in scores),
-        )
-        ranked.append((one, recipe, [model for model, _ in found]))
+        recipe, digest = Recipe.model_validate(record.recipe), record.digest or ""
+        try:
+            found = trained(f"trial {record.number}", partial(build, bench, recipe))
+        except SearchError as error:
+            ranked.append((Finalist(record.number, digest, (), None, failed=str(error)), recipe, []))
+            continue
+        top1s = tuple(score.top1 for _, score in found)
+        loss = fmean(score.loss for _, score in found)
+        ranked.append((Finalist(record.number, digest, top1s, loss), recipe, [model for model, _ in found]))
     winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank)
+    if winner.failed:
+        raise SearchError(f"no finalist could be trained again: {winner.failed}")
     bases = [model for model, _ in trained("the base", lambda: copy.deepcopy(bench.base))]
     base_rights, rights = (
         [accuracy(model, bench.data.test, bench.judge.settings)[2] for model in some] for some in (bases, models)

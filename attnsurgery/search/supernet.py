@@ -29,6 +29,7 @@ from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import Block, Cost, build_block, check_options
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import Data, Score, TrainSettings, Watch, accuracy, train
+from attnsurgery.evaluate.proxies import BATCH_NORMS
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
@@ -38,7 +39,6 @@ from attnsurgery.surgery.operate import PATHS, operate
 from attnsurgery.surgery.plan import Insertion
 from attnsurgery.weights import read_state_dict
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 PASSES = 3
 """Paths that each training step follows: the base's own and some drawn."""
