@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -22,6 +23,8 @@ from attnsurgery.cli.search import command_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UsageError
 from attnsurgery.evaluate import Epoch, Score, blocks_only, finetune
 from attnsurgery.evaluate.finetune import FineTune
+from attnsurgery.latency import Conditions, Latency
+from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.confirm import Confirmation, judge, sign_test
@@ -454,7 +457,7 @@ def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_th
     outcome = run(change(config, finalists=3, confirm_seeds=2))
     verdict = outcome.confirmation
     assert verdict is not None
-    assert [one.digest for one in verdict.finalists] == [r.digest for r in finalists(outcome.records, 3)]
+    assert [one.digest for one in verdict.finalists] == [r.digest for r in finalists(outcome.records)[:3]]
     assert all(len(one.top1s) == 2 for one in verdict.finalists)
     assert verdict.digest == max(verdict.finalists, key=lambda one: one.rank).digest
     assert outcome.best is not None
@@ -478,11 +481,45 @@ def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch:
 
     monkeypatch.setattr(FineTune, "score", score)
     outcome = run(change(config, finalists=2))
-    lucky, other = finalists(outcome.records, 2)
+    lucky, other = finalists(outcome.records)[:2]
     assert lucky.top1 is not None
     assert other.top1 is not None
     assert lucky.top1 > other.top1
     assert outcome.best == other
+
+
+@pytest.mark.parametrize("kept", [2, 0])
+def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next(
+    config: SearchConfig, kept: int
+) -> None:
+    """Of four candidates the two best, or all, are slower at the second look."""
+    first = run(change(config, finalists=1))
+    order = finalists(first.records)
+    slower = {record.parameters: 10.0 + record.number for record in order[: len(order) - kept]}
+    seen: list[int] = []
+
+    class Lucky(FixedLatency):
+        def compare(self, base: torch.nn.Module, variant: torch.nn.Module, reference: Latency | None = None) -> Any:
+            found = super().compare(base, variant, reference)
+            seen.append(size := sum(parameter.numel() for parameter in variant.parameters()))
+            scale = slower.get(size, 1.0) * 100 if seen.count(size) == 2 else 1.0
+            return replace(found, ratio=scale * found.ratio)
+
+    conditions = Conditions(input_size=(3, 32, 32), threads=1)
+    asked = change(config, finalists=1, output=f"{config.output}-lucky")
+    outcome = run(asked, backend=Lucky(conditions))
+    assert [r.digest for r in finalists(outcome.records)] == [r.digest for r in order]
+    confirmation = outcome.confirmation
+    assert confirmation is not None
+    winner = order[-2] if kept else min(order, key=lambda record: record.number)
+    assert outcome.best is not None
+    assert outcome.best.digest == winner.digest
+    assert [one.slow for one in confirmation.finalists] == (
+        [True, True, False] if kept else [r != winner for r in order]
+    )
+    assert f"left out: trial {order[0].number} (" in confirmation.choice()
+    assert "ms when measured again, over the budget)" in confirmation.choice()
+    assert run(asked, backend=Lucky(conditions)).confirmation == confirmation, "known, so it is not asked again"
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -505,10 +542,10 @@ def test_a_finalist_that_cannot_be_trained_again_is_left_out_with_its_reason(
             run(change(config, finalists=2))
         return
     outcome = run(change(config, finalists=2))
-    first, other = finalists(outcome.records, 2)
+    first, other = finalists(outcome.records)[:2]
     assert outcome.best == other
     assert outcome.confirmation is not None
-    assert f"none (trial {first.number}: the loss became infinite)" in outcome.confirmation.choice()
+    assert f"; left out: trial {first.number} (the loss became infinite)" in outcome.confirmation.choice()
     assert Confirmation.from_dict(json.loads(json.dumps(outcome.confirmation.as_dict()))) == outcome.confirmation
 
 

@@ -12,7 +12,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -184,6 +184,16 @@ class LatencyBackend(ABC):
             ratio_high=high,
             reference_ms=(reference or base_latency).p50_ms,
         )
+
+    @contextmanager
+    def carefully(self) -> Iterator[None]:
+        """What is measured meanwhile may take twice as long."""
+        usual = self.effort
+        self.effort = replace(usual, max_seconds=2 * usual.max_seconds)
+        try:
+            yield
+        finally:
+            self.effort = usual
 
     def versions(self) -> dict[str, str]:
         """Software and hardware that a latency depends on."""

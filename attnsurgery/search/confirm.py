@@ -1,7 +1,8 @@
 """The last word: winner and base, trained equally long from the same weights, on images that the search never saw.
 
-The best of many is the luckiest of many too. So the few best are trained again, from seeds that the search did not use,
-and the best of these on the validation images, all seeds together, is the winner; the test images see it alone.
+The best of many is the luckiest of many too, in its latency as in its accuracy. So the few best are measured again, and
+one that is over the budget now leaves its place to the next; they are trained again, from seeds that the search did not
+use; and the best of them on the validation images, all seeds together, is the winner. The test images see it alone.
 
 Each image that only one of the two gets right is a vote; the exact sign test on the votes is McNemar's test when there
 is one seed. With several seeds an image votes once, for the model that got it right in more of them: images stay the
@@ -33,7 +34,7 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import Record, Timing
 from attnsurgery.search.trial import build, seed_of
-from attnsurgery.search.watching import Watching
+from attnsurgery.search.watching import StopAsked, Watching
 
 Verdict = Literal["better", "no significant difference", "worse"]
 
@@ -51,18 +52,14 @@ class Finalist:
     loss: float | None
     """There too, the mean over the seeds."""
     failed: str = ""
-    """Why it could not be trained again."""
+    """Why it was not trained again, or could not be."""
+    slow: bool = False
+    """It was over its budget when it was measured again."""
 
     @property
     def rank(self) -> tuple[float, float]:
         """Larger is better."""
         return (-math.inf, 0.0) if self.loss is None else (fmean(self.top1s), -self.loss)
-
-    def said(self, winner: str) -> str:
-        """What came of it, in words."""
-        if self.failed:
-            return f"none (trial {self.number}: {self.failed.rstrip('.')})"
-        return f"{100 * fmean(self.top1s):.2f} % (trial {self.number}{', the winner' if self.digest == winner else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +104,24 @@ class Confirmation:
         """How the winner came out of the finalists; nothing where there was only one."""
         if len(self.finalists) < 2:
             return ""
-        means = ", ".join(one.said(self.digest) for one in self.finalists)
+        means = ", ".join(
+            f"{100 * fmean(one.top1s):.2f} % (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
+            for one in self.finalists
+            if not one.failed
+        )
+        out = ", ".join(f"trial {one.number} ({one.failed.rstrip('.')})" for one in self.finalists if one.failed)
+        count = sum(not one.failed for one in self.finalists)
+        who = f"the {count} best" if count > 1 else "the best"
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
-        return f"the {len(self.finalists)} best, trained again from {seeds}, on validation images: {means}"
+        return f"{who}, trained again from {seeds}, on validation images: {means}{f'; left out: {out}' if out else ''}"
 
-    def answers(self, finalists: Sequence[Record], seeds: int) -> bool:
-        """True if it is on these finalists and as many seeds."""
-        return [one.digest for one in self.finalists] == [one.digest for one in finalists] and self.seeds == seeds
+    def answers(self, order: Sequence[Record], wanted: int | None = None, seeds: int | None = None) -> bool:
+        """True if these would be confirmed in this order, and as many, from as many seeds, as are wanted."""
+        digests = [one.digest for one in self.finalists]
+        if digests != [one.digest for one in order[: len(digests)]] or self.seeds != (seeds or self.seeds):
+            return False
+        there = sum(not one.slow for one in self.finalists)
+        return wanted is None or there == wanted or (there < wanted and len(digests) == len(order))
 
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
         """The same, counted as one look more than an earlier confirmation of the same search."""
@@ -131,7 +139,7 @@ class Confirmation:
 
 def confirm(
     bench: Bench,
-    finalists: Sequence[Record],
+    order: Sequence[Record],
     reference: Latency,
     folder: Path,
     listener: Listener,
@@ -141,6 +149,9 @@ def confirm(
 
     It is measured again, and as trained from the first seed saved as a timm directory. A finalist whose training goes
     out of the numbers is left out, and its reason kept.
+
+    Args:
+        order: all that may be the winner, the best first.
 
     Raises:
         StopAsked: the user asked for an end; nothing was saved.
@@ -158,16 +169,18 @@ def confirm(
         return done
 
     ranked: list[tuple[Finalist, Recipe, list[nn.Module]]] = []
-    for record in finalists:
-        recipe, digest = Recipe.model_validate(record.recipe), record.digest or ""
+    for record, slow in _within_budget(bench, order, reference, listener, stop):
+        recipe, one = Recipe.model_validate(record.recipe), Finalist(record.number, record.digest or "", (), None)
+        if slow:
+            ranked.append((replace(one, failed=slow, slow=True), recipe, []))
+            continue
         try:
             found = trained(f"trial {record.number}", partial(build, bench, recipe))
         except SearchError as error:
-            ranked.append((Finalist(record.number, digest, (), None, failed=str(error)), recipe, []))
+            ranked.append((replace(one, failed=str(error)), recipe, []))
             continue
-        top1s = tuple(score.top1 for _, score in found)
-        loss = fmean(score.loss for _, score in found)
-        ranked.append((Finalist(record.number, digest, top1s, loss), recipe, [model for model, _ in found]))
+        one = replace(one, top1s=tuple(s.top1 for _, s in found), loss=fmean(s.loss for _, s in found))
+        ranked.append((one, recipe, [model for model, _ in found]))
     winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank)
     if winner.failed:
         raise SearchError(f"no finalist could be trained again: {winner.failed}")
@@ -176,10 +189,36 @@ def confirm(
         [accuracy(model, bench.data.test, bench.judge.settings)[2] for model in some] for some in (bases, models)
     )
     listener.phase("confirming: measuring the winner again")
-    timing = Timing.of(bench.backend.compare(bench.base, models[0], reference))
+    with bench.backend.carefully():
+        timing = Timing.of(bench.backend.compare(bench.base, models[0], reference))
     save(bench, models[0], recipe, folder / "best")
     verdict = judge(winner.digest, base_rights, rights, bench.config.epochs, timing)
     return replace(verdict, finalists=tuple(one for one, _, _ in ranked))
+
+
+def _within_budget(
+    bench: Bench, order: Sequence[Record], reference: Latency, listener: Listener, stop: Callable[[], bool]
+) -> list[tuple[Record, str]]:
+    """The first that keep to their budget when they are measured again, and those before them that do not, with what
+    they took. Where none does, the fastest is as good as it gets."""
+    wanted = bench.config.finalists
+    if "latency" not in bench.budgets.most:
+        return [(record, "") for record in order[:wanted]]
+    found: list[tuple[Record, str, float]] = []
+    for record in order:
+        if sum(not over for _, over, _ in found) == wanted:
+            break
+        if stop():
+            raise StopAsked
+        listener.phase(f"confirming: measuring trial {record.number} again")
+        with bench.backend.carefully():
+            compared = bench.backend.compare(bench.base, build(bench, Recipe.model_validate(record.recipe)), reference)
+        over = bench.budgets.over(replace(record, timing=Timing.of(compared)))
+        found.append((record, over and f"{over} when measured again, over the budget", compared.variant_ms))
+    if all(over for _, over, _ in found):
+        fastest = min(found, key=lambda entry: entry[2])
+        return [(record, "" if record is fastest[0] else over) for record, over, _ in found]
+    return [(record, over) for record, over, _ in found]
 
 
 def judge(

@@ -209,7 +209,7 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
     config = bench.config
     last = float((1 + min(config.finalists, rungs[-1][0])) * config.confirm_seeds)
     last += {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
-    measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4
+    measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4 + 2 * config.finalists
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
     return trainings + last * rungs[-1][1] + measured * config.latency_seconds
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from attnsurgery.errors import SearchError
-from attnsurgery.latency import Effort, Latency, LatencyBackend
+from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.about import remember
 from attnsurgery.search.config import SearchConfig, check_same, fixed_part
 from attnsurgery.search.confirm import Confirmation, confirm
@@ -166,15 +166,16 @@ class _Search:
         return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
     def _confirm(self, records: list[Record]) -> None:
-        chosen = finalists(records, self.config.finalists)
-        if not chosen:
+        order = finalists(records)
+        if not order:
             return
         kept = self.store.fixed("confirmation")
         before = Confirmation.from_dict(kept) if kept else None
-        if before and before.answers(chosen, self.config.confirm_seeds) and (self.folder / "best").is_dir():
+        asked = self.config.finalists, self.config.confirm_seeds
+        if before and before.answers(order, *asked) and (self.folder / "best").is_dir():
             self.confirmation = before
             return
-        done = confirm(self.bench, chosen, self.reference, self.folder, self.listener, self.stop).after(kept)
+        done = confirm(self.bench, order, self.reference, self.folder, self.listener, self.stop).after(kept)
         self.store.fix("confirmation", done.as_dict())
         self.confirmation = done
 
@@ -200,13 +201,8 @@ class _Search:
         return reference, Record.from_dict(kept["record"])
 
     def _measure_base(self) -> Latency:
-        backend = self.bench.backend
-        usual = backend.effort
-        backend.effort = Effort(tolerance=usual.tolerance, max_seconds=2 * usual.max_seconds)
-        try:
-            return backend.measure(self.bench.base)
-        finally:
-            backend.effort = usual
+        with self.bench.backend.carefully():
+            return self.bench.backend.measure(self.bench.base)
 
     def _score_base(self, reference: Latency) -> Record:
         scores, watch = [], Watching(self.listener, self.stop)
