@@ -6,9 +6,12 @@ A graph takes the cost of launching out of the number, as a deployment with grap
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from attnsurgery.errors import UsageError
 from attnsurgery.latency._base import LATENCY, Call, Conditions, LatencyBackend
@@ -47,6 +50,13 @@ class CudaLatency(LatencyBackend):
             "gpu": torch.cuda.get_device_name(self.conditions.device),
             "cuda": str(torch.version.cuda),
         }
+
+    @contextmanager
+    def _prepared(self, model: nn.Module) -> Iterator[Call]:
+        with super()._prepared(model) as call:
+            yield call
+            if self.conditions.mode == "cudagraph":
+                call.__self__.reset()  # type: ignore[attr-defined]  # a graph keeps all activations, until it goes
 
     def _call(self, call: Call) -> Call:
         if self.conditions.mode != "cudagraph":

@@ -90,7 +90,7 @@ def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool =
         for number in itertools.count():
             if again or not number:
                 stack.close()
-                calls = stack.enter_context(place())
+                calls = stack.enter_context(place())  # the last ones still hold their memory, so these lie elsewhere
             if not number:
                 repeats = [_warm_up(time_block, call, effort) for call in calls]
                 begun = time.perf_counter()
