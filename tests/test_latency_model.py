@@ -93,14 +93,15 @@ def test_quality_is_that_on_candidates_left_out() -> None:
     measured = world.measured(40)
     found = quality(BASE_MACS, world.kinds, measured)
     assert found is not None
-    assert found.candidates == 10
+    assert found.candidates == 40
+    assert found.noise == pytest.approx(np.median([one.sigma / one.ratio for one in measured]))
     assert found.mean < 0.012
     assert found.worst >= found.mean
     assert found.spearman > 0.9
     spoiled = [Measured(one.counts, one.ratio + (index % 4 == 3), one.sigma) for index, one in enumerate(measured)]
     worse = quality(BASE_MACS, world.kinds, spoiled)
     assert worse is not None
-    assert worse.mean > 0.3
+    assert worse.mean > 0.2
     assert quality(BASE_MACS, world.kinds, measured[:7]) is None
 
 

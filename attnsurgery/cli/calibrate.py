@@ -70,7 +70,8 @@ def _print(done: Calibration) -> None:
     if quality is not None:
         error = (
             f"{100 * quality.mean:.2f} % on average, {100 * quality.worst:.2f} % at worst, rank correlation "
-            f"{quality.spearman:.3f} (of {quality.candidates} candidates that the model was not told)"
+            f"{quality.spearman:.3f}, on candidates that the model was not told; {100 * quality.noise:.2f} % is the "
+            "standard error of measuring one"
         )
     print_lines(
         [

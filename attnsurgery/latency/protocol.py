@@ -32,7 +32,7 @@ Numbers = Sequence[float] | Array
 _Z = 1.96
 """Of a 95 % interval."""
 _LONG_MS = 20.0
-"""A block that takes so long warms up by itself: few are enough to see whether it has settled."""
+"""A block that takes so long warms up by itself: two are enough to see whether it has settled."""
 _SETTLED = 0.05
 """Successive groups of blocks that differ by less are warm."""
 _THROTTLED = 1.5
@@ -206,9 +206,9 @@ def _warm_up(time_block: TimeBlock, call: Call, effort: Effort) -> int:
     repeats = 1
     while (spent := time_block(call, repeats)) < effort.block_ms and repeats < 1_000_000:
         repeats = max(repeats + 1, int(repeats * min(4.0, 1.2 * effort.block_ms / max(spent, 1e-6))))
-    before, group = 0.0, 5 if spent < _LONG_MS else 2
+    before, group = (0.0, 5) if spent < _LONG_MS else (spent / repeats, 1)
     while time.perf_counter() < deadline:
-        now = median([time_block(call, repeats) for _ in range(group)])
+        now = median([time_block(call, repeats) / repeats for _ in range(group)])
         if before and abs(now / before - 1) < _SETTLED:
             break
         before = now

@@ -35,8 +35,8 @@ from attnsurgery.surgery.operate import operate
 
 _DRAWN = 64
 """So many candidates are drawn, and that one measured of which the model knows least."""
-_HELD_OUT = 4
-"""One in so many tells how wrong the model is, fitted without them."""
+_FOLDS = 4
+"""Each tells how wrong a model is that was told the others."""
 EFFORT = Effort(tolerance=0.003, max_seconds=1.0, min_rounds=4, placements=2)
 """Of one candidate: many measured roughly say more than few measured well."""
 Z_INTERVAL = 3.92
@@ -55,6 +55,8 @@ class Quality:
     worst: float
     spearman: float
     """Rank correlation of foretold and measured times."""
+    noise: float
+    """Standard error of one measurement, as a share of it, the median; the errors have it in them."""
 
 
 class Shelf:
@@ -221,16 +223,18 @@ def calibrated(
 
 
 def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measured]) -> Quality | None:
-    """The error on every fourth candidate, of a model that was told the others; None of fewer than 8."""
-    if len(measured) < 2 * _HELD_OUT:
+    """The error on every candidate, of a model that was told three quarters of the others; None of fewer than 8."""
+    if len(measured) < 2 * _FOLDS:
         return None
-    apart = measured[_HELD_OUT - 1 :: _HELD_OUT]
-    told = [one for index, one in enumerate(measured) if index % _HELD_OUT != _HELD_OUT - 1]
-    model = LatencyModel(base_macs, kinds, told)
-    foretold = np.array([model.foretell(one.counts).ratio for one in apart])
-    true = np.array([one.ratio for one in apart])
+    foretold = np.empty(len(measured))
+    for fold in range(_FOLDS):
+        told = [one for index, one in enumerate(measured) if index % _FOLDS != fold]
+        model = LatencyModel(base_macs, kinds, told)
+        foretold[fold::_FOLDS] = [model.foretell(one.counts).ratio for one in measured[fold::_FOLDS]]
+    true = np.array([one.ratio for one in measured])
     errors = np.abs(foretold / true - 1.0)
-    return Quality(len(apart), float(errors.mean()), float(errors.max()), spearman(foretold, true))
+    noise = float(np.median([one.sigma / one.ratio for one in measured]))
+    return Quality(len(measured), float(errors.mean()), float(errors.max()), spearman(foretold, true), noise)
 
 
 def spearman(first: Floats, second: Floats) -> float:
