@@ -240,6 +240,30 @@ def test_cuda_backend_without_cuda_says_so() -> None:
         backend_for(Conditions(device="cuda"))
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_a_time_taken_while_the_device_still_works_is_no_latency(done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hasty(FixedLatency):
+        def time_block(self, call: Callable[[], object], repeats: int) -> float:
+            return 1.0
+
+    class Stream:
+        def query(self) -> bool:
+            return done
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    backend = Hasty(Conditions(device="cuda"))
+    if done:
+        assert backend.timed(lambda: None, 1) == 1.0
+    else:
+        with pytest.raises(UsageError, match="Hasty gave a time while cuda was still at work"):
+            backend.timed(lambda: None, 1)
+
+
+def test_the_wall_clock_is_refused_where_calls_return_early() -> None:
+    with pytest.raises(UsageError, match=r"'cpu' cannot time 'cuda:0'.* --latency cuda"):
+        backend_for(Conditions(device="cuda:0"), "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["eager", "cudagraph"])

@@ -155,6 +155,21 @@ class LatencyBackend(ABC):
     def time_block(self, call: Call, repeats: int) -> float:
         """Milliseconds that `repeats` calls took, one after another, all work finished."""
 
+    def timed(self, call: Call, repeats: int) -> float:
+        """`time_block`, if the work was finished when it said so.
+
+        Raises:
+            UsageError: the device still works, so what was timed is how fast it can be told to.
+        """
+        spent = self.time_block(call, repeats)
+        device = torch.device(self.conditions.device)
+        if device.type == "cuda" and not torch.cuda.current_stream(device).query():
+            raise UsageError(
+                f"the latency backend {type(self).__name__} gave a time while {device} was still at work. Such a time "
+                "is no latency: time_block has to wait for the device before it reads the clock."
+            )
+        return spent
+
     def measure(self, model: nn.Module) -> Latency:
         """The time of one forward.
 
@@ -219,7 +234,7 @@ class LatencyBackend(ABC):
                 yield [calls[index] for index in range(len(models))]
 
         with self._session():
-            return sample(self.time_block, placed, self.effort, again=self.conditions.mode != "compile")
+            return sample(self.timed, placed, self.effort, again=self.conditions.mode != "compile")
 
     @contextmanager
     def _session(self) -> Iterator[None]:
