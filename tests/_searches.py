@@ -14,6 +14,16 @@ from attnsurgery.search.about import About, Place, Spot, Stage
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.record import Promotion, best
 
+SPACE = """
+version: 1
+name: small
+decisions:
+  - at: "stage:* branches"
+    choices:
+      - block: se
+        options: {reduction: [4, 16]}
+"""
+
 LABELS = ("se(reduction=4)", "se(reduction=16)", "non_local(reduction=2, subsample=2)", "dual(which=position)")
 SITES = [(stage, block) for stage, blocks in ((1, 2), (2, 2), (3, 4), (4, 2)) for block in range(blocks)]
 PLACES = [f"layer{stage}.{block}.bn2" for stage, block in SITES]
@@ -27,6 +37,34 @@ def write_images(root: Path) -> Path:
             pixels = np.random.default_rng(index).integers(0, 90, (32, 32, 3)) + level
             Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{index}.png")
     return root
+
+
+def write_space(folder: Path) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def small_search(images: Path, space: Path, output: Path) -> SearchConfig:
+    """Four candidates, seconds, and a latency that is computed."""
+    return SearchConfig(
+        budget_ms=100.0,
+        space=str(space),
+        data=str(images),
+        trials=4,
+        epochs=1,
+        base_epochs=1,
+        train_batch_size=8,
+        finalists=1,
+        confirm_seeds=1,
+        input_size=32,
+        latency="fixed",
+        output=str(output),
+    )
+
+
+def change(config: SearchConfig, **fields: object) -> SearchConfig:
+    return config.model_copy(update=fields)
 
 
 def about(**changes: Any) -> About:
