@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 Call = Callable[[], Any]
 TimeBlock = Callable[[Call, int], float]
@@ -146,7 +147,7 @@ def interval_of_median(values: Numbers, placement: Numbers) -> tuple[float, floa
     groups = np.unique(np.asarray(placement))
     if (count := len(groups)) > 2:
         own_G = [median(np.asarray(values)[np.asarray(placement) == group]) for group in groups]
-        reach = _student(count - 1) * float(np.std(own_G, ddof=1)) / count**0.5
+        reach = float(stdtrit(count - 1, 0.975) * np.std(own_G, ddof=1)) / count**0.5
     return min(middle - reach, float(sorted_V[outside])), max(middle + reach, float(sorted_V[-1 - outside]))
 
 
@@ -159,17 +160,6 @@ def relative_noise(times: Numbers, placement: Numbers) -> float:
     """Half the 95 % interval of the median, as a share of the median."""
     low, high = interval_of_median(times, placement)
     return (high - low) / 2 / median(times)
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 3 % from two degrees of freedom on (Abramowitz and Stegun, 26.7.5)."""
-    z = _Z
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
 
 
 def _round(time_block: TimeBlock, calls: Sequence[Call], repeats: list[int], *, backwards: bool) -> list[float]:
