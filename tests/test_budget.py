@@ -27,6 +27,7 @@ from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.space import SearchSpace, bind, load
 from attnsurgery.surgery.operate import operate
 from attnsurgery.surgery.verify import count_macs
+from tests._searches import change
 from tests.conftest import build
 
 SPACE = """
@@ -56,10 +57,6 @@ def config(tmp_path: Path) -> SearchConfig:
         budget_ms=100.0,
         output=str(tmp_path / "run"),
     )
-
-
-def change(config: SearchConfig, **fields: object) -> SearchConfig:
-    return config.model_copy(update=fields)
 
 
 @pytest.mark.parametrize(("name", "shipped"), [("test_resnet", "se"), ("test_vit", "se"), ("test_resnet", "non_local")])

@@ -166,10 +166,11 @@ def test_the_ratio_is_of_times_that_met_the_same_machine() -> None:
     assert ratio_of([1.0, 10.0, 2.0], [2.0, 20.0, 4.0]) == 2.0
 
 
-@pytest.mark.parametrize("placements", [2, 4, 12])
-@pytest.mark.parametrize("offset", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize(
+    ("placements", "offset"), [(2, 0.0), *((count, offset) for count in (4, 12) for offset in (0.0, 1.0, 5.0))]
+)
 def test_the_interval_covers_where_the_copies_differ(placements: int, offset: float) -> None:
-    """Offsets of copies `offset` times as large as what the rounds of a copy differ by."""
+    """Offsets of copies `offset` times as large as what the rounds of a copy differ by; two copies cannot tell."""
     draw = np.random.default_rng(placements)
     held = 0
     for _ in range(300):
@@ -177,8 +178,7 @@ def test_the_interval_covers_where_the_copies_differ(placements: int, offset: fl
         values_GR = centre_G[:, None] + draw.standard_normal((placements, 6))
         low, high = interval_of_median(values_GR.ravel(), np.repeat(np.arange(placements), 6))
         held += low <= 0 <= high
-    too_few = placements < 3 and offset > 0  # to tell copies apart from rounds
-    assert held / 300 >= (0.4 if too_few else 0.92)
+    assert held / 300 >= 0.92
 
 
 def test_threads_are_fixed_during_the_measurement_and_restored() -> None:

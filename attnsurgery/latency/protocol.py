@@ -3,7 +3,7 @@
 Calls are timed in blocks long enough for the clock. Two subjects alternate A B B A, then B A A B, so that neither a
 drift of the machine nor the first place in a round favours one of them; a round in which either was slowed down far
 beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own ratio, for the
-two times of a round met the same machine: a ratio of the two medians throws that away, and is twice as noisy.
+two times of a round met the same machine: a ratio of the two medians throws that away.
 
 Where its tensors happen to lie in memory can make one copy of a model some percent slower than its twin for as long as
 it lives, and more rounds on the same copy never show it. So the rounds are spread over several *placements*, fresh

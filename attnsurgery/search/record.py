@@ -134,7 +134,7 @@ def best(records: Iterable[Record]) -> Record | None:
     return max(trained(records), key=lambda record: record.rank, default=None)
 
 
-def finalists(records: Iterable[Record]) -> list[Record]:
+def contenders(records: Iterable[Record]) -> list[Record]:
     """Those on the highest rung that any is on, the best first."""
     order = sorted(trained(records), key=lambda record: record.rank, reverse=True)
     return [record for record in order if record.reached == order[0].reached]
@@ -142,7 +142,7 @@ def finalists(records: Iterable[Record]) -> list[Record]:
 
 def front(records: Iterable[Record]) -> list[Record]:
     """Those on the highest rung that no other there beats in both accuracy and latency, the fastest first."""
-    order = finalists(records)
+    order = contenders(records)
     order.sort(key=lambda record: record.timing.ms if record.timing else 0.0)
     kept: list[Record] = []
     for record in order:

@@ -23,7 +23,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.record import ASKED, Record, finalists
+from attnsurgery.search.record import ASKED, Record, contenders
 from attnsurgery.search.store import records_of, storage_errors, study_name, without_password
 
 _STUDY = "study.db"
@@ -111,7 +111,7 @@ def _confirmation(kept: Mapping[str, Any], records: list[Record]) -> Confirmatio
     if kept.get("ended") != "finished" or not given:
         return None
     found = Confirmation.from_dict(given)
-    return found if found.answers(finalists(records)) else None
+    return found if found.answers(contenders(records)) else None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import Bench, prepare
-from attnsurgery.search.record import ASKED, Promotion, Record, Timing, finalists, trained
+from attnsurgery.search.record import ASKED, Promotion, Record, Timing, contenders, trained
 from attnsurgery.search.rungs import SUPERNET, next_promotion, rungs_of, shares
 from attnsurgery.search.scorers import Candidate
 from attnsurgery.search.store import Store, same_json
@@ -166,7 +166,7 @@ class _Search:
         return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
     def _confirm(self, records: list[Record]) -> None:
-        order = finalists(records)
+        order = contenders(records)
         if not order:
             return
         kept = self.store.fixed("confirmation")
