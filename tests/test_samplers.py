@@ -13,9 +13,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
-from attnsurgery.samplers.additive import AdditiveModel
 from attnsurgery.samplers.knapsack import Budget, best
 from attnsurgery.samplers.places import Picks
+from attnsurgery.samplers.surrogate import Fit, Surrogate
 
 CHOICES = ("none", "se(reduction=4)", "se(reduction=16)", "non_local")
 PLACES = Places({f"layer{place}": CHOICES for place in range(6)})
@@ -110,12 +110,12 @@ def draw(count: int, seed: int) -> list[Picks]:
 @pytest.mark.parametrize("seed", range(3))
 def test_effects_that_add_up_are_found_again(seed: int) -> None:
     candidates, score = draw(60, seed), adding(seed, noise=0.05)
-    told = AdditiveModel(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+    told = Surrogate(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
     for found, true in zip(told.mean().values, effects(seed), strict=True):
         assert np.allclose(found, true, atol=0.3)
     assert told.mean().base == pytest.approx(70, abs=0.6)
     assert told.fit().explained > 0.95
-    assert not told.fit().misses_interactions
+    assert not told.fit().is_bad
 
 
 def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scale_of_scores() -> None:
@@ -123,7 +123,7 @@ def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scal
 
     def spread(count: int) -> float:
         candidates = draw(count, 5)
-        told = AdditiveModel(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+        told = Surrogate(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
         rng = np.random.default_rng(1)
         return float(np.std([np.concatenate(told.draw(rng).values) for _ in range(200)], axis=0).mean())
 
@@ -134,21 +134,66 @@ def test_one_training_that_broke_down_does_not_drown_the_rest() -> None:
     candidates, score = draw(40, 3), adding(3, noise=0.05)
     scores = [score(picks) for picks in candidates]
     scores[7] = -1e6
-    told = AdditiveModel(PLACES).told(candidates, scores, np.random.default_rng(0))
+    told = Surrogate(PLACES).told(candidates, scores, np.random.default_rng(0))
     found, true = np.concatenate(told.mean().values), np.concatenate(effects(3))
     assert np.corrcoef(found, true)[0, 1] > 0.8
 
 
-def test_scores_that_do_not_add_up_are_noticed() -> None:
-    candidates = draw(80, 4)
-    # worth something only together: what the one place is worth has the sign of the other
-    scores = [
-        sum((1 if p % 2 else -1) * (1 if q % 2 else -1) for p, q in itertools.pairwise(c[:3])) for c in candidates
+def signs(picks: Picks) -> float:
+    """Worth something only together: what the one place is worth has the sign of the other."""
+    return float(sum((1 if p % 2 else -1) * (1 if q % 2 else -1) for p, q in itertools.pairwise(picks)))
+
+
+def test_scores_that_do_not_add_up_are_learned_as_the_candidates_own() -> None:
+    places = Places({f"p{i}": CHOICES for i in range(3)})
+    known = [picks[:3] for picks in draw(60, 4)]
+    told = Surrogate(places).told(known, [signs(picks) for picks in known], np.random.default_rng(0))
+    fit = told.fit()
+    assert fit.explained > 0.5
+    assert not fit.is_bad
+    new = [picks for picks in all_of(places) if picks not in known]
+    expected, spread = told.foretell(new)
+    assert len(new) > 15
+    assert np.corrcoef(expected, [signs(picks) for picks in new])[0, 1] > 0.5
+    assert spread.min() > 2 * told.foretell(known)[1].max()
+
+
+def test_what_is_foretold_is_what_leaving_out_says() -> None:
+    known, score = draw(30, 6), adding(6, noise=0.1)
+    scores = [score(picks) for picks in known]
+    told = Surrogate(PLACES).told(known, scores, np.random.default_rng(0))
+    expected, spread = told.foretell(known)
+    assert np.abs(expected - scores).mean() < 0.2
+    errors = told.errors()
+    assert np.abs(errors).mean() > np.abs(expected - scores).mean()  # what was told is known better than what was not
+    assert np.all(spread < np.std(scores))
+    summed = [
+        told.mean().base
+        + sum(float(v[p]) for v, p in zip(told.mean().values, picks, strict=True))
+        + float(told.mean().by_count[PLACES.count(picks)])
+        for picks in known
     ]
-    told = AdditiveModel(Places({f"p{i}": CHOICES for i in range(3)})).told(
-        [c[:3] for c in candidates], scores, np.random.default_rng(0)
-    )
-    assert told.fit().misses_interactions
+    assert np.corrcoef(summed, expected)[0, 1] > 0.97  # the rest is what does not add up
+
+
+def test_a_fit_is_bad_if_a_model_that_knows_less_foretells_clearly_better() -> None:
+    assert Fit(explained=0.1, otherwise=0.4).is_bad
+    assert not Fit(explained=0.3, otherwise=0.4).is_bad
+    assert not Fit(explained=-3.0, otherwise=0.1).is_bad  # that one knows nothing either
+
+
+def test_where_the_surrogate_does_not_fit_tpe_chooses_and_the_sampler_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study, _ = play("additive", adding(0), trained=18, budget=9.0)
+    space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
+    asked = []
+    for bad in (False, True):
+        monkeypatch.setattr(Fit, "is_bad", bad)
+        study.sampler = SAMPLERS["additive"](PLACES, 5, 70.0)
+        asked.append(PLACES.picks(study.ask(space).params))
+        assert study.sampler.fell_back is bad
+    assert asked[0] != asked[1]
 
 
 def play(

@@ -94,6 +94,8 @@ class LatencyModel:
         kept = [index for index in np.argsort(-likely) if likely[index] > _UNLIKELY]
         self._share_S: Floats = likely[kept] / likely[kept].sum()
         self._misfit_S = np.array([settings[index][1] for index in kept])
+        self.misfit = float(np.sqrt(self._share_S @ self._misfit_S**2))
+        """How wrong a sum of parts is thought to be, as a share of that sum."""
         means, covariances = [], []
         for own, misfit in (settings[index] for index in kept):
             weights_N = 1.0 / (noise_N**2 + (misfit * y_N) ** 2)

@@ -8,9 +8,9 @@ from attnsurgery.catalog import Catalog
 
 SAMPLERS: Catalog[Any] = Catalog("sampler", "attnsurgery.samplers", group="attnsurgery.samplers")
 """Optuna samplers, made as `cls(places, seed, base_score)`: `places` is the space (Places), `seed` that of one ask, and
-`base_score` the value of the candidate without any block, or None. One that says `begins_by_itself = True` needs no
-candidates drawn at random before it is asked. One that says `draws_uniformly = True` learns nothing: each of its
-candidates is as good as drawn at random."""
+`base_score` the value of the candidate without any block, or None. One that says
+`draws_uniformly = True` learns nothing: each of its candidates is as good as drawn at random. One that says
+`fell_back = True` after it was asked has left the choice to another one."""
 
 BLOCKS = "blocks"
 """The constraint of a study that says by how many blocks a candidate is over the limit: no sampler need learn that."""

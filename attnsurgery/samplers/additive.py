@@ -1,220 +1,215 @@
-"""What each block at each place is worth, learned from few trained candidates: a Bayesian linear model.
+"""Bayesian optimisation over places, with exact budgets: what a search needs that can train only a few candidates.
 
-The score of a candidate is taken as the base's score plus one effect for each block in it, plus a term for pairs of
-blocks, which tells that the fifth block brings less than the first. Effects are not strangers to each other: those of
-one block and option share a part over all places, so do those of one family of blocks, and those of one place. How
-large each of these parts is, and how large the noise, is unknown too, and drawn from its posterior.
+Each ask fits a Gaussian process to what was trained (attnsurgery.samplers.surrogate), proposes candidates, and takes
+the one that promises most: the expected improvement of the best candidate within the budgets (Jones, Schonlau and
+Welch, "Efficient global optimization of expensive black-box functions", 1998, equation 15), plus a small share of the
+same for the best at every smaller expense, so that the whole front comes along.
 
-All is Gaussian, so with N candidates everything is algebra on N x N matrices, at most a few hundred wide. A draw of all
-effects at once follows Matheron's rule (Wilson et al., "Efficiently sampling functions from Gaussian process
-posteriors", ICML 2020, equation 9): a draw from the prior, corrected by what it misses of the data.
+Proposed are the best candidates of several draws of what each block is worth, each found exactly among those that keep
+to every budget and were not tried yet; then all that differ from the best ones at one place, for what a sum of effects
+cannot tell; and some at random. Several may be asked at a time: candidates that still run are not asked for again.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
 
-from attnsurgery.samplers.places import Floats, Picks, Places
+from attnsurgery.samplers._base import AGAIN, BLOCKS, SAMPLERS
+from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.places import Budget, Floats, Picks, Places
+from attnsurgery.samplers.surrogate import Fit, Posterior, Surrogate
 
-_PARTS = ("effect", "label", "family", "place", "pairs")
-_FAR = 4.0
-"""Scores this many times the usual deviation below the middle are taken as no lower: a training that broke down says
-that a candidate is bad, and nothing about how bad."""
-_BASE = 3.0
-"""How far the base may be from the middle of all scores, in their deviations, before it is known."""
-_PRIOR_DRAWS = 24
-_STEPS = 24
-_ENOUGH = 64
-"""Candidates, the last ones, that say how large parts and noise are; the effects are learned from all."""
-
-
-@dataclass(frozen=True)
-class Effects:
-    """One draw from the posterior, or its mean."""
-
-    base: float
-    """The score without any block."""
-    values: tuple[Floats, ...]
-    """What each choice at each place adds to it; 0 for no block."""
-    by_count: Floats
-    """Worth of having so many blocks, beside their own values."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well the model foretells candidates that it was not told, each from all others."""
-
-    explained: float
-    """1 less the squared error by that of the mean of the others: 1 is perfect, 0 is no better than that mean."""
-    with_interactions: float
-    """The same of a model in which any change of a place may depend on all others."""
-
-    @property
-    def misses_interactions(self) -> bool:
-        """True if effects that add up are clearly the wrong picture."""
-        return self.with_interactions > max(0.0, self.explained) + 0.2
+_DRAWS = 8
+"""So many knapsacks, every other one within a part of the budgets."""
+_BEST = 4
+"""So many of the best have their neighbours proposed."""
+_RANDOM = 32
+_FRONT = 0.2
+"""What an improvement at every smaller expense counts, beside that of the best."""
+_JUDGED = 16
+"""From so many trained candidates on the surrogate is asked whether it fits."""
+_SLACK = 0.05
+"""A cost that is only guessed may be over its limit by what guesses are usually off, and never by more than this share:
+measuring one that is over costs little, to leave the best one out costs the search."""
 
 
-class AdditiveModel:
-    """Scores of candidates by what stands at each place.
+@SAMPLERS.register("additive")
+class AdditiveSampler(BaseSampler):
+    """Bayesian optimisation with effects that mostly add up, and an exact knapsack over all constraints of the study.
+
+    Constraints (`trial.set_constraint`) that are no known budget of the places are learned as scores are, from trials
+    that finished with any state: a pruned trial that was only measured teaches its costs.
 
     Args:
-        places: blocks are of one family if their labels are the same up to a bracket.
-        costs: what is foretold is a cost and no score: it has hardly any noise, and pairs of blocks add nothing.
+        places: the space; the study's parameters are its places, categorical.
+        seed: of this sampler; for the same study, the same seed asks for the same candidate.
+        base_score: the score without any block, if known.
     """
 
-    def __init__(self, places: Places, costs: bool = False) -> None:
-        self.costs = costs
+    def __init__(self, places: Places, seed: int, base_score: float | None = None) -> None:
         self._places = places
-        labels = list(places.choices.values())
-        self._offsets = np.cumsum([0, *(len(choices) - 1 for choices in labels)])
-        names = [(place, label) for place, choices in enumerate(labels) for label in choices[1:]]
-        count = len(names)
-        groups: dict[str, list[Any]] = {
-            "label": [label for _, label in names],
-            "family": [label.partition("(")[0] for _, label in names],
-            "place": [place for place, _ in names],
-        }
-        self._shares = {"effect": np.eye(count)}
-        for part, keys in groups.items():
-            distinct = list(dict.fromkeys(keys))
-            self._shares[part] = np.array([[key == other for other in distinct] for key in keys], dtype=float)
-        most = sum(places.weights)
-        counts = np.arange(most + 1)
-        self._pairs = float(not costs) * counts * (counts - 1) / 2 / max(1.0, most / 2)
+        self._seed = seed
+        self._base_score = base_score
+        self._surrogate = Surrogate(places)
+        self._costs = Surrogate(places, costs=True)
+        self._nothing: Picks = (0,) * len(places.choices)
+        self._other = TPESampler(seed=seed)
+        self.fit: Fit | None = None
+        """How well the surrogate foretells, as of the last ask; None before there are enough."""
+        self.fell_back = False
+        """True if that was so badly that TPE was asked in its place."""
 
-    def design(self, candidates: Sequence[Picks]) -> tuple[Floats, Floats]:
-        """Which effects each candidate has, (N, E), and its term for pairs, (N,)."""
-        x_NE = np.zeros((len(candidates), int(self._offsets[-1])))
-        for row, picks in enumerate(candidates):
-            for place, pick in enumerate(picks):
-                if pick:
-                    x_NE[row, self._offsets[place] + pick - 1] = 1.0
-        return x_NE, self._pairs[[self._places.count(picks) for picks in candidates]]
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: optuna.distributions.CategoricalDistribution(c) for name, c in self._places.choices.items()}
 
-    def told(self, candidates: Sequence[Picks], scores: Sequence[float], rng: np.random.Generator) -> Told:
-        """The model with what is known, and the sizes of its parts drawn from their posterior."""
-        return Told(self, candidates, scores, rng)
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        rng = np.random.default_rng(self._seed)
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        asked = {t.number: picks for t in trials if (picks := self._places.picks(t.params)) is not None}
+        tried = {asked[t.number] for t in trials if t.number in asked and not t.user_attrs.get(AGAIN)}
+        tried.add(self._nothing)
+        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+        scored = [(asked[t.number], sign * float(t.value)) for t in trials if t.number in asked and t.value is not None]
+        if self._base_score is not None:
+            scored.insert(0, (self._nothing, sign * self._base_score))
+        picks = self._next(rng, scored, self._budgets(rng, trials, asked), tried)
+        if picks is None:
+            return {}
+        return dict(self._places.params(picks))
 
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._other.sample_independent(study, trial, param_name, param_distribution)
 
-class Told:
-    """A model and its data."""
+    def _next(
+        self,
+        rng: np.random.Generator,
+        scored: Sequence[tuple[Picks, float]],
+        budgets: Sequence[Budget],
+        tried: set[Picks],
+    ) -> Picks | None:
+        if len(scored) < 2:  # nothing is known: any value is as likely as any other
+            values = [np.append(0.0, rng.standard_normal(len(c) - 1)) for c in self._places.choices.values()]
+            return best(self._places, values, None, budgets, tried)
+        told = self._surrogate.told([picks for picks, _ in scored], [score for _, score in scored], rng)
+        self.fit = told.fit() if len(scored) > _JUDGED else None
+        if self.fit is not None and self.fit.is_bad:
+            self.fell_back = True
+            return None  # then every place is asked of TPE by itself
+        known = list(dict.fromkeys([self._nothing, *(picks for picks, _ in scored)]))
+        expected_K, _ = told.foretell(known)
+        leaders = [known[index] for index in np.argsort(-expected_K)[:_BEST]]
+        proposed = self._proposed(rng, told, leaders, budgets, tried)
+        if not proposed:
+            return None
+        mean_M, spread_M = told.foretell(proposed)
+        front = _Front(_expense(known, budgets), expected_K)
+        promise_M = front.promise(mean_M, spread_M, _expense(proposed, budgets))
+        return proposed[int(np.argmax(promise_M))]
 
-    def __init__(
-        self, model: AdditiveModel, candidates: Sequence[Picks], scores: Sequence[float], rng: np.random.Generator
-    ) -> None:
-        self._model = model
-        y_N = np.asarray(scores, dtype=float)
-        if not model.costs:
-            middle = np.median(y_N)
-            usual = 1.4826 * np.median(np.abs(y_N - middle)) or float(y_N.std()) or 1e-6
-            y_N = np.maximum(y_N, middle - _FAR * usual)
-        self.scale = float(y_N.std()) or 1e-6
-        self._middle = float(y_N.mean())
-        self._y_N = (y_N - self._middle) / self.scale
-        self._x_NE, self._pairs_N = model.design(candidates)
-        self._picks = np.asarray(candidates)
-        self._grams = {part: _gram(self._x_NE @ share) for part, share in model._shares.items()}
-        self._grams["pairs"] = _gram(self._pairs_N[:, None])
-        usual_blocks = max(1.0, float(self._x_NE.sum(axis=1).mean()))
-        middles = {"effect": 0.6, "label": 0.4, "family": 0.4, "place": 0.4, "pairs": 0.4}
-        self._middles = np.log(np.array([middles[part] / np.sqrt(usual_blocks) for part in _PARTS] + [0.5]))
-        if model.costs:
-            self._middles[-1] = np.log(0.02)
-        *sizes, self._noise = np.exp(self._sizes_drawn(rng))
-        self._sizes = dict(zip(_PARTS, sizes, strict=True))
-        self._kernel_NN = self._kernel(np.array([*sizes, self._noise]))
+    def _proposed(
+        self,
+        rng: np.random.Generator,
+        told: Posterior,
+        leaders: Sequence[Picks],
+        budgets: Sequence[Budget],
+        tried: set[Picks],
+    ) -> list[Picks]:
+        """Candidates that hold and were not tried, each once."""
+        found: dict[Picks, None] = {}
+        for number in range(_DRAWS):
+            effects = told.draw(rng)
+            share = rng.random() if number % 2 else 1.0
+            smaller = [
+                replace(budget, most=budget.most * share if budget.most > 0 else budget.most) for budget in budgets
+            ]
+            picks = best(self._places, effects.values, effects.by_count, smaller, tried)
+            if picks is None and share < 1.0:
+                picks = best(self._places, effects.values, effects.by_count, budgets, tried)
+            if picks is None:
+                break  # nothing is left at all
+            found[picks] = None
+        neighbours = (picks for leader in leaders for picks in self._neighbours(leader))
+        random = (self._places.at_random(rng) for _ in range(_RANDOM))
+        for some in (neighbours, random):
+            found.update(dict.fromkeys(self._holding(some, budgets, tried)))
+        return list(found)
 
-    def draw(self, rng: np.random.Generator, sharpness: float = 1.0) -> Effects:
-        """Effects drawn from their posterior.
+    def _neighbours(self, picks: Picks) -> Iterable[Picks]:
+        for place, choices in enumerate(self._places.choices.values()):
+            for choice in range(len(choices)):
+                if choice != picks[place]:
+                    yield (*picks[:place], choice, *picks[place + 1 :])
 
-        Args:
-            sharpness: 1 is Thompson sampling; larger keeps nearer to the mean.
-        """
-        shares = self._model._shares
-        theta_E = np.zeros(self._x_NE.shape[1])
-        for part, share in shares.items():
-            theta_E = theta_E + self._sizes[part] * (share @ rng.standard_normal(share.shape[1]))
-        pairs = self._sizes["pairs"] * rng.standard_normal()
-        base = _BASE * rng.standard_normal()
-        foretold_N = base + self._x_NE @ theta_E + pairs * self._pairs_N
-        foretold_N = foretold_N + self._noise * rng.standard_normal(len(self._y_N))
-        return self._corrected(base / sharpness, theta_E / sharpness, pairs / sharpness, foretold_N / sharpness)
+    def _holding(self, some: Iterable[Picks], budgets: Sequence[Budget], tried: set[Picks]) -> list[Picks]:
+        fresh = [picks for picks in some if picks not in tried and self._places.count(picks) <= self._places.limit]
+        within_M = np.ones(len(fresh), dtype=bool)
+        for budget in budgets:
+            within_M &= budget.spent(fresh) <= budget.most
+        return [picks for picks, within in zip(fresh, within_M.tolist(), strict=True) if within]
 
-    def mean(self) -> Effects:
-        """The expected effects."""
-        nothing_E, nothing_N = np.zeros(self._x_NE.shape[1]), np.zeros(len(self._y_N))
-        return self._corrected(0.0, nothing_E, 0.0, nothing_N)
-
-    def fit(self) -> Fit:
-        """How well it foretells what it was not told."""
-        differ_NN = (self._picks[:, None, :] != self._picks[None, :, :]).sum(axis=2)
-        others = [
-            self._explained(np.exp(-differ_NN / reach) + _BASE**2 + noise**2 * np.eye(len(self._y_N)))
-            for reach in (0.5, 1.0, 2.0, 4.0)
-            for noise in (0.1, 0.3, 0.7)
-        ]
-        return Fit(self._explained(self._kernel_NN), max(others))
-
-    def _corrected(self, base: float, theta_E: Floats, pairs: float, foretold_N: Floats) -> Effects:
-        """Effects that foretold these scores, moved by what the scores really are."""
-        weights_N = np.linalg.solve(self._kernel_NN, self._y_N - foretold_N)
-        pull_E = self._x_NE.T @ weights_N
-        for part, share in self._model._shares.items():
-            theta_E = theta_E + self._sizes[part] ** 2 * (share @ (share.T @ pull_E))
-        pairs += self._sizes["pairs"] ** 2 * float(self._pairs_N @ weights_N)
-        base += _BASE**2 * float(weights_N.sum())
-        model = self._model
-        values = tuple(
-            np.concatenate([[0.0], theta_E[start:end]]) * self.scale
-            for start, end in itertools.pairwise(model._offsets)
-        )
-        return Effects(self._middle + base * self.scale, values, model._pairs * pairs * self.scale)
-
-    def _explained(self, kernel_NN: Floats) -> float:
-        inverse_NN = np.linalg.inv(kernel_NN)
-        errors_N = (inverse_NN @ self._y_N) / np.diag(inverse_NN)
-        count = len(self._y_N)
-        plain_N = self._y_N * count / max(1, count - 1)  # the mean of the others, as the mean of all is 0
-        return 1.0 - float(errors_N @ errors_N) / max(float(plain_N @ plain_N), 1e-12)
-
-    def _kernel(self, sizes: Floats, last: int | None = None) -> Floats:
-        """How scores vary together, of all candidates or the last ones, for these sizes of the parts and the noise."""
-        part = slice(None) if last is None else slice(-last, None)
-        kernel_NN: Floats = np.full_like(self._grams["effect"][part, part], _BASE**2)
-        for name, size in zip(_PARTS, sizes[:-1], strict=True):
-            kernel_NN += size**2 * self._grams[name][part, part]
-        kernel_NN[np.diag_indices_from(kernel_NN)] += sizes[-1] ** 2 + 1e-6
-        return kernel_NN
-
-    def _evidence(self, log_hyper: Floats) -> float:
-        """Log posterior density of the sizes, up to a constant."""
-        prior = -0.5 * float(((log_hyper - self._middles) ** 2).sum())
-        try:
-            lower = np.linalg.cholesky(self._kernel(np.exp(log_hyper), _ENOUGH))
-        except np.linalg.LinAlgError:
-            return -np.inf
-        white_N = np.linalg.solve(lower, self._y_N[-_ENOUGH:])
-        return prior - 0.5 * float(white_N @ white_N) - float(np.log(np.diag(lower)).sum())
-
-    def _sizes_drawn(self, rng: np.random.Generator) -> Floats:
-        """Log sizes of the parts and of the noise, from a short chain that starts at a good place."""
-        starts = self._middles + rng.standard_normal((_PRIOR_DRAWS, len(self._middles)))
-        levels = [self._evidence(start) for start in starts]
-        at: Floats = starts[int(np.argmax(levels))]
-        level = max(levels)
-        for _ in range(0 if self._model.costs else _STEPS):
-            step = at + 0.35 * rng.standard_normal(len(at))
-            there = self._evidence(step)
-            if np.log(rng.random()) < there - level:
-                at, level = step, there
-        return at
+    def _budgets(
+        self, rng: np.random.Generator, trials: Sequence[FrozenTrial], asked: dict[int, Picks]
+    ) -> list[Budget]:
+        """Every constraint as costs that add up, as far as trials have shown."""
+        known: dict[str, list[tuple[Picks, float]]] = {}
+        for t in trials:
+            if t.number in asked and t.state is not TrialState.RUNNING:
+                for name in t.constraints.keys() - {BLOCKS, *self._places.budgets}:
+                    known.setdefault(name, []).append((asked[t.number], t.constraints[name]))
+        budgets = list(self._places.budgets.values())
+        for name in sorted(known):
+            if len(known[name]) >= 2:
+                told = self._costs.told([picks for picks, _ in known[name]], [cost for _, cost in known[name]], rng)
+                mean = told.mean()
+                slack = min(float(np.sqrt(np.mean(told.errors() ** 2))), _SLACK * abs(mean.base))
+                budgets.append(Budget(mean.values, slack - mean.base))
+        return budgets
 
 
-def _gram(features: Floats) -> Floats:
-    return np.asarray(features @ features.T)
+class _Front:
+    """The best that is known at every expense.
+
+    Args:
+        expense_K: of the known candidates, as a share of the budgets.
+        expected_K: their scores.
+    """
+
+    def __init__(self, expense_K: Floats, expected_K: Floats) -> None:
+        order = np.lexsort((-expected_K, expense_K))
+        best_K = np.maximum.accumulate(expected_K[order])
+        risen = np.append(True, best_K[1:] > best_K[:-1])
+        self._best_S = best_K[risen]
+        self._from_S = np.clip(expense_K[order][risen], 0.0, 1.0)
+        self._to_S = np.append(self._from_S[1:], 1.0)
+
+    def promise(self, mean_M: Floats, spread_M: Floats, expense_M: Floats) -> Floats:
+        """The expected improvement of the best, and of the front, over all expenses from a candidate's own on."""
+        improvement_MS = _improvement(mean_M[:, None], spread_M[:, None], self._best_S)
+        width_MS = np.maximum(0.0, self._to_S - np.maximum(self._from_S, expense_M[:, None]))
+        return np.asarray(improvement_MS[:, -1] + _FRONT * (width_MS * improvement_MS).sum(axis=1))
+
+
+def _improvement(mean: Floats, spread: Floats, best: Floats) -> Floats:
+    """Expected, over `best`."""
+    ahead = (mean - best) / spread
+    return np.asarray(spread * (ahead * ndtr(ahead) + np.exp(-0.5 * ahead**2) / np.sqrt(2.0 * np.pi)))
+
+
+def _expense(candidates: Sequence[Picks], budgets: Sequence[Budget]) -> Floats:
+    """Of each candidate: the share of the budgets that it takes, of that which it takes most of."""
+    shares = [budget.spent(candidates) / budget.most for budget in budgets if budget.most > 0]
+    return np.max(shares, axis=0) if shares else np.zeros(len(candidates))

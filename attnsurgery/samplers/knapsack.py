@@ -85,9 +85,10 @@ class _Promises:
         spare = _slack(budget)
         for place in reversed(range(len(values))):
             parts: dict[int, list[tuple[Floats, Floats]]] = {}
+            steps = _steps(budget.costs[place], values[place], places.weights[place])
             for count, (spent, worth) in self._fronts[-1].items():
-                for choice, (cost, value) in enumerate(zip(budget.costs[place], values[place], strict=True)):
-                    more = count + (places.weights[place] if choice else 0)
+                for weight, cost, value in steps:
+                    more = count + weight
                     within = int(np.searchsorted(spent + cost, spare[place], side="right"))
                     if more < len(bonus) and within:
                         parts.setdefault(more, []).append((spent[:within] + cost, worth[:within] + value))
@@ -114,11 +115,18 @@ def _slack(budget: Budget) -> list[float]:
     return [budget.most - spent + 1e-9 * abs(budget.most) for spent in least]
 
 
+def _steps(costs: Floats, values: Floats, weight: int) -> list[tuple[int, float, float]]:
+    """The choices at a place that a best candidate may take: how many blocks they are, what they cost and add."""
+    kept_costs, kept_values = _undominated([(costs[1:], values[1:])])
+    some = zip(kept_costs.tolist(), kept_values.tolist(), strict=True)
+    return [(0, float(costs[0]), float(values[0])), *((weight, cost, value) for cost, value in some)]
+
+
 def _undominated(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
     """Of costs and values those that no other beats in both, by ascending cost."""
     costs: Any = np.concatenate([part[0] for part in parts])
     values: Any = np.concatenate([part[1] for part in parts])
     order = np.lexsort((-values, costs))
     costs, values = costs[order], values[order]
-    risen = np.append(True, values[1:] > np.maximum.accumulate(values)[:-1])
-    return costs[risen], values[risen]
+    before = np.maximum.accumulate(np.append(-np.inf, values))[:-1]
+    return costs[values > before], values[values > before]

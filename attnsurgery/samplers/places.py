@@ -26,6 +26,13 @@ class Budget:
     costs: Sequence[Floats]
     most: float
 
+    def spent(self, candidates: Sequence[Picks]) -> Floats:
+        """What each candidate costs."""
+        total: Floats = np.zeros(len(candidates))
+        for costs, picked in zip(self.costs, np.asarray(candidates, dtype=np.int64).T, strict=False):
+            total += costs[picked]
+        return total
+
     def holds(self, picks: Picks) -> bool:
         """True if a candidate keeps to it."""
         return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
@@ -48,12 +55,12 @@ class Places:
     most_blocks: int | None = None
     budgets: Mapping[str, Budget] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def weights(self) -> tuple[int, ...]:
         """How many blocks each place counts as."""
         return tuple((self.blocks or {}).get(name, 1) for name in self.choices)
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """The most blocks that a candidate can have."""
         everywhere = sum(self.weights)
@@ -95,12 +102,12 @@ class Places:
     def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
         """A candidate with at least one block that holds and is wanted, uniformly; None if there seems to be none."""
         for _ in range(tries):
-            picks = self._drawn(rng)
+            picks = self.at_random(rng)
             if any(picks) and self.holds(picks) and wanted(picks):
                 return picks
         return None
 
-    def _drawn(self, rng: np.random.Generator) -> Picks:
+    def at_random(self, rng: np.random.Generator) -> Picks:
         """One of all candidates that keep to the number of blocks, each as likely as any other."""
         picks: list[int] = []
         left = self.limit

@@ -71,12 +71,18 @@ class Foreteller:
         return foretold.ratio * self._reference_ms
 
     def places(self) -> Places:
-        """The space with a budget for latency beside the exact ones, once anything is known."""
+        """The space with a budget for latency beside the exact ones, once anything is known.
+
+        It is wider by what such a sum is usually off: to measure one candidate that is over costs seconds, never to
+        look at the best one costs the search.
+        """
         places, most, model = self._bench.places, self._bench.budgets.most.get("latency"), self._fitted()
         if most is None or model is None:
             return places
         costs = [np.array([model.added(counts) for counts in row]) for row in self._bench.costs.blocks]
-        return replace(places, budgets={**places.budgets, "latency": Budget(costs, most / self._reference_ms - 1.0)})
+        spare = most / self._reference_ms - 1.0
+        latency = Budget(costs, spare + model.misfit * abs(spare))
+        return replace(places, budgets={**places.budgets, "latency": latency})
 
     def _fitted(self) -> LatencyModel | None:
         if self._model is None and (self._known or self._told):

@@ -85,6 +85,8 @@ class Record:
     duplicate_of: int | None = None
     drawn: bool = False
     """True if it was drawn uniformly at random, and nothing that was learned had a say in it."""
+    fell_back: bool = False
+    """True if the sampler's model did not fit what was known by then, and TPE chose."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal record."""

@@ -30,8 +30,9 @@ from attnsurgery.search.record import ASKED, Record
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
 
-_STARTUP = 8
-"""So many candidates are drawn uniformly before a sampler that needs that has anything to learn from."""
+_STARTUP = 6
+"""So many candidates are drawn uniformly before the sampler is asked: to learn from, to judge a supernet by, and as a
+control. On tables of 256 candidates the additive sampler is no further after 16 if it chooses these too."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
@@ -64,6 +65,7 @@ class Store:
         self._sampler = SAMPLERS[sampler]
         self._budgets = budgets
         self._drawn: set[int] = set()
+        self._fell_back: set[int] = set()
         with storage_errors(shown):
             kept = optuna.storages.get_storage(url)
             # a folder's own database holds its study, whatever the folder was called when that began
@@ -114,22 +116,24 @@ class Store:
         used = [record for record in records if record.state in ASKED]
         seed = seed_of(self._seed, len(used))
         stuck = len(used) >= _STUCK and not any(map(_teaches, used[-_STUCK:]))
-        begins = len(used) < _STARTUP and not getattr(self._sampler, "begins_by_itself", False)
+        begins = len(used) < _STARTUP
         fresh = self._unseen(places, {record.digest for record in used}, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record") or {}
         self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base.get("top1"))
         trial = self._study.ask(self._distributions)
         if getattr(self._sampler, "draws_uniformly", False) or (begins and fresh):
             self._drawn.add(trial.number)  # and not one drawn when stuck: what is unseen then lacks what was chosen
+        if getattr(self._study.sampler, "fell_back", False):
+            self._fell_back.add(trial.number)
         return trial.number, {name: str(trial.params[name]) for name in self._distributions}
 
     def finish(self, record: Record) -> Record:
         """Write the record down, then tell the study; in this order nothing that was finished is lost.
 
         Returns:
-            The record with the one thing that only the store knows: whether it was drawn at random.
+            The record with what only the store knows: who chose it.
         """
-        record = replace(record, drawn=record.number in self._drawn)
+        record = replace(record, drawn=record.number in self._drawn, fell_back=record.number in self._fell_back)
         self.journal.append(record.as_dict())
         self._settle(record.number, record)
         self._note_time()

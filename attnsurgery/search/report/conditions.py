@@ -27,7 +27,7 @@ def section(outcome: Outcome) -> Section:
         "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_listed(about.training)}; seed {config.seed}",
         **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
         "Search": f"{config.trials} trained candidates wanted within {outcome.budgets.describe()}, sampler "
-        f"{config.sampler}, seed {config.seed}",
+        f"{config.sampler}, seed {config.seed}{_fell_back(outcome)}",
         "Code": "; then ".join(about.code),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows.items())
@@ -37,6 +37,13 @@ def section(outcome: Outcome) -> Section:
         below=f"<dl>{listed}</dl><p>The command that does this:</p>"
         f"<pre>{escape(about.command or '(run from Python)')}</pre>",
     )
+
+
+def _fell_back(outcome: Outcome) -> str:
+    fell_back = sum(record.fell_back for record in outcome.records)
+    if not fell_back:
+        return ""
+    return f"; of {len(outcome.records)} candidates TPE chose {fell_back}, when the sampler's own model did not fit"
 
 
 def _listed(values: Mapping[str, Any]) -> str:
