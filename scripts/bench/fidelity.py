@@ -3,7 +3,7 @@
 
     scripts/bench/fidelity.py CIFAR10 [--nets 32] [--results DIR]
 
-So many candidates of docs/benchmarks/table.json, drawn at random, are scored by every cheaper way there is, from seed
+So many candidates of docs/benchmarks/table, drawn at random, are scored by every cheaper way there is, from seed
 0, and held against the table's full training from seed 1: Kendall's tau-b over the candidates. The full training from
 seed 0 stands beside them: no way can be expected to do better. Resumable. Targets: full rung 0.7, supernet 0.6. Writes
 docs/benchmarks/fidelity.json.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, write
+from _common import write
 from samplers import Table
-from table import CHOSEN, OPTIONS, ROOT, SITES, SIZE, WAYS, data_of, made, settings_of, start_of
+from table import CHOSEN, OPTIONS, ROOT, SITES, SIZE, TABLE, WAYS, data_of, made, settings_of, start_of
 
 from attnsurgery.evaluate import EVALUATORS, Data
 from attnsurgery.evaluate.proxies import grad_norm, synflow
@@ -76,8 +76,8 @@ def run(asked: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
     path = folder / "fidelity.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
     done = {(row["way"], tuple(row["picks"])) for row in rows}
-    data = data_of(asked.cifar, WAYS[CHOSEN], folder)
-    base = start_of(WAYS[CHOSEN], data, folder)
+    data = data_of(asked.cifar, WAYS[CHOSEN])
+    base = start_of(WAYS[CHOSEN], data, asked.table)
     order = torch.randperm(len(table.scores), generator=torch.Generator().manual_seed(2)).tolist()
     chosen = [list(table.scores)[index] for index in order[: asked.nets]]
     ways: dict[str, Callable[[Picks], dict[str, float]]] = {
@@ -125,13 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar", type=Path)
     parser.add_argument("--nets", type=int, default=32)
-    parser.add_argument("--table", type=Path, default=RESULTS / "table.json")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "table", help="where table.py keeps its base")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "fidelity")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     tables = {measure: Table.read(measure, asked.table) for measure in ("val_loss", "val")}
     found = figures(run(asked, tables["val_loss"]), tables)
-    if asked.table == RESULTS / "table.json":
+    if asked.table == TABLE:
         print(f"written {write('fidelity', {'nets': asked.nets, 'options': OPTIONS, 'tau': found})}")
     for way, row in sorted(found.items(), key=lambda pair: -(pair[1]["val_loss"] or 0.0)):
         cost = f"{row['cpu_seconds']:.0f} s a candidate" if "cpu_seconds" in row else ""

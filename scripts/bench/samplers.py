@@ -3,7 +3,7 @@
 
     scripts/bench/samplers.py [--repeats 50] [--measure val_loss] [--processes 2]
 
-A search is played on docs/benchmarks/table.json (see table.py): the study asks, latency and score are looked up in
+A search is played on docs/benchmarks/table (see table.py): the study asks, latency and score are looked up in
 place of measuring and training, and everything else is the search's own (attnsurgery.search.store). The budget is the
 median latency of all candidates. What a sampler is told is the score from one seed; what its choice is worth is the
 score of the same candidate from the other seed, so being lucky once counts for nothing.
@@ -17,7 +17,6 @@ best candidate within the budget. Writes docs/benchmarks/samplers.json.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from _common import RESULTS, write
+from _common import write
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import wilcoxon
+from table import CHOSEN, OPTIONS, SITES, TABLE, rows_of
 
 from attnsurgery.recipe.schema import Edit
 from attnsurgery.samplers import SAMPLERS
@@ -93,15 +93,14 @@ class Table:
     ms: dict[tuple[str, ...], float]
 
     @classmethod
-    def read(cls, measure: str, path: Path = RESULTS / "table.json") -> Table:
-        kept = json.loads(path.read_text())
+    def read(cls, measure: str, folder: Path = TABLE) -> Table:
         found: dict[tuple[str, ...], dict[int, float]] = {}
-        for row in kept["networks"]:
+        for row in rows_of(folder, CHOSEN):
             score = -row[measure] if measure.endswith("loss") else row[measure]
             found.setdefault(tuple(row["picks"]), {})[row["seed"]] = score
         scores = {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in found.items()}
-        ms = {tuple(row["picks"]): row["ms"] for row in kept["latencies"]}
-        return cls(tuple(kept["provenance"]["sites"]), kept["provenance"]["options"], scores, ms)
+        ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, "latency")}
+        return cls(SITES, OPTIONS, scores, ms)
 
     @property
     def base(self) -> tuple[str, ...]:
@@ -238,7 +237,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--measure", default="val_loss")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", type=Path, default=RESULTS / "table.json")
+    parser.add_argument("--table", type=Path, default=TABLE)
     asked = parser.parse_args()
     table = Table.read(asked.measure, asked.table)
     names = ["random", "nsga2", "evolution", "tpe", OURS]
@@ -246,7 +245,7 @@ def main() -> None:
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(partial(search, table), tasks, chunksize=5))
     found = figures(rows)
-    if asked.table == RESULTS / "table.json":
+    if asked.table == TABLE:
         print(f"written {write('samplers', {'measure': asked.measure, 'repeats': asked.repeats, 'figures': found})}")
     for name, row in found.items():
         worth = "  ".join(f"{row['worth'][mark]:.3f}" for mark in MARKS)

@@ -6,6 +6,9 @@
     scripts/bench/table.py --latency                                every candidate's milliseconds; nothing else running
     scripts/bench/table.py --report                                  docs/benchmarks/table.json
 
+All results are kept in docs/benchmarks/table/, a line each, with the weights that every network began from: what one
+machine has begun another may end.
+
 CIFAR10 is an image folder with train/<class>/ and test/<class>/. The base is a small timm ResNet; each of its four
 stages may have, after its last block, squeeze-and-excitation, a non-local block or a residual attention mask: 256.
 A network is trained as the search trains one (attnsurgery.evaluate), from the same starting weights; seeds change the
@@ -32,7 +35,8 @@ from typing import Any
 
 import timm
 import torch
-from _common import conditions, linked, write
+from _common import RESULTS, conditions, linked, write
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from attnsurgery.base import check_base
@@ -47,6 +51,8 @@ from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import operate
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLE = RESULTS / "table"
+"""What was trained and measured, and the weights from which everything began."""
 BASE, SIZE = "test_resnet", (3, 24, 24)
 SITES = ("stage:1 last", "stage:2 last", "stage:3 last", "stage:4 last")
 OPTIONS: dict[str, dict[str, Any] | None] = {
@@ -107,9 +113,9 @@ def made(base: nn.Module, picks: Picks, seed: int, start: Start = "identity") ->
     return model.to(memory_format=torch.channels_last)
 
 
-def data_of(cifar: Path, way: Way, folder: Path) -> Data:
+def data_of(cifar: Path, way: Way) -> Data:
     parts = {"train": ("train", slice(way.images)), "val": ("train", slice(4000, 5000)), "test": ("test", slice(None))}
-    images = linked(cifar, folder / f"images-{way.images}", parts)
+    images = linked(cifar, ROOT / "runs" / "table" / f"images-{way.images}", parts)
     return load_data(str(images), Preprocessing.of(timm.create_model(BASE), SIZE), 0)
 
 
@@ -125,15 +131,15 @@ def start_of(way: Way, data: Data, folder: Path) -> nn.Module:
     model = base_model()
     if not way.base_epochs:
         return model
-    path = folder / f"base-{way.images}-{way.base_epochs}.pt"
+    path = folder / f"base-{way.images}-{way.base_epochs}.safetensors"
     if not path.exists():
         train(model, data.train, settings_of(Way(epochs=way.base_epochs, lr=4e-3)), seed=99)
         top1, _, _ = accuracy(model, data.val, settings_of(way))
         print(f"base: {100 * top1:.2f} % after {way.base_epochs} epochs", flush=True)
         part = path.with_suffix(f".{os.getpid()}")
-        torch.save(model.cpu().state_dict(), part)
+        save_file({name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()}, part)
         part.replace(path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(load_file(path))
     return model
 
 
@@ -165,7 +171,7 @@ def run(cifar: Path, name: str, wanted: list[tuple[Picks, int]], part: int, part
     """Train what is wanted and not there yet, this part of it."""
     way = WAYS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    data = data_of(cifar, way, folder)
+    data = data_of(cifar, way)
     base = start_of(way, data, folder)
     done = {(tuple(row["picks"]), row["seed"]) for row in rows_of(folder, name)}
     todo = [one for index, one in enumerate(wanted) if index % parts == part - 1 and one not in done]
@@ -254,11 +260,10 @@ def report(folder: Path) -> None:
     figures = {measure: reliability(kept, measure) for measure in MEASURES}
     way = asdict(WAYS[CHOSEN])
     provenance = {"base": BASE, "size": SIZE, "sites": SITES, "options": OPTIONS, "way": way, **conditions()}
-    measured = {tuple(row["picks"]): row for row in rows_of(folder, "latency")}
+    measured = {tuple(row["picks"]) for row in rows_of(folder, "latency")}
     if lacking := len(candidates()) - len(measured):
         raise SystemExit(f"{lacking} candidates have no latency yet: --latency measures them")
-    times = [measured[picks] for picks in candidates()]
-    path = write("table", {"provenance": provenance, "figures": figures, "networks": kept, "latencies": times})
+    path = write("table", {"provenance": provenance, "figures": figures})
     print(f"written {path}")
     for measure, found in figures.items():
         print(
@@ -275,7 +280,7 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--shard", default="1/1", metavar="K/N")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "table")
+    parser.add_argument("--results", type=Path, default=TABLE)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     part, parts = map(int, asked.shard.split("/"))
