@@ -143,7 +143,7 @@ def _drawn(rng: np.random.Generator) -> list[tuple[int, int]]:
 
 def outcome(folder: Path, records: list[Record], judged: bool = True, **fields: Any) -> Outcome:
     """A search that has come to an end, unless told otherwise."""
-    winner = best(records)
+    winner = best(records, "top1")
     verdict = Confirmation(
         digest=winner.digest or "",
         images=2000,
@@ -157,6 +157,6 @@ def outcome(folder: Path, records: list[Record], judged: bool = True, **fields: 
         verdict="better",
         timing=winner.timing or timing(1.0),
     ) if winner and judged else None  # fmt: skip
-    config = SearchConfig(budget_ms=2.0, trials=len(records), output=str(folder))
+    config = SearchConfig(budget_ms=2.0, trials=len(records), output=str(folder), rank_by="top1")
     given = {"about": about(), "base": BASE, "confirmation": verdict, "interrupted": False, "seconds": 4321.0}
     return Outcome(**{"config": config, "folder": folder, "records": records, **given, **fields})

@@ -47,9 +47,11 @@ def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_th
     outcome = run(change(config, finalists=3, confirm_seeds=2))
     verdict = outcome.confirmation
     assert verdict is not None
-    assert [one.digest for one in verdict.finalists] == [r.digest for r in contenders(outcome.records)[:3]]
+    assert [one.digest for one in verdict.finalists] == [
+        r.digest for r in contenders(outcome.records, outcome.config.rank_by)[:3]
+    ]
     assert all(len(one.top1s) == 2 for one in verdict.finalists)
-    assert verdict.digest == max(verdict.finalists, key=lambda one: one.rank).digest
+    assert verdict.digest == max(verdict.finalists, key=lambda one: one.rank(verdict.rank_by)).digest
     assert outcome.best is not None
     assert outcome.best.digest == verdict.digest
     assert load(outcome.folder / "best.yaml").digest() == verdict.digest
@@ -70,8 +72,8 @@ def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch:
         return replace(done, top1=0.5 + (size if seed == first[0] else -size) / 1e7)
 
     monkeypatch.setattr(FineTune, "score", score)
-    outcome = run(change(config, finalists=2))
-    lucky, other = contenders(outcome.records)[:2]
+    outcome = run(change(config, finalists=2, rank_by="top1"))
+    lucky, other = contenders(outcome.records, outcome.config.rank_by)[:2]
     assert lucky.top1 is not None
     assert other.top1 is not None
     assert lucky.top1 > other.top1
@@ -84,7 +86,7 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
 ) -> None:
     """Of four candidates the two best, or all, are slower at the second look."""
     first = run(change(config, finalists=1))
-    order = contenders(first.records)
+    order = contenders(first.records, first.config.rank_by)
     slower = {record.parameters: 10.0 + record.number for record in order[: len(order) - kept]}
     seen: list[int] = []
 
@@ -98,7 +100,7 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
     conditions = Conditions(input_size=(3, 32, 32), threads=1)
     asked = change(config, finalists=1, output=f"{config.output}-lucky")
     outcome = run(asked, backend=Lucky(conditions))
-    assert [r.digest for r in contenders(outcome.records)] == [r.digest for r in order]
+    assert [r.digest for r in contenders(outcome.records, outcome.config.rank_by)] == [r.digest for r in order]
     confirmation = outcome.confirmation
     assert confirmation is not None
     winner = order[-2] if kept else min(order, key=lambda record: record.number)
@@ -132,7 +134,7 @@ def test_a_finalist_that_cannot_be_trained_again_is_left_out_with_its_reason(
             run(change(config, finalists=2))
         return
     outcome = run(change(config, finalists=2))
-    first, other = contenders(outcome.records)[:2]
+    first, other = contenders(outcome.records, outcome.config.rank_by)[:2]
     assert outcome.best == other
     assert outcome.confirmation is not None
     assert f"; left out: trial {first.number} (the loss became infinite)" in outcome.confirmation.choice()

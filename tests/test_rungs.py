@@ -73,10 +73,10 @@ def test_more_trials_later_promote_more_and_nobody_twice() -> None:
 
 def test_the_highest_rung_decides_and_rungs_are_never_compared() -> None:
     records = [candidate(0, 0.99), candidate(1, 0.5, 0.6, ms=2.0), candidate(2, 0.6, 0.5, ms=1.5), candidate(3, 0.7)]
-    winner = best(records)
+    winner = best(records, "top1")
     assert winner is not None
     assert winner.number == 1
-    assert [record.number for record in front(records)] == [2, 1]
+    assert [record.number for record in front(records, "top1")] == [2, 1]
 
 
 @pytest.mark.parametrize("text", ["blocks", "blocks:0", "blocks:x", "blocks:", "blocks:-1"])
@@ -130,7 +130,7 @@ def test_all_are_trained_on_the_lowest_rung_and_the_best_two_of_four_on_the_top(
     assert outcome.best is not None
     assert outcome.best.reached == 1
     told = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
-    assert told == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
+    assert told == {r.number: -r.loss for r in outcome.records if r.loss is not None}
 
 
 def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]

@@ -23,7 +23,7 @@ from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.files import Journal, locked, write_whole
-from attnsurgery.search.record import best, front
+from attnsurgery.search.record import Promotion, best, contenders, front
 from attnsurgery.search.store import Store, without_password
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
@@ -391,13 +391,29 @@ def made(number: int, top1: float, ms: float) -> Record:
     return Record(number, "trained", top1=top1, loss=0.1, timing=Timing(ms, ms, ms, 1.0))
 
 
+def test_what_ranks_by_loss_ranks_by_top1_where_losses_are_equal_and_the_other_way_round() -> None:
+    records = [made(0, 0.9, 1.0), made(1, 0.8, 1.0), made(2, 0.95, 1.0)]
+    losses = {0: 0.2, 1: 0.1, 2: 0.2}
+    told = [replace(record, loss=losses[record.number]) for record in records]
+    assert [record.number for record in contenders(told, "loss")] == [1, 2, 0]
+    assert [record.number for record in contenders(told, "top1")] == [2, 0, 1]
+    assert [record.number for record in contenders(records, "loss")] == [2, 0, 1]
+    assert told[1].score_on(0, "loss") == -0.1
+    assert told[1].score_on(1, "loss") is None
+    assert told[1].score_on(1, "top1") is None
+    promotion = Promotion(top1=0.7, loss=0.3, seconds=1.0, epochs=1)
+    risen = replace(told[0], promotions=(promotion,))
+    assert (risen.score_on(1, "loss"), risen.score_on(1, "top1")) == (-0.3, 0.7)
+    assert best([*told, risen], "loss") is risen
+
+
 def test_front_and_best_leave_out_what_is_beaten() -> None:
     records = [made(0, 0.9, 2.0), made(1, 0.8, 1.0), made(2, 0.85, 3.0), made(3, 0.9, 1.5)]
-    assert [record.number for record in front(records)] == [1, 3]
-    winner = best(records)
+    assert [record.number for record in front(records, "top1")] == [1, 3]
+    winner = best(records, "top1")
     assert winner is not None
     assert winner.number == 3
-    assert best([replace(records[0], state="over_budget")]) is None
+    assert best([replace(records[0], state="over_budget")], "top1") is None
 
 
 def test_passwords_are_never_shown(config: SearchConfig) -> None:

@@ -253,12 +253,12 @@ def test_a_supernet_that_is_right_about_those_drawn_at_random_is_followed() -> N
 def test_a_supernet_that_is_not_is_not_followed() -> None:
     records = by_supernet(count=27, drawn=8)
     assert promoted(records, {number: -0.02 * number for number in range(27)}) == [*range(9)]
-    same = trust([replace(r, promotions=(Promotion(0.5, 0.0, 0.0, 1),)) for r in records])
+    same = trust([replace(r, promotions=(Promotion(0.5, 0.0, 0.0, 1),)) for r in records], "top1")
     assert same is not None
     assert not same.holds
 
 
 def test_a_supernet_that_nothing_speaks_for_is_not_followed() -> None:
     records = by_supernet(count=9, drawn=0)
-    assert trust(records) is None
+    assert trust(records, "top1") is None
     assert promoted(records, dict.fromkeys(range(9), 0.5)) == [0, 1, 2]

@@ -56,18 +56,18 @@ class PlainView(Listener):
         self._say(f"data     {data}")
         self._say(f"latency  {conditions}")
         self._say(f"space    {candidates:,} candidates")
-        self._say(f"base     {_ms(base.timing)}  {_percent(base.top1)}")
+        self._say(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
 
     def told(self, record: Record, trained: int, wanted: int) -> None:
         if record.state in _SILENT:
             return
         outcome = _WORDS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
-        numbers = f"{_ms(record.timing)}  {_percent(record.top1)}"
+        numbers = f"{_ms(record.timing)}  {_scores(record, 0)}"
         self._say(f"[{trained}/{wanted}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
 
     def promoted(self, record: Record, rungs: int) -> None:
         outcome = f"not promoted: {record.halted}" if record.halted else f"rung {record.reached + 1} of {rungs}"
-        self._say(f"trial {record.number}  {_ms(record.timing)}  {_percent(record.final_top1)}  {outcome}")
+        self._say(f"trial {record.number}  {_ms(record.timing)}  {_scores(record, record.reached)}  {outcome}")
 
     def epoch(self, epoch: Epoch) -> None:
         if time.monotonic() - self._said_at > _SILENCE_S:
@@ -124,11 +124,13 @@ class LiveView(Listener):
             *(_line(fact, "dim") for fact in self._facts),
         ]
         if self._base:
-            parts.append(_line(f"base     {_ms(self._base.timing)}  {_percent(self._base.top1)}"))
+            parts.append(_line(f"base     {_ms(self._base.timing)}  {_scores(self._base, 0)}"))
             parts.append(self._bar())
-        found = best(self._records)
+        found = best(self._records, config.rank_by)
         if found:
-            parts.append(_line(f"best     {_ms(found.timing)}  {_percent(found.final_top1)}  {found.what()}", "green"))
+            parts.append(
+                _line(f"best     {_ms(found.timing)}  {_scores(found, found.reached)}  {found.what()}", "green")
+            )
         parts.append(_line(f"now      {self._now}"))
         parts.append(_line(f"         {self._detail}", "dim"))
         return Group(*parts)
@@ -148,7 +150,7 @@ def print_outcome(outcome: Outcome) -> None:
     if winner is None:
         return
     rows = [_row("base", outcome.base), _row("winner", winner)]
-    print_table(["", "latency", "val top-1", "parameters"], rows)
+    print_table(["", "latency", "val top-1", "val loss", "parameters"], rows)
     lines = [f"winner     {winner.what()}"]
     if outcome.trust:
         lines.append(f"supernet   {outcome.trust.sentence()}")
@@ -232,7 +234,8 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def _row(name: str, record: Record) -> tuple[str, ...]:
-    return name, _ms(record.timing), _percent(record.final_top1), f"{record.parameters or 0:,}"
+    scores = _percent(record.final_top1), _loss(record, record.reached)
+    return name, _ms(record.timing), *scores, f"{record.parameters or 0:,}"
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -241,6 +244,16 @@ def _line(text: str, style: str = "") -> Text:
 
 def _ms(timing: Timing | None) -> str:
     return f"{timing.ms:.3f} ms" if timing else "-"
+
+
+def _scores(record: Record, rung: int) -> str:
+    """Both scores on one rung; '-' where it was never trained."""
+    return f"{_percent(record.top1_on(rung))}  loss {_loss(record, rung)}" if record.top1 is not None else "-"
+
+
+def _loss(record: Record, rung: int) -> str:
+    score = record.score_on(rung, "loss")
+    return "-" if score is None else f"{-score:.4f}"
 
 
 def _percent(share: float | None) -> str:

@@ -61,6 +61,7 @@ def search(
     finalists: Annotated[
         int, typer.Option(help="So many of the best are trained again; the best of these is the winner.", min=1)
     ] = 3,
+    rank_by: Annotated[str, typer.Option(help="What orders candidates on validation images: loss or top1.")] = "loss",
     confirm_seeds: Annotated[int, typer.Option(help="Trainings of each finalist, and of the base.", min=1)] = 2,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
@@ -80,7 +81,7 @@ def search(
         ),
     ] = "",
     halving: Annotated[int, typer.Option(help="One candidate in so many goes on to the next rung.", min=2)] = 3,
-    sampler: Annotated[str, typer.Option(help="Which candidate is next: tpe, additive, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="Which candidate is next: additive, tpe, nsga2 or random.")] = "additive",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")
@@ -120,6 +121,7 @@ def search(
         train_batch_size=train_batch_size,
         finalists=finalists,
         confirm_seeds=confirm_seeds,
+        rank_by=rank_by,
         input_size=input_size,
         device=pick_device(device),
         batch_size=batch_size,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.latency import Mode
 from attnsurgery.recipe.schema import Strict
+from attnsurgery.search.record import RankBy
 
 DEFAULT_BASE = "test_resnet"
 """Small enough to search for in minutes on a laptop, with four stages to choose from."""
@@ -41,7 +42,8 @@ class SearchConfig(Strict):
     evaluator: str = "finetune"
     rungs: str = Field(default="", description="cheaper ways to train that come first: 'blocks:1 blocks:3'")
     halving: Annotated[int, Field(ge=2)] = Field(default=3, description="one in so many goes to the next rung")
-    sampler: str = Field(default="tpe", description="which candidate is next: tpe, additive, nsga2 or random")
+    sampler: str = Field(default="additive", description="which candidate is next: additive, tpe, nsga2 or random")
+    rank_by: RankBy = Field(default="loss", description="what orders candidates on the validation split: loss, or top1")
     finalists: Annotated[int, Field(ge=1, le=20)] = Field(
         default=3, description="of the best that are trained again, to choose the winner among them"
     )

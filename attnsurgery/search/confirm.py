@@ -32,7 +32,7 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
-from attnsurgery.search.record import Record, Timing
+from attnsurgery.search.record import RankBy, Record, Timing
 from attnsurgery.search.trial import build, seed_of
 from attnsurgery.search.watching import StopAsked, Watching
 
@@ -56,10 +56,16 @@ class Finalist:
     slow: bool = False
     """It was over its budget when it was measured again."""
 
-    @property
-    def rank(self) -> tuple[float, float]:
+    def rank(self, by: RankBy) -> tuple[float, float]:
         """Larger is better."""
-        return (-math.inf, 0.0) if self.loss is None else (fmean(self.top1s), -self.loss)
+        if self.loss is None:
+            return -math.inf, 0.0
+        top1 = fmean(self.top1s)
+        return (top1, -self.loss) if by == "top1" else (-self.loss, top1)
+
+    def score(self, by: RankBy) -> str:
+        """What it is ranked by, the mean over the seeds, for people."""
+        return f"{100 * fmean(self.top1s):.2f} %" if by == "top1" else f"loss {self.loss:.4f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,7 @@ class Confirmation:
     """Measured again, after everything else."""
     finalists: tuple[Finalist, ...] = ()
     """Among whom the winner was chosen, the best of the search first."""
+    rank_by: RankBy = "top1"
     looks: int = field(default=1, compare=False)
     """How often this search has looked at the test images by now: each look after the first is a chance more."""
 
@@ -105,7 +112,7 @@ class Confirmation:
         if len(self.finalists) < 2:
             return ""
         means = ", ".join(
-            f"{100 * fmean(one.top1s):.2f} % (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
+            f"{one.score(self.rank_by)} (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
             for one in self.finalists
             if not one.failed
         )
@@ -181,7 +188,7 @@ def confirm(
             continue
         one = replace(one, top1s=tuple(s.top1 for _, s in found), loss=fmean(s.loss for _, s in found))
         ranked.append((one, recipe, [model for model, _ in found]))
-    winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank)
+    winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank(bench.config.rank_by))
     if winner.failed:
         raise SearchError(f"no finalist could be trained again: {winner.failed}")
     bases = [model for model, _ in trained("the base", lambda: copy.deepcopy(bench.base))]
@@ -193,7 +200,7 @@ def confirm(
         timing = Timing.of(bench.backend.compare(bench.base, models[0], reference))
     save(bench, models[0], recipe, folder / "best")
     verdict = judge(winner.digest, base_rights, rights, bench.config.epochs, timing)
-    return replace(verdict, finalists=tuple(one for one, _, _ in ranked))
+    return replace(verdict, finalists=tuple(one for one, _, _ in ranked), rank_by=bench.config.rank_by)
 
 
 def _within_budget(

@@ -52,11 +52,11 @@ class Outcome:
         """Whom the confirmation chose; before there is one, whom the trials put first."""
         if self.confirmation:
             return next(record for record in trained(self.records) if record.digest == self.confirmation.digest)
-        return best(self.records)
+        return best(self.records, self.config.rank_by)
 
     @cached_property
     def front(self) -> list[Record]:
-        return front(self.records)
+        return front(self.records, self.config.rank_by)
 
     @property
     def trained(self) -> int:
@@ -75,7 +75,7 @@ class Outcome:
     @property
     def trust(self) -> Trust | None:
         """How far a supernet could be believed; None if there was none, or that is not known yet."""
-        return trust(self.records) if shares(self.config) else None
+        return trust(self.records, self.config.rank_by) if shares(self.config) else None
 
     @property
     def counts(self) -> Counter[str]:
@@ -139,13 +139,13 @@ def _costs(record: Record) -> str:
 def _csv(records: list[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["trial", "recipe", "latency_ms", "latency_low_ms", "latency_high_ms", "val_top1", "parameters", "macs", "rung"]
-    )
+    timed, scored = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_top1", "val_loss")
+    writer.writerow(["trial", "recipe", *timed, *scored, "parameters", "macs", "rung"])
     for record in records:
         assert record.timing is not None
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
-        numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms, record.final_top1 or 0.0)]
+        numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms)]
+        numbers += ["" if value is None else f"{value:.6g}" for value in (record.final_top1, record.final_loss)]
         writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached + 1])
     return text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,10 @@ from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
 
 State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed", "interrupted"]
+
+RankBy = Literal["loss", "top1"]
+"""What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so
+of a few thousand images it tells candidates apart that get as many of them right."""
 
 ASKED: frozenset[State] = frozenset({"trained", "over_budget", "too_many_blocks", "duplicate", "failed"})
 """States that used up an ask: an interrupted trial did not, it is asked for again with the same seed."""
@@ -109,6 +114,13 @@ class Record:
             return self.top1
         return self.promotions[rung - 1].top1 if rung <= len(self.promotions) else None
 
+    def score_on(self, rung: int, by: RankBy) -> float | None:
+        """The same by what candidates are ranked by; larger is better."""
+        if by == "top1" or self.top1_on(rung) is None:
+            return self.top1_on(rung)
+        loss = self.promotions[rung - 1].loss if rung else self.loss
+        return None if loss is None else -loss
+
     @property
     def reached(self) -> int:
         """The highest rung it has been on."""
@@ -120,10 +132,14 @@ class Record:
         return self.top1_on(self.reached)
 
     @property
-    def rank(self) -> tuple[float, float, float, float]:
-        """Larger is better: rung, accuracy there, then latency, then loss; so the best is always on the front."""
-        loss = self.promotions[-1].loss if self.promotions else self.loss
-        return self.reached, self.final_top1 or 0.0, -(self.timing.ms if self.timing else 0.0), -(loss or 0.0)
+    def final_loss(self) -> float | None:
+        """There, too."""
+        return self.promotions[-1].loss if self.promotions else self.loss
+
+    def rank(self, by: RankBy) -> tuple[float, ...]:
+        """Larger is better: rung, score there, then latency, then the other score."""
+        score, other = (self.score_on(self.reached, one) for one in (by, "loss" if by == "top1" else "top1"))
+        return self.reached, _or_worst(score), -(self.timing.ms if self.timing else 0.0), _or_worst(other)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
@@ -131,23 +147,27 @@ def trained(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if record.state == "trained"]
 
 
-def best(records: Iterable[Record]) -> Record | None:
-    """Of those on the highest rung that any is on: the highest accuracy, then the lowest latency, then the loss."""
-    return max(trained(records), key=lambda record: record.rank, default=None)
+def best(records: Iterable[Record], by: RankBy) -> Record | None:
+    """Of those on the highest rung that any is on: the best score, then the lowest latency."""
+    return max(trained(records), key=lambda record: record.rank(by), default=None)
 
 
-def contenders(records: Iterable[Record]) -> list[Record]:
+def contenders(records: Iterable[Record], by: RankBy) -> list[Record]:
     """Those on the highest rung that any is on, the best first."""
-    order = sorted(trained(records), key=lambda record: record.rank, reverse=True)
+    order = sorted(trained(records), key=lambda record: record.rank(by), reverse=True)
     return [record for record in order if record.reached == order[0].reached]
 
 
-def front(records: Iterable[Record]) -> list[Record]:
-    """Those on the highest rung that no other there beats in both accuracy and latency, the fastest first."""
-    order = contenders(records)
+def front(records: Iterable[Record], by: RankBy) -> list[Record]:
+    """Those on the highest rung that no other there beats in both score and latency, the fastest first."""
+    order = contenders(records, by)
     order.sort(key=lambda record: record.timing.ms if record.timing else 0.0)
     kept: list[Record] = []
     for record in order:
-        if not kept or (record.final_top1 or 0.0) > (kept[-1].final_top1 or 0.0):
+        if not kept or record.rank(by)[:2] > kept[-1].rank(by)[:2]:
             kept.append(record)
     return kept
+
+
+def _or_worst(score: float | None) -> float:
+    return -math.inf if score is None else score

@@ -28,7 +28,7 @@ from attnsurgery.errors import UnknownNameError, UsageError, did_you_mean
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.numbers import kendall_tau_b
-from attnsurgery.search.record import Record, trained
+from attnsurgery.search.record import RankBy, Record, trained
 
 SUPERNET = "supernet"
 CHECKED = 6
@@ -130,16 +130,18 @@ def checked(records: Sequence[Record]) -> list[Record]:
     return [record for record in trained(records) if record.drawn][:CHECKED]
 
 
-def trust(records: Sequence[Record]) -> Trust | None:
+def trust(records: Sequence[Record], by: RankBy) -> Trust | None:
     """Of a supernet on the lowest rung; None before those that tell were on the next one."""
     there = [record for record in checked(records) if record.reached]
     if len(there) < 2 or any(_may_rise(record, 0) for record in checked(records)):
         return None
-    lower, upper = ([record.top1_on(rung) or 0.0 for record in there] for rung in (0, 1))
+    lower, upper = ([_score(record, rung, by) for record in there] for rung in (0, 1))
     return Trust(kendall_tau_b(lower, upper), len(there))
 
 
-def next_promotion(records: Sequence[Record], rungs: int, halving: int, supernet: bool = False) -> Record | None:
+def next_promotion(
+    records: Sequence[Record], rungs: int, halving: int, supernet: bool = False, by: RankBy = "top1"
+) -> Record | None:
     """Who is to be trained on the rung above its own: the best not promoted yet on the lowest rung with room above.
 
     Args:
@@ -150,18 +152,24 @@ def next_promotion(records: Sequence[Record], rungs: int, halving: int, supernet
         for record in checked(records):
             if _may_rise(record, 0):
                 return record
-        found = trust(records)
+        found = trust(records, by)
         blind = found is None or not found.holds
     for rung, room in enumerate(places_on(rungs, len(trained(records)), halving)[1:]):
         there = [record for record in trained(records) if record.reached > rung or _may_rise(record, rung)]
         if blind and rung == 0:
             there.sort(key=lambda record: record.number)
         else:
-            there.sort(key=lambda record: (record.top1_on(rung) or 0.0, -record.number), reverse=True)
+            there.sort(key=lambda record: (_score(record, rung, by), -record.number), reverse=True)
         for record in there[:room]:
             if record.reached == rung:
                 return record
     return None
+
+
+def _score(record: Record, rung: int, by: RankBy) -> float:
+    score = record.score_on(rung, by)
+    assert score is not None, "whoever was on a rung has a score there"
+    return score
 
 
 def _may_rise(record: Record, rung: int) -> bool:

@@ -111,7 +111,7 @@ def _confirmation(kept: Mapping[str, Any], records: list[Record]) -> Confirmatio
     if kept.get("ended") != "finished" or not given:
         return None
     found = Confirmation.from_dict(given)
-    return found if found.answers(contenders(records)) else None
+    return found if found.answers(contenders(records, found.rank_by)) else None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.files import Journal
-from attnsurgery.search.record import ASKED, Record
+from attnsurgery.search.record import ASKED, RankBy, Record
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
 
@@ -54,7 +54,8 @@ class Store:
         space: BoundSpace,
         budgets: Budgets,
         seed: int,
-        sampler: str = "tpe",
+        sampler: str = "additive",
+        rank_by: RankBy = "top1",
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
@@ -64,6 +65,7 @@ class Store:
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
         self._budgets = budgets
+        self._rank_by = rank_by
         self._drawn: set[int] = set()
         self._fell_back: set[int] = set()
         with storage_errors(shown):
@@ -118,8 +120,9 @@ class Store:
         stuck = len(used) >= _STUCK and not any(map(_teaches, used[-_STUCK:]))
         begins = len(used) < _STARTUP
         fresh = self._unseen(places, {record.digest for record in used}, seed) if begins or stuck else None
-        base = (self.fixed("base") or {}).get("record") or {}
-        self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base.get("top1"))
+        base = (self.fixed("base") or {}).get("record")
+        base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
+        self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
         trial = self._study.ask(self._distributions)
         if getattr(self._sampler, "draws_uniformly", False) or (begins and fresh):
             self._drawn.add(trial.number)  # and not one drawn when stuck: what is unseen then lacks what was chosen
@@ -148,6 +151,7 @@ class Store:
     def _settle(self, number: int, record: Record) -> None:
         trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         trial.set_user_attr("record", record.as_dict())
+        score = record.score_on(0, self._rank_by)
         excess = self._budgets.excess(record)
         for name, share in excess.items():
             trial.set_constraint(name, share)
@@ -157,8 +161,8 @@ class Store:
             trial.set_user_attr(AGAIN, True)
         if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
             self._study.tell(trial, state=TrialState.PRUNED)
-        elif record.top1 is not None:
-            self._study.tell(trial, record.top1)
+        elif score is not None:
+            self._study.tell(trial, score)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 

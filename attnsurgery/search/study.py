@@ -64,7 +64,7 @@ def run(
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     with locked(folder):
         bench = prepare(config, folder, listener, stop, backend)
-        store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler)
+        store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler, config.rank_by)
         search = _Search(bench, store, folder, listener, stop, command)
         outcome = search.go()
     outcome.check_feasible()
@@ -150,7 +150,9 @@ class _Search:
         return records
 
     def _next_promotion(self, records: list[Record]) -> Record | None:
-        return next_promotion(records, len(self.bench.rungs), self.config.halving, shares(self.config))
+        return next_promotion(
+            records, len(self.bench.rungs), self.config.halving, shares(self.config), self.config.rank_by
+        )
 
     def _promote(self, records: list[Record], candidate: Record) -> list[Record]:
         rung, of = candidate.reached + 1, len(self.bench.rungs)
@@ -166,7 +168,7 @@ class _Search:
         return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
     def _confirm(self, records: list[Record]) -> None:
-        order = contenders(records)
+        order = contenders(records, self.config.rank_by)
         if not order:
             return
         kept = self.store.fixed("confirmation")

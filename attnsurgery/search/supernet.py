@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
@@ -47,15 +47,20 @@ COUNTED = 32
 
 
 class Switch(Block):
-    """One of several blocks, or none, at one place."""
+    """One of several blocks, or none, at one place.
+
+    Args:
+        columns: the labels of blocks that take tokens as they come, in one column, where others take them as a map.
+    """
 
     child_name = "switch"
 
-    def __init__(self, blocks: Mapping[str, Block], gates: bool) -> None:
+    def __init__(self, blocks: Mapping[str, Block], gates: bool, columns: Collection[str] = ()) -> None:
         super().__init__()
         self.labels = {label: str(index) for index, label in enumerate(blocks)}
         self.blocks = nn.ModuleDict({self.labels[label]: block for label, block in blocks.items()})
         self.gates = gates
+        self._columns = {self.labels[label] for label in columns}
         self.grafted = True
         self.chosen: str | None = None
 
@@ -64,9 +69,13 @@ class Switch(Block):
         self.chosen = self.labels.get(label)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.chosen is not None:
-            return self.blocks[self.chosen](x)  # type: ignore[no-any-return]
-        return x.new_ones(1, 1, 1, 1) if self.gates else x.clone()
+        if self.chosen is None:
+            return x.new_ones(1, 1, 1, 1) if self.gates else x.clone()
+        block, (height, width) = self.blocks[self.chosen], x.shape[2:]
+        if self.chosen not in self._columns:
+            return block(x)  # type: ignore[no-any-return]
+        y: torch.Tensor = block(x.flatten(2).unsqueeze(3))  # by itself it would get that: another shape, other rounding
+        return y.reshape(*y.shape[:2], height, width) if y.shape[2] == height * width else y
 
     def cost(self, height: int, width: int) -> Cost:
         if self.chosen is None:
@@ -204,7 +213,9 @@ def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy)
                 blocks[label] = build_block(
                     one.block, one.site.channels, one.options, one.start, device=tensor.device, dtype=tensor.dtype
                 )
-            switch = Switch(blocks, gates).train(there.training)
+            tokens = insertion.site.grid is not None
+            switch = Switch(blocks, gates, [label for label in group if tokens and _order_free(group[label])])
+            switch.train(there.training)
             setattr(model.get_submodule(host), name, switch)
             yield switch
 

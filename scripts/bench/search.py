@@ -94,8 +94,8 @@ class Told(Listener):
 
     def told(self, record: Record, trained: int, wanted: int) -> None:
         ms = f"{record.timing.ms:.3f} ms  " if record.timing else ""
-        top1 = f"{100 * record.top1:.2f} %  " if record.top1 is not None else ""
-        print(f"  [{trained}/{wanted}] {ms}{top1}{record.state}  {record.what()}", flush=True)
+        scores = f"{100 * record.top1:.2f} %  loss {record.loss:.4f}  " if record.top1 is not None else ""
+        print(f"  [{trained}/{wanted}] {ms}{scores}{record.state}  {record.what()}", flush=True)
 
     def promoted(self, record: Record, rungs: int) -> None:
         print(f"  trial {record.number}: {100 * (record.final_top1 or 0.0):.2f} %", flush=True)
@@ -230,7 +230,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--space", help="a space that ships, or a file; by default one that holds the designs by hand")
     parser.add_argument("--budget-ratio", type=float, help="to the base's latency; by default the slower design's")
-    parser.add_argument("--sampler", choices=("tpe", "additive", "nsga2"), default="tpe")
+    parser.add_argument("--sampler", choices=("additive", "tpe", "nsga2"), default="additive")
     parser.add_argument("--trials", type=int, default=18)
     parser.add_argument("--rungs", default="blocks:1")
     parser.add_argument("--epochs", type=int, default=2, help="of the trials on the top rung")

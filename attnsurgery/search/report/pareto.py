@@ -1,4 +1,4 @@
-"""The main picture: accuracy over latency, each mark a candidate, the front as steps, the budget as a line."""
+"""The main picture: score over latency, each mark a candidate, the front as steps, the budget as a line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bokeh.models import BoxAnnotation, GlyphRenderer, Label, Span
 from bokeh.plotting import figure
 
 from attnsurgery.search.numbers import without_outliers
-from attnsurgery.search.record import Record, trained
+from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
 from attnsurgery.search.report.figures import chart, hover, source, spread
 from attnsurgery.search.report.section import Mark, Section
-from attnsurgery.search.report.words import called, counted
+from attnsurgery.search.report.words import called, counted, score, scored_by
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -26,23 +26,24 @@ _BEYOND = 0.6
 
 
 def section(outcome: Outcome) -> Section:
-    """Accuracy and latency of all that was measured."""
-    groups, best = _Groups.of(outcome), [outcome.best] if outcome.best else []
+    """Score and latency of all that was measured."""
+    groups, best, by = _Groups.of(outcome), [outcome.best] if outcome.best else [], outcome.config.rank_by
     xs, ys = _shown(outcome, groups)
-    floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # where those are drawn that have no accuracy
+    floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # where those are drawn that have no score
     y_range = spread([*ys, floor] if groups.over else ys, 0.04)
-    made = chart("latency, ms", "validation top-1, %", 460, x_range=spread(xs, 0.04), y_range=y_range)
+    made = chart("latency, ms", scored_by(by), 460, x_range=spread(xs, 0.04), y_range=y_range)
     budget = outcome.config.budget_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(made, budget)
+    lower, top, winner = ([_score(record, by) for record in some] for some in (groups.lower, groups.top, best))
     marks = [
         _draw(made, groups.over, GREY, [floor] * len(groups.over), marker="x", size=7, line_alpha=0.8),
-        _draw(made, groups.lower, BLUE, marker="circle", size=8, fill_alpha=0.0, line_alpha=0.45),
-        _draw(made, groups.top, BLUE, marker="circle", size=9, fill_alpha=0.75, line_color="white"),
+        _draw(made, groups.lower, BLUE, lower, marker="circle", size=8, fill_alpha=0.0, line_alpha=0.45),
+        _draw(made, groups.top, BLUE, top, marker="circle", size=9, fill_alpha=0.75, line_color="white"),
     ]
     _draw_front(made, outcome)
     marks.append(_draw(made, [outcome.base], INK, [_of_base(outcome)], marker="square", size=11, line_color="white"))
-    marks.append(_draw(made, best, RED, marker="diamond", size=17, line_color="white"))
+    marks.append(_draw(made, best, RED, winner, marker="diamond", size=17, line_color="white"))
     hover(made, marks)
     return Section(
         "pareto",
@@ -74,7 +75,7 @@ class _Groups:
 
 
 def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]:
-    """The latencies and accuracies that the picture is made to show; the rest is a drag away."""
+    """The latencies and scores that the picture is made to show; the rest is a drag away."""
     found = [*groups.top, *groups.lower]
     marked = [outcome.best] if outcome.best else []
     xs = without_outliers(_ends(found)) + _ends([outcome.base, *marked])
@@ -84,7 +85,9 @@ def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]
     over = [_ms(record) for record in groups.over]
     most = max(xs) + _BEYOND * (max(xs) - min(xs))
     xs += [ms for ms in over if ms <= most] if found else without_outliers(over)
-    ys = without_outliers([_score(record) for record in found]) + [_score(record) for record in marked]
+    ys = without_outliers([_score(record, outcome.config.rank_by) for record in found]) + [
+        _score(record, outcome.config.rank_by) for record in marked
+    ]
     return xs, [*ys, _of_base(outcome)]
 
 
@@ -97,7 +100,7 @@ def _draw(
     made: figure,
     records: Sequence[Record],
     colour: str,
-    heights: Sequence[float] | None = None,
+    heights: Sequence[float],
     line_color: str | None = None,
     **look: object,
 ) -> GlyphRenderer:
@@ -106,7 +109,7 @@ def _draw(
     found = source(
         records,
         x=[timing.ms for timing in timings],
-        y=list(heights or [_score(record) for record in records]),
+        y=list(heights),
         low=[timing.low_ms for timing in timings],
         high=[timing.high_ms for timing in timings],
     )
@@ -115,8 +118,11 @@ def _draw(
 
 
 def _draw_front(made: figure, outcome: Outcome) -> None:
-    """Steps: what accuracy can be had within so many milliseconds."""
-    xs, ys = [_ms(record) for record in outcome.front], [_score(record) for record in outcome.front]
+    """Steps: what can be had within so many milliseconds."""
+    xs, ys = (
+        [_ms(record) for record in outcome.front],
+        [_score(record, outcome.config.rank_by) for record in outcome.front],
+    )
     if xs:
         end = min(made.x_range.end, outcome.config.budget_ms or made.x_range.end)
         made.step([*xs, max(xs[-1], end)], [*ys, ys[-1]], mode="after", line_color=BLUE, line_width=1.6)
@@ -146,10 +152,10 @@ def _key(outcome: Outcome, groups: _Groups) -> tuple[Mark, ...]:
 
 
 def _caption(outcome: Outcome, groups: _Groups, made: figure) -> str:
-    said = ["Horizontal bars are 95 % intervals of the latency; the front is the accuracy to be had in so many ms."]
+    said = ["Horizontal bars are 95 % intervals of the latency; the front is the best to be had in so many ms."]
     if groups.lower:
         said.append(
-            "Accuracies of different rungs are not comparable: only candidates on the highest rung that any reached "
+            "Scores of different rungs are not comparable: only candidates on the highest rung that any reached "
             "are on the front, the others are drawn fainter."
         )
     budget = outcome.config.budget_ms
@@ -158,7 +164,8 @@ def _caption(outcome: Outcome, groups: _Groups, made: figure) -> str:
     elif budget > made.x_range.end:
         said.append(f"The budget of {budget:g} ms lies far to the right of the picture.")
     outside = sum(
-        _ms(record) > made.x_range.end or (record.top1 is not None and _score(record) < made.y_range.start)
+        _ms(record) > made.x_range.end
+        or (record.top1 is not None and _score(record, outcome.config.rank_by) < made.y_range.start)
         for record in (*groups.top, *groups.lower, *groups.over)
     )
     if outside:
@@ -170,11 +177,11 @@ def _ms(record: Record) -> float:
     return record.timing.ms if record.timing else 0.0
 
 
-def _score(record: Record) -> float:
-    """In percent, on the highest rung that the candidate was on."""
-    return 100 * (record.final_top1 or 0.0)
+def _score(record: Record, by: RankBy) -> float:
+    """On the highest rung that the candidate was on."""
+    return score(record, record.reached, by)
 
 
 def _of_base(outcome: Outcome) -> float:
     """The base's, trained as those on the front if it was."""
-    return 100 * (outcome.base.top1_on(min(outcome.top_rung, outcome.base.reached)) or 0.0)
+    return score(outcome.base, min(outcome.top_rung, outcome.base.reached), outcome.config.rank_by)

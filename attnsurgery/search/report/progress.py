@@ -10,11 +10,11 @@ from bokeh.models import BasicTicker, Span
 from bokeh.plotting import figure
 
 from attnsurgery.search.numbers import best_so_far, expected_best, without_outliers
-from attnsurgery.search.record import Record, trained
+from attnsurgery.search.record import trained
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
 from attnsurgery.search.report.figures import chart, hover, source, spread
 from attnsurgery.search.report.section import Mark, Section
-from attnsurgery.search.report.words import counted
+from attnsurgery.search.report.words import counted, score, scored_by
 
 if TYPE_CHECKING:
     from attnsurgery.search.control import Control
@@ -28,12 +28,14 @@ def section(outcome: Outcome, control: Control | None) -> Section | None:
         return None
     random = control.trained if control else [] if _all_drawn(outcome) else outcome.drawn
     lowest = ", lowest rung" if outcome.top_rung else ""
-    made = chart("trained candidates", f"validation top-1, %{lowest}", 340)
-    scores, randoms = [_percent(record) for record in found], [_percent(record) for record in random]
+    by = outcome.config.rank_by
+    made = chart("trained candidates", f"{scored_by(by)}{lowest}", 340)
+    scores, randoms = ([score(record, 0, by) for record in some] for some in (found, random))
+    base = score(outcome.base, 0, by)
     count = list(range(1, len(found) + 1))
     marks = made.scatter("x", "y", source=source(found, x=count, y=scores), size=6, color=BLUE, alpha=0.3)
     hover(made, [marks])
-    made.add_layout(Span(location=_percent(outcome.base), dimension="width", line_color=INK, line_dash="dotted"))
+    made.add_layout(Span(location=base, dimension="width", line_color=INK, line_dash="dotted"))
     key = [Mark("●", LIGHT, "each candidate"), Mark("━", BLUE, "best so far"), Mark("┈", INK, "base")]
     if control:
         _draw_steps(made, best_so_far(randoms), LIGHT_ORANGE, 1.5)
@@ -43,7 +45,7 @@ def section(outcome: Outcome, control: Control | None) -> Section | None:
         made.line(list(range(1, len(expected) + 1)), expected, line_color=ORANGE, line_width=2.2, line_dash="dashed")
         key.append(Mark("╍", ORANGE, "expected best of so many random candidates"))
     _draw_steps(made, best_so_far(scores), BLUE, 2.2)
-    shown = [*without_outliers(scores), max(scores), _percent(outcome.base), *without_outliers(randoms)]
+    shown = [*without_outliers(scores), max(scores), base, *without_outliers(randoms)]
     made.y_range = spread(shown)
     made.x_range.start, made.x_range.end = 0.5, max(len(found), len(random)) + 0.5
     made.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
@@ -83,8 +85,3 @@ def _about(outcome: Outcome, control: Control | None) -> str:
 
 def _all_drawn(outcome: Outcome) -> bool:
     return len(outcome.drawn) == outcome.trained
-
-
-def _percent(record: Record) -> float:
-    """On the lowest rung, which all trained candidates share."""
-    return 100 * (record.top1 or 0.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from attnsurgery.search.numbers import kendall_tau_b
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import counted
+from attnsurgery.search.report.words import counted, score
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -20,15 +20,17 @@ _NAMES = {
     "synflow": "synaptic flow (Tanaka et al., NeurIPS 2020)",
 }
 
+_MEASURES = {"top1": "validation top-1", "loss": "validation loss, negated,"}
+
 
 def section(outcome: Outcome) -> Section | None:
     """A line for each proxy; None where too few candidates were trained."""
-    found = trained(outcome.records)
+    found, by = trained(outcome.records), outcome.config.rank_by
     rows = []
     for name, words in _NAMES.items():
-        known = [(value, record.top1 or 0.0) for record in found if (value := _value(record, name)) is not None]
+        known = [(value, score(record, 0, by)) for record in found if (value := _value(record, name)) is not None]
         if len(known) >= _FEW:
-            tau = kendall_tau_b([value for value, _ in known], [top1 for _, top1 in known])
+            tau = kendall_tau_b([value for value, _ in known], [scored for _, scored in known])
             said = "undefined" if tau is None else f"{tau:+.2f}"
             rows.append(
                 f'<tr><td>{words}</td><td class="n">{said}</td><td>{counted(len(known), "candidate")}</td></tr>'
@@ -40,7 +42,7 @@ def section(outcome: Outcome) -> Section | None:
         "Proxies: would one have known without training?",
         below='<table><thead><tr><th>proxy</th><th class="n">tau-b</th><th></th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
-        '<p class="faint">Kendall\'s tau-b between the proxy and the validation top-1 after training. Near 0, training '
+        f'<p class="faint">Kendall\'s tau-b between the proxy and the {_MEASURES[by]} after training. Near 0, training '
         "was needed to tell candidates apart; far from it, the proxy would have told for nothing. The search does not "
         "follow them.</p>",
     )

@@ -9,11 +9,11 @@ from bokeh.models import Title
 from bokeh.plotting import figure
 
 from attnsurgery.search.numbers import kendall_tau_b
-from attnsurgery.search.record import Record, trained
+from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.figures import chart, hover, source, spread
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import called, counted
+from attnsurgery.search.report.words import called, counted, score, scored_by
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -28,8 +28,9 @@ def section(outcome: Outcome) -> Section | None:
     both = [[record for record in found if record.reached > rung] for rung in range(outcome.top_rung)]
     if not both:
         return None
-    figures = tuple(_scatter(rung, records) for rung, records in enumerate(both))
-    said = " ".join(_words(rung, records) for rung, records in enumerate(both))
+    by = outcome.config.rank_by
+    figures = tuple(_scatter(rung, records, by) for rung, records in enumerate(both))
+    said = " ".join(_words(rung, records, by) for rung, records in enumerate(both))
     if outcome.trust:
         said += f" The supernet, rung 1: {outcome.trust.sentence()}."
     return Section(
@@ -43,30 +44,30 @@ def section(outcome: Outcome) -> Section | None:
     )
 
 
-def _scatter(rung: int, records: Sequence[Record]) -> figure:
-    lower, higher = _scores(rung, records), _scores(rung + 1, records)
+def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
+    lower, higher = _scores(rung, records, by), _scores(rung + 1, records, by)
     made = chart(
-        f"validation top-1, %, {called(rung)}",
+        f"{scored_by(by)}, {called(rung)}",
         called(rung + 1),
         340,
         x_range=spread(lower, 0.1),
         y_range=spread(higher, 0.1),
     )
-    made.add_layout(Title(text=_tau(rung, records), text_font_style="normal", text_font_size="13px"), "above")
+    made.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
     marks = made.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
     hover(made, [marks])
     return made
 
 
-def _tau(rung: int, records: Sequence[Record]) -> str:
-    tau = kendall_tau_b(_scores(rung, records), _scores(rung + 1, records))
+def _tau(rung: int, records: Sequence[Record], by: RankBy) -> str:
+    tau = kendall_tau_b(_scores(rung, records, by), _scores(rung + 1, records, by))
     return f"tau-b {'undefined' if tau is None else f'{tau:.2f}'}, {counted(len(records), 'candidate')}"
 
 
-def _words(rung: int, records: Sequence[Record]) -> str:
+def _words(rung: int, records: Sequence[Record], by: RankBy) -> str:
     few = ", which is too few to mean much" if len(records) < _FEW else ""
-    return f"{called(rung).capitalize()} to {called(rung + 1)}: {_tau(rung, records)}{few}."
+    return f"{called(rung).capitalize()} to {called(rung + 1)}: {_tau(rung, records, by)}{few}."
 
 
-def _scores(rung: int, records: Sequence[Record]) -> list[float]:
-    return [100 * (record.top1_on(rung) or 0.0) for record in records]
+def _scores(rung: int, records: Sequence[Record], by: RankBy) -> list[float]:
+    return [score(record, rung, by) for record in records]

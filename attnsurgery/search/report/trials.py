@@ -24,7 +24,8 @@ def section(outcome: Outcome) -> Section:
 
 def _table(outcome: Outcome) -> str:
     rungs = outcome.top_rung
-    scores = [f"val top-1<br>{called(rung)}" for rung in range(rungs + 1)] if rungs else ["val top-1"]
+    names = ("val top-1", "val loss")
+    scores = [f"{name}<br>{called(rung)}" for rung in range(rungs + 1) for name in names] if rungs else [*names]
     numbers = [f'<th class="n">{words}</th>' for words in ("latency, ms", *scores, "parameters")]
     head = f'<tr><th class="n">trial</th><th>blocks</th>{"".join(numbers)}<th>outcome</th></tr>'
     rows = [_row(outcome.base, "base", "", rungs)]
@@ -36,6 +37,11 @@ def _table(outcome: Outcome) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def _loss(record: Record, rung: int) -> str:
+    score = record.score_on(rung, "loss")
+    return "" if score is None else f"{-score:.4f}"
+
+
 def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
     outcome = "reference" if record.number < 0 else STATES[record.state]
     if record.duplicate_of is not None:
@@ -44,7 +50,7 @@ def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
         outcome += f": {record.reason}"
     if record.halted:
         outcome += f"; not promoted: {record.halted}"
-    scores = [percent(record.top1_on(rung)) for rung in range(rungs + 1)]
+    scores = [text for rung in range(rungs + 1) for text in (percent(record.top1_on(rung)), _loss(record, rung))]
     parameters = f"{record.parameters:,}" if record.parameters else ""
     numbers = "".join(f'<td class="n">{words}</td>' for words in (ms(record.timing, unit=""), *scores, parameters))
     return (

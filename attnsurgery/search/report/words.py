@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnsurgery.search.record import Record, Timing
+from attnsurgery.search.record import RankBy, Record, Timing
 
 STATES = {
     "trained": "trained",
@@ -17,6 +17,17 @@ STATES = {
 def percent(share: float | None) -> str:
     """'95.82 %', or '' of nothing."""
     return "" if share is None else f"{100 * share:.2f} %"
+
+
+def scored_by(by: RankBy) -> str:
+    """What candidates are ranked by, as the name of an axis on which higher is better."""
+    return "validation top-1, %" if by == "top1" else "validation loss, negated"
+
+
+def score(record: Record, rung: int, by: RankBy) -> float:
+    """That of one candidate, 0 where it has none."""
+    found = record.score_on(rung, by)
+    return 0.0 if found is None else 100 * found if by == "top1" else found
 
 
 def points(share: float) -> str:
