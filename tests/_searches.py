@@ -110,7 +110,8 @@ def trial(number: int, top1: float | None, ms: float, **fields: Any) -> Record:
     recipe["edits"] = [{"at": place, "block": "se"} for place in given["assignment"]]
     state = "over_budget" if top1 is None else "trained"
     made = Record(number, state, recipe=recipe, digest=f"{number:08x}", timing=timing(ms), top1=top1, epochs=3)
-    return replace(made, parameters=380_000 + number, seconds=20.0, **given)
+    loss = None if top1 is None else 1 - top1
+    return replace(made, loss=loss, parameters=380_000 + number, seconds=20.0, **given)
 
 
 def search(count: int, rungs: int = 0, seed: int = 0) -> list[Record]:
@@ -131,7 +132,7 @@ def search(count: int, rungs: int = 0, seed: int = 0) -> list[Record]:
         there.sort(key=lambda record: record.final_top1 or 0.0, reverse=True)
         for record in there[: max(2, len(there) // 3)]:
             higher = (record.final_top1 or 0.0) + 0.02 + float(rng.normal(0, 0.004))
-            promotion = Promotion(higher, 0.4, 60.0, 3 * 3 ** (rung + 1))
+            promotion = Promotion(higher, 1 - higher, 60.0, 3 * 3 ** (rung + 1))
             found[record.number] = replace(record, promotions=(*record.promotions, promotion))
     return found
 

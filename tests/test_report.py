@@ -295,6 +295,52 @@ def test_the_base_is_drawn_as_on_the_rung_of_the_front(tmp_path: Path, reached: 
     assert all(list(data["y"]) == pytest.approx([shown]) for data in drawn)
 
 
+def by_loss(tmp_path: Path, records: list[Record]) -> Outcome:
+    made = outcome(tmp_path, records)
+    return replace(made, config=made.config.model_copy(update={"rank_by": "loss"}))
+
+
+def test_losses_are_drawn_so_that_better_is_up_and_axes_say_what_they_are(tmp_path: Path) -> None:
+    """The first gets more images right, the second is surer of what it gets right."""
+    records = [replace(trial(0, 0.90, 1.5), loss=0.40), replace(trial(1, 0.89, 1.7), loss=0.30)]
+    ranked = by_loss(tmp_path, records)
+    assert [record.number for record in ranked.front] == [0, 1]
+    assert [record.number for record in outcome(tmp_path, records).front] == [0]
+    for section in (pareto.section(ranked), progress.section(ranked, None)):
+        assert section is not None
+        made = section.figures[0]
+        plain, shown = made.yaxis
+        assert (plain.visible, shown.y_range_name) == (False, "loss")
+        assert shown.axis_label == "validation loss, up is better"
+        mirrored = made.extra_y_ranges["loss"]
+        assert (mirrored.start, mirrored.end) == (-made.y_range.start, -made.y_range.end)
+        assert mirrored.start > 0.4
+        assert 0.2 < mirrored.end < 0.3
+    heights = {
+        who: y
+        for glyph in pareto.section(ranked).figures[0].renderers
+        for who, y in zip(glyph.data_source.data.get("who", []), glyph.data_source.data["y"], strict=False)
+    }
+    assert heights == {"the base": -0.6, "trial 0": -0.4, "trial 1": -0.3}
+    words = Page(render(ranked)).words
+    assert "Loss and latency" in words
+    assert "90.00 %" in words
+
+
+def test_rungs_are_compared_in_what_candidates_are_ranked_by(tmp_path: Path) -> None:
+    scores = [(0.80, 0.84, 0.9), (0.81, 0.83, 0.8), (0.82, 0.85, 0.7), (0.83, 0.86, 0.6), (0.84, 0.87, 0.5)]
+    records = [
+        replace(promoted(n, low, high), promotions=(Promotion(high, loss, 60.0, 9),))
+        for n, (low, high, loss) in enumerate(scores)
+    ]
+    section = rungs.section(by_loss(tmp_path, records))
+    assert section is not None
+    assert "Rung 1 to rung 2: tau-b 1.00, 5 candidates." in section.below
+    made = section.figures[0]
+    assert [axis.visible for axis in (*made.xaxis, *made.yaxis)] == [False, True, False, True]
+    assert made.extra_x_ranges["loss"].start == -made.x_range.start
+
+
 # The checklist
 
 

@@ -24,6 +24,7 @@ from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.preview import Preview
 from attnsurgery.search.record import best
+from attnsurgery.search.report.words import loss
 
 _SILENCE_S = 20.0
 _SILENT = {"too_many_blocks"}
@@ -252,8 +253,7 @@ def _scores(record: Record, rung: int) -> str:
 
 
 def _loss(record: Record, rung: int) -> str:
-    score = record.score_on(rung, "loss")
-    return "-" if score is None else f"{-score:.4f}"
+    return loss(record, rung) or "-"
 
 
 def _percent(share: float | None) -> str:

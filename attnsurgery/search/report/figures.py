@@ -11,13 +11,13 @@ from typing import Any
 
 from bokeh.document import Document
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, Range1d
+from bokeh.models import Axis, ColumnDataSource, GlyphRenderer, HoverTool, LinearAxis, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.colours import AXIS, GREY, INK, LINE, PAPER
-from attnsurgery.search.report.words import ms, percent, who
+from attnsurgery.search.report.words import loss, ms, percent, who
 
 _HOVER = """
 <div style="max-width: 26rem; white-space: normal; font: 13px/1.45 system-ui, sans-serif; color: #1f2430">
@@ -68,10 +68,16 @@ def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataS
 
 
 def _scores(record: Record) -> str:
-    """Validation accuracy on each rung that the candidate was on."""
+    """Both scores on each rung that the candidate was on."""
     if record.top1 is None:
         return ""
-    return " → ".join(percent(record.top1_on(rung)) for rung in range(record.reached + 1)) + " on validation"
+    rungs = range(record.reached + 1)
+    top1s, losses = (" → ".join(words(record, rung) for rung in rungs) for words in (_top1, loss))
+    return f"{top1s} on validation, loss {losses}"
+
+
+def _top1(record: Record, rung: int) -> str:
+    return percent(record.top1_on(rung))
 
 
 def hover(made: figure, renderers: Sequence[GlyphRenderer]) -> None:
@@ -84,6 +90,39 @@ def spread(values: Sequence[float], margin: float = 0.06) -> Range1d:
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = margin * (high - low or abs(high) * 0.2 or 1.0)
     return Range1d(low - room, high + room)
+
+
+def label_losses(made: figure, *, x: bool = False) -> None:
+    """Write losses on the axes where scores are losses with their sign turned, so that better stays up (and right).
+
+    Call it when the ranges are final. The second range moves along when the first is dragged or zoomed.
+    """
+    up = made.y_range
+    made.extra_y_ranges = {"loss": Range1d(-up.start, -up.end)}
+    made.add_layout(_instead(made.yaxis[0], y_range_name="loss"), "left")
+    if x:
+        made.extra_x_ranges = {"loss": Range1d(-made.x_range.start, -made.x_range.end)}
+        made.add_layout(_instead(made.xaxis[0], x_range_name="loss"), "below")
+
+
+def _instead(axis: Axis, **ranges: str) -> LinearAxis:
+    """An axis that looks like another, which is hidden."""
+    looks = axis.properties_with_values(include_defaults=False)
+    axis.visible = False
+    return LinearAxis(**{**{name: looks[name] for name in _LOOKS if name in looks}, **ranges})
+
+
+_LOOKS = (
+    "axis_label",
+    "axis_label_text_font_style",
+    "axis_label_text_color",
+    "axis_label_text_font_size",
+    "major_label_text_color",
+    "major_label_text_font_size",
+    "axis_line_color",
+    "major_tick_line_color",
+    "minor_tick_line_color",
+)
 
 
 def plain(text: str) -> str:

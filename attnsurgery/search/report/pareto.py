@@ -12,7 +12,7 @@ from bokeh.plotting import figure
 from attnsurgery.search.numbers import without_outliers
 from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
-from attnsurgery.search.report.figures import chart, hover, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 
@@ -45,9 +45,11 @@ def section(outcome: Outcome) -> Section:
     marks.append(_draw(made, [outcome.base], INK, [_of_base(outcome)], marker="square", size=11, line_color="white"))
     marks.append(_draw(made, best, RED, winner, marker="diamond", size=17, line_color="white"))
     hover(made, marks)
+    if by == "loss":
+        label_losses(made)
     return Section(
         "pareto",
-        "Accuracy and latency",
+        f"{'Accuracy' if by == 'top1' else 'Loss'} and latency",
         figures=(made,),
         key=_key(outcome, groups),
         below=_caption(outcome, groups, made),

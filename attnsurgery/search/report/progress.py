@@ -12,7 +12,7 @@ from bokeh.plotting import figure
 from attnsurgery.search.numbers import best_so_far, expected_best, without_outliers
 from attnsurgery.search.record import trained
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
-from attnsurgery.search.report.figures import chart, hover, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import counted, score, scored_by
 
@@ -47,6 +47,8 @@ def section(outcome: Outcome, control: Control | None) -> Section | None:
     _draw_steps(made, best_so_far(scores), BLUE, 2.2)
     shown = [*without_outliers(scores), max(scores), base, *without_outliers(randoms)]
     made.y_range = spread(shown)
+    if by == "loss":
+        label_losses(made)
     made.x_range.start, made.x_range.end = 0.5, max(len(found), len(random)) + 0.5
     made.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
     words = f'<p class="faint">{_about(outcome, control)}</p>'

@@ -11,7 +11,7 @@ from bokeh.plotting import figure
 from attnsurgery.search.numbers import kendall_tau_b
 from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.report.colours import BLUE
-from attnsurgery.search.report.figures import chart, hover, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 
@@ -56,6 +56,8 @@ def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
     made.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
     marks = made.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
     hover(made, [marks])
+    if by == "loss":
+        label_losses(made, x=True)
     return made
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import STATES, called, ms, percent
+from attnsurgery.search.report.words import STATES, called, loss, ms, percent
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -37,11 +37,6 @@ def _table(outcome: Outcome) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _loss(record: Record, rung: int) -> str:
-    score = record.score_on(rung, "loss")
-    return "" if score is None else f"{-score:.4f}"
-
-
 def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
     outcome = "reference" if record.number < 0 else STATES[record.state]
     if record.duplicate_of is not None:
@@ -50,7 +45,7 @@ def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
         outcome += f": {record.reason}"
     if record.halted:
         outcome += f"; not promoted: {record.halted}"
-    scores = [text for rung in range(rungs + 1) for text in (percent(record.top1_on(rung)), _loss(record, rung))]
+    scores = [text for rung in range(rungs + 1) for text in (percent(record.top1_on(rung)), loss(record, rung))]
     parameters = f"{record.parameters:,}" if record.parameters else ""
     numbers = "".join(f'<td class="n">{words}</td>' for words in (ms(record.timing, unit=""), *scores, parameters))
     return (

@@ -21,13 +21,19 @@ def percent(share: float | None) -> str:
 
 def scored_by(by: RankBy) -> str:
     """What candidates are ranked by, as the name of an axis on which higher is better."""
-    return "validation top-1, %" if by == "top1" else "validation loss, negated"
+    return "validation top-1, %" if by == "top1" else "validation loss, up is better"
 
 
 def score(record: Record, rung: int, by: RankBy) -> float:
     """That of one candidate, 0 where it has none."""
     found = record.score_on(rung, by)
     return 0.0 if found is None else 100 * found if by == "top1" else found
+
+
+def loss(record: Record, rung: int) -> str:
+    """'0.4821', or '' where there is none."""
+    found = record.score_on(rung, "loss")
+    return "" if found is None else f"{-found:.4f}"
 
 
 def points(share: float) -> str:
