@@ -25,6 +25,7 @@ from attnsurgery.evaluate import (
     train,
 )
 from attnsurgery.evaluate.batches import augmented
+from attnsurgery.evaluate.layout import ChannelsLast
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -315,6 +316,50 @@ def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
     with pytest.raises(torch.OutOfMemoryError):
         train(Cramped(1), data.train, TrainSettings(epochs=1, batch_size=8), 0)
+
+
+class Convolving(nn.Module):
+    """Notes the strides of the weights and of the features that its forward meets."""
+
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 2)
+        self.views = views
+        self.last: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        self.last.append(x.is_contiguous(memory_format=torch.channels_last))
+        flat = x.view(len(x), -1) if self.views else x.flatten(1)
+        logits: torch.Tensor = self.linear(flat.unflatten(1, (8, -1)).mean(dim=2))  # type: ignore[no-untyped-call]
+        return logits
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_cpu_trains_and_judges_with_channels_last_where_the_model_allows_it(
+    flat_folder: Path, monkeypatch: pytest.MonkeyPatch, views: bool
+) -> None:
+    data = load_data(str(flat_folder), Preprocessing((3, 16, 16)))
+
+    def trained() -> tuple[Convolving, tuple[float, float, torch.Tensor]]:
+        model = Convolving(views)
+        train(model, data.train, TrainSettings(epochs=2, batch_size=8), 0)
+        return model, accuracy(model, data.val, TrainSettings())
+
+    model, (_, loss, _) = trained()
+    assert not model.first.weight.is_contiguous(memory_format=torch.channels_last), "afterwards they are as they were"
+    assert model.first.weight.is_contiguous()
+    if views:  # the first batch of each is tried, and then gone through as before
+        assert [index for index, last in enumerate(model.last) if last] == [0, len(model.last) - 2]
+    else:
+        assert all(model.last)
+    monkeypatch.setattr(ChannelsLast, "_lay", lambda self, layout: None)
+    plain, (_, plain_loss, _) = trained()
+    assert not any(plain.last)
+    assert torch.allclose(model.second.weight, plain.second.weight, atol=1e-5)
+    assert loss == pytest.approx(plain_loss, abs=1e-4)
 
 
 def test_fitting_a_head_moves_the_head_alone_and_makes_it_better_than_none(digits: Data) -> None:

@@ -16,6 +16,7 @@ from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, 
 from attnsurgery.evaluate.batches import Batch, Split
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.frozen import only
+from attnsurgery.evaluate.layout import ChannelsLast
 from attnsurgery.evaluate.prefix import Prefix
 
 KEPT_BYTES = 4 * 2**30
@@ -65,11 +66,11 @@ class Kept(Split):
         self.ids = split.ids
         self.labels = split.labels
         parts = []
-        with torch.no_grad():
+        with torch.no_grad(), ChannelsLast(prefix.model, device) as layout:
             for x_BCHW, _ in split.eval_batches(_BATCH, device):
                 if watch:
                     watch.step()
-                parts.append(prefix.features(x_BCHW))
+                parts.append(layout.run(prefix.features, x_BCHW))
         self._features_N = torch.cat(parts)
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:

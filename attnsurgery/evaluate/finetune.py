@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
+from attnsurgery.evaluate.layout import ChannelsLast
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
@@ -78,9 +79,12 @@ def train(
         t_in_epochs=False,
     )
     forwards = forward if isinstance(forward, Sequence) else [forward or model]
-    run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch())
     model.train()
-    with torch.random.fork_rng(devices=_cuda_devices(settings.device)):
+    with (
+        torch.random.fork_rng(devices=_cuda_devices(settings.device)),
+        ChannelsLast(model, settings.device) as layout,
+    ):
+        run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout)
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
             loss = run.epoch(epoch)
@@ -115,6 +119,7 @@ class _Run:
     schedule: CosineLRScheduler
     seed: int
     watch: Watch
+    layout: ChannelsLast
     pieces: int = 1
     """A batch is passed in so many, one after the other, for want of memory."""
 
@@ -158,7 +163,7 @@ class _Run:
         pieces = zip(x_BCHW.tensor_split(self.pieces), labels_B.tensor_split(self.pieces), strict=True)
         for (x_PCHW, labels_P), forward in itertools.product(pieces, self.forwards):
             with _autocast(self.settings):
-                logits_PK = forward(x_PCHW)
+                logits_PK = self.layout.run(forward, x_PCHW)
                 loss = F.cross_entropy(logits_PK.float(), labels_P, label_smoothing=self.settings.label_smoothing)
             loss = loss * (len(labels_P) / len(labels_B) / len(self.forwards))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -176,10 +181,10 @@ def accuracy(
     """
     model.to(settings.device).eval()
     correct, losses = [], []
-    with torch.inference_mode():
+    with ChannelsLast(model, settings.device) as layout, torch.inference_mode():
         for x_BCHW, labels_B in split.eval_batches(_EVAL_BATCH, settings.device):
             with _autocast(settings):
-                logits_BK = (forward or model)(x_BCHW).float()
+                logits_BK = layout.run(forward or model, x_BCHW).float()
             correct.append((logits_BK.argmax(dim=1) == labels_B).cpu())
             losses.append(F.cross_entropy(logits_BK, labels_B, reduction="none").cpu())
     correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())

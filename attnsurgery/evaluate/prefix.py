@@ -36,7 +36,7 @@ class Prefix:
     """
 
     def __init__(self, model: nn.Module, last: nn.Module, before: dict[nn.Module, Any], batch: int) -> None:
-        self._model = model
+        self.model = model
         self._last = last
         self._before = before
         self._batch = batch
@@ -74,7 +74,7 @@ class Prefix:
 
         handle = self._last.register_forward_hook(stop)
         try:
-            self._model(x_BCHW)
+            self.model(x_BCHW)
         except _Reached as reached:
             return reached.output
         finally:
