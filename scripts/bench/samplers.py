@@ -131,7 +131,7 @@ def played(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
     budgets = Budgets({"latency": table.budget})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), optuna.storages.InMemoryStorage(), table.space, budgets, repeat, sampler)
-        store.fix("base", {"record": {"top1": table.scaled(table.base, seed)}})
+        store.fix("base", {"record": Record(-1, "trained", top1=table.scaled(table.base, seed)).as_dict()})
         records: list[Record] = []
         while len(trained(records)) < TRAINED and len(records) < _ASKS * TRAINED:
             number, assignment = store.ask(records, table.space.places)
