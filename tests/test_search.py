@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import attnsurgery.search.trial as trial_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
-from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UsageError
+from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UnknownNameError, UsageError
 from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
@@ -405,6 +405,15 @@ def test_what_ranks_by_loss_ranks_by_top1_where_losses_are_equal_and_the_other_w
     risen = replace(told[0], promotions=(promotion,))
     assert (risen.score_on(1, "loss"), risen.score_on(1, "top1")) == (-0.3, 0.7)
     assert best([*told, risen], "loss") is risen
+
+
+@pytest.mark.parametrize("field", ["sampler", "evaluator", "rungs", "latency", "dtype", "space", "base"])
+def test_an_unknown_name_is_refused_before_any_image_is_read(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    monkeypatch.setattr("attnsurgery.search.prepare.load_data", lambda *given, **named: pytest.fail("images were read"))
+    with pytest.raises((UsageError, UnknownNameError), match="'nonsense"):
+        run(change(config, **{field: "nonsense:1" if field == "rungs" else "nonsense"}))
 
 
 def test_front_and_best_leave_out_what_is_beaten() -> None:

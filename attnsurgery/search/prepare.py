@@ -29,6 +29,7 @@ from attnsurgery.evaluate import (
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.calibrate import Shelf, base_key
@@ -142,7 +143,7 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     """Load and build everything but the weights of a base that comes without; nothing is written.
 
     Raises:
-        UnknownNameError: no such base, space or backend.
+        UnknownNameError: no such base, space, sampler, evaluator or backend; nothing was read yet.
         RecipeError, SiteError, OptionError: the space does not read, or does not fit the base.
         NothingFeasibleError: no candidate can keep to the budgets for parameters and multiply-accumulates.
         UsageError, SearchError: the data, the device, or a choice of both weights that exclude each other.
@@ -153,6 +154,9 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     check_base(config.base, "MODEL")
     space_file = load(config.space)
     size = _input_size(config)
+    backend = backend or _backend(config, size)
+    *lower, top = rungs_of(config)
+    SAMPLERS[config.sampler]  # whatever the configuration names exists, before images are read and bases trained
     listener.phase(f"reading {config.data or 'the embedded digits'}")
     twin = weightless(config.base)
     data = load_data(config.data, Preprocessing.of(twin, size), config.seed, on_load=listener.loading)
@@ -170,6 +174,15 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     costs.check_feasible(space.places, budgets)
     for choice in space.left_out:
         listener.phase(f"left out of the space: {choice}")
+    rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
+    evaluator = EVALUATORS[top.evaluator](data, settings)
+    places = replace(space.places, budgets=costs.budgets(budgets))
+    shelf = Shelf(backend, base_key(base, config.base))
+    scorers = (*rungs, Alone(evaluator))
+    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
+
+
+def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
     conditions = Conditions(
         device=config.device,
         dtype=config.dtype,
@@ -179,15 +192,7 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
         channels_last=config.channels_last,
         threads=config.threads or torch.get_num_threads(),
     )
-    effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
-    backend = backend or backend_for(conditions, config.latency, effort)
-    *lower, top = rungs_of(config)
-    rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
-    evaluator = EVALUATORS[top.evaluator](data, settings)
-    places = replace(space.places, budgets=costs.budgets(budgets))
-    shelf = Shelf(backend, base_key(base, config.base))
-    scorers = (*rungs, Alone(evaluator))
-    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
+    return backend_for(conditions, config.latency, Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds))
 
 
 def _scorer(

@@ -55,13 +55,7 @@ class Rung:
         evaluator, colon, epochs = text.partition(":")
         if not (colon and epochs.isdecimal() and int(epochs)):
             raise UsageError(f"--rungs: {text!r} is no evaluator with epochs, such as blocks:1 or finetune:2.")
-        if evaluator != SUPERNET and evaluator not in EVALUATORS:
-            known = sorted([*EVALUATORS, SUPERNET])
-            raise UnknownNameError(
-                f"--rungs: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, known)} "
-                f"Known: {', '.join(known)}."
-            )
-        return cls(evaluator, int(epochs))
+        return cls(_known(evaluator, "--rungs"), int(epochs))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
@@ -77,13 +71,22 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
         UsageError, UnknownNameError: as `Rung.read`; or a supernet is above another rung.
     """
     lower = [*map(Rung.read, config.rungs.split())]
-    top = Rung(config.evaluator, config.epochs)
+    top = Rung(_known(config.evaluator, "--evaluator"), config.epochs)
     if config.evaluator == SUPERNET:
         lower.append(Rung(SUPERNET, _ROUNDS * config.epochs))
         top = Rung("finetune", config.epochs)
     if any(rung.evaluator == SUPERNET for rung in lower[1:]):
         raise UsageError("a supernet is the lowest rung: it scores all candidates at once. Put it first in --rungs.")
     return (*lower, top)
+
+
+def _known(evaluator: str, option: str) -> str:
+    known = sorted([*EVALUATORS, SUPERNET])
+    if evaluator not in known:
+        raise UnknownNameError(
+            f"{option}: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, known)} Known: {', '.join(known)}."
+        )
+    return evaluator
 
 
 def shares(config: SearchConfig) -> bool:
