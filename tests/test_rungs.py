@@ -130,7 +130,7 @@ def test_all_are_trained_on_the_lowest_rung_and_the_best_two_of_four_on_the_top(
     assert outcome.best is not None
     assert outcome.best.reached == 1
     told = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
-    assert told == {r.number: -r.loss for r in outcome.records if r.loss is not None}
+    assert told == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
 
 
 def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]

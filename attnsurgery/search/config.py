@@ -43,7 +43,7 @@ class SearchConfig(Strict):
     rungs: str = Field(default="", description="cheaper ways to train that come first: 'blocks:1 blocks:3'")
     halving: Annotated[int, Field(ge=2)] = Field(default=3, description="one in so many goes to the next rung")
     sampler: str = Field(default="additive", description="which candidate is next: additive, tpe, nsga2 or random")
-    rank_by: RankBy = Field(default="loss", description="what orders candidates on the validation split: loss, or top1")
+    rank_by: RankBy = Field(default="top1", description="what orders candidates on the validation split: top1, or loss")
     finalists: Annotated[int, Field(ge=1, le=20)] = Field(
         default=3, description="of the best that are trained again, to choose the winner among them"
     )

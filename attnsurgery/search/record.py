@@ -12,9 +12,9 @@ from attnsurgery.latency import Comparison
 
 State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed", "interrupted"]
 
-RankBy = Literal["loss", "top1"]
-"""What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so
-of a few thousand images it tells candidates apart that get as many of them right."""
+RankBy = Literal["top1", "loss"]
+"""What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so it
+tells candidates apart that get as many of them right; but those that are surer need not be right more often."""
 
 ASKED: frozenset[State] = frozenset({"trained", "over_budget", "too_many_blocks", "duplicate", "failed"})
 """States that used up an ask: an interrupted trial did not, it is asked for again with the same seed."""
