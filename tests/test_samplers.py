@@ -158,7 +158,7 @@ def test_scores_that_do_not_add_up_are_learned_as_the_candidates_own() -> None:
     assert spread.min() > 2 * told.foretell(known)[1].max()
 
 
-def test_what_is_foretold_is_what_leaving_out_says() -> None:
+def test_what_was_told_is_known_better_than_what_is_left_out() -> None:
     known, score = draw(30, 6), adding(6, noise=0.1)
     scores = [score(picks) for picks in known]
     told = Surrogate(PLACES).told(known, scores, np.random.default_rng(0))

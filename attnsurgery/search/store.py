@@ -32,7 +32,7 @@ from attnsurgery.search.trial import seed_of
 
 _STARTUP = 6
 """So many candidates are drawn uniformly before the sampler is asked: to learn from, to judge a supernet by, and as a
-control. On tables of 256 candidates the additive sampler is no further after 16 if it chooses these too."""
+control."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
