@@ -176,6 +176,22 @@ def test_what_was_told_is_known_better_than_what_is_left_out() -> None:
     assert np.corrcoef(summed, expected)[0, 1] > 0.97  # the rest is what does not add up
 
 
+def test_a_block_that_was_not_tried_at_a_place_may_be_worth_far_more_than_anything_seen() -> None:
+    rng = np.random.default_rng(0)
+    seen = [picks for picks in all_of(PLACES) if picks[5] != 3]  # a non-local block anywhere but at the last place
+    told = [seen[index] for index in rng.choice(len(seen), 24, replace=False)]
+    scores = rng.normal(size=len(told)).tolist()
+    tried, untried = (3, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 3)
+    assert any(picks[0] == 3 for picks in told)
+    spreads = [
+        Surrogate(PLACES).told(told, scores, np.random.default_rng(seed)).foretell([tried, untried])[1]
+        for seed in range(60)
+    ]
+    far = np.array(spreads) > 4 * np.std(scores)
+    assert not far[:, 0].any()
+    assert 0.05 < far[:, 1].mean() < 0.5
+
+
 def test_a_fit_is_bad_if_a_model_that_knows_less_foretells_clearly_better() -> None:
     assert Fit(explained=0.1, otherwise=0.4).is_bad
     assert not Fit(explained=0.3, otherwise=0.4).is_bad

@@ -5,7 +5,11 @@ blocks, which tells that the fifth block brings less than the first, plus someth
 those that differ at few places. Effects are not strangers to each other: those of one block and option share a part
 over all places, so do those of one family of blocks, and those of one place. So the kernel is a sum of low-order ones
 (Duvenaud, Nickisch and Rasmussen, "Additive Gaussian processes", NeurIPS 2011) and of one over all places at once. How
-large each of these parts is, and how large the noise, is unknown too, and drawn from its posterior.
+large each of these parts is, and how large the noise, is unknown too, and drawn from its posterior. Where a block has
+not been tried at a place yet, its own effect there may also be far larger than all that were seen: it is from Student's
+t with one degree of freedom, a Gaussian whose deviation is drawn anew for each ask (West, "On scale mixtures of normal
+distributions", Biometrika 74, 1987). So the one block that decides everything is found, also where its like elsewhere
+did nothing.
 
 All is Gaussian, so with N candidates everything is algebra on N x N matrices, at most a few hundred wide. A draw of all
 effects at once follows Matheron's rule (Wilson et al., "Efficiently sampling functions from Gaussian process
@@ -15,7 +19,7 @@ posteriors", ICML 2020, equation 9): a draw from the prior, corrected by what it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,12 +123,9 @@ class Features:
         self.effects_NE[rows, offsets[places] + picks_NP[rows, places] - 1] = 1.0
         self.pairs_N = surrogate.by_count[(picks_NP > 0) @ np.asarray(surrogate._places.weights)]
 
-    def grams(self, other: Features) -> dict[str, Floats]:
+    def grams(self, other: Features, shares: Mapping[str, Floats]) -> dict[str, Floats]:
         """By part how candidates vary together with others, (N, M), for a size of 1."""
-        grams = {
-            part: (self.effects_NE @ share) @ (other.effects_NE @ share).T
-            for part, share in self._surrogate.shares.items()
-        }
+        grams = {part: (self.effects_NE @ share) @ (other.effects_NE @ share).T for part, share in shares.items()}
         grams["pairs"] = np.outer(self.pairs_N, other.pairs_N)
         if not self._surrogate.costs:
             grams["own"] = np.exp(-self.differ(other) / _REACH)
@@ -152,7 +153,11 @@ class Posterior:
         self._middle = float(y_N.mean())
         self._y_N = (y_N - self._middle) / self.scale
         self._data = surrogate.features(candidates)
-        self._grams = self._data.grams(self._data)
+        self._shares = dict(surrogate.shares)
+        if not surrogate.costs:
+            tails_E = 1.0 / np.abs(rng.standard_normal(self._data.effects_NE.shape[1]))
+            self._shares["effect"] = np.diag(np.where(self._data.effects_NE.any(axis=0), 1.0, tails_E))
+        self._grams = self._data.grams(self._data, self._shares)
         self._parts = [part for part in _PARTS if part in self._grams]
         usual_blocks = max(1.0, float(self._data.effects_NE.sum(axis=1).mean()))
         middles = {"effect": 0.6, "own": 0.4 * np.sqrt(usual_blocks)}
@@ -169,10 +174,10 @@ class Posterior:
         """The scores of candidates without the noise of a training, (M,): what is expected, and the deviation."""
         asked = self._surrogate.features(candidates)
         with_MN = np.full((len(candidates), len(self._y_N)), _BASE**2)
-        for part, gram_MN in asked.grams(self._data).items():
+        for part, gram_MN in asked.grams(self._data, self._shares).items():
             with_MN += self._sizes[part] ** 2 * gram_MN
         alone_M = _BASE**2 + (self._sizes["pairs"] * asked.pairs_N) ** 2 + self._sizes.get("own", 0.0) ** 2
-        for part, share in self._surrogate.shares.items():
+        for part, share in self._shares.items():
             alone_M = alone_M + self._sizes[part] ** 2 * ((asked.effects_NE @ share) ** 2).sum(axis=1)
         white_NM = solve_triangular(self._lower_NN, with_MN.T, lower=True, check_finite=False)
         spread_M = np.sqrt(np.maximum(alone_M - (white_NM**2).sum(axis=0), 1e-12))
@@ -181,7 +186,7 @@ class Posterior:
     def draw(self, rng: np.random.Generator) -> Effects:
         """Effects drawn from their posterior."""
         theta_E = np.zeros(self._data.effects_NE.shape[1])
-        for part, share in self._surrogate.shares.items():
+        for part, share in self._shares.items():
             theta_E = theta_E + self._sizes[part] * (share @ rng.standard_normal(share.shape[1]))
         pairs = self._sizes["pairs"] * rng.standard_normal()
         base = _BASE * rng.standard_normal()
@@ -228,7 +233,7 @@ class Posterior:
         """Effects that foretold these scores, moved by what the scores really are."""
         weights_N = self._solve(self._y_N - foretold_N)
         pull_E = self._data.effects_NE.T @ weights_N
-        for part, share in self._surrogate.shares.items():
+        for part, share in self._shares.items():
             theta_E = theta_E + self._sizes[part] ** 2 * (share @ (share.T @ pull_E))
         pairs += self._sizes["pairs"] ** 2 * float(self._data.pairs_N @ weights_N)
         base += _BASE**2 * float(weights_N.sum())
