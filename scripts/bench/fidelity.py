@@ -6,8 +6,7 @@
 So many candidates of docs/benchmarks/table, drawn at random, are scored by every cheaper way there is, from seed
 0, and held against the table's full training from seed 1: Kendall's tau-b over the candidates. The full training from
 seed 0 stands beside them, of these candidates and of the whole table: no way can be expected to do better, and one that
-seems to was lucky. Resumable. Targets: full rung 0.7, supernet 0.6. Writes
-docs/benchmarks/fidelity.json.
+seems to was lucky. Resumable. Targets: full rung 0.7, supernet 0.6. Writes docs/benchmarks/fidelity.json.
 """
 
 from __future__ import annotations
@@ -143,8 +142,8 @@ def main() -> None:
     best = max(found[f"supernet:{epochs}"]["val_loss"] or 0.0 for epochs in SUPERNETS)
     full, whole = (found[way]["val_loss"] for way in (FULL, FULL_ALL))
     print(
-        f"in validation loss: full training {full:.3f} ({whole:.3f} of the whole table; target 0.7), supernet {best:.3f} "
-        "(target 0.6)"
+        f"in validation loss: full training {full:.3f} ({whole:.3f} of the whole table; target 0.7), "
+        f"supernet {best:.3f} (target 0.6)"
     )
 
 
