@@ -1,4 +1,4 @@
-"""Who wins, and whether it is better: finalists, budgets that hold twice, votes of images."""
+"""Who wins, and whether it is better: finalists, budgets that hold twice, the chance of images and of trainings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import attnsurgery.search.confirm as confirm_module
 from attnsurgery.errors import SearchError
@@ -18,7 +20,8 @@ from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import SearchConfig, Timing, run
-from attnsurgery.search.confirm import Confirmation, judge, sign_test
+from attnsurgery.search.confirm import Confirmation, judge
+from attnsurgery.search.numbers import gain_of, sign_test
 from attnsurgery.search.record import contenders
 from tests._searches import change, small_search, write_images, write_space
 
@@ -156,9 +159,58 @@ def test_the_verdict_is_honest_in_all_three_ways() -> None:
     assert "2.00 % of the base" in verdict(20, 2)
 
 
-def test_an_image_votes_once_however_many_seeds_there_are() -> None:
-    wrong, right = torch.zeros(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)
-    one = judge("", [wrong], [right], 1, Timing(1.0, 1.0, 1.0, 1.0))
-    three = judge("", [wrong] * 3, [right] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
-    assert one.p_value == three.p_value == sign_test(8, 0)
-    assert three.winner_top1 == 1.0
+def test_three_seeds_that_agree_on_every_image_say_no_more_of_images_than_one() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (torch.from_numpy(rng.random(300) < share) for share in (0.8, 0.7))
+    one = gain_of(first[None].numpy(), second[None].numpy())
+    three = judge("", [second] * 3, [first] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
+    assert three.winner_top1 - three.base_top1 == pytest.approx(one.mean)
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.01)
+
+
+def test_the_gain_is_that_of_an_analysis_of_variance_of_readers_nested_in_tests_and_cases() -> None:
+    """The sums of squares by the definition, element by element."""
+    rng = np.random.default_rng(1)
+    x_MSI = rng.random((2, 3, 40)) < rng.random((1, 1, 40))
+    models, seeds, images = x_MSI.shape
+    total = x_MSI.mean()
+    of_model = x_MSI.mean((1, 2), keepdims=True)
+    of_run = x_MSI.mean(2, keepdims=True)
+    of_image = x_MSI.mean((0, 1), keepdims=True)
+    of_cell = x_MSI.mean(1, keepdims=True)
+
+    def square(effect: np.ndarray[Any, Any], freedom: int) -> float:
+        return float((np.broadcast_to(effect, x_MSI.shape) ** 2).sum() / freedom)
+
+    treatment = square(of_model - total, models - 1)
+    reader = square(of_run - of_model, models * (seeds - 1))
+    by_case = square(of_cell - of_model - of_image + total, (models - 1) * (images - 1))
+    rest = square(x_MSI - of_run - of_cell + of_model, models * (seeds - 1) * (images - 1))
+    error = reader + max(by_case - rest, 0.0)
+    freedom = error**2 / (reader**2 / (models * (seeds - 1)))
+    found = gain_of(*x_MSI)
+    assert found.p_value == pytest.approx(stats.f.sf(treatment / error, 1, freedom))
+    turned = gain_of(*x_MSI[::-1])
+    assert (turned.mean, turned.low, turned.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_the_luck_of_a_training_is_not_taken_for_a_better_model(seeds: int) -> None:
+    """Two models of one kind whose trainings differ as much as images do: votes of images cry wolf, this does not."""
+    rng = np.random.default_rng(seeds)
+    alarms = votes = 0
+    for _ in range(400):
+        ease_N = rng.normal(1.0, 1.0, 500)
+        luck_MS1 = rng.normal(0.0, 0.08, (2, seeds, 1))
+        first, second = ease_N + luck_MS1 + rng.normal(0.0, 0.5, (2, seeds, 500)) > 0
+        alarms += gain_of(first, second).p_value < 0.05
+        more = first.sum(0) - second.sum(0)
+        votes += sign_test(int((more > 0).sum()), int((more < 0).sum())) < 0.05
+    assert alarms / 400 < 0.08
+    assert votes / 400 > 0.1
+
+
+def test_models_that_never_differ_have_no_gain_and_one_that_always_does_has() -> None:
+    wrong, right = np.zeros((2, 8), dtype=bool), np.ones((2, 8), dtype=bool)
+    assert gain_of(right, right).p_value == 1.0
+    assert gain_of(right, wrong).p_value == gain_of(right[:1], wrong[:1]).p_value == sign_test(8, 0)

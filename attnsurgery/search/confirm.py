@@ -4,9 +4,9 @@ The best of many is the luckiest of many too, in its latency as in its accuracy.
 one that is over the budget now leaves its place to the next; they are trained again, from seeds that the search did not
 use; and the best of them on the validation images, all seeds together, is the winner. The test images see it alone.
 
-Each image that only one of the two gets right is a vote; the exact sign test on the votes is McNemar's test when there
-is one seed. With several seeds an image votes once, for the model that got it right in more of them: images stay the
-unit, for seeds on the same image are not independent.
+Both chance of images and chance of training are counted (`attnsurgery.search.numbers.gain_of`): the same model trained
+again may do half a point better, and a test of images alone would call that progress. With one seed nothing is known of
+other trainings, and the verdict is one on images.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.numbers import gain_of
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import RankBy, Record, Timing
 from attnsurgery.search.trial import build, seed_of
@@ -79,9 +80,9 @@ class Confirmation:
     base_top1: float
     """Mean over the seeds, 0 to 1."""
     winner_top1: float
-    only_winner: int
-    """Images that the winner gets right in more of the seeds."""
-    only_base: int
+    low: float
+    """95 % interval of the gain, winner less base, 0 to 1."""
+    high: float
     p_value: float
     verdict: Verdict
     timing: Timing
@@ -97,8 +98,8 @@ class Confirmation:
         gain = 100 * (self.winner_top1 - self.base_top1)
         numbers = (
             f"{100 * self.winner_top1:.2f} % against {100 * self.base_top1:.2f} % of the base trained equally long "
-            f"({gain:+.2f} points, p = {self.p_value:.3g}, {self.images} test images, {self.seeds} "
-            f"seed{'s' if self.seeds > 1 else ''})"
+            f"({gain:+.2f} points, 95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, "
+            f"p = {self.p_value:.3g}, {self.images} test images, {self.seeds} seed{'s' if self.seeds > 1 else ''})"
         )
         words = {
             "better": "The winner is better on images that the search never saw",
@@ -232,33 +233,24 @@ def judge(
     digest: str, base: Sequence[torch.Tensor], winner: Sequence[torch.Tensor], epochs: int, timing: Timing
 ) -> Confirmation:
     """From which images each got right, (N,) booleans a seed, to a verdict."""
-    base_N, winner_N = torch.stack(list(base)).sum(0), torch.stack(list(winner)).sum(0)
-    only_winner, only_base = int((winner_N > base_N).sum()), int((base_N > winner_N).sum())
-    p_value = sign_test(only_winner, only_base)
-    significant = p_value < SIGNIFICANT
+    base_SN, winner_SN = (torch.stack(list(some)).numpy() for some in (base, winner))
+    gain = gain_of(winner_SN, base_SN)
     verdict: Verdict = "no significant difference"
-    if significant:
-        verdict = "better" if only_winner > only_base else "worse"
+    if gain.p_value < SIGNIFICANT:
+        verdict = "better" if gain.mean > 0 else "worse"
     return Confirmation(
         digest=digest,
-        images=len(base_N),
+        images=base_SN.shape[1],
         seeds=len(base),
         epochs=epochs,
-        base_top1=float(base_N.float().mean()) / len(base),
-        winner_top1=float(winner_N.float().mean()) / len(winner),
-        only_winner=only_winner,
-        only_base=only_base,
-        p_value=p_value,
+        base_top1=float(base_SN.mean()),
+        winner_top1=float(winner_SN.mean()),
+        low=gain.low,
+        high=gain.high,
+        p_value=gain.p_value,
         verdict=verdict,
         timing=timing,
     )
-
-
-def sign_test(first: int, second: int) -> float:
-    """Two-sided exact p-value that so uneven a split of votes comes from a fair coin (McNemar's exact test)."""
-    count = first + second
-    tail = sum(math.comb(count, k) for k in range(min(first, second) + 1))
-    return float(min(1.0, 2 * tail / 2**count))
 
 
 def save(bench: Bench, model: nn.Module, recipe: Recipe, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Contestants trained equally long from the same weights, and judged on test images that nothing has looked at.
 
-Two are compared as a search compares its winner with the base: an image votes for the one that gets it right in more of
-the seeds, and the sign test counts the votes. The p-values are those of single tests.
+Two are compared as a search compares its winner with the base, by images and trainings both. The p-values are those of
+single tests.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def _compared(first: Rights, second: Rights) -> dict[str, Any]:
         "gains": [
             float(one_N.float().mean() - other_N.float().mean()) for one_N, other_N in zip(first, second, strict=True)
         ],
-        "only_first": found.only_winner,
-        "only_second": found.only_base,
+        "low": found.low,
+        "high": found.high,
         "p_value": found.p_value,
         "verdict": found.verdict,
     }

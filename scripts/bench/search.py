@@ -17,8 +17,7 @@ that begins with candidates drawn at random shares these with it. All latencies 
 measured alternately, in milliseconds of the base as measured once.
 
 At last all are trained equally long from the same weights, from seeds that no search has used, and judged on the test
-images. Of five contestants seven pairs are compared, and no p-value is corrected for that. A p-value speaks of other
-images and not of other trainings: what these do is seen from seed to seed.
+images. Of five contestants seven pairs are compared, and no p-value is corrected for that.
 Writes docs/benchmarks/search.json.
 """
 

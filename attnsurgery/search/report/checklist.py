@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal
 
-from attnsurgery.search.confirm import SIGNIFICANT
+from attnsurgery.search.confirm import SIGNIFICANT, Confirmation
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted, duration, ms, points
@@ -180,10 +180,17 @@ def _many_candidates(outcome: Outcome) -> Item:
     return Item(
         question,
         "yes" if found.looks == 1 else "no",
-        f"{counted(outcome.trained, 'candidate')} competed on validation, one was tested: exact sign test on "
-        f"{found.only_winner + found.only_base} images that only one of the two gets right, p = {found.p_value:.3g}, "
+        f"{counted(outcome.trained, 'candidate')} competed on validation, one was tested: {_test(found)}, "
+        f"p = {found.p_value:.3g}, "
         f"called significant below {SIGNIFICANT:g}{'' if found.looks == 1 else f'; but it is test {found.looks}'}.",
     )
+
+
+def _test(found: Confirmation) -> str:
+    """Its name."""
+    if found.seeds == 1:
+        return "McNemar's exact test on images, which knows nothing of other trainings"
+    return f"analysis of variance of {found.images:,} images and {found.seeds} trainings of each of the two"
 
 
 def _measured(outcome: Outcome) -> Item:
