@@ -39,7 +39,8 @@ class _OwnForward(fx.Tracer):
 
     def __init__(self) -> None:
         # without autowrap_modules=(), fx wraps every function of `math` anew for each trace, a third of its time
-        super().__init__(autowrap_modules=(), autowrap_functions=tuple(timm.layers.get_notrace_functions()))
+        no_modules: Any = ()  # torch up to 2.14 types the argument as a tuple of exactly one
+        super().__init__(autowrap_modules=no_modules, autowrap_functions=tuple(timm.layers.get_notrace_functions()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
