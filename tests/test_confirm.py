@@ -98,7 +98,7 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
             found = super().compare(base, variant, reference)
             seen.append(size := sum(parameter.numel() for parameter in variant.parameters()))
             scale = slower.get(size, 1.0) * 100 if seen.count(size) == 2 else 1.0
-            return replace(found, ratio=scale * found.ratio)
+            return replace(found, **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), scale * found.ratio))
 
     conditions = Conditions(input_size=(3, 32, 32), threads=1)
     asked = change(config, finalists=1, output=f"{config.output}-lucky")
@@ -116,6 +116,36 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
     assert f"left out: trial {left_out.number} (" in confirmation.choice()
     assert "ms when measured again, over the budget)" in confirmation.choice()
     assert run(asked, backend=Lucky(conditions)).confirmation == confirmation, "known, so it is not asked again"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_who_may_be_over_the_budget_is_looked_at_longer_and_leaves_its_place_if_that_does_not_tell(
+    config: SearchConfig, told: bool
+) -> None:
+    """The best candidate's interval reaches over the budget at the second look; at the third it may not."""
+    first = run(change(config, finalists=1))
+    order = contenders(first.records, first.config.rank_by)
+    efforts: list[float] = []
+
+    class Vague(FixedLatency):
+        def compare(self, base: torch.nn.Module, variant: torch.nn.Module, reference: Latency | None = None) -> Any:
+            found = super().compare(base, variant, reference)
+            if sum(parameter.numel() for parameter in variant.parameters()) != order[0].parameters:
+                return found
+            efforts.append(self.effort.max_seconds)
+            vague = len(efforts) == 2 or (len(efforts) == 3 and not told)
+            return replace(found, ratio_high=1e6 * found.ratio) if vague else found
+
+    backend = Vague(Conditions(input_size=(3, 32, 32), threads=1))
+    usual = backend.effort.max_seconds
+    outcome = run(change(config, finalists=1, output=f"{config.output}-vague"), backend=backend)
+    assert outcome.confirmation is not None
+    assert outcome.confirmation.digest == order[0 if told else 1].digest
+    assert efforts[:3] == [usual, 2 * usual, 8 * usual]
+    if not told:
+        said = outcome.confirmation.choice()
+        assert f"left out: trial {order[0].number} (up to " in said
+        assert "ms when measured again, not surely within the budget)" in said
 
 
 @pytest.mark.parametrize("failing", [1, 2])

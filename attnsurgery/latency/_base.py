@@ -201,10 +201,10 @@ class LatencyBackend(ABC):
         )
 
     @contextmanager
-    def carefully(self) -> Iterator[None]:
-        """What is measured meanwhile may take twice as long."""
+    def carefully(self, times: float = 2.0) -> Iterator[None]:
+        """What is measured meanwhile may take so many times as long."""
         usual = self.effort
-        self.effort = replace(usual, max_seconds=2 * usual.max_seconds)
+        self.effort = replace(usual, max_seconds=times * usual.max_seconds)
         try:
             yield
         finally:
