@@ -90,14 +90,6 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
     ),
     (
         TORCH < (2, 7),
-        "torch 2.6 does not count fused attention on CPU",
-        (
-            "test_dual.py::test_every_option_costs_what_torch_counts",
-            "test_non_local.py::test_every_option_costs_what_torch_counts",
-        ),
-    ),
-    (
-        TORCH < (2, 7),
         "torch 2.6 exports no lerp, addcmul or resizing of maps of any size to ONNX, and guards on what it need not",
         (
             "contracts/test_block_contract.py::test_block_compiles_exports_and_scripts_to_the_same_numbers[residual",
