@@ -59,6 +59,7 @@ def small_search(images: Path, space: Path, output: Path) -> SearchConfig:
         confirm_seeds=1,
         input_size=32,
         latency="fixed",
+        workers=0,
         output=str(output),
     )
 

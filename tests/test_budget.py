@@ -55,6 +55,7 @@ def config(tmp_path: Path) -> SearchConfig:
         input_size=32,
         latency="fixed",
         budget_ms=100.0,
+        workers=0,
         output=str(tmp_path / "run"),
     )
 

@@ -27,6 +27,7 @@ def config(tmp_path: Path) -> SearchConfig:
         input_size=32,
         latency="fixed",
         latency_seconds=0.01,
+        workers=0,
         output=str(tmp_path / "run"),
     )
 

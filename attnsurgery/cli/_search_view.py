@@ -74,13 +74,29 @@ class PlainView(Listener):
         if time.monotonic() - self._said_at > _SILENCE_S:
             self._say(f"         epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}")
 
+    def lane(self, worker: int) -> Listener:
+        return _PlainLane(self, worker)
+
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
         self._said_at = time.monotonic()
 
 
+class _PlainLane(Listener):
+    """What one of several workers does."""
+
+    def __init__(self, view: PlainView, worker: int) -> None:
+        self._view, self._worker = view, worker
+
+    def phase(self, text: str) -> None:
+        self._view.phase(f"worker {self._worker}: {text}")
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._view.epoch(epoch)
+
+
 class LiveView(Listener):
-    """The state of the search in at most ten lines."""
+    """The state of the search in at most ten lines, and one for each of several workers."""
 
     def __init__(self, config: SearchConfig) -> None:
         self._config = config
@@ -90,6 +106,11 @@ class LiveView(Listener):
         self._trained = 0
         self._now = "starting"
         self._detail = ""
+        self._lanes: list[_LiveLane] = []
+
+    def lane(self, worker: int) -> Listener:
+        self._lanes.append(_LiveLane(worker))
+        return self._lanes[-1]
 
     def phase(self, text: str) -> None:
         self._now, self._detail = text, ""
@@ -134,6 +155,7 @@ class LiveView(Listener):
             )
         parts.append(_line(f"now      {self._now}"))
         parts.append(_line(f"         {self._detail}", "dim"))
+        parts += [_line(lane.line(), "dim") for lane in self._lanes]
         return Group(*parts)
 
     def _bar(self) -> RenderableType:
@@ -143,6 +165,29 @@ class LiveView(Listener):
         bar = ProgressBar(total=self._config.trials, completed=self._trained, width=24)
         row.add_row("trained ", bar, f"{self._trained}/{self._config.trials}", Text(", ".join(others), style="dim"))
         return row
+
+
+class _LiveLane(Listener):
+    """A line for one of several workers."""
+
+    def __init__(self, worker: int) -> None:
+        self._worker = worker
+        self._now, self._detail = "idle", ""
+
+    def phase(self, text: str) -> None:
+        self._now, self._detail = text, ""
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        self._detail = f"{split} {done:,} of {total:,}"
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
+
+    def timed(self, number: int, timing: Timing) -> None:
+        self._now, self._detail = f"trial {number}", f"{_ms(timing)}, training"
+
+    def line(self) -> str:
+        return f"worker {self._worker:<2}{self._now}  {self._detail}"
 
 
 def print_outcome(outcome: Outcome) -> None:

@@ -83,6 +83,19 @@ def search(
     halving: Annotated[int, typer.Option(help="One candidate in so many goes on to the next rung.", min=2)] = 3,
     sampler: Annotated[str, typer.Option(help="Which candidate is next: additive, tpe, nsga2 or random.")] = "additive",
     seed: Annotated[int, typer.Option(help="The same seed makes the same search.", min=0)] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that measure and train, one a GPU; 0: none beside this one.", min=0, max=1024),
+    ] = 1,
+    in_step: Annotated[
+        bool,
+        typer.Option(
+            "--in-step", help="Several workers wait for each other, so that the same seed makes the same search."
+        ),
+    ] = False,
+    patience_minutes: Annotated[
+        float, typer.Option(help="A worker that gives no sign of life for so long is ended, and its trial begun again.")
+    ] = 10.0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")
     ] = None,
@@ -134,6 +147,9 @@ def search(
         halving=halving,
         sampler=sampler,
         seed=seed,
+        workers=workers,
+        in_step=in_step,
+        patience_minutes=patience_minutes,
         output="" if output is None else str(output),
         storage=storage,
     )

@@ -40,6 +40,8 @@ class TrainSettings:
     device: str = "cpu"
     amp: bool = False
     """bfloat16 autocast; on CUDA only."""
+    pieces: int = 1
+    """A batch is passed in so many from the start, their gradients added up: where memory is known to be short."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:

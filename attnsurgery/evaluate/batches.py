@@ -9,6 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,18 +71,24 @@ class Split(ABC):
 
 
 class MemorySplit(Split):
-    """Decoded once into a uint8 tensor; augmented a batch at a time.
-
-    Raises:
-        SearchError: images that cannot be read; the message names the first of them.
-    """
+    """Decoded once into a uint8 tensor, when it is first needed or asked to; augmented a batch at a time."""
 
     def __init__(
         self, source: Source, preprocessing: Preprocessing, flip: bool, on_progress: OnProgress | None = None
     ) -> None:
         super().__init__(source, preprocessing, flip)
-        self._pixels_NCHW = decode_all(source, preprocessing, on_progress)
+        self._decode = partial(decode_all, source, preprocessing, on_progress)
         self._resident: dict[str, torch.Tensor] = {}
+
+    def decode(self) -> torch.Tensor:
+        """All pixels, as uint8 (N, C, H, W).
+
+        Raises:
+            SearchError: images that cannot be read; the message names the first of them.
+        """
+        if "cpu" not in self._resident:
+            self._resident["cpu"] = self._decode()
+        return self._resident["cpu"]
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
         pixels_NCHW = self._on(device)
@@ -93,8 +100,10 @@ class MemorySplit(Split):
 
     def _on(self, device: str) -> torch.Tensor:
         if torch.device(device).type == "cpu":
-            return self._pixels_NCHW
-        return self._resident.setdefault(device, self._pixels_NCHW.to(device))
+            return self.decode()
+        if device not in self._resident:
+            self._resident[device] = self.decode().to(device)
+        return self._resident[device]
 
 
 class FileSplit(Split):

@@ -53,6 +53,7 @@ def load_data(
     memory_bytes: int = 2 * 2**30,
     workers: int | None = None,
     on_load: OnLoad | None = None,
+    decode: bool = True,
 ) -> Data:
     """Images with labels in three splits that share none.
 
@@ -64,6 +65,7 @@ def load_data(
         memory_bytes: data that fits at its input size, as uint8, is decoded once and kept.
         workers: processes that decode what does not fit; by default one a core, at most 8.
         on_load: called with the split's name, images decoded, images in all.
+        decode: False leaves it to whoever first asks for images; what there is, is known all the same.
 
     Raises:
         UsageError: `spec` names nothing.
@@ -78,7 +80,10 @@ def load_data(
     def split(name: str) -> Split:
         if fits:
             progress = (lambda done, total: on_load(name, done, total)) if on_load else None
-            return MemorySplit(parts[name], preprocessing, sources.flip, progress)
+            held = MemorySplit(parts[name], preprocessing, sources.flip, progress)
+            if decode:
+                held.decode()
+            return held
         return FileSplit(parts[name], preprocessing, sources.flip, count)
 
     return Data(

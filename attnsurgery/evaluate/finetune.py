@@ -84,7 +84,8 @@ def train(
         torch.random.fork_rng(devices=_cuda_devices(settings.device)),
         ChannelsLast(model, settings.device) as layout,
     ):
-        run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout)
+        pieces = min(settings.pieces, max(1, settings.batch_size // _LEAST_PIECE))
+        run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces)
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
             loss = run.epoch(epoch)
@@ -120,7 +121,7 @@ class _Run:
     seed: int
     watch: Watch
     layout: ChannelsLast
-    pieces: int = 1
+    pieces: int
     """A batch is passed in so many, one after the other, for want of memory."""
 
     def epoch(self, epoch: int) -> float:

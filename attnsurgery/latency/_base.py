@@ -11,7 +11,7 @@ import itertools
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -150,6 +150,8 @@ class LatencyBackend(ABC):
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
         self.conditions = conditions
         self.effort = effort or Effort()
+        self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What every measurement is made under: a lock, where others use the device too."""
 
     @abstractmethod
     def time_block(self, call: Call, repeats: int) -> float:
@@ -233,7 +235,7 @@ class LatencyBackend(ABC):
                 calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
                 yield [calls[index] for index in range(len(models))]
 
-        with self._session():
+        with self.alone(), self._session():
             return sample(self.timed, placed, self.effort, again=self.conditions.mode != "compile")
 
     @contextmanager

@@ -58,6 +58,15 @@ class SearchConfig(Strict):
     latency: str | None = Field(default=None, description="a latency backend; none: the device's own")
     latency_seconds: Annotated[float, Field(gt=0)] = Field(default=1.5, description="spent on one measurement")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=1, description="processes that measure and train; 0: this process does it itself"
+    )
+    in_step: bool = Field(
+        default=False, description="several workers get their candidates together: the same seed gives the same trials"
+    )
+    patience_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="a worker without a sign of life for so long is ended"
+    )
     output: str = Field(default="runs/search", description="the run directory")
     storage: str | None = Field(default=None, description="Optuna storage URL; none: SQLite in the run directory")
 
@@ -70,13 +79,18 @@ class SearchConfig(Strict):
         return self
 
 
-_FREE = {"trials", "output", "storage", "latency_seconds", "space", "checkpoint", "finalists", "confirm_seeds"}
+_FREE = {
+    *("trials", "finalists", "confirm_seeds", "latency_seconds"),
+    *("output", "storage", "space", "checkpoint"),
+    *("workers", "patience_minutes"),
+}
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
 
 
 def fixed_part(config: SearchConfig, found: Mapping[str, Any]) -> dict[str, Any]:
     """What must stay as it is for a search to go on: the settings, and what was found behind the names in them."""
-    return {**config.model_dump(exclude=_FREE), **found}
+    in_step = {"workers": config.workers} if config.in_step else {}
+    return {**config.model_dump(exclude=_FREE), **found, **in_step}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) -> None:

@@ -15,32 +15,38 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from attnsurgery.base import load_weights
 from attnsurgery.checkpoint import write_directory
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate import Score, accuracy
+from attnsurgery.evaluate import accuracy
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
-from attnsurgery.search.listener import Listener
+from attnsurgery.search.budget import Budgets
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.files import write_weights
 from attnsurgery.search.numbers import gain_of
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import RankBy, Record, Timing
 from attnsurgery.search.trial import build, seed_of
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import Watching
+from attnsurgery.weights import read_state_dict
 
 Verdict = Literal["better", "no significant difference", "worse"]
 
 SIGNIFICANT = 0.05
+CONFIRMING = "confirming"
+"""Folder of the run directory that holds what finalists were trained to, until there is a verdict."""
 _LOOKS = (2.0, 8.0)
 """Times as long as in its trial a finalist is measured; the second look where the first leaves it open."""
 
@@ -148,13 +154,14 @@ class Confirmation:
         return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists})
 
 
+class Work(Protocol):
+    """Has jobs done: see attnsurgery.search.crew."""
+
+    def __call__(self, kind: str, *given: Mapping[str, Any]) -> list[dict[str, Any]]: ...
+
+
 def confirm(
-    bench: Bench,
-    order: Sequence[Record],
-    reference: Latency,
-    folder: Path,
-    listener: Listener,
-    stop: Callable[[], bool],
+    config: SearchConfig, budgets: Budgets, order: Sequence[Record], reference: Latency, work: Work
 ) -> Confirmation:
     """Train finalists and base, choose the winner on the validation split, hold it beside the base on the test split.
 
@@ -163,77 +170,73 @@ def confirm(
 
     Args:
         order: all that may be the winner, the best first.
+        work: from a kind of job, and what each is given, to the results.
 
     Raises:
-        StopAsked: the user asked for an end; nothing was saved.
+        StopAsked: the user asked for an end.
         SearchError: the base, or every finalist, cannot be trained.
     """
-    seeds = [seed_of(bench.config.seed, "confirm", index) for index in range(bench.config.confirm_seeds)]
-
-    def trained(who: str, made: Callable[[], nn.Module]) -> list[tuple[nn.Module, Score]]:
-        done = []
-        for index, seed in enumerate(seeds):
-            listener.phase(f"confirming: {who}, seed {index + 1} of {len(seeds)}")
-            model = made()
-            score = bench.judge.score(model, seed, watch=Watching(listener, stop))
-            done.append((model.cpu(), score))
-        return done
-
-    ranked: list[tuple[Finalist, Recipe, list[nn.Module]]] = []
-    for record, slow in _within_budget(bench, order, reference, listener, stop):
-        recipe, one = Recipe.model_validate(record.recipe), Finalist(record.number, record.digest or "", (), None)
+    seeds, measured = range(config.confirm_seeds), {"reference": asdict(reference)}
+    ranked: list[tuple[Finalist, Record]] = []
+    kept = _within_budget(config, budgets, order, measured, work)
+    asked = [record for record, slow in kept if not slow]
+    trainings = [{"record": record.as_dict(), "index": index} for record in asked for index in seeds]
+    found = iter(work("training", *trainings, *({"record": None, "index": index} for index in seeds)))
+    for record, slow in kept:
+        one = Finalist(record.number, record.digest or "", (), None)
         if slow:
-            ranked.append((replace(one, failed=slow, slow=True), recipe, []))
+            ranked.append((replace(one, failed=slow, slow=True), record))
             continue
-        try:
-            found = trained(f"trial {record.number}", partial(build, bench, recipe))
-        except SearchError as error:
-            ranked.append((replace(one, failed=str(error)), recipe, []))
+        scores = list(islice(found, len(seeds)))
+        if failed := next((score["failed"] for score in scores if "failed" in score), None):
+            ranked.append((replace(one, failed=failed), record))
             continue
-        one = replace(one, top1s=tuple(s.top1 for _, s in found), loss=fmean(s.loss for _, s in found))
-        ranked.append((one, recipe, [model for model, _ in found]))
-    winner, recipe, models = max(ranked, key=lambda entry: entry[0].rank(bench.config.rank_by))
-    if winner.failed:
-        raise SearchError(f"no finalist could be trained again: {winner.failed}")
-    bases = [model for model, _ in trained("the base", lambda: copy.deepcopy(bench.base))]
-    base_rights, rights = (
-        [accuracy(model, bench.data.test, bench.judge.settings)[2] for model in some] for some in (bases, models)
-    )
-    listener.phase("confirming: measuring the winner again")
-    with bench.backend.carefully():
-        timing = Timing.of(bench.backend.compare(bench.base, models[0], reference))
-    save(bench, models[0], recipe, folder / "best")
-    verdict = judge(winner.digest, base_rights, rights, bench.config.epochs, timing)
-    return replace(verdict, finalists=tuple(one for one, _, _ in ranked), rank_by=bench.config.rank_by)
+        one = replace(one, top1s=tuple(s["top1"] for s in scores), loss=fmean(s["loss"] for s in scores))
+        ranked.append((one, record))
+    if base_failed := next((score["failed"] for score in found if "failed" in score), None):
+        raise SearchError(base_failed)
+    finalist, winner = max(ranked, key=lambda entry: entry[0].rank(config.rank_by))
+    if finalist.failed:
+        raise SearchError(f"no finalist could be trained again: {finalist.failed}")
+    (verdict,) = work("verdict", {"record": winner.as_dict(), **measured})
+    return replace(Confirmation.from_dict(verdict), finalists=tuple(one for one, _ in ranked), rank_by=config.rank_by)
 
 
 def _within_budget(
-    bench: Bench, order: Sequence[Record], reference: Latency, listener: Listener, stop: Callable[[], bool]
+    config: SearchConfig, budgets: Budgets, order: Sequence[Record], measured: Mapping[str, Any], work: Work
 ) -> list[tuple[Record, str]]:
     """The first that surely keep to their budget when they are measured again, and those before them that do not, with
     what they took. Where none does, the one with the least to fear is as good as it gets."""
-    wanted = bench.config.finalists
-    if "latency" not in bench.budgets.most:
-        return [(record, "") for record in order[:wanted]]
+    if "latency" not in budgets.most:
+        return [(record, "") for record in order[: config.finalists]]
     found: list[tuple[Record, str, float]] = []
     for record in order:
-        if sum(not over for _, over, _ in found) == wanted:
+        if sum(not doubt for _, doubt, _ in found) == config.finalists:
             break
-        if stop():
-            raise StopAsked
-        listener.phase(f"confirming: measuring trial {record.number} again")
-        timing = _measured_again(bench, record, reference)
-        found.append((record, _doubt(bench, record, timing), timing.high_ms))
+        (again,) = work("timing", {"record": record.as_dict(), **measured})
+        timing = Timing(**again)
+        found.append((record, _doubt(budgets, record, timing), timing.high_ms))
     if all(doubt for _, doubt, _ in found):
         least = min(found, key=lambda entry: entry[2])
         return [(record, "" if record is least[0] else doubt) for record, doubt, _ in found]
     return [(record, doubt) for record, doubt, _ in found]
 
 
-def _measured_again(bench: Bench, record: Record, reference: Latency) -> Timing:
+def _doubt(budgets: Budgets, record: Record, timing: Timing) -> str:
+    """Why a candidate is not surely within its budget; '' if it is."""
+    if over := budgets.over(replace(record, timing=timing)):
+        return f"{over} when measured again, over the budget"
+    if over := budgets.over(replace(record, timing=replace(timing, ms=timing.high_ms))):
+        return f"up to {over} when measured again, not surely within the budget"
+    return ""
+
+
+def measured_again(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Timing:
     """Twice as long as in its trial, or eight times where that does not tell on which side of the budget it is."""
+    watch.listener.phase(f"confirming: measuring trial {record.number} again")
     candidate, most = build(bench, Recipe.model_validate(record.recipe)), bench.budgets.most["latency"]
     for times in _LOOKS:
+        watch.step()
         with bench.backend.carefully(times):
             timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
         if not timing.low_ms <= most < timing.high_ms:
@@ -241,13 +244,56 @@ def _measured_again(bench: Bench, record: Record, reference: Latency) -> Timing:
     return timing
 
 
-def _doubt(bench: Bench, record: Record, timing: Timing) -> str:
-    """Why a candidate is not surely within its budget; '' if it is."""
-    if over := bench.budgets.over(replace(record, timing=timing)):
-        return f"{over} when measured again, over the budget"
-    if over := bench.budgets.over(replace(record, timing=replace(timing, ms=timing.high_ms))):
-        return f"up to {over} when measured again, not surely within the budget"
-    return ""
+def trained_again(bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching) -> dict[str, Any]:
+    """Train a finalist, or the base, from one of the seeds of the confirmation; its weights go to the run directory.
+
+    Returns:
+        "top1" and "loss" on the validation split, or why it "failed".
+    """
+    who = "the base" if record is None else f"trial {record['number']}"
+    watch.listener.phase(f"confirming: {who}, seed {index + 1} of {bench.config.confirm_seeds}")
+    model = _begun(bench, record)
+    try:
+        score = bench.judge.score(model, seed_of(bench.config.seed, "confirm", index), watch=watch)
+    except SearchError as error:
+        return {"failed": str(error)}
+    path = weights_of(Path(bench.config.output), record, index)
+    path.parent.mkdir(exist_ok=True)
+    write_weights(path, model)
+    return {"top1": score.top1, "loss": score.loss}
+
+
+def weights_of(folder: Path, record: Mapping[str, Any] | None, index: int) -> Path:
+    """Where the weights lie that a finalist, or the base, has come to from one of the seeds."""
+    return folder / CONFIRMING / f"{'base' if record is None else record['digest'][:16]}-{index}.safetensors"
+
+
+def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
+    """Winner against base on the test split, as `trained_again` has left both; the winner is measured again and saved.
+
+    Raises:
+        CheckpointError: the winner cannot be saved; an older one is still there.
+    """
+    folder, winner, recipe = Path(bench.config.output), record.as_dict(), Recipe.model_validate(record.recipe)
+    rights: dict[bool, list[torch.Tensor]] = {}
+    for base in (True, False):
+        for index in range(bench.config.confirm_seeds):
+            watch.step()
+            model = _begun(bench, None if base else winner)
+            path = weights_of(folder, None if base else winner, index)
+            load_weights(model, read_state_dict(path), str(path))
+            rights.setdefault(base, []).append(accuracy(model, bench.data.test, bench.judge.settings)[2])
+            if not base and index == 0:
+                best = model
+    watch.listener.phase("confirming: measuring the winner again")
+    with bench.backend.carefully():
+        timing = Timing.of(bench.backend.compare(bench.base, best, reference))
+    save(bench, best, recipe, folder / "best")
+    return judge(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
+
+
+def _begun(bench: Bench, record: Mapping[str, Any] | None) -> nn.Module:
+    return copy.deepcopy(bench.base) if record is None else build(bench, Recipe.model_validate(record["recipe"]))
 
 
 def judge(

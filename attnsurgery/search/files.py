@@ -10,6 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from torch import nn
+
 from attnsurgery.errors import SearchError
 
 
@@ -30,6 +33,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise SearchError(f"cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """All tensors of a model as safetensors, as a whole or not at all.
+
+    Raises:
+        SearchError: the disk is full or not writable.
+    """
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    write_whole(path, safetensors.torch.save(tensors))
 
 
 class Journal:

@@ -9,6 +9,10 @@ from attnsurgery.search.record import Record, Timing
 class Listener:
     """Every method may be left out; none may change anything."""
 
+    def lane(self, worker: int) -> Listener:
+        """Who is told what one of several workers does, from 0 on; by default nobody else."""
+        return self
+
     def phase(self, text: str) -> None:
         """Something long begins: what it is, for people."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.space import NONE
@@ -98,7 +98,7 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
     by_image = trainings / 2 * float(gain_N.var(ddof=1))
     exact = sign_test(int((gain_N > 0).sum()), int((gain_N < 0).sum()))
     if trainings == 1:
-        half = float(stats.norm.ppf(0.975)) * math.sqrt(2 / images * by_image)
+        half = float(ndtri(0.975)) * math.sqrt(2 / images * by_image)
         return Gain(mean, mean - half, mean + half, exact)
     freedom = 2 * (trainings - 1)
     by_training = rest = 0.0
@@ -111,8 +111,8 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
         return Gain(mean, mean, mean, exact)
     error = math.sqrt(2 / (trainings * images) * variance)
     freedom = min(images - 1, freedom * (variance / by_training) ** 2) if by_training else images - 1
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return Gain(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom)))
+    half = float(stdtrit(freedom, 0.975)) * error
+    return Gain(mean, mean - half, mean + half, float(2 * stdtr(freedom, -abs(mean) / error)))
 
 
 def sign_test(first: int, second: int) -> float:

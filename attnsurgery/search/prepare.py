@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from attnsurgery.evaluate import (
     Data,
     Evaluator,
     Preprocessing,
+    Score,
     TrainSettings,
     fit_head,
     load_data,
@@ -28,22 +29,24 @@ from attnsurgery.evaluate import (
 )
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
-from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.latency import Conditions, Effort, Latency, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.calibrate import Shelf, base_key
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_weights
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
-from attnsurgery.search.scorers import Alone, Scorer, Shared
+from attnsurgery.search.scorers import Alone, Candidate, Scorer, Shared
 from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.supernet import Supernet
 from attnsurgery.search.watching import Watching
 from attnsurgery.weights import read_state_dict
 
 Fresh = Literal["all", "head", "nothing"]
+WEIGHTS = "base.safetensors"
+"""What all trials of a run directory begin from."""
 
 _TOLERANCE = 0.005
 _DEFAULT_SIZE = 48
@@ -83,6 +86,14 @@ class Bench:
         if self.evaluator.final:
             return self.evaluator
         return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings)
+
+    def in_pieces(self, pieces: int) -> Bench:
+        """The same, with training batches passed in so many pieces."""
+        if pieces == 1:
+            return self
+        settings = replace(self.evaluator.settings, pieces=pieces)
+        rungs = tuple(rung.in_pieces(pieces) for rung in self.rungs)
+        return replace(self, rungs=rungs, evaluator=type(self.evaluator)(self.data, settings))
 
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""
@@ -129,18 +140,25 @@ def prepare(
 ) -> Bench:
     """Load and build everything; train the base if it comes without weights.
 
+    Args:
+        folder: the run directory; taken in place of the configuration's.
+
     Raises:
         what `assemble` raises.
         CheckpointError: the run directory's weights cannot be read.
     """
-    bench = assemble(config, listener, backend)
-    bench.weights = _starting_weights(bench, folder, listener, stop)
-    bench.base.to(config.device).eval()
+    bench = assemble(config.model_copy(update={"output": str(folder)}), listener, backend)
+    bench.weights = starting_weights(bench, Watching(listener, stop))
     return bench
 
 
-def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend | None = None) -> Bench:
+def assemble(
+    config: SearchConfig, listener: Listener, backend: LatencyBackend | None = None, *, decode: bool = True
+) -> Bench:
     """Load and build everything but the weights of a base that comes without; nothing is written.
+
+    Args:
+        decode: False leaves images alone until they are needed, if ever.
 
     Raises:
         UnknownNameError: no such base, space, sampler, evaluator or backend; nothing was read yet.
@@ -159,7 +177,8 @@ def assemble(config: SearchConfig, listener: Listener, backend: LatencyBackend |
     SAMPLERS[config.sampler]  # whatever the configuration names exists, before images are read and bases trained
     listener.phase(f"reading {config.data or 'the embedded digits'}")
     twin = weightless(config.base)
-    data = load_data(config.data, Preprocessing.of(twin, size), config.seed, on_load=listener.loading)
+    fitted = Preprocessing.of(twin, size)
+    data = load_data(config.data, fitted, config.seed, on_load=listener.loading, decode=decode)
     settings = TrainSettings(
         epochs=config.epochs,
         batch_size=config.train_batch_size,
@@ -245,9 +264,15 @@ def _untrained(config: SearchConfig, classes: int) -> tuple[nn.Module, Fresh]:
     return model, fresh
 
 
-def _starting_weights(bench: Bench, folder: Path, listener: Listener, stop: Callable[[], bool]) -> str:
-    """Load them from the run directory, or make them and put them there; their hash."""
-    path, config, base = folder / "base.safetensors", bench.config, bench.base
+def starting_weights(bench: Bench, watch: Watching) -> str:
+    """Load them from the run directory, or make them and put them there; their hash.
+
+    Raises:
+        CheckpointError: those of the run directory cannot be read.
+        SearchError: training went out of the numbers, or the run directory cannot be written.
+    """
+    config, base = bench.config, bench.base
+    path = Path(config.output) / WEIGHTS
     if path.exists():
         load_weights(base, read_state_dict(path), str(path))
     else:
@@ -255,11 +280,34 @@ def _starting_weights(bench: Bench, folder: Path, listener: Listener, stop: Call
         settings = replace(usual, epochs=config.base_epochs, lr=usual.lr * _BASE_LR)
         length = f"on {bench.data.name}, {config.base_epochs} epochs"
         if bench.fresh == "all":
-            listener.phase(f"training the base {config.base} {length}")
-            train(base, bench.data.train, settings, config.seed, Watching(listener, stop))
+            watch.listener.phase(f"training the base {config.base} {length}")
+            train(base, bench.data.train, settings, config.seed, watch)
         elif bench.fresh == "head":
-            listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
-            fit_head(base, bench.data.train, settings, config.seed, Watching(listener, stop))
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in base.state_dict().items()}
-        write_whole(path, safetensors.torch.save(tensors))
+            watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
+            fit_head(base, bench.data.train, settings, config.seed, watch)
+        write_weights(path, base)
+    base.to(config.device).eval()
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def base_latency(bench: Bench, watch: Watching) -> Latency:
+    """The base's own: the scale of every other."""
+    watch.listener.phase("measuring the base")
+    with bench.backend.carefully():
+        return bench.backend.measure(bench.base)
+
+
+def base_scores(bench: Bench, seed: int, watch: Watching) -> list[Score]:
+    """The base trained as each candidate is, on every rung from the lowest; a supernet is trained for all on the way.
+
+    Raises:
+        SearchError: training went out of the numbers.
+    """
+    scores = []
+    for scorer, rung in zip(bench.rungs, rungs_of(bench.config), strict=True):
+        shared = rung.evaluator == SUPERNET
+        watch.listener.phase(
+            f"training all candidates at once: {rung}" if shared else f"training the base as each candidate: {rung}"
+        )
+        scores.append(scorer.score(Candidate(copy.deepcopy(bench.base), bench.space.nothing), seed, watch))
+    return scores

@@ -10,14 +10,11 @@ from typing import Any, Literal
 from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
 
-State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed", "interrupted"]
+State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
 
 RankBy = Literal["top1", "loss"]
 """What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so it
 tells candidates apart that get as many of them right; but those that are surer need not be right more often."""
-
-ASKED: frozenset[State] = frozenset({"trained", "over_budget", "too_many_blocks", "duplicate", "failed"})
-"""States that used up an ask: an interrupted trial did not, it is asked for again with the same seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +82,8 @@ class Record:
     """What could be known of it without training, by the proxy's name."""
     seconds: float = 0.0
     epochs: int = 0
+    attempts: int = 1
+    """How often it was begun: more than once where a worker did not come back from it."""
     reason: str | None = None
     """Why it failed, or what it costs that is over a budget."""
     duplicate_of: int | None = None

@@ -21,7 +21,7 @@ trains as many on each rung, and chooses them from all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from attnsurgery.errors import UnknownNameError, UsageError, did_you_mean
@@ -143,18 +143,24 @@ def trust(records: Sequence[Record], by: RankBy) -> Trust | None:
 
 
 def next_promotion(
-    records: Sequence[Record], rungs: int, halving: int, supernet: bool = False, by: RankBy = "top1"
+    records: Sequence[Record],
+    rungs: int,
+    halving: int,
+    supernet: bool = False,
+    by: RankBy = "top1",
+    going: Collection[int] = (),
 ) -> Record | None:
     """Who is to be trained on the rung above its own: the best not promoted yet on the lowest rung with room above.
 
     Args:
         supernet: the lowest rung is one; those that it is judged by go first.
+        going: numbers of those that are on their way up. Who follows them is asked again when they are there.
     """
     blind = False
     if supernet:
-        for record in checked(records):
-            if _may_rise(record, 0):
-                return record
+        tests = [record for record in checked(records) if _may_rise(record, 0)]
+        if tests:
+            return next((record for record in tests if record.number not in going), None)
         found = trust(records, by)
         blind = found is None or not found.holds
     for rung, room in enumerate(places_on(rungs, len(trained(records)), halving)[1:]):
@@ -163,9 +169,9 @@ def next_promotion(
             there.sort(key=lambda record: record.number)
         else:
             there.sort(key=lambda record: (_score(record, rung, by), -record.number), reverse=True)
-        for record in there[:room]:
-            if record.reached == rung:
-                return record
+        rising = [record for record in there[:room] if record.reached == rung]
+        if rising:
+            return next((record for record in rising if record.number not in going), None)
     return None
 
 

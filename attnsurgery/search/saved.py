@@ -23,7 +23,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.record import ASKED, Record, contenders
+from attnsurgery.search.record import Record, contenders
 from attnsurgery.search.store import records_of, storage_errors, study_name, without_password
 
 _STUDY = "study.db"
@@ -100,7 +100,7 @@ def _records(study: optuna.Study, folder: Path) -> list[Record]:
     there = {trial.number for trial in study.get_trials(deepcopy=False)}
     found = {record.number: record for record in records_of(study)}
     for entry in Journal(folder / "trials.jsonl").read():
-        if entry["number"] in there and entry["state"] in ASKED:
+        if entry["number"] in there:
             found[entry["number"]] = Record.from_dict(entry)
     return [found[number] for number in sorted(found)]
 

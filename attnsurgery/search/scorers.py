@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -35,6 +35,10 @@ class Scorer(ABC):
             SearchError: training went out of the numbers.
         """
 
+    @abstractmethod
+    def in_pieces(self, pieces: int) -> Scorer:
+        """The same, with training batches passed in so many pieces."""
+
 
 class Alone(Scorer):
     """Each candidate is trained by itself, as the evaluator does."""
@@ -45,6 +49,9 @@ class Alone(Scorer):
 
     def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
         return self.evaluator.score(candidate.model, seed, watch=watch)
+
+    def in_pieces(self, pieces: int) -> Scorer:
+        return Alone(type(self.evaluator)(self.data, replace(self.settings, pieces=pieces)))
 
 
 class Shared(Scorer):
@@ -72,6 +79,10 @@ class Shared(Scorer):
                 self._supernet.save(self._path)
             self._ready = True
         return self._supernet.score(candidate.assignment, self.data, self.settings, seed)
+
+    def in_pieces(self, pieces: int) -> Scorer:
+        settings = replace(self.settings, pieces=pieces)
+        return Shared(self._supernet, self._base, self.data, settings, self._path)
 
     def train(self, seed: int, watch: Watch | None = None) -> None:
         """Train the supernet, and keep nothing of it on the disk.

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.files import Journal
-from attnsurgery.search.record import ASKED, RankBy, Record
+from attnsurgery.search.record import RankBy, Record
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
 
@@ -36,7 +36,28 @@ control."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
+SLOT, HOW, BEGUN = "slot", "how", "begun"
+"""User attributes of a trial: which ask of the search it is, set when all of it is known; who chose it; how often work
+on it was begun."""
 _NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A candidate that was asked for."""
+
+    number: int
+    """Of the trial."""
+    assignment: Mapping[str, str]
+    """A label for every variable."""
+    slot: int
+    """How many were asked for before it."""
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Asked | None:
+        """None where the ask was not completed."""
+        slot = trial.user_attrs.get(SLOT)
+        return None if slot is None else cls(trial.number, {k: str(v) for k, v in trial.params.items()}, slot)
 
 
 class Store:
@@ -66,12 +87,11 @@ class Store:
         self._sampler = SAMPLERS[sampler]
         self._budgets = budgets
         self._rank_by = rank_by
-        self._drawn: set[int] = set()
-        self._fell_back: set[int] = set()
         with storage_errors(shown):
             kept = optuna.storages.get_storage(url)
             # a folder's own database holds its study, whatever the folder was called when that began
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
+            self._storage = kept
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
         self._began, self._before = time.monotonic(), float(self.fixed("seconds") or 0.0)
         self._distributions: dict[str, BaseDistribution] = {
@@ -91,44 +111,65 @@ class Store:
         self._note_time()
         self.fix("ended", "interrupted" if interrupted else "finished")
 
-    def recover(self) -> None:
-        """Settle what a dead process left running: what had its result gets it, the rest is asked for again."""
-        known = {entry["number"]: entry for entry in self.journal.read() if entry["state"] in ASKED}
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            entry = trial.user_attrs.get("record") or known.get(trial.number)
-            if entry is not None:
-                self._settle(trial.number, Record.from_dict(entry))
-            else:
-                reason = "the process ended before the trial did"
-                self._settle(trial.number, Record(trial.number, "interrupted", dict(trial.params), reason=reason))
-        for number, entry in known.items():
-            if (entry.get("promotions") or entry.get("halted")) and self.fixed(_promoted(number)) != entry:
-                self.fix(_promoted(number), entry)
-
     def records(self) -> list[Record]:
         """Every finished trial, in order."""
         return records_of(self._study)
 
-    def ask(self, records: list[Record], places: Places) -> tuple[int, dict[str, str]]:
+    def open(self) -> list[Asked]:
+        """Trials that were asked for and have no result: somebody works on them, or died at it, or was stopped.
+
+        What had its result written down before its process died is settled here.
+        """
+        known: dict[int, dict[str, Any]] = {entry["number"]: entry for entry in self.journal.read()}
+        for number, entry in known.items():
+            if (entry.get("promotions") or entry.get("halted")) and self.fixed(_promoted(number)) != entry:
+                self.fix(_promoted(number), entry)
+        found: list[Asked] = []
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            result = trial.user_attrs.get("record") or known.get(trial.number)
+            asked = Asked.of(trial)
+            if result is not None:
+                self._settle(trial.number, Record.from_dict(result))
+            elif asked is None:  # its process died while it was asked for: the next ask has its seed
+                self._storage.set_trial_user_attr(trial._trial_id, AGAIN, True)
+                self._study.tell(trial.number, state=TrialState.FAIL)
+            else:
+                found.append(asked)
+        return found
+
+    def slots(self) -> int:
+        """How many candidates were asked for."""
+        return 1 + max((t.user_attrs.get(SLOT, -1) for t in self._study.get_trials(deepcopy=False)), default=-1)
+
+    def ask(self, records: list[Record], places: Places, repeats: bool = False) -> Asked:
         """The next candidate: trial number, and a label for every variable.
 
         Args:
             places: the space, with what is known of its budgets by now.
+            repeats: the sampler has asked for one that is being worked on: it is not asked, then.
         """
-        used = [record for record in records if record.state in ASKED]
-        seed = seed_of(self._seed, len(used))
-        stuck = len(used) >= _STUCK and not any(map(_teaches, used[-_STUCK:]))
-        begins = len(used) < _STARTUP
-        fresh = self._unseen(places, {record.digest for record in used}, seed) if begins or stuck else None
+        trials = self._study.get_trials(deepcopy=False)
+        going = [trial for trial in trials if not trial.state.is_finished()]
+        digests = {record.digest for record in records} | {self._digest(trial.params) for trial in going}
+        slot = self.slots()
+        seed = seed_of(self._seed, slot)
+        stuck = repeats or (len(records) >= _STUCK and not any(map(_teaches, records[-_STUCK:])))
+        begins = slot < _STARTUP
+        fresh = self._unseen(places, digests, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record")
         base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
-        self._study.sampler = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
+        self._study.sampler = sampler = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
         trial = self._study.ask(self._distributions)
-        if getattr(self._sampler, "draws_uniformly", False) or (begins and fresh):
-            self._drawn.add(trial.number)  # and not one drawn when stuck: what is unseen then lacks what was chosen
-        if getattr(self._study.sampler, "fell_back", False):
-            self._fell_back.add(trial.number)
-        return trial.number, {name: str(trial.params[name]) for name in self._distributions}
+        if (there := Asked.of(self._trial(trial.number))) is not None:
+            return there  # one that was put back goes first
+        how = {
+            # not one that is drawn when stuck: what is unseen then lacks what was chosen
+            "drawn": getattr(self._sampler, "draws_uniformly", False) or (begins and fresh is not None),
+            "fell_back": getattr(sampler, "fell_back", False),
+        }
+        trial.set_user_attr(HOW, how)
+        trial.set_user_attr(SLOT, slot)
+        return Asked(trial.number, {name: str(trial.params[name]) for name in self._distributions}, slot)
 
     def finish(self, record: Record) -> Record:
         """Write the record down, then tell the study; in this order nothing that was finished is lost.
@@ -136,11 +177,30 @@ class Store:
         Returns:
             The record with what only the store knows: who chose it.
         """
-        record = replace(record, drawn=record.number in self._drawn, fell_back=record.number in self._fell_back)
+        how = self._trial(record.number).user_attrs.get(HOW, {})
+        record = replace(record, **how)
         self.journal.append(record.as_dict())
         self._settle(record.number, record)
         self._note_time()
         return record
+
+    def put_back(self, number: int) -> None:
+        """Nobody works on it any more; whoever asks next takes it up."""
+        self._storage.set_trial_state_values(self._trial(number)._trial_id, TrialState.WAITING)
+
+    def take_up(self, number: int) -> bool:
+        """Work on one that was put back, or that died with its process; False if another search was faster."""
+        trial = self._trial(number)
+        if trial.state is TrialState.WAITING:
+            return bool(self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING))
+        return trial.state is TrialState.RUNNING
+
+    def begun(self, number: int) -> int:
+        """Note that the work on a trial begins, in this run or another; how often it has been, this time counted."""
+        trial = self._trial(number)
+        attempt = int(trial.user_attrs.get(BEGUN, 0)) + 1
+        self._storage.set_trial_user_attr(trial._trial_id, BEGUN, attempt)
+        return attempt
 
     def promote(self, record: Record) -> None:
         """Write down what became of a trial on a higher rung; the study's trial itself is finished and stays."""
@@ -148,8 +208,13 @@ class Store:
         self.fix(_promoted(record.number), record.as_dict())
         self._note_time()
 
+    def _trial(self, number: int) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[number]
+
     def _settle(self, number: int, record: Record) -> None:
-        trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        trial = optuna.trial.Trial(self._study, self._trial(number)._trial_id)
+        if self._trial(number).state is TrialState.WAITING:
+            self.take_up(number)  # only what runs can be told
         trial.set_user_attr("record", record.as_dict())
         score = record.score_on(0, self._rank_by)
         excess = self._budgets.excess(record)
@@ -157,14 +222,19 @@ class Store:
             trial.set_constraint(name, share)
         if self._space.max_blocks is not None:
             trial.set_constraint(BLOCKS, float(record.blocks - self._space.max_blocks))
-        if record.state == "interrupted":
-            trial.set_user_attr(AGAIN, True)
         if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
             self._study.tell(trial, state=TrialState.PRUNED)
         elif score is not None:
             self._study.tell(trial, score)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
+
+    def _digest(self, params: Mapping[str, Any]) -> str:
+        """Of the candidate that a running trial stands for; '' where it is not known yet."""
+        if params.keys() != self._distributions.keys():
+            return ""
+        recipe = self._space.recipe_of(params)
+        return recipe.digest() if recipe else ""
 
     def _note_time(self) -> None:
         """Keep the seconds that this search has taken, over all its runs, without the loading before each of them."""

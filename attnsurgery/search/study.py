@@ -1,38 +1,49 @@
 """Runs a search, or goes on with it: ask, measure, train what fits, tell; then confirm the winner.
 
-Everything that is known is on the disk after each trial, so the same command goes on wherever it was stopped, and the
-trials are those of a search that was never stopped.
+This is the coordinator: it alone asks and tells, and whatever needs a device is a job for a crew of workers. Everything
+that is known is on the disk after each job, so the same command goes on wherever it was stopped, and the trials are
+those of a search that was never stopped: with one worker, or with several in step.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.about import remember
 from attnsurgery.search.config import SearchConfig, check_same, fixed_part
-from attnsurgery.search.confirm import Confirmation, confirm
+from attnsurgery.search.confirm import CONFIRMING, Confirmation, confirm, weights_of
+from attnsurgery.search.crew import Crew, Done, Here
 from attnsurgery.search.files import locked
 from attnsurgery.search.foretell import Foreteller
+from attnsurgery.search.jobs import Job
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.prepare import Bench, prepare
-from attnsurgery.search.record import ASKED, Promotion, Record, Timing, contenders, trained
-from attnsurgery.search.rungs import SUPERNET, next_promotion, rungs_of, shares
-from attnsurgery.search.scorers import Candidate
-from attnsurgery.search.store import Store, same_json
-from attnsurgery.search.trial import promote, run_trial, train_seed
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.prepare import Bench, assemble
+from attnsurgery.search.processes import Processes
+from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
+from attnsurgery.search.rungs import next_promotion, rungs_of, shares
+from attnsurgery.search.store import Asked, Store, same_json
+from attnsurgery.search.trial import at_once, outlined
+from attnsurgery.search.watching import StopAsked
 
 _ASKS_A_TRIAL = 10
 _HOPELESS = 24
 """After so many measured candidates over the budget and none within it, there is none."""
 _HOPELESS_BASE = 4
 """The same where the base alone is over the budget: blocks only add to it."""
+_MOST_ATTEMPTS = 3
+"""A trial is begun so often, over all runs: what every process dies of is the trial's own fault."""
+_WAIT_S = 1.0
+_KNOWN = {"trained", "over_budget", "failed"}
+"""States of a candidate that need not be tried again."""
 
 
 def run(
@@ -62,13 +73,28 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
-    with locked(folder):
-        bench = prepare(config, folder, listener, stop, backend)
+    with locked(folder), _crew(config, listener, stop, backend) as (bench, crew):
+        (made,) = crew.all([Job("weights")])
+        bench.weights = made["weights"]
         store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler, config.rank_by)
-        search = _Search(bench, store, folder, listener, stop, command)
+        search = _Search(bench, crew, store, folder, listener, stop, command)
         outcome = search.go()
     outcome.check_feasible()
     return outcome
+
+
+@contextmanager
+def _crew(
+    config: SearchConfig, listener: Listener, stop: Callable[[], bool], backend: LatencyBackend | None
+) -> Iterator[tuple[Bench, Crew]]:
+    """What the search decides on, and who works for it. A backend that was given is this process's own."""
+    alone = config.workers == 0 or backend is not None
+    bench = assemble(config, listener, backend, decode=alone)
+    crew: Crew = Here(bench, listener, stop) if alone else Processes(config, listener, stop)
+    try:
+        yield bench, crew
+    finally:
+        crew.close()
 
 
 class _Search:
@@ -77,17 +103,24 @@ class _Search:
     def __init__(
         self,
         bench: Bench,
+        crew: Crew,
         store: Store,
         folder: Path,
         listener: Listener,
         stop: Callable[[], bool],
         command: str,
     ) -> None:
-        self.bench, self.store, self.folder = bench, store, folder
+        self.bench, self.crew, self.store, self.folder = bench, crew, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
         self._same_search()
-        store.recover()
+        self._ready: deque[Asked] = deque(store.open())
+        """Asked for, and given to nobody yet."""
+        self._going: dict[int, Asked] = {}
+        """By trial: given to a worker."""
+        self._twins: list[Asked] = []
+        """The same candidates as others that are going: what becomes of those is theirs."""
+        self.records = store.records()
         self.reference, self.base = self._reference()
         self.about = remember(store, bench, self.reference, command)
         known = store.fixed("latencies")
@@ -101,74 +134,176 @@ class _Search:
         """The whole search; an interruption is an outcome too."""
         conditions = self.bench.backend.conditions.describe()
         self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base)
-        records = self.store.records()
         interrupted = False
         try:
-            while self._goes_on(records):
-                if self.stop():
-                    raise StopAsked
-                records = self._trial(records)
-                if records[-1].state == "interrupted":
-                    raise StopAsked
-                self._outcome(records, interrupted=False).write(seldom=True)
-            while (candidate := self._next_promotion(records)) is not None:
-                records = self._promote(records, candidate)
-                self._outcome(records, interrupted=False).write(seldom=True)
-            self._confirm(records)
+            self._trials()
+            self._promotions()
+            self._confirm()
         except StopAsked:
             interrupted = True
+        except Exception:
+            self._put_back()
+            raise
+        self._put_back()
         self.store.end(interrupted)
-        outcome = self._outcome(records, interrupted)
+        outcome = self._outcome(interrupted)
         outcome.write()
         return outcome
 
-    def _goes_on(self, records: list[Record]) -> bool:
-        done = len(trained(records))
-        asked = [record for record in records if record.state in ASKED and record.state != "too_many_blocks"]
-        if done >= self.config.trials or len(asked) >= _ASKS_A_TRIAL * self.config.trials + 2 * _HOPELESS:
+    def _trials(self) -> None:
+        """Ask, measure and train until enough candidates are trained, or there are no more."""
+        while True:
+            if not self.stop():
+                self._hand_out()
+            if not self.crew.busy:
+                break
+            for done in self.crew.wait(_WAIT_S):
+                self._take_in(done)
+        self._go_on()
+
+    def _hand_out(self) -> None:
+        """Give every free worker a trial, as long as trials are wanted."""
+        while self.crew.busy < self.crew.size and self.config.trials - len(trained(self.records)) > len(self._going):
+            for _ in range(self._due()):
+                if self._more():
+                    self.foreteller.learn(self.records)
+                    places = self.foreteller.places()
+                    self._ready.append(self.store.ask(self.records, places, repeats=bool(self._twins)))
+            if not self._ready:
+                return
+            self._begin(self._ready.popleft())
+
+    def _due(self) -> int:
+        """How many candidates are to be asked for now.
+
+        In step, as many as there are workers, before any of them is begun: so each step knows the results of all
+        steps before it, and nothing of who was faster.
+        """
+        if not self.config.in_step:
+            return 0 if self._ready else 1
+        if self._going or self._twins:
+            return 0
+        begun = self.store.slots() % self.crew.size
+        return self.crew.size - begun if begun or not self._ready else 0
+
+    def _more(self) -> bool:
+        """True while there may be candidates within the budget that were not asked for."""
+        open_ones = [*self._ready, *self._going.values(), *self._twins]
+        asked = [record for record in self.records if record.state != "too_many_blocks"]
+        if len(asked) + len(open_ones) >= _ASKS_A_TRIAL * self.config.trials + 2 * _HOPELESS:
             return False
-        known = {record.digest for record in asked if record.digest}
-        if len(known) >= self.bench.space.size():
+        known = {record.digest for record in asked} | {self._digest(one) for one in open_ones}
+        if len(known - {"", None}) >= self.bench.space.size():
             return False
         # those over an exact budget are no measure: others are known to keep to it
         over = sum(record.state == "over_budget" and record.timing is not None for record in asked)
         base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
-        return done > 0 or over < (_HOPELESS_BASE if base_over else _HOPELESS)
+        return bool(trained(self.records)) or over < (_HOPELESS_BASE if base_over else _HOPELESS)
 
-    def _trial(self, records: list[Record]) -> list[Record]:
-        seen = {record.digest: record for record in records if record.state in {"trained", "over_budget", "failed"}}
-        seen[""] = self.base
-        self.foreteller.learn(records)
-        number, assignment = self.store.ask(records, self.foreteller.places())
-        known = {digest: record for digest, record in seen.items() if digest is not None}
-        foretold = self.foreteller.over(assignment)
-        record = run_trial(self.bench, number, assignment, known, self.reference, foretold, self.listener, self.stop)
+    def _begin(self, asked: Asked) -> None:
+        """Settle what needs no work; give the rest to a worker."""
+        if not self.store.take_up(asked.number):
+            return  # another search was faster
+        record = outlined(self.bench, asked.number, asked.assignment, self.foreteller.over(asked.assignment))
+        self.listener.asked(asked.number, record.recipe["name"] if record.recipe else "the base as it is")
+        seen = {known.digest: known for known in self.records if known.digest and known.state in _KNOWN}
+        if (settled := at_once(self.bench, record, {**seen, "": self.base})) is not None:
+            self._told(settled)
+        elif any(self._digest(other) == record.digest for other in self._going.values()):
+            self._twins.append(asked)
+        elif (attempts := self.store.begun(asked.number)) > _MOST_ATTEMPTS:
+            reason = f"it was begun {_MOST_ATTEMPTS} times, and the search died each time"
+            self._told(replace(record, reason=reason, attempts=_MOST_ATTEMPTS))
+        else:
+            self._going[asked.number] = asked
+            given = {"record": record.as_dict(), "reference": asdict(self.reference)}
+            self.crew.give(Job("trial", given, trial=asked.number, before=attempts - 1))
+
+    def _take_in(self, done: Done) -> None:
+        """What became of a trial that was given to a worker."""
+        if done.error:
+            raise done.error
+        assert done.job.trial is not None
+        asked = self._going.pop(done.job.trial)
+        if done.stopped:
+            self._ready.append(asked)
+            return
+        attempts = done.job.before + done.job.attempt
+        if done.result is None:
+            record = replace(Record.from_dict(done.job.given["record"]), reason=done.lost)
+        else:
+            record = Record.from_dict(done.result)
+        self._told(replace(record, attempts=attempts))
+
+    def _told(self, record: Record) -> None:
         record = self.store.finish(record)
         self.foreteller.keep(record, self.bench.shelf)
-        records = [*records, record]
-        self.listener.told(record, len(trained(records)), self.config.trials)
-        return records
+        self.records = sorted([*self.records, record], key=lambda one: one.number)
+        self._ready.extendleft(reversed(self._twins))
+        self._twins.clear()
+        self.listener.told(record, len(trained(self.records)), self.config.trials)
+        self._outcome(interrupted=False).write(seldom=True)
 
-    def _next_promotion(self, records: list[Record]) -> Record | None:
-        return next_promotion(
-            records, len(self.bench.rungs), self.config.halving, shares(self.config), self.config.rank_by
-        )
+    def _put_back(self) -> None:
+        """Whoever goes on takes up what nobody works on now."""
+        for asked in [*self._going.values(), *self._ready, *self._twins]:
+            self.store.put_back(asked.number)
 
-    def _promote(self, records: list[Record], candidate: Record) -> list[Record]:
-        rung, of = candidate.reached + 1, len(self.bench.rungs)
-        self.listener.phase(f"trial {candidate.number} on rung {rung + 1} of {of}: {rungs_of(self.config)[rung]}")
-        record = promote(self.bench, candidate, self.listener, self.stop)
+    def _digest(self, asked: Asked) -> str:
+        recipe = self.bench.space.recipe_of(asked.assignment)
+        return recipe.digest() if recipe else ""
+
+    def _promotions(self) -> None:
+        """Train the best on the rungs above, as far as each rung has room."""
+        rungs, config = len(self.bench.rungs), self.config
+        going: set[int] = set()
+        while True:
+            while not self.stop() and self.crew.busy < self.crew.size:
+                found = next_promotion(
+                    self.records, rungs, config.halving, shares(config), config.rank_by, frozenset(going)
+                )
+                if found is None:
+                    break
+                lane = f"{rungs_of(config)[found.reached + 1]}"
+                self.listener.phase(f"trial {found.number} on rung {found.reached + 2} of {rungs}: {lane}")
+                going.add(found.number)
+                self.crew.give(Job("promotion", {"record": found.as_dict()}, trial=found.number))
+            if not self.crew.busy:
+                break
+            for done in self.crew.wait(_WAIT_S):
+                self._promoted(done)
+                going.discard(done.job.trial or 0)
+        self._go_on()
+
+    def _promoted(self, done: Done) -> None:
+        if done.error:
+            raise done.error
+        if done.stopped:
+            return
+        if done.result is None:
+            record = replace(Record.from_dict(done.job.given["record"]), halted=done.lost)
+        else:
+            record = Record.from_dict(done.result)
         self.store.promote(record)
-        self.listener.promoted(record, of)
-        return [record if other.number == record.number else other for other in records]
+        self.records = [record if other.number == record.number else other for other in self.records]
+        self.listener.promoted(record, len(self.bench.rungs))
+        self._outcome(interrupted=False).write(seldom=True)
+
+    def _go_on(self) -> None:
+        """
+        Raises:
+            StopAsked: the user asked for an end.
+        """
+        if self.stop():
+            raise StopAsked
 
     def _fastest_base(self) -> Record:
         """The base, as fast as it may be by its interval."""
         timing = self.base.timing
         return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
 
-    def _confirm(self, records: list[Record]) -> None:
-        order = contenders(records, self.config.rank_by)
+    def _confirm(self) -> None:
+        order = contenders(self.records, self.config.rank_by)
         if not order:
             return
         kept = self.store.fixed("confirmation")
@@ -177,9 +312,31 @@ class _Search:
         if before and before.answers(order, *asked) and (self.folder / "best").is_dir():
             self.confirmation = before
             return
-        done = confirm(self.bench, order, self.reference, self.folder, self.listener, self.stop).after(kept)
+        done = confirm(self.config, self.bench.budgets, order, self.reference, self._work).after(kept)
         self.store.fix("confirmation", done.as_dict())
+        self.store.fix(CONFIRMING, None)
+        shutil.rmtree(self.folder / CONFIRMING, ignore_errors=True)
         self.confirmation = done
+
+    def _work(self, kind: str, *given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Have jobs of the confirmation done, each once: what an earlier run has come to is kept."""
+        known: dict[str, Any] = self.store.fixed(CONFIRMING) or {}
+        keys = [_key(kind, one) for one in given]
+        lacking = [at for at, key in enumerate(keys) if key not in known or not self._kept(kind, given[at])]
+
+        def keep(at: int, result: Mapping[str, Any]) -> None:
+            known[keys[lacking[at]]] = result
+            self.store.fix(CONFIRMING, known)
+
+        self._go_on()
+        self.crew.all([Job(kind, given[at], trial=(given[at]["record"] or {}).get("number")) for at in lacking], keep)
+        return [known[key] for key in keys]
+
+    def _kept(self, kind: str, given: Mapping[str, Any]) -> bool:
+        """Whether the files are there that a job has left."""
+        return kind == "timing" or (
+            kind == "training" and weights_of(self.folder, given["record"], given["index"]).is_file()
+        )
 
     def _same_search(self) -> None:
         now = same_json(fixed_part(self.config, self.bench.found()))
@@ -193,54 +350,49 @@ class _Search:
         """The base's own latency and score, taken once: every trial of the search is on this scale."""
         kept = self.store.fixed("base")
         if kept is None:
-            self.listener.phase("measuring the base")
-            kept = {"latency": asdict(self._measure_base())}
-            self.store.fix("base", kept)
+            (kept,) = self.crew.all([Job("base latency")])
+            self.store.fix("base", dict(kept))
         reference = Latency(**kept["latency"])
         if "record" not in kept:
-            kept = {**kept, "record": self._score_base(reference).as_dict()}
+            (scored,) = self.crew.all([Job("base scores")])
+            scores = [Promotion(**score) for score in scored["scores"]]
+            kept = {**kept, "record": self._base(reference, kept["peak_mb"], scores).as_dict()}
             self.store.fix("base", kept)
         return reference, Record.from_dict(kept["record"])
 
-    def _measure_base(self) -> Latency:
-        with self.bench.backend.carefully():
-            return self.bench.backend.measure(self.bench.base)
-
-    def _score_base(self, reference: Latency) -> Record:
-        scores, watch = [], Watching(self.listener, self.stop)
-        for scorer, rung in zip(self.bench.rungs, rungs_of(self.config), strict=True):
-            shared = rung.evaluator == SUPERNET
-            self.listener.phase(
-                f"training all candidates at once: {rung}" if shared else f"training the base as each candidate: {rung}"
-            )
-            candidate = Candidate(copy.deepcopy(self.bench.base), self.bench.space.nothing)
-            scores.append(scorer.score(candidate, train_seed(self.bench), watch))
-        score = scores[0]
+    def _base(self, reference: Latency, peak_mb: float | None, scores: list[Promotion]) -> Record:
         half = reference.noise * reference.p50_ms
+        lowest, *above = scores
         return Record(
             number=-1,
             state="trained",
             digest="",
             timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
-            top1=score.top1,
-            loss=score.loss,
-            promotions=tuple(map(Promotion.of, scores[1:])),
+            top1=lowest.top1,
+            loss=lowest.loss,
+            promotions=tuple(above),
             parameters=self.bench.costs.base["parameters"],
             macs=self.bench.costs.base["macs"],
-            peak_mb=self.bench.peak_mb(self.bench.base),
-            seconds=score.seconds,
-            epochs=score.epochs,
+            peak_mb=peak_mb,
+            seconds=lowest.seconds,
+            epochs=lowest.epochs,
             assignment=self.bench.space.nothing,
         )
 
-    def _outcome(self, records: list[Record], interrupted: bool) -> Outcome:
+    def _outcome(self, interrupted: bool) -> Outcome:
         return Outcome(
             config=self.config,
             folder=self.folder,
             about=self.about,
             base=self.base,
-            records=records,
+            records=self.records,
             confirmation=self.confirmation,
             interrupted=interrupted,
             seconds=self.store.fixed("seconds"),
         )
+
+
+def _key(kind: str, given: Mapping[str, Any]) -> str:
+    """What tells a job of the confirmation from others."""
+    digest = given["record"]["digest"] if given["record"] else "base"
+    return ":".join([kind, digest, *([str(given["index"])] if "index" in given else [])])

@@ -21,7 +21,6 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -33,7 +32,7 @@ from attnsurgery.evaluate.proxies import BATCH_NORMS
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_weights
 from attnsurgery.search.space import BoundSpace, Variable
 from attnsurgery.surgery.operate import PATHS, operate
 from attnsurgery.surgery.plan import Insertion
@@ -143,8 +142,7 @@ class Supernet:
         Raises:
             SearchError: the disk is full or not writable.
         """
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in self.model.state_dict().items()}
-        write_whole(path, safetensors.torch.save(tensors))
+        write_weights(path, self.model)
 
     def load(self, path: Path) -> None:
         """Take weights that `save` has written.

@@ -17,14 +17,15 @@ from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
-from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import Promotion, Record, Timing
 from attnsurgery.search.scorers import Candidate
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
 
 _PROXY_BATCH = 64
+_OF_A_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+"""What torch 2.8 and later raise when a device fails; before, a RuntimeError that says so."""
 
 
 def seed_of(*parts: object) -> int:
@@ -59,24 +60,10 @@ def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
     return model.to(bench.config.device).eval()
 
 
-def run_trial(
-    bench: Bench,
-    number: int,
-    assignment: Mapping[str, str],
-    seen: Mapping[str, Record],
-    reference: Latency,
-    foretold_ms: float | None,
-    listener: Listener,
-    stop: Callable[[], bool],
-) -> Record:
-    """What became of the candidate.
-
-    Args:
-        seen: earlier records by digest, the base as it is under ''.
-        foretold_ms: its latency, where that is known to be over the budget without a measurement.
-    """
+def outlined(bench: Bench, number: int, assignment: Mapping[str, str], foretold_ms: float | None = None) -> Record:
+    """All that is known of a candidate before it is built; it counts as failed until more is known."""
     recipe = bench.space.recipe_of(assignment)
-    record = Record(
+    return Record(
         number=number,
         state="failed",
         assignment=dict(assignment),
@@ -87,33 +74,46 @@ def run_trial(
         macs=bench.costs.of("macs", bench.picks(assignment)),
         foretold_ms=foretold_ms,
     )
-    listener.asked(number, recipe.name if recipe else "the base as it is")
+
+
+def at_once(bench: Bench, record: Record, seen: Mapping[str, Record]) -> Record | None:
+    """What becomes of a candidate of which that is known without building it; None of others.
+
+    Args:
+        seen: earlier records by digest, the base as it is under ''.
+    """
     if (earlier := seen.get(record.digest or "")) is not None:
         return _again(record, earlier)
     if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
         return replace(record, state="too_many_blocks")
-    assert recipe is not None, "the base as it is always is among the seen"
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
+    return None
+
+
+def run_trial(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Record:
+    """Build the candidate that is outlined, measure it, and train it if it is within the budget.
+
+    Raises:
+        StopAsked: the user asked for an end.
+        RuntimeError: of a device that is broken or out of memory: nothing of the candidate's.
+    """
     try:
-        return _measure_and_train(bench, record, recipe, reference, listener, stop)
-    except StopAsked:
-        return replace(record, state="interrupted", reason="stopped by the user")
+        return _measure_and_train(bench, record, Recipe.model_validate(record.recipe), reference, watch)
     except (AttnSurgeryError, RuntimeError, ValueError) as error:
-        return replace(record, state="failed", reason=_reason(error))
+        if breaks(error):
+            raise
+        return replace(record, state="failed", reason=reason_of(error))
 
 
-def _measure_and_train(
-    bench: Bench, record: Record, recipe: Recipe, reference: Latency, listener: Listener, stop: Callable[[], bool]
-) -> Record:
+def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: Latency, watch: Watching) -> Record:
     candidate = build(bench, recipe)
     timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
-    listener.timed(record.number, timing)
+    watch.listener.timed(record.number, timing)
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
     record = replace(record, proxies=proxies(bench, recipe, candidate))
-    watch = Watching(listener, stop)
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
@@ -138,19 +138,30 @@ def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module) -> dict[str, flo
     return found
 
 
-def promote(bench: Bench, record: Record, listener: Listener, stop: Callable[[], bool]) -> Record:
+def promote(bench: Bench, record: Record, watch: Watching) -> Record:
     """The record with its score on the rung above its own, or with the reason why it has none.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopAsked, RuntimeError: as `run_trial`.
     """
-    recipe = Recipe.model_validate(record.recipe)
-    rung, watch = bench.rungs[record.reached + 1], Watching(listener, stop)
+    recipe, rung = Recipe.model_validate(record.recipe), bench.rungs[record.reached + 1]
     try:
         score = rung.score(Candidate(build(bench, recipe), record.assignment), train_seed(bench), watch)
     except (AttnSurgeryError, RuntimeError, ValueError) as error:
-        return replace(record, halted=_reason(error))
+        if breaks(error):
+            raise
+        return replace(record, halted=reason_of(error))
     return replace(record, promotions=(*record.promotions, Promotion.of(score)))
+
+
+def breaks(error: Exception) -> bool:
+    """True of an error that tells nothing of the candidate: memory ran out, or the device cannot go on."""
+    return out_of_memory(error) or isinstance(error, _OF_A_DEVICE) or "CUDA error" in str(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True where half a batch may do what a whole one could not."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def train_seed(bench: Bench) -> int:
@@ -158,7 +169,7 @@ def train_seed(bench: Bench) -> int:
     return seed_of(bench.config.seed, "train")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
@@ -171,5 +182,6 @@ def _again(record: Record, earlier: Record) -> Record:
         assignment=record.assignment,
         promotions=(),
         seconds=0.0,
+        attempts=1,
         duplicate_of=earlier.number,
     )

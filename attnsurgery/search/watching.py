@@ -13,18 +13,23 @@ class StopAsked(Exception):
 
 
 class Watching(Watch):
-    """Raises StopAsked within a batch of `stop` becoming true."""
+    """Raises StopAsked within a batch of `stop` becoming true.
+
+    Args:
+        listener: told of epochs and phases.
+        stop: asked before every step.
+    """
 
     def __init__(self, listener: Listener, stop: Callable[[], bool]) -> None:
-        self._listener = listener
-        self._stop = stop
+        self.listener = listener
+        self.stop = stop
 
     def step(self) -> None:
-        if self._stop():
+        if self.stop():
             raise StopAsked
 
     def epoch(self, epoch: Epoch) -> None:
-        self._listener.epoch(epoch)
+        self.listener.epoch(epoch)
 
     def accumulating(self, images: int) -> None:
-        self._listener.phase(f"out of memory: batches are passed in pieces of {images} images from here on")
+        self.listener.phase(f"out of memory: batches are passed in pieces of {images} images from here on")

@@ -10,7 +10,6 @@ STATES = {
     "too_many_blocks": "too many blocks, not built",
     "duplicate": "seen before, not trained again",
     "failed": "failed",
-    "interrupted": "interrupted, asked for again",
 }
 
 

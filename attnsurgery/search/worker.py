@@ -1,0 +1,142 @@
+"""A worker: a process that does jobs for the search that started it, one at a time, and may die at any moment.
+
+It reads JSON lines from its standard input and answers with JSON lines on its standard output; whatever else is
+printed goes to its log. When the search is gone its input ends, and then it ends too, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.evaluate import Epoch
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.jobs import Job, perform
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, starting_weights
+from attnsurgery.search.quiet import Quiet
+from attnsurgery.search.record import Timing
+from attnsurgery.search.trial import breaks, out_of_memory, reason_of
+from attnsurgery.search.watching import StopAsked, Watching
+
+_SIGN_S = 1.0
+"""A sign of life that often, while a model trains."""
+
+
+class Wire(Listener):
+    """Writes answers, and what there is to tell on the way to them."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+        self._signed = 0.0
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+    def sign(self) -> None:
+        """Say that something goes on, if that was not said for a while."""
+        if time.monotonic() - self._signed > _SIGN_S:
+            self._signed = time.monotonic()
+            self.send({"sign": True})
+
+    def phase(self, text: str) -> None:
+        self.send({"say": ["phase", text]})
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        self.send({"say": ["loading", split, done, total]})
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.send({"say": ["epoch", asdict(epoch)]})
+
+    def timed(self, number: int, timing: Timing) -> None:
+        self.send({"say": ["timed", number, asdict(timing)]})
+
+
+class _Attentive(Watching):
+    """Gives signs of life, and stands still while another worker measures on the same device."""
+
+    def __init__(self, wire: Wire, stop: threading.Event, quiet: Quiet) -> None:
+        super().__init__(wire, stop.is_set)
+        self._wire = wire
+        self._quiet = quiet
+
+    def step(self) -> None:
+        super().step()
+        self._quiet.give_way()
+        self._wire.sign()
+
+
+class _Worker:
+    def __init__(self, begin: Mapping[str, Any], wire: Wire, stop: threading.Event) -> None:
+        torch.set_num_threads(begin["threads"])
+        self._config = SearchConfig(**begin["config"])
+        self._quiet = Quiet(begin["shares"])
+        self._wire = wire
+        self._watch = _Attentive(wire, stop, self._quiet)
+        self._bench: Bench | None = None
+
+    def answer(self, job: Job) -> dict[str, Any]:
+        """The message that a job comes to."""
+        try:
+            return {"result": perform(self._ready(), job, self._watch)}
+        except StopAsked:
+            return {"stopped": True}
+        except AttnSurgeryError as error:
+            return {"error": [type(error).__name__, str(error)]}
+        except Exception as error:
+            if not breaks(error):
+                raise
+            return {"broken": [reason_of(error), out_of_memory(error)]}
+
+    def _ready(self) -> Bench:
+        if self._bench is None:
+            bench = assemble(self._config, self._wire)
+            bench.backend.alone = self._quiet.keep
+            if (Path(self._config.output) / WEIGHTS).exists():
+                bench.weights = starting_weights(bench, self._watch)
+            self._bench = bench
+        return self._bench
+
+
+def main() -> None:
+    """Serve until the input ends, or the device breaks."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then asks for an end
+    wire, stop, orders = Wire(answers), threading.Event(), queue.Queue[dict[str, Any]]()
+
+    def read() -> None:
+        for line in sys.stdin:
+            message = json.loads(line)
+            if "stop" in message:
+                stop.set()
+            else:
+                orders.put(message)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    wire.sign()
+    worker = _Worker(orders.get()["begin"], wire, stop)
+    while True:
+        job = Job(**orders.get()["job"])
+        answer = worker.answer(job)
+        wire.send(answer)
+        if "broken" in answer:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

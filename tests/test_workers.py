@@ -1,0 +1,188 @@
+"""Workers that are killed, hang, or lose their memory or device; what becomes of their trials, and of the search."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from attnsurgery.evaluate import EVALUATORS
+from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
+from attnsurgery.search.record import trained
+from tests._searches import change, small_search, write_images, write_space
+from tests.plugins.attnsurgery_dummy import Dummy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PLUGINS = str(Path(__file__).parent / "plugins")
+ROOT = str(Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dummy() -> Iterator[None]:
+    """Known to this process as to workers."""
+    assert "finetune" in EVALUATORS, "all others are loaded"
+    if "dummy" not in EVALUATORS:
+        EVALUATORS.register("dummy")(Dummy)
+    yield
+    EVALUATORS._entries.pop("dummy")
+
+
+@pytest.fixture
+def mishaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "mishaps"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", PLUGINS)
+    monkeypatch.setenv("DUMMY_MISHAPS", str(folder))
+    monkeypatch.setenv("DUMMY_LOG", str(tmp_path / "scores.jsonl"))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SearchConfig:
+    images, space = write_images(tmp_path / "images"), write_space(tmp_path)
+    return change(small_search(images, space, tmp_path / "run"), workers=1, evaluator="dummy")
+
+
+class Hearing(Listener):
+    """Has mishaps happen once the trials begin, and keeps what it was told."""
+
+    def __init__(self, mishaps: Path | None = None, planned: tuple[str, ...] = ()) -> None:
+        self.heard: list[str] = []
+        self._mishaps, self._planned = mishaps, planned
+
+    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+        for one in self._planned:
+            assert self._mishaps is not None
+            (self._mishaps / one).touch()
+
+    def phase(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def essence(outcome: Outcome) -> list[tuple[object, ...]]:
+    return [(r.number, r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in outcome.records]
+
+
+def scores(tmp_path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+
+
+def states(outcome: Outcome) -> list[str]:
+    """Of the study's trials."""
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
+    return [trial.state.name for trial in study.trials]
+
+
+def test_a_worker_comes_to_the_same_trials_as_this_process(config: SearchConfig, tmp_path: Path) -> None:
+    """Trained for real, each in an interpreter of its own."""
+    real = change(config, evaluator="finetune", trials=2)
+    here = run(change(real, workers=0, output=str(tmp_path / "here")))
+    there = run(real)
+    assert essence(there) == essence(here)
+    assert there.confirmation == here.confirmation
+    assert (there.folder / "base.safetensors").read_bytes() == (here.folder / "base.safetensors").read_bytes()
+    assert not (there.folder / "confirming").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("kill", "its worker was ended by SIGKILL, as a system short of memory does"),
+        ("exit", "its worker ended with exit code 7: the driver is gone"),
+        ("memory", "a forced lack of memory"),
+        ("device", "CUDA error: an illegal memory access was encountered"),
+        ("hang", "its worker gave no sign of life for 4 s"),
+    ],
+)
+def test_a_mishap_costs_its_trial_one_more_attempt_and_two_cost_the_trial(
+    config: SearchConfig, mishaps: Path, tmp_path: Path, kind: str, reason: str
+) -> None:
+    """Three in a row: two for the first trial, one for the second, none for the third."""
+    hearing = Hearing(mishaps, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
+    outcome = run(change(config, patience_minutes=4 / 60, trials=2), hearing)
+    failed, *rest = outcome.records
+    assert (failed.state, failed.reason, failed.attempts) == ("failed", reason, 2)
+    assert [(record.state, record.attempts) for record in rest] == [("trained", 2), ("trained", 1)]
+    half = ", at half the batch" if kind in ("kill", "memory") else ""
+    assert hearing.heard.count(f"begun again{half}: {reason}") == 2
+    _, again, whole, *_ = scores(tmp_path)  # the base is the first
+    assert (again["pieces"], whole["pieces"]) == (2 if half else 1, 1)
+    assert not list(mishaps.iterdir())
+
+
+def test_in_step_two_workers_come_to_the_same_trials_in_one_run_or_in_two(
+    config: SearchConfig, mishaps: Path, tmp_path: Path
+) -> None:
+    stepping = change(config, workers=2, in_step=True, trials=5)
+    straight = run(change(stepping, output=str(tmp_path / "straight")))
+    assert straight.trained == 5
+    first = run(change(stepping, trials=3))
+    assert first.trained == 3
+    assert "WAITING" in states(first), "the second of its step was asked for, and not needed"
+    again = run(stepping)
+    assert essence(again) == essence(straight)
+    pids = {entry["pid"] for entry in scores(tmp_path)}
+    assert len(pids) > 2, "two workers have scored in each of the runs"
+
+
+def test_several_workers_train_exactly_as_many_as_were_asked_for_and_none_twice(
+    config: SearchConfig, mishaps: Path
+) -> None:
+    outcome = run(change(config, workers=3, trials=8, sampler="tpe"))
+    assert outcome.trained == 8
+    assert Counter(record.digest for record in trained(outcome.records)).most_common(1)[0][1] == 1
+    assert not {"RUNNING", "WAITING"} & set(states(outcome))
+    assert [record.number for record in outcome.records] == sorted(record.number for record in outcome.records)
+
+
+def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(config: SearchConfig, mishaps: Path) -> None:
+    straight = run(change(config, trials=3, output=f"{config.output}-straight"))
+    mishap = Hearing()
+    begun: list[int] = []
+
+    class Asked(Hearing):
+        def asked(self, number: int, name: str) -> None:
+            begun.append(number)
+
+    os.environ["DUMMY_SECONDS"] = "3"
+    try:
+        stopped = run(change(config, trials=3), Asked(), stop=lambda: len(begun) == 2)
+    finally:
+        del os.environ["DUMMY_SECONDS"]
+    assert stopped.interrupted
+    assert stopped.trained == 1
+    assert states(stopped) == ["COMPLETE", "WAITING"]
+    assert (stopped.folder / "report.html").is_file()
+    assert essence(run(change(config, trials=3), mishap)) == essence(straight)
+
+
+def test_what_a_worker_cannot_do_ends_the_search_with_its_reason(config: SearchConfig, tmp_path: Path) -> None:
+    """The image is damaged; the coordinator never looks at one."""
+    from attnsurgery.errors import SearchError
+
+    (tmp_path / "images" / "dark" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SearchError, match=r"1 of \d+ images cannot be read: dark/0.png"):
+        run(change(config, evaluator="finetune"))
+
+
+def test_a_worker_ends_when_its_search_is_gone() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnsurgery.search.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ROOT},
+    )
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline()) == {"sign": True}
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+    process.stdout.close()
