@@ -24,7 +24,7 @@ from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.files import Journal, locked, write_whole
 from attnsurgery.search.record import Promotion, best, contenders, front
-from attnsurgery.search.store import Store, without_password
+from attnsurgery.search.store import Store, trials_of, without_password
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,11 +160,11 @@ def test_a_process_that_died_before_telling_the_study_loses_no_finished_trial(
     settle = Store._settle
     calls: list[int] = []
 
-    def dies(self: Store, number: int, record: Record) -> None:
-        calls.append(number)
+    def dies(self: Store, record: Record) -> None:
+        calls.append(record.number)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        settle(self, number, record)
+        settle(self, record)
 
     monkeypatch.setattr(Store, "_settle", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -321,8 +321,8 @@ def test_the_artefacts_say_what_was_found(finished: Outcome) -> None:
     with (finished.folder / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["recipe"] for row in rows] == [r.recipe["name"] for r in finished.front if r.recipe]
-    lines = [json.loads(line) for line in (finished.folder / "trials.jsonl").read_text().splitlines()]
-    assert differences([Record.from_dict(line) for line in lines], finished.records) == ""
+    written = trials_of(Journal(finished.folder / "trials.jsonl").read())
+    assert differences(list(written.values()), finished.records) == ""
 
 
 def test_the_report_has_the_verdict_every_trial_and_the_command(finished: Outcome) -> None:
@@ -522,7 +522,7 @@ def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfi
     try:
         records = run(second).records
     except NothingFeasibleError:
-        records = [Record.from_dict(json.loads(line)) for line in (Path(second.output) / "trials.jsonl").open()]
+        records = list(trials_of(Journal(Path(second.output) / "trials.jsonl").read()).values())
     foretold = [record for record in records if record.foretold_ms is not None and record.state != "duplicate"]
     assert foretold
     for record in foretold:

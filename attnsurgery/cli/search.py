@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import signal
 import threading
@@ -93,6 +94,12 @@ def search(
             "--in-step", help="Several workers wait for each other, so that the same seed makes the same search."
         ),
     ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on though software or machine are not those of before.")
+    ] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="Begin another search beside one that is there, in a directory of its own.")
+    ] = False,
     patience_minutes: Annotated[
         float, typer.Option(help="A worker that gives no sign of life for so long is ended, and its trial begun again.")
     ] = 10.0,
@@ -149,6 +156,7 @@ def search(
         seed=seed,
         workers=workers,
         in_step=in_step,
+        extend=extend,
         patience_minutes=patience_minutes,
         output="" if output is None else str(output),
         storage=storage,
@@ -157,6 +165,8 @@ def search(
         budgets = Budgets.of(config).describe().replace(" and ", "-").replace(" ", "")
         named = Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), budgets])
         config = config.model_copy(update={"output": str(named)})
+    if new:
+        config = config.model_copy(update={"output": _free(config.output)})
     if dry_run:
         _preview(config, as_json)
     else:
@@ -215,7 +225,7 @@ def command_of(config: SearchConfig) -> str:
     words = ["attnsurgery", "search", config.base]
     for name, info in SearchConfig.model_fields.items():
         value: Any = getattr(config, name)
-        if name == "base" or (value == info.default and name != "output"):
+        if name in ("base", "extend") or (value == info.default and name != "output"):
             continue
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [flag, without_password(value) if name == "storage" else f"{value}"]
@@ -242,6 +252,12 @@ def _default_base() -> str:
     from attnsurgery.search import DEFAULT_BASE
 
     return DEFAULT_BASE
+
+
+def _free(output: str) -> str:
+    """The directory's name, or with the first number behind it that is free."""
+    names = itertools.chain([output], (f"{output}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 def _stem(name: str) -> str:

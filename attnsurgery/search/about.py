@@ -7,7 +7,7 @@ run; the versions of the code are those of all runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -96,14 +96,24 @@ class About:
     """What of the base was trained before the search: all, its head, or nothing."""
 
     @classmethod
-    def of(cls, bench: Bench, reference: Latency, command: str, before: Mapping[str, Any] | None) -> About:
+    def of(
+        cls,
+        bench: Bench,
+        reference: Latency,
+        command: str,
+        before: Mapping[str, Any] | None,
+        others: Sequence[str] = (),
+    ) -> About:
         """Read off what trials are made on.
 
         Args:
             before: what an earlier run of this search has written, if there was one.
+            others: in what this run differs from the one before.
         """
         before = before or {}
         code, data = tuple(before.get("code", ())), bench.data
+        if others:
+            code = (*code, f"extended, {'; '.join(others)}")
         return cls(
             command=command or before.get("command", ""),
             conditions=bench.backend.conditions.describe(),
@@ -137,9 +147,13 @@ class About:
         return cls(**{**known, **tuples, "places": places, "stages": stages})
 
 
-def remember(store: Store, bench: Bench, reference: Latency, command: str) -> About:
-    """Write into the study what its report needs besides results, and that the search has not ended."""
-    about = About.of(bench, reference, command, store.fixed("about"))
+def remember(store: Store, bench: Bench, reference: Latency, command: str, others: Sequence[str] = ()) -> About:
+    """Write into the study what its report needs besides results, and that the search has not ended.
+
+    Args:
+        others: in what this run differs from the one before.
+    """
+    about = About.of(bench, reference, command, store.fixed("about"), others)
     store.fix("about", about.as_dict())
     store.fix("asked", bench.config.model_dump(exclude={"storage"}))  # it may hold a password
     store.fix("ended", None)

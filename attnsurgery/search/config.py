@@ -64,6 +64,7 @@ class SearchConfig(Strict):
     in_step: bool = Field(
         default=False, description="several workers get their candidates together: the same seed gives the same trials"
     )
+    extend: bool = Field(default=False, description="go on though software or machine are others")
     patience_minutes: Annotated[float, Field(gt=0)] = Field(
         default=10.0, description="a worker without a sign of life for so long is ended"
     )
@@ -79,10 +80,12 @@ class SearchConfig(Strict):
         return self
 
 
+VERSIONS = "versions"
+"""Of software and machine, among what was found: a search may go on with others, if it is asked to."""
 _FREE = {
     *("trials", "finalists", "confirm_seeds", "latency_seconds"),
     *("output", "storage", "space", "checkpoint"),
-    *("workers", "patience_minutes"),
+    *("workers", "patience_minutes", "extend"),
 }
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
 
@@ -93,27 +96,47 @@ def fixed_part(config: SearchConfig, found: Mapping[str, Any]) -> dict[str, Any]
     return {**config.model_dump(exclude=_FREE), **found, **in_step}
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str) -> None:
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str, extend: bool = False) -> list[str]:
     """Refuse to go on with another search than the one begun.
 
+    Args:
+        extend: other software, or another machine of the kind, is no reason to refuse.
+
+    Returns:
+        What differs all the same.
+
     Raises:
-        SearchError: lists what differs, as it was and as it is now.
+        SearchError: lists what differs, as it was and as it is now, and says what to do.
     """
-    changed = [f"{key}: was {was}, is now {now}" for key, (was, now) in differences(before, now).items()]
-    if changed:
+    found = {key: f"{key}: was {was}, is now {now}" for key, (was, now) in differences(before, now).items()}
+    grave = [said for key, said in found.items() if not key.startswith(f"{VERSIONS}.")]
+    if grave:
         raise SearchError(
             f"{run_dir} holds a search that differs from this one, and trials of both cannot be compared. "
-            f"{'; '.join(changed)}. Repeat the first command to go on with it, or give this one another --output."
+            f"{'; '.join(grave)}. Repeat the first command to go on with it, or begin another beside it with --new."
         )
+    if found and not extend:
+        raise SearchError(
+            f"{run_dir} was begun with other software, or on another machine, which may change scores and latencies. "
+            f"{'; '.join(found.values())}. Go on all the same with --extend, which the report will say, or begin "
+            "another beside it with --new."
+        )
+    return list(found.values())
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The settings in which two searches differ, with the short form of both values."""
+    """The settings in which two searches differ, with the short form of both values; of versions, each by itself."""
+    one, other = _flat(one), _flat(other)
     return {
         key: (_short(one.get(key)), _short(other.get(key)))
         for key in sorted({*one, *other})
         if one.get(key) != other.get(key)
     }
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {f"{VERSIONS}.{name}": version for name, version in settings.get(VERSIONS, {}).items()}
+    return {key: value for key, value in settings.items() if key != VERSIONS} | versions
 
 
 def _short(value: object) -> str:

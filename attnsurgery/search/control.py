@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnsurgery.errors import UsageError
-from attnsurgery.search.config import differences
+from attnsurgery.search.config import VERSIONS, differences
 from attnsurgery.search.record import Record, trained
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ def control_of(search: Saved, other: Saved) -> Control:
             f"--control {folder} was searched with --sampler {sampler}, and a control is drawn at random. "
             "Make one with the same command, --sampler random and another --output."
         )
-    found = {key: values for key, values in differences(search.fixed, other.fixed).items() if key not in _APART}
+    found = {
+        key: values
+        for key, values in differences(search.fixed, other.fixed).items()
+        if key not in _APART and not key.startswith(f"{VERSIONS}.")
+    }
     if found:
         said = "; ".join(f"{key}: {here} here, {there} there" for key, (here, there) in found.items())
         how = [_HOW[key].format(weights=search.outcome.folder / "base.safetensors") for key in found if key in _HOW]

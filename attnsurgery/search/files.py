@@ -87,7 +87,10 @@ class Journal:
             except ValueError:
                 if number == len(lines) - 1:
                     break
-                raise SearchError(f"{self.path}:{number} is damaged and is not the last line.") from None
+                raise SearchError(
+                    f"{self.path}:{number} is damaged and is not the last line. Of a search, attnsurgery repair "
+                    f"{self.path.parent} makes it whole."
+                ) from None
         return entries
 
 

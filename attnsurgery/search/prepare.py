@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from attnsurgery import __version__
 from attnsurgery.base import build_base, check_base, load_weights, weightless
 from attnsurgery.errors import UsageError
 from attnsurgery.evaluate import (
@@ -34,7 +35,7 @@ from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.calibrate import Shelf, base_key
-from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.files import write_weights
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
@@ -112,6 +113,7 @@ class Bench:
             "weights": self.weights,
             "choices": self.space.as_dict(),
             "conditions": asdict(self.backend.conditions),
+            VERSIONS: self.backend.versions() | {"attnsurgery": __version__, "timm": timm.__version__},
         }
 
 

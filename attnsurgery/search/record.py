@@ -82,6 +82,8 @@ class Record:
     """What could be known of it without training, by the proxy's name."""
     seconds: float = 0.0
     epochs: int = 0
+    slot: int | None = None
+    """How many candidates the search had asked for before this one."""
     attempts: int = 1
     """How often it was begun: more than once where a worker did not come back from it."""
     reason: str | None = None

@@ -24,9 +24,17 @@ from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.record import Record, contenders
-from attnsurgery.search.store import records_of, storage_errors, study_name, without_password
-
-_STUDY = "study.db"
+from attnsurgery.search.store import (
+    FORMAT_KEY,
+    STUDY,
+    TRIALS,
+    check_format,
+    records_of,
+    storage_errors,
+    study_name,
+    trials_of,
+    without_password,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def read(folder: Path, storage: str | None = None) -> Saved:
     """
     with _study(folder, storage) as study:
         kept = dict(study.user_attrs)
+        check_format(kept.get(FORMAT_KEY), str(folder))
         _check_written(kept, folder)
         with _readable(kept, folder):
             return Saved(_outcome(kept, _records(study, folder), folder), kept["config"])
@@ -99,9 +108,8 @@ def _records(study: optuna.Study, folder: Path) -> list[Record]:
     """Every finished trial, in order; the journal has the last word, for what happens is written there first."""
     there = {trial.number for trial in study.get_trials(deepcopy=False)}
     found = {record.number: record for record in records_of(study)}
-    for entry in Journal(folder / "trials.jsonl").read():
-        if entry["number"] in there:
-            found[entry["number"]] = Record.from_dict(entry)
+    written = trials_of(Journal(folder / TRIALS).read())
+    found |= {number: record for number, record in written.items() if number in there}
     return [found[number] for number in sorted(found)]
 
 
@@ -116,7 +124,7 @@ def _confirmation(kept: Mapping[str, Any], records: list[Record]) -> Confirmatio
 
 @contextmanager
 def _study(folder: Path, storage: str | None) -> Iterator[optuna.Study]:
-    with _url(folder, storage) as url, storage_errors(storage or f"{folder / _STUDY}"):
+    with _url(folder, storage) as url, storage_errors(storage or f"{folder / STUDY}"):
         kept = optuna.storages.RDBStorage(url)
         try:
             name = study_name(kept, folder)
@@ -136,15 +144,15 @@ def _url(folder: Path, storage: str | None) -> Iterator[str]:
             raise UsageError(_no_run(folder))
         yield storage
         return
-    if not (folder / _STUDY).is_file():
+    if not (folder / STUDY).is_file():
         raise UsageError(_no_run(folder))
     with TemporaryDirectory(prefix="attnsurgery-") as scratch:
-        copied = Path(scratch) / _STUDY
-        _copy(folder / _STUDY, copied)
+        copied = Path(scratch) / STUDY
+        copy_study(folder / STUDY, copied)
         yield f"sqlite:///{copied}"
 
 
-def _copy(study: Path, to: Path) -> None:
+def copy_study(study: Path, to: Path) -> None:
     """The database as of one moment, whoever writes to it."""
     try:
         # not read-only: what a dead writer left half-done has to be rolled back before anything can be read
@@ -157,20 +165,20 @@ def _copy(study: Path, to: Path) -> None:
 
 def _no_run(folder: Path) -> str:
     if not folder.is_dir():
-        beside = [entry.parent.name for entry in folder.parent.glob(f"*/{_STUDY}")]
+        beside = [entry.parent.name for entry in folder.parent.glob(f"*/{STUDY}")]
         return (
             f"there is no folder {folder}.{did_you_mean(folder.name, beside)} A run directory is what a search writes."
         )
     elsewhere = (
         " Its study is kept elsewhere: give --storage, the URL of the search."
-        if (folder / "trials.jsonl").exists()
+        if (folder / TRIALS).exists()
         else " A run directory is what attnsurgery search writes: see the last lines it printed, or its --output."
     )
-    return f"{folder} is no run directory: it has no {_STUDY}.{elsewhere}"
+    return f"{folder} is no run directory: it has no {STUDY}.{elsewhere}"
 
 
 def _no_study(folder: Path, storage: str | None, names: list[str]) -> str:
-    where = without_password(storage) if storage else f"{folder / _STUDY}"
+    where = without_password(storage) if storage else f"{folder / STUDY}"
     listed = ", ".join(sorted(names)[:10]) or "none"
     return (
         f"{where} has no study {folder.resolve().name!r}, which the folder's name asks for; there are: {listed}. "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets
+from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import Journal
 from attnsurgery.search.record import RankBy, Record
 from attnsurgery.search.space import BoundSpace
@@ -36,6 +37,12 @@ control."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
+STUDY, TRIALS = "study.db", "trials.jsonl"
+"""Of a run directory."""
+FACT, CLOCK = "fact", "clock"
+"""Keys of the journal: a line with the first keeps data of the whole search; the second is the search's own time."""
+FORMAT_KEY, FORMAT = "format", 1
+"""Of study and journal; one that is newer is not read."""
 SLOT, HOW, BEGUN = "slot", "how", "begun"
 """User attributes of a trial: which ask of the search it is, set when all of it is known; who chose it; how often work
 on it was begun."""
@@ -60,6 +67,44 @@ class Asked:
         return None if slot is None else cls(trial.number, {k: str(v) for k, v in trial.params.items()}, slot)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a study is told by: the same for all of its trials."""
+
+    choices: Mapping[str, Sequence[str]]
+    """The labels of every variable."""
+    max_blocks: int | None
+    budgets: Budgets
+    rank_by: RankBy
+
+    @classmethod
+    def of(cls, fixed: Mapping[str, Any]) -> Terms:
+        """From what `fixed_part` has made."""
+        asked = {name: fixed[name] for name in SearchConfig.model_fields if name in fixed}
+        choices = fixed["choices"]
+        budgets = Budgets.of(SearchConfig(**asked))
+        return cls(choices["variables"], choices["max_blocks"], budgets, fixed["rank_by"])
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {name: CategoricalDistribution(tuple(labels)) for name, labels in self.choices.items()}
+
+    def settle(self, study: optuna.Study, trial: optuna.trial.Trial, record: Record) -> None:
+        """Tell the study what became of a trial that runs."""
+        excess = self.budgets.excess(record)
+        for name, share in excess.items():
+            trial.set_constraint(name, share)
+        if self.max_blocks is not None:
+            trial.set_constraint(BLOCKS, float(record.blocks - self.max_blocks))
+        score = record.score_on(0, self.rank_by)
+        if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
+            study.tell(trial, state=TrialState.PRUNED)
+        elif score is not None:
+            study.tell(trial, score)
+        else:
+            study.tell(trial, state=TrialState.FAIL)
+
+
 class Store:
     """The only writer of a study.
 
@@ -79,13 +124,12 @@ class Store:
         rank_by: RankBy = "top1",
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        url = storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        url = storage or f"sqlite:///{(folder / STUDY).resolve()}"
         shown = url if isinstance(url, str) else type(url).__name__
-        self.journal = Journal(folder / "trials.jsonl")
+        self.journal = Journal(folder / TRIALS)
         self._space = space
         self._seed = seed
         self._sampler = SAMPLERS[sampler]
-        self._budgets = budgets
         self._rank_by = rank_by
         with storage_errors(shown):
             kept = optuna.storages.get_storage(url)
@@ -94,17 +138,21 @@ class Store:
             self._storage = kept
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
         self._began, self._before = time.monotonic(), float(self.fixed("seconds") or 0.0)
-        self._distributions: dict[str, BaseDistribution] = {
-            variable.name: CategoricalDistribution(tuple(variable.choices)) for variable in space.variables
-        }
+        choices = {variable.name: tuple(variable.choices) for variable in space.variables}
+        self._terms = Terms(choices, space.max_blocks, budgets, rank_by)
+        self._distributions = self._terms.distributions
+        check_format(self.fixed(FORMAT_KEY), str(folder))
+        if self.fixed(FORMAT_KEY) is None:
+            self.fix(FORMAT_KEY, FORMAT)
 
     def fixed(self, key: str) -> Any:
         """Data of the whole search kept under `key`, or None."""
         return self._study.user_attrs.get(key)
 
     def fix(self, key: str, value: Any) -> None:
-        """Keep data of the whole search."""
+        """Keep data of the whole search: in the study, and in the journal, from which a study can be made again."""
         self._study.set_user_attr(key, value)
+        self.journal.append({FACT: key, "value": value})
 
     def end(self, interrupted: bool) -> None:
         """Note that this run has come to its end, and not merely died."""
@@ -118,23 +166,25 @@ class Store:
     def open(self) -> list[Asked]:
         """Trials that were asked for and have no result: somebody works on them, or died at it, or was stopped.
 
-        What had its result written down before its process died is settled here.
+        Study and journal are made to agree first: a process may have died between writing to the one and to the other.
         """
-        known: dict[int, dict[str, Any]] = {entry["number"]: entry for entry in self.journal.read()}
-        for number, entry in known.items():
-            if (entry.get("promotions") or entry.get("halted")) and self.fixed(_promoted(number)) != entry:
-                self.fix(_promoted(number), entry)
+        told = {record.number: record for record in self.records()}
+        known = trials_of(self.journal.read())
+        for number, record in known.items():
+            if (record.promotions or record.halted) and told.get(number) != record:
+                self._study.set_user_attr(promoted_key(number), record.as_dict())
         found: list[Asked] = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            result = trial.user_attrs.get("record") or known.get(trial.number)
-            asked = Asked.of(trial)
+            asked, result = Asked.of(trial), told.get(trial.number) or known.get(trial.number)
             if result is not None:
-                self._settle(trial.number, Record.from_dict(result))
+                self._settle(result)
             elif asked is None:  # its process died while it was asked for: the next ask has its seed
                 self._storage.set_trial_user_attr(trial._trial_id, AGAIN, True)
                 self._study.tell(trial.number, state=TrialState.FAIL)
             else:
                 found.append(asked)
+        for number in sorted(told.keys() - known.keys()):
+            self.journal.append(told[number].as_dict())
         return found
 
     def slots(self) -> int:
@@ -175,12 +225,12 @@ class Store:
         """Write the record down, then tell the study; in this order nothing that was finished is lost.
 
         Returns:
-            The record with what only the store knows: who chose it.
+            The record with what only the store knows: which ask it answers, and who chose it.
         """
-        how = self._trial(record.number).user_attrs.get(HOW, {})
-        record = replace(record, **how)
-        self.journal.append(record.as_dict())
-        self._settle(record.number, record)
+        attributes = self._trial(record.number).user_attrs
+        record = replace(record, slot=attributes.get(SLOT), **attributes.get(HOW, {}))
+        self.journal.append({**record.as_dict(), CLOCK: self._seconds()})
+        self._settle(record)
         self._note_time()
         return record
 
@@ -204,30 +254,19 @@ class Store:
 
     def promote(self, record: Record) -> None:
         """Write down what became of a trial on a higher rung; the study's trial itself is finished and stays."""
-        self.journal.append(record.as_dict())
-        self.fix(_promoted(record.number), record.as_dict())
+        self.journal.append({**record.as_dict(), CLOCK: self._seconds()})
+        self._study.set_user_attr(promoted_key(record.number), record.as_dict())
         self._note_time()
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
 
-    def _settle(self, number: int, record: Record) -> None:
-        trial = optuna.trial.Trial(self._study, self._trial(number)._trial_id)
-        if self._trial(number).state is TrialState.WAITING:
-            self.take_up(number)  # only what runs can be told
+    def _settle(self, record: Record) -> None:
+        if self._trial(record.number).state is TrialState.WAITING:
+            self.take_up(record.number)  # only what runs can be told
+        trial = optuna.trial.Trial(self._study, self._trial(record.number)._trial_id)
         trial.set_user_attr("record", record.as_dict())
-        score = record.score_on(0, self._rank_by)
-        excess = self._budgets.excess(record)
-        for name, share in excess.items():
-            trial.set_constraint(name, share)
-        if self._space.max_blocks is not None:
-            trial.set_constraint(BLOCKS, float(record.blocks - self._space.max_blocks))
-        if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        elif score is not None:
-            self._study.tell(trial, score)
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
+        self._terms.settle(self._study, trial, record)
 
     def _digest(self, params: Mapping[str, Any]) -> str:
         """Of the candidate that a running trial stands for; '' where it is not known yet."""
@@ -236,9 +275,12 @@ class Store:
         recipe = self._space.recipe_of(params)
         return recipe.digest() if recipe else ""
 
+    def _seconds(self) -> float:
+        """That this search has taken, over all its runs, without the loading before each of them."""
+        return self._before + time.monotonic() - self._began
+
     def _note_time(self) -> None:
-        """Keep the seconds that this search has taken, over all its runs, without the loading before each of them."""
-        self.fix("seconds", self._before + time.monotonic() - self._began)
+        self._study.set_user_attr("seconds", self._seconds())
 
     def _unseen(self, places: Places, digests: set[str | None], seed: int) -> dict[str, str] | None:
         """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""
@@ -251,7 +293,7 @@ class Store:
         return None if picks is None else places.params(picks)
 
 
-def _promoted(number: int) -> str:
+def promoted_key(number: int | str) -> str:
     """Where the study keeps what became of a trial after it was told."""
     return f"promoted:{number}"
 
@@ -281,11 +323,37 @@ class _Given(BaseSampler):
         return self._assignment[param_name]
 
 
+def facts_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """From the lines of a journal: data of the whole search, as of the last line of each kind."""
+    return {entry[FACT]: entry["value"] for entry in entries if FACT in entry}
+
+
+def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
+    """From the lines of a journal: every finished trial by its number, as of its last line."""
+    return {
+        entry["number"]: Record.from_dict({key: value for key, value in entry.items() if key != CLOCK})
+        for entry in entries
+        if FACT not in entry
+    }
+
+
+def check_format(written: int | None, where: str) -> None:
+    """
+    Raises:
+        SearchError: another version has written it, in a way that this one does not know.
+    """
+    if written is not None and written > FORMAT:
+        raise SearchError(
+            f"{where} was written by a newer attnsurgery (format {written}, and this one knows {FORMAT}). Update "
+            "attnsurgery to go on with it; nothing was changed."
+        )
+
+
 def records_of(study: optuna.Study) -> list[Record]:
     """Every finished trial of a study, in order."""
     later = study.user_attrs
     return [
-        Record.from_dict(later.get(_promoted(trial.number), trial.user_attrs["record"]))
+        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs["record"]))
         for trial in study.get_trials(deepcopy=False)
         if "record" in trial.user_attrs
     ]
@@ -296,6 +364,22 @@ def study_name(storage: BaseStorage, folder: Path) -> str | None:
     names = optuna.get_all_study_names(storage)
     name = folder.resolve().name
     return name if name in names else names[0] if len(names) == 1 else None
+
+
+@contextmanager
+def writing_errors() -> Iterator[None]:
+    """Says of a study that cannot be written, because the disk is full or the server gone, what that means."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        reason = str(getattr(cause, "orig", None) or cause or error).splitlines()[0]
+        raise SearchError(
+            f"the study cannot be written: {reason.rstrip('.')}. All trials before are kept, and the same command goes "
+            "on as soon as it can be."
+        ) from None
 
 
 @contextmanager
@@ -310,7 +394,10 @@ def storage_errors(url: str) -> Iterator[None]:
         raise UsageError(f"--storage {without_password(url)} needs a database driver: {error}.") from None
     except (SQLAlchemyError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0].replace(url, without_password(url))
-        raise SearchError(f"the study at {without_password(url)} cannot be opened: {reason}") from None
+        mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""
+        raise SearchError(
+            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{mend}"
+        ) from None
 
 
 def without_password(url: str) -> str:

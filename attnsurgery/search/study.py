@@ -30,7 +30,7 @@ from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.processes import Processes
 from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
-from attnsurgery.search.store import Asked, Store, same_json
+from attnsurgery.search.store import Asked, Store, same_json, writing_errors
 from attnsurgery.search.trial import at_once, outlined
 from attnsurgery.search.watching import StopAsked
 
@@ -73,7 +73,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
-    with locked(folder), _crew(config, listener, stop, backend) as (bench, crew):
+    with locked(folder), writing_errors(), _crew(config, listener, stop, backend) as (bench, crew):
         (made,) = crew.all([Job("weights")])
         bench.weights = made["weights"]
         store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler, config.rank_by)
@@ -113,6 +113,8 @@ class _Search:
         self.bench, self.crew, self.store, self.folder = bench, crew, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
+        self._others: list[str] = []
+        """What differs from the search as it was begun, and is allowed to."""
         self._same_search()
         self._ready: deque[Asked] = deque(store.open())
         """Asked for, and given to nobody yet."""
@@ -122,7 +124,7 @@ class _Search:
         """The same candidates as others that are going: what becomes of those is theirs."""
         self.records = store.records()
         self.reference, self.base = self._reference()
-        self.about = remember(store, bench, self.reference, command)
+        self.about = remember(store, bench, self.reference, command, self._others)
         known = store.fixed("latencies")
         if known is None:
             known = Foreteller.kept(bench.shelf)
@@ -344,7 +346,9 @@ class _Search:
         if before is None:
             self.store.fix("config", now)
         else:
-            check_same(before, now, str(self.folder))
+            self._others = check_same(before, now, str(self.folder), self.config.extend)
+            if self._others:
+                self.store.fix("config", now)
 
     def _reference(self) -> tuple[Latency, Record]:
         """The base's own latency and score, taken once: every trial of the search is on this scale."""

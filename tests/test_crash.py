@@ -1,0 +1,92 @@
+"""Searches that are killed, stopped, or run out of disk: a short form of scripts/bench/crash.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
+
+
+def test_kills_torn_lines_and_a_full_disk_lose_nothing(tmp_path: Path) -> None:
+    words = "--kills 5 --memory 2 --hangs 1 --trials 6 --nap 1 --every 16 --json"
+    process = subprocess.run(
+        [sys.executable, "scripts/bench/crash.py", *words.split(), str(tmp_path / "figures.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    killed, torn, full = figures["killed"], figures["torn"], figures["full_disk"]
+    none = ("finished_trials_lost", "trained_twice", "left_running", "studies_unreadable", "workers_left")
+    assert {name: killed[name] for name in none} == dict.fromkeys(none, 0)
+    assert killed["trained"] == killed["asked_for"]
+    assert sum(killed["kills"].values()) == 5
+    assert torn["bytes"] > 100
+    assert (torn["not_read"], torn["studies_not_made"]) == (0, 0)
+    if "skipped" not in full:
+        assert full["exit_codes"] == [0, 1, 0]
+        assert "cannot" in full["said"]
+        assert full["lost"] == 0
+        assert full["trained"] == 30
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> list[str]:
+    words = "search --budget-ms 100 --latency fixed --evaluator dummy --trials 4 --input-size 32 --base-epochs 1"
+    return [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(tmp_path / "run")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}", "OMP_NUM_THREADS": "1", **more}
+
+
+def test_ctrl_c_once_ends_cleanly_and_twice_at_once(search: list[str], tmp_path: Path) -> None:
+    first = subprocess.Popen(search, env=environment(DUMMY_SECONDS="2"), stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    for line in first.stderr:  # the first trial has begun once the base is told
+        if line.startswith("base "):
+            break
+    time.sleep(0.5)
+    first.send_signal(signal.SIGINT)
+    said = first.stderr.read()
+    assert first.wait(timeout=60) == 130
+    assert "Go on with:  attnsurgery search" in said
+    assert (tmp_path / "run" / "report.html").is_file()
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
+    assert "RUNNING" not in {trial.state.name for trial in study.trials}
+    first.stderr.close()
+
+    (tmp_path / "mishaps").mkdir()
+    (tmp_path / "mishaps" / "hang").touch()
+    hanging = environment(DUMMY_MISHAPS=str(tmp_path / "mishaps"))
+    second = subprocess.Popen(search, env=hanging, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while (tmp_path / "mishaps" / "hang").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for _ in range(2):
+        second.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert second.wait(timeout=10) == 130
+    assert second.stderr is not None
+    second.stderr.close()
+
+    last = subprocess.run(search, env=environment(), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
+    assert [trial.state.name for trial in study.trials if "record" in trial.user_attrs].count("COMPLETE") == 4
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}

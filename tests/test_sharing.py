@@ -1,0 +1,227 @@
+"""Several searches at one study: nobody works on the same candidate, counts are exact, what is left is taken over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.search import run
+from attnsurgery.search.sharing import CLAIM, LEASE, Sharing
+from attnsurgery.search.store import Store, without_password
+from tests._searches import change, small_search, write_images, write_space
+
+ROOT = Path(__file__).parents[1]
+LETTERS = {"letter": CategoricalDistribution(("a", "b"))}
+
+
+def member(storage: str, folder: Path, lease_s: float = 30.0) -> tuple[optuna.Study, Sharing]:
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(storage=storage, study_name="shared", load_if_exists=True)
+    return study, Sharing(study, folder, lease_s)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'shared.db'}"
+
+
+def asked(study: optuna.Study) -> int:
+    return study.ask(LETTERS).number
+
+
+def test_of_two_with_the_same_candidate_the_later_one_gives_way(storage: str, tmp_path: Path) -> None:
+    (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
+    first, second, third = asked(study), asked(study), asked(study)
+    assert one.claim(first, "x", lambda: 9, set) == "mine"
+    assert other.claim(second, "x", lambda: 9, set) == "twin"
+    assert other.claim(third, "y", lambda: 9, set) == "mine"
+    assert study.trials[second].user_attrs[CLAIM] is None
+
+
+def test_the_last_place_is_given_once_and_a_finished_candidate_is_no_place(storage: str, tmp_path: Path) -> None:
+    (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
+    first, second, third = asked(study), asked(study), asked(study)
+    assert one.claim(second, "x", lambda: 1, set) == "mine", "nobody else was there"
+    assert other.claim(first, "y", lambda: 1, set) == "full", "though its number is lower"
+    assert other.claim(third, "z", lambda: 2, lambda: {"z"}) == "twin"
+
+
+def test_the_lower_number_waits_until_the_higher_one_has_given_way(storage: str, tmp_path: Path) -> None:
+    (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
+    low, high = asked(study), asked(study)
+    other.lease(study.trials[high])
+    study._storage.set_trial_user_attr(study.trials[high]._trial_id, CLAIM, {"digest": "x", "sure": False})
+    got: list[str] = []
+    waiting = threading.Thread(target=lambda: got.append(one.claim(low, "x", lambda: 9, set)))
+    waiting.start()
+    time.sleep(0.6)
+    assert got == []
+    assert other.claim(high, "x", lambda: 9, set) == "twin"
+    waiting.join(10)
+    assert got == ["mine"]
+
+
+def test_what_is_not_renewed_is_lost_and_goes_back_once(storage: str, tmp_path: Path) -> None:
+    """By a lease of another host; that of a dead process here needs no waiting."""
+    (study, one), (_, other) = member(storage, tmp_path / "1", 1.0), member(storage, tmp_path / "2", 1.0)
+    number = asked(study)
+    elsewhere = {"owner": "0", "host": "elsewhere", "pid": 1, "until": 0.0}
+    study._storage.set_trial_user_attr(study.trials[number]._trial_id, LEASE, elsewhere)
+    assert [trial.number for trial in one.elsewhere()] == [number]
+    assert one.lost() == other.lost() == []
+    time.sleep(1.1)
+    study._storage.set_trial_user_attr(study.trials[number]._trial_id, LEASE, {**elsewhere, "until": 1.0})
+    assert one.lost() == [], "it was renewed"
+    time.sleep(1.1)
+    (lost,) = one.lost()
+    assert one.elsewhere() == []
+    for taker in (one, other):
+        taker.inherit(lost, {"slot": 0})
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert study.trials[1].params == study.trials[0].params
+    assert study.trials[1].user_attrs == {"slot": 0}
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = asked(study)  # the one that was put back
+    assert gone == 1
+    here = one._lease()
+    study._storage.set_trial_user_attr(study.trials[gone]._trial_id, LEASE, {**here, "owner": "0", "pid": dead.pid})
+    assert [trial.number for trial in one.lost()] == [gone]
+
+
+def test_one_member_leads_and_the_next_one_when_it_is_gone(storage: str, tmp_path: Path) -> None:
+    _, one = member(storage, tmp_path / "1")
+    _, other = member(storage, tmp_path / "2")
+    assert not one.leads(), "others may have joined at the same moment"
+    time.sleep(3.1)
+    assert one.leads()
+    assert not other.leads()
+    one.leave()
+    assert other.leads()
+
+
+def test_secrets_stay_out_and_missing_drivers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"grpc://host:port"):
+        Store(tmp_path, "grpc://nowhere", *[None] * 3)  # type: ignore[arg-type]
+    if not shutil.which("mysqld"):
+        config = change(small_search(tmp_path, tmp_path, tmp_path / "run"), storage="mysql://me:secret@localhost/db")
+        with pytest.raises((UsageError, SearchError)) as raised:
+            Store(tmp_path, config.storage, *[None] * 3)  # type: ignore[arg-type]
+        assert "secret" not in str(raised.value)
+        assert "attnsurgery[mysql]" in str(raised.value)
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+        return
+    yield from _postgres(tmp_path)
+
+
+def _postgres(tmp_path: Path) -> Iterator[str]:
+    """A real server on loopback, with a data directory of its own; under another user where we are root."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
+    bin, data = found[-1].parent, tmp_path / "data"
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        data = Path(
+            subprocess.run(
+                ["mktemp", "-d", "/tmp/attnsurgery-pg-XXXXXX"], capture_output=True, text=True
+            ).stdout.strip()
+        )
+        shutil.chown(data, "postgres", "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+    port = 20000 + os.getpid() % 20000
+    subprocess.run([*as_user, bin / "initdb", "-D", data, "-A", "trust", "-U", "me"], check=True, capture_output=True)
+    options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(data)]
+    process = subprocess.Popen([*as_user, bin / "postgres", "-D", data, *options], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            ready = subprocess.run([bin / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
+            if ready.returncode == 0:
+                break
+            time.sleep(0.2)
+        yield f"postgresql://me:secret@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def test_two_searches_share_a_study_and_one_is_killed(server: str, tmp_path: Path) -> None:
+    """Two workers each; exactly as many trials as asked for, none twice, nothing left, no password anywhere."""
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DUMMY_SECONDS": "3"}
+    words = (
+        "search --budget-ms 100 --latency fixed --evaluator dummy --space se --trials 12 --input-size 32 --workers 2"
+    )
+    words += f" --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10 --storage {server}"
+    folders = [tmp_path / name / "shared" for name in ("one", "other")]
+    begun = []
+    for folder in folders:
+        with (tmp_path / f"{folder.parent.name}.log").open("w") as log:
+            command = [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(folder)]
+            begun.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    kept = optuna.storages.RDBStorage(server.replace("postgresql://", "postgresql+psycopg://"))
+    one, other = begun
+    name = folders[0] / ".owner"
+    deadline = time.monotonic() + 200
+    while not (name.exists() and any(lease["owner"] == name.read_text() for lease in leases(kept, "RUNNING"))):
+        assert one.poll() is None, (tmp_path / "one.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    one.kill()
+    one.wait()
+    assert other.wait(timeout=240) == 0, (tmp_path / "other.log").read_text()
+    study = optuna.load_study(study_name="shared", storage=kept)
+    records = [trial.user_attrs["record"] for trial in study.trials if "record" in trial.user_attrs]
+    trained = [record["digest"] for record in records if record["state"] == "trained"]
+    assert len(trained) == 12
+    assert Counter(trained).most_common(1)[0][1] == 1
+    assert not leases(kept, "RUNNING")
+    assert len({lease["owner"] for lease in leases(kept)}) == 2, "both have worked"
+    kept.remove_session()
+    kept.engine.dispose()
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.suffix in {".log", ".html", ".jsonl", ".yaml", ".csv", ".json"}:
+            assert "secret" not in path.read_text(errors="replace"), path
+
+
+def leases(storage: optuna.storages.RDBStorage, *states: str) -> list[dict[str, object]]:
+    """Of the trials of the shared study, where there is one, in these states or any."""
+    if "shared" not in optuna.get_all_study_names(storage):
+        return []
+    trials = optuna.load_study(study_name="shared", storage=storage).trials
+    return [t.user_attrs[LEASE] for t in trials if LEASE in t.user_attrs and (not states or t.state.name in states)]
+
+
+def test_a_shared_study_goes_on_in_the_same_directory(storage: str, tmp_path: Path) -> None:
+    images, space = write_images(tmp_path / "images"), write_space(tmp_path)
+    config = change(small_search(images, space, tmp_path / "run"), storage=storage, evaluator="blocks")
+    first = run(change(config, trials=2))
+    assert first.trained == 2
+    again = run(change(config, trials=3))
+    assert again.trained == 3
+    assert [record.assignment for record in again.records[:2]] == [record.assignment for record in first.records]
