@@ -51,7 +51,12 @@ def search(tmp_path: Path) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}", "OMP_NUM_THREADS": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def test_ctrl_c_once_ends_cleanly_and_twice_at_once(search: list[str], tmp_path: Path) -> None:

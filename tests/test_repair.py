@@ -136,7 +136,9 @@ def test_other_software_is_refused_with_the_difference_and_extend_goes_on(
 ) -> None:
     monkeypatch.setattr("attnsurgery.search.prepare.timm.__version__", "9.9.9")
     config = config_in(finished, damaged)
-    with pytest.raises(SearchError, match=r"versions.timm: was '[\d.]+', is now '9.9.9'\. Go on all the same with --ext"):
+    with pytest.raises(
+        SearchError, match=r"versions.timm: was '[\d.]+', is now '9.9.9'\. Go on all the same with --ext"
+    ):
         run(config)
     again = run(change(config, extend=True))
     assert again.records == finished.records

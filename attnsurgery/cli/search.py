@@ -100,6 +100,10 @@ def search(
     new: Annotated[
         bool, typer.Option("--new", help="Begin another search beside one that is there, in a directory of its own.")
     ] = False,
+    lease_seconds: Annotated[
+        float,
+        typer.Option(help="At a --storage that others share, what a search does not renew for so long is taken over."),
+    ] = 60.0,
     patience_minutes: Annotated[
         float, typer.Option(help="A worker that gives no sign of life for so long is ended, and its trial begun again.")
     ] = 10.0,
@@ -157,6 +161,7 @@ def search(
         workers=workers,
         in_step=in_step,
         extend=extend,
+        lease_seconds=lease_seconds,
         patience_minutes=patience_minutes,
         output="" if output is None else str(output),
         storage=storage,

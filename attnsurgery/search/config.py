@@ -64,6 +64,9 @@ class SearchConfig(Strict):
     in_step: bool = Field(
         default=False, description="several workers get their candidates together: the same seed gives the same trials"
     )
+    lease_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="at a shared study, what a search does not renew for so long is taken over by others"
+    )
     extend: bool = Field(default=False, description="go on though software or machine are others")
     patience_minutes: Annotated[float, Field(gt=0)] = Field(
         default=10.0, description="a worker without a sign of life for so long is ended"
@@ -85,7 +88,7 @@ VERSIONS = "versions"
 _FREE = {
     *("trials", "finalists", "confirm_seeds", "latency_seconds"),
     *("output", "storage", "space", "checkpoint"),
-    *("workers", "patience_minutes", "extend"),
+    *("workers", "patience_minutes", "lease_seconds", "extend"),
 }
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
 

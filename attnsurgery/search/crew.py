@@ -2,7 +2,7 @@
 
 A job that a worker did not come back from, because it was killed, hung, or lost its device or its memory, is begun once
 more on a fresh one: at half the batch, its gradients added up, where memory was the cause. After that it is lost, with
-the reason; whose job it was decides what follows.
+the reason; whose job it was decides what follows. One that the search cannot do without is begun some more times.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from attnsurgery.search.prepare import Bench
 from attnsurgery.search.trial import breaks, out_of_memory, reason_of
 from attnsurgery.search.watching import StopAsked, Watching
 
-ATTEMPTS = 2
-"""How often a job is begun within one run."""
+_ESSENTIAL = 4
+"""How often a job is begun that the search cannot do without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Crew(ABC):
             AttnSurgeryError: one of them cannot be done.
         """
         for tag, job in enumerate(jobs):
-            self.give(replace(job, tag=tag))
+            self.give(replace(job, tag=tag, most=_ESSENTIAL))
         done: list[Done] = []
         while self.busy:
             for one in self.wait(_A_WHILE):
@@ -152,7 +152,7 @@ class Here(Crew):
             except Exception as error:
                 if not breaks(error):
                     raise
-                if job.attempt < ATTEMPTS:
+                if job.attempt < job.most:
                     job = job.again(out_of_memory(error))
                     continue
                 done = Done(job, lost=reason_of(error))

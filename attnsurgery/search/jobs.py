@@ -30,6 +30,8 @@ class Job:
     """The trial that it is for."""
     attempt: int = 1
     """How often this run has begun it, this time counted."""
+    most: int = 2
+    """How often it may begin it."""
     before: int = 0
     """How often earlier runs have."""
     pieces: int = 1

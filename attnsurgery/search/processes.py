@@ -28,7 +28,7 @@ from attnsurgery import errors
 from attnsurgery.errors import AttnSurgeryError, SearchError
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.crew import ATTEMPTS, Crew, Done
+from attnsurgery.search.crew import Crew, Done
 from attnsurgery.search.jobs import Job
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.record import Timing
@@ -227,7 +227,7 @@ class Processes(Crew):
             return []
         if self._stopped_at is not None:
             return [Done(job, stopped=True)]
-        if job.attempt >= ATTEMPTS:
+        if job.attempt >= job.most:
             return [Done(job, lost=reason)]
         self._waiting.appendleft(job.again(out_of_memory))
         half = ", at half the batch" if out_of_memory else ""

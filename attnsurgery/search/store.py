@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import Journal
-from attnsurgery.search.record import RankBy, Record
+from attnsurgery.search.record import RankBy, Record, State, trained
+from attnsurgery.search.sharing import Claimed, Sharing
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
 
@@ -39,6 +40,10 @@ _STUCK = 3
 _EMPTY = {"duplicate", "too_many_blocks"}
 STUDY, TRIALS = "study.db", "trials.jsonl"
 """Of a run directory."""
+RECORD = "record"
+"""User attribute of a trial: what became of it."""
+KNOWN: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
+"""States of a candidate that need not be tried again."""
 FACT, CLOCK = "fact", "clock"
 """Keys of the journal: a line with the first keeps data of the whole search; the second is the search's own time."""
 FORMAT_KEY, FORMAT = "format", 1
@@ -46,6 +51,10 @@ FORMAT_KEY, FORMAT = "format", 1
 SLOT, HOW, BEGUN = "slot", "how", "begun"
 """User attributes of a trial: which ask of the search it is, set when all of it is known; who chose it; how often work
 on it was begun."""
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+"""Of a URL that names none."""
+_LOCKED_S = 60.0
+_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "grpc": "grpc"}
 _NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
 
 
@@ -122,6 +131,7 @@ class Store:
         seed: int,
         sampler: str = "additive",
         rank_by: RankBy = "top1",
+        lease_s: float = 60.0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = storage or f"sqlite:///{(folder / STUDY).resolve()}"
@@ -132,11 +142,11 @@ class Store:
         self._sampler = SAMPLERS[sampler]
         self._rank_by = rank_by
         with storage_errors(shown):
-            kept = optuna.storages.get_storage(url)
+            self._opened = kept = _opened(url)
             # a folder's own database holds its study, whatever the folder was called when that began
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
-            self._storage = kept
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
+            self._storage = self._study._storage  # with Optuna's cache of finished trials
         self._began, self._before = time.monotonic(), float(self.fixed("seconds") or 0.0)
         choices = {variable.name: tuple(variable.choices) for variable in space.variables}
         self._terms = Terms(choices, space.max_blocks, budgets, rank_by)
@@ -144,6 +154,8 @@ class Store:
         check_format(self.fixed(FORMAT_KEY), str(folder))
         if self.fixed(FORMAT_KEY) is None:
             self.fix(FORMAT_KEY, FORMAT)
+        self.sharing = Sharing(self._study, folder, lease_s) if storage else None
+        """With other searches at the same study; None where it lies in the run directory, which one search has."""
 
     def fixed(self, key: str) -> Any:
         """Data of the whole search kept under `key`, or None."""
@@ -154,10 +166,18 @@ class Store:
         self._study.set_user_attr(key, value)
         self.journal.append({FACT: key, "value": value})
 
+    def close(self) -> None:
+        """Let go of the database."""
+        if isinstance(self._opened, optuna.storages.RDBStorage):
+            self._opened.remove_session()
+            self._opened.engine.dispose()
+
     def end(self, interrupted: bool) -> None:
         """Note that this run has come to its end, and not merely died."""
         self._note_time()
         self.fix("ended", "interrupted" if interrupted else "finished")
+        if self.sharing:
+            self.sharing.leave()
 
     def records(self) -> list[Record]:
         """Every finished trial, in order."""
@@ -176,6 +196,8 @@ class Store:
         found: list[Asked] = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
             asked, result = Asked.of(trial), told.get(trial.number) or known.get(trial.number)
+            if self.sharing and trial.state is TrialState.RUNNING and not self.sharing.is_mine(trial):
+                continue  # somebody else's, who may live
             if result is not None:
                 self._settle(result)
             elif asked is None:  # its process died while it was asked for: the next ask has its seed
@@ -183,6 +205,8 @@ class Store:
                 self._study.tell(trial.number, state=TrialState.FAIL)
             else:
                 found.append(asked)
+                if self.sharing and trial.state is TrialState.RUNNING:
+                    self.sharing.lease(trial)
         for number in sorted(told.keys() - known.keys()):
             self.journal.append(told[number].as_dict())
         return found
@@ -210,6 +234,8 @@ class Store:
         base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
         self._study.sampler = sampler = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
         trial = self._study.ask(self._distributions)
+        if self.sharing:
+            self.sharing.lease(self._trial(trial.number))
         if (there := Asked.of(self._trial(trial.number))) is not None:
             return there  # one that was put back goes first
         how = {
@@ -222,13 +248,15 @@ class Store:
         return Asked(trial.number, {name: str(trial.params[name]) for name in self._distributions}, slot)
 
     def finish(self, record: Record) -> Record:
-        """Write the record down, then tell the study; in this order nothing that was finished is lost.
+        """Write the record down twice, then tell the study; in this order nothing that was finished is lost.
 
         Returns:
             The record with what only the store knows: which ask it answers, and who chose it.
         """
         attributes = self._trial(record.number).user_attrs
         record = replace(record, slot=attributes.get(SLOT), **attributes.get(HOW, {}))
+        # first where whoever takes up what this process leaves behind looks for it
+        self._storage.set_trial_user_attr(self._trial(record.number)._trial_id, RECORD, record.as_dict())
         self.journal.append({**record.as_dict(), CLOCK: self._seconds()})
         self._settle(record)
         self._note_time()
@@ -236,14 +264,53 @@ class Store:
 
     def put_back(self, number: int) -> None:
         """Nobody works on it any more; whoever asks next takes it up."""
+        if self.sharing:
+            self.sharing.release(number)
         self._storage.set_trial_state_values(self._trial(number)._trial_id, TrialState.WAITING)
 
     def take_up(self, number: int) -> bool:
         """Work on one that was put back, or that died with its process; False if another search was faster."""
         trial = self._trial(number)
-        if trial.state is TrialState.WAITING:
-            return bool(self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING))
-        return trial.state is TrialState.RUNNING
+        if trial.state is TrialState.WAITING and not self._storage.set_trial_state_values(
+            trial._trial_id, TrialState.RUNNING
+        ):
+            return False
+        if self.sharing and not trial.state.is_finished():
+            self.sharing.lease(trial)
+        return not trial.state.is_finished()
+
+    def claim(self, number: int, digest: str, wanted: int) -> Claimed:
+        """Whether this search may work on a trial that it has taken up, or another one is at the same, or enough are.
+
+        Args:
+            wanted: so many trained candidates are asked for.
+        """
+        if self.sharing is None:
+            return "mine"
+
+        def done() -> set[str | None]:
+            return {record.digest for record in self.records() if record.state in KNOWN}
+
+        return self.sharing.claim(number, digest, lambda: wanted - len(trained(self.records())), done)
+
+    def elsewhere(self) -> int:
+        """How many trials other searches work on."""
+        return len(self.sharing.elsewhere()) if self.sharing else 0
+
+    def take_over(self) -> None:
+        """Settle, or put back for whoever is free, what searches that are gone have left running."""
+        for trial in self.sharing.lost() if self.sharing else ():
+            if RECORD in trial.user_attrs:
+                with suppress(ValueError, RuntimeError):  # another one was faster
+                    self._settle(Record.from_dict(trial.user_attrs[RECORD]))
+            elif self.sharing:
+                kept = {name: trial.user_attrs[name] for name in (SLOT, HOW, BEGUN) if name in trial.user_attrs}
+                self.sharing.inherit(trial, kept if SLOT in kept else None)
+
+    def beat(self) -> None:
+        """Show that this search lives."""
+        if self.sharing:
+            self.sharing.beat()
 
     def begun(self, number: int) -> int:
         """Note that the work on a trial begins, in this run or another; how often it has been, this time counted."""
@@ -265,8 +332,10 @@ class Store:
         if self._trial(record.number).state is TrialState.WAITING:
             self.take_up(record.number)  # only what runs can be told
         trial = optuna.trial.Trial(self._study, self._trial(record.number)._trial_id)
-        trial.set_user_attr("record", record.as_dict())
+        trial.set_user_attr(RECORD, record.as_dict())
         self._terms.settle(self._study, trial, record)
+        if self.sharing:
+            self.sharing.release(record.number)
 
     def _digest(self, params: Mapping[str, Any]) -> str:
         """Of the candidate that a running trial stands for; '' where it is not known yet."""
@@ -353,9 +422,9 @@ def records_of(study: optuna.Study) -> list[Record]:
     """Every finished trial of a study, in order."""
     later = study.user_attrs
     return [
-        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs["record"]))
+        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs[RECORD]))
         for trial in study.get_trials(deepcopy=False)
-        if "record" in trial.user_attrs
+        if RECORD in trial.user_attrs
     ]
 
 
@@ -364,6 +433,21 @@ def study_name(storage: BaseStorage, folder: Path) -> str | None:
     names = optuna.get_all_study_names(storage)
     name = folder.resolve().name
     return name if name in names else names[0] if len(names) == 1 else None
+
+
+def _opened(url: str | BaseStorage) -> BaseStorage:
+    """What a URL names, with the drivers that the extras of this package install."""
+    if not isinstance(url, str):
+        return url
+    scheme, colon, rest = url.partition("://")
+    if scheme == "grpc":
+        host, _, port = rest.rstrip("/").rpartition(":")
+        if not (host and port.isdecimal()):
+            raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
+    how = {"connect_args": {"timeout": _LOCKED_S}} if scheme == "sqlite" else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(f"{_DRIVERS.get(scheme, scheme)}{colon}{rest}", engine_kwargs=how)
 
 
 @contextmanager
@@ -391,7 +475,11 @@ def storage_errors(url: str) -> Iterator[None]:
     except ArgumentError:
         raise UsageError(_NO_URL) from None
     except ImportError as error:
-        raise UsageError(f"--storage {without_password(url)} needs a database driver: {error}.") from None
+        kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
+        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[kind]}]'" if kind else ""
+        raise UsageError(
+            f"--storage {without_password(url)} needs a package that is missing: {error}.{extra}"
+        ) from None
     except (SQLAlchemyError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0].replace(url, without_password(url))
         mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""

@@ -8,9 +8,10 @@ those of a search that was never stopped: with one worker, or with several in st
 from __future__ import annotations
 
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.processes import Processes
 from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
-from attnsurgery.search.store import Asked, Store, same_json, writing_errors
+from attnsurgery.search.store import KNOWN, Asked, Store, same_json, writing_errors
 from attnsurgery.search.trial import at_once, outlined
 from attnsurgery.search.watching import StopAsked
 
@@ -42,8 +43,6 @@ _HOPELESS_BASE = 4
 _MOST_ATTEMPTS = 3
 """A trial is begun so often, over all runs: what every process dies of is the trial's own fault."""
 _WAIT_S = 1.0
-_KNOWN = {"trained", "over_budget", "failed"}
-"""States of a candidate that need not be tried again."""
 
 
 def run(
@@ -73,12 +72,15 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
-    with locked(folder), writing_errors(), _crew(config, listener, stop, backend) as (bench, crew):
+    pulse = _Pulse(stop)
+    with locked(folder), writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
         (made,) = crew.all([Job("weights")])
         bench.weights = made["weights"]
-        store = Store(folder, config.storage, bench.space, bench.budgets, config.seed, config.sampler, config.rank_by)
-        search = _Search(bench, crew, store, folder, listener, stop, command)
-        outcome = search.go()
+        how = config.seed, config.sampler, config.rank_by, config.lease_seconds
+        store = Store(folder, config.storage, bench.space, bench.budgets, *how)
+        pulse.beat = store.beat
+        with closing(store):
+            outcome = _Search(bench, crew, store, folder, listener, pulse, command).go()
     outcome.check_feasible()
     return outcome
 
@@ -95,6 +97,18 @@ def _crew(
         yield bench, crew
     finally:
         crew.close()
+
+
+class _Pulse:
+    """Whether to stop, as it was given; whoever asks, and that is often, keeps the search's leases alive."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+        self.beat: Callable[[], None] = lambda: None
+
+    def __call__(self) -> bool:
+        self.beat()
+        return self._stop()
 
 
 class _Search:
@@ -139,8 +153,9 @@ class _Search:
         interrupted = False
         try:
             self._trials()
-            self._promotions()
-            self._confirm()
+            if self._leads():
+                self._promotions()
+                self._confirm()
         except StopAsked:
             interrupted = True
         except Exception:
@@ -155,17 +170,53 @@ class _Search:
     def _trials(self) -> None:
         """Ask, measure and train until enough candidates are trained, or there are no more."""
         while True:
+            self._refresh()
             if not self.stop():
                 self._hand_out()
-            if not self.crew.busy:
+            if self.crew.busy:
+                for done in self.crew.wait(_WAIT_S):
+                    self._take_in(done)
+            elif self.stop() or not self.store.elsewhere():
                 break
-            for done in self.crew.wait(_WAIT_S):
-                self._take_in(done)
+            else:
+                time.sleep(_WAIT_S)
         self._go_on()
+
+    def _refresh(self) -> None:
+        """Take in what other searches have done at this study, and take over what they left."""
+        if self.store.sharing is None:
+            return
+        self.store.take_over()
+        known = {record.number for record in self.records}
+        self.records = self.store.records()
+        for record in self.records:
+            if record.number not in known:
+                self.store.journal.append(record.as_dict())
+                self.listener.told(record, len(trained(self.records)), self.config.trials)
+        self._ready.extendleft(reversed(self._twins))
+        self._twins.clear()
+
+    def _leads(self) -> bool:
+        """True of the one search that does what is left; another one waits until that is done, or its turn comes.
+
+        Raises:
+            StopAsked: the user asked for an end.
+        """
+        sharing = self.store.sharing
+        while sharing is not None and not sharing.leads():
+            self._go_on()
+            if self.store.fixed("ended") == "finished" and not self.store.elsewhere():
+                kept = self.store.fixed("confirmation")
+                self.records = self.store.records()
+                self.confirmation = Confirmation.from_dict(kept) if kept else None
+                return False
+            time.sleep(_WAIT_S)
+        self._refresh()
+        return True
 
     def _hand_out(self) -> None:
         """Give every free worker a trial, as long as trials are wanted."""
-        while self.crew.busy < self.crew.size and self.config.trials - len(trained(self.records)) > len(self._going):
+        while self.crew.busy < self.crew.size and self._wanted() > 0:
             for _ in range(self._due()):
                 if self._more():
                     self.foreteller.learn(self.records)
@@ -174,6 +225,10 @@ class _Search:
             if not self._ready:
                 return
             self._begin(self._ready.popleft())
+
+    def _wanted(self) -> int:
+        """How many candidates are still to be trained that nobody works on."""
+        return self.config.trials - len(trained(self.records)) - len(self._going) - self.store.elsewhere()
 
     def _due(self) -> int:
         """How many candidates are to be asked for now.
@@ -208,11 +263,17 @@ class _Search:
             return  # another search was faster
         record = outlined(self.bench, asked.number, asked.assignment, self.foreteller.over(asked.assignment))
         self.listener.asked(asked.number, record.recipe["name"] if record.recipe else "the base as it is")
-        seen = {known.digest: known for known in self.records if known.digest and known.state in _KNOWN}
+        seen = {known.digest: known for known in self.records if known.digest and known.state in KNOWN}
         if (settled := at_once(self.bench, record, {**seen, "": self.base})) is not None:
             self._told(settled)
         elif any(self._digest(other) == record.digest for other in self._going.values()):
             self._twins.append(asked)
+        elif (claimed := self.store.claim(asked.number, record.digest or "", self.config.trials)) != "mine":
+            if claimed == "twin":
+                self._twins.append(asked)
+            else:
+                self.store.put_back(asked.number)
+            self._refresh()
         elif (attempts := self.store.begun(asked.number)) > _MOST_ATTEMPTS:
             reason = f"it was begun {_MOST_ATTEMPTS} times, and the search died each time"
             self._told(replace(record, reason=reason, attempts=_MOST_ATTEMPTS))
@@ -311,7 +372,8 @@ class _Search:
         kept = self.store.fixed("confirmation")
         before = Confirmation.from_dict(kept) if kept else None
         asked = self.config.finalists, self.config.confirm_seeds
-        if before and before.answers(order, *asked) and (self.folder / "best").is_dir():
+        there = self.store.sharing is not None or (self.folder / "best").is_dir()
+        if before and before.answers(order, *asked) and there:
             self.confirmation = before
             return
         done = confirm(self.config, self.bench.budgets, order, self.reference, self._work).after(kept)
@@ -352,7 +414,7 @@ class _Search:
 
     def _reference(self) -> tuple[Latency, Record]:
         """The base's own latency and score, taken once: every trial of the search is on this scale."""
-        kept = self.store.fixed("base")
+        kept = self._base_of_others()
         if kept is None:
             (kept,) = self.crew.all([Job("base latency")])
             self.store.fix("base", dict(kept))
@@ -363,6 +425,18 @@ class _Search:
             kept = {**kept, "record": self._base(reference, kept["peak_mb"], scores).as_dict()}
             self.store.fix("base", kept)
         return reference, Record.from_dict(kept["record"])
+
+    def _base_of_others(self) -> Any:
+        """What another search at the same study has made of the base; what there is, once nobody else is to make it.
+
+        Raises:
+            StopAsked: the user asked for an end.
+        """
+        sharing = self.store.sharing
+        while sharing is not None and "record" not in (self.store.fixed("base") or {}) and not sharing.leads():
+            self._go_on()
+            time.sleep(_WAIT_S)
+        return self.store.fixed("base")
 
     def _base(self, reference: Latency, peak_mb: float | None, scores: list[Promotion]) -> Record:
         half = reference.noise * reference.p50_ms

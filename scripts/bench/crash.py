@@ -39,7 +39,7 @@ from attnsurgery.search.files import Journal
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.repair import repair
 from attnsurgery.search.saved import copy_study
-from attnsurgery.search.store import STUDY, TRIALS, records_of, trials_of
+from attnsurgery.search.store import FACT, STUDY, TRIALS, records_of, trials_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,8 +71,6 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
     mishaps.mkdir()
     planned = ["memory"] * asked.memory + ["hang"] * asked.hangs
     rng.shuffle(planned)
-    for index, kind in enumerate(planned):
-        (mishaps / f"{kind}-{index:03}").touch()
     kills: Counter[str] = Counter()
     seen: dict[int, Record] = {}
     unreadable = runs = 0
@@ -95,6 +93,9 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
                 written, readable = snapshot(output, scratch)
                 unreadable += not readable
                 seen |= written
+                for index, kind in enumerate(planned if seen else ()):  # trials have begun
+                    (mishaps / f"{kind}-{index:03}").touch()
+                planned = [] if seen else planned
                 done = len(trained(seen.values()))
                 print(f"kill {kills.total()} of {asked.kills}: {'worker' if worker else 'coordinator'}, {done} trained")
                 sys.stdout.flush()
@@ -172,10 +173,11 @@ def workers_left(output: Path) -> list[int]:
 
 
 def torn(output: Path, scratch: Path) -> dict[str, int]:
-    """Cut the journal off at every byte of its last line."""
-    whole = (output / TRIALS).read_bytes()
-    begin = whole.rfind(b"\n", 0, len(whole) - 1) + 1
-    before = Journal(output / TRIALS).read()
+    """Cut the journal off at every byte of the line of its last trial."""
+    lines = (output / TRIALS).read_bytes().splitlines(keepends=True)
+    last = max(index for index, line in enumerate(lines) if FACT not in json.loads(line))
+    whole, begin = b"".join(lines[: last + 1]), len(b"".join(lines[:last]))
+    before = [json.loads(line) for line in lines[: last + 1]]
     unread, unmade = 0, 0
     for cut in range(begin, len(whole)):
         journal = Journal(scratch / "torn.jsonl")
