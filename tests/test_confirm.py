@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import SearchConfig, Timing, run
 from attnsurgery.search.confirm import Confirmation, judge
-from attnsurgery.search.numbers import gain_of, sign_test
+from attnsurgery.search.numbers import gain_of, pooled, sign_test
 from attnsurgery.search.record import contenders
 from tests._searches import change, small_search, write_images, write_space
 
@@ -122,7 +123,7 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
 def test_who_may_be_over_the_budget_is_looked_at_longer_and_leaves_its_place_if_that_does_not_tell(
     config: SearchConfig, told: bool
 ) -> None:
-    """The best candidate's interval reaches over the budget at the second look; at the third it may not."""
+    """The best candidate's interval reaches over the budget at the first two looks, and at the third one perhaps."""
     first = run(change(config, finalists=1))
     order = contenders(first.records, first.config.rank_by)
     efforts: list[float] = []
@@ -133,7 +134,7 @@ def test_who_may_be_over_the_budget_is_looked_at_longer_and_leaves_its_place_if_
             if sum(parameter.numel() for parameter in variant.parameters()) != order[0].parameters:
                 return found
             efforts.append(self.effort.max_seconds)
-            vague = len(efforts) == 2 or (len(efforts) == 3 and not told)
+            vague = len(efforts) <= 2 or not told
             return replace(found, ratio_high=1e6 * found.ratio) if vague else found
 
     backend = Vague(Conditions(input_size=(3, 32, 32), threads=1))
@@ -244,3 +245,27 @@ def test_models_that_never_differ_have_no_gain_and_one_that_always_does_has() ->
     wrong, right = np.zeros((2, 8), dtype=bool), np.ones((2, 8), dtype=bool)
     assert gain_of(right, right).p_value == 1.0
     assert gain_of(right, wrong).p_value == gain_of(right[:1], wrong[:1]).p_value == sign_test(8, 0)
+
+
+def test_measurements_that_agree_are_one_of_more_certainty_and_others_one_of_less() -> None:
+    mean, half = pooled([10.0, 10.0], [0.2, 0.2])
+    assert (mean, half) == (pytest.approx(10.0), pytest.approx(0.2 / math.sqrt(2)))
+    mean, half = pooled([10.0, 10.1], [0.2, 0.4])
+    assert mean == pytest.approx(10.02), "the more certain one counts four times"
+    mean, half = pooled([10.0, 11.0], [0.1, 0.1])
+    assert mean == pytest.approx(10.5)
+    assert half == pytest.approx(1.959964 * 0.5), "as far apart as they are, and not as each of them says"
+    assert pooled([3.0], [0.5]) == (pytest.approx(3.0), pytest.approx(0.5))
+    assert pooled([3.0, 3.0], [0.0, 0.0]) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-6))
+
+
+def test_measurements_whose_scatter_is_wider_than_their_intervals_are_covered_pooled_and_not_alone() -> None:
+    rng = np.random.default_rng(0)
+    alone = together = 0
+    for _ in range(2000):
+        values = 1.0 + rng.normal(0.0, 0.02, 2) + rng.normal(0.0, 0.01, 2)
+        mean, half = pooled(values.tolist(), [1.96 * 0.01] * 2)
+        together += abs(mean - 1.0) <= half
+        alone += abs(values[0] - 1.0) <= 1.96 * 0.01
+    assert alone / 2000 < 0.7
+    assert together / 2000 > alone / 2000 + 0.05

@@ -35,7 +35,7 @@ from attnsurgery.recipe.text import dumps
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import write_weights
-from attnsurgery.search.numbers import gain_of
+from attnsurgery.search.numbers import gain_of, pooled
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import RankBy, Record, Timing
 from attnsurgery.search.trial import build, seed_of
@@ -215,7 +215,7 @@ def _within_budget(
             break
         (again,) = work("timing", {"record": record.as_dict(), **measured})
         timing = Timing(**again)
-        found.append((record, _doubt(budgets, record, timing), timing.high_ms))
+        found.append((record, _doubt(budgets, record, timing), _taken_together(record, timing).high_ms))
     if all(doubt for _, doubt, _ in found):
         least = min(found, key=lambda entry: entry[2])
         return [(record, "" if record is least[0] else doubt) for record, doubt, _ in found]
@@ -226,9 +226,17 @@ def _doubt(budgets: Budgets, record: Record, timing: Timing) -> str:
     """Why a candidate is not surely within its budget; '' if it is."""
     if over := budgets.over(replace(record, timing=timing)):
         return f"{over} when measured again, over the budget"
-    if over := budgets.over(replace(record, timing=replace(timing, ms=timing.high_ms))):
+    together = _taken_together(record, timing)
+    if over := budgets.over(replace(record, timing=replace(together, ms=together.high_ms))):
         return f"up to {over} when measured again, not surely within the budget"
     return ""
+
+
+def _taken_together(record: Record, again: Timing) -> Timing:
+    """The measurement of the trial and the one made again, at another time, when the machine may have been another."""
+    known = [timing for timing in (record.timing, again) if timing is not None]
+    ms, half = pooled([timing.ms for timing in known], [(timing.high_ms - timing.low_ms) / 2 for timing in known])
+    return replace(again, ms=ms, low_ms=ms - half, high_ms=ms + half)
 
 
 def measured_again(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Timing:

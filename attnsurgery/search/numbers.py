@@ -15,6 +15,8 @@ from scipy.special import ndtri, stdtr, stdtrit  # scipy.stats takes a second to
 from attnsurgery.search.record import Record
 from attnsurgery.search.space import NONE
 
+_Z = float(ndtri(0.975))
+
 
 def best_so_far(scores: Sequence[float]) -> list[float]:
     """The best of the first one, two, three ... of them."""
@@ -98,7 +100,7 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
     by_image = trainings / 2 * float(gain_N.var(ddof=1))
     exact = sign_test(int((gain_N > 0).sum()), int((gain_N < 0).sum()))
     if trainings == 1:
-        half = float(ndtri(0.975)) * math.sqrt(2 / images * by_image)
+        half = _Z * math.sqrt(2 / images * by_image)
         return Gain(mean, mean - half, mean + half, exact)
     freedom = 2 * (trainings - 1)
     by_training = rest = 0.0
@@ -113,6 +115,26 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
     freedom = min(images - 1, freedom * (variance / by_training) ** 2) if by_training else images - 1
     half = float(stdtrit(freedom, 0.975)) * error
     return Gain(mean, mean - half, mean + half, float(2 * stdtr(freedom, -abs(mean) / error)))
+
+
+def pooled(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
+    """One value out of several, and half its 95 % interval, which is wider where they differ by more than chance.
+
+    DerSimonian and Laird, "Meta-analysis in clinical trials", 1986: what the values differ by beyond their own
+    intervals is a variance between them, which each of them has besides its own.
+
+    Args:
+        halves: of the 95 % intervals of the values.
+    """
+    value_K = np.asarray(values, dtype=float)
+    own_K = np.maximum((np.asarray(halves, dtype=float) / _Z) ** 2, (1e-9 * value_K) ** 2 + 1e-300)
+    weight_K = 1 / own_K
+    mean = float((weight_K * value_K).sum() / weight_K.sum())
+    excess = float((weight_K * (value_K - mean) ** 2).sum()) - (len(value_K) - 1)
+    scale = float(weight_K.sum() - (weight_K**2).sum() / weight_K.sum())
+    between = excess / scale if excess > 0 and scale > 0 else 0.0
+    weight_K = 1 / (own_K + between)
+    return float((weight_K * value_K).sum() / weight_K.sum()), _Z / math.sqrt(float(weight_K.sum()))
 
 
 def sign_test(first: int, second: int) -> float:

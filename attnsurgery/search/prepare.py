@@ -289,6 +289,11 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
             fit_head(base, bench.data.train, settings, config.seed, watch)
         write_weights(path, base)
     base.to(config.device).eval()
+    return hash_of(path)
+
+
+def hash_of(path: Path) -> str:
+    """What tells weights from others."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

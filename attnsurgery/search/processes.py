@@ -52,6 +52,8 @@ class _Hand:
     job: Job | None = None
     signed: float = 0.0
     """When it last gave a sign of life."""
+    heard: bool = False
+    """It has given one."""
 
 
 class Processes(Crew):
@@ -111,11 +113,15 @@ class Processes(Crew):
             self._end(hand)
 
     def _hand_out(self) -> None:
+        if self._waiting and not any(hand.process for hand in self._hands):
+            for hand in self._hands:  # all at once: where there is one job there will be more
+                self._start(hand)
         for hand in self._hands:
             if hand.job is None and self._waiting and self._stopped_at is None:
                 hand.job, hand.signed = self._waiting.popleft(), time.monotonic()
                 if hand.process is None:
                     self._start(hand)
+                if not hand.heard:
                     hand.signed += _START_S
                 self._tell(hand, {"job": hand.job.as_dict()})
 
@@ -143,6 +149,7 @@ class Processes(Crew):
             "threads": threads,
             "shares": hand.device if shared else None,
         }
+        hand.heard = False
         self._tell(hand, {"begin": begin})
         threading.Thread(target=self._listen, args=(hand, hand.process), daemon=True).start()
 
@@ -165,7 +172,7 @@ class Processes(Crew):
             hand.process.stdin.flush()
 
     def _hear(self, hand: _Hand, message: dict[str, Any] | None) -> list[Done]:
-        hand.signed = time.monotonic()
+        hand.signed, hand.heard = time.monotonic(), True
         if message is None:
             return self._died(hand)
         if "say" in message:

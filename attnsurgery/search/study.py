@@ -27,7 +27,7 @@ from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.jobs import Job
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.prepare import Bench, assemble
+from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
 from attnsurgery.search.processes import Processes
 from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
@@ -74,8 +74,7 @@ def run(
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     pulse = _Pulse(stop)
     with locked(folder), writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
-        (made,) = crew.all([Job("weights")])
-        bench.weights = made["weights"]
+        bench.weights = _weights(crew, folder / WEIGHTS)
         how = config.seed, config.sampler, config.rank_by, config.lease_seconds
         store = Store(folder, config.storage, bench.space, bench.budgets, *how)
         pulse.beat = store.beat
@@ -97,6 +96,14 @@ def _crew(
         yield bench, crew
     finally:
         crew.close()
+
+
+def _weights(crew: Crew, path: Path) -> str:
+    """The hash of the starting weights; whoever needs the weights themselves loads them where it is."""
+    if path.exists() and not isinstance(crew, Here):
+        return hash_of(path)
+    (made,) = crew.all([Job("weights")])
+    return str(made["weights"])
 
 
 class _Pulse:

@@ -87,6 +87,16 @@ class _Worker:
         self._wire = wire
         self._watch = _Attentive(wire, stop, self._quiet)
         self._bench: Bench | None = None
+        self._loaded = False
+        self._refused: AttnSurgeryError | None = None
+
+    def assemble(self) -> None:
+        """Make everything ready that jobs need and that is there already; what is wrong, the first job says."""
+        try:
+            self._bench = assemble(self._config, self._wire)
+            self._bench.backend.alone = self._quiet.keep
+        except AttnSurgeryError as error:
+            self._refused = error
 
     def answer(self, job: Job) -> dict[str, Any]:
         """The message that a job comes to."""
@@ -103,11 +113,10 @@ class _Worker:
 
     def _ready(self) -> Bench:
         if self._bench is None:
-            bench = assemble(self._config, self._wire)
-            bench.backend.alone = self._quiet.keep
-            if (Path(self._config.output) / WEIGHTS).exists():
-                bench.weights = starting_weights(bench, self._watch)
-            self._bench = bench
+            raise self._refused or AttnSurgeryError("the worker was given a job before it was ready.")
+        if not self._loaded and (Path(self._config.output) / WEIGHTS).exists():
+            self._bench.weights = starting_weights(self._bench, self._watch)
+            self._loaded = True
         return self._bench
 
 
@@ -130,6 +139,7 @@ def main() -> None:
     threading.Thread(target=read, daemon=True).start()
     wire.sign()
     worker = _Worker(orders.get()["begin"], wire, stop)
+    worker.assemble()
     while True:
         job = Job(**orders.get()["job"])
         answer = worker.answer(job)
