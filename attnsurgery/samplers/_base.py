@@ -10,7 +10,8 @@ SAMPLERS: Catalog[Any] = Catalog("sampler", "attnsurgery.samplers", group="attns
 """Optuna samplers, made as `cls(places, seed, base_score)`: `places` is the space (Places), `seed` that of one ask, and
 `base_score` the value of the candidate without any block, or None. One that says
 `draws_uniformly = True` learns nothing: each of its candidates is as good as drawn at random. One that says
-`fell_back = True` after it was asked has left the choice to another one."""
+`fell_back = True` after it was asked has left the choice to another one. One with a method `choose(study)` needs no
+trial to choose for: what it returns, if that is anything, is written down with its trial at once."""
 
 BLOCKS = "blocks"
 """The constraint of a study that says by how many blocks a candidate is over the limit: no sampler need learn that."""

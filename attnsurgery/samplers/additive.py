@@ -75,8 +75,16 @@ class AdditiveSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        return self.choose(study, trial.number)
+
+    def choose(self, study: optuna.Study, but: int | None = None) -> dict[str, str]:
+        """What to try next, without a trial to try it in; nothing where every place is to be asked for by itself.
+
+        Args:
+            but: the number of a trial that is not looked at.
+        """
         rng = np.random.default_rng(self._seed)
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != but]
         asked = {t.number: picks for t in trials if (picks := self._places.picks(t.params)) is not None}
         tried = {asked[t.number] for t in trials if t.number in asked and not t.user_attrs.get(AGAIN)}
         tried.add(self._nothing)

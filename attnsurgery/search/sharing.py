@@ -92,7 +92,15 @@ class Sharing:
     def lease(self, trial: FrozenTrial) -> None:
         """Work on it from now on."""
         self._storage.set_trial_user_attr(trial._trial_id, LEASE, self._lease())
-        self._working.add(trial.number)
+        self.works_on(trial.number)
+
+    def leased(self) -> dict[str, Any]:
+        """User attributes with which a trial is leased from its beginning."""
+        return {LEASE: self._lease()}
+
+    def works_on(self, number: int) -> None:
+        """A trial of that number is leased."""
+        self._working.add(number)
 
     def release(self, number: int) -> None:
         """It is finished, or put back."""

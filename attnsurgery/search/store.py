@@ -19,7 +19,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
@@ -232,20 +232,41 @@ class Store:
         fresh = self._unseen(places, digests, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record")
         base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
-        self._study.sampler = sampler = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
+        sampler: Any = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
+        waiting = any(trial.state is TrialState.WAITING for trial in going)
+        chosen = sampler.choose(self._study) if hasattr(sampler, "choose") and not waiting else None
+        if chosen:
+            number = self._begin(chosen, slot, self._how(sampler, begins and fresh is not None))
+            return Asked(number, {name: str(chosen[name]) for name in self._distributions}, slot)
+        self._study.sampler = sampler
         trial = self._study.ask(self._distributions)
         if self.sharing:
             self.sharing.lease(self._trial(trial.number))
         if (there := Asked.of(self._trial(trial.number))) is not None:
             return there  # one that was put back goes first
-        how = {
-            # not one that is drawn when stuck: what is unseen then lacks what was chosen
-            "drawn": getattr(self._sampler, "draws_uniformly", False) or (begins and fresh is not None),
-            "fell_back": getattr(sampler, "fell_back", False),
-        }
-        trial.set_user_attr(HOW, how)
+        trial.set_user_attr(HOW, self._how(sampler, begins and fresh is not None))
         trial.set_user_attr(SLOT, slot)
         return Asked(trial.number, {name: str(trial.params[name]) for name in self._distributions}, slot)
+
+    def _how(self, sampler: Any, drawn: bool) -> dict[str, bool]:
+        """Who chose a candidate. One that is drawn because the sampler is stuck does not count as drawn at random."""
+        return {
+            "drawn": getattr(self._sampler, "draws_uniformly", False) or drawn,
+            "fell_back": getattr(sampler, "fell_back", False),
+        }
+
+    def _begin(self, chosen: Mapping[str, str], slot: int, how: Mapping[str, bool]) -> int:
+        """A running trial with all that belongs to it, in one transaction; its number."""
+        given = {SLOT: slot, HOW: dict(how)} | (self.sharing.leased() if self.sharing else {})
+        trial = create_trial(
+            state=TrialState.RUNNING, params=dict(chosen), distributions=self._distributions, user_attrs=given
+        )
+        number = self._storage.get_trial_number_from_id(
+            self._storage.create_new_trial(self._study._study_id, template_trial=trial)
+        )
+        if self.sharing:
+            self.sharing.works_on(number)
+        return number
 
     def finish(self, record: Record) -> Record:
         """Write the record down twice, then tell the study; in this order nothing that was finished is lost.
@@ -377,6 +398,9 @@ class _Given(BaseSampler):
 
     def __init__(self, assignment: Mapping[str, str]) -> None:
         self._assignment = assignment
+
+    def choose(self, study: optuna.Study) -> Mapping[str, str]:
+        return self._assignment
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--hangs", type=int, default=5, help="trainings that hang")
     parser.add_argument("--trials", type=int, default=60, help="at first, and more each time they are done too soon")
     parser.add_argument("--nap", type=float, default=4.0, help="seconds of one training")
-    parser.add_argument("--every", type=float, default=15.0, help="seconds from one kill to the next, at most")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds from one kill to the next, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, and not to docs/benchmarks")
     asked = parser.parse_args()
