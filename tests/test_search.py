@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -536,3 +538,12 @@ def test_every_trained_candidate_has_what_could_be_known_without_training(finish
     trained = [record for record in finished.records if record.state == "trained"]
     assert all(set(record.proxies) == {"grad_norm", "synflow"} for record in trained)
     assert len({record.proxies["grad_norm"] for record in trained}) == len(trained)
+
+
+def test_optunas_own_command_line_reads_the_study(finished: Outcome) -> None:
+    words = ["trials", "--storage", f"sqlite:///{finished.folder / 'study.db'}", "--study-name", "run", "-f", "json"]
+    program = "from optuna.cli import main; raise SystemExit(main())"
+    found = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    trials = json.loads(found.stdout)
+    assert [trial["number"] for trial in trials] == [record.number for record in finished.records]
+    assert [trial["state"] for trial in trials].count("COMPLETE") == finished.trained

@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.search import run
+from attnsurgery.search import Listener, run
 from attnsurgery.search.sharing import CLAIM, LEASE, Sharing
 from attnsurgery.search.store import Store, without_password
 from tests._searches import change, small_search, write_images, write_space
@@ -225,3 +225,24 @@ def test_a_shared_study_goes_on_in_the_same_directory(storage: str, tmp_path: Pa
     again = run(change(config, trials=3))
     assert again.trained == 3
     assert [record.assignment for record in again.records[:2]] == [record.assignment for record in first.records]
+
+
+@pytest.mark.parametrize("moment", ["asked", "timed"])
+def test_a_search_that_seemed_dead_lets_go_of_what_was_taken_over(storage: str, tmp_path: Path, moment: str) -> None:
+    """A laptop that slept: its first trial is another's before it has begun it, or by the time it is trained."""
+    images, space = write_images(tmp_path / "images"), write_space(tmp_path)
+    config = change(small_search(images, space, tmp_path / "run"), storage=storage, evaluator="blocks", trials=2)
+
+    def sleeps(number: int, _: object) -> None:
+        if number == 0:
+            kept = optuna.storages.RDBStorage(storage)
+            study = optuna.load_study(study_name="run", storage=kept)
+            kept.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
+            kept.remove_session()
+            kept.engine.dispose()
+
+    laptop = Listener()
+    setattr(laptop, moment, sleeps)
+    outcome = run(config, laptop)
+    assert outcome.trained == 2
+    assert 0 not in {record.number for record in outcome.records}

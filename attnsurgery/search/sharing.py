@@ -18,6 +18,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ class Sharing:
         self._study.set_user_attr(f"{_MEMBER}{self._owner}", {**self._lease(), "joined": self._joined})
         running = {t.number: t for t in self._trials(TrialState.RUNNING)}
         for number in self._working & running.keys():
-            self._storage.set_trial_user_attr(running[number]._trial_id, LEASE, self._lease())
+            with suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(running[number]._trial_id, LEASE, self._lease())
 
     def leave(self) -> None:
         """Nothing is ours any more."""

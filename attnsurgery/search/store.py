@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -154,7 +155,7 @@ class Store:
         check_format(self.fixed(FORMAT_KEY), str(folder))
         if self.fixed(FORMAT_KEY) is None:
             self.fix(FORMAT_KEY, FORMAT)
-        self.sharing = Sharing(self._study, folder, lease_s) if storage else None
+        self.sharing = Sharing(self._study, folder, lease_s) if isinstance(storage, str) else None
         """With other searches at the same study; None where it lies in the run directory, which one search has."""
 
     def fixed(self, key: str) -> Any:
@@ -268,16 +269,20 @@ class Store:
             self.sharing.works_on(number)
         return number
 
-    def finish(self, record: Record) -> Record:
+    def finish(self, record: Record) -> Record | None:
         """Write the record down twice, then tell the study; in this order nothing that was finished is lost.
 
         Returns:
-            The record with what only the store knows: which ask it answers, and who chose it.
+            The record with what only the store knows: which ask it answers, and who chose it. None where another
+            search has taken the trial over, for this one seemed dead to it.
         """
-        attributes = self._trial(record.number).user_attrs
+        trial = self._trial(record.number)
+        if trial.state.is_finished():
+            return None
+        attributes = trial.user_attrs
         record = replace(record, slot=attributes.get(SLOT), **attributes.get(HOW, {}))
         # first where whoever takes up what this process leaves behind looks for it
-        self._storage.set_trial_user_attr(self._trial(record.number)._trial_id, RECORD, record.as_dict())
+        self._storage.set_trial_user_attr(trial._trial_id, RECORD, record.as_dict())
         self.journal.append({**record.as_dict(), CLOCK: self._seconds()})
         self._settle(record)
         self._note_time()
@@ -287,7 +292,8 @@ class Store:
         """Nobody works on it any more; whoever asks next takes it up."""
         if self.sharing:
             self.sharing.release(number)
-        self._storage.set_trial_state_values(self._trial(number)._trial_id, TrialState.WAITING)
+        with suppress(UpdateFinishedTrialError):  # another search has taken it over
+            self._storage.set_trial_state_values(self._trial(number)._trial_id, TrialState.WAITING)
 
     def take_up(self, number: int) -> bool:
         """Work on one that was put back, or that died with its process; False if another search was faster."""

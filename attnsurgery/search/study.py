@@ -16,6 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from optuna.exceptions import UpdateFinishedTrialError
+
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.about import remember
@@ -231,7 +233,10 @@ class _Search:
                     self._ready.append(self.store.ask(self.records, places, repeats=bool(self._twins)))
             if not self._ready:
                 return
-            self._begin(self._ready.popleft())
+            try:
+                self._begin(self._ready.popleft())
+            except UpdateFinishedTrialError:  # another search has taken it over, for this one seemed dead to it
+                self._refresh()
 
     def _wanted(self) -> int:
         """How many candidates are still to be trained that nobody works on."""
@@ -306,8 +311,12 @@ class _Search:
         self._told(replace(record, attempts=attempts))
 
     def _told(self, record: Record) -> None:
-        record = self.store.finish(record)
+        finished = self.store.finish(record)
         self.foreteller.keep(record, self.bench.shelf)
+        if finished is None:
+            self._refresh()
+            return
+        record = finished
         self.records = sorted([*self.records, record], key=lambda one: one.number)
         self._ready.extendleft(reversed(self._twins))
         self._twins.clear()

@@ -84,7 +84,9 @@ def asking(folder: Path, asks: int) -> list[float]:
             top1=float(top1) if ms <= 10.0 else None,
             loss=float(1 - top1) if ms <= 10.0 else None,
         )
-        records.append(store.finish(record))
+        finished = store.finish(record)
+        assert finished is not None
+        records.append(finished)
     store.close()
     return seconds[-asks:]
 

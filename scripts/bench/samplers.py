@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,7 +39,7 @@ from attnsurgery.recipe.schema import Edit
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Places
 from attnsurgery.search.budget import Budgets
-from attnsurgery.search.record import ASKED, Record, Timing, trained
+from attnsurgery.search.record import Record, Timing, trained
 from attnsurgery.search.space import BoundSpace, Variable
 from attnsurgery.search.store import Store
 
@@ -134,19 +135,21 @@ def played(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
         store.fix("base", {"record": Record(-1, "trained", top1=table.scaled(table.base, seed)).as_dict()})
         records: list[Record] = []
         while len(trained(records)) < TRAINED and len(records) < _ASKS * TRAINED:
-            number, assignment = store.ask(records, table.space.places)
-            records.append(store.finish(_looked_up(table, number, assignment, seed, records)))
+            asked = store.ask(records, table.space.places)
+            finished = store.finish(_looked_up(table, asked.number, asked.assignment, seed, records))
+            assert finished is not None, "nobody else is at this study"
+            records.append(finished)
     return [tuple(record.assignment[site] for site in table.sites) for record in trained(records)]
 
 
-def _looked_up(table: Table, number: int, assignment: dict[str, str], seed: int, before: list[Record]) -> Record:
+def _looked_up(table: Table, number: int, assignment: Mapping[str, str], seed: int, before: list[Record]) -> Record:
     picks = tuple(assignment[site] for site in table.sites)
     recipe = table.space.recipe_of(assignment)
     digest, ms = recipe.digest() if recipe else "", table.ms[picks]
     timing = Timing(ms, ms, ms, 1.0)
     score = table.scaled(picks, seed)
     record = Record(number, "trained", assignment, digest=digest, timing=timing, top1=score, loss=-score)
-    if not recipe or any(other.digest == digest for other in before if other.state in ASKED):
+    if not recipe or any(other.digest == digest for other in before):
         known = score if ms <= table.budget else None
         return Record(number, "duplicate", assignment, digest=digest, timing=timing, top1=known)
     if ms > table.budget:
