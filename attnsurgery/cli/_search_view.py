@@ -153,8 +153,9 @@ class LiveView(Listener):
             parts.append(
                 _line(f"best     {_ms(found.timing)}  {_scores(found, found.reached)}  {found.what()}", "green")
             )
-        parts.append(_line(f"now      {self._now}"))
-        parts.append(_line(f"         {self._detail}", "dim"))
+        if self._base is None or not self._lanes:
+            parts.append(_line(f"now      {self._now}"))
+            parts.append(_line(f"         {self._detail}", "dim"))
         parts += [_line(lane.line(), "dim") for lane in self._lanes]
         return Group(*parts)
 

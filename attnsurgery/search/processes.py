@@ -111,6 +111,9 @@ class Processes(Crew):
         for hand in self._hands:
             hand.job = None
             self._end(hand)
+            with suppress(OSError):
+                if not self._log(hand).stat().st_size:
+                    self._log(hand).unlink()
 
     def _hand_out(self) -> None:
         if self._waiting and not any(hand.process for hand in self._hands):

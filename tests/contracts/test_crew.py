@@ -1,0 +1,175 @@
+"""What every crew promises of its jobs, whoever does them: crew.py's laws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnsurgery.errors import CheckpointError, SearchError
+from attnsurgery.evaluate import EVALUATORS
+from attnsurgery.search import Listener, SearchConfig
+from attnsurgery.search.crew import Crew, Done, Here
+from attnsurgery.search.jobs import Job, perform
+from attnsurgery.search.prepare import assemble
+from attnsurgery.search.processes import Processes
+from attnsurgery.search.watching import StopAsked, Watching
+from tests.plugins.attnsurgery_dummy import Dummy
+
+PLUGINS = str(Path(__file__).parents[1] / "plugins")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Known to this process as to workers."""
+    assert "finetune" in EVALUATORS, "all others are loaded"
+    EVALUATORS.register("dummy")(Dummy)
+    monkeypatch.setenv("PYTHONPATH", PLUGINS)
+    monkeypatch.setenv("DUMMY_MISHAPS", str(tmp_path / "mishaps"))
+    (tmp_path / "mishaps").mkdir()
+    yield
+    EVALUATORS._entries.pop("dummy")
+
+
+def config_in(folder: Path, workers: int) -> SearchConfig:
+    folder.mkdir(exist_ok=True)
+    return SearchConfig(
+        budget_ms=100.0,
+        latency="fixed",
+        evaluator="dummy",
+        input_size=32,
+        epochs=1,
+        base_epochs=1,
+        workers=workers,
+        output=str(folder),
+    )
+
+
+class Asking:
+    """Says stop once it is told to."""
+
+    now = False
+
+    def __call__(self) -> bool:
+        return self.now
+
+
+@pytest.fixture(params=[0, 2], ids=["here", "processes"])
+def workers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def crew_of(config: SearchConfig, stop: Asking | None = None) -> Crew:
+    stop = stop or Asking()
+    if config.workers:
+        return Processes(config, Listener(), stop)
+    return Here(assemble(config, Listener()), Listener(), stop)
+
+
+def waited(crew: Crew) -> list[Done]:
+    done: list[Done] = []
+    while crew.busy:
+        done += crew.wait(1.0)
+    return done
+
+
+def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path, workers: int) -> None:
+    config = config_in(tmp_path / "run", workers)
+    crew = crew_of(config)
+    try:
+        (weights,) = crew.all([Job("weights")])
+        jobs = [Job("base scores", tag=7), Job("base latency", tag=8), Job("base scores", tag=9)]
+        for job in jobs:
+            crew.give(job)
+        assert crew.busy == 3
+        done = waited(crew)
+        assert sorted(one.job.tag for one in done) == [7, 8, 9]
+        assert crew.wait(0.1) == []
+        found = {one.job.tag: one.result for one in done}
+        bench = assemble(config, Listener())
+        watch = Watching(Listener(), lambda: False)
+        assert perform(bench, Job("weights"), watch) == weights
+        for job in jobs:
+            expected, got = perform(bench, job, watch), found[job.tag]
+            assert got is not None
+            for one in (expected, got):
+                for score in one.get("scores", ()):
+                    score.pop("seconds")
+            assert got == expected
+        kept: list[int] = []
+        crew.all([Job("base latency"), Job("base latency")], lambda at, result: kept.append(at))
+        assert sorted(kept) == [0, 1]
+    finally:
+        crew.close()
+
+
+def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp_path: Path, workers: int) -> None:
+    config = config_in(tmp_path / "run", workers)
+    (tmp_path / "run" / "base.safetensors").write_bytes(b"no weights")
+    crew = crew_of(config)
+    try:
+        crew.give(Job("weights"))
+        (done,) = waited(crew)
+        assert isinstance(done.error, CheckpointError)
+        assert "base.safetensors" in str(done.error)
+        with pytest.raises(CheckpointError, match=r"base\.safetensors"):
+            crew.all([Job("weights")])
+    finally:
+        crew.close()
+
+
+def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_path: Path, workers: int) -> None:
+    config = config_in(tmp_path / "run", workers)
+    crew = crew_of(config)
+    try:
+        crew.all([Job("weights")])
+        (tmp_path / "mishaps" / "memory-1").touch()
+        crew.give(Job("base scores"))
+        (done,) = waited(crew)
+        assert done.result is not None
+        assert (done.job.attempt, done.job.pieces) == (2, 2)
+        (tmp_path / "mishaps" / "device-1").touch()
+        crew.give(Job("base scores", most=1))
+        (done,) = waited(crew)
+        assert done.result is None
+        assert done.lost == "CUDA error: an illegal memory access was encountered"
+        if workers:
+            return  # the rest is the same for all, and here at once
+        for index in range(4):
+            (tmp_path / "mishaps" / f"device-{index}").touch()
+        with pytest.raises(SearchError, match="the base scores could not be done: CUDA error: an illegal"):
+            crew.all([Job("base scores")])
+        assert not list((tmp_path / "mishaps").iterdir()), "begun four times"
+    finally:
+        crew.close()
+
+
+def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, workers: int) -> None:
+    stop = Asking()
+    crew = crew_of(config_in(tmp_path / "run", workers), stop)
+    try:
+        crew.all([Job("weights")])
+        stop.now = True
+        for tag in range(4):
+            crew.give(Job("base scores", tag=tag))
+        done = waited(crew)
+        assert sorted(one.job.tag for one in done) == [0, 1, 2, 3]
+        assert all(one.stopped for one in done)
+        with pytest.raises(StopAsked):
+            crew.all([Job("base scores")])
+    finally:
+        crew.close()
+
+
+def test_half_a_batch_at_a_time_trains_as_the_whole_does(tmp_path: Path) -> None:
+    """In what does not look at the batch: a model without batch norms, in this process."""
+    config = config_in(tmp_path / "run", 0).model_copy(update={"base": "test_convnext", "evaluator": "finetune"})
+    bench = assemble(config, Listener())
+    watch = Watching(Listener(), lambda: False)
+    perform(bench, Job("weights"), watch)
+    (whole,) = perform(bench, Job("base scores"), watch)["scores"]
+    (halves,) = perform(bench, Job("base scores", pieces=2), watch)["scores"]
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-3)
