@@ -645,7 +645,7 @@ def test_a_study_of_an_older_version_is_told_how_to_get_a_report(copied: Path) -
 def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
     whole = (copied / "trials.jsonl").read_text()
     with (copied / "trials.jsonl").open("a") as file:
-        last = next(line for line in whole.splitlines() if '"number"' in line)
+        last = next(line for line in whole.splitlines() if '"fact"' not in line)
         file.write(json.dumps({**json.loads(last), "warp_factor": 9}) + "\n")
     with pytest.raises(SearchError, match=r"this one cannot read: .*warp_factor.* It was attnsurgery 0"):
         read(copied)
