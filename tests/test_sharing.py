@@ -145,7 +145,7 @@ def _postgres(tmp_path: Path) -> Iterator[str]:
     if os.geteuid() == 0:
         data = Path(
             subprocess.run(
-                ["mktemp", "-d", "/tmp/attnsurgery-pg-XXXXXX"], capture_output=True, text=True
+                ["mktemp", "-d", "-t", "attnsurgery-pg-XXXXXX"], capture_output=True, text=True
             ).stdout.strip()
         )
         shutil.chown(data, "postgres", "postgres")
