@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -118,7 +119,7 @@ def test_one_member_leads_and_the_next_one_when_it_is_gone(storage: str, tmp_pat
 def test_secrets_stay_out_and_missing_drivers_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"grpc://host:port"):
         Store(tmp_path, "grpc://nowhere", *[None] * 3)  # type: ignore[arg-type]
-    if not shutil.which("mysqld"):
+    if importlib.util.find_spec("pymysql") is None:
         config = change(small_search(tmp_path, tmp_path, tmp_path / "run"), storage="mysql://me:secret@localhost/db")
         with pytest.raises((UsageError, SearchError)) as raised:
             Store(tmp_path, config.storage, *[None] * 3)  # type: ignore[arg-type]
