@@ -95,22 +95,11 @@ class _PlainLane(Listener):
         self._view.epoch(epoch)
 
 
-class LiveView(Listener):
-    """The state of the search in at most ten lines, and one for each of several workers."""
+class _Doing(Listener):
+    """What goes on at this moment, and how far it is."""
 
-    def __init__(self, config: SearchConfig) -> None:
-        self._config = config
-        self._facts: list[str] = []
-        self._base: Record | None = None
-        self._records: list[Record] = []
-        self._trained = 0
-        self._now = "starting"
-        self._detail = ""
-        self._lanes: list[_LiveLane] = []
-
-    def lane(self, worker: int) -> Listener:
-        self._lanes.append(_LiveLane(worker))
-        return self._lanes[-1]
+    def __init__(self, now: str) -> None:
+        self._now, self._detail = now, ""
 
     def phase(self, text: str) -> None:
         self._now, self._detail = text, ""
@@ -120,6 +109,23 @@ class LiveView(Listener):
 
     def epoch(self, epoch: Epoch) -> None:
         self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
+
+
+class LiveView(_Doing):
+    """The state of the search in at most ten lines, and one for each of several workers."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        super().__init__("starting")
+        self._config = config
+        self._facts: list[str] = []
+        self._base: Record | None = None
+        self._records: list[Record] = []
+        self._trained = 0
+        self._lanes: list[_LiveLane] = []
+
+    def lane(self, worker: int) -> Listener:
+        self._lanes.append(_LiveLane(worker))
+        return self._lanes[-1]
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
         self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
@@ -168,21 +174,12 @@ class LiveView(Listener):
         return row
 
 
-class _LiveLane(Listener):
+class _LiveLane(_Doing):
     """A line for one of several workers."""
 
     def __init__(self, worker: int) -> None:
+        super().__init__("idle")
         self._worker = worker
-        self._now, self._detail = "idle", ""
-
-    def phase(self, text: str) -> None:
-        self._now, self._detail = text, ""
-
-    def loading(self, split: str, done: int, total: int) -> None:
-        self._detail = f"{split} {done:,} of {total:,}"
-
-    def epoch(self, epoch: Epoch) -> None:
-        self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
 
     def timed(self, number: int, timing: Timing) -> None:
         self._now, self._detail = f"trial {number}", f"{_ms(timing)}, training"
