@@ -20,8 +20,9 @@ from attnsurgery.search.prepare import Bench
 from attnsurgery.search.trial import breaks, out_of_memory, reason_of
 from attnsurgery.search.watching import StopAsked, Watching
 
-_ESSENTIAL = 4
-"""How often a job is begun that the search cannot do without."""
+ESSENTIAL = 4
+"""How often a job is begun, in one run, that the search cannot do without."""
+GOES_ON = "What was finished is kept, and the same command goes on from there."
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Crew(ABC):
             AttnSurgeryError: one of them cannot be done.
         """
         for tag, job in enumerate(jobs):
-            self.give(replace(job, tag=tag, most=_ESSENTIAL))
+            self.give(replace(job, tag=tag, most=ESSENTIAL))
         done: list[Done] = []
         while self.busy:
             for one in self.wait(_A_WHILE):
@@ -104,7 +105,8 @@ class Crew(ABC):
             if one.error:
                 raise one.error
             if one.lost:
-                raise SearchError(f"{_name(one.job)} could not be done: {one.lost}")
+                times = f"the last of {one.job.attempt} attempts"
+                raise SearchError(f"{_name(one.job)} could not be done: {one.lost} ({times}). {GOES_ON}")
         if any(one.stopped for one in done):
             raise StopAsked
         found = {one.job.tag: one.result or {} for one in done}

@@ -6,6 +6,8 @@
 One search by two workers, whose candidates get a made-up score after a nap (tests/plugins), is begun by its command and
 begun again whenever it ends, for more trials as long as there are kills left. At random moments its coordinator or one
 of its workers gets SIGKILL; some trainings are out of memory, some hang. After every kill the run directory is read.
+A piece of work of the confirmation that died too often in one run ends that run with an error that says how to go on;
+such ends are counted, and are an error of this script unless so many kills and mishaps had come before.
 Then:
 
 * every trial that was ever in the journal is there in the end, as it was; none was trained twice; none is left running
@@ -35,6 +37,7 @@ from typing import Any
 import optuna
 from _common import write
 
+from attnsurgery.search.crew import ESSENTIAL, GOES_ON
 from attnsurgery.search.files import Journal
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.repair import repair
@@ -73,7 +76,7 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
     rng.shuffle(planned)
     kills: Counter[str] = Counter()
     seen: dict[int, Record] = {}
-    unreadable = runs = 0
+    unreadable = runs = given_up = 0
     trials, code = asked.trials, 1
     with (scratch / "log").open("w") as log:
         while code != 0 or kills.total() < asked.kills:
@@ -81,7 +84,13 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
             run = subprocess.Popen(command(output, trials), env=environment(mishaps, asked.nap), stdout=log, stderr=log)
             runs += 1
             while run.poll() is None and kills.total() < asked.kills:
-                time.sleep(rng.uniform(0.0, asked.every))
+                until = time.monotonic() + rng.uniform(0.0, asked.every)
+                while run.poll() is None and time.monotonic() < until:
+                    if planned and has_trials(output):  # before that, a mishap would be the base's
+                        for index, kind in enumerate(planned):
+                            (mishaps / f"{kind}-{index:03}").touch()
+                        planned = []
+                    time.sleep(0.1)
                 workers = workers_of(run.pid)
                 worker = bool(workers) and rng.random() < 0.5
                 if run.poll() is not None:
@@ -93,21 +102,24 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
                 written, readable = snapshot(output, scratch)
                 unreadable += not readable
                 seen |= written
-                for index, kind in enumerate(planned if seen else ()):  # trials have begun
-                    (mishaps / f"{kind}-{index:03}").touch()
-                planned = [] if seen else planned
                 done = len(trained(seen.values()))
                 print(f"kill {kills.total()} of {asked.kills}: {'worker' if worker else 'coordinator'}, {done} trained")
                 sys.stdout.flush()
             code = run.wait()
-            if code not in (0, -signal.SIGKILL):
-                raise SystemExit(f"the search ended with {code}: {(scratch / 'log').read_text()[-2000:]}")
+            if code in (0, -signal.SIGKILL):
+                continue
+            given_up += 1  # one piece of work has had all the bad luck; the user begins the command again
+            suffered = kills.total() + (0 if planned else asked.memory + asked.hangs - len(list(mishaps.iterdir())))
+            said = (scratch / "log").read_text()
+            if GOES_ON not in said[-200:] or suffered < given_up * ESSENTIAL:
+                raise SystemExit(f"the search ended with {code}: {said[-2000:]}")
     found = with_study(output, of_study)
     records = found["records"]
     lost = [number for number, record in seen.items() if without_rungs(records.get(number)) != without_rungs(record)]
     digests = Counter(record.digest for record in trained(records.values()))
     return {
         "runs": runs,
+        "ended_by_an_error": given_up,
         "kills": dict(kills),
         "out_of_memory": asked.memory,
         "hung": asked.hangs,
@@ -122,6 +134,10 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
         "failed": sum(record.state == "failed" for record in records.values()),
         "begun_again": sum(record.attempts > 1 for record in records.values()),
     }
+
+
+def has_trials(output: Path) -> bool:
+    return (output / STUDY).exists() and bool(trials_of(Journal(output / TRIALS).read()))
 
 
 def without_rungs(record: Record | None) -> dict[str, Any] | None:
