@@ -14,9 +14,9 @@ from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, SearchConfig, run
 from attnsurgery.search.files import Journal, locked
+from attnsurgery.search.layout import STUDY, TRIALS, facts_of, trials_of
 from attnsurgery.search.repair import repair
 from attnsurgery.search.saved import read
-from attnsurgery.search.store import STUDY, TRIALS, facts_of, trials_of
 from tests._searches import change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")

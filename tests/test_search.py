@@ -25,8 +25,10 @@ from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.files import Journal, locked, write_whole
+from attnsurgery.search.layout import trials_of
+from attnsurgery.search.opening import without_password
 from attnsurgery.search.record import Promotion, best, contenders, front
-from attnsurgery.search.store import Store, trials_of, without_password
+from attnsurgery.search.store import Store
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")

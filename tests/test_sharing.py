@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ from optuna.trial import TrialState
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Listener, run
+from attnsurgery.search.opening import without_password
 from attnsurgery.search.sharing import CLAIM, LEASE, Sharing
-from attnsurgery.search.store import Store, without_password
+from attnsurgery.search.store import Store
 from tests._searches import change, small_search, write_images, write_space
 
 ROOT = Path(__file__).parents[1]
@@ -126,17 +128,35 @@ def test_secrets_stay_out_and_missing_drivers_are_named(tmp_path: Path) -> None:
         assert "secret" not in str(raised.value)
         assert "attnsurgery[mysql]" in str(raised.value)
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    if importlib.util.find_spec("grpc") is not None:
+        with pytest.raises(SearchError, match=r"at grpc://127\.0\.0\.1:1 cannot be opened: failed to connect"):
+            Store(tmp_path, "grpc://127.0.0.1:1", *[None] * 3)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'shared.db'}"
-        return
-    yield from _postgres(tmp_path)
+@pytest.fixture(params=["grpc", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The URL that searches are given, and one that leads to the database itself."""
+    yield from _proxy(tmp_path) if request.param == "grpc" else _postgres(tmp_path)
 
 
-def _postgres(tmp_path: Path) -> Iterator[str]:
+def _proxy(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Optuna's proxy, in front of SQLite."""
+    pytest.importorskip("grpc")
+    port, behind = 20000 + (os.getpid() + 7) % 20000, f"sqlite:///{tmp_path / 'shared.db'}"
+    program = "import sys; from optuna.storages import get_storage, run_grpc_proxy_server as run; "
+    program += "run(get_storage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", program, behind, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.GrpcStorageProxy(host="127.0.0.1", port=port).wait_server_ready(timeout=60)
+        yield f"grpc://127.0.0.1:{port}", behind
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _postgres(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A real server on loopback, with a data directory of its own; under another user where we are root."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
@@ -161,7 +181,8 @@ def _postgres(tmp_path: Path) -> Iterator[str]:
             if ready.returncode == 0:
                 break
             time.sleep(0.2)
-        yield f"postgresql://me:secret@127.0.0.1:{port}/postgres"
+        address = f"me:secret@127.0.0.1:{port}/postgres"
+        yield f"postgresql://{address}", f"postgresql+psycopg://{address}"
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -171,21 +192,21 @@ def _postgres(tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(data, ignore_errors=True)
 
 
-def test_two_searches_share_a_study_and_one_is_killed(server: str, tmp_path: Path) -> None:
+def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], tmp_path: Path) -> None:
     """Two workers each; exactly as many trials as asked for, none twice, nothing left, no password anywhere."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DUMMY_SECONDS": "3"}
     words = (
         "search --budget-ms 100 --latency fixed --evaluator dummy --space se --trials 12 --input-size 32 --workers 2"
     )
-    words += f" --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10 --storage {server}"
+    words += f" --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10 --storage {server[0]}"
     folders = [tmp_path / name / "shared" for name in ("one", "other")]
     begun = []
     for folder in folders:
         with (tmp_path / f"{folder.parent.name}.log").open("w") as log:
             command = [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(folder)]
             begun.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    kept = optuna.storages.RDBStorage(server.replace("postgresql://", "postgresql+psycopg://"))
+    kept = optuna.storages.RDBStorage(server[1])
     one, other = begun
     name = folders[0] / ".owner"
     deadline = time.monotonic() + 200

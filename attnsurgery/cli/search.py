@@ -88,6 +88,13 @@ def search(
         int,
         typer.Option(help="Processes that measure and train, one a GPU; 0: none beside this one.", min=0, max=1024),
     ] = 1,
+    launcher: Annotated[
+        str, typer.Option(help="What starts workers: local; ray, on a cluster; or submitit, as jobs of Slurm.")
+    ] = "local",
+    launcher_args: Annotated[
+        str,
+        typer.Option(metavar="'NAME=VALUE ...'", help="What the launcher is asked for, such as 'slurm_partition=gpu'."),
+    ] = "",
     in_step: Annotated[
         bool,
         typer.Option(
@@ -159,6 +166,8 @@ def search(
         sampler=sampler,
         seed=seed,
         workers=workers,
+        launcher=launcher,
+        launcher_args=launcher_args,
         in_step=in_step,
         extend=extend,
         lease_seconds=lease_seconds,
@@ -225,7 +234,7 @@ def _run(config: SearchConfig, as_json: bool) -> None:
 def command_of(config: SearchConfig) -> str:
     """The command line that does this search; a password in the storage URL is left out."""
     from attnsurgery.search import SearchConfig
-    from attnsurgery.search.store import without_password
+    from attnsurgery.search.opening import without_password
 
     words = ["attnsurgery", "search", config.base]
     for name, info in SearchConfig.model_fields.items():

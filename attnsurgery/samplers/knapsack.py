@@ -13,9 +13,11 @@ stdout now and then, which no option keeps it from.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -44,12 +46,17 @@ def best(
         budgets.append(_together(budgets))
     bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
     promises = [_Promises(places, values, bonus, budget) for budget in budgets]
+    worths = [worth.tolist() for worth in values]
+    costs = [
+        list(zip(*(budget.costs[place].tolist() for budget in budgets), strict=True)) for place in range(len(values))
+    ]
     age = itertools.count()
     # by promise, then the longer one first: picks, their value, number of blocks, what is left of each budget
     heap: list[tuple[float, int, int, Picks, float, int, tuple[float, ...]]] = []
 
     def consider(picks: Picks, value: float, count: int, left: tuple[float, ...]) -> None:
-        promise = min(p.at(len(picks), count, rest) for p, rest in zip(promises, left, strict=True))
+        place = len(picks)
+        promise = min([p.at(place, count, rest) for p, rest in zip(promises, left, strict=True)])
         if promise > -math.inf:
             heapq.heappush(heap, (-(value + promise), -len(picks), next(age), picks, value, count, left))
 
@@ -61,10 +68,9 @@ def best(
             if picks not in known:
                 return picks
             continue
-        for choice, worth in enumerate(values[place].tolist()):
+        for choice, (worth, spent) in enumerate(zip(worths[place], costs[place], strict=True)):
             after = count + (places.weights[place] if choice else 0)
-            rest = tuple(r - float(b.costs[place][choice]) for r, b in zip(left, budgets, strict=True))
-            consider((*picks, choice), value + worth, after, rest)
+            consider((*picks, choice), value + worth, after, tuple(map(operator.sub, left, spent)))
     return None
 
 
@@ -79,20 +85,25 @@ class _Promises:
     """The most that the places from each one on can add, within one budget."""
 
     def __init__(self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget) -> None:
-        self._bonus = bonus
+        self._bonus = bonus.tolist()
         # by place and number of blocks from there on: costs and values, both ascending
-        self._fronts: list[dict[int, tuple[Floats, Floats]]] = [{0: (np.zeros(1), np.zeros(1))}]
+        fronts: list[dict[int, tuple[Floats, Floats]]] = [{0: (np.zeros(1), np.zeros(1))}]
         spare = _slack(budget)
         for place in reversed(range(len(values))):
             parts: dict[int, list[tuple[Floats, Floats]]] = {}
             steps = _steps(budget.costs[place], values[place], places.weights[place])
-            for count, (spent, worth) in self._fronts[-1].items():
+            for count, (spent, worth) in fronts[-1].items():
                 for weight, cost, value in steps:
                     more = count + weight
-                    within = int(np.searchsorted(spent + cost, spare[place], side="right"))
-                    if more < len(bonus) and within:
-                        parts.setdefault(more, []).append((spent[:within] + cost, worth[:within] + value))
-            self._fronts.append({count: _undominated(part) for count, part in parts.items()})
+                    if more < len(bonus):
+                        costs = spent + cost
+                        if within := int(costs.searchsorted(spare[place], side="right")):
+                            parts.setdefault(more, []).append((costs[:within], worth[:within] + value))
+            fronts.append({count: _undominated(part) for count, part in parts.items()})
+        # lists, for one number at a time is looked up in them, which takes numpy ten times as long
+        self._fronts = [
+            [(count, costs.tolist(), values.tolist()) for count, (costs, values) in front.items()] for front in fronts
+        ]
         self._fronts.reverse()
 
     def at(self, place: int, count: int, left: float) -> float:
@@ -100,12 +111,12 @@ class _Promises:
 
         The worth of the number of blocks is part of it.
         """
-        most = -math.inf
-        for more, (costs, values) in self._fronts[place].items():
-            if count + more < len(self._bonus):
-                within = int(costs.searchsorted(left, side="right"))
+        most, bonus = -math.inf, self._bonus
+        for more, costs, values in self._fronts[place]:
+            if count + more < len(bonus) and values[-1] + bonus[count + more] > most:
+                within = bisect.bisect_right(costs, left)
                 if within:
-                    most = max(most, float(values[within - 1]) + float(self._bonus[count + more]))
+                    most = max(most, values[within - 1] + bonus[count + more])
         return most
 
 
@@ -123,10 +134,11 @@ def _steps(costs: Floats, values: Floats, weight: int) -> list[tuple[int, float,
 
 
 def _undominated(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """Of costs and values those that no other beats in both, by ascending cost."""
+    """Of costs and values those that no other beats in both, by ascending cost; and of equals perhaps more than one."""
     costs: Any = np.concatenate([part[0] for part in parts])
     values: Any = np.concatenate([part[1] for part in parts])
-    order = np.lexsort((-values, costs))
+    order = costs.argsort(kind="stable")  # which merges what is in order by parts
     costs, values = costs[order], values[order]
-    before = np.maximum.accumulate(np.append(-np.inf, values))[:-1]
-    return costs[values > before], values[values > before]
+    kept = np.ones(len(values), dtype=bool)
+    np.greater(values[1:], np.maximum.accumulate(values)[:-1], out=kept[1:])
+    return costs[kept], values[kept]

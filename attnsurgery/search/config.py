@@ -61,6 +61,8 @@ class SearchConfig(Strict):
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1, description="processes that measure and train; 0: this process does it itself"
     )
+    launcher: str = Field(default="local", description="what starts workers: local, ray or submitit")
+    launcher_args: str = Field(default="", description="what the launcher is asked for: 'NAME=VALUE ...'")
     in_step: bool = Field(
         default=False, description="several workers get their candidates together: the same seed gives the same trials"
     )
@@ -80,6 +82,8 @@ class SearchConfig(Strict):
             raise UsageError(
                 "a search needs a budget: --budget-ms, --budget-params, --budget-macs or --budget-mb, or several."
             )
+        if self.workers == 0 and self.launcher != "local":
+            raise UsageError(f"--launcher {self.launcher} starts workers, and --workers 0 wants none. Leave one out.")
         return self
 
 
@@ -88,7 +92,7 @@ VERSIONS = "versions"
 _FREE = {
     *("trials", "finalists", "confirm_seeds", "latency_seconds"),
     *("output", "storage", "space", "checkpoint"),
-    *("workers", "patience_minutes", "lease_seconds", "extend"),
+    *("workers", "launcher", "launcher_args", "patience_minutes", "lease_seconds", "extend"),
 }
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
 

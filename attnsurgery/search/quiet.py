@@ -7,6 +7,7 @@ process that holds it, however that ends.
 from __future__ import annotations
 
 import getpass
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ class Quiet:
     def __init__(self, device: str | None) -> None:
         self._file: Any = None
         if device is not None and fcntl is not None:
-            name = f"attnsurgery-{getpass.getuser()}-{device.replace(':', '')}.lock"
+            # cuda:0 is not the same for everyone
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "") if device.startswith("cuda") else ""
+            which = "".join(letter for letter in f"{device}-{seen}" if letter.isalnum() or letter in "-,")
+            name = f"attnsurgery-{getpass.getuser()}-{which.rstrip('-')}.lock"
             self._file = (Path(tempfile.gettempdir()) / name).open("a")
 
     @contextmanager

@@ -22,8 +22,7 @@ from optuna.trial import TrialState, create_trial
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.samplers import AGAIN
 from attnsurgery.search.files import locked, write_whole
-from attnsurgery.search.record import Record, trained
-from attnsurgery.search.store import (
+from attnsurgery.search.layout import (
     FACT,
     FORMAT_KEY,
     HOW,
@@ -35,9 +34,10 @@ from attnsurgery.search.store import (
     facts_of,
     promoted_key,
     records_of,
-    study_name,
     trials_of,
 )
+from attnsurgery.search.opening import study_name
+from attnsurgery.search.record import Record, trained
 
 _BESIDE_A_STUDY = tuple(f"{STUDY}-{suffix}" for suffix in ("journal", "wal", "shm"))
 

@@ -22,19 +22,10 @@ from attnsurgery.search.about import About
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
+from attnsurgery.search.layout import FORMAT_KEY, STUDY, TRIALS, check_format, records_of, trials_of
+from attnsurgery.search.opening import storage_errors, study_name, without_password
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.record import Record, contenders
-from attnsurgery.search.store import (
-    FORMAT_KEY,
-    STUDY,
-    TRIALS,
-    check_format,
-    records_of,
-    storage_errors,
-    study_name,
-    trials_of,
-    without_password,
-)
 
 
 @dataclass(frozen=True)

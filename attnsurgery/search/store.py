@@ -6,29 +6,45 @@ search that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.samplers import AGAIN, BLOCKS, SAMPLERS
+from attnsurgery.samplers import AGAIN, SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import Budgets
-from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.files import Journal
-from attnsurgery.search.record import RankBy, Record, State, trained
+from attnsurgery.search.layout import (
+    BEGUN,
+    CLOCK,
+    FACT,
+    FORMAT,
+    FORMAT_KEY,
+    HOW,
+    KNOWN,
+    RECORD,
+    SLOT,
+    STUDY,
+    TRIALS,
+    Terms,
+    check_format,
+    promoted_key,
+    records_of,
+    trials_of,
+)
+from attnsurgery.search.opening import opened, storage_errors, study_name
+from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.sharing import Claimed, Sharing
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.trial import seed_of
@@ -39,24 +55,6 @@ control."""
 _STUCK = 3
 """After so many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _EMPTY = {"duplicate", "too_many_blocks"}
-STUDY, TRIALS = "study.db", "trials.jsonl"
-"""Of a run directory."""
-RECORD = "record"
-"""User attribute of a trial: what became of it."""
-KNOWN: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
-"""States of a candidate that need not be tried again."""
-FACT, CLOCK = "fact", "clock"
-"""Keys of the journal: a line with the first keeps data of the whole search; the second is the search's own time."""
-FORMAT_KEY, FORMAT = "format", 1
-"""Of study and journal; one that is newer is not read."""
-SLOT, HOW, BEGUN = "slot", "how", "begun"
-"""User attributes of a trial: which ask of the search it is, set when all of it is known; who chose it; how often work
-on it was begun."""
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-"""Of a URL that names none."""
-_LOCKED_S = 60.0
-_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "grpc": "grpc"}
-_NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +73,6 @@ class Asked:
         """None where the ask was not completed."""
         slot = trial.user_attrs.get(SLOT)
         return None if slot is None else cls(trial.number, {k: str(v) for k, v in trial.params.items()}, slot)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a study is told by: the same for all of its trials."""
-
-    choices: Mapping[str, Sequence[str]]
-    """The labels of every variable."""
-    max_blocks: int | None
-    budgets: Budgets
-    rank_by: RankBy
-
-    @classmethod
-    def of(cls, fixed: Mapping[str, Any]) -> Terms:
-        """From what `fixed_part` has made."""
-        asked = {name: fixed[name] for name in SearchConfig.model_fields if name in fixed}
-        choices = fixed["choices"]
-        budgets = Budgets.of(SearchConfig(**asked))
-        return cls(choices["variables"], choices["max_blocks"], budgets, fixed["rank_by"])
-
-    @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        return {name: CategoricalDistribution(tuple(labels)) for name, labels in self.choices.items()}
-
-    def settle(self, study: optuna.Study, trial: optuna.trial.Trial, record: Record) -> None:
-        """Tell the study what became of a trial that runs."""
-        excess = self.budgets.excess(record)
-        for name, share in excess.items():
-            trial.set_constraint(name, share)
-        if self.max_blocks is not None:
-            trial.set_constraint(BLOCKS, float(record.blocks - self.max_blocks))
-        score = record.score_on(0, self.rank_by)
-        if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
-            study.tell(trial, state=TrialState.PRUNED)
-        elif score is not None:
-            study.tell(trial, score)
-        else:
-            study.tell(trial, state=TrialState.FAIL)
 
 
 class Store:
@@ -143,7 +103,7 @@ class Store:
         self._sampler = SAMPLERS[sampler]
         self._rank_by = rank_by
         with storage_errors(shown):
-            self._opened = kept = _opened(url)
+            self._opened = kept = opened(url)
             # a folder's own database holds its study, whatever the folder was called when that began
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
@@ -389,11 +349,6 @@ class Store:
         return None if picks is None else places.params(picks)
 
 
-def promoted_key(number: int | str) -> str:
-    """Where the study keeps what became of a trial after it was told."""
-    return f"promoted:{number}"
-
-
 def _teaches(record: Record) -> bool:
     """False of a candidate that nothing was made for: it was there before, or is known to cost too much."""
     return record.state not in _EMPTY and (record.state != "over_budget" or record.timing is not None)
@@ -420,119 +375,3 @@ class _Given(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._assignment[param_name]
-
-
-def facts_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """From the lines of a journal: data of the whole search, as of the last line of each kind."""
-    return {entry[FACT]: entry["value"] for entry in entries if FACT in entry}
-
-
-def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
-    """From the lines of a journal: every finished trial by its number, as of its last line."""
-    return {
-        entry["number"]: Record.from_dict({key: value for key, value in entry.items() if key != CLOCK})
-        for entry in entries
-        if FACT not in entry
-    }
-
-
-def check_format(written: int | None, where: str) -> None:
-    """
-    Raises:
-        SearchError: another version has written it, in a way that this one does not know.
-    """
-    if written is not None and written > FORMAT:
-        raise SearchError(
-            f"{where} was written by a newer attnsurgery (format {written}, and this one knows {FORMAT}). Update "
-            "attnsurgery to go on with it; nothing was changed."
-        )
-
-
-def records_of(study: optuna.Study) -> list[Record]:
-    """Every finished trial of a study, in order."""
-    later = study.user_attrs
-    return [
-        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs[RECORD]))
-        for trial in study.get_trials(deepcopy=False)
-        if RECORD in trial.user_attrs
-    ]
-
-
-def study_name(storage: BaseStorage, folder: Path) -> str | None:
-    """The study of a run directory: the one of its name, or the only one there is; None if that does not tell."""
-    names = optuna.get_all_study_names(storage)
-    name = folder.resolve().name
-    return name if name in names else names[0] if len(names) == 1 else None
-
-
-def _opened(url: str | BaseStorage) -> BaseStorage:
-    """What a URL names, with the drivers that the extras of this package install."""
-    if not isinstance(url, str):
-        return url
-    scheme, colon, rest = url.partition("://")
-    if scheme == "grpc":
-        host, _, port = rest.rstrip("/").rpartition(":")
-        if not (host and port.isdecimal()):
-            raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
-    # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
-    how = {"connect_args": {"timeout": _LOCKED_S}} if scheme == "sqlite" else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(f"{_DRIVERS.get(scheme, scheme)}{colon}{rest}", engine_kwargs=how)
-
-
-@contextmanager
-def writing_errors() -> Iterator[None]:
-    """Says of a study that cannot be written, because the disk is full or the server gone, what that means."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        reason = str(getattr(cause, "orig", None) or cause or error).splitlines()[0]
-        raise SearchError(
-            f"the study cannot be written: {reason.rstrip('.')}. All trials before are kept, and the same command goes "
-            "on as soon as it can be."
-        ) from None
-
-
-@contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-    try:
-        yield
-    except ArgumentError:
-        raise UsageError(_NO_URL) from None
-    except ImportError as error:
-        kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
-        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[kind]}]'" if kind else ""
-        raise UsageError(
-            f"--storage {without_password(url)} needs a package that is missing: {error}.{extra}"
-        ) from None
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].replace(url, without_password(url))
-        mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""
-        raise SearchError(
-            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{mend}"
-        ) from None
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown.
-
-    Raises:
-        UsageError: it does not read as a URL.
-    """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        raise UsageError(_NO_URL) from None
-
-
-def same_json(data: Any) -> Any:
-    """What `data` is after a trip through JSON, as a storage gives it back."""
-    return json.loads(json.dumps(data))

@@ -21,21 +21,24 @@ from optuna.exceptions import UpdateFinishedTrialError
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.about import remember
-from attnsurgery.search.config import SearchConfig, check_same, fixed_part
+from attnsurgery.search.config import VERSIONS, SearchConfig, check_same, fixed_part
 from attnsurgery.search.confirm import CONFIRMING, Confirmation, confirm, weights_of
 from attnsurgery.search.crew import Crew, Done, Here
 from attnsurgery.search.files import locked
 from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.jobs import Job
+from attnsurgery.search.launch import LAUNCHERS
+from attnsurgery.search.layout import KNOWN, same_json
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.opening import writing_errors
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
-from attnsurgery.search.processes import Processes
 from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
-from attnsurgery.search.store import KNOWN, Asked, Store, same_json, writing_errors
+from attnsurgery.search.store import Asked, Store
 from attnsurgery.search.trial import at_once, outlined
 from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.workers import Workers
 
 _ASKS_A_TRIAL = 10
 _HOPELESS = 24
@@ -92,8 +95,11 @@ def _crew(
 ) -> Iterator[tuple[Bench, Crew]]:
     """What the search decides on, and who works for it. A backend that was given is this process's own."""
     alone = config.workers == 0 or backend is not None
+    launcher = None if alone else LAUNCHERS[config.launcher](config)
     bench = assemble(config, listener, backend, decode=alone)
-    crew: Crew = Here(bench, listener, stop) if alone else Processes(config, listener, stop)
+    crew: Crew = (
+        Workers(launcher, listener, stop, versions=bench.found()[VERSIONS]) if launcher else Here(bench, listener, stop)
+    )
     try:
         yield bench, crew
     finally:

@@ -1,29 +1,31 @@
 """A worker: a process that does jobs for the search that started it, one at a time, and may die at any moment.
 
-It reads JSON lines from its standard input and answers with JSON lines on its standard output; whatever else is
-printed goes to its log. When the search is gone its input ends, and then it ends too, whatever it is doing.
+It is told JSON lines and answers with JSON lines: over its standard input and output, whatever else is printed going to
+its log, or by way of a mailbox. When the search is gone its input ends, and then it ends too, whatever it is doing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.evaluate import Epoch
-from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.jobs import Job, perform
+from attnsurgery.search.launch.mailbox import Inbox, Outbox
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, starting_weights
 from attnsurgery.search.quiet import Quiet
@@ -35,10 +37,18 @@ _SIGN_S = 1.0
 """A sign of life that often, while a model trains."""
 
 
+class Out(Protocol):
+    """Takes text that is on its way after a flush."""
+
+    def write(self, text: str, /) -> Any: ...
+
+    def flush(self) -> None: ...
+
+
 class Wire(Listener):
     """Writes answers, and what there is to tell on the way to them."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: Out) -> None:
         self._out = out
         self._signed = 0.0
 
@@ -95,6 +105,7 @@ class _Worker:
         try:
             self._bench = assemble(self._config, self._wire)
             self._bench.backend.alone = self._quiet.keep
+            self._wire.send({"versions": {"node": platform.node(), "found": self._bench.found()[VERSIONS]}})
         except AttnSurgeryError as error:
             self._refused = error
 
@@ -120,32 +131,47 @@ class _Worker:
         return self._bench
 
 
-def main() -> None:
-    """Serve until the input ends, or the device breaks."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+def serve(orders: Iterable[str], out: Out) -> None:
+    """Do what is ordered until there are no more orders, or the device breaks; then the process ends.
+
+    Args:
+        orders: lines of JSON; waits for them.
+        out: gets lines of JSON.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then asks for an end
-    wire, stop, orders = Wire(answers), threading.Event(), queue.Queue[dict[str, Any]]()
+    wire, stop, waiting = Wire(out), threading.Event(), queue.Queue[dict[str, Any]]()
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in orders:
             message = json.loads(line)
             if "stop" in message:
                 stop.set()
             else:
-                orders.put(message)
+                waiting.put(message)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     wire.sign()
-    worker = _Worker(orders.get()["begin"], wire, stop)
+    worker = _Worker(waiting.get()["begin"], wire, stop)
     worker.assemble()
     while True:
-        job = Job(**orders.get()["job"])
+        job = Job(**waiting.get()["job"])
         answer = worker.answer(job)
         wire.send(answer)
         if "broken" in answer:
             os._exit(1)
+
+
+def serve_mailbox(folder: str) -> None:
+    """`serve`, by way of files."""
+    serve(Inbox(Path(folder)), Outbox(Path(folder)))
+
+
+def main() -> None:
+    """`serve`, on pipes."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    serve(sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,10 @@ from _common import write
 
 from attnsurgery.search.crew import ESSENTIAL, GOES_ON
 from attnsurgery.search.files import Journal
+from attnsurgery.search.layout import FACT, STUDY, TRIALS, records_of, trials_of
 from attnsurgery.search.record import Record, trained
 from attnsurgery.search.repair import repair
 from attnsurgery.search.saved import copy_study
-from attnsurgery.search.store import FACT, STUDY, TRIALS, records_of, trials_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

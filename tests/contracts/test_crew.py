@@ -12,9 +12,10 @@ from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.search import Listener, SearchConfig
 from attnsurgery.search.crew import Crew, Done, Here
 from attnsurgery.search.jobs import Job, perform
+from attnsurgery.search.launch import LAUNCHERS
 from attnsurgery.search.prepare import assemble
-from attnsurgery.search.processes import Processes
 from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.workers import Workers
 from tests.plugins.attnsurgery_dummy import Dummy
 
 PLUGINS = str(Path(__file__).parents[1] / "plugins")
@@ -34,7 +35,7 @@ def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     EVALUATORS._entries.pop("dummy")
 
 
-def config_in(folder: Path, workers: int) -> SearchConfig:
+def config_in(folder: Path, crew: str) -> SearchConfig:
     folder.mkdir(exist_ok=True)
     return SearchConfig(
         budget_ms=100.0,
@@ -43,7 +44,9 @@ def config_in(folder: Path, workers: int) -> SearchConfig:
         input_size=32,
         epochs=1,
         base_epochs=1,
-        workers=workers,
+        workers=0 if crew == "here" else 2,
+        launcher="local" if crew == "here" else crew,
+        launcher_args="cluster=local" if crew == "submitit" else "",
         output=str(folder),
     )
 
@@ -57,15 +60,17 @@ class Asking:
         return self.now
 
 
-@pytest.fixture(params=[0, 2], ids=["here", "processes"])
-def workers(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+@pytest.fixture(params=["here", "local", "submitit", "ray"])
+def which(request: pytest.FixtureRequest) -> str:
+    if request.param in ("submitit", "ray"):
+        pytest.importorskip(request.param)
+    return str(request.param)
 
 
 def crew_of(config: SearchConfig, stop: Asking | None = None) -> Crew:
     stop = stop or Asking()
     if config.workers:
-        return Processes(config, Listener(), stop)
+        return Workers(LAUNCHERS[config.launcher](config), Listener(), stop)
     return Here(assemble(config, Listener()), Listener(), stop)
 
 
@@ -76,8 +81,8 @@ def waited(crew: Crew) -> list[Done]:
     return done
 
 
-def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path, workers: int) -> None:
-    config = config_in(tmp_path / "run", workers)
+def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
     crew = crew_of(config)
     try:
         (weights,) = crew.all([Job("weights")])
@@ -106,8 +111,9 @@ def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path,
         crew.close()
 
 
-def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp_path: Path, workers: int) -> None:
-    config = config_in(tmp_path / "run", workers)
+@pytest.mark.parametrize("which", ["here", "local"])  # for a launcher an error is a message like others
+def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
     (tmp_path / "run" / "base.safetensors").write_bytes(b"no weights")
     crew = crew_of(config)
     try:
@@ -121,8 +127,8 @@ def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp
         crew.close()
 
 
-def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_path: Path, workers: int) -> None:
-    config = config_in(tmp_path / "run", workers)
+def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
     crew = crew_of(config)
     try:
         crew.all([Job("weights")])
@@ -131,12 +137,18 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
         (done,) = waited(crew)
         assert done.result is not None
         assert (done.job.attempt, done.job.pieces) == (2, 2)
+        if which != "here":  # which a kill would end
+            (tmp_path / "mishaps" / "kill-1").touch()
+            crew.give(Job("base scores"))
+            (done,) = waited(crew)
+            assert done.result is not None
+            assert done.job.attempt == 2
         (tmp_path / "mishaps" / "device-1").touch()
         crew.give(Job("base scores", most=1))
         (done,) = waited(crew)
         assert done.result is None
         assert done.lost == "CUDA error: an illegal memory access was encountered"
-        if workers:
+        if which != "here":
             return  # the rest is the same for all, and here at once
         for index in range(4):
             (tmp_path / "mishaps" / f"device-{index}").touch()
@@ -147,9 +159,9 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
         crew.close()
 
 
-def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, workers: int) -> None:
+def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str) -> None:
     stop = Asking()
-    crew = crew_of(config_in(tmp_path / "run", workers), stop)
+    crew = crew_of(config_in(tmp_path / "run", which), stop)
     try:
         crew.all([Job("weights")])
         stop.now = True
@@ -166,7 +178,7 @@ def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, workers: int) 
 
 def test_half_a_batch_at_a_time_trains_as_the_whole_does(tmp_path: Path) -> None:
     """In what does not look at the batch: a model without batch norms, in this process."""
-    config = config_in(tmp_path / "run", 0).model_copy(update={"base": "test_convnext", "evaluator": "finetune"})
+    config = config_in(tmp_path / "run", "here").model_copy(update={"base": "test_convnext", "evaluator": "finetune"})
     bench = assemble(config, Listener())
     watch = Watching(Listener(), lambda: False)
     perform(bench, Job("weights"), watch)

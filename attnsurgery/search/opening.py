@@ -1,0 +1,112 @@
+"""Storages by their URLs, and clear words where one cannot be opened or written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage
+
+from attnsurgery.errors import SearchError, UsageError
+
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+"""Of a URL that names none."""
+_LOCKED_S = 60.0
+_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "grpc": "grpc"}
+_NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
+
+
+def opened(url: str | BaseStorage) -> BaseStorage:
+    """What a URL names, with the drivers that the extras of this package install."""
+    if not isinstance(url, str):
+        return url
+    scheme, colon, rest = url.partition("://")
+    if scheme == "grpc":
+        host, _, port = rest.rstrip("/").rpartition(":")
+        if not (host and port.isdecimal()):
+            raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
+    how = {"connect_args": {"timeout": _LOCKED_S}} if scheme == "sqlite" else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(f"{_DRIVERS.get(scheme, scheme)}{colon}{rest}", engine_kwargs=how)
+
+
+@contextmanager
+def writing_errors() -> Iterator[None]:
+    """Says of a study that cannot be written, because the disk is full or the server gone, what that means."""
+    try:
+        yield
+    except Exception as error:
+        reason = _of_a_storage(error)
+        if reason is None:
+            raise
+        raise SearchError(
+            f"the study cannot be written: {reason.rstrip('.')}. All trials before are kept, and the same command goes "
+            "on as soon as it can be."
+        ) from None
+
+
+def _of_a_storage(error: Exception) -> str | None:
+    """What a database or a proxy says, in a line; None of any other error."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    if type(cause).__module__.partition(".")[0] == "grpc":
+        details = getattr(cause, "details", None)
+        return str((details() if details else None) or type(cause).__name__).splitlines()[0]
+    if isinstance(error, SQLAlchemyError | optuna.exceptions.StorageInternalError):
+        return str(getattr(cause, "orig", None) or cause or error).splitlines()[0]
+    return None
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Says of a study that cannot be opened what is the matter, without the password in its URL."""
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        yield
+    except ArgumentError:
+        raise UsageError(_NO_URL) from None
+    except ImportError as error:
+        kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
+        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[kind]}]'" if kind else ""
+        raise UsageError(
+            f"--storage {without_password(url)} needs a package that is missing: {error}.{extra}"
+        ) from None
+    except Exception as error:
+        if _of_a_storage(error) is None and not isinstance(error, RuntimeError | OSError):
+            raise
+        said = _of_a_storage(error) if "grpc" in url else str(error)
+        reason = str(said).splitlines()[0].replace(url, without_password(url))
+        mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""
+        raise SearchError(
+            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{mend}"
+        ) from None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown.
+
+    Raises:
+        UsageError: it does not read as a URL.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        raise UsageError(_NO_URL) from None
+
+
+def study_name(storage: BaseStorage, folder: Path) -> str | None:
+    """The study of a run directory: the one of its name, or the only one there is; None if that does not tell."""
+    names = optuna.get_all_study_names(storage)
+    name = folder.resolve().name
+    return name if name in names else names[0] if len(names) == 1 else None

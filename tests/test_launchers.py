@@ -1,0 +1,179 @@
+"""Workers that other systems run: the same trials wherever they are made, and clear words where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnsurgery.errors import SearchError, UnknownNameError, UsageError
+from attnsurgery.search import Listener, Outcome, SearchConfig, run
+from attnsurgery.search.jobs import Job
+from attnsurgery.search.launch import LAUNCHERS, processes
+from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
+from attnsurgery.search.workers import Workers
+from tests._searches import change, small_search, write_images, write_space
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SearchConfig:
+    images, space = write_images(tmp_path / "images"), write_space(tmp_path)
+    return change(small_search(images, space, tmp_path / "run"), workers=2, in_step=True, trials=3)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What processes of this machine come to."""
+    folder = tmp_path_factory.mktemp("straight")
+    images, space = write_images(folder / "images"), write_space(folder)
+    return run(change(small_search(images, space, folder / "run"), workers=2, in_step=True, trials=3))
+
+
+def essence(outcome: Outcome) -> list[tuple[object, ...]]:
+    return [(r.number, r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in outcome.records]
+
+
+@pytest.mark.parametrize(("launcher", "asked"), [("ray", ""), ("submitit", "cluster=local timeout_min=10")])
+def test_the_same_trials_wherever_workers_run(
+    config: SearchConfig, straight: Outcome, launcher: str, asked: str
+) -> None:
+    pytest.importorskip(launcher)
+    there = run(change(config, launcher=launcher, launcher_args=asked))
+    assert essence(there) == essence(straight)
+    assert there.confirmation == straight.confirmation
+    assert not (there.folder / "jobs").exists(), "mailboxes go with the search"
+
+
+def test_a_launcher_without_its_package_names_the_extra(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, extra in (("ray", "ray"), ("submitit", "slurm")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UsageError, match=rf"--launcher {package} needs a package.*attnsurgery\[{extra}\]"):
+            run(change(config, launcher=package))
+    with pytest.raises(UnknownNameError, match=r"no launcher 'rey'\. Did you mean 'ray'"):
+        run(change(config, launcher="rey"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "asked", "said"),
+    [
+        ("local", "gpus=2", "local does not take gpus. It takes nothing"),
+        ("local", "gpus", "does not read as NAME=VALUE"),
+        ("local", "a=[", "does not read as NAME=VALUE"),
+        ("ray", "gpus=2", "ray does not take gpus. It takes accelerator_type, address, memory, num_cpus, num_gpus"),
+        ("submitit", "cluster=local moons=3", "submitit says: .*moons"),
+        ("submitit", "cluster=moon", "submitit says: .*moon"),
+    ],
+)
+def test_what_a_launcher_cannot_be_asked_for(config: SearchConfig, launcher: str, asked: str, said: str) -> None:
+    if launcher != "local":
+        pytest.importorskip(launcher)
+    with pytest.raises(UsageError, match=said):
+        run(change(config, launcher=launcher, launcher_args=asked))
+
+
+def test_workers_of_none_cannot_be_launched() -> None:
+    with pytest.raises(UsageError, match="--launcher ray starts workers, and --workers 0 wants none"):
+        SearchConfig(budget_ms=1.0, workers=0, launcher="ray")
+
+
+def test_a_worker_on_another_machine_or_torch_is_refused(config: SearchConfig) -> None:
+    for extend in (False, True):
+        launcher = LAUNCHERS["local"](change(config, extend=extend))
+        Path(config.output).mkdir(exist_ok=True)
+        crew = Workers(launcher, Listener(), lambda: False, versions={"torch": "0.1", "latency": "computed"})
+        try:
+            if extend:
+                crew.all([Job("weights")])
+                continue
+            with pytest.raises(SearchError, match=r"worker \d on .* has other software.*versions.latency: here 'comp"):
+                crew.all([Job("weights")])
+        finally:
+            crew.close()
+
+
+def test_a_worker_that_never_begins_ends_the_search_and_costs_no_trial(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
+    with pytest.raises(SearchError, match=r"started 3 times in vain: .* exit code 1: no torch there\. What"):
+        run(change(config, workers=1))
+
+
+class Box:
+    """A mailbox, and what its worker has read."""
+
+    def __init__(self, folder: Path, gone_s: float) -> None:
+        folder.mkdir()
+        for name in (ORDERS, ANSWERS, BEAT):
+            (folder / name).touch()
+        self.folder, self.read = folder, list[str]()
+        self._thread = threading.Thread(target=self._follow, args=(Inbox(folder, gone_s),), daemon=True)
+        self._thread.start()
+
+    def _follow(self, inbox: Inbox) -> None:
+        for line in inbox:
+            self.read.append(line)
+
+    def has_ended(self, within_s: float) -> bool:
+        self._thread.join(within_s)
+        return not self._thread.is_alive()
+
+
+def test_a_mailbox_passes_whole_lines_in_order(tmp_path: Path) -> None:
+    box = Box(tmp_path / "box", 60.0)
+    add(box.folder / ORDERS, '{"a": 1}\n{"b": ')
+    deadline = time.monotonic() + 20
+    while len(box.read) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    add(box.folder / ORDERS, '"ü"}\n')
+    while len(box.read) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert box.read == ['{"a": 1}', '{"b": "ü"}']
+    out, lines = Outbox(box.folder), Lines(box.folder / ANSWERS)
+    out.write("one\n")
+    assert lines.new() == [], "not flushed"
+    out.flush()
+    out.write("two\n")
+    out.flush()
+    assert lines.new() == ["one", "two"]
+    (box.folder / ORDERS).unlink()
+    assert box.has_ended(20), "the search has taken it away"
+
+
+def test_a_worker_with_a_mailbox_ends_when_nobody_counts(tmp_path: Path) -> None:
+    box = Box(tmp_path / "box", 6.0)
+    for count in range(4):
+        (box.folder / BEAT).write_text(f"{count}")
+        assert not box.has_ended(2.0), "somebody counts"
+    assert box.has_ended(30.0)
+
+
+@pytest.fixture
+def mailbox(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    folder = tmp_path / "mailbox"
+    folder.mkdir()
+    for name in (ORDERS, ANSWERS, BEAT):
+        (folder / name).touch()
+    program = f"from attnsurgery.search.worker import serve_mailbox; serve_mailbox({str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
+def test_a_worker_ends_with_its_mailbox(mailbox: tuple[Path, subprocess.Popen[bytes]]) -> None:
+    folder, process = mailbox
+    deadline = time.monotonic() + 60
+    while not (folder / ANSWERS).read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (folder / ANSWERS).read_text() == '{"sign": true}\n'
+    (folder / ORDERS).unlink()
+    assert process.wait(timeout=30) == 0
