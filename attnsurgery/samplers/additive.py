@@ -75,20 +75,21 @@ class AdditiveSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self.choose(study, trial.number)
+        trials = study.get_trials(deepcopy=False)
+        return self.choose(study.direction, [t for t in trials if t.number != trial.number])
 
-    def choose(self, study: optuna.Study, but: int | None = None) -> dict[str, str]:
+    def choose(self, direction: StudyDirection, trials: Sequence[FrozenTrial]) -> dict[str, str]:
         """What to try next, without a trial to try it in; nothing where every place is to be asked for by itself.
 
         Args:
-            but: the number of a trial that is not looked at.
+            direction: of the study.
+            trials: all that it has.
         """
         rng = np.random.default_rng(self._seed)
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != but]
         asked = {t.number: picks for t in trials if (picks := self._places.picks(t.params)) is not None}
         tried = {asked[t.number] for t in trials if t.number in asked and not t.user_attrs.get(AGAIN)}
         tried.add(self._nothing)
-        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+        sign = -1.0 if direction == StudyDirection.MINIMIZE else 1.0
         scored = [(asked[t.number], sign * float(t.value)) for t in trials if t.number in asked and t.value is not None]
         if self._base_score is not None:
             scored.insert(0, (self._nothing, sign * self._base_score))

@@ -2,7 +2,10 @@
 
 First, from the last place to the first, what the rest can still be worth for any cost and number of blocks: of partial
 candidates that another one beats in both value and cost nothing better can come, so only the undominated are kept
-(Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", 1969). Then candidates are grown from the
+(Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", 1969); and of those only what can still
+come to a floor, with the most that the places before them may add when blocks may be taken in part (the relaxation of
+Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). The floor is what a greedy climb comes to.
+Then candidates are grown from the
 first place on, always the one that promises most (A*). With one budget a promise is exact, so the search walks straight
 to the best candidate, and on to the next best where that one was tried before; with several budgets the smallest of
 their promises holds, and of that of their sum, which is never too low.
@@ -25,6 +28,9 @@ import numpy as np
 
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+_States = tuple[Counts, Floats, Floats]
+
 
 def best(
     places: Places,
@@ -41,11 +47,13 @@ def best(
         tried: candidates that do not count.
     """
     known = set(tried)
-    budgets = [*budgets] or [Budget([np.zeros(len(worth)) for worth in values], math.inf)]
-    if len(budgets) > 1 and all(budget.most > 0 for budget in budgets):
-        budgets.append(_together(budgets))
     bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
-    promises = [_Promises(places, values, bonus, budget) for budget in budgets]
+    binding = all(budget.most > 0 for budget in budgets)
+    floor = _floor(places, values, bonus, budgets, known) if budgets and binding else -math.inf
+    budgets = [*budgets] or [Budget([np.zeros(len(worth)) for worth in values], math.inf)]
+    if len(budgets) > 1 and binding:
+        budgets.append(_together(budgets))
+    promises = [_Promises(places, values, bonus, budget, floor) for budget in budgets]
     worths = [worth.tolist() for worth in values]
     costs = [
         list(zip(*(budget.costs[place].tolist() for budget in budgets), strict=True)) for place in range(len(values))
@@ -74,6 +82,42 @@ def best(
     return None
 
 
+def _floor(
+    places: Places, values: Sequence[Floats], bonus: Floats, budgets: Sequence[Budget], known: Collection[Picks]
+) -> float:
+    """A little less than what the best of some candidates is worth that fit and were not tried; -inf without any.
+
+    They are those on the way of a greedy climb: at first nothing anywhere, then one choice after another that adds the
+    most for its share of the budgets.
+    """
+    share = [np.sum([budget.costs[place] / budget.most for budget in budgets], axis=0) for place in range(len(values))]
+    climbs = sorted(
+        (
+            ((value - worth[0]) / max(cost - share[place][0], 1e-12), place, choice)
+            for place, worth in enumerate(values)
+            for choice, (value, cost) in enumerate(zip(worth.tolist(), share[place].tolist(), strict=True))
+            if choice and value > worth[0]
+        ),
+        reverse=True,
+    )
+    costs = [[cost.tolist() for cost in budget.costs] for budget in budgets]
+    picks, count, floor = [0] * len(values), 0, -math.inf
+    worth = float(sum(worth[0] for worth in values))
+    surely = [budget.most * (1 - 1e-9) for budget in budgets]  # sums in another order may come to a little more
+    left = [most - sum(cost[0] for cost in spent) for most, spent in zip(surely, costs, strict=True)]
+    for _, place, choice in climbs:
+        now = picks[place]
+        after = count + (places.weights[place] if not now else 0)
+        rest = [r - spent[place][choice] + spent[place][now] for r, spent in zip(left, costs, strict=True)]
+        gain = float(values[place][choice] - values[place][now])
+        if gain <= 0 or after >= len(bonus) or min(rest) < 0:
+            continue
+        picks[place], count, left, worth = choice, after, rest, worth + gain
+        if worth + bonus[count] > floor and tuple(picks) not in known:
+            floor = worth + float(bonus[count])
+    return floor - 1e-9 * (1.0 + abs(floor))
+
+
 def _together(budgets: Sequence[Budget]) -> Budget:
     """All of them in one: what keeps to each keeps to their sum, and the sum promises less than any of them alone."""
     places = range(len(budgets[0].costs))
@@ -82,28 +126,35 @@ def _together(budgets: Sequence[Budget]) -> Budget:
 
 
 class _Promises:
-    """The most that the places from each one on can add, within one budget."""
+    """The most that the places from each one on can add, within one budget.
 
-    def __init__(self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget) -> None:
+    Args:
+        floor: candidates worth less do not matter; what they are promised may be too little.
+    """
+
+    def __init__(
+        self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget, floor: float = -math.inf
+    ) -> None:
         self._bonus = bonus.tolist()
-        # by place and number of blocks from there on: costs and values, both ascending
-        fronts: list[dict[int, tuple[Floats, Floats]]] = [{0: (np.zeros(1), np.zeros(1))}]
         spare = _slack(budget)
+        before = _in_part(budget.costs, values) if floor > -math.inf else []
+        highest: Any = np.maximum.accumulate(bonus[::-1])[::-1]
+        # what the places from one on can be: number of blocks, cost, value; by number, then by cost, both ascending
+        front: _States = (np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1))
+        # by place: number of blocks with their costs and values, both ascending. Lists, for one number at a time is
+        # looked up in them, which takes numpy ten times as long
+        self._fronts = [_by_count(front)]
         for place in reversed(range(len(values))):
-            parts: dict[int, list[tuple[Floats, Floats]]] = {}
-            steps = _steps(budget.costs[place], values[place], places.weights[place])
-            for count, (spent, worth) in fronts[-1].items():
-                for weight, cost, value in steps:
-                    more = count + weight
-                    if more < len(bonus):
-                        costs = spent + cost
-                        if within := int(costs.searchsorted(spare[place], side="right")):
-                            parts.setdefault(more, []).append((costs[:within], worth[:within] + value))
-            fronts.append({count: _undominated(part) for count, part in parts.items()})
-        # lists, for one number at a time is looked up in them, which takes numpy ten times as long
-        self._fronts = [
-            [(count, costs.tolist(), values.tolist()) for count, (costs, values) in front.items()] for front in fronts
-        ]
+            weight_C, cost_C, value_C = _steps(budget.costs[place], values[place], places.weights[place])
+            counts = (front[0][:, None] + weight_C).ravel()
+            costs, worths = (front[1][:, None] + cost_C).ravel(), (front[2][:, None] + value_C).ravel()
+            fits = (counts < len(bonus)) & (costs <= spare[place])
+            if before:
+                highest_S = highest[np.minimum(counts, len(bonus) - 1)]
+                prior_S = np.interp(spare[0] - costs, *before[place], left=-math.inf)
+                fits &= worths + prior_S + highest_S >= floor
+            front = _undominated(counts[fits], costs[fits], worths[fits])
+            self._fronts.append(_by_count(front))
         self._fronts.reverse()
 
     def at(self, place: int, count: int, left: float) -> float:
@@ -126,19 +177,65 @@ def _slack(budget: Budget) -> list[float]:
     return [budget.most - spent + 1e-9 * abs(budget.most) for spent in least]
 
 
-def _steps(costs: Floats, values: Floats, weight: int) -> list[tuple[int, float, float]]:
+def _in_part(costs: Sequence[Floats], values: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+    """By place, what those before it can add at most for any cost, when choices may be mixed: costs and values, both
+    ascending, to be joined by straight lines."""
+    spent, worth = [0.0], [0.0]
+    risers: list[tuple[float, float, float, int]] = []
+    for place, (cost, value) in enumerate(zip(costs, values, strict=True)):
+        _, kept_costs, kept_values = _undominated(np.zeros(len(cost), dtype=np.int64), cost, value)
+        hull: list[tuple[float, float]] = []
+        for point in zip(kept_costs.tolist(), kept_values.tolist(), strict=True):
+            while hull and (hull[-1][0] == point[0] or (len(hull) > 1 and _below(hull[-2], hull[-1], point))):
+                hull.pop()
+            hull.append(point)
+        spent.append(spent[-1] + hull[0][0])
+        worth.append(worth[-1] + hull[0][1])
+        for (low_cost, low), (high_cost, high) in itertools.pairwise(hull):
+            risers.append(((high - low) / (high_cost - low_cost), high_cost - low_cost, high - low, place))
+    risers.sort(reverse=True)
+    step_costs, step_values, of_R = (np.array([riser[at] for riser in risers]) for at in (1, 2, 3))
+    found = []
+    for place in range(len(values)):
+        earlier_R = of_R < place
+        found.append(
+            (
+                spent[place] + np.append(0.0, np.cumsum(step_costs[earlier_R])),
+                worth[place] + np.append(0.0, np.cumsum(step_values[earlier_R])),
+            )
+        )
+    return found
+
+
+def _below(left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]) -> bool:
+    """Whether a point is not above the line between its neighbours."""
+    rise = (right[1] - left[1]) * (middle[0] - left[0])
+    return (middle[1] - left[1]) * (right[0] - left[0]) <= rise
+
+
+def _steps(costs: Floats, values: Floats, weight: int) -> _States:
     """The choices at a place that a best candidate may take: how many blocks they are, what they cost and add."""
-    kept_costs, kept_values = _undominated([(costs[1:], values[1:])])
-    some = zip(kept_costs.tolist(), kept_values.tolist(), strict=True)
-    return [(0, float(costs[0]), float(values[0])), *((weight, cost, value) for cost, value in some)]
+    counts = np.full(len(costs), weight, dtype=np.int64)
+    counts[0] = 0
+    return _undominated(counts, costs, values)
 
 
-def _undominated(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """Of costs and values those that no other beats in both, by ascending cost; and of equals perhaps more than one."""
-    costs: Any = np.concatenate([part[0] for part in parts])
-    values: Any = np.concatenate([part[1] for part in parts])
-    order = costs.argsort(kind="stable")  # which merges what is in order by parts
-    costs, values = costs[order], values[order]
+def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
+    """What no other with as many blocks beats in both cost and value; and of equals perhaps more than one."""
+    order: Any = np.lexsort((costs, counts))
+    counts, costs, values = counts[order], costs[order], values[order]
+    rank = np.empty(len(values), dtype=np.int64)
+    rank[values.argsort(kind="stable")] = np.arange(len(values))
+    rank += counts * len(values)  # so that more blocks are always above
     kept = np.ones(len(values), dtype=bool)
-    np.greater(values[1:], np.maximum.accumulate(values)[:-1], out=kept[1:])
-    return costs[kept], values[kept]
+    np.greater(rank[1:], np.maximum.accumulate(rank)[:-1], out=kept[1:])
+    return counts[kept], costs[kept], values[kept]
+
+
+def _by_count(states: _States) -> list[tuple[int, list[float], list[float]]]:
+    counts, costs, values = (one.tolist() for one in states)
+    begins = [at for at, count in enumerate(counts) if not at or count != counts[at - 1]]
+    return [
+        (counts[begin], costs[begin:end], values[begin:end])
+        for begin, end in itertools.pairwise([*begins, len(counts)])
+    ]

@@ -66,11 +66,15 @@ class Places:
         everywhere = sum(self.weights)
         return everywhere if self.most_blocks is None else min(self.most_blocks, everywhere)
 
+    @cached_property
+    def _indices(self) -> dict[str, dict[str, int]]:
+        return {name: {choice: at for at, choice in enumerate(choices)} for name, choices in self.choices.items()}
+
     def picks(self, params: Mapping[str, Any]) -> Picks | None:
         """A candidate given by what is at each place; None where a place is missing or has something unknown."""
         try:
-            return tuple(choices.index(params[name]) for name, choices in self.choices.items())
-        except (KeyError, ValueError):
+            return tuple([index[params[name]] for name, index in self._indices.items()])
+        except KeyError:
             return None
 
     def params(self, picks: Picks) -> dict[str, str]:

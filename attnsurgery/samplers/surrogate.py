@@ -92,8 +92,8 @@ class Surrogate:
         self.shares = {"effect": np.eye(len(names))}
         """By part which effects (E rows) have which of its unknowns in them."""
         for part, keys in groups.items():
-            distinct = list(dict.fromkeys(keys))
-            self.shares[part] = np.array([[key == other for other in distinct] for key in keys], dtype=float)
+            column = {key: at for at, key in enumerate(dict.fromkeys(keys))}
+            self.shares[part] = np.eye(len(column))[[column[key] for key in keys]]
         most = sum(places.weights)
         counts = np.arange(most + 1)
         self.by_count = float(not costs) * counts * (counts - 1) / 2 / max(1.0, most / 2)
@@ -222,6 +222,11 @@ class Posterior:
         return Fit(explained(self._kernel_NN[last, last]), max(others))
 
     @cached_property
+    def _last_grams(self) -> dict[str, Floats]:
+        """Of the candidates that say how large parts and noise are."""
+        return {name: np.ascontiguousarray(gram[-_ENOUGH:, -_ENOUGH:]) for name, gram in self._grams.items()}
+
+    @cached_property
     def _rest_lower_NN(self) -> Floats:
         """What does not add up: the root of its covariance."""
         rest_NN = (self._noise**2 + 1e-6) * np.eye(len(self._y_N))
@@ -246,34 +251,43 @@ class Posterior:
     def _solve(self, y_N: Floats) -> Floats:
         return np.asarray(cho_solve((self._lower_NN, True), y_N, check_finite=False))
 
-    def _kernel(self, sizes: Floats, last: int | None = None) -> Floats:
-        """How scores vary together, of all candidates or the last ones, for these sizes of the parts and the noise."""
-        part = slice(None) if last is None else slice(-last, None)
-        kernel_NN: Floats = np.full_like(self._grams["effect"][part, part], _BASE**2)
-        for name, size in zip(self._parts, sizes[:-1], strict=True):
-            kernel_NN += size**2 * self._grams[name][part, part]
-        kernel_NN[np.diag_indices_from(kernel_NN)] += sizes[-1] ** 2 + 1e-6
-        return kernel_NN
+    def _kernel(self, sizes: Floats) -> Floats:
+        """How scores vary together, of all candidates, for these sizes of the parts and the noise."""
+        return np.asarray(self._kernels(sizes[None], self._grams)[0])
 
-    def _evidence(self, log_hyper: Floats) -> float:
-        """Log posterior density of the sizes, up to a constant."""
-        prior = -0.5 * float(((log_hyper - self._middles) ** 2).sum())
+    def _kernels(self, sizes_DP: Floats, grams: Mapping[str, Floats]) -> Floats:
+        """The same for several sizes at a time, (D, N, N)."""
+        kernel_DNN: Floats = np.full((len(sizes_DP), *grams["effect"].shape), _BASE**2)
+        for name, size_D in zip(self._parts, sizes_DP[:, :-1].T, strict=True):
+            kernel_DNN += (size_D**2)[:, None, None] * grams[name]
+        diagonal = np.arange(kernel_DNN.shape[1])
+        kernel_DNN[:, diagonal, diagonal] += (sizes_DP[:, -1] ** 2 + 1e-6)[:, None]
+        return kernel_DNN
+
+    def _evidence(self, log_hyper_DP: Floats) -> Floats:
+        """Log posterior density of the sizes, up to a constant, (D,)."""
+        kernel_DNN = self._kernels(np.exp(log_hyper_DP), self._last_grams)
         try:
-            lower_NN = np.linalg.cholesky(self._kernel(np.exp(log_hyper), _ENOUGH))
-        except np.linalg.LinAlgError:
-            return -np.inf
-        white_N = solve_triangular(lower_NN, self._y_N[-_ENOUGH:], lower=True, check_finite=False)
-        return prior - 0.5 * float(white_N @ white_N) - float(np.log(np.diag(lower_NN)).sum())
+            lower_DNN = np.linalg.cholesky(kernel_DNN)
+        except np.linalg.LinAlgError:  # of one of them
+            if len(kernel_DNN) == 1:
+                return np.array([-np.inf])
+            return np.concatenate([self._evidence(one[None]) for one in log_hyper_DP])
+        prior_D = -0.5 * ((log_hyper_DP - self._middles) ** 2).sum(axis=1)
+        y_N = self._y_N[-_ENOUGH:]
+        white_DN = np.array([solve_triangular(one, y_N, lower=True, check_finite=False) for one in lower_DNN])
+        logs_D = np.log(np.diagonal(lower_DNN, axis1=1, axis2=2)).sum(axis=1)
+        return np.asarray(prior_D - 0.5 * (white_DN**2).sum(axis=1) - logs_D)
 
     def _sizes_drawn(self, rng: np.random.Generator) -> Floats:
         """Log sizes of the parts and of the noise, from a short chain that starts at a good place."""
         starts = self._middles + rng.standard_normal((_PRIOR_DRAWS, len(self._middles)))
-        levels = [self._evidence(start) for start in starts]
-        at: Floats = starts[int(np.argmax(levels))]
-        level = max(levels)
+        levels_D = self._evidence(starts)
+        at: Floats = starts[int(np.argmax(levels_D))]
+        level = float(levels_D.max())
         for _ in range(0 if self._surrogate.costs else _STEPS):
             step = at + 0.35 * rng.standard_normal(len(at))
-            there = self._evidence(step)
+            there = float(self._evidence(step[None])[0])
             if np.log(rng.random()) < there - level:
                 at, level = step, there
         return at

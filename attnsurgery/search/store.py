@@ -7,7 +7,7 @@ search that was interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from attnsurgery.samplers import AGAIN, SAMPLERS
@@ -174,7 +175,7 @@ class Store:
 
     def slots(self) -> int:
         """How many candidates were asked for."""
-        return 1 + max((t.user_attrs.get(SLOT, -1) for t in self._study.get_trials(deepcopy=False)), default=-1)
+        return _slots(self._study.get_trials(deepcopy=False))
 
     def ask(self, records: list[Record], places: Places, repeats: bool = False) -> Asked:
         """The next candidate: trial number, and a label for every variable.
@@ -186,7 +187,7 @@ class Store:
         trials = self._study.get_trials(deepcopy=False)
         going = [trial for trial in trials if not trial.state.is_finished()]
         digests = {record.digest for record in records} | {self._digest(trial.params) for trial in going}
-        slot = self.slots()
+        slot = _slots(trials)
         seed = seed_of(self._seed, slot)
         stuck = repeats or (len(records) >= _STUCK and not any(map(_teaches, records[-_STUCK:])))
         begins = slot < _STARTUP
@@ -195,7 +196,8 @@ class Store:
         base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
         sampler: Any = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
         waiting = any(trial.state is TrialState.WAITING for trial in going)
-        chosen = sampler.choose(self._study) if hasattr(sampler, "choose") and not waiting else None
+        chooses = hasattr(sampler, "choose") and not waiting
+        chosen = sampler.choose(self._study.direction, trials) if chooses else None
         if chosen:
             number = self._begin(chosen, slot, self._how(sampler, begins and fresh is not None))
             return Asked(number, {name: str(chosen[name]) for name in self._distributions}, slot)
@@ -349,6 +351,10 @@ class Store:
         return None if picks is None else places.params(picks)
 
 
+def _slots(trials: Sequence[FrozenTrial]) -> int:
+    return 1 + max((trial.user_attrs.get(SLOT, -1) for trial in trials), default=-1)
+
+
 def _teaches(record: Record) -> bool:
     """False of a candidate that nothing was made for: it was there before, or is known to cost too much."""
     return record.state not in _EMPTY and (record.state != "over_budget" or record.timing is not None)
@@ -360,7 +366,7 @@ class _Given(BaseSampler):
     def __init__(self, assignment: Mapping[str, str]) -> None:
         self._assignment = assignment
 
-    def choose(self, study: optuna.Study) -> Mapping[str, str]:
+    def choose(self, direction: StudyDirection, trials: Sequence[FrozenTrial]) -> Mapping[str, str]:
         return self._assignment
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
