@@ -98,7 +98,6 @@ def test_a_worker_comes_to_the_same_trials_as_this_process(config: SearchConfig,
         ("kill", "its worker was ended by SIGKILL, as a system short of memory does"),
         ("exit", "its worker ended with exit code 7: the driver is gone"),
         ("memory", "a forced lack of memory"),
-        ("device", "CUDA error: an illegal memory access was encountered"),
         ("hang", "its worker gave no sign of life for 4 s"),
     ],
 )
