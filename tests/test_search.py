@@ -6,9 +6,12 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
+import wsgiref.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -549,3 +552,29 @@ def test_optunas_own_command_line_reads_the_study(finished: Outcome) -> None:
     trials = json.loads(found.stdout)
     assert [trial["number"] for trial in trials] == [record.number for record in finished.records]
     assert [trial["state"] for trial in trials].count("COMPLETE") == finished.trained
+
+
+def test_optunas_dashboard_shows_the_study(finished: Outcome) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{finished.folder / 'study.db'}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the dashboard itself is warned of
+            site = dashboard.wsgi(storage)
+            (study,) = json.loads(asked_of(site, "/api/studies"))["study_summaries"]
+            trials = json.loads(asked_of(site, f"/api/studies/{study['study_id']}"))["trials"]
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+    assert study["study_name"] == "run"
+    assert [trial["number"] for trial in trials] == [record.number for record in finished.records]
+
+
+def asked_of(site: Any, path: str) -> str:
+    """What a WSGI site answers."""
+    status: list[str] = []
+    given: dict[str, Any] = {"PATH_INFO": path}
+    wsgiref.util.setup_testing_defaults(given)
+    body = b"".join(site(given, lambda said, headers, error=None: status.append(said)))
+    assert status == ["200 OK"], body
+    return body.decode()
