@@ -52,7 +52,8 @@ def test_the_number_carries_its_conditions(backend: LatencyBackend) -> None:
 def test_more_of_the_same_work_takes_longer(backend: LatencyBackend) -> None:
     comparison = backend.compare(convs(1), convs(40))
     assert comparison.ratio_low <= comparison.ratio <= comparison.ratio_high
-    assert comparison.ratio_low > 1
+    assert comparison.ratio_low > 0
+    assert comparison.ratio > 4  # also where the machine is busy, and the interval wide
 
 
 def test_variant_ms_is_the_ratio_on_the_scale_of_the_reference() -> None:

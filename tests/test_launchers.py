@@ -17,6 +17,7 @@ from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.jobs import Job
 from attnsurgery.search.launch import LAUNCHERS, processes
 from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
+from attnsurgery.search.worker import serve_mailbox
 from attnsurgery.search.workers import Workers
 from tests._searches import change, small_search, write_images, write_space
 
@@ -174,6 +175,8 @@ def test_a_worker_ends_with_its_mailbox(mailbox: tuple[Path, subprocess.Popen[by
     deadline = time.monotonic() + 60
     while not (folder / ANSWERS).read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert (folder / ANSWERS).read_text() == '{"sign": true}\n'
+    serve_mailbox(str(folder))  # of a worker that was put back into a queue: returns at once
     assert (folder / ANSWERS).read_text() == '{"sign": true}\n'
     (folder / ORDERS).unlink()
     assert process.wait(timeout=30) == 0

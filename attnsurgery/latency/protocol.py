@@ -14,6 +14,7 @@ differ by more. A bootstrap of rounds, or of few placements, is too narrow.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -152,8 +153,9 @@ def interval_of_median(values: Numbers, placement: Numbers) -> tuple[float, floa
 
 
 def interval_of_ratio(base: Numbers, variant: Numbers, placement: Numbers) -> tuple[float, float]:
-    """95 % interval of `ratio_of`."""
-    return interval_of_median(np.asarray(variant) / np.asarray(base), placement)
+    """95 % interval of `ratio_of`; of its logarithm, for twice as long is as far from equal as half as long."""
+    low, high = interval_of_median(np.log(np.asarray(variant) / np.asarray(base)), placement)
+    return math.exp(low), math.exp(high)
 
 
 def relative_noise(times: Numbers, placement: Numbers) -> float:

@@ -25,7 +25,7 @@ from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.jobs import Job, perform
-from attnsurgery.search.launch.mailbox import Inbox, Outbox
+from attnsurgery.search.launch.mailbox import ANSWERS, Inbox, Outbox
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, starting_weights
 from attnsurgery.search.quiet import Quiet
@@ -163,8 +163,9 @@ def serve(orders: Iterable[str], out: Out) -> None:
 
 
 def serve_mailbox(folder: str) -> None:
-    """`serve`, by way of files."""
-    serve(Inbox(Path(folder)), Outbox(Path(folder)))
+    """`serve`, by way of files, unless it was begun there before: Slurm may put a job back into its queue."""
+    if not (Path(folder) / ANSWERS).stat().st_size:
+        serve(Inbox(Path(folder)), Outbox(Path(folder)))
 
 
 def main() -> None:

@@ -111,20 +111,20 @@ class Workers(Crew):
         self._launcher.close()
 
     def _hand_out(self) -> None:
-        if self._waiting and not any(hand.link for hand in self._hands):
-            for hand in self._hands:  # all at once: where there is one job there will be more
+        if self._stopped_at is not None:
+            return
+        for hand in self._hands:
+            if self._waiting and hand.link is None:  # all at once: where there is one job there will be more
                 self._start(hand)
         for hand in self._hands:
-            if hand.job is None and self._waiting and self._stopped_at is None:
+            if self._waiting and hand.job is None and hand.link is not None and not hand.link.queued:
                 hand.job, hand.signed = self._waiting.popleft(), time.monotonic()
-                link = hand.link or self._start(hand)
-                link.tell({"job": hand.job.as_dict()})
+                hand.link.tell({"job": hand.job.as_dict()})
 
-    def _start(self, hand: _Hand) -> Link:
+    def _start(self, hand: _Hand) -> None:
         life = object()
-        hand.life, hand.heard, hand.signed = life, False, time.monotonic()
+        hand.life, hand.heard = life, False
         hand.link = self._launcher.start(hand.index, lambda message: self._heard.put((hand, life, message)))
-        return hand.link
 
     def _hear(self, hand: _Hand, message: Message | Gone) -> list[Done]:
         if isinstance(message, Gone):
@@ -166,10 +166,8 @@ class Workers(Crew):
     def _hung(self) -> list[Done]:
         done: list[Done] = []
         for hand in self._hands:
-            if hand.job is None or hand.link is None:
+            if hand.job is None:
                 continue
-            if hand.link.queued:
-                hand.signed = time.monotonic()
             patience_s = self._patience_s if hand.heard else max(_START_S, self._patience_s)
             if time.monotonic() - hand.signed > patience_s:
                 self._end(hand)
@@ -187,11 +185,11 @@ class Workers(Crew):
                     hand.link.tell({"stop": True})
         done = [Done(job, stopped=True) for job in self._waiting]
         self._waiting.clear()
-        for hand in self._hands:
-            silent = hand.link is not None and (hand.link.queued or time.monotonic() - self._stopped_at > _STOP_S)
-            if hand.job is not None and silent:
-                self._end(hand)
-                done += self._lost(hand, Gone(""))
+        if time.monotonic() - self._stopped_at > _STOP_S:
+            for hand in self._hands:
+                if hand.job is not None:
+                    self._end(hand)
+                    done += self._lost(hand, Gone(""))
         return done
 
     def _lost(self, hand: _Hand, how: Gone) -> list[Done]:

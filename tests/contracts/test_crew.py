@@ -159,7 +159,8 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
         crew.close()
 
 
-def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str) -> None:
+def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
     stop = Asking()
     crew = crew_of(config_in(tmp_path / "run", which), stop)
     try:

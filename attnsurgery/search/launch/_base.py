@@ -11,6 +11,7 @@ import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Link(ABC):
     """A worker that was started, and the line to it."""
 
     queued: bool = False
-    """It has no machine yet, so it cannot be blamed for saying nothing."""
+    """It has no machine yet, so it is given nothing to do."""
 
     @abstractmethod
     def tell(self, message: Message) -> None:
@@ -118,9 +119,12 @@ class Launcher(ABC):
             SearchError: it cannot be started.
         """
 
-    @abstractmethod
     def close(self) -> None:
-        """Leave nothing behind; the workers have ended."""
+        """Leave nothing behind that nobody needs; the workers have ended."""
+        for index in range(self.size):
+            with suppress(OSError):
+                if not self.log(index).stat().st_size:
+                    self.log(index).unlink()
 
 
 LAUNCHERS: Catalog[Launcher] = Catalog("launcher", "attnsurgery.search.launch", group="attnsurgery.launchers")

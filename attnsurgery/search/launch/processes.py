@@ -55,12 +55,6 @@ class Processes(Launcher):
         threading.Thread(target=_listen, args=(process, log, heard), daemon=True).start()
         return link
 
-    def close(self) -> None:
-        for index in range(self.size):
-            with suppress(OSError):
-                if not self.log(index).stat().st_size:
-                    self.log(index).unlink()
-
 
 def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
     """A worker on pipes.

@@ -56,10 +56,20 @@ class Ray(Launcher):
         if self._ours:
             with _own_signals(), _not_nice():
                 try:
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+                    self._join(address)
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     said = " ".join(str(error).split())[:300]
                     raise SearchError(f"--launcher ray: no cluster at {address or 'hand'}: {said}") from None
+
+    def _join(self, address: str | None) -> None:
+        quietly = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        try:
+            self._ray.init(address=address or "auto", **quietly)
+        except ConnectionError:
+            if address or os.environ.get("RAY_ADDRESS"):
+                raise
+            # room for all that were asked for: whether they crowd this machine is for the user to say
+            self._ray.init(address="local", num_cpus=max(os.cpu_count() or 1, self.size * self.threads), **quietly)
 
     @property
     def threads(self) -> int:
@@ -88,6 +98,7 @@ class Ray(Launcher):
         return _Actor(self._ray, actor, heard)
 
     def close(self) -> None:
+        super().close()
         if self._ours:
             self._ray.shutdown()
 

@@ -23,6 +23,8 @@ from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, BEAT_S, ORDERS, POL
 _JOBS = "jobs"
 """Of the run directory: mailboxes, and what submitit writes."""
 _LOOK_S = 1.0
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "READY", "UNKNOWN"}
+"""States of jobs that nothing can be expected of."""
 _END_S = 5.0
 _DAY_MIN = 24 * 60
 
@@ -82,6 +84,7 @@ class Submitit(Launcher):
         return _Mail(job, folder, heard, here=self._executor.cluster == "local")
 
     def close(self) -> None:
+        super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -121,6 +124,8 @@ class _Mail(Link):
                     (self._folder / BEAT).write_text(f"{count}")
             if time.monotonic() - looked > _LOOK_S:
                 looked = time.monotonic()
+                if self.queued and str(self._job.state).upper() not in _WAITING:
+                    self.queued = False
                 if self._job.done():
                     with suppress(OSError):
                         self._hear(answers)
