@@ -63,13 +63,13 @@ class Ray(Launcher):
 
     def _join(self, address: str | None) -> None:
         quietly = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-        try:
-            self._ray.init(address=address or "auto", **quietly)
-        except ConnectionError:
-            if address or os.environ.get("RAY_ADDRESS"):
-                raise
-            # room for all that were asked for: whether they crowd this machine is for the user to say
-            self._ray.init(address="local", num_cpus=max(os.cpu_count() or 1, self.size * self.threads), **quietly)
+        if address:
+            self._ray.init(address=address, **quietly)
+            return
+        try:  # room for all that were asked for: whether they crowd this machine is for the user to say
+            self._ray.init(num_cpus=max(os.cpu_count() or 1, self.size * self.threads), **quietly)
+        except ValueError:  # there is a cluster, which has the CPUs that it has
+            self._ray.init(**quietly)
 
     @property
     def threads(self) -> int:
