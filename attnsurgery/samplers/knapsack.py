@@ -4,11 +4,11 @@ First, from the last place to the first, what the rest can still be worth for an
 candidates that another one beats in both value and cost nothing better can come, so only the undominated are kept
 (Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", 1969); and of those only what can still
 come to a floor, with the most that the places before them may add when blocks may be taken in part (the relaxation of
-Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). The floor is what a greedy climb comes to.
-Then candidates are grown from the
-first place on, always the one that promises most (A*). With one budget a promise is exact, so the search walks straight
-to the best candidate, and on to the next best where that one was tried before; with several budgets the smallest of
-their promises holds, and of that of their sum, which is never too low.
+Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). The floor is what a greedy climb comes to. Then
+candidates are grown from the first place on, always the one that promises most (A*). With one budget a promise is exact
+for all that reach the floor, so the search walks straight to the best candidate, and on to the next best where that one
+was tried before; with several budgets the smallest of their promises holds, and of that of their sum, which is never
+too low for them.
 
 An integer programme (HiGHS, by scipy.optimize.milp) gives the same answers, faster for many places, but it prints on
 stdout now and then, which no option keeps it from.

@@ -95,11 +95,13 @@ def _crew(
 ) -> Iterator[tuple[Bench, Crew]]:
     """What the search decides on, and who works for it. A backend that was given is this process's own."""
     alone = config.workers == 0 or backend is not None
-    launcher = None if alone else LAUNCHERS[config.launcher](config)
+    launcher = LAUNCHERS[config.launcher]  # there is one of that name, before images are read
     bench = assemble(config, listener, backend, decode=alone)
-    crew: Crew = (
-        Workers(launcher, listener, stop, versions=bench.found()[VERSIONS]) if launcher else Here(bench, listener, stop)
-    )
+    crew: Crew
+    if alone:
+        crew = Here(bench, listener, stop)
+    else:  # only now, for a launcher may hold a cluster until its crew is closed
+        crew = Workers(launcher(config), listener, stop, versions=bench.found()[VERSIONS])
     try:
         yield bench, crew
     finally:
