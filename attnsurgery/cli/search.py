@@ -102,7 +102,11 @@ def search(
         ),
     ] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Go on though software or machine are not those of before.")
+        bool,
+        typer.Option(
+            "--extend",
+            help="Go on though a budget, the machine or its software are others now, or the space offers more.",
+        ),
     ] = False,
     new: Annotated[
         bool, typer.Option("--new", help="Begin another search beside one that is there, in a directory of its own.")
@@ -179,6 +183,8 @@ def search(
         budgets = Budgets.of(config).describe().replace(" and ", "-").replace(" ", "")
         named = Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), budgets])
         config = config.model_copy(update={"output": str(named)})
+        if extend and not named.exists():
+            _ask_which(named, "-".join([base, _stem(data or "digits")]))
     if new:
         config = config.model_copy(update={"output": _free(config.output)})
     if dry_run:
@@ -266,6 +272,22 @@ def _default_base() -> str:
     from attnsurgery.search import DEFAULT_BASE
 
     return DEFAULT_BASE
+
+
+def _ask_which(named: Path, start: str) -> None:
+    """
+    Raises:
+        UsageError: there is nothing to extend where the directory's name leads, and something beside it.
+    """
+    from attnsurgery.errors import UsageError
+    from attnsurgery.search.layout import STUDY
+
+    beside = sorted(f"{found.parent}" for found in named.parent.glob(f"{start}-*/{STUDY}"))
+    if beside:
+        raise UsageError(
+            f"--extend goes on with a search that is there, and {named} is none. Say which one is meant: "
+            f"{' or '.join(f'--output {name}' for name in beside[:5])}."
+        )
 
 
 def _free(output: str) -> str:

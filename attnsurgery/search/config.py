@@ -89,12 +89,19 @@ class SearchConfig(Strict):
 
 VERSIONS = "versions"
 """Of software and machine, among what was found: a search may go on with others, if it is asked to."""
+CHOICES = "choices"
+"""Of the space, by place, among what was found: the same, of a space that has grown."""
 _FREE = {
     *("trials", "finalists", "confirm_seeds", "latency_seconds"),
     *("output", "storage", "space", "checkpoint"),
     *("workers", "launcher", "launcher_args", "patience_minutes", "lease_seconds", "extend"),
 }
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
+_BUDGETS = ("budget_ms", "budget_params", "budget_macs", "budget_mb")
+_NEXT = ("sampler", "in_step", "workers")
+"""Have a say in which candidates are next, and none in what becomes of one."""
+_SHOWN = 8
+"""Differences that a message lists."""
 
 
 def fixed_part(config: SearchConfig, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,36 +110,58 @@ def fixed_part(config: SearchConfig, found: Mapping[str, Any]) -> dict[str, Any]
     return {**config.model_dump(exclude=_FREE), **found, **in_step}
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str, extend: bool = False) -> list[str]:
+def check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], run_dir: str, *, extend: bool = False, shared: bool = False
+) -> dict[str, str]:
     """Refuse to go on with another search than the one begun.
 
     Args:
-        extend: other software, or another machine of the kind, is no reason to refuse.
+        extend: other software, another machine of the kind, or other terms (budgets, a space that offers more, who
+            chooses) are no reason to refuse.
+        shared: other searches may be at the same study, which other terms would change under their hands.
 
     Returns:
-        What differs all the same.
+        What differs all the same, in words, by the name of the setting.
 
     Raises:
         SearchError: lists what differs, as it was and as it is now, and says what to do.
     """
-    found = {key: f"{key}: was {was}, is now {now}" for key, (was, now) in differences(before, now).items()}
-    grave = [said for key, said in found.items() if not key.startswith(f"{VERSIONS}.")]
-    if grave:
+    found = {key: f"{key}: was {was}, is now {is_now}" for key, (was, is_now) in differences(before, now).items()}
+    if grave := {key: said for key, said in found.items() if not _may_change(key, before, now)}:
+        smaller = any(key.startswith(f"{CHOICES}.") for key in grave)
         raise SearchError(
             f"{run_dir} holds a search that differs from this one, and trials of both cannot be compared. "
-            f"{'; '.join(grave)}. Repeat the first command to go on with it, or begin another beside it with --new."
+            f"{_listed(grave)}. {'--extend is for a space that offers more, not less. ' if smaller else ''}"
+            "Repeat the first command to go on with it, or begin another beside it with --new."
+        )
+    terms = {key: said for key, said in found.items() if not key.startswith(f"{VERSIONS}.")}
+    if terms and shared:
+        raise SearchError(
+            f"{run_dir} holds a search under other terms, and others may be at its study, which --storage shares. "
+            f"{_listed(terms)}. Repeat the first command to go on with it, or begin another beside it with --new."
+        )
+    if terms and not extend:
+        raise SearchError(
+            f"{run_dir} holds a search under other terms. {_listed(found)}. Go on under those of now with --extend: "
+            "what was trained stays, and is judged by them. Or repeat the first command, or begin another search "
+            "beside it with --new."
         )
     if found and not extend:
         raise SearchError(
             f"{run_dir} was begun with other software, or on another machine, which may change scores and latencies. "
-            f"{'; '.join(found.values())}. Go on all the same with --extend, which the report will say, or begin "
+            f"{_listed(found)}. Go on all the same with --extend, which the report will say, or begin "
             "another beside it with --new."
         )
-    return list(found.values())
+    return found
+
+
+def judges(key: str) -> bool:
+    """Whether a setting has a say in which candidates count."""
+    return key in _BUDGETS or key.startswith(f"{CHOICES}.")
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The settings in which two searches differ, with the short form of both values; of versions, each by itself."""
+    """The settings in which two searches differ, with the short form of both values; of nested data, each by itself."""
     one, other = _flat(one), _flat(other)
     return {
         key: (_short(one.get(key)), _short(other.get(key)))
@@ -141,9 +170,39 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
     }
 
 
+def _may_change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if key == "budget_mb":  # without one, nobody has measured memory
+        return before["budget_mb"] is not None
+    if key.startswith(f"{CHOICES}."):
+        one_for_all = "supernet" in f"{now['evaluator']} {now['rungs']}"  # whose training had all choices in it
+        return not one_for_all and _offers_more(now[CHOICES], before[CHOICES])
+    return key.startswith(f"{VERSIONS}.") or key in _BUDGETS or key in _NEXT
+
+
+def _offers_more(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether every candidate of a space is one of another, too."""
+    most, most_before = now["max_blocks"], before["max_blocks"]
+    return (
+        now["base"] == before["base"]
+        and (most is None or (most_before is not None and most >= most_before))
+        and all(set(labels) <= set(now["variables"].get(name, ())) for name, labels in before["variables"].items())
+    )
+
+
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    versions = {f"{VERSIONS}.{name}": version for name, version in settings.get(VERSIONS, {}).items()}
-    return {key: value for key, value in settings.items() if key != VERSIONS} | versions
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _listed(differing: Mapping[str, str]) -> str:
+    said = list(differing.values())
+    more = len(said) - _SHOWN
+    return "; ".join(said[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _short(value: object) -> str:

@@ -47,6 +47,8 @@ Verdict = Literal["better", "no significant difference", "worse"]
 SIGNIFICANT = 0.05
 CONFIRMING = "confirming"
 """Folder of the run directory that holds what finalists were trained to, until there is a verdict."""
+BEST = "best"
+"""Folder of the run directory that holds the winner as it was trained."""
 _LOOKS = (2.0, 8.0)
 """Times as long as in its trial a finalist is measured; the second look where the first leaves it open."""
 
@@ -143,6 +145,10 @@ class Confirmation:
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
         """The same, counted as one look more than an earlier confirmation of the same search."""
         return replace(self, looks=1 + (earlier.get("looks", 1) if earlier else 0))
+
+    def undone(self) -> Confirmation:
+        """The same as one that answers nothing any more, but counts as a look at the test images."""
+        return replace(self, finalists=(), seeds=0)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal confirmation."""
@@ -296,7 +302,7 @@ def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) ->
     watch.listener.phase("confirming: measuring the winner again")
     with bench.backend.carefully():
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
-    save(bench, best, recipe, folder / "best")
+    save(bench, best, recipe, folder / BEST)
     return judge(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
 
 

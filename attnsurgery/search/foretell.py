@@ -49,14 +49,14 @@ class Foreteller:
         """Take in what was measured since."""
         for record in records:
             if record.digest and record.timing and record.state != "duplicate" and record.digest not in self._told:
-                self._told[record.digest] = self._measured(record)
+                self._told[record.digest] = measured(self._bench, record, self._reference_ms)
                 self._model = None
 
     def keep(self, record: Record, shelf: Shelf) -> None:
         """Put a measured trial on the shelf, for the next search; one that is full is no reason to end this one."""
         if record.timing is not None and record.state != "duplicate":
             with suppress(SearchError):
-                shelf.add(self._measured(record), self._bench.costs.kinds)
+                shelf.add(measured(self._bench, record, self._reference_ms), self._bench.costs.kinds)
 
     def foretell(self, assignment: Mapping[str, str]) -> Foretold | None:
         """The ratio to the base's time; None while nothing is known."""
@@ -90,8 +90,14 @@ class Foreteller:
             self._model = LatencyModel(self._bench.costs.base["macs"], self._kinds, measured)
         return self._model
 
-    def _measured(self, record: Record) -> Measured:
-        timing = record.timing
-        assert timing is not None
-        counts = dict(self._bench.costs.counts(self._bench.picks(record.assignment)))
-        return Measured(counts, timing.ratio, (timing.high_ms - timing.low_ms) / self._reference_ms / Z_INTERVAL)
+
+def measured(bench: Bench, record: Record, reference_ms: float) -> Measured:
+    """What a trial that was measured tells a latency model.
+
+    Args:
+        reference_ms: the base's time, on whose scale the trial's is.
+    """
+    timing = record.timing
+    assert timing is not None
+    counts = dict(bench.costs.counts(bench.picks(record.assignment)))
+    return Measured(counts, timing.ratio, (timing.high_ms - timing.low_ms) / reference_ms / Z_INTERVAL)

@@ -25,6 +25,8 @@ KNOWN: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
 """States of a candidate that need not be tried again."""
 FACT, CLOCK = "fact", "clock"
 """Keys of the journal: a line with the first keeps data of the whole search; the second is the search's own time."""
+SECONDS = "seconds"
+"""Under which the study keeps that time; of a journal, its last line has it."""
 FORMAT_KEY, FORMAT = "format", 1
 """Of study and journal; one that is newer is not read."""
 SLOT, HOW, BEGUN = "slot", "how", "begun"
@@ -62,10 +64,10 @@ class Terms:
         if self.max_blocks is not None:
             trial.set_constraint(BLOCKS, float(record.blocks - self.max_blocks))
         score = record.score_on(0, self.rank_by)
-        if record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
+        if record.state != "too_many_blocks" and score is not None:
+            study.tell(trial, score)  # also of one that is over a budget which was wider when it was trained
+        elif record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
             study.tell(trial, state=TrialState.PRUNED)
-        elif score is not None:
-            study.tell(trial, score)
         else:
             study.tell(trial, state=TrialState.FAIL)
 
@@ -73,6 +75,11 @@ class Terms:
 def facts_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """From the lines of a journal: data of the whole search, as of the last line of each kind."""
     return {entry[FACT]: entry["value"] for entry in entries if FACT in entry}
+
+
+def facts_in(study: optuna.Study) -> dict[str, Any]:
+    """Data of the whole search, from its study."""
+    return {key: value for key, value in study.user_attrs.items() if not key.startswith(promoted_key(""))}
 
 
 def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:

@@ -7,7 +7,6 @@ where both have it the journal has the last word, for it is written first. The o
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,29 +16,25 @@ from typing import Any
 
 import optuna
 import pydantic
-from optuna.trial import TrialState, create_trial
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.samplers import AGAIN
-from attnsurgery.search.files import locked, write_whole
+from attnsurgery.search.files import locked
 from attnsurgery.search.layout import (
     FACT,
     FORMAT_KEY,
-    HOW,
-    SLOT,
+    SECONDS,
     STUDY,
     TRIALS,
     Terms,
     check_format,
+    facts_in,
     facts_of,
-    promoted_key,
     records_of,
     trials_of,
 )
 from attnsurgery.search.opening import study_name
 from attnsurgery.search.record import Record, trained
-
-_BESIDE_A_STUDY = tuple(f"{STUDY}-{suffix}" for suffix in ("journal", "wal", "shm"))
+from attnsurgery.search.remake import clocks_of, remake
 
 
 @dataclass(frozen=True)
@@ -80,14 +75,10 @@ def repair(folder: Path) -> Repaired:
                 f"{folder} cannot be repaired: neither {STUDY} nor {TRIALS} says what the search was. "
                 "Nothing was changed."
             )
-        made = _study_beside(folder, name, facts, everything)
-        lines = [{FACT: key, "value": value} for key, value in facts.items()]
-        lines += [everything[number].as_dict() for number in sorted(everything)]
-        old = _kept_aside(folder)
-        write_whole(folder / TRIALS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
-        for name in _BESIDE_A_STUDY:  # what SQLite keeps beside the old database is not for the new one
-            (folder / name).unlink(missing_ok=True)
-        made.replace(folder / STUDY)
+        clocks = clocks_of(entries)
+        if clocks:
+            facts = {SECONDS: max(clocks.values()), **facts}
+        old = remake(folder, name, _terms(facts, folder), facts, everything, clocks, "repair")
     return Repaired(
         folder=folder,
         trials=len(everything),
@@ -140,8 +131,7 @@ def _kept(path: Path) -> tuple[dict[str, Any], dict[int, Record], str] | None:
             if name is None:
                 return None
             study = optuna.load_study(study_name=name, storage=storage)
-            facts = {key: value for key, value in study.user_attrs.items() if not key.startswith(promoted_key(""))}
-            return facts, {record.number: record for record in records_of(study)}, name
+            return facts_in(study), {record.number: record for record in records_of(study)}, name
         finally:
             storage.remove_session()
             storage.engine.dispose()
@@ -149,47 +139,11 @@ def _kept(path: Path) -> tuple[dict[str, Any], dict[int, Record], str] | None:
         return None
 
 
-def _study_beside(folder: Path, name: str, facts: Mapping[str, Any], records: Mapping[int, Record]) -> Path:
-    """A new study with all trials under their own numbers."""
+def _terms(facts: Mapping[str, Any], folder: Path) -> Terms:
     try:
-        terms = Terms.of(facts["config"])
+        return Terms.of(facts["config"])
     except (KeyError, TypeError, pydantic.ValidationError) as error:
         raise SearchError(
             f"{folder} cannot be repaired: what it says of its search does not read: {' '.join(str(error).split())}. "
             "Nothing was changed."
         ) from None
-    path = folder / f".{STUDY}.new"
-    path.unlink(missing_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
-        for key, value in facts.items():
-            study.set_user_attr(key, value)
-        for number in range(1 + max(records, default=-1)):
-            record = records.get(number)
-            if record is None:  # its process died before there was anything to keep
-                study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={AGAIN: True}))
-                continue
-            study.enqueue_trial(dict(record.assignment))
-            trial = study.ask(terms.distributions)
-            trial.set_user_attr(SLOT, number if record.slot is None else record.slot)
-            trial.set_user_attr(HOW, {"drawn": record.drawn, "fell_back": record.fell_back})
-            trial.set_user_attr("record", record.as_dict())
-            if record.promotions or record.halted:
-                study.set_user_attr(promoted_key(number), record.as_dict())
-            terms.settle(study, trial, record)
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-    return path
-
-
-def _kept_aside(folder: Path) -> tuple[str, ...]:
-    """Copies of the old files, under names that are free."""
-    number = 1
-    while list(folder.glob(f"*.before-repair-{number}")):
-        number += 1
-    there = [name for name in (STUDY, *_BESIDE_A_STUDY, TRIALS) if (folder / name).exists()]
-    for name in there:
-        shutil.copy2(folder / name, folder / f"{name}.before-repair-{number}")
-    return tuple(f"{name}.before-repair-{number}" for name in there)

@@ -22,7 +22,7 @@ from attnsurgery.search.about import About
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
-from attnsurgery.search.layout import FORMAT_KEY, STUDY, TRIALS, check_format, records_of, trials_of
+from attnsurgery.search.layout import FORMAT_KEY, SECONDS, STUDY, TRIALS, check_format, records_of, trials_of
 from attnsurgery.search.opening import storage_errors, study_name, without_password
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.record import Record, contenders
@@ -64,7 +64,7 @@ def _outcome(kept: Mapping[str, Any], records: list[Record], folder: Path) -> Ou
         records=records,
         confirmation=_confirmation(kept, records),
         interrupted=kept.get("ended") == "interrupted",
-        seconds=kept.get("seconds"),
+        seconds=kept.get(SECONDS),
     )
 
 

@@ -35,11 +35,13 @@ from attnsurgery.search.layout import (
     HOW,
     KNOWN,
     RECORD,
+    SECONDS,
     SLOT,
     STUDY,
     TRIALS,
     Terms,
     check_format,
+    facts_in,
     promoted_key,
     records_of,
     trials_of,
@@ -109,7 +111,7 @@ class Store:
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
             self._storage = self._study._storage  # with Optuna's cache of finished trials
-        self._began, self._before = time.monotonic(), float(self.fixed("seconds") or 0.0)
+        self._began, self._before = time.monotonic(), float(self.fixed(SECONDS) or 0.0)
         choices = {variable.name: tuple(variable.choices) for variable in space.variables}
         self._terms = Terms(choices, space.max_blocks, budgets, rank_by)
         self._distributions = self._terms.distributions
@@ -122,6 +124,15 @@ class Store:
     def fixed(self, key: str) -> Any:
         """Data of the whole search kept under `key`, or None."""
         return self._study.user_attrs.get(key)
+
+    def facts(self) -> dict[str, Any]:
+        """All data of the whole search."""
+        return facts_in(self._study)
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return self._study.study_name
 
     def fix(self, key: str, value: Any) -> None:
         """Keep data of the whole search: in the study, and in the journal, from which a study can be made again."""
@@ -338,7 +349,7 @@ class Store:
         return self._before + time.monotonic() - self._began
 
     def _note_time(self) -> None:
-        self._study.set_user_attr("seconds", self._seconds())
+        self._study.set_user_attr(SECONDS, self._seconds())
 
     def _unseen(self, places: Places, digests: set[str | None], seed: int) -> dict[str, str] | None:
         """A legal candidate that was not asked for yet, drawn uniformly; None when there seems to be none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,14 +21,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.about import remember
-from attnsurgery.search.config import VERSIONS, SearchConfig, check_same, fixed_part
-from attnsurgery.search.confirm import CONFIRMING, Confirmation, confirm, weights_of
+from attnsurgery.search.config import VERSIONS, SearchConfig
+from attnsurgery.search.confirm import BEST, CONFIRMING, Confirmation, confirm, weights_of
 from attnsurgery.search.crew import Crew, Done, Here
+from attnsurgery.search.extend import open_store
 from attnsurgery.search.files import locked
 from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.jobs import Job
 from attnsurgery.search.launch import LAUNCHERS
-from attnsurgery.search.layout import KNOWN, same_json
+from attnsurgery.search.layout import KNOWN, SECONDS
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.opening import writing_errors
 from attnsurgery.search.outcome import Outcome
@@ -80,11 +81,10 @@ def run(
     pulse = _Pulse(stop)
     with locked(folder), writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
         bench.weights = _weights(crew, folder / WEIGHTS)
-        how = config.seed, config.sampler, config.rank_by, config.lease_seconds
-        store = Store(folder, config.storage, bench.space, bench.budgets, *how)
+        store, others = open_store(bench, folder, listener)
         pulse.beat = store.beat
         with closing(store):
-            outcome = _Search(bench, crew, store, folder, listener, pulse, command).go()
+            outcome = _Search(bench, crew, store, folder, listener, pulse, command, others).go()
     outcome.check_feasible()
     return outcome
 
@@ -140,13 +140,11 @@ class _Search:
         listener: Listener,
         stop: Callable[[], bool],
         command: str,
+        others: Sequence[str],
     ) -> None:
         self.bench, self.crew, self.store, self.folder = bench, crew, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
-        self._others: list[str] = []
-        """What differs from the search as it was begun, and is allowed to."""
-        self._same_search()
         self._ready: deque[Asked] = deque(store.open())
         """Asked for, and given to nobody yet."""
         self._going: dict[int, Asked] = {}
@@ -155,7 +153,7 @@ class _Search:
         """The same candidates as others that are going: what becomes of those is theirs."""
         self.records = store.records()
         self.reference, self.base = self._reference()
-        self.about = remember(store, bench, self.reference, command, self._others)
+        self.about = remember(store, bench, self.reference, command, others)
         known = store.fixed("latencies")
         if known is None:
             known = Foreteller.kept(bench.shelf)
@@ -272,8 +270,8 @@ class _Search:
         known = {record.digest for record in asked} | {self._digest(one) for one in open_ones}
         if len(known - {"", None}) >= self.bench.space.size():
             return False
-        # those over an exact budget are no measure: others are known to keep to it
-        over = sum(record.state == "over_budget" and record.timing is not None for record in asked)
+        # those over an exact budget are no measure: others are known to keep to it; nor those that a wider one let in
+        over = sum(r.state == "over_budget" and r.timing is not None and r.top1 is None for r in asked)
         base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
         return bool(trained(self.records)) or over < (_HOPELESS_BASE if base_over else _HOPELESS)
 
@@ -396,7 +394,7 @@ class _Search:
         kept = self.store.fixed("confirmation")
         before = Confirmation.from_dict(kept) if kept else None
         asked = self.config.finalists, self.config.confirm_seeds
-        there = self.store.sharing is not None or (self.folder / "best").is_dir()
+        there = self.store.sharing is not None or (self.folder / BEST).is_dir()
         if before and before.answers(order, *asked) and there:
             self.confirmation = before
             return
@@ -425,16 +423,6 @@ class _Search:
         return kind == "timing" or (
             kind == "training" and weights_of(self.folder, given["record"], given["index"]).is_file()
         )
-
-    def _same_search(self) -> None:
-        now = same_json(fixed_part(self.config, self.bench.found()))
-        before = self.store.fixed("config")
-        if before is None:
-            self.store.fix("config", now)
-        else:
-            self._others = check_same(before, now, str(self.folder), self.config.extend)
-            if self._others:
-                self.store.fix("config", now)
 
     def _reference(self) -> tuple[Latency, Record]:
         """The base's own latency and score, taken once: every trial of the search is on this scale."""
@@ -490,7 +478,7 @@ class _Search:
             records=self.records,
             confirmation=self.confirmation,
             interrupted=interrupted,
-            seconds=self.store.fixed("seconds"),
+            seconds=self.store.fixed(SECONDS),
         )
 
 

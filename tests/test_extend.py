@@ -1,0 +1,231 @@
+"""A search that goes on under other terms: a budget of another size, a space that offers more, another sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import optuna
+import pytest
+from typer.testing import CliRunner
+
+from attnsurgery.cli import build_app
+from attnsurgery.errors import SearchError
+from attnsurgery.search import Outcome, Record, SearchConfig, run
+from attnsurgery.search.config import check_same
+from attnsurgery.search.layout import STUDY, TRIALS
+from attnsurgery.search.record import trained
+from attnsurgery.search.repair import repair
+from attnsurgery.search.saved import read
+from tests._searches import SPACE, change, small_search, write_images, write_space
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TWO_BLOCKS = SPACE.replace("name: small\n", "name: small\nmax_blocks: 2\n")
+MORE = TWO_BLOCKS.replace("max_blocks: 2", "max_blocks: 3").replace("[4, 16]", "[4, 16, 8]") + (
+    '  - at: "stage:4 last"\n    choices:\n      - block: timm:eca\n'
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Candidates of one or two blocks, all within the budget."""
+    folder = tmp_path_factory.mktemp("search")
+    config = small_search(write_images(folder / "images"), write_space(folder), folder / "run")
+    Path(config.space).write_text(TWO_BLOCKS)
+    return run(change(config, trials=6, rungs="blocks:1"))
+
+
+@pytest.fixture
+def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
+    """Of a copy of that search."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    space = tmp_path / "space.yaml"
+    space.write_text(TWO_BLOCKS)
+    return change(finished.config, output=str(tmp_path / "run"), space=str(space))
+
+
+def tighter_than(finished: Outcome, rank: int = -2) -> float:
+    """A budget that all trained candidates keep to but the slowest, or the time of another one in their order."""
+    times = sorted({record.timing.ms for record in trained(finished.records) if record.timing})
+    assert len(times) > 2, "candidates that all take as long test nothing"
+    return times[rank]
+
+
+def scores(records: list[Record]) -> dict[str, object]:
+    return {f"{one.digest}": (one.top1, one.loss, one.seconds) for one in records if one.top1 is not None}
+
+
+def told(record: Record) -> tuple[object, ...]:
+    return record.number, record.state, record.assignment, record.top1, record.promotions and record.promotions[0].top1
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_tighter_budget_keeps_what_was_trained_and_judges_it_anew(finished: Outcome, config: SearchConfig) -> None:
+    most = tighter_than(finished)
+    tighter = run(change(config, budget_ms=most, extend=True))
+    held = {r.number for r in trained(finished.records) if r.timing and r.timing.ms <= most}
+    over = {r.number for r in trained(finished.records)} - held
+    by_number = {record.number: record for record in tighter.records}
+    assert held
+    assert over
+    assert all(by_number[number] == finished.records[number] for number in held), "kept as they are, not trained again"
+    assert {by_number[number].state for number in over} == {"over_budget"}
+    assert all(by_number[number].top1 == finished.records[number].top1 for number in over)
+    assert len(trained(tighter.records)) == config.trials
+    assert all(r.timing and r.timing.ms <= most for r in trained(tighter.records))
+    assert tighter.best
+    assert tighter.best.timing
+    assert tighter.best.timing.ms <= most
+    assert tighter.confirmation
+    assert finished.confirmation
+    assert tighter.confirmation.looks == finished.confirmation.looks + 1
+    assert any(text.startswith(f"extended, budget_ms: was 100.0, is now {most}") for text in tighter.about.code)
+    again = run(change(config, budget_ms=most))
+    assert (again.records, again.confirmation) == (tighter.records, tighter.confirmation), "now it is that search"
+
+
+def test_the_study_knows_the_scores_of_what_is_over_the_budget_now(finished: Outcome, config: SearchConfig) -> None:
+    most = tighter_than(finished)
+    done = run(change(config, budget_ms=most, extend=True))
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{done.folder / STUDY}")
+    for record in finished.records:
+        trial = study.trials[record.number]
+        assert trial.value == record.top1
+        assert record.timing
+        assert trial.constraints["latency"] == pytest.approx(record.timing.ms / most - 1)
+    assert study.best_trial.constraints["latency"] <= 0
+
+
+def test_back_to_the_wider_budget_counts_the_same_trials_again(finished: Outcome, config: SearchConfig) -> None:
+    tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
+    back = run(change(config, extend=True))
+    known = scores(finished.records) | scores(tighter.records)
+    assert scores(back.records) == known
+    assert len(trained(back.records)) == len(known) > config.trials, "nothing was trained for it"
+    assert back.confirmation
+    assert back.confirmation.looks == 3
+
+
+def test_what_was_over_the_budget_may_be_tried_under_a_wider_one(finished: Outcome, config: SearchConfig) -> None:
+    shutil.rmtree(config.output)
+    narrow = run(change(config, budget_ms=tighter_than(finished, rank=1), trials=4))
+    untrained = {r.digest for r in narrow.records if r.state == "over_budget"}
+    assert untrained
+    wide = run(change(config, extend=True, trials=12))
+    assert scores(narrow.records).items() <= scores(wide.records).items()
+    assert not untrained & {r.digest for r in wide.records if r.state == "over_budget"}
+    assert all(one.state in ("trained", "duplicate", "too_many_blocks") for one in wide.records)
+    numbers = [record.number for record in wide.records]
+    assert len(set(numbers)) == len(numbers)
+    assert len(trained(wide.records)) == 12
+
+
+def test_a_space_that_offers_more_goes_on_with_what_was_trained(finished: Outcome, config: SearchConfig) -> None:
+    Path(config.space).write_text(MORE)
+    more = run(change(config, extend=True, trials=12))
+    assert scores(finished.records).items() <= scores(more.records).items()
+    new = [record for record in trained(more.records) if record.number > finished.records[-1].number]
+    assert any("eca" in record.what() or "reduction=8" in record.what() or record.blocks == 3 for record in new)
+    assert all("layer4" in " ".join(record.assignment) for record in more.records)
+    assert any("choices.max_blocks: was 2, is now 3" in text for text in more.about.code)
+    assert read(more.folder).outcome.records == more.records
+
+
+@pytest.mark.parametrize(
+    ("space", "fields", "said"),
+    [
+        (TWO_BLOCKS, {"budget_ms": 50.0}, r"budget_ms: was 100\.0, is now 50\.0\. Go on under those of now with --ext"),
+        (TWO_BLOCKS, {"sampler": "tpe"}, r"sampler: was 'additive', is now 'tpe'\. Go on under those of now"),
+        (MORE, {}, r"choices\.max_blocks: was 2, is now 3; choices\.variables\.layer1\.0\.bn2: was \[.*\. Go on under"),
+        (TWO_BLOCKS, {"extend": True, "seed": 5}, r"seed: was 0, is now 5\. Repeat the first command"),
+        (
+            TWO_BLOCKS,
+            {"extend": True, "epochs": 2, "budget_ms": 5.0},
+            r"compared\. epochs: was 1, is now 2\. R",
+        ),
+        (TWO_BLOCKS, {"extend": True, "budget_mb": 900.0}, r"budget_mb: was None, is now 900\.0\. Repeat"),
+        (
+            TWO_BLOCKS.replace("[4, 16]", "[4]"),
+            {"extend": True},
+            r"is now \['none', 'se\(.*a space that offers more",
+        ),
+        (
+            TWO_BLOCKS.replace("blocks: 2", "blocks: 1"),
+            {"extend": True},
+            r"\.max_blocks: was 2, is now 1\. --ext",
+        ),
+    ],
+)
+def test_another_search_is_refused_with_the_difference_and_nothing_is_changed(
+    config: SearchConfig, space: str, fields: dict[str, object], said: str
+) -> None:
+    Path(config.space).write_text(space)
+    before = hashes(Path(config.output))
+    with pytest.raises(SearchError, match=said):
+        run(change(config, **fields))
+    assert hashes(Path(config.output)) == before
+
+
+def test_a_long_difference_is_cut_short() -> None:
+    before, now = ({"budget_mb": None, "versions": {f"package {n}": part for n in range(11)}} for part in (1, 2))
+    with pytest.raises(SearchError, match=r"package 0: was 1, is now 2; .*; and 3 more\. Go on all the same"):
+        check_same(before, now, "there")
+    assert len(check_same(before, now, "there", extend=True)) == 11
+
+
+def test_the_command_names_the_search_that_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "test_resnet-digits-tiny-10ms").mkdir(parents=True)
+    (tmp_path / "runs" / "test_resnet-digits-tiny-10ms" / STUDY).touch()
+    result = CliRunner().invoke(build_app(), ["search", "test_resnet", "--budget-ms", "8", "--extend"])
+    assert result.exit_code == 2
+    assert "--output runs/test_resnet-digits-tiny-10ms" in " ".join(result.stderr.split())
+    assert not (tmp_path / "runs" / "test_resnet-digits-tiny-8ms").exists()
+
+
+def test_a_study_that_others_may_share_keeps_its_terms(finished: Outcome, config: SearchConfig) -> None:
+    shared = change(config, storage=f"sqlite:///{Path(config.output) / STUDY}", budget_ms=50.0, extend=True)
+    with pytest.raises(SearchError, match=r"others may be at its study, .* budget_ms: was 100\.0, is now 50\.0\. Rep"):
+        run(shared)
+
+
+def test_the_old_study_stays_and_can_be_gone_on_with(finished: Outcome, config: SearchConfig) -> None:
+    run(change(config, budget_ms=tighter_than(finished), extend=True))
+    folder = Path(config.output)
+    for name in (STUDY, TRIALS):
+        (folder / f"{name}.before-extend-1").replace(folder / name)
+    assert run(config).records == finished.records
+    assert (folder / "best.before-extend-1").is_dir()
+
+
+def test_a_run_that_dies_on_the_way_is_extended_by_the_same_command(
+    finished: Outcome, config: SearchConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = change(config, output=str(tmp_path / "straight" / "run"), budget_ms=tighter_than(finished), extend=True)
+    shutil.copytree(config.output, other.output)
+
+    def die(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # the journal is the new one by then, and the study the old one
+        patched.setattr("attnsurgery.search.remake.put", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(change(other, output=config.output))
+    dead = run(change(other, output=config.output))
+    assert [told(record) for record in dead.records] == [told(record) for record in run(other).records]
+
+
+def test_an_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig) -> None:
+    tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
+    (tighter.folder / STUDY).unlink()
+    repair(tighter.folder)
+    kept = read(tighter.folder).outcome
+    assert kept.records == tighter.records
+    assert kept.seconds == pytest.approx(tighter.seconds, rel=0.5)
+    assert run(change(config, budget_ms=tighter_than(finished))).records == tighter.records
