@@ -207,7 +207,7 @@ def test_a_trial_that_a_dead_process_left_running_is_taken_up(
         ("budget_ms", 90.0, r"budget_ms: was 100.0, is now 90.0"),
         ("seed", 3, r"seed: was 0, is now 3"),
         ("epochs", 2, r"epochs: was 1, is now 2"),
-        ("space", "se", r"choices: was .*se\(reduction=32\)"),
+        ("space", "se", r"choices\.variables\.layer1.*se\(reduction=32\)"),
         ("batch_size", 2, r"batch_size: was 1, is now 2"),
     ],
 )
@@ -438,6 +438,28 @@ def test_passwords_are_never_shown(config: SearchConfig) -> None:
     assert "secret" not in command_of(change(config, storage=url))
     with pytest.raises(UsageError, match="not a database URL"):
         without_password("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "shown"),
+    [
+        (["--storage", "postgresql://me:secret@127.0.0.1:1/db"], None, True),
+        (["--storage", "postgresql://me@127.0.0.1:1/db"], None, False),
+        ([], "postgresql://me:secret@127.0.0.1:1/db", False),
+    ],
+)
+def test_a_password_on_the_command_line_is_advised_against(
+    words: list[str], variable: str | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[SearchConfig] = []
+    monkeypatch.setattr("attnsurgery.cli.search._run", lambda config, as_json: taken.append(config))
+    if variable:
+        monkeypatch.setenv("ATTNSURGERY_STORAGE", variable)
+    result = CliRunner().invoke(build_app(), ["search", "test_resnet", "--budget-ms", "8", *words])
+    assert result.exit_code == 0
+    assert ("put the URL into ATTNSURGERY_STORAGE" in " ".join(result.stderr.split())) is shown
+    assert "secret" not in result.output
+    assert taken[0].storage == (variable or words[1])
 
 
 def test_pretrained_and_checkpoint_exclude_each_other(config: SearchConfig) -> None:

@@ -128,6 +128,8 @@ def test_secrets_stay_out_and_missing_drivers_are_named(tmp_path: Path) -> None:
         assert "secret" not in str(raised.value)
         assert "attnsurgery[mysql]" in str(raised.value)
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert "secret" not in without_password("postgresql://me@host/db?password=secret&sslmode=require")
+    assert "sslmode=require" in without_password("postgresql://me@host/db?password=secret&sslmode=require")
     if importlib.util.find_spec("grpc") is not None:
         with pytest.raises(SearchError, match=r"at grpc://127\.0\.0\.1:1 cannot be opened: failed to connect"):
             Store(tmp_path, "grpc://127.0.0.1:1", *[None] * 3)  # type: ignore[arg-type]
@@ -199,7 +201,8 @@ def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], t
     words = (
         "search --budget-ms 100 --latency fixed --evaluator dummy --space se --trials 12 --input-size 32 --workers 2"
     )
-    words += f" --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10 --storage {server[0]}"
+    words += " --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10"
+    environment["ATTNSURGERY_STORAGE"] = server[0]
     folders = [tmp_path / name / "shared" for name in ("one", "other")]
     begun = []
     for folder in folders:
@@ -214,6 +217,9 @@ def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], t
         assert one.poll() is None, (tmp_path / "one.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    listed = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "attnsurgery.search.worker" in listed
+    assert not [line for line in listed.splitlines() if "secret" in line]
     one.kill()
     one.wait()
     assert other.wait(timeout=240) == 0, (tmp_path / "other.log").read_text()

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+STORAGE_VARIABLE = "ATTNSURGERY_STORAGE"
+"""Of the environment: the URL of a study that is shared, whose password a command line would show to everyone."""
+
 NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")]
 BaseWeights = Annotated[
     Path | None, typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory.")

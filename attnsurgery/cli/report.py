@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._options import STORAGE_VARIABLE, AsJson
 
 
 def report(
@@ -16,7 +17,11 @@ def report(
         Path | None, typer.Option(help="Run directory of the same search with --sampler random, to hold beside it.")
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL, where the study is not in the directory.")
+        str | None,
+        typer.Option(
+            help=f"Optuna storage URL, where the study is not in the directory; by default {STORAGE_VARIABLE} of the "
+            "environment."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -27,12 +32,16 @@ def report(
     from attnsurgery.cli._console import print_json, print_lines
     from attnsurgery.cli._search_view import as_data, files_of
     from attnsurgery.search.control import control_of
+    from attnsurgery.search.layout import STUDY
     from attnsurgery.search.saved import read
 
-    saved = read(run_dir, storage)
+    def elsewhere(folder: Path) -> str | None:
+        return None if (folder / STUDY).is_file() else storage or os.environ.get(STORAGE_VARIABLE)
+
+    saved = read(run_dir, storage or elsewhere(run_dir))
     beside = None
     if control is not None:
-        beside = control_of(saved, read(control, None if (control / "study.db").is_file() else storage))
+        beside = control_of(saved, read(control, elsewhere(control)))
     outcome = saved.outcome
     outcome.write(beside)
     if as_json:

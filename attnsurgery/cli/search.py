@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import AsJson, BatchSize, Dtype, Mode, Threads
+from attnsurgery.cli._options import STORAGE_VARIABLE, AsJson, BatchSize, Dtype, Mode, Threads
 
 if TYPE_CHECKING:
     from attnsurgery.search import SearchConfig
@@ -122,7 +123,11 @@ def search(
         Path | None, typer.Option("--output", "-o", help="Run directory; by default runs/<name>.")
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL; by default SQLite in the run directory.")
+        str | None,
+        typer.Option(
+            help=f"Optuna storage URL; by default {STORAGE_VARIABLE} of the environment, where others do not read a "
+            "password, or SQLite in the run directory."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -138,6 +143,10 @@ def search(
     from attnsurgery.search.prepare import pick_device
     from attnsurgery.search.space import load
 
+    if storage is None:
+        storage = os.environ.get(STORAGE_VARIABLE) or None
+    else:
+        _warn_of_password(storage)
     base = model or load(space).base or _default_base()
     config = _config(
         budget_ms=budget_ms,
@@ -272,6 +281,18 @@ def _default_base() -> str:
     from attnsurgery.search import DEFAULT_BASE
 
     return DEFAULT_BASE
+
+
+def _warn_of_password(storage: str) -> None:
+    from attnsurgery.cli._console import print_hint
+    from attnsurgery.search.opening import has_password
+
+    if has_password(storage):
+        print_hint(
+            "the password in --storage can be read by other users of this machine as long as the command runs: put the "
+            f"URL into {STORAGE_VARIABLE} and leave --storage out, or the password where the driver looks for it, such "
+            "as ~/.pgpass."
+        )
 
 
 def _ask_which(named: Path, start: str) -> None:

@@ -6,11 +6,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.storages import BaseStorage
 
 from attnsurgery.errors import SearchError, UsageError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 """Of a URL that names none."""
@@ -96,13 +100,30 @@ def without_password(url: str) -> str:
     Raises:
         UsageError: it does not read as a URL.
     """
+    parsed, secret = _parsed(url)
+    return parsed.update_query_dict(dict.fromkeys(secret, "hidden")).render_as_string(hide_password=True)
+
+
+def has_password(url: str) -> bool:
+    """Whether whoever reads the URL can open the storage.
+
+    Raises:
+        UsageError: it does not read as a URL.
+    """
+    parsed, secret = _parsed(url)
+    return parsed.password is not None or bool(secret)
+
+
+def _parsed(url: str) -> tuple[URL, list[str]]:
+    """The URL in its parts, and those parameters of it that some drivers take a password by."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
     except ArgumentError:
         raise UsageError(_NO_URL) from None
+    return parsed, [name for name in parsed.query if "pass" in name.lower()]
 
 
 def study_name(storage: BaseStorage, folder: Path) -> str | None:
