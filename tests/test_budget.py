@@ -80,7 +80,7 @@ def test_costs_of_a_candidate_are_those_of_the_model_that_is_built(name: str, sh
 def test_what_is_known_to_be_over_is_not_even_built(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("test_resnet")
     model.reset_classifier(10)
-    most = sum(parameter.numel() for parameter in model.parameters()) + 1500  # 4 of 80 candidates add no more
+    most = sum(parameter.numel() for parameter in model.parameters()) + 2500  # some of 80 candidates add no more
     built: list[int] = []
     real = trial_module.build
 
@@ -91,18 +91,27 @@ def test_what_is_known_to_be_over_is_not_even_built(config: SearchConfig, monkey
 
     monkeypatch.setattr(trial_module, "build", counts)
     # places by themselves, uniformly: this sampler knows nothing of budgets
-    outcome = run(change(config, budget_ms=None, budget_params=most, sampler="random", trials=9))
+    outcome = run(change(config, budget_ms=None, budget_params=most, sampler="random", trials=8))
     over = [record for record in outcome.records if record.state == "over_budget"]
     assert over
     assert all(record.timing is None and record.reason and "parameters" in record.reason for record in over)
     assert built
     assert max(built) <= most
-    assert outcome.trained == 4
+    assert outcome.trained == 8
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
     trial = study.trials[over[0].number]
     assert trial.state is optuna.trial.TrialState.PRUNED
     assert trial.system_attrs["constraints:parameters"] == pytest.approx((over[0].parameters or 0) / most - 1)
     assert "over budget, not trained" in (outcome.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("sampler", ["random", "additive"])
+def test_a_search_ends_when_all_that_keeps_to_an_exact_budget_was_tried(config: SearchConfig, sampler: str) -> None:
+    model = build("test_resnet")
+    model.reset_classifier(10)
+    most = sum(parameter.numel() for parameter in model.parameters()) + 1500
+    outcome = run(change(config, budget_ms=None, budget_params=most, sampler=sampler, trials=9))
+    assert [record.state for record in outcome.records] == ["trained"] * 4, "of 80 candidates 4 add no more"
 
 
 def test_a_budget_that_no_candidate_can_keep_is_refused_before_anything_is_made(config: SearchConfig) -> None:

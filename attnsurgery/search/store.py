@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from attnsurgery.samplers import AGAIN, SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.budget import Budgets
+from attnsurgery.search.budget import EXACT, Budgets
 from attnsurgery.search.files import Journal
 from attnsurgery.search.layout import (
     BEGUN,
@@ -209,6 +209,10 @@ class Store:
         waiting = any(trial.state is TrialState.WAITING for trial in going)
         chooses = hasattr(sampler, "choose") and not waiting
         chosen = sampler.choose(self._study.direction, trials) if chooses else None
+        if chooses and not chosen and not getattr(sampler, "fell_back", False):
+            # all that seems to be within the budgets was asked for: what a measurement might still find within them
+            sure = {name: budget for name, budget in places.budgets.items() if name in EXACT}
+            chosen = self._unseen(replace(places, budgets=sure), digests, seed)
         if chosen:
             number = self._begin(chosen, slot, self._how(sampler, begins and fresh is not None))
             return Asked(number, {name: str(chosen[name]) for name in self._distributions}, slot)

@@ -16,10 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency, LatencyBackend
+from attnsurgery.samplers.knapsack import best
 from attnsurgery.search.about import remember
 from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.confirm import BEST, CONFIRMING, Confirmation, confirm, weights_of
@@ -268,12 +270,22 @@ class _Search:
         if len(asked) + len(open_ones) >= _ASKS_A_TRIAL * self.config.trials + 2 * _HOPELESS:
             return False
         known = {record.digest for record in asked} | {self._digest(one) for one in open_ones}
-        if len(known - {"", None}) >= self.bench.space.size():
+        if len(known - {"", None}) >= self.bench.space.size() or not self._any_left(open_ones):
             return False
         # those over an exact budget are no measure: others are known to keep to it; nor those that a wider one let in
         over = sum(r.state == "over_budget" and r.timing is not None and r.top1 is None for r in asked)
         base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
         return bool(trained(self.records)) or over < (_HOPELESS_BASE if base_over else _HOPELESS)
+
+    def _any_left(self, open_ones: Sequence[Asked]) -> bool:
+        """False if every candidate that keeps to the budgets which are known exactly was asked for."""
+        places = self.bench.places
+        if not places.budgets:
+            return True
+        asked = [record.assignment for record in self.records] + [one.assignment for one in open_ones]
+        tried = {self.bench.picks(assignment) for assignment in [self.bench.space.nothing, *asked]}
+        same = [np.zeros(len(choices)) for choices in places.choices.values()]
+        return best(places, same, None, list(places.budgets.values()), tried) is not None
 
     def _begin(self, asked: Asked) -> None:
         """Settle what needs no work; give the rest to a worker."""
