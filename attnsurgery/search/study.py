@@ -273,9 +273,12 @@ class _Search:
         if len(known - {"", None}) >= self.bench.space.size() or not self._any_left(open_ones):
             return False
         # those over an exact budget are no measure: others are known to keep to it; nor those that a wider one let in
-        over = sum(r.state == "over_budget" and r.timing is not None and r.top1 is None for r in asked)
+        over = [r for r in asked if r.state == "over_budget" and r.top1 is None]
+        measured = sum(r.timing is not None for r in over)
         base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
-        return bool(trained(self.records)) or over < (_HOPELESS_BASE if base_over else _HOPELESS)
+        if base_over and measured:  # what is foretold to be over is no surprise then
+            measured += sum(r.timing is None and r.foretold_ms is not None for r in over)
+        return bool(trained(self.records)) or measured < (_HOPELESS_BASE if base_over else _HOPELESS)
 
     def _any_left(self, open_ones: Sequence[Asked]) -> bool:
         """False if every candidate that keeps to the budgets which are known exactly was asked for."""
