@@ -86,6 +86,7 @@ def test_a_tighter_budget_keeps_what_was_trained_and_judges_it_anew(finished: Ou
     assert finished.confirmation
     assert tighter.confirmation.looks == finished.confirmation.looks + 1
     assert any(text.startswith(f"extended, budget_ms: was 100.0, is now {most}") for text in tighter.about.code)
+    assert f"{len(over)} over budget, trained when that was wider" in (tighter.folder / "report.html").read_text()
     again = run(change(config, budget_ms=most))
     assert (again.records, again.confirmation) == (tighter.records, tighter.confirmation), "now it is that search"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import STATES, called, loss, ms, percent
+from attnsurgery.search.report.words import STATES, called, loss, ms, percent, state
 
 if TYPE_CHECKING:
     from attnsurgery.search.outcome import Outcome
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def section(outcome: Outcome) -> Section:
     """The tally, and the table."""
-    counts: Counter[str] = outcome.counts
-    tally = ", ".join(f"{counts[state]} {words}" for state, words in STATES.items() if counts[state])
+    counts = Counter(state(record) for record in outcome.records)
+    tally = ", ".join(f"{counts[name]} {words}" for name, words in STATES.items() if counts[name])
     said = f"<p>{escape(tally or 'none yet')}; the space has {outcome.about.candidates:,} candidates.</p>"
     return Section("trials", "Trials", above=said, below=f'<div class="scroll">{_table(outcome)}</div>')
 
@@ -38,7 +38,7 @@ def _table(outcome: Outcome) -> str:
 
 
 def _row(record: Record, number: str, attributes: str, rungs: int) -> str:
-    outcome = "reference" if record.number < 0 else STATES[record.state]
+    outcome = "reference" if record.number < 0 else STATES[state(record)]
     if record.duplicate_of is not None:
         outcome += f" (as {'the base' if record.duplicate_of < 0 else f'trial {record.duplicate_of}'})"
     if record.reason:

@@ -7,10 +7,16 @@ from attnsurgery.search.record import RankBy, Record, Timing
 STATES = {
     "trained": "trained",
     "over_budget": "over budget, not trained",
+    "outgrown": "over budget, trained when that was wider",
     "too_many_blocks": "too many blocks, not built",
     "duplicate": "seen before, not trained again",
     "failed": "failed",
 }
+
+
+def state(record: Record) -> str:
+    """The key in STATES that says most of a trial."""
+    return "outgrown" if record.state == "over_budget" and record.top1 is not None else record.state
 
 
 def percent(share: float | None) -> str:
