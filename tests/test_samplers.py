@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
-from attnsurgery.samplers.knapsack import Budget, best
+from attnsurgery.samplers.knapsack import Budget, _undominated, best
 from attnsurgery.samplers.places import Picks
 from attnsurgery.samplers.surrogate import Fit, Surrogate
 
@@ -60,6 +60,41 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(seed: int)
         tried.append(found)
     if not left:
         assert best(places, values, by_count, budgets, tried) is None
+
+
+@pytest.mark.parametrize("worth", [np.zeros(4), np.arange(4.0)], ids=["nothing", "the same everywhere"])
+@pytest.mark.parametrize("step", [None, 1.0, 0.1])
+def test_candidates_that_are_worth_and_cost_the_same_count_once(worth: Picks, step: float | None) -> None:
+    """Sixteen places have four billion candidates; of equals each place passes on one, and so there are few."""
+    places = Places({f"p{place}": CHOICES for place in range(16)})
+    budgets = [] if step is None else [Budget([step * np.arange(4.0)] * 16, 8 * step)]
+
+    def few(*states: np.ndarray) -> object:
+        assert len(states[0]) < 4000
+        return _undominated(*states)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("attnsurgery.samplers.knapsack._undominated", few)
+        found = best(places, [worth] * 16, None, budgets, {(0,) * 16})
+    assert found is not None
+    assert sum(worth[pick] for pick in found) == (sum(worth) and (8 if budgets else 48))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_knapsack_is_exact_among_equals(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    places = Places({f"p{place}": CHOICES for place in range(4)}, most_blocks=int(rng.integers(1, 5)))
+    values, costs = ([np.append(0.0, rng.integers(low, 3, 3)).astype(float) for _ in places.choices] for low in (-1, 0))
+    budget = Budget(costs, float(rng.integers(0, 6)))
+    fitting = [picks for picks in all_of(places) if budget.holds(picks) and places.count(picks) <= places.limit]
+    worth = {picks: sum(value[pick] for value, pick in zip(values, picks, strict=True)) for picks in fitting}
+    tried: set[Picks] = set()
+    for most in sorted(worth.values(), reverse=True):
+        picks = best(places, values, None, [budget], tried)
+        assert picks is not None
+        assert worth[picks] == most
+        tried.add(picks)
+    assert best(places, values, None, [budget], tried) is None
 
 
 def test_candidates_are_drawn_uniformly_from_those_that_keep_to_the_number_of_blocks() -> None:

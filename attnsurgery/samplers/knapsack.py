@@ -221,11 +221,20 @@ def _steps(costs: Floats, values: Floats, weight: int) -> _States:
 
 
 def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
-    """What no other with as many blocks beats in both cost and value; and of equals perhaps more than one."""
+    """What no other with as many blocks beats or equals in both cost and value; of equals one."""
     order: Any = np.lexsort((costs, counts))
     counts, costs, values = counts[order], costs[order], values[order]
+    repeats = costs[1:] == costs[:-1]
+    if repeats.any() and (repeats := repeats & (counts[1:] == counts[:-1])).any():
+        begins = np.flatnonzero(np.append(True, ~repeats))
+        counts, costs, values = counts[begins], costs[begins], np.maximum.reduceat(values, begins)
+    ascending = values.argsort(kind="stable")
+    places: Any = np.arange(len(values))
+    ordered = values[ascending]
+    if (equal := ordered[1:] == ordered[:-1]).any():
+        places[1:] -= np.cumsum(equal)  # equals have the same place
     rank = np.empty(len(values), dtype=np.int64)
-    rank[values.argsort(kind="stable")] = np.arange(len(values))
+    rank[ascending] = places
     rank += counts * len(values)  # so that more blocks are always above
     kept = np.ones(len(values), dtype=bool)
     np.greater(rank[1:], np.maximum.accumulate(rank)[:-1], out=kept[1:])
