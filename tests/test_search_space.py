@@ -13,6 +13,7 @@ from attnsurgery.errors import OptionError, RecipeError, SiteError, UnknownNameE
 from attnsurgery.graph.find import Anatomy, survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.text import read_strict
+from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.space import NONE, BoundSpace, SearchSpace, bind, find, load, shipped
 
 
@@ -68,6 +69,19 @@ def test_the_sizes_in_their_readme_are_so() -> None:
     for name, _, places, candidates in rows:
         bound = bind(load(name.strip("`")), anatomy, "resnet50")
         assert (f"{len(bound.variables)}", f"{bound.size():,}") == (places, candidates)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_search_in_every_space_that_ships_can_begin(name: str) -> None:
+    """With a budget that is known by measuring alone, and with one that half of what a block may add keeps to."""
+    model = weightless("resnet50")
+    anatomy = survey(model)
+    bound = bind(load(name), anatomy, "resnet50")
+    costs = Costs.count(bound, anatomy, model)
+    costs.check_feasible(bound.places, Budgets({"latency": 10.0}))
+    added = sorted(float(cost) for row in costs.added["parameters"] for cost in row[1:])
+    most = costs.base["parameters"] + added[len(added) // 2]
+    costs.check_feasible(bound.places, Budgets({"latency": 10.0, "parameters": most, "macs": 1e12}))
 
 
 def test_each_place_decides_for_itself_or_all_together(anatomy: Anatomy) -> None:
