@@ -164,9 +164,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
     """The settings in which two searches differ, with the short form of both values; of nested data, each by itself."""
     one, other = _flat(one), _flat(other)
     return {
-        key: (_short(one.get(key)), _short(other.get(key)))
+        key: (_short(one, key), _short(other, key))
         for key in sorted({*one, *other})
-        if one.get(key) != other.get(key)
+        if one.get(key) != other.get(key) or (key in one) != (key in other)
     }
 
 
@@ -175,18 +175,15 @@ def _may_change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         return before["budget_mb"] is not None
     if key.startswith(f"{CHOICES}."):
         one_for_all = "supernet" in f"{now['evaluator']} {now['rungs']}"  # whose training had all choices in it
-        return not one_for_all and _offers_more(now[CHOICES], before[CHOICES])
+        return not one_for_all and _offers_more(key, _flat(before), _flat(now))
     return key.startswith(f"{VERSIONS}.") or key in _BUDGETS or key in _NEXT
 
 
-def _offers_more(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether every candidate of a space is one of another, too."""
-    most, most_before = now["max_blocks"], before["max_blocks"]
-    return (
-        now["base"] == before["base"]
-        and (most is None or (most_before is not None and most >= most_before))
-        and all(set(labels) <= set(now["variables"].get(name, ())) for name, labels in before["variables"].items())
-    )
+def _offers_more(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an entry of a space leaves in all that was in."""
+    if key == f"{CHOICES}.max_blocks":
+        return now[key] is None or (before[key] is not None and now[key] >= before[key])
+    return key.startswith(f"{CHOICES}.variables.") and set(before.get(key, ())) <= set(now.get(key, ()))
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,11 +197,21 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(differing: Mapping[str, str]) -> str:
-    said = list(differing.values())
-    more = len(said) - _SHOWN
-    return "; ".join(said[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    """Differences in words; of places that differ in the same way, the first."""
+    alike: dict[str, list[str]] = {}
+    for key, said in differing.items():
+        how = said.partition(": ")[2] if key.startswith(f"{CHOICES}.variables.") else said
+        alike.setdefault(how, []).append(said)
+    listed = [
+        first.replace(": was", f" and at {len(others)} other place{'s' * (len(others) > 1)}: was", 1)
+        if others
+        else first
+        for first, *others in alike.values()
+    ]
+    more = len(listed) - _SHOWN
+    return "; ".join(listed[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def _short(settings: Mapping[str, Any], key: str) -> str:
+    text = repr(settings[key]) if key in settings else "not there"
     return text if len(text) <= 200 else f"{text[:197]}..."
