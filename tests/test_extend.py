@@ -146,7 +146,7 @@ def test_a_space_that_offers_more_goes_on_with_what_was_trained(finished: Outcom
         (
             MORE,
             {},
-            r"choices\.max_blocks: was 2, is now 3; .*layer1\.0\.bn2 and at 3 other places: was \[.*\. Go on under",
+            r"choices\.max_blocks: was 2, is now 3; .*layer1\.0\.bn2 and at 3 other places: was \[.*\. Go on",
         ),
         (TWO_BLOCKS, {"extend": True, "seed": 5}, r"seed: was 0, is now 5\. Repeat the first command"),
         (
