@@ -28,6 +28,7 @@ from attnsurgery.samplers._base import AGAIN, BLOCKS, SAMPLERS
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 from attnsurgery.samplers.surrogate import Fit, Posterior, Surrogate
+from attnsurgery.samplers.threads import on_one_thread
 
 _DRAWS = 8
 """So many knapsacks, every other one within a part of the budgets."""
@@ -78,6 +79,7 @@ class AdditiveSampler(BaseSampler):
         trials = study.get_trials(deepcopy=False)
         return self.choose(study.direction, [t for t in trials if t.number != trial.number])
 
+    @on_one_thread
     def choose(self, direction: StudyDirection, trials: Sequence[FrozenTrial]) -> dict[str, str]:
         """What to try next, without a trial to try it in; nothing where every place is to be asked for by itself.
 

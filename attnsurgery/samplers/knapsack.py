@@ -222,23 +222,20 @@ def _steps(costs: Floats, values: Floats, weight: int) -> _States:
 
 def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
     """What no other with as many blocks beats or equals in both cost and value; of equals one."""
-    order: Any = np.lexsort((costs, counts))
+    if len(values) < 2:
+        return counts, costs, values
+    # by the number of blocks, then by cost: each number has a range of its own, and one sort is faster than one for two
+    order = (costs + counts * (costs.max() - costs.min() + 1.0)).argsort()
     counts, costs, values = counts[order], costs[order], values[order]
-    repeats = costs[1:] == costs[:-1]
-    if repeats.any() and (repeats := repeats & (counts[1:] == counts[:-1])).any():
-        begins = np.flatnonzero(np.append(True, ~repeats))
-        counts, costs, values = counts[begins], costs[begins], np.maximum.reduceat(values, begins)
-    ascending = values.argsort(kind="stable")
-    places: Any = np.arange(len(values))
-    ordered = values[ascending]
-    if (equal := ordered[1:] == ordered[:-1]).any():
-        places[1:] -= np.cumsum(equal)  # equals have the same place
-    rank = np.empty(len(values), dtype=np.int64)
-    rank[ascending] = places
-    rank += counts * len(values)  # so that more blocks are always above
+    lifted = values + counts * (values.max() - values.min() + 1.0)  # so that more blocks are always above
     kept = np.ones(len(values), dtype=bool)
-    np.greater(rank[1:], np.maximum.accumulate(rank)[:-1], out=kept[1:])
-    return counts[kept], costs[kept], values[kept]
+    np.greater(lifted[1:], np.maximum.accumulate(lifted)[:-1], out=kept[1:])
+    counts, costs, values = counts[kept], costs[kept], values[kept]
+    repeats = costs[1:] == costs[:-1]
+    if repeats.any():  # the values rise, so the last one is the best
+        last = np.append(~(repeats & (counts[1:] == counts[:-1])), True)
+        counts, costs, values = counts[last], costs[last], values[last]
+    return counts, costs, values
 
 
 def _by_count(states: _States) -> list[tuple[int, list[float], list[float]]]:

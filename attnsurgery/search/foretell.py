@@ -13,6 +13,7 @@ from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
 from attnsurgery.latency.model import Foretold, Kind, LatencyModel, Measured
 from attnsurgery.samplers.places import Budget, Places
+from attnsurgery.samplers.threads import on_one_thread
 from attnsurgery.search.calibrate import Z_INTERVAL, Shelf
 from attnsurgery.search.prepare import Bench
 from attnsurgery.search.record import Record
@@ -58,6 +59,7 @@ class Foreteller:
             with suppress(SearchError):
                 shelf.add(measured(self._bench, record, self._reference_ms), self._bench.costs.kinds)
 
+    @on_one_thread
     def foretell(self, assignment: Mapping[str, str]) -> Foretold | None:
         """The ratio to the base's time; None while nothing is known."""
         model = self._fitted()
@@ -70,6 +72,7 @@ class Foreteller:
             return None
         return foretold.ratio * self._reference_ms
 
+    @on_one_thread
     def places(self) -> Places:
         """The space with a budget for latency beside the exact ones, once anything is known.
 
@@ -84,6 +87,7 @@ class Foreteller:
         latency = Budget(costs, spare + model.misfit * abs(spare))
         return replace(places, budgets={**places.budgets, "latency": latency})
 
+    @on_one_thread
     def _fitted(self) -> LatencyModel | None:
         if self._model is None and (self._known or self._told):
             measured = [*self._known, *self._told.values()]
