@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
-from attnsurgery.samplers.knapsack import Budget, _undominated, best
+from attnsurgery.samplers.knapsack import Budget, _climb, _Promises, _undominated, best
 from attnsurgery.samplers.places import Picks
 from attnsurgery.samplers.surrogate import Fit, Surrogate
 
@@ -31,8 +31,13 @@ def all_of(places: Places) -> list[Picks]:
     return list(itertools.product(*(range(len(choices)) for choices in places.choices.values())))
 
 
+@pytest.mark.parametrize("steps", [None, 1], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("seed", range(40))
-def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(seed: int) -> None:
+def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(
+    seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if steps:
+        monkeypatch.setattr("attnsurgery.samplers.knapsack._STEPS", steps)
     rng = np.random.default_rng(seed)
     names = [f"p{place}" for place in range(rng.integers(1, 5))]
     places = Places(
@@ -60,6 +65,63 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(seed: int)
         tried.append(found)
     if not left:
         assert best(places, values, by_count, budgets, tried) is None
+
+
+@pytest.fixture
+def promised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every look at what a partial candidate may come to."""
+    looks: list[int] = []
+    at = _Promises.at
+
+    def counted(self: _Promises, place: int, count: int, left: float) -> float:
+        looks.append(place)
+        return at(self, place, count, left)
+
+    monkeypatch.setattr(_Promises, "at", counted)
+    return looks
+
+
+def two_budgets(seed: int, dear: float) -> tuple[Places, list[np.ndarray], np.ndarray, list[Budget]]:
+    """Thirty places, of whose three blocks the second is worth most and costs `dear` of the first budget."""
+    rng = np.random.default_rng(seed)
+    places = Places({f"p{place}": CHOICES for place in range(30)})
+    values = [np.append(0.0, rng.normal((0.0, 0.05, 0.0), 0.012)) for _ in places.choices]
+    first = [np.array([0.0, 0.004, dear, 0.0]) for _ in places.choices]
+    second = [np.append(0.0, rng.uniform(0.05, 0.28, 3)) for _ in places.choices]
+    return places, values, 1e-4 * np.arange(31.0) ** 2, [Budget(first, 1.0), Budget(second, 1.0)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_over_one_of_two_budgets_by_itself_holds_nothing_up(seed: int, promised: list[int]) -> None:
+    """In the sum of both it seems to fit, which had made a search of seconds of some."""
+    places, values, by_count, budgets = two_budgets(seed, dear=1.03)
+    found = best(places, values, by_count, budgets)
+    assert found is not None
+    assert 2 not in found
+    assert len(promised) < 3 * len(CHOICES) * 200
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_so_many_steps_the_most_promising_are_looked_at_together(
+    seed: int, promised: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, values, by_count, budgets = two_budgets(seed, dear=0.4)
+    exact = best(places, values, by_count, budgets)
+    monkeypatch.setattr("attnsurgery.samplers.knapsack._STEPS", 10)
+    promised.clear()
+    found = best(places, values, by_count, budgets)
+    assert len(promised) <= 3 * (1 + len(CHOICES) * 10), "the walk ends there"
+    climbed, _ = _climb(places, values, by_count, budgets, set())
+    assert exact is not None
+    assert found is not None
+    assert climbed is not None
+    assert all(budget.holds(found) for budget in budgets)
+
+    def worth(picks: Picks) -> float:
+        return sum(float(v[pick]) for v, pick in zip(values, picks, strict=True)) + float(by_count[places.count(picks)])
+
+    assert worth(climbed) <= worth(found) <= worth(exact)
+    assert worth(found) == pytest.approx(worth(exact), rel=0.01)
 
 
 @pytest.mark.parametrize("worth", [np.zeros(4), np.arange(4.0)], ids=["nothing", "the same everywhere"])

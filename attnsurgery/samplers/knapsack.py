@@ -22,11 +22,17 @@ import itertools
 import math
 import operator
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
+
+_STEPS = 1000
+"""Partial candidates that are grown one by one before that."""
+_WIDTH = 4000
+"""Partial candidates that go on to the next place then."""
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 _States = tuple[Counts, Floats, Floats]
@@ -41,15 +47,21 @@ def best(
 ) -> Picks | None:
     """The candidate of the highest value that fits and was not tried; None if there is none.
 
+    With several budgets it may fall short of the highest value by a little, where that would take too long to find.
+
     Args:
         values: of each choice at each place; they add up.
         by_count: worth of having 0, 1, 2, ... blocks, as many as all places can hold.
         tried: candidates that do not count.
     """
+    if len(budgets) > 1:
+        kept = _possible(budgets)
+        if any(len(some) < len(worth) for some, worth in zip(kept, values, strict=True)):
+            return _best_of(kept, places, values, by_count, budgets, tried)
     known = set(tried)
     bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
     binding = all(budget.most > 0 for budget in budgets)
-    floor = _floor(places, values, bonus, budgets, known) if budgets and binding else -math.inf
+    climbed, floor = _climb(places, values, bonus, budgets, known) if budgets and binding else (None, -math.inf)
     budgets = [*budgets] or [Budget([np.zeros(len(worth)) for worth in values], math.inf)]
     if len(budgets) > 1 and binding:
         budgets.append(_together(budgets))
@@ -69,7 +81,13 @@ def best(
             heapq.heappush(heap, (-(value + promise), -len(picks), next(age), picks, value, count, left))
 
     consider((), 0.0, 0, tuple(budget.most for budget in budgets))
+    steps = 0
     while heap:
+        steps += 1
+        if steps == _STEPS:
+            found = _most_promising(places, values, bonus, budgets, promises, floor, known) or climbed
+            if found:
+                return found
         *_, picks, value, count, left = heapq.heappop(heap)
         place = len(picks)
         if place == len(values):
@@ -82,10 +100,90 @@ def best(
     return None
 
 
-def _floor(
+def _possible(budgets: Sequence[Budget]) -> list[Counts]:
+    """By place, the choices that keep to every budget when all other places take their cheapest.
+
+    One that is over a budget by itself looks cheap in the sum of all budgets, and promises what never comes.
+    """
+    fits = [np.ones(len(costs), dtype=bool) for costs in budgets[0].costs]
+    for budget in budgets:
+        least = [float(costs.min()) for costs in budget.costs]
+        spare = budget.most - sum(least) + 1e-9 * abs(budget.most)
+        for fit, costs, cheapest in zip(fits, budget.costs, least, strict=True):
+            fit &= costs - cheapest <= spare
+    for fit in fits:
+        fit[0] = True  # no block is always a choice
+    return [np.flatnonzero(fit) for fit in fits]
+
+
+def _best_of(
+    kept: Sequence[Counts],
+    places: Places,
+    values: Sequence[Floats],
+    by_count: Floats | None,
+    budgets: Sequence[Budget],
+    tried: Collection[Picks],
+) -> Picks | None:
+    """`best` of some of the choices at each place."""
+    named = zip(kept, places.choices.items(), strict=True)
+    fewer = replace(places, choices={name: tuple(choices[at] for at in some) for some, (name, choices) in named})
+    less = [
+        replace(budget, costs=[costs[some] for some, costs in zip(kept, budget.costs, strict=True)])
+        for budget in budgets
+    ]
+    now = [{before: at for at, before in enumerate(some.tolist())} for some in kept]
+    known = [
+        tuple([index[pick] for index, pick in zip(now, picks, strict=True)])
+        for picks in tried
+        if all(pick in index for index, pick in zip(now, picks, strict=True))
+    ]
+    worth = [value[some] for some, value in zip(kept, values, strict=True)]
+    found = best(fewer, worth, by_count, less, known)
+    return None if found is None else tuple([int(some[pick]) for some, pick in zip(kept, found, strict=True)])
+
+
+def _most_promising(
+    places: Places,
+    values: Sequence[Floats],
+    bonus: Floats,
+    budgets: Sequence[Budget],
+    promises: Sequence[_Promises],
+    floor: float,
+    known: Collection[Picks],
+) -> Picks | None:
+    """The best candidate that the `_WIDTH` most promising partial ones of every place lead to, if any."""
+    highest: Any = np.maximum.accumulate(bonus[::-1])[::-1]
+    picks_SP: Any = np.zeros((1, 0), dtype=np.int16)
+    value_S, count_S = np.zeros(1), np.zeros(1, dtype=np.int64)
+    left_SB = np.array([[budget.most for budget in budgets]])
+    for place, worth_C in enumerate(values):
+        weight_C = np.full(len(worth_C), places.weights[place])
+        weight_C[0] = 0
+        cost_CB = np.stack([budget.costs[place] for budget in budgets], axis=-1)
+        value_N, count_N = (value_S[:, None] + worth_C).ravel(), (count_S[:, None] + weight_C).ravel()
+        left_NB = (left_SB[:, None] - cost_CB).reshape(-1, len(budgets))
+        here_N = np.flatnonzero(count_N < len(bonus))
+        promise_N = np.min([one.by_cost(place + 1, left_NB[here_N, at]) for at, one in enumerate(promises)], axis=0)
+        promise_N += value_N[here_N] + (highest if place + 1 < len(values) else bonus)[count_N[here_N]]
+        holds_N = (promise_N >= floor) & (promise_N > -math.inf)
+        here_N, promise_N = here_N[holds_N], promise_N[holds_N]
+        if len(here_N) > _WIDTH:
+            top_S = np.argpartition(-promise_N, _WIDTH)[:_WIDTH]
+            here_N, promise_N = here_N[top_S], promise_N[top_S]
+        before_S, choice_S = np.divmod(here_N, len(worth_C))
+        picks_SP = np.concatenate([picks_SP[before_S], choice_S[:, None].astype(np.int16)], axis=1)
+        value_S, count_S, left_SB = value_N[here_N], count_N[here_N], left_NB[here_N]
+    for at in np.argsort(-promise_N, kind="stable"):
+        picks: Picks = tuple(picks_SP[at].tolist())
+        if picks not in known:
+            return picks
+    return None
+
+
+def _climb(
     places: Places, values: Sequence[Floats], bonus: Floats, budgets: Sequence[Budget], known: Collection[Picks]
-) -> float:
-    """A little less than what the best of some candidates is worth that fit and were not tried; -inf without any.
+) -> tuple[Picks | None, float]:
+    """The best of some candidates that fit and were not tried, and a little less than its worth; -inf without any.
 
     They are those on the way of a greedy climb: at first nothing anywhere, then one choice after another that adds the
     most for its share of the budgets.
@@ -102,6 +200,7 @@ def _floor(
     )
     costs = [[cost.tolist() for cost in budget.costs] for budget in budgets]
     picks, count, floor = [0] * len(values), 0, -math.inf
+    found: Picks | None = None
     worth = float(sum(worth[0] for worth in values))
     surely = [budget.most * (1 - 1e-9) for budget in budgets]  # sums in another order may come to a little more
     left = [most - sum(cost[0] for cost in spent) for most, spent in zip(surely, costs, strict=True)]
@@ -114,8 +213,8 @@ def _floor(
             continue
         picks[place], count, left, worth = choice, after, rest, worth + gain
         if worth + bonus[count] > floor and tuple(picks) not in known:
-            floor = worth + float(bonus[count])
-    return floor - 1e-9 * (1.0 + abs(floor))
+            found, floor = tuple(picks), worth + float(bonus[count])
+    return found, floor - 1e-9 * (1.0 + abs(floor))
 
 
 def _together(budgets: Sequence[Budget]) -> Budget:
@@ -136,6 +235,7 @@ class _Promises:
         self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget, floor: float = -math.inf
     ) -> None:
         self._bonus = bonus.tolist()
+        self._merged: dict[int, tuple[Floats, Floats]] = {}
         spare = _slack(budget)
         before = _in_part(budget.costs, values) if floor > -math.inf else []
         highest: Any = np.maximum.accumulate(bonus[::-1])[::-1]
@@ -169,6 +269,18 @@ class _Promises:
                 if within:
                     most = max(most, values[within - 1] + bonus[count + more])
         return most
+
+    def by_cost(self, place: int, left_N: Floats) -> Floats:
+        """The same at once for many, without the worth of the number of blocks, and as if that were not limited."""
+        if place not in self._merged:
+            fronts = self._fronts[place]
+            costs = np.array(list(itertools.chain.from_iterable(costs for _, costs, _ in fronts)))
+            values = np.array(list(itertools.chain.from_iterable(values for *_, values in fronts)))
+            _, costs, values = _undominated(np.zeros(len(costs), dtype=np.int64), costs, values)
+            self._merged[place] = costs, np.append(-math.inf, values)
+        costs, values = self._merged[place]
+        promised: Floats = values[np.searchsorted(costs, left_N, side="right")]
+        return promised
 
 
 def _slack(budget: Budget) -> list[float]:
