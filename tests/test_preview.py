@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attnsurgery.cli import build_app
+from attnsurgery.cli._search_view import print_preview
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.preview import DRAWN, Preview, _wilson, preview
@@ -98,3 +99,20 @@ def test_the_command_prints_it_for_people_and_as_json(config: SearchConfig) -> N
     assert data["candidates"] == 181
     assert data["share"] == 1.0
     assert not Path(config.output).exists()
+
+
+def test_where_chance_finds_nothing_within_the_budget_it_says_so(config: SearchConfig) -> None:
+    """Of 48 variables with two blocks each, all but a few candidates have far too many."""
+    space = Path(config.output).parent / "wide.yaml"
+    decision = '  - at: "stage:* branches"\n    choices:\n      - block: se\n        options: {{reduction: [{}, {}]}}\n'
+    places = "".join(decision.format(4 + number, 30 + number) for number in range(12))
+    space.write_text(f"version: 1\nname: wide\ndecisions:\n{places}")
+    params = previewed(config, trials=2).base_parameters
+    found = previewed(config, space=str(space), budget_ms=None, budget_params=params + 2000, trials=2)
+    assert (found.drawn, found.exact_share) == (0, 0.0)
+    assert found.seconds < 600
+    with pytest.MonkeyPatch.context() as patched:
+        lines: list[str] = []
+        patched.setattr("attnsurgery.cli._search_view.print_lines", lines.extend)
+        print_preview(found, config)
+    assert "than chance would find; the search makes no others" in "\n".join(lines)

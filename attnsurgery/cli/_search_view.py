@@ -224,8 +224,11 @@ def files_of(outcome: Outcome) -> list[str]:
 def print_preview(preview: Preview, config: SearchConfig) -> None:
     """What the search would be."""
     limit = f", at most {preview.most_blocks} blocks in one" if preview.most_blocks else ""
-    latency = f"{preview.fitting} of {preview.drawn} drawn at random"
     exact = f"{_percent(preview.exact_share)} by parameters and MACs, of these " if preview.exact_share < 1 else ""
+    fit = f"{exact}{preview.fitting} of {preview.drawn} drawn at random fit, so {100 * preview.low:.0f} to "
+    fit += f"{100 * preview.high:.0f} % of the space"
+    if not preview.drawn:
+        fit = "fewer fit by parameters and MACs than chance would find; the search makes no others"
     print_lines(
         [
             f"space      {preview.space}: {preview.candidates:,} candidates, {preview.places} places{limit}",
@@ -233,8 +236,7 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
             f"data       {preview.data}",
             f"base       {preview.base_ms:.3f} ms  {preview.base_parameters:,} parameters  {preview.base_macs:,} MACs",
             f"           {preview.conditions}",
-            f"budget     {preview.budgets}: {exact}{latency} fit, "
-            f"so {100 * preview.low:.0f} to {100 * preview.high:.0f} % of the space",
+            f"budget     {preview.budgets}: {fit}",
             f"a trial    {_rungs(preview)}",
             f"the search {_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation",
         ]

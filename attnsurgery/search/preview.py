@@ -56,6 +56,7 @@ class Preview:
     fitting: int
     """So many of `drawn`, drawn uniformly among those within the exact budgets, are within the others too."""
     drawn: int
+    """0 where so few are within the exact budgets that chance finds none."""
     exact_share: float
     """Of the space, within the budgets for parameters and multiply-accumulates."""
     low: float
@@ -146,6 +147,7 @@ def preview(
         for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)
     )
     low, high = _wilson(fitting, measured)
+    share = fitting / measured if measured else 1.0
     return Preview(
         base=config.base,
         space=bench.space.name,
@@ -165,7 +167,7 @@ def preview(
         low=exact * low,
         high=exact * high,
         rungs=rungs,
-        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], fitting / max(1, measured)),
+        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share),
     )
 
 
