@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import attnsurgery.search.study as study_module
 from attnsurgery.errors import SearchError, UnknownNameError, UsageError
 from attnsurgery.evaluate.blocks_only import BlocksOnly
 from attnsurgery.evaluate.finetune import FineTune
@@ -16,6 +15,7 @@ from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, 
 from attnsurgery.search.preview import preview
 from attnsurgery.search.record import Promotion, best, front
 from attnsurgery.search.rungs import Rung, next_promotion, places_on, rungs_of
+from attnsurgery.search.store import Store
 from tests._searches import write_images
 from tests.test_search import SPACE, small_search
 
@@ -158,13 +158,13 @@ def test_an_interrupted_ladder_goes_on_without_training_anything_twice(
 
 
 def test_a_promotion_that_only_the_journal_holds_is_not_lost(config: SearchConfig) -> None:
-    class Torn(study_module.Store):
+    class Torn(Store):
         def promote(self, record: Record) -> None:
             self.journal.append(record.as_dict())
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "Store", Torn)
+        patch.setattr("attnsurgery.search.extend.Store", Torn)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     heard = Counting()
