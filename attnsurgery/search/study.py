@@ -16,12 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
 
 from attnsurgery.errors import SearchError
-from attnsurgery.latency import Latency, LatencyBackend
-from attnsurgery.samplers.knapsack import best
+from attnsurgery.latency import LatencyBackend
 from attnsurgery.search.about import remember
 from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.confirm import BEST, CONFIRMING, Confirmation, confirm, weights_of
@@ -32,22 +30,19 @@ from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.jobs import Job
 from attnsurgery.search.launch import LAUNCHERS
 from attnsurgery.search.layout import KNOWN, SECONDS
+from attnsurgery.search.left import any_left
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.opening import writing_errors
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
-from attnsurgery.search.record import Promotion, Record, Timing, contenders, trained
+from attnsurgery.search.record import Record, contenders, trained
+from attnsurgery.search.reference import base_of
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
 from attnsurgery.search.store import Asked, Store
 from attnsurgery.search.trial import at_once, outlined
 from attnsurgery.search.watching import StopAsked
 from attnsurgery.search.workers import Workers
 
-_ASKS_A_TRIAL = 10
-_HOPELESS = 24
-"""After so many measured candidates over the budget and none within it, there is none."""
-_HOPELESS_BASE = 4
-"""The same where the base alone is over the budget: blocks only add to it."""
 _MOST_ATTEMPTS = 3
 """A trial is begun so often, over all runs: what every process dies of is the trial's own fault."""
 _WAIT_S = 1.0
@@ -154,7 +149,7 @@ class _Search:
         self._twins: list[Asked] = []
         """The same candidates as others that are going: what becomes of those is theirs."""
         self.records = store.records()
-        self.reference, self.base = self._reference()
+        self.reference, self.base = base_of(bench, crew, store, stop)
         self.about = remember(store, bench, self.reference, command, others)
         known = store.fixed("latencies")
         if known is None:
@@ -266,29 +261,7 @@ class _Search:
     def _more(self) -> bool:
         """True while there may be candidates within the budget that were not asked for."""
         open_ones = [*self._ready, *self._going.values(), *self._twins]
-        asked = [record for record in self.records if record.state != "too_many_blocks"]
-        if len(asked) + len(open_ones) >= _ASKS_A_TRIAL * self.config.trials + 2 * _HOPELESS:
-            return False
-        known = {record.digest for record in asked} | {self._digest(one) for one in open_ones}
-        if len(known - {"", None}) >= self.bench.space.size() or not self._any_left(open_ones):
-            return False
-        # those over an exact budget are no measure: others are known to keep to it; nor those that a wider one let in
-        over = [r for r in asked if r.state == "over_budget" and r.top1 is None]
-        measured = sum(r.timing is not None for r in over)
-        base_over = max(self.bench.budgets.excess(self._fastest_base()).values(), default=0.0) > 0
-        if base_over and measured:  # what is foretold to be over is no surprise then
-            measured += sum(r.timing is None and r.foretold_ms is not None for r in over)
-        return bool(trained(self.records)) or measured < (_HOPELESS_BASE if base_over else _HOPELESS)
-
-    def _any_left(self, open_ones: Sequence[Asked]) -> bool:
-        """False if every candidate that keeps to the budgets which are known exactly was asked for."""
-        places = self.bench.places
-        if not places.budgets:
-            return True
-        asked = [record.assignment for record in self.records] + [one.assignment for one in open_ones]
-        tried = {self.bench.picks(assignment) for assignment in [self.bench.space.nothing, *asked]}
-        same = [np.zeros(len(choices)) for choices in places.choices.values()]
-        return best(places, same, None, list(places.budgets.values()), tried) is not None
+        return any_left(self.bench, self.base, self.records, [asked.assignment for asked in open_ones])
 
     def _begin(self, asked: Asked) -> None:
         """Settle what needs no work; give the rest to a worker."""
@@ -397,11 +370,6 @@ class _Search:
         if self.stop():
             raise StopAsked
 
-    def _fastest_base(self) -> Record:
-        """The base, as fast as it may be by its interval."""
-        timing = self.base.timing
-        return self.base if timing is None else replace(self.base, timing=replace(timing, ms=timing.low_ms))
-
     def _confirm(self) -> None:
         order = contenders(self.records, self.config.rank_by)
         if not order:
@@ -437,51 +405,6 @@ class _Search:
         """Whether the files are there that a job has left."""
         return kind == "timing" or (
             kind == "training" and weights_of(self.folder, given["record"], given["index"]).is_file()
-        )
-
-    def _reference(self) -> tuple[Latency, Record]:
-        """The base's own latency and score, taken once: every trial of the search is on this scale."""
-        kept = self._base_of_others()
-        if kept is None:
-            (kept,) = self.crew.all([Job("base latency")])
-            self.store.fix("base", dict(kept))
-        reference = Latency(**kept["latency"])
-        if "record" not in kept:
-            (scored,) = self.crew.all([Job("base scores")])
-            scores = [Promotion(**score) for score in scored["scores"]]
-            kept = {**kept, "record": self._base(reference, kept["peak_mb"], scores).as_dict()}
-            self.store.fix("base", kept)
-        return reference, Record.from_dict(kept["record"])
-
-    def _base_of_others(self) -> Any:
-        """What another search at the same study has made of the base; what there is, once nobody else is to make it.
-
-        Raises:
-            StopAsked: the user asked for an end.
-        """
-        sharing = self.store.sharing
-        while sharing is not None and "record" not in (self.store.fixed("base") or {}) and not sharing.leads():
-            self._go_on()
-            time.sleep(_WAIT_S)
-        return self.store.fixed("base")
-
-    def _base(self, reference: Latency, peak_mb: float | None, scores: list[Promotion]) -> Record:
-        half = reference.noise * reference.p50_ms
-        lowest, *above = scores
-        return Record(
-            number=-1,
-            state="trained",
-            digest="",
-            timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
-            top1=lowest.top1,
-            loss=lowest.loss,
-            promotions=tuple(above),
-            parameters=self.bench.costs.base["parameters"],
-            macs=self.bench.costs.base["macs"],
-            peak_mb=peak_mb,
-            seconds=lowest.seconds,
-            epochs=lowest.epochs,
-            assignment=self.bench.space.nothing,
         )
 
     def _outcome(self, interrupted: bool) -> Outcome:
