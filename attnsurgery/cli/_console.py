@@ -23,7 +23,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
-    from attnsurgery.latency import Comparison, Conditions, Latency
+    from attnsurgery.latency import Comparison, Conditions, Latency, Singles
     from attnsurgery.latency.self_test import SelfTest
     from attnsurgery.recipe.forecast import Forecast, PlannedBlock, Priced
     from attnsurgery.surgery.verify import Report
@@ -292,6 +292,26 @@ def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: Conditions)
             f"the machine was not steady: {first.left_out:.0%} of the rounds were left out, and the time changed by "
             f"{first.drift:+.1%} from beginning to end. Close what else runs, or let it cool down, and measure again."
         )
+
+
+def print_singles(found: Latency, singles: Singles) -> None:
+    """Single calls, throughput, and what a CUDA graph saves."""
+    lines = [
+        f"one by one  p50 {singles.p50_ms:.3f} ms, p90 {singles.p90_ms:.3f} ms, p99 {singles.p99_ms:.3f} ms of "
+        f"{singles.calls:,} calls, each waited for",
+        f"throughput  {found.images_per_second:,.1f} images a second",
+    ]
+    if found.eager_ms is not None:
+        lines.append(
+            f"eager       {found.eager_ms:.3f} ms, {found.eager_ms / found.p50_ms:.2f} times that of the graph"
+        )
+    if found.state:
+        lines.append(f"card        {', '.join(f'{key} {_plain(value)}' for key, value in found.state.items())}")
+    print_lines(lines)
+
+
+def _plain(value: object) -> str:
+    return " and ".join(map(str, value)) or "no" if isinstance(value, list) else str(value)
 
 
 def print_self_test(model: str, found: SelfTest, conditions: Conditions, versions: Mapping[str, str]) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import timm
+import torch
 from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.base import check_base, weightless
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, UnknownNameError, UsageError
 from attnsurgery.weights import DELTA_NAME, read_state_dict
+
+if TYPE_CHECKING:
+    from attnsurgery.latency import Conditions
 
 
 def open_model(name: str, *, weights: bool = True) -> nn.Module:
@@ -50,3 +55,24 @@ def _from_directory(path: Path) -> nn.Module:
             f"the model in {str(path)!r} cannot be built ({type(error).__name__}: {said})."
         ) from error
     return model
+
+
+def measured_conditions(device: str | None, backend: str | None, *, threads: int, **given: Any) -> Conditions:
+    """What a command measures under: the same as a search that is given the same options.
+
+    Args:
+        device: None for a GPU where there is one.
+        backend: a latency backend; None for the device's own.
+        threads: 0 for all.
+        given: fields of Conditions; None for the device's default.
+
+    Raises:
+        UsageError: a value that means nothing.
+    """
+    from attnsurgery.latency import Conditions
+    from attnsurgery.search.config import defaults_on
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usual = defaults_on(device, backend, given["dtype"])
+    given = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    return Conditions(device=device, threads=threads or torch.get_num_threads(), **given)

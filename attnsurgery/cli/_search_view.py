@@ -202,7 +202,7 @@ def print_outcome(outcome: Outcome) -> None:
         lines.append(f"chosen     among {choice}")
     if outcome.confirmation:
         again = outcome.confirmation.timing
-        budget = outcome.config.budget_ms
+        budget = outcome.config.most_ms
         over = "" if budget is None or again.ms <= budget else f": over the budget of {budget:g} ms"
         lines += [
             f"verdict    {outcome.confirmation.sentence()}",

@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnsurgery.cli._options import AsJson, BatchSize, Dtype, MeasuredDevice, Mode, Threads
+from attnsurgery.cli._options import (
+    AsJson,
+    BatchSize,
+    ChannelsLast,
+    ColdCache,
+    CudnnBenchmark,
+    Dtype,
+    LatencyName,
+    MeasuredDevice,
+    Mode,
+    Tf32,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from attnsurgery.search.calibrate import Calibration
@@ -20,20 +32,22 @@ def calibrate(
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
     device: MeasuredDevice = None,
     batch_size: BatchSize = 1,
-    dtype: Dtype = "float32",
-    mode: Mode = "eager",
+    dtype: Dtype = None,
+    mode: Mode = None,
+    channels_last: ChannelsLast = None,
+    tf32: Tf32 = False,
+    cudnn_benchmark: CudnnBenchmark = False,
+    cold_cache: ColdCache = False,
     threads: Threads = 1,
-    latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
+    latency: LatencyName = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure candidates of a space for a while, so that a search can foretell the latency of all others.
 
     What is measured is kept in the user's cache and used by searches with the same model, device and conditions.
     """
-    import torch
-
     from attnsurgery.cli._console import print_json, progress
-    from attnsurgery.latency import Conditions
+    from attnsurgery.cli._models import measured_conditions
     from attnsurgery.search.calibrate import calibrate as measure
     from attnsurgery.search.space import load
 
@@ -42,13 +56,18 @@ def calibrate(
         done = measure(
             model,
             found,
-            lambda size: Conditions(
-                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            lambda size: measured_conditions(
+                device,
+                latency,
                 dtype=dtype,
                 batch_size=batch_size,
                 input_size=size,
-                mode=mode,  # type: ignore[arg-type]
-                threads=threads or torch.get_num_threads(),
+                mode=mode,
+                channels_last=channels_last,
+                tf32=tf32,
+                cudnn_benchmark=cudnn_benchmark,
+                cold_cache=cold_cache,
+                threads=threads,
             ),
             seconds,
             classes=classes,

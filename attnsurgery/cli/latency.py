@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import AsJson, BatchSize, Dtype, MeasuredDevice, Mode
+from attnsurgery.cli._options import (
+    AsJson,
+    ChannelsLast,
+    ColdCache,
+    CudnnBenchmark,
+    Dtype,
+    MeasuredDevice,
+    Mode,
+    Tf32,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,10 +33,28 @@ def latency(
     versus: Annotated[
         str | None, typer.Option("--vs", help="A second model, measured alternately with the first.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of MODEL: .safetensors, .pth or a timm directory.")
+    ] = None,
     device: MeasuredDevice = None,
-    batch_size: BatchSize = 1,
-    dtype: Dtype = "float32",
-    mode: Mode = "eager",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Images in one measured forward; several are measured in turn.")
+    ] = "1",
+    input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
+    dtype: Dtype = None,
+    mode: Mode = None,
+    channels_last: ChannelsLast = None,
+    tf32: Tf32 = False,
+    cudnn_benchmark: CudnnBenchmark = False,
+    cold_cache: ColdCache = False,
+    threads: Threads = 1,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            help="What the model runs in: cpu or cuda (torch), onnxruntime, openvino or tensorrt; by default torch.",
+        ),
+    ] = None,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -34,49 +63,105 @@ def latency(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least."""
-    import torch
+    """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least.
 
-    from attnsurgery.cli._console import busy, print_comparison, print_json, print_latencies
-    from attnsurgery.cli._models import open_model
-    from attnsurgery.graph.find import input_size_of
-    from attnsurgery.latency import Conditions, backend_for
-
-    first = open_model(model)
-    second = open_model(versus) if versus else None
-    conditions = Conditions(
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-        batch_size=batch_size,
-        input_size=input_size_of(first),
-        mode=mode,  # type: ignore[arg-type]
-    )
-    backend = backend_for(conditions)
-    if self_test:
-        _self_test(model, first, versus, backend, as_json)
-        return
-    with busy(f"measuring on {conditions.device}"):
-        if second is None:
-            found = backend.measure(first)
-        else:
-            compared = backend.compare(first, second)
-    if versus is None and as_json:
-        print_json({"model": model, "conditions": asdict(conditions), **asdict(found)})
-    elif versus is None:
-        print_latencies([(model, found)], conditions)
-    elif as_json:
-        print_json({"model": model, "vs": versus, "conditions": asdict(conditions), **asdict(compared)})
-    else:
-        print_comparison(model, versus, compared, conditions)
-
-
-def _self_test(name: str, model: nn.Module, versus: str | None, backend: LatencyBackend, as_json: bool) -> None:
-    from attnsurgery.cli._console import busy, print_json, print_self_test
+    The defaults are those of a search, so the number can be held against a search's budget.
+    """
+    from attnsurgery.cli._models import measured_conditions, open_model
     from attnsurgery.errors import UsageError
+    from attnsurgery.graph.find import input_size_of
+    from attnsurgery.latency import backend_for
+
+    batch_sizes = _batch_sizes(batch_size)
+    if self_test and (versus or len(batch_sizes) > 1):
+        raise UsageError("--self-test compares MODEL with itself at one batch size: leave --vs out, give one size.")
+    first = open_model(model)
+    if checkpoint is not None:
+        _load(first, checkpoint)
+    second = open_model(versus) if versus else None
+    channels, height, width = input_size_of(first)
+    asked: dict[str, Any] = {
+        "dtype": dtype,
+        "mode": mode,
+        "channels_last": channels_last,
+        "tf32": tf32,
+        "cudnn_benchmark": cudnn_benchmark,
+        "cold_cache": cold_cache,
+        "input_size": (channels, input_size or height, input_size or width),
+        "threads": threads,
+    }
+    backends = [
+        backend_for(measured_conditions(device, runtime, batch_size=size, **asked), runtime) for size in batch_sizes
+    ]
+    if self_test:
+        _self_test(model, first, backends[0], as_json)
+    elif second is None or versus is None:
+        _measure(model, first, backends, as_json)
+    else:
+        _compare((model, versus), (first, second), backends, as_json)
+
+
+def _batch_sizes(text: str) -> list[int]:
+    """
+    Raises:
+        UsageError: no list of numbers above 0.
+    """
+    from attnsurgery.errors import UsageError
+
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--batch-size {text!r} is no number of images above 0, or several such as 1,8,64.")
+    return sizes
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    """Latency hardly depends on weights, but sparse or denormal ones are a reason to look."""
+    from attnsurgery.base import load_weights
+    from attnsurgery.weights import read_state_dict
+
+    load_weights(model, read_state_dict(checkpoint), str(checkpoint))
+
+
+def _measure(name: str, model: nn.Module, backends: list[LatencyBackend], as_json: bool) -> None:
+    from attnsurgery.cli._console import busy, print_json, print_latencies, print_singles
+
+    rows: list[dict[str, Any]] = []
+    for backend in backends:
+        conditions = backend.conditions
+        with busy(f"measuring on {conditions.device}"):
+            found, singles = backend.measure(model), backend.singles(model)
+        rows.append({"model": name, "conditions": asdict(conditions), **asdict(found), "singles": asdict(singles)})
+        if not as_json:
+            print_latencies([(name, found)], conditions)
+            print_singles(found, singles)
+    if as_json:
+        print_json(rows if len(rows) > 1 else rows[0])
+
+
+def _compare(
+    names: tuple[str, str], models: tuple[nn.Module, nn.Module], backends: list[LatencyBackend], as_json: bool
+) -> None:
+    from attnsurgery.cli._console import busy, print_comparison, print_json
+
+    rows: list[dict[str, Any]] = []
+    for backend in backends:
+        conditions = backend.conditions
+        with busy(f"measuring on {conditions.device}"):
+            found = backend.compare(*models)
+        rows.append({"model": names[0], "vs": names[1], "conditions": asdict(conditions), **asdict(found)})
+        if not as_json:
+            print_comparison(*names, found, conditions)
+    if as_json:
+        print_json(rows if len(rows) > 1 else rows[0])
+
+
+def _self_test(name: str, model: nn.Module, backend: LatencyBackend, as_json: bool) -> None:
+    from attnsurgery.cli._console import busy, print_json, print_self_test
     from attnsurgery.latency.self_test import self_test
 
-    if versus:
-        raise UsageError("--self-test compares MODEL with itself, and --vs with another: give one of them.")
     with busy(f"measuring on {backend.conditions.device}"):
         found = self_test(backend, model, _REPEATS)
     if as_json:

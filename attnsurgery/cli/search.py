@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import STORAGE_VARIABLE, AsJson, BatchSize, Dtype, Mode, Threads
+from attnsurgery.cli._options import (
+    STORAGE_VARIABLE,
+    AsJson,
+    BatchSize,
+    ChannelsLast,
+    ColdCache,
+    CudnnBenchmark,
+    Dtype,
+    LatencyName,
+    Mode,
+    Tf32,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from attnsurgery.search import SearchConfig
@@ -36,6 +48,9 @@ def amount(text: str) -> int:
 def search(
     model: Annotated[str | None, typer.Argument(help="Any timm name; by default the space's own small model.")] = None,
     budget_ms: Annotated[float | None, typer.Option(help="Most milliseconds that one forward may take.")] = None,
+    budget_ips: Annotated[
+        float | None, typer.Option(help="Minimum throughput of the measured forward, in images per second.")
+    ] = None,
     budget_params: Annotated[
         int | None, typer.Option(parser=amount, metavar="N", help="Most parameters, such as 26M.")
     ] = None,
@@ -68,10 +83,18 @@ def search(
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: BatchSize = 1,
-    dtype: Dtype = "float32",
-    mode: Mode = "eager",
+    dtype: Dtype = None,
+    mode: Mode = None,
+    channels_last: ChannelsLast = None,
+    tf32: Tf32 = False,
+    cudnn_benchmark: CudnnBenchmark = False,
+    cold_cache: ColdCache = False,
     threads: Threads = 1,
-    latency: Annotated[str | None, typer.Option(help="Latency backend; by default the device's own.")] = None,
+    latency: LatencyName = None,
+    train_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of training: float32, or bfloat16 (mixed precision), which is the default on CUDA."),
+    ] = None,
     evaluator: Annotated[
         str, typer.Option(help="How a trial is trained: finetune; blocks on a frozen model; or supernet, all at once.")
     ] = "finetune",
@@ -150,6 +173,7 @@ def search(
     base = model or load(space).base or _default_base()
     config = _config(
         budget_ms=budget_ms,
+        budget_ips=budget_ips,
         budget_params=budget_params,
         budget_macs=budget_macs,
         budget_mb=budget_mb,
@@ -171,6 +195,11 @@ def search(
         batch_size=batch_size,
         dtype=dtype,
         mode=mode,
+        channels_last=channels_last,
+        tf32=tf32,
+        cudnn_benchmark=cudnn_benchmark,
+        cold_cache=cold_cache,
+        train_dtype=train_dtype,
         threads=threads,
         latency=latency,
         evaluator=evaluator,
@@ -249,12 +278,19 @@ def _run(config: SearchConfig, as_json: bool) -> None:
 def command_of(config: SearchConfig) -> str:
     """The command line that does this search; a password in the storage URL is left out."""
     from attnsurgery.search import SearchConfig
+    from attnsurgery.search.config import defaults_on
     from attnsurgery.search.opening import without_password
 
+    usual = {name: info.default for name, info in SearchConfig.model_fields.items()}
+    usual |= defaults_on(config.device, config.latency, config.dtype)
+    usual["dtype"] = defaults_on(config.device, config.latency)["dtype"]
     words = ["attnsurgery", "search", config.base]
-    for name, info in SearchConfig.model_fields.items():
+    for name in usual:
         value: Any = getattr(config, name)
-        if name in ("base", "extend") or (value == info.default and name != "output"):
+        if name in ("base", "extend") or (value == usual[name] and name != "output"):
+            continue
+        if name == "channels_last":
+            words.append("--channels-last" if value else "--channels-first")
             continue
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [flag, without_password(value) if name == "storage" else f"{value}"]

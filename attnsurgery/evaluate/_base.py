@@ -40,6 +40,10 @@ class TrainSettings:
     device: str = "cpu"
     amp: bool = False
     """bfloat16 autocast; on CUDA only."""
+    channels_last: bool = False
+    """Convolutions with channels last; on CUDA only, for on a CPU they always are."""
+    tf32: bool = False
+    """float32 convolutions and matrix products may round to TF32; on CUDA only."""
     pieces: int = 1
     """A batch is passed in so many from the start, their gradients added up: where memory is known to be short."""
 

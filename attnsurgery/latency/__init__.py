@@ -1,15 +1,19 @@
 """How fast: latency of a model with its conditions, and the ratio of two models measured alternately."""
 
-from attnsurgery.latency._base import LATENCY, Comparison, Conditions, Latency, LatencyBackend, Mode, backend_for
+from attnsurgery.latency._base import LATENCY, Comparison, Latency, LatencyBackend, Singles, backend_for
+from attnsurgery.latency.conditions import MODES, Conditions, Mode, device_defaults
 from attnsurgery.latency.protocol import Effort
 
 __all__ = [
     "LATENCY",
+    "MODES",
     "Comparison",
     "Conditions",
     "Effort",
     "Latency",
     "LatencyBackend",
     "Mode",
+    "Singles",
     "backend_for",
+    "device_defaults",
 ]

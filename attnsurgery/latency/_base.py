@@ -7,20 +7,25 @@ their times, measured alternately: a machine that warms up or is shared slows bo
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import platform
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
+from attnsurgery.faults import Fault, fault_of
+from attnsurgery.latency.compiled import compiled, fresh_compiler
+from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, Mode
 from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import (
     Effort,
@@ -31,62 +36,13 @@ from attnsurgery.latency.protocol import (
     ratio_of,
     relative_noise,
     sample,
+    warm_up,
 )
 
-Mode = Literal["eager", "cudagraph", "compile"]
 Call = Callable[[], Any]
-
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 
 _MOST_LEFT_OUT = 0.2
 _MOST_DRIFT = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What a latency is measured under; part of the number.
-
-    Raises:
-        UsageError: a value that means nothing, or a mode that this device does not have.
-    """
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch_size: int = 1
-    input_size: tuple[int, int, int] = (3, 224, 224)
-    """Channels, height, width."""
-    mode: Mode = "eager"
-    channels_last: bool = False
-    threads: int = 0
-    """CPU threads during the measurement; 0 keeps what the process has."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"latency cannot be measured in dtype {self.dtype!r}. Known: {', '.join(DTYPES)}.")
-        if self.batch_size < 1 or self.threads < 0 or min(self.input_size) < 1:
-            raise UsageError(
-                f"batch_size={self.batch_size}, threads={self.threads}, input_size={self.input_size}: "
-                "a latency needs at least one image of at least one pixel, and threads >= 0."
-            )
-        if self.mode == "cudagraph" and torch.device(self.device).type != "cuda":
-            raise UsageError(f"mode 'cudagraph' needs a CUDA device, not {self.device!r}. Use 'eager' or 'compile'.")
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the input: (B, C, H, W)."""
-        return (self.batch_size, *self.input_size)
-
-    def describe(self) -> str:
-        """One line for people, printed beside every number."""
-        size = "x".join(map(str, self.input_size))
-        layout = ", channels_last" if self.channels_last else ""
-        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
-        return f"{self.device}, {self.dtype}, batch {self.batch_size}, input {size}, {self.mode}{layout}{threads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +64,30 @@ class Latency:
     """Share of the rounds in which something else slowed the machine down; they do not count."""
     drift: float = 0.0
     """By how much the end of the measurement was slower than its beginning, as a share: a machine that throttles."""
+    eager_ms: float | None = None
+    """Beside the time of a CUDA graph: the median of the same forward run eagerly, whose kernels Python launches."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Of a GPU just after the measurement: clocks, temperature, power, and why it was throttled, if it was."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput, of forwards one after another."""
+        return 1000.0 * self.batch_size / self.p50_ms
 
     @property
     def steady(self) -> bool:
         """False if the machine did something else meanwhile, or changed its speed."""
         return self.left_out <= _MOST_LEFT_OUT and abs(self.drift) <= _MOST_DRIFT
+
+
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """Times of single calls, each waited for: what a server sees that answers one request at a time."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +122,15 @@ class LatencyBackend(ABC):
     * more of the same work is never reported as less time.
     """
 
+    modes: ClassVar[tuple[Mode, ...]] = MODES
+    """What this backend can run a forward in."""
+
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
+        if conditions.mode not in self.modes:
+            raise UsageError(
+                f"the latency backend {type(self).__name__} has no mode {conditions.mode!r}. Use --mode "
+                f"{' or '.join(self.modes)}."
+            )
         self.conditions = conditions
         self.effort = effort or Effort()
         self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -212,6 +195,24 @@ class LatencyBackend(ABC):
         finally:
             self.effort = usual
 
+    def singles(self, model: nn.Module, calls: int = 1000, max_seconds: float = 3.0) -> Singles:
+        """Times of single calls, each waited for before the next begins.
+
+        Args:
+            calls: at most; at least 20 are timed, however long they take.
+
+        Raises:
+            UsageError: the model cannot take an input of these conditions.
+        """
+        with self.alone(), self._session(), self._prepared(model) as call:
+            warm_up(self.timed, call, self.effort)
+            times_ms: list[float] = []
+            deadline = time.perf_counter() + max_seconds
+            while len(times_ms) < calls and (len(times_ms) < 20 or time.perf_counter() < deadline):
+                times_ms.append(self.timed(call, 1))
+        p50_ms, p90_ms, p99_ms = (quantile(times_ms, share) for share in (0.5, 0.9, 0.99))
+        return Singles(p50_ms, p90_ms, p99_ms, len(times_ms))
+
     def versions(self) -> dict[str, str]:
         """Software and hardware that a latency depends on."""
         threads = self.conditions.threads or torch.get_num_threads()
@@ -223,8 +224,18 @@ class LatencyBackend(ABC):
             "threads": str(threads),
         }
 
+    def state(self) -> dict[str, Any]:
+        """Of the device now: clocks and the like, where it tells."""
+        return {}
+
     def _sample(self, *models: nn.Module) -> Sampled:
-        """What the protocol says of the models."""
+        """What the protocol says of the models.
+
+        Where memory does not hold two placements, which follow each other, each is given up before the next is made.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not hold one placement.
+        """
 
         turn = itertools.count()
 
@@ -232,11 +243,20 @@ class LatencyBackend(ABC):
         def placed() -> Iterator[list[Call]]:
             order = list(enumerate(models))[:: -1 if next(turn) % 2 else 1]  # who comes first lies elsewhere in memory
             with ExitStack() as stack:
+                if self.conditions.compiled:
+                    stack.enter_context(fresh_compiler())
                 calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
                 yield [calls[index] for index in range(len(models))]
 
+        again = not self.conditions.compiled
         with self.alone(), self._session():
-            return sample(self.timed, placed, self.effort, again=self.conditions.mode != "compile")
+            try:
+                return sample(self.timed, placed, self.effort, again=again)
+            except Exception as error:
+                if fault_of(error) is not Fault.OUT_OF_MEMORY:
+                    raise
+            self._free()  # out of the handler, whose traceback holds on to the memory
+            return sample(self.timed, placed, self.effort, again=again, overlap=False)
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -250,6 +270,10 @@ class LatencyBackend(ABC):
         finally:
             torch.set_num_threads(before)
 
+    def _free(self) -> None:
+        """Give back memory that nothing uses any more."""
+        gc.collect()
+
     def peak_bytes(self, model: nn.Module) -> int:
         """The most memory at a time in one eager forward: weights, buffers, input and live activations.
 
@@ -258,18 +282,17 @@ class LatencyBackend(ABC):
         """
         with self._session():
             subject, x_BCHW = self._subject(model)
-            self._first(subject, x_BCHW, model)
+            self._first(subject, x_BCHW, model)  # libraries allocate their workspaces in the first call
             return peak_bytes(subject, x_BCHW, lambda: subject(x_BCHW))
 
     @contextmanager
     def _prepared(self, model: nn.Module) -> Iterator[Call]:
         """A call without arguments that runs one forward of a copy of the model."""
         subject, x_BCHW = self._subject(model)
-        forward: Callable[[torch.Tensor], Any] = (
-            torch.compile(subject, fullgraph=False) if self.conditions.mode == "compile" else subject
-        )
+        forward: Callable[[torch.Tensor], Any] = compiled(subject) if self.conditions.compiled else subject
         self._first(forward, x_BCHW, model)
-        yield self._call(lambda: forward(x_BCHW))
+        with self._recorded(lambda: forward(x_BCHW), model) as call:
+            yield call
 
     def _subject(self, model: nn.Module) -> tuple[nn.Module, torch.Tensor]:
         """A copy of the model, and an input for it, as the conditions want them."""
@@ -283,17 +306,29 @@ class LatencyBackend(ABC):
         return subject, x_BCHW.contiguous(memory_format=layout)
 
     def _first(self, forward: Callable[[torch.Tensor], Any], x_BCHW: torch.Tensor, model: nn.Module) -> None:
+        """The first forward, in which a model shows that it cannot take the input.
+
+        Raises:
+            UsageError: it cannot, or torch.compile cannot compile it.
+            RuntimeError: a fault of the device, as it came.
+        """
         try:
             forward(x_BCHW)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except UsageError:
+            raise
+        except Exception as error:
+            if fault_of(error) is not None:
+                raise
+            advice = " Use --mode eager, or cudagraph on a GPU." if self.conditions.compiled else ""
             raise UsageError(
                 f"{type(model).__name__} cannot run under the conditions of this measurement "
-                f"({self.conditions.describe()}): {str(error).splitlines()[0]}"
+                f"({self.conditions.describe()}): {first_line(error)}{advice}"
             ) from error
 
-    def _call(self, call: Call) -> Call:
+    @contextmanager
+    def _recorded(self, call: Call, model: nn.Module) -> Iterator[Call]:
         """A hook for backends that record the forward first, such as a CUDA graph."""
-        return call
+        yield call
 
     def _latency(self, sampled: Sampled, index: int) -> Latency:
         conditions, times_ms = self.conditions, sampled.times[index]
@@ -309,7 +344,12 @@ class LatencyBackend(ABC):
             versions=self.versions(),
             left_out=sampled.left_out,
             drift=sampled.drift,
+            state=self.state(),
         )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @cache

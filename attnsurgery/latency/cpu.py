@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 
 import torch
 
 from attnsurgery.errors import UsageError
-from attnsurgery.latency._base import LATENCY, Call, Conditions, LatencyBackend
+from attnsurgery.latency._base import LATENCY, Call, LatencyBackend
+from attnsurgery.latency.conditions import Conditions
 from attnsurgery.latency.protocol import Effort
+
+_FLUSHED_BYTES = 256 << 20
+"""More than the last-level cache of any processor that is common."""
 
 
 @LATENCY.register("cpu")
@@ -28,7 +33,20 @@ class CpuLatency(LatencyBackend):
         super().__init__(conditions, effort)
 
     def time_block(self, call: Call, repeats: int) -> float:
+        if self.conditions.cold_cache:
+            return sum(self._cold_call(call) for _ in range(repeats))
         start = time.perf_counter()
         for _ in range(repeats):
             call()
         return (time.perf_counter() - start) * 1000.0
+
+    def _cold_call(self, call: Call) -> float:
+        """One call behind a write that takes up the whole last-level cache."""
+        self._flushed.add_(1)
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000.0
+
+    @cached_property
+    def _flushed(self) -> torch.Tensor:
+        return torch.zeros(_FLUSHED_BYTES, dtype=torch.int8)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnsurgery.latency._base import LATENCY, Call, Comparison, Conditions, Latency, LatencyBackend
+from attnsurgery.latency._base import LATENCY, Call, Comparison, Latency, LatencyBackend
+from attnsurgery.latency.conditions import Conditions
 from attnsurgery.latency.protocol import Effort, Sampled
 
 _MACS_PER_MS = 1e8

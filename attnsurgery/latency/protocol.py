@@ -75,7 +75,7 @@ class Sampled:
     """By how much the first call was slower in the last third than in the first, as a share; below 0: faster."""
 
 
-def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool = True) -> Sampled:
+def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool = True, overlap: bool = True) -> Sampled:
     """Time the calls until what is asked about them is known well enough, or time is up.
 
     All calls are timed in every round, forwards and then backwards: A, or A B B A, or B A A B.
@@ -83,18 +83,23 @@ def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool =
     Args:
         place: the same number of calls each time.
         again: fresh copies for every placement; otherwise rounds that follow each other count as one.
+        overlap: a placement is made while the one before it still holds its memory, so that it lies elsewhere; False
+            where memory is short.
     """
     rounds: list[list[float]] = []
     placement: list[int] = []
     repeats: list[int] = []
+    calls: Sequence[Call] = ()
     least = -(-effort.min_rounds // effort.placements)
     with ExitStack() as stack:
         for number in itertools.count():
             if again or not number:
                 stack.close()
+                if not overlap:
+                    calls = ()
                 calls = stack.enter_context(place())  # the last ones still hold their memory, so these lie elsewhere
             if not number:
-                repeats = [_warm_up(time_block, call, effort) for call in calls]
+                repeats = [warm_up(time_block, call, effort) for call in calls]
                 begun = time.perf_counter()
             elif again:
                 for call, count in zip(calls, repeats, strict=True):
@@ -192,7 +197,7 @@ def _undisturbed(rounds_RS: Array) -> Array:
     return kept
 
 
-def _warm_up(time_block: TimeBlock, call: Call, effort: Effort) -> int:
+def warm_up(time_block: TimeBlock, call: Call, effort: Effort) -> int:
     """Calls until the medians of successive groups of blocks agree; says how many calls fill a block."""
     deadline = time.perf_counter() + effort.max_warmup_seconds
     repeats = 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.latency import Mode
+from attnsurgery.latency import Mode, device_defaults
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.search.record import RankBy
+
+TrainDtype = Literal["float32", "bfloat16"]
 
 DEFAULT_BASE = "test_resnet"
 """Small enough to search for in minutes on a laptop, with four stages to choose from."""
@@ -20,6 +22,9 @@ class SearchConfig(Strict):
     """A whole search as data; the same data does the same search."""
 
     budget_ms: Annotated[float, Field(gt=0)] | None = Field(default=None, description="of a forward, most milliseconds")
+    budget_ips: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="least throughput of measured forwards, in images per second"
+    )
     budget_params: Annotated[int, Field(gt=0)] | None = Field(default=None, description="most parameters")
     budget_macs: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="most multiply-accumulates of one image"
@@ -50,10 +55,18 @@ class SearchConfig(Strict):
     confirm_seeds: Annotated[int, Field(ge=1, le=20)] = Field(default=2, description="trainings of each of these")
     input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = Field(default="float32", description="of a measured forward; on CUDA bfloat16 by default")
     batch_size: Annotated[int, Field(ge=1)] = Field(default=1, description="images in a measured forward")
-    mode: Mode = "eager"
-    channels_last: bool = False
+    mode: Mode = Field(default="eager", description="of a measured forward; on CUDA cudagraph by default")
+    channels_last: bool = Field(
+        default=False, description="of a measured forward, and of training on CUDA; there the default with half floats"
+    )
+    tf32: bool = Field(default=False, description="float32 on CUDA may round to TF32, measured and trained")
+    cudnn_benchmark: bool = Field(default=False, description="cuDNN tries its algorithms before a measurement")
+    cold_cache: bool = Field(default=False, description="the cache is flushed before every measured forward")
+    train_dtype: TrainDtype = Field(
+        default="float32", description="of training: bfloat16 is mixed precision, on CUDA only, and the default there"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(default=1, description="CPU threads of a measured forward; 0: all")
     latency: str | None = Field(default=None, description="a latency backend; none: the device's own")
     latency_seconds: Annotated[float, Field(gt=0)] = Field(default=1.5, description="spent on one measurement")
@@ -76,15 +89,49 @@ class SearchConfig(Strict):
     output: str = Field(default="runs/search", description="the run directory")
     storage: str | None = Field(default=None, description="Optuna storage URL; none: SQLite in the run directory")
 
+    @property
+    def most_ms(self) -> float | None:
+        """The latency budget in ms: the smaller of `budget_ms` and what `budget_ips` leaves for a batch."""
+        by_throughput = 1000.0 * self.batch_size / self.budget_ips if self.budget_ips else None
+        return min((most for most in (self.budget_ms, by_throughput) if most is not None), default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_defaults(cls, given: Any) -> Any:
+        """What is not given, or is None, is as models are usually deployed and trained on the device."""
+        if not isinstance(given, Mapping):
+            return given
+        given = {name: value for name, value in given.items() if value is not None or name not in BY_DEVICE}
+        device, latency = str(given.get("device", "cpu")), given.get("latency")
+        return {**defaults_on(device, latency, given.get("dtype")), **given}
+
     @model_validator(mode="after")
     def _has_a_budget(self) -> SearchConfig:
-        if not (self.budget_ms or self.budget_params or self.budget_macs or self.budget_mb):
+        if not (self.most_ms or self.budget_params or self.budget_macs or self.budget_mb):
             raise UsageError(
-                "a search needs a budget: --budget-ms, --budget-params, --budget-macs or --budget-mb, or several."
+                "a search needs a budget: --budget-ms, --budget-ips, --budget-params, --budget-macs or --budget-mb, or "
+                "several."
             )
+        if self.train_dtype != "float32" and not self.device.startswith("cuda"):
+            raise UsageError(f"--train-dtype {self.train_dtype} needs a CUDA device, not {self.device}.")
         if self.workers == 0 and self.launcher != "local":
             raise UsageError(f"--launcher {self.launcher} starts workers, and --workers 0 wants none. Leave one out.")
         return self
+
+
+BY_DEVICE = ("dtype", "mode", "channels_last", "train_dtype")
+"""Settings whose defaults depend on the device."""
+
+
+def defaults_on(device: str, latency: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Values of `BY_DEVICE` where they are not given.
+
+    Args:
+        latency: a latency backend other than the device's own runs a model in its one way, which is called eager.
+    """
+    kind = device.partition(":")[0]
+    own = {"mode": "eager"} if latency not in (None, kind) else {}
+    return {**device_defaults(device, dtype), **own, "train_dtype": "bfloat16" if kind == "cuda" else "float32"}
 
 
 VERSIONS = "versions"
@@ -97,7 +144,7 @@ _FREE = {
     *("workers", "launcher", "launcher_args", "patience_minutes", "lease_seconds", "extend"),
 }
 """May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
-_BUDGETS = ("budget_ms", "budget_params", "budget_macs", "budget_mb")
+_BUDGETS = ("budget_ms", "budget_ips", "budget_params", "budget_macs", "budget_mb")
 _NEXT = ("sampler", "in_step", "workers")
 """Have a say in which candidates are next, and none in what becomes of one."""
 _SHOWN = 8

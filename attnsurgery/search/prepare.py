@@ -186,7 +186,9 @@ def assemble(
         batch_size=config.train_batch_size,
         lr=config.lr,
         device=config.device,
-        amp=config.dtype == "bfloat16",
+        amp=config.train_dtype == "bfloat16",
+        channels_last=config.channels_last,
+        tf32=config.tf32,
     )
     base, fresh = _untrained(config, data.num_classes)
     anatomy = survey(base, size)
@@ -211,6 +213,9 @@ def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend
         input_size=size,
         mode=config.mode,
         channels_last=config.channels_last,
+        tf32=config.tf32,
+        cudnn_benchmark=config.cudnn_benchmark,
+        cold_cache=config.cold_cache,
         threads=config.threads or torch.get_num_threads(),
     )
     return backend_for(conditions, config.latency, Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds))

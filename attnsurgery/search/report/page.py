@@ -102,7 +102,7 @@ def _summary(outcome: Outcome) -> Iterator[str]:
     if outcome.confirmation:
         if choice := outcome.confirmation.choice():
             yield f"<p>Chosen among {escape(choice)}.</p>"
-        again, budget = outcome.confirmation.timing, outcome.config.budget_ms
+        again, budget = outcome.confirmation.timing, outcome.config.most_ms
         words = ""
         if budget is not None:
             over = again.ms > budget

@@ -32,7 +32,7 @@ def section(outcome: Outcome) -> Section:
     floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # where those are drawn that have no score
     y_range = spread([*ys, floor] if groups.over else ys, 0.04)
     made = chart("latency, ms", scored_by(by), 460, x_range=spread(xs, 0.04), y_range=y_range)
-    budget = outcome.config.budget_ms
+    budget = outcome.config.most_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(made, budget)
     lower, top, winner = ([_score(record, by) for record in some] for some in (groups.lower, groups.top, best))
@@ -81,7 +81,7 @@ def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]
     found = [*groups.top, *groups.lower]
     marked = [outcome.best] if outcome.best else []
     xs = without_outliers(_ends(found)) + _ends([outcome.base, *marked])
-    budget = outcome.config.budget_ms
+    budget = outcome.config.most_ms
     if budget is not None and budget < _FAR * max(xs):
         xs.append(budget)
     over = [_ms(record) for record in groups.over]
@@ -126,7 +126,7 @@ def _draw_front(made: figure, outcome: Outcome) -> None:
         [_score(record, outcome.config.rank_by) for record in outcome.front],
     )
     if xs:
-        end = min(made.x_range.end, outcome.config.budget_ms or made.x_range.end)
+        end = min(made.x_range.end, outcome.config.most_ms or made.x_range.end)
         made.step([*xs, max(xs[-1], end)], [*ys, ys[-1]], mode="after", line_color=BLUE, line_width=1.6)
 
 
@@ -160,7 +160,7 @@ def _caption(outcome: Outcome, groups: _Groups, made: figure) -> str:
             "Scores of different rungs are not comparable: only candidates on the highest rung that any reached "
             "are on the front, the others are drawn fainter."
         )
-    budget = outcome.config.budget_ms
+    budget = outcome.config.most_ms
     if budget is None:
         said.append(f"There is no budget of latency here, but one of {outcome.budgets.describe()}.")
     elif budget > made.x_range.end:
