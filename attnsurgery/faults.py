@@ -96,8 +96,7 @@ def _own_fault(error: BaseException) -> Fault | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that led to it, the nearest first; also what `raise ... from None` hides, and what torch.compile
-    wraps."""
+    """The error and all that led to it, the nearest first; also what `from None` hides or a compiler wraps."""
     waiting, seen = [error], {id(error)}
     while waiting:
         found = waiting.pop(0)

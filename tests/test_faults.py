@@ -30,7 +30,7 @@ OUT_OF_MEMORY = [
     "cuFFT error: CUFFT_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
     "NCCL error in: ProcessGroupNCCL.cpp:2, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
-    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 b",
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
     "DataLoader worker (pid 4499) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
     "shared memory. Please try to raise your shared memory limit.",
     "DataLoader worker (pid 4499) is killed by signal: Killed. ",
