@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from attnsurgery.blocks import functional
+from attnsurgery.blocks import crossover, cuda_attention, functional, sizes
 from attnsurgery.blocks.functional import attend, channel_weights, concatenate, dot_product
 from tests.conftest import LargestTensor
 
@@ -63,8 +67,14 @@ FORMS: dict[str, Form] = {
     "softmax_tiles_narrow": (lambda *t: attend(*t, 1.0, NEVER), naive_attend, widths(6, 4)),
     "softmax_padded": (lambda *t: functional._fused(*t, 1.0), naive_attend, widths(4, 6)),
     "softmax_padded_narrow": (lambda *t: functional._fused(*t, 1.0), naive_attend, widths(6, 4)),
-    "softmax_heads": (lambda *t: functional._fused_on_cuda(*t, 1.0), naive_attend, widths(8, 16)),
-    "softmax_widths_of_no_kernel": (lambda *t: functional._fused_on_cuda(*t, 1.0), naive_attend, widths(3, 9)),
+    "softmax_heads": (lambda *t: cuda_attention.fused(*t, 1.0, True), naive_attend, widths(8, 16)),
+    "softmax_widths_of_no_kernel": (lambda *t: cuda_attention.fused(*t, 1.0, True), naive_attend, widths(3, 9)),
+    "softmax_one_head": (lambda *t: cuda_attention.fused(*t, 1.0, False), naive_attend, widths(8, 16)),
+    "softmax_cuda_product": (
+        lambda *t: cuda_attention.product(*t, 0.5),
+        lambda *t: naive_attend(*t, 0.5),
+        widths(4, 6),
+    ),
     "dot_product": (dot_product, naive_dot_product, widths(4, 4)),
     "dot_product_wide": (dot_product, naive_dot_product, widths(20, 30)),
     "concatenation_product": (lambda *t: concatenate(*t, ALWAYS), naive_concatenate, scores),
@@ -72,6 +82,11 @@ FORMS: dict[str, Form] = {
     "concatenation_plain": (functional._concatenate, naive_concatenate, scores),
 }
 
+# Forms that hold the matrix: the products, and fused kernels that a CPU does not have for such widths.
+MATRIX = [
+    *(form for form in FORMS if form.endswith("_product")),
+    *("softmax_heads", "softmax_one_head", "softmax_widths_of_no_kernel"),
+]
 every_form = pytest.mark.parametrize("form", list(FORMS))
 
 
@@ -178,7 +193,7 @@ def test_a_fallback_of_the_fused_kernel_raises_where_one_kernel_is_forced() -> N
 
 
 @pytest.mark.parametrize("m", [3136, 784])
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.endswith(("_product", "_heads", "_no_kernel"))])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in MATRIX])
 def test_no_matrix_is_built_on_large_maps(form: str, m: int) -> None:
     ours, naive, make = FORMS[form]
     inputs = [t.detach().float().requires_grad_() for t in make(1, 3136, m, False)]
@@ -235,3 +250,175 @@ def test_the_energy_of_channels_overflows_fp16_and_is_not_computed_in_it(autocas
     assert got.dtype == torch.float32
     assert torch.isfinite(got).all()
     assert torch.allclose(got.sum(dim=-1), torch.ones(1, 8))
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operators that ran and that move or make numbers; views are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if any(t.untyped_storage()._cdata not in given for t in made):
+            self.ran.append(func.overloadpacket.__name__)
+        return result
+
+
+def kernels(function: Callable[..., Tensor], *inputs: Tensor) -> list[str]:
+    with Kernels() as watched, torch.no_grad():
+        function(*inputs)
+    return watched.ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (8, 32), (64, 24)])
+def test_fused_on_cuda_copies_nothing_where_nothing_is_missing(
+    dtype: torch.dtype, width: int, value_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Its result lies in memory as that of CUDA's kernels: heads behind positions."""
+        batch, heads, positions, _ = query.shape
+        return query.new_empty(batch, positions, heads, value.shape[3]).transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    inputs = [t.detach().to(dtype).contiguous() for t in widths(width, value_width)(2, 9, 9, True)]
+    assert kernels(lambda *t: cuda_attention.fused(*t, 1.0, True), *inputs) == ["new_empty"]
+    narrow = [t[..., :7] for t in inputs]
+    assert kernels(lambda *t: cuda_attention.fused(*t, 1.0, True), *narrow).count("constant_pad_nd") == 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_product_on_cuda_is_three_kernels(scale: float) -> None:
+    inputs = [t.detach().contiguous() for t in widths(4, 6)(2, 9, 7, True)]
+    ran = kernels(lambda *t: cuda_attention.product(*t, scale), *inputs)
+    assert [name for name in ran if name != "new_empty"] == ["bmm" if scale == 1.0 else "baddbmm", "_softmax", "bmm"]
+
+
+RULES: tuple[crossover.Rule, ...] = (
+    ("half", "forward", 1, 64, 64, 784 * 784, True),
+    ("half", "forward", 1, 64, 512, 196 * 196, False),
+    ("half", "forward", 64, 64, 64, 49 * 49, True),
+    ("half", "both", 1, 64, 64, 196 * 196, True),
+)
+
+
+@pytest.fixture
+def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A card with RULES, on which tensors of the CPU are taken to be; the forms that run."""
+    monkeypatch.setattr(crossover, "CARDS", {"some-card": ((9, 0), RULES)})
+    monkeypatch.setattr(cuda_attention, "CARDS", crossover.CARDS)
+    monkeypatch.setattr(cuda_attention, "_card", lambda device: ("some-card", (9, 0)))
+    ran: list[str] = []
+    for form in ("product", "fused"):
+        original = getattr(cuda_attention, form)
+
+        def watched(*inputs: Any, form: str = form, original: Callable[..., Tensor] = original) -> Tensor:
+            ran.append(form + ("" if form == "product" else f"_{inputs[4]}"))
+            return original(*inputs)
+
+        monkeypatch.setattr(cuda_attention, form, watched)
+    cuda_attention._choice.cache_clear()
+    yield ran
+    cuda_attention._choice.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "m", "width", "value_width", "dtype", "learns", "form"),
+    [
+        (1, 784, 784, 64, 64, torch.bfloat16, False, "product"),
+        (1, 784, 785, 64, 64, torch.bfloat16, False, "fused_True"),
+        (1, 784, 784, 80, 48, torch.float16, False, "product"),
+        (1, 196, 196, 64, 512, torch.bfloat16, False, "product"),
+        (1, 197, 196, 64, 512, torch.bfloat16, False, "fused_False"),
+        (1, 196, 196, 64, 64, torch.bfloat16, True, "product"),
+        (1, 784, 784, 64, 64, torch.bfloat16, True, "fused_True"),
+        (32, 49, 49, 64, 64, torch.bfloat16, False, "product"),
+        (32, 196, 49, 64, 64, torch.bfloat16, False, "fused_True"),
+        (1, 49, 49, 64, 64, torch.float32, False, "fused_True"),
+    ],
+)
+def test_form_on_cuda_follows_the_measured_crossover(
+    measured_card: list[str],
+    batch: int,
+    n: int,
+    m: int,
+    width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    learns: bool,
+    form: str,
+) -> None:
+    inputs = [t.detach().to(dtype) for t in widths(width, value_width)(batch, n, m, True)]
+    with torch.set_grad_enabled(learns):
+        got = cuda_attention.attend(*inputs, 0.5)
+    assert measured_card == [form]
+    expected = naive_attend(*(t.double() for t in inputs), 0.5)
+    assert (got.double() - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_a_matrix_beyond_the_limit_is_never_held(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [t.detach().bfloat16() for t in widths(64, 64)(2, 30, 30, True)]
+    monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 2 * 30 * 30)
+    cuda_attention.attend(*inputs, 1.0)
+    monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 2 * 30 * 30 - 1)
+    cuda_attention.attend(*inputs, 1.0)
+    assert measured_card == ["product", "fused_True"]
+
+
+def test_form_is_fixed_where_torch_compiles_and_the_fused_one_for_unknown_sizes(measured_card: list[str]) -> None:
+    small, large = ([t.detach() for t in widths(64, 64)(1, n, n, True)] for n in (20, 1000))
+    small, large = [t.bfloat16() for t in small], [t.bfloat16() for t in large]
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cuda_attention.attend(query, key, value, 1.0)
+
+    def operators(dynamic: bool, inputs: list[Tensor]) -> str:
+        graphs: list[str] = []
+
+        def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            graphs.append(module.code)
+            return module.forward
+
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True, backend=backend, dynamic=dynamic)
+        with torch.no_grad():
+            assert torch.equal(compiled(*inputs), run(*inputs)) or dynamic
+        assert len(graphs) == 1
+        return graphs[0]
+
+    assert "scaled_dot_product_attention" not in operators(False, small)
+    assert "scaled_dot_product_attention" in operators(False, large)
+    if sizes.DYNAMO_ASKS:
+        assert "scaled_dot_product_attention" in operators(True, small)
+
+
+def test_cuda_attention_scripts_to_the_fused_form() -> None:
+    scripted = torch.jit.script(cuda_attention.attend)
+    inputs = widths(4, 6)(2, 9, 7, False)
+    assert (scripted(*inputs, 0.5) - naive_attend(*inputs, 0.5)).abs().max() <= 1e-12
+
+
+def test_a_card_without_rules_takes_those_of_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"old": ((7, 0), RULES[:1]), "new": ((9, 0), RULES[1:2])}
+    monkeypatch.setattr(cuda_attention, "CARDS", cards)
+    assert cuda_attention._rules("old", (7, 0)) == RULES[:1]
+    assert cuda_attention._rules("unheard-of", (8, 9)) == RULES[1:2]
+    assert cuda_attention._rules("unheard-of", (7, 5)) == RULES[:1]
+    monkeypatch.setattr(cuda_attention, "CARDS", {})
+    assert cuda_attention._rules("old", (7, 0)) == ()
+
+
+def test_the_table_that_ships_is_well_formed() -> None:
+    for card, (capability, rules) in crossover.CARDS.items():
+        assert re.fullmatch("[a-z0-9-]+", card)
+        assert len(capability) == 2
+        for precision, direction, batch, width, value_width, product_up_to, in_heads in rules:
+            assert precision in ("half", "full")
+            assert direction in ("forward", "both")
+            assert min(batch, width, value_width) >= 1
+            assert product_up_to >= 0
+            assert isinstance(in_heads, bool)

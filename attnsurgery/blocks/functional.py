@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
+from attnsurgery.blocks import cuda_attention
+from attnsurgery.blocks.sizes import at_most, mix
+
 __all__ = ["attend", "channel_weights", "concatenate", "dot_product"]
 
 SOFTMAX_PRODUCT = 1 << 20
@@ -49,36 +52,9 @@ _SLICE = 512
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-# Before, torch.compile could not ask what is known without guarding on it, and only compiled once more.
-_DYNAMO_ASKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-
-
 def softmax_by_matrix(positions: int, summed: int, product_up_to: int = SOFTMAX_PRODUCT) -> bool:
     """Whether `attend` runs in its product form on CPU; if not, it copies keys and values that are not contiguous."""
-    return _at_most(positions * summed, product_up_to)
-
-
-def _at_most(number: int, limit: int) -> bool:
-    """number <= limit; False, without a guard on it, where a compiler does not know the number."""
-    if is_scripting():
-        return number <= limit
-    elif torch.compiler.is_compiling() and (_DYNAMO_ASKS or not torch.compiler.is_dynamo_compiling()):
-        return _known_at_most(number, limit)
-    else:
-        return number <= limit
-
-
-def _known_at_most(number: int, limit: int) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(number <= limit)
-
-
-def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights (B, N, M) times values (B, M, D), which lies in memory as the values do."""
-    if _at_most(values.stride(2), 1):
-        return torch.bmm(weights, values)
-    return torch.bmm(values.transpose(1, 2), weights.transpose(1, 2)).transpose(1, 2)
+    return at_most(positions * summed, product_up_to)
 
 
 def attend(
@@ -101,14 +77,13 @@ def attend(
       does, forward and backward 0.5 to 0.7;
     * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
 
-    On CUDA nothing was measured. By memory it is always the fused kernel there; where E and D differ it is the
-    memory-efficient one, which takes that, or in half precision the flash kernel with the value in heads of width E.
+    On CUDA it is the product or the fused kernel, by what was measured there: see `cuda_attention.py`.
     """
     full = query.dtype == torch.float32 or query.dtype == torch.float64
     if full and (query.device.type == "cpu" or query.device.type == "meta"):  # meta counts what a CPU would do
-        if _at_most(query.shape[1] * key.shape[1], product_up_to):
+        if at_most(query.shape[1] * key.shape[1], product_up_to):
             scaled = query * scale if scale != 1.0 else query
-            return _mix(torch.softmax(torch.bmm(scaled, key.transpose(1, 2)), dim=-1), value)
+            return mix(torch.softmax(torch.bmm(scaled, key.transpose(1, 2)), dim=-1), value)
         if is_scripting() or torch.compiler.is_compiling():
             pass
         elif query.shape[2] != value.shape[2]:
@@ -117,7 +92,7 @@ def attend(
         elif not torch.is_grad_enabled() and not query.is_contiguous():
             return _fused_in_slices(query, key, value, scale)
     if query.device.type == "cuda":
-        return _fused_on_cuda(query, key, value, scale)
+        return cuda_attention.attend(query, key, value, scale)
     return _fused(query, key, value, scale)
 
 
@@ -142,22 +117,6 @@ def _fused_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         rows = slice(start, start + _SLICE)
         mixed[:, rows] = _fused(query[:, rows], key, value, scale)
     return mixed
-
-
-def _fused_on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """The fused kernels of CUDA, which want widths that are multiples of 8."""
-    value_width = value.shape[2]
-    missing, value_missing = -query.shape[2] % 8, -value_width % 8
-    query, key, value = F.pad(query, (0, missing)), F.pad(key, (0, missing)), F.pad(value, (0, value_missing))
-    width, heads = query.shape[2], 1
-    half = query.dtype == torch.float16 or query.dtype == torch.bfloat16
-    if half and width <= 256 and value.shape[2] % width == 0:
-        heads = value.shape[2] // width
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    values = value.reshape(value.shape[0], value.shape[1], heads, value.shape[2] // heads).transpose(1, 2)
-    query, key = query.unsqueeze(1).expand(-1, heads, -1, -1), key.unsqueeze(1).expand(-1, heads, -1, -1)
-    mixed = F.scaled_dot_product_attention(query, key, values, scale=scale)
-    return mixed.transpose(1, 2).flatten(2)[:, :, :value_width]
 
 
 class _Tiles(torch.autograd.Function):
@@ -192,7 +151,7 @@ class _Tiles(torch.autograd.Function):
         else:
             mixed = value.new_empty(batch, width, positions).transpose(1, 2)
         for rows in _Tiles._rows(query, key):
-            mixed[:, rows] = _mix(_Tiles._weights(query, key, rows, tile), value)
+            mixed[:, rows] = mix(_Tiles._weights(query, key, rows, tile), value)
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         return mixed
@@ -223,7 +182,7 @@ def dot_product_by_matrix(positions: int, summed: int, width: int, value_width: 
     counts, forward and backward, from 49 to 3136 positions at widths of 64 to 512.
     """
     by_matrix = positions * summed * (width + value_width)
-    return _at_most(by_matrix - (positions + summed) * width * value_width, 0)
+    return at_most(by_matrix - (positions + summed) * width * value_width, 0)
 
 
 def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -238,14 +197,14 @@ def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torc
         phi, g = phi / summed**0.5, g / summed**0.5
     if dot_product_by_matrix(theta.shape[1], summed, theta.shape[2], g.shape[2]):
         weights = torch.bmm(theta, phi.transpose(1, 2))
-        return _mix(weights if half else weights / summed, g)
+        return mix(weights if half else weights / summed, g)
     context = torch.bmm(phi.transpose(1, 2), g)
     return _mix_rows(theta, context if half else context / summed)
 
 
 def _mix_rows(theta: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """theta (B, N, E) times context (B, E, D), which lies in memory as theta does."""
-    if _at_most(theta.stride(2), 1):
+    if at_most(theta.stride(2), 1):
         return torch.bmm(theta, context)
     return torch.bmm(context.transpose(1, 2), theta.transpose(1, 2)).transpose(1, 2)
 
@@ -266,8 +225,8 @@ def concatenate(
     dtype = g.dtype
     if dtype == torch.float16 or dtype == torch.bfloat16:
         a, b, g = a.float(), b.float(), g.float()
-    elif (g.device.type == "cpu" or g.device.type == "meta") and _at_most(a.shape[1] * b.shape[1], product_up_to):
-        return _mix(torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / b.shape[1], g)
+    elif (g.device.type == "cpu" or g.device.type == "meta") and at_most(a.shape[1] * b.shape[1], product_up_to):
+        return mix(torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / b.shape[1], g)
     if is_scripting() or torch.compiler.is_compiling():
         return _concatenate(a, b, g).to(dtype)
     else:

@@ -1,0 +1,161 @@
+"""softmax(scale * query key^T) value on CUDA: two matrix products, or a fused kernel, by a measured crossover.
+
+The fused kernels split the work over batch, heads and blocks of queries. A map of 14 x 14 with one head gives a batch
+of 1 no more than a few such blocks, on a card with more than a hundred multiprocessors; there two matrix products can
+win. Which form wins where is measured (`crossover.py`). In half precision the product form rounds the scores to half
+precision before its softmax, as a block written with two matrix products does; the fused kernels keep them in fp32.
+
+Shape letters in this file:  B batch, N positions, M positions summed over, E width of queries and keys, D width of
+values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.jit import is_scripting  # type: ignore[attr-defined]
+
+from attnsurgery.blocks.crossover import CARDS, Rule
+from attnsurgery.blocks.sizes import at_most, mix
+
+__all__ = ["attend", "card_name", "fused", "product"]
+
+LARGEST_MATRIX = 1 << 26
+"""Largest B * N * M of the product form, whatever is faster: 128 MiB in half precision."""
+
+_WIDTHS = (32, 64, 128, 256, 512)
+_SMALL_BATCH, _LARGE_BATCH = 1, 64
+_SMALL_UP_TO = 8
+
+
+class Choice(NamedTuple):
+    """Which form runs for some batch, widths and direction."""
+
+    product_up_to: int
+    """Largest N * M of the product form."""
+    in_heads: bool
+    """Whether the fused kernel takes the value in heads of width E where it can."""
+
+
+FUSED = Choice(0, True)
+"""The choice where nothing was measured."""
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale * query key^T) value: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D)."""
+    if is_scripting():
+        return fused(query, key, value, scale, True)
+    else:
+        choice = _choice_for(query, value)
+        pairs = query.shape[1] * key.shape[1]
+        if at_most(pairs, choice.product_up_to) and at_most(query.shape[0] * pairs, LARGEST_MATRIX):
+            return product(query, key, value, scale)
+        return fused(query, key, value, scale, choice.in_heads)
+
+
+def product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """The formula, in three kernels."""
+    if scale == 1.0:
+        scores = torch.bmm(query, key.transpose(1, 2))
+    else:  # beta = 0: the first argument is never read
+        scores = torch.baddbmm(query.new_empty([1]), query, key.transpose(1, 2), beta=0, alpha=scale)
+    return mix(torch.softmax(scores, dim=-1), value)
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, in_heads: bool) -> torch.Tensor:
+    """The fused kernels of CUDA, which want widths that are multiples of 8.
+
+    Flash takes half precision, and E = D up to 256; the memory-efficient kernel takes the rest. A wider value can be
+    split into heads of width E for flash, at the price of scores that are computed once a head.
+    """
+    value_width = value.shape[2]
+    query, key, value = _multiple_of_8(query), _multiple_of_8(key), _multiple_of_8(value)
+    width, heads = query.shape[2], 1
+    half = query.dtype == torch.float16 or query.dtype == torch.bfloat16
+    if in_heads and half and width <= 256 and value.shape[2] % width == 0:
+        heads = value.shape[2] // width
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    values = value.reshape(value.shape[0], value.shape[1], heads, value.shape[2] // heads).transpose(1, 2)
+    query, key = query.unsqueeze(1).expand(-1, heads, -1, -1), key.unsqueeze(1).expand(-1, heads, -1, -1)
+    mixed = F.scaled_dot_product_attention(query, key, values, scale=scale).transpose(1, 2).flatten(2)
+    return mixed if mixed.shape[2] == value_width else mixed[:, :, :value_width]
+
+
+def _multiple_of_8(rows: torch.Tensor) -> torch.Tensor:
+    """Zeros behind the last dimension; none where none are missing, for a pad by nothing is a copy."""
+    missing = -rows.shape[2] % 8
+    return F.pad(rows, (0, missing)) if missing > 0 else rows
+
+
+def card_name(device: torch.device | str | int | None = None) -> str:
+    """The name of a card as files and tables have it, such as "nvidia-h100-80gb-hbm3"."""
+    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def _choice_for(query: torch.Tensor, value: torch.Tensor) -> Choice:
+    half = query.dtype == torch.float16 or query.dtype == torch.bfloat16
+    found = _looked_up(
+        query.device,
+        "half" if half else "full",
+        "both" if torch.is_grad_enabled() else "forward",
+        _SMALL_BATCH if at_most(query.shape[0], _SMALL_UP_TO) else _LARGE_BATCH,
+        _class_of(query.shape[2]),
+        _class_of(value.shape[2]),
+    )
+    return Choice(found[0], found[1])
+
+
+def _class_of(width: int) -> int:
+    """The nearest measured width; the largest where a compiler does not know the width."""
+    for known in _WIDTHS[:-1]:
+        if at_most(width, known * 3 // 2):
+            return known
+    return _WIDTHS[-1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _looked_up(
+    device: torch.device, precision: str, direction: str, batch: int, width: int, value_width: int
+) -> tuple[int, bool]:
+    """The choice as a plain tuple, which a compiler takes for a constant."""
+    return tuple(_choice(*_card(device), precision, direction, batch, width, value_width))  # type: ignore[return-value]
+
+
+@cache
+def _card(device: torch.device) -> tuple[str, tuple[int, int]]:
+    return card_name(device), torch.cuda.get_device_capability(device)
+
+
+@cache
+def _choice(
+    card: str, capability: tuple[int, int], precision: str, direction: str, batch: int, width: int, value_width: int
+) -> Choice:
+    """What the table says for the nearest card, batch and widths; `FUSED` where it says nothing."""
+
+    def distance(rule: Rule) -> float:
+        _, _, of_batch, of_width, of_value, _, _ = rule
+        widths = abs(math.log2(width / of_width)) + abs(math.log2(value_width / of_value))
+        return 100 * abs(math.log2(batch / of_batch)) + widths
+
+    rules = [rule for rule in _rules(card, capability) if rule[:2] == (precision, direction)]
+    if not rules:
+        return FUSED
+    nearest = min(rules, key=distance)
+    return Choice(nearest[5], nearest[6])
+
+
+def _rules(card: str, capability: tuple[int, int]) -> tuple[Rule, ...]:
+    """The rules of this card, or else of the measured one with the nearest compute capability."""
+    if card in CARDS:
+        return CARDS[card][1]
+
+    def distance(name: str) -> int:
+        major, minor = CARDS[name][0]
+        return abs(10 * (capability[0] - major) + capability[1] - minor)
+
+    return CARDS[min(CARDS, key=distance)][1] if CARDS else ()
