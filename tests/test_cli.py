@@ -391,7 +391,7 @@ def test_latency_measures_one_model_or_compares_two(monkeypatch: pytest.MonkeyPa
     import attnsurgery.latency as latency
 
     by_macs = latency.backend_for
-    monkeypatch.setattr(latency, "backend_for", lambda conditions: by_macs(conditions, "fixed"))
+    monkeypatch.setattr(latency, "backend_for", lambda conditions, name: by_macs(conditions, "fixed"))
     one = parsed(call("latency", "test_resnet", "--device", "cpu", "--batch-size", "2", "--json"))
     assert one["p50_ms"] > 0
     assert one["conditions"]["batch_size"] == 2
@@ -406,17 +406,78 @@ def test_latency_tests_itself(monkeypatch: pytest.MonkeyPatch):
     import attnsurgery.latency as latency
 
     by_macs = latency.backend_for
-    monkeypatch.setattr(latency, "backend_for", lambda conditions: by_macs(conditions, "fixed"))
+    monkeypatch.setattr(latency, "backend_for", lambda conditions, name: by_macs(conditions, "fixed"))
     shown = call("latency", "test_resnet", "--device", "cpu", "--self-test")
     assert "20 of 20 intervals hold 1 (100%; 95 % are meant): the intervals can be trusted" in shown.stdout
     assert parsed(call("latency", "test_resnet", "--device", "cpu", "--self-test", "--json"))["coverage"] == 1.0
-    assert "give one of them" in refusal(call("latency", "test_resnet", "--vs", "test_vit", "--self-test"), 2)
+    assert "leave --vs out" in refusal(call("latency", "test_resnet", "--vs", "test_vit", "--self-test"), 2)
 
 
 def test_latency_under_meaningless_conditions_is_refused():
     assert "dtype 'int8'" in refusal(call("latency", "test_resnet", "--device", "cpu", "--dtype", "int8"), 2)
     assert "cudagraph" in refusal(call("latency", "test_resnet", "--device", "cpu", "--mode", "cudagraph"), 2)
-    assert call("latency", "test_resnet", "--batch-size", "0").exit_code == 2
+    assert "eager, cudagraph, compile" in refusal(call("latency", "test_resnet", "--mode", "fast"), 2)
+    for sizes in ("0", "1,", "two"):
+        assert "is no number of images" in refusal(call("latency", "test_resnet", "--batch-size", sizes), 2)
+
+
+def test_latency_sweeps_batch_sizes(monkeypatch: pytest.MonkeyPatch):
+    import attnsurgery.latency as latency
+
+    by_macs = latency.backend_for
+    monkeypatch.setattr(latency, "backend_for", lambda conditions, name: by_macs(conditions, "fixed"))
+    rows = parsed(
+        call("latency", "test_resnet", "--device", "cpu", "--batch-size", "1,4", "--input-size", "64", "--json")
+    )
+    assert [row["conditions"]["batch_size"] for row in rows] == [1, 4]
+    assert [row["conditions"]["input_size"] for row in rows] == [[3, 64, 64]] * 2
+    assert rows[1]["p50_ms"] > 2 * rows[0]["p50_ms"]
+    assert set(rows[0]["singles"]) == {"p50_ms", "p90_ms", "p99_ms", "calls"}
+
+
+def test_latency_has_the_conditions_of_a_search():
+    from attnsurgery.cli._models import measured_conditions
+    from attnsurgery.latency import Conditions
+    from attnsurgery.search import SearchConfig
+
+    names = ("dtype", "mode", "channels_last", "tf32", "cudnn_benchmark", "cold_cache", "batch_size")
+    for device in ("cpu", "cuda"):
+        config = SearchConfig(budget_ms=1, device=device)
+        given = {"dtype": None, "mode": None, "channels_last": None, "input_size": (3, 8, 8)}
+        alone = measured_conditions(device, None, threads=1, **given)
+        searched = {name: getattr(config, name) for name in names}
+        assert alone == Conditions(device=device, input_size=(3, 8, 8), threads=config.threads, **searched)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"dtype": "float32"},
+        {"dtype": "bfloat16", "channels_last": True},
+        {"channels_last": False},
+        {"mode": "eager"},
+        {"mode": "compile", "tf32": True},
+        {"latency": "fixed"},
+        {"train_dtype": "float32", "budget_ips": 100.0},
+    ],
+)
+def test_command_of_a_search_means_the_same_search(
+    device: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shlex
+
+    from attnsurgery.cli import search as module
+    from attnsurgery.search import SearchConfig
+
+    monkeypatch.setattr("attnsurgery.search.prepare.pick_device", lambda asked: "cpu" if asked == "auto" else asked)
+    config = SearchConfig(budget_ms=5, device=device, output="somewhere", **given)
+    ran: list[SearchConfig] = []
+    monkeypatch.setattr(module, "_run", lambda config, as_json: ran.append(config))
+    done = call(*shlex.split(module.command_of(config))[1:])
+    assert done.exit_code == 0, done.output
+    assert ran == [config]
 
 
 # ---- exec

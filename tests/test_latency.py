@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +16,17 @@ import torch
 from torch import nn
 
 from attnsurgery.errors import UnknownNameError, UsageError
-from attnsurgery.latency import LATENCY, Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.faults import Fault, fault_of
+from attnsurgery.latency import (
+    LATENCY,
+    Conditions,
+    Effort,
+    LatencyBackend,
+    backend_for,
+    card,
+    compiled,
+    device_defaults,
+)
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.latency.protocol import interval_of_median, interval_of_ratio, ratio_of, relative_noise, sample
 from attnsurgery.latency.self_test import SelfTest, self_test
@@ -222,6 +235,8 @@ def test_a_model_that_cannot_take_the_input_is_named_with_the_conditions() -> No
         ({"dtype": "int8"}, "float32, bfloat16"),
         ({"batch_size": 0}, "at least one image"),
         ({"mode": "cudagraph"}, "needs a CUDA device"),
+        ({"mode": "compile-cudagraph"}, "needs a CUDA device"),
+        ({"mode": "fast"}, "no mode 'fast'.* eager, cudagraph, compile"),
     ],
 )
 def test_conditions_that_mean_nothing_are_refused(field: dict[str, object], message: str) -> None:
@@ -230,9 +245,9 @@ def test_conditions_that_mean_nothing_are_refused(field: dict[str, object], mess
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match="cpu, cuda, fixed"):
+    with pytest.raises(UnknownNameError, match="cpu, cuda, fixed, onnxruntime, openvino, tensorrt"):
         backend_for(Conditions(device="xpu"))
-    assert list(LATENCY) == ["cpu", "cuda", "fixed"]
+    assert list(LATENCY) == ["cpu", "cuda", "fixed", "onnxruntime", "openvino", "tensorrt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
@@ -263,6 +278,193 @@ def test_a_time_taken_while_the_device_still_works_is_no_latency(done: bool, mon
 def test_the_wall_clock_is_refused_where_calls_return_early() -> None:
     with pytest.raises(UsageError, match=r"'cpu' cannot time 'cuda:0'.* --latency cuda"):
         backend_for(Conditions(device="cuda:0"), "cpu")
+
+
+# ---- compiled
+
+
+class Scaled(nn.Module):
+    """Every instance is another variant of one code object, as the models of one class are."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class Pieces(nn.Module):
+    """Dynamo leaves the loop to Python and compiles what it calls."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Scaled(number) for number in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            torch._dynamo.graph_break()
+            x = part(x)
+        return x
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.fx.node.Argument]]:
+    """The shapes of the inputs of every graph that is compiled, by a compiler that takes no time."""
+    compile_, found = torch.compile, []
+
+    def marked(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        found.append([tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **given: compile_(model, backend=marked, **given))
+    return found
+
+
+def compile_meter(batch_size: int = 1) -> LatencyBackend:
+    conditions = Conditions(mode="compile", input_size=(3, 4, 4), batch_size=batch_size)
+    return backend_for(conditions, "cpu", Effort(max_seconds=0.0, max_warmup_seconds=0.0, min_rounds=1, placements=1))
+
+
+def test_compile_compiles_twenty_candidates_and_their_bases(graphs: list[object]) -> None:
+    for number in range(20):
+        compile_meter().compare(Scaled(1), Scaled(number + 2))
+        assert len(graphs) == 2 * (number + 1)
+
+
+def test_compile_has_static_shapes_at_any_batch_size(graphs: list[list[object]]) -> None:
+    for batch_size in (2, 3, 4):
+        compile_meter(batch_size).measure(Scaled(1))
+        assert graphs[-1] == [(batch_size, 3, 4, 4)]
+    assert len(graphs) == 3
+
+
+def test_compile_of_many_pieces_compiles_each(graphs: list[object]) -> None:
+    compile_meter().measure(Pieces(20))
+    assert len(graphs) >= 20
+
+
+def test_compile_that_falls_back_to_eager_is_an_error(graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_LIMIT", 2)
+    with pytest.raises(UsageError, match=r"Pieces cannot run .* Use --mode eager"):
+        compile_meter().measure(Pieces(5))
+
+
+def test_compile_of_nothing_is_an_error() -> None:
+    class Opaque(nn.Module):
+        @torch._dynamo.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(UsageError, match="compiled nothing of Opaque"):
+        compile_meter().measure(Opaque())
+
+
+# ---- devices
+
+
+def test_device_fault_in_the_first_forward_is_not_the_users() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory") as caught:
+        backend_for(SMALL, "cpu", QUICK).measure(Broken())
+    assert fault_of(caught.value) is Fault.DEVICE
+
+
+def test_memory_for_one_placement_at_a_time_is_enough() -> None:
+    """Copies of an earlier placement are gone before the next is made, once memory has run out."""
+    alive: set[int] = set()
+
+    class Large(nn.Module):
+        def __deepcopy__(self, memo: object) -> Large:
+            if alive:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            made = Large()
+            alive.add(id(made))
+            weakref.finalize(made, alive.discard, id(made))
+            return made
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    effort = replace(QUICK, placements=3)
+    assert len(set(backend_for(SMALL, "cpu", effort)._sample(Large()).placement)) >= 3
+    with pytest.raises(torch.OutOfMemoryError):
+        backend_for(SMALL, "cpu", effort).compare(Large(), Large())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "mode", "channels_last"),
+    [
+        ("cpu", None, "eager", False),
+        ("cuda:1", None, "cudagraph", True),
+        ("cuda", "float16", "cudagraph", True),
+        ("cuda", "float32", "cudagraph", False),
+    ],
+)
+def test_defaults_are_how_a_device_is_deployed(device: str, dtype: str, mode: str, channels_last: bool) -> None:
+    found = Conditions.on(device, dtype=dtype, channels_last=None)
+    assert (found.mode, found.channels_last) == (mode, channels_last)
+    assert found.dtype == device_defaults(device, dtype)["dtype"]
+    assert Conditions.on(device, mode="eager", channels_last=False).mode == "eager"
+
+
+def test_conditions_say_what_rounds_and_what_is_flushed() -> None:
+    assert "TF32" not in SMALL.describe()
+    assert "no TF32" in Conditions(device="cuda").describe()
+    assert "TF32" not in Conditions(device="cuda", dtype="bfloat16").describe()
+    said = Conditions(device="cuda", tf32=True, cudnn_benchmark=True, cold_cache=True).describe()
+    assert said.endswith("eager, TF32, cuDNN benchmark, cold cache")
+
+
+def test_throttle_reasons_have_names() -> None:
+    assert card.reasons(0x1 | 0x2) == []  # idle, and clocks that someone has set
+    assert card.reasons(0x4 | 0x40) == ["power cap", "hardware thermal slowdown"]
+
+
+def test_card_without_nvml_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert card.state("cuda") == {}
+
+
+# ---- more than one number
+
+
+def test_singles_are_timed_one_at_a_time(backend: LatencyBackend) -> None:
+    found = backend.singles(convs(2), calls=30)
+    assert found.p50_ms <= found.p90_ms <= found.p99_ms
+    assert found.calls == 30
+    assert backend.singles(convs(2), calls=30, max_seconds=0.0).calls == 20
+
+
+def test_throughput_is_of_the_whole_batch() -> None:
+    latency = backend_for(replace(SMALL, batch_size=8), "fixed").measure(convs(1))
+    assert latency.images_per_second == pytest.approx(8000 / latency.p50_ms)
+
+
+def test_cold_cache_is_flushed_before_every_call_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = backend_for(replace(SMALL, cold_cache=True), "cpu", QUICK)
+    events: list[str] = []
+
+    class Buffer:
+        def add_(self, value: int) -> None:
+            events.append("flush")
+            time.sleep(0.01)
+
+    meter.__dict__["_flushed"] = Buffer()
+    spent_ms = meter.time_block(lambda: events.append("call"), 5)
+    assert events == ["flush", "call"] * 5
+    assert spent_ms < 5 * 10
+
+
+def test_backend_refuses_a_mode_that_it_has_not() -> None:
+    class Runtime(FixedLatency):
+        modes = ("eager",)
+
+    with pytest.raises(UsageError, match=r"Runtime has no mode 'compile'. Use --mode eager"):
+        Runtime(Conditions(mode="compile"))
 
 
 @pytest.mark.gpu

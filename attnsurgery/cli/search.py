@@ -280,10 +280,12 @@ def command_of(config: SearchConfig) -> str:
     from attnsurgery.search import SearchConfig
     from attnsurgery.search.config import defaults_on
     from attnsurgery.search.opening import without_password
+    from attnsurgery.search.prepare import pick_device
 
     usual = {name: info.default for name, info in SearchConfig.model_fields.items()}
     usual |= defaults_on(config.device, config.latency, config.dtype)
     usual["dtype"] = defaults_on(config.device, config.latency)["dtype"]
+    usual["device"] = pick_device("auto")
     words = ["attnsurgery", "search", config.base]
     for name in usual:
         value: Any = getattr(config, name)

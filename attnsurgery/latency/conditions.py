@@ -29,7 +29,7 @@ def device_defaults(device: str, dtype: str | None = None) -> dict[str, Any]:
     Args:
         dtype: chosen already; float32 keeps channels first, for which cuDNN's float32 kernels are made.
     """
-    if torch.device(device).type != "cuda":
+    if device.partition(":")[0] != "cuda":
         return {"dtype": dtype or "float32", "mode": "eager", "channels_last": False}
     dtype = dtype or "bfloat16"
     return {"dtype": dtype, "mode": "cudagraph", "channels_last": dtype != "float32"}

@@ -102,8 +102,7 @@ def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool =
                 repeats = [warm_up(time_block, call, effort) for call in calls]
                 begun = time.perf_counter()
             elif again:
-                for call, count in zip(calls, repeats, strict=True):
-                    time_block(call, count)  # the first of a copy is slow
+                _round(time_block, calls, repeats, backwards=False)  # the first of a copy is slow
             due = begun + effort.max_seconds * min(1.0, (number + 1) / effort.placements)
             for turn in range(effort.rounds):
                 if turn >= least and time.perf_counter() > due:
