@@ -122,6 +122,40 @@ def move_gates(model: nn.Module) -> nn.Module:
     return model
 
 
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """||got - expected|| / ||expected||, in fp64 on the CPU."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return float((got - expected).norm() / expected.norm())
+
+
+def error_tolerated(on_cpu: float, dtype: torch.dtype) -> float:
+    """The relative error that a GPU may have where the same computation in the same dtype has `on_cpu` on a CPU.
+
+    Both round as often, but add up in another order: a few times the error. And a last digit where it is almost 0; in
+    float32 a few more of them, which cuDNN's Winograd convolutions lose.
+    """
+    eps = torch.finfo(dtype).eps
+    return 4 * on_cpu + (16 * eps if dtype == torch.float32 else eps)
+
+
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """float32 on CUDA is float32: by default convolutions round their inputs to 10 bits of mantissa there."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later
+        flags: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+        name, exact = "fp32_precision", "ieee"
+    else:
+        flags, name, exact = [torch.backends.cuda.matmul, torch.backends.cudnn], "allow_tf32", False  # type: ignore[assignment]
+    before = [getattr(flag, name) for flag in flags]
+    try:
+        for flag in flags:
+            setattr(flag, name, exact)
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            setattr(flag, name, value)
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches the largest tensor that any operation returns, forward and backward."""
 

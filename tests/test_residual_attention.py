@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import attnsurgery
 from attnsurgery.blocks._base import build_block
 from attnsurgery.blocks.residual_attention import PreActUnit, ResidualAttention
 from attnsurgery.errors import OptionError
+from tests.conftest import error_tolerated, relative_error
 
 OPTIONS: list[dict[str, Any]] = [
     {"depth": 1},
@@ -299,6 +301,31 @@ def test_forward_and_backward_repeat_bit_for_bit() -> None:
     x = images(15, 12).requires_grad_()
     runs = [torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("no_tf32")
+@every_option
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_outputs_and_gradients_err_no_more_than_on_the_cpu(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Against fp64, which starts from the same rounded weights and images."""
+    rounded = woken(**options).to(dtype)
+
+    def found(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.requires_grad_()
+        y = block(x)
+        of_image, *of_weights = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
+        return [y, of_image, torch.cat([gradient.flatten() for gradient in of_weights])]
+
+    image = images(16, 16).to(dtype)
+    expected = found(copy.deepcopy(rounded).double(), image.double())
+    on_cpu = found(copy.deepcopy(rounded), image.clone())
+    on_gpu = found(copy.deepcopy(rounded).cuda(), image.cuda())
+    for exact, cpu, gpu in zip(expected, on_cpu, on_gpu, strict=True):
+        assert relative_error(gpu, exact) <= error_tolerated(relative_error(cpu, exact), dtype)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping
 
@@ -11,11 +12,13 @@ import torch
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block, check_options, options_model
 from attnsurgery.errors import OptionError, UnknownNameError
+from tests.conftest import error_tolerated, relative_error
 
 CHANNELS = 16
 
 every_block = pytest.mark.parametrize("name", list(BLOCKS))
 every_start = pytest.mark.parametrize("start", ["identity", "paper"])
+HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
 every_size = pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5)])
 
 
@@ -246,15 +249,53 @@ def test_an_unknown_block_is_refused_with_the_nearest_name() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("no_tf32")
 @every_block
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu_the_identity_start_holds_and_a_moved_gate_agrees_with_the_cpu(name: str, dtype: torch.dtype) -> None:
-    image = images(8, 8) if "any_size" in unsupported(make(name)) else images(14, 14)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_gpu_errs_no_more_than_the_cpu_and_holds_the_identity_start(name: str, dtype: torch.dtype) -> None:
+    """||y - y64|| / ||y64|| of a moved block, y64 computed in fp64 from the same rounded weights and inputs."""
+    image = gpu_image(name)
     block, x = make(name).to("cuda", dtype), image.to("cuda", dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         assert torch.equal(block(x.to(memory_format=memory_format)), neutral(block, x))
-    moved = perturbed(make(name)).eval()
-    expected = moved(image)
-    got = moved.to("cuda", dtype)(x).float().cpu()
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    assert torch.allclose(got, expected, atol=tolerance, rtol=tolerance)
+    moved = far_from_start(name)
+    expected, on_cpu = reference(moved, image, dtype), copy.deepcopy(moved).to(dtype)
+    tolerated = error_tolerated(relative_error(on_cpu(image.to(dtype)), expected), dtype)
+    on_gpu = copy.deepcopy(moved).to("cuda", dtype)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layout = on_gpu.to(memory_format=memory_format)
+        with torch.no_grad():
+            assert relative_error(layout(x.to(memory_format=memory_format)), expected) <= tolerated
+
+
+@every_block
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_tolerance_of_the_gpu_is_small_and_made_by_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """What the test above compares with, on every machine: the fp64 reference exists, and is no excuse for anything."""
+    moved, image = far_from_start(name), gpu_image(name)
+    expected, on_cpu = reference(moved, image, dtype), copy.deepcopy(moved).to(dtype)
+    error = relative_error(on_cpu(image.to(dtype)), expected)
+    assert error <= 8 * torch.finfo(dtype).eps
+    if dtype == torch.float32:  # what two of the blocks do, bfloat16 hardly shows
+        idle = relative_error(neutral(moved, image), expected)
+        assert idle > 100 * error_tolerated(error, dtype)
+
+
+def far_from_start(name: str) -> Block:
+    """A block in eval mode whose parameters are all so large that it does much to its input."""
+    block = perturbed(make(name)).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return block
+
+
+def gpu_image(name: str) -> torch.Tensor:
+    return images(8, 8) if "any_size" in unsupported(make(name)) else images(14, 14)
+
+
+def reference(moved: Block, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In fp64, from weights and images that are rounded to `dtype`."""
+    with torch.no_grad():
+        return copy.deepcopy(moved).to(dtype).double()(image.to(dtype).double())
