@@ -14,8 +14,9 @@ from typing import Any
 
 import timm
 import torch
+from gpu_bench.rows import short
 
-from attnsurgery.latency import Latency, LatencyBackend
+from attnsurgery.latency import Latency, LatencyBackend, card
 from attnsurgery.search.files import write_whole
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
@@ -65,8 +66,13 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def card_or_cpu() -> str:
+    """What results of this machine are named by: h100, or cpu."""
+    return short(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+
 def conditions() -> dict[str, Any]:
-    """What a figure depends on."""
+    """What a figure depends on; on a GPU also driver, clocks and libraries."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
@@ -74,6 +80,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
+        **(card.facts("cuda") | card.state("cuda") if torch.cuda.is_available() else {}),
     }
 
 

@@ -15,7 +15,7 @@ are over by the point estimate alone, a coin's toss for a winner that uses up it
 the same in absolute milliseconds of the fresh process, where a machine that is slower by then counts against the winner
 (`base_drift` says by how much the base itself was). A search that finds nothing within its budget is counted as that.
 
-The same call goes on where it was stopped. Writes docs/benchmarks/budget-<device>.json.
+The same call goes on where it was stopped. Writes docs/benchmarks/budget-<card>.json, for the CPU budget-cpu.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from _common import go_on, on_scale, write
+from _common import card_or_cpu, go_on, on_scale, write
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.latency import Comparison, Latency, LatencyBackend
@@ -46,6 +46,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASES = ("test_resnet", "test_efficientnet", "test_byobnet")
 SPACES = {"tiny": (1.05, 1.25), "se": (1.05, 1.15), "non_local": (1.12, 1.5)}
 """With the smallest and the largest budget, as ratios to the base's latency."""
+AGAIN = "again.json"
+"""Of a run directory: its winner, measured again."""
 CLOSE = 0.97
 """A winner that uses so much of its budget tests the meter; one far below does not."""
 
@@ -61,7 +63,7 @@ def config_of(number: int, budget_ms: float, asked: argparse.Namespace) -> Searc
         finalists=1,
         confirm_seeds=1,
         device=asked.device,
-        mode=asked.mode,
+        **({} if asked.mode is None else {"mode": asked.mode}),
         seed=number,
         output=str(asked.results / f"{number:02}"),
     )
@@ -117,7 +119,8 @@ def timing(record: Record) -> dict[str, float]:
 
 def in_a_fresh_process(folder: Path) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--again", str(folder)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / AGAIN).read_text())  # what it prints may be mixed with warnings
     return found
 
 
@@ -195,8 +198,9 @@ def said(row: dict[str, Any]) -> str:
 
 def report(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
     figures = figures_of(rows)
-    settings = {"trials": asked.trials, "epochs": 1, "device": asked.device, "mode": asked.mode}
-    print(f"written {write(f'budget-{asked.device}', {'figures': figures, 'settings': settings, 'searches': rows})}")
+    settings = {"trials": asked.trials, "epochs": 1, "device": asked.device, "mode": config_of(0, 1.0, asked).mode}
+    name = "cpu" if asked.device == "cpu" else card_or_cpu()
+    print(f"written {write(f'budget-{name}', {'figures': figures, 'settings': settings, 'searches': rows})}")
     print(
         f"{figures['searches']} searches: {figures['nothing_feasible']} found nothing within the budget; it turned "
         f"candidates away in {figures['budget_bound']}, and {figures['close_to_the_budget']} winners use at least "
@@ -216,14 +220,14 @@ def main() -> None:
     parser.add_argument("--searches", type=int, default=30)
     parser.add_argument("--trials", type=int, default=6, help="trained candidates of each search")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--mode", default="eager")
+    parser.add_argument("--mode", help="of a measured forward; by default what suits the device")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "bench-budget")
     parser.add_argument("--again", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.again:
-        print(json.dumps(again(asked.again)))
+        write_whole(asked.again / AGAIN, json.dumps(again(asked.again)))
         return
-    go_on(asked.results, {"trials": asked.trials, "device": asked.device, "mode": asked.mode})
+    go_on(asked.results, {"trials": asked.trials, "device": asked.device, "mode": config_of(0, 1.0, asked).mode})
     os.environ["ATTNSURGERY_CACHE"] = str(asked.results / "cache")
     journal = Journal(asked.results / "searches.jsonl")
     rows = {row["number"]: row for row in journal.read()}

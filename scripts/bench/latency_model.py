@@ -7,7 +7,8 @@ Of four timm models, so many random candidates with several blocks (100 over the
 calibrating on others. Targets: mean error at most 3 % on CPU and 2 % on a GPU, rank correlation at least 0.98.
 `alone` calibrates the way one would by hand, one kind of block at a time at all of its places, to compare with.
 Then the meter itself: a model against itself (at least 93 % of the 95 % intervals hold 1), and one pair of models
-measured in processes of their own, whose ratios should agree. Writes docs/benchmarks/latency-model-<device>.json.
+measured in processes of their own, whose ratios should agree. Writes docs/benchmarks/latency-model-<card>.json, on a
+CPU latency-model-cpu.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from _common import write
+from _common import card_or_cpu, write
 
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
@@ -40,14 +41,9 @@ ONE_PAIR = ("resnet18", "resnet18_nonlocal_s3")
 
 
 def meter(model: torch.nn.Module, effort: Effort) -> LatencyBackend:
-    cuda = torch.cuda.is_available()
-    conditions = Conditions(
-        device="cuda" if cuda else "cpu",
-        dtype="bfloat16" if cuda else "float32",
-        input_size=input_size_of(model),
-        mode="cudagraph" if cuda else "eager",
-        threads=1,
-    )
+    """The one that suits the device: on a GPU a CUDA graph in bfloat16, on a CPU eager float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    conditions = Conditions.on(device, input_size=input_size_of(model), threads=1)
     return backend_for(conditions, effort=effort)
 
 
@@ -70,7 +66,9 @@ def alone(costs: Costs, places: Places, measure: Measure, seconds: float) -> lis
                 return found
 
 
-def foretold(name: str, space_name: str, seconds: float, candidates: int, design: str) -> dict[str, Any]:
+def foretold(
+    name: str, space_name: str, seconds: float, candidates: int, design: str, check_seconds: float = 4.0
+) -> dict[str, Any]:
     base = timm.create_model(name).eval()
     backend = meter(base, EFFORT)
     base = base.to(backend.conditions.device)
@@ -85,7 +83,7 @@ def foretold(name: str, space_name: str, seconds: float, candidates: int, design
     model = LatencyModel(costs.base["macs"], costs.kinds, told)
     rng = np.random.default_rng(1)
     drawn: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]
-    careful = meter(base, Effort(tolerance=0.003, max_seconds=4.0))
+    careful = meter(base, Effort(tolerance=0.003, max_seconds=check_seconds))
     apart = [in_place(base, anatomy, space, costs, careful)(picks) for picks in drawn]
     said = [model.foretell(one.counts) for one in apart]
     true, got = np.array([one.ratio for one in apart]), np.array([one.ratio for one in said])
@@ -155,7 +153,7 @@ def main() -> None:
         "repeatability": {"pair": ONE_PAIR, "ratios": ratios, "sd": spread},
         "self_test": {key: value for key, value in same.as_dict().items() if key != "ratios"},
     }
-    print(f"written {write(f'latency-model-{device}', {'figures': figures, 'models': rows})}")
+    print(f"written {write(f'latency-model-{card_or_cpu()}', {'figures': figures, 'models': rows})}")
     print(
         f"{len(ratios)} processes: sd of the ratio {spread:.2%}; {same.held} of {asked.self_tests} A/A intervals hold 1"
     )

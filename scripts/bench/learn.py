@@ -10,7 +10,7 @@ from the papers' own initialisation as well, which has no such beginning to keep
 
 Each row must show: the same logits as the base before the first step, bit for bit; a gate (what starts at zero) that
 has left zero; no number that is not finite; a training loss below that of the start. Writes
-docs/benchmarks/learn.json.
+docs/benchmarks/learn.json, on a GPU learn-<card>.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from _common import linked, write
+from _common import card_or_cpu, linked, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -247,7 +247,7 @@ def main() -> None:
                 rows.append(run(base, data, label, start, alone, asked.steps, device))
                 print(show(rows[-1]), flush=True)
     path = write(
-        "learn",
+        "learn" if device == "cpu" else f"learn-{card_or_cpu()}",
         {
             "images": {"train": len(data.train), "test": len(data.test)},
             "steps": asked.steps,

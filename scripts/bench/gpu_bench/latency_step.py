@@ -1,0 +1,43 @@
+"""The table of latencies, row by row, and how well latencies are predicted."""
+
+from __future__ import annotations
+
+import latency_model
+from latency import Case, cases, measured, said
+
+from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.latency import Effort
+from gpu_bench.rows import RED, Refused, Row, Rows
+
+_TINY = [Case("test_resnet", block, mode, 1) for block in ("se", "nonlocal_s3") for mode in ("cudagraph", "eager")]
+_NEEDED_S = {"eager": 10.0, "cudagraph": 10.0, "compile-cudagraph": 60.0}
+
+
+def row(case: Case, effort: Effort) -> Row:
+    try:
+        found = measured(case, "cuda", effort)
+    except AttnSurgeryError as error:
+        raise Refused(str(error)) from error
+    return {**found, "say": said(found)}
+
+
+def run(rows: Rows, tiny: bool) -> None:
+    effort = Effort(tolerance=0.01, max_seconds=0.3) if tiny else Effort(tolerance=0.003, max_seconds=3.0)
+    for case in _TINY if tiny else cases():
+        rows.make(case.key, lambda case=case: row(case, effort), 1.0 if tiny else _NEEDED_S[case.mode])  # type: ignore[misc]
+
+
+def predicted(name: str, space: str, seconds: float, candidates: int, check_seconds: float) -> Row:
+    found = latency_model.foretold(name, space, seconds, candidates, "candidates", check_seconds)
+    met = found["mean_error"] <= latency_model.TARGETS["cuda"]
+    say = f"mean error {100 * found['mean_error']:.2f} %, worst {100 * found['worst_error']:.2f} %, rank correlation "
+    say += f"{found['spearman']:.2f}"
+    return {**found, "met": met, "say": say, **({} if met else {"state": RED})}
+
+
+def model(rows: Rows, tiny: bool) -> None:
+    if tiny:
+        rows.make("test_resnet tiny", lambda: predicted("test_resnet", "tiny", 3.0, 3, 0.2))
+        return
+    for name, space in list(latency_model.MODELS.items())[:2]:
+        rows.make(f"{name} {space}", lambda name=name, space=space: predicted(name, space, 40.0, 12, 1.5), 70.0)  # type: ignore[misc]

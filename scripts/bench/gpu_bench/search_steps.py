@@ -1,0 +1,199 @@
+"""Whole searches on the card: as a user begins them, short of memory, with a worker killed; winners' budgets."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import budget as budget_bench
+import timm
+import torch
+
+from attnsurgery.evaluate import Data, TrainSettings, Watch, load_data, train
+from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.search import Listener, SearchConfig
+from attnsurgery.search import run as run_search
+from attnsurgery.search.layout import TRIALS
+from attnsurgery.search.saved import read
+from gpu_bench.rows import RED, Refused, Row, Rows
+
+BASE = "test_resnet"
+
+
+def words(workers: int, trials: int, output: Path) -> list[str]:
+    asked = f"search --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
+    return [sys.executable, "-m", "attnsurgery", *asked.split(), "--output", str(output)]
+
+
+def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
+    """What a run directory holds; red unless the search came to a confirmed winner."""
+    outcome = read(folder).outcome
+    states = Counter(record.state for record in outcome.records)
+    winner, base = outcome.best, outcome.base.timing
+    timing = winner.timing if winner else None
+    good = code == 0 and states["trained"] >= trials and outcome.confirmation is not None and timing is not None
+    row = {
+        "exit": code,
+        "search_seconds": round(seconds, 1),
+        "records": dict(states),
+        "reasons": [record.reason for record in outcome.records if record.state == "failed"],
+        "base_ms": base.ms if base else None,
+        "winner_ms": timing.ms if timing else None,
+        "measured_under": outcome.about.conditions,
+    }
+    say = f"exit {code}, {dict(states)}, winner {row['winner_ms']} ms, base {row['base_ms']} ms"
+    return {**row, "say": say, **({} if good else {"state": RED})}
+
+
+def begun(workers: int, trials: int) -> Row:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        folder, start = Path(scratch) / "run", time.monotonic()
+        code = subprocess.run(words(workers, trials, folder), stdin=subprocess.DEVNULL, check=False).returncode
+        return outcome_of(folder, code, trials, time.monotonic() - start)
+
+
+def search(rows: Rows, tiny: bool) -> None:
+    rows.make("3 trials", lambda: begun(0, 3))
+
+
+def search_workers(rows: Rows, tiny: bool) -> None:
+    rows.make("3 trials, 2 workers", lambda: begun(2, 3))
+
+
+# ---- a worker that is killed
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes that a search has started to work for it."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(child) for child in children.read_text().split()]
+    with suppress(OSError):
+        return [child for child in found if b"attnsurgery" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return []
+
+
+def one_killed(trials: int) -> Row:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        folder, start = Path(scratch) / "run", time.monotonic()
+        search = subprocess.Popen(words(1, trials, folder), stdin=subprocess.DEVNULL)
+        journal, victim = folder / TRIALS, 0
+        while search.poll() is None and not victim:
+            time.sleep(0.02)
+            if journal.exists() and b'"number"' in journal.read_bytes():  # trials have begun to come
+                victim = next(iter(workers_of(search.pid)), 0)
+        if victim:
+            os.kill(victim, signal.SIGKILL)
+        row = outcome_of(folder, search.wait(), trials, time.monotonic() - start)
+        killed = {"killed": victim != 0}
+        if not victim:
+            return {**row, **killed, "state": RED, "say": f"no worker could be killed; {row['say']}"}
+        return {**row, **killed, "say": f"after SIGKILL: {row['say']}"}
+
+
+def killed_worker(rows: Rows, tiny: bool) -> None:
+    rows.make("one of its workers killed", lambda: one_killed(4 if tiny else 8))
+
+
+# ---- a training that memory does not hold
+
+
+class _Enough(Exception):
+    """Ends a training after its first steps."""
+
+
+class _TwoSteps(Watch):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > 2:
+            raise _Enough
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def lane(self, worker: int) -> Listener:
+        return self
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+
+def peak_of(data: Data, base: str, batch: int) -> int:
+    """The most memory of a training at this batch size, as searches train on this device."""
+    settings = TrainSettings(epochs=1, batch_size=batch, device="cuda", amp=True, channels_last=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with suppress(_Enough):
+        train(timm.create_model(base, num_classes=data.num_classes), data.train, settings, 0, _TwoSteps())
+    return torch.cuda.max_memory_reserved()
+
+
+def short_of_memory(base: str, batch: int, size: int) -> Row:
+    data = load_data(None, Preprocessing((3, size, size)))
+    whole, quarter = peak_of(data, base, batch), peak_of(data, base, batch // 4)
+    limit = quarter + (whole - quarter) // 3
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"memory cannot be limited here: {error}") from error
+    heard = Heard()
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            start, folder = time.monotonic(), Path(scratch) / "run"
+            settings = {"trials": 2, "epochs": 1, "base_epochs": 1, "finalists": 1, "confirm_seeds": 1, "workers": 0}
+            asked = {"budget_ms": 1000.0, "base": base, "space": "se", "device": "cuda", "output": str(folder)}
+            config = SearchConfig(**asked, **settings, train_batch_size=batch, input_size=size)
+            run_search(config, heard)
+            row = outcome_of(folder, 0, 2, time.monotonic() - start)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    halved = [text for text in heard.phases if "memory" in text]
+    figures = {"needs_mib": whole >> 20, "has_mib": limit >> 20, "said": halved}
+    say = f"needs {whole >> 20} MiB, has {limit >> 20}: {halved[:1]}; {row['say']}"
+    return {**row, **figures, "say": say, **({} if halved else {"state": RED})}
+
+
+def out_of_memory(rows: Rows, tiny: bool) -> None:
+    base, batch, size = (BASE, 32, 32) if tiny else ("resnet50", 256, 128)
+    rows.make("training at half the memory", lambda: short_of_memory(base, batch, size))
+
+
+# ---- winners and their budgets
+
+
+def budget(rows: Rows, tiny: bool) -> None:
+    """A row for each search, then what they come to; red if a winner is over by more than the interval."""
+    count, trials = (1, 2) if tiny else (4, 4)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        asked = argparse.Namespace(trials=trials, device="cuda", mode=None, results=Path(scratch))
+
+        def made(number: int) -> Row:
+            row = budget_bench.searched(number, asked)
+            if row["feasible"]:
+                row["held"] = budget_bench.held(row)
+            return {**row, "say": budget_bench.said(row)}
+
+        keys = [f"search {number}" for number in range(count)]
+        for number, key in enumerate(keys):
+            rows.make(key, lambda number=number: made(number), 1.0 if tiny else 35.0)  # type: ignore[misc]
+    found = [row for key, row in rows.all().items() if key in keys and row["state"] != RED]
+    if len(found) == count:
+        figures = budget_bench.figures_of(found)
+        over = figures["ratio"]["over_by_more_than_the_interval"]
+        say = f"{over} of {figures['winners']} winners are over their budget by more than the interval"
+        rows.make("figures", lambda: {**figures, "say": say, **({"state": RED} if over else {})})

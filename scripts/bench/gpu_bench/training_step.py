@@ -1,0 +1,50 @@
+"""Images a second of a training, as the search trains: float32, bfloat16, bfloat16 with channels last."""
+
+from __future__ import annotations
+
+import time
+
+import timm
+from torch import nn
+
+from attnsurgery.evaluate import Data, Epoch, TrainSettings, Watch, load_data, train
+from attnsurgery.evaluate.preprocess import Preprocessing
+from gpu_bench.rows import Row, Rows
+
+WAYS = {
+    "float32": {},
+    "float32 tf32": {"tf32": True},
+    "bfloat16": {"amp": True},
+    "bfloat16 channels_last": {"amp": True, "channels_last": True},
+}
+
+
+class Clock(Watch):
+    """When each epoch was over."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.ended.append(time.perf_counter())
+
+
+def row(name: str, data: Data, batch: int, epochs: int, way: str) -> Row:
+    model: nn.Module = timm.create_model(name, num_classes=data.num_classes)
+    settings = TrainSettings(epochs=epochs, batch_size=batch, device="cuda", **WAYS[way])
+    clock = Clock()
+    train(model, data.train, settings, 0, clock)
+    steps = max(1, len(data.train) // batch)
+    images = steps * min(batch, len(data.train)) * (epochs - 1)
+    rate = images / (clock.ended[-1] - clock.ended[0])  # the first epoch warms up
+    size = data.preprocessing.input_size[1]
+    figures = {"model": name, "way": way, "batch": batch, "pixels": size, "images_per_second": rate}
+    return {**figures, "say": f"{rate:.0f} images a second at {size} pixels, {batch} a batch"}
+
+
+def run(rows: Rows, tiny: bool) -> None:
+    size, batch = ((3, 32, 32), 256) if tiny else ((3, 224, 224), 128)
+    data = load_data(None, Preprocessing(size))
+    for name in ("test_resnet",) if tiny else ("resnet50", "efficientnet_lite0"):
+        for way in WAYS:
+            rows.make(f"{name} {way}", lambda name=name, way=way: row(name, data, batch, 4, way), 1 if tiny else 8)  # type: ignore[misc]

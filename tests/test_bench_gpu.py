@@ -1,0 +1,274 @@
+"""The runner of scripts/bench/gpu, on made-up steps: limits, going on, deaths, what is red, names; without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+
+DUMMY = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from gpu_bench.pytest_step import run_tests
+from gpu_bench.rows import Refused
+
+HERE = Path(__file__).parent
+
+def made(rows, key, maker=None):
+    def noted():
+        with (HERE / "made.txt").open("a") as file:
+            file.write(key + "\\n")
+        return maker() if maker else {"value": 1, "say": "here"}
+    rows.make(key, noted)
+
+def three(rows, tiny):
+    for key in "abc":
+        made(rows, key)
+    print("printed, and no row: {'step': 'x'}")
+
+def slow(rows, tiny):
+    made(rows, "first")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (HERE / "child.txt").write_text(str(child.pid))
+    made(rows, "second", lambda: time.sleep(60))
+
+def mixed(rows, tiny):
+    def refuse():
+        raise Refused("no place for it")
+    made(rows, "good")
+    made(rows, "refused", refuse)
+    made(rows, "bad", lambda: 1 / 0 if not (HERE / "mended").exists() else {"say": "mended"})
+
+def dying(rows, tiny):
+    made(rows, "before")
+    made(rows, "deadly", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    made(rows, "after")
+
+def hasty(rows, tiny):
+    rows.make("long", dict, needs_s=1000.0)
+
+def tests(rows, tiny):
+    run_tests(rows, HERE / "suite")
+"""
+
+
+@pytest.fixture(autouse=True)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """scripts/bench can be imported, steps find the dummies, and signals are the test's own again afterwards."""
+    (tmp_path / "dummy.py").write_text(DUMMY)
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[int, dict[str, dict[str, object]]]]:
+    """Runs dummies as steps; the exit code, and how each came out."""
+
+    def of(*names: str, limit_s: float = 60.0, minutes: float = 2.0) -> tuple[int, dict[str, dict[str, object]]]:
+        from gpu_bench.runner import Runner, Step
+
+        steps = [Step(name, 1, f"dummy:{name}", limit_s, 1.0, "a dummy") for name in names]
+        code = Runner(tmp_path / "out", "h100", minutes, path=(str(tmp_path),)).run(steps)
+        return code, json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+
+    return of
+
+
+def rows(tmp_path: Path) -> dict[str, dict[str, object]]:
+    lines = (tmp_path / "out" / "rows-h100.jsonl").read_text().splitlines()
+    return {row["key"]: row for row in map(json.loads, lines)}
+
+
+def made(tmp_path: Path) -> list[str]:
+    return (tmp_path / "made.txt").read_text().split()
+
+
+def test_rows_carry_conditions_and_prints_go_to_the_log(run: Callable[..., object], tmp_path: Path) -> None:
+    assert run("three")[0] == 0  # type: ignore[index]
+    assert list(rows(tmp_path)) == ["a", "b", "c"]
+    assert rows(tmp_path)["a"]["conditions"].items() >= {"card": "h100"}.items()  # type: ignore[attr-defined]
+    assert "printed, and no row" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_time_limit_kills_the_step_and_its_children(run: Callable[..., object], tmp_path: Path) -> None:
+    code, results = run("slow", "three", limit_s=4.0)  # type: ignore[misc]
+    assert code == 1
+    assert results["slow"]["how"] == "timed out"
+    assert "at second" in results["slow"]["why"]
+    assert results["three"]["how"] == "done", "the next has its turn"
+    assert list(rows(tmp_path)) == ["first", "a", "b", "c"]
+    assert gone(int((tmp_path / "child.txt").read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Within a moment; a zombie that nobody has waited for counts."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_second_run_makes_only_the_rest(run: Callable[..., object], tmp_path: Path) -> None:
+    first, _ = run("mixed")  # type: ignore[misc]
+    (tmp_path / "mended").touch()
+    second, results = run("mixed")  # type: ignore[misc]
+    assert (first, second) == (1, 0)
+    assert made(tmp_path) == ["good", "refused", "bad", "bad"], "red rows alone are made again"
+    assert results["mixed"]["how"] == "done"
+    assert rows(tmp_path)["bad"]["say"] == "mended"
+
+
+def test_error_is_a_red_row_and_a_refusal_is_not(run: Callable[..., object], tmp_path: Path) -> None:
+    code, results = run("mixed")  # type: ignore[misc]
+    assert (code, results["mixed"]["how"], results["mixed"]["why"]) == (1, "red", "bad")
+    found = rows(tmp_path)
+    assert (found["refused"]["state"], found["refused"]["say"]) == ("refused", "no place for it")
+    assert "ZeroDivisionError" in str(found["bad"]["say"])
+
+
+def test_dead_process_costs_one_row(run: Callable[..., object], tmp_path: Path) -> None:
+    code, results = run("dying")  # type: ignore[misc]
+    assert (code, results["dying"]["how"], results["dying"]["why"]) == (1, "red", "deadly")
+    assert made(tmp_path) == ["before", "deadly", "after"]
+    assert "SIGKILL" in str(rows(tmp_path)["deadly"]["say"])
+
+
+def test_no_time_is_not_red(run: Callable[..., object], tmp_path: Path) -> None:
+    code, results = run("hasty")  # type: ignore[misc]
+    assert (code, results["hasty"]["how"]) == (0, "part")
+    code, results = run("three", minutes=0.01)  # type: ignore[misc]
+    assert (code, results["three"]["how"]) == (0, "skipped")
+    assert not (tmp_path / "made.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("@pytest.mark.gpu\n@pytest.mark.skip(reason='no CUDA device')\ndef test_it(): ...", "red"),
+        ("@pytest.mark.gpu\ndef test_it(): ...", "done"),
+        ("@pytest.mark.gpu\ndef test_it(): assert 1 == 2", "red"),
+        ("import nothing_of_this_name\n@pytest.mark.gpu\ndef test_it(): ...", "red"),
+    ],
+)
+def test_pytest_run_that_proves_nothing_is_red(run: Callable[..., object], tmp_path: Path, body: str, how: str) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (suite / "test_one.py").write_text(f"import pytest\n{body}\n")
+    (suite / "test_other.py").write_text("raise SystemExit('not marked, and so never imported')")
+    code, results = run("tests")  # type: ignore[misc]
+    assert (code, results["tests"]["how"]) == (int(how == "red"), how)
+
+
+def test_rows_survive_a_killed_runner(tmp_path: Path) -> None:
+    """What was finished is on the disk, and nothing that was started is left."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(BENCH)!r})
+from pathlib import Path
+from gpu_bench.runner import Runner, Step
+out = Path({str(tmp_path)!r})
+Runner(out / "out", "h100", 2.0, path=(str(out),)).run([Step("slow", 1, "dummy:slow", 60.0, 1.0, "a dummy")])
+"""
+    runner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    child = tmp_path / "child.txt"
+    while not (child.exists() and child.read_text()):
+        assert runner.poll() is None
+        time.sleep(0.05)
+    runner.kill()
+    runner.wait()
+    assert gone(int(child.read_text()))
+    assert list(rows(tmp_path)) == ["first"]
+
+
+def test_torn_last_line_is_made_again(tmp_path: Path) -> None:
+    from gpu_bench.rows import Rows, append, read
+
+    path = tmp_path / "rows.jsonl"
+    append(path, {"step": "s", "key": "a", "state": "done"})
+    with path.open("a") as file:
+        file.write('{"step": "s", "key": "b", "sta')
+    found = Rows(path, "s")
+    assert (found.there("a"), found.there("b")) == (True, False)
+    found.make("b", lambda: {"value": 2})
+    assert [row["key"] for row in read(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_results_are_named_by_the_card(card: str, name: str) -> None:
+    from gpu_bench.rows import short
+
+    assert short(card) == name
+
+
+def test_steps_have_a_body_each_and_fit_their_call() -> None:
+    """Bodies are looked for as text: what they import needs no card, but seconds."""
+    from gpu_bench.plan import STEPS
+
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    for step in STEPS:
+        module, _, function = step.body.partition(":")
+        assert f"\ndef {function}(rows: Rows, tiny: bool)" in (BENCH / f"{module.replace('.', '/')}.py").read_text()
+        assert step.least_s < step.limit_s
+
+
+def test_table_says_not_yet_and_then_the_figure(tmp_path: Path) -> None:
+    from gpu_bench import table
+    from gpu_bench.rows import append
+
+    assert "| resnet50_se | not yet |" in table.of(tmp_path)
+    row = {"step": "latency", "key": "resnet50_se cudagraph b1", "state": "done", "base": "resnet50"}
+    row |= {"surgical": "resnet50_se", "mode": "cudagraph", "batch": 1}
+    figures = {"ratio": 1.0421, "ratio_95": [1.0411, 1.0431], "base_p50_ms": 0.7}
+    append(tmp_path / "gpu-h100.jsonl", row | figures | {"conditions": {"torch": "2.11.0", "date": "2026-11-26T10"}})
+    found = table.of(tmp_path)
+    assert "h100: torch 2.11.0, 2026-11-26" in found
+    assert "| resnet50_se | 1.042 ± 0.001 | not yet |" in found
+
+
+def test_wheels_are_closed_under_what_they_need(tmp_path: Path) -> None:
+    from gpu_bench.wheels import missing
+    from packaging.requirements import Requirement
+
+    asked = [Requirement("numpy>=1"), Requirement("alpha>=2")]
+    assert [str(one) for one in missing(tmp_path, asked)] == ["alpha>=2"], "numpy is there"
+    write_wheel(tmp_path, "alpha-2.1", "beta==1.4", "gamma; extra == 'more'", "delta; python_version < '3.12'")
+    assert [str(one) for one in missing(tmp_path, asked)] == ["beta==1.4"]
+    write_wheel(tmp_path, "beta-1.4")
+    assert missing(tmp_path, asked) == []
+    (tmp_path / "beta-1.4-py3-none-any.whl").rename(tmp_path / "beta-1.5-py3-none-any.whl")
+    with pytest.raises(SystemExit, match=r"beta-1\.5-py3-none-any\.whl does not satisfy beta==1\.4"):
+        missing(tmp_path, asked)
+
+
+def write_wheel(folder: Path, name: str, *needs: str) -> None:
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.dist-info/METADATA", "".join(f"Requires-Dist: {need}\n" for need in needs))
