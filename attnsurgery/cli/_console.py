@@ -301,17 +301,7 @@ def print_singles(found: Latency, singles: Singles) -> None:
         f"{singles.calls:,} calls, each waited for",
         f"throughput  {found.images_per_second:,.1f} images a second",
     ]
-    if found.eager_ms is not None:
-        lines.append(
-            f"eager       {found.eager_ms:.3f} ms, {found.eager_ms / found.p50_ms:.2f} times that of the graph"
-        )
-    if found.state:
-        lines.append(f"card        {', '.join(f'{key} {_plain(value)}' for key, value in found.state.items())}")
-    print_lines(lines)
-
-
-def _plain(value: object) -> str:
-    return " and ".join(map(str, value)) or "no" if isinstance(value, list) else str(value)
+    print_lines([*lines, *([f"beside it   {found.beside()}"] if found.beside() else [])])
 
 
 def print_self_test(model: str, found: SelfTest, conditions: Conditions, versions: Mapping[str, str]) -> None:

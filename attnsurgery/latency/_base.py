@@ -74,6 +74,16 @@ class Latency:
         """Throughput, of forwards one after another."""
         return 1000.0 * self.batch_size / self.p50_ms
 
+    def beside(self) -> str:
+        """What a CUDA graph saves and what the card was doing, in words; '' where there is nothing to say."""
+        said = []
+        if self.eager_ms is not None:
+            said.append(f"run eagerly it takes {self.eager_ms:.3f} ms, {self.eager_ms / self.p50_ms:.2f} times as long")
+        for name, value in self.state.items():
+            words = (" and ".join(value) or "no") if isinstance(value, list) else str(value)
+            said.append(f"{name.replace('_', ' ')} {words}")
+        return ", ".join(said)
+
     @property
     def steady(self) -> bool:
         """False if the machine did something else meanwhile, or changed its speed."""

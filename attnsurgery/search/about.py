@@ -92,6 +92,8 @@ class About:
     places: tuple[Place, ...]
     """In order of execution."""
     stages: tuple[Stage, ...]
+    beside: str = ""
+    """Beside the base's latency: its eager time, and the clocks of the card, for people."""
     fresh: str = ""
     """What of the base was trained before the search: all, its head, or nothing."""
 
@@ -127,6 +129,7 @@ class About:
             code=code if code_version() in code else (*code, code_version()),
             noise=reference.noise,
             steady=reference.steady,
+            beside=reference.beside(),
             input_size=bench.anatomy.input_size,
             places=_places(bench),
             stages=_stages(bench),
@@ -140,7 +143,7 @@ class About:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> About:
         """Fields that another version has written beside ours are left out."""
-        known = {field.name: data[field.name] for field in fields(cls)}
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         places = tuple(Place(given["name"], tuple(Spot(**spot) for spot in given["spots"])) for given in data["places"])
         stages = tuple(Stage(**given) for given in data["stages"])
         tuples = {"code": tuple(data["code"]), "input_size": tuple(data["input_size"])}

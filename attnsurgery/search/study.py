@@ -160,7 +160,7 @@ class _Search:
 
     def go(self) -> Outcome:
         """The whole search; an interruption is an outcome too."""
-        conditions = self.bench.backend.conditions.describe()
+        conditions = "; the base: ".join(filter(None, [self.about.conditions, self.about.beside]))
         self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base)
         interrupted = False
         try:

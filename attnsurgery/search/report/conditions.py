@@ -19,7 +19,8 @@ def section(outcome: Outcome) -> Section:
     """Latency, data, training, versions, command."""
     about, config = outcome.about, outcome.config
     rows = {
-        "Latency": f"{about.conditions}; measured alternately with the base and put on the base's scale",
+        "Latency": f"{about.conditions}; measured alternately with the base and put on the base's scale"
+        f"{'; the base: ' if about.beside else ''}{about.beside}",
         "Machine": _listed(about.versions),
         "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen by validation images, the "
         "verdict is on test images",
