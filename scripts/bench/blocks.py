@@ -1,16 +1,19 @@
 #!/usr/bin/env python
 """What the pairwise sums and the blocks cost beside the forms that people copy: time and peak memory, in one process.
 
-    python scripts/bench/blocks.py [--seconds 2]      # about 8 minutes on two cores
-    python scripts/bench/blocks.py --crossover        # where the product form stops paying
+    python scripts/bench/blocks.py [--seconds 2]              # about 8 minutes on two cores
+    python scripts/bench/blocks.py --rows FILE.jsonl          # the same, a line for each row as soon as it is there
+    python scripts/bench/blocks.py --crossover                # where the product form stops paying, on CPU
+    python scripts/bench/blocks.py --crossover --out FILE.jsonl   # the same on a GPU, a line for each row
+    python scripts/bench/blocks.py --table FILE.jsonl         # and the table that the package reads, made of it
 
 `sum` rows are the pairwise sums alone, from projections that lie as one convolution leaves them to a map that lies as
 the next one wants it; `block` rows have the convolutions, norm and residual around them. Candidates take turns; a
 figure is the median of its candidate, a ratio that of two medians. Memory is the most that was allocated on top of
 inputs and weights. On a GPU everything is bfloat16 and channels last, and the L2 cache is flushed before each run.
-mmcv-lite's NonLocal2d takes part where it is installed.
+mmcv-lite's NonLocal2d takes part where it is installed. Rows that a FILE has already are not measured again.
 
-Writes docs/benchmarks/blocks-<device>.json.
+Writes docs/benchmarks/blocks-<device>.json, or the FILE alone.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -26,21 +28,25 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
+import _crossover
 import torch
 from _common import write
+from _crossover import TRIAL_RUN_SECONDS
 from timm.layers import NonLocalAttn
 from torch import Tensor, nn
 
+from attnsurgery.blocks.cuda_attention import card_name
 from attnsurgery.blocks.dual_attention import DualAttention
 from attnsurgery.blocks.functional import attend, channel_weights, concatenate, dot_product
 from attnsurgery.blocks.non_local import NonLocal
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+CARD = card_name() if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 BATCH = 8 if CUDA else 1
 CHANNELS = 512
@@ -261,15 +267,51 @@ def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], 
     return run
 
 
+class Rows(Protocol):
+    """Where rows go, one at a time."""
+
+    rows: list[dict[str, Any]]
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def add(self, row: dict[str, Any]) -> None: ...
+
+
+class RowList:
+    """Rows for one file that is written at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append({name: value for name, value in row.items() if name not in ("key", "card")})
+
+
+def key_of(kind: str, name: str, positions: int, direction: str) -> str:
+    return f"{kind} {name} {positions} {direction}"
+
+
 def compare(
-    kind: str, name: str, positions: int, runs: dict[str, dict[str, Run]], seconds: float
-) -> list[dict[str, Any]]:
+    rows_: Rows,
+    kind: str,
+    name: str,
+    positions: int,
+    runs: dict[str, dict[str, Run]],
+    seconds: float,
+    **more: Any,
+) -> None:
     """One row for each direction in `runs`; "ours" and "naive" are among the candidates."""
-    found = []
     for direction, candidates in runs.items():
+        key = key_of(kind, name, positions, direction)
+        if key in rows_:
+            continue
         times = medians(candidates, seconds)
         peaks = {candidate: peak_mib(run) for candidate, run in candidates.items()}
-        found.append({"kind": kind, "name": name, "n": positions, "direction": direction, "ms": times, "mib": peaks})
+        row = {"kind": kind, "name": name, "n": positions, "direction": direction, "ms": times, "mib": peaks, **more}
+        rows_.add({"key": key, "card": CARD, **row})
         others = "  ".join(
             f"{other} {times[other]:.2f} ms {peaks[other]:.1f} MiB = {times[other] / times['ours']:.2f} x, "
             f"1/{peaks[other] / max(peaks['ours'], 1e-9):.1f}"
@@ -279,7 +321,6 @@ def compare(
         own = f"ours {times['ours']:.2f} ms {peaks['ours']:.1f} MiB"
         print(f"{kind:5} {name:22} N={positions:<5} {direction:8} {own}  {others}")
         sys.stdout.flush()
-    return found
 
 
 def to_map(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -287,15 +328,16 @@ def to_map(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: function(*inputs) if CUDA else function(*inputs).transpose(1, 2).contiguous()
 
 
-def measure_sums(seconds: float) -> list[dict[str, Any]]:
-    found = []
+def measure_sums(rows_: Rows, seconds: float) -> None:
     for name, (ours, naive, make, sizes) in SUMS.items():
-        for n in sizes:
+        for n in sizes if seconds >= TRIAL_RUN_SECONDS or name == "embedded_gaussian" else sizes[:1]:
             largest = 4 * BATCH * n * n * (2 * PAIR_WIDTH if "pairs" in name else 1)
             if largest > LARGEST_BYTES:
-                found.append(
-                    {"kind": "sum", "name": name, "n": n, "skipped": f"the naive form needs {largest >> 20} MiB"}
-                )
+                if (key := key_of("sum", name, n, "skipped")) not in rows_:
+                    why = f"the naive form needs {largest >> 20} MiB"
+                    rows_.add({"key": key, "card": CARD, "kind": "sum", "name": name, "n": n, "skipped": why})
+                continue
+            if all(key_of("sum", name, n, direction) in rows_ for direction in ("forward", "both")):
                 continue
             inputs = make(n)
             functions = {"ours": ours, "naive": naive}
@@ -307,8 +349,7 @@ def measure_sums(seconds: float) -> list[dict[str, Any]]:
             }
             if "pairs" in name and not CUDA:
                 del runs["both"]  # minutes
-            found += compare("sum", name, n, runs, seconds)
-    return found
+            compare(rows_, "sum", name, n, runs, seconds)
 
 
 def rivals(mode: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -330,13 +371,14 @@ def rivals(mode: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     return found, missing
 
 
-def measure_blocks(seconds: float) -> list[dict[str, Any]]:
-    found = []
+def measure_blocks(rows_: Rows, seconds: float) -> None:
     for mode in [*MODES, "dual"]:
         ours: nn.Module = DualAttention(CHANNELS) if mode == "dual" else NonLocal(CHANNELS, mode=mode)  # type: ignore[arg-type]
         naive = NaiveDual(ours) if mode == "dual" else NaiveNonLocal(ours)  # type: ignore[arg-type]
         others, missing = ({}, {}) if mode == "dual" else rivals(mode)
-        for n in (196, 784, 3136):
+        for n in (196, 784, 3136) if seconds >= TRIAL_RUN_SECONDS else (196,):
+            if all(key_of("block", mode, n, direction) in rows_ for direction in ("forward", "both")):
+                continue
             left_out = dict(missing)
             blocks = {"ours": ours, "naive": naive, **others}
             pairs = 4 * BATCH * CHANNELS * n * n
@@ -354,13 +396,10 @@ def measure_blocks(seconds: float) -> list[dict[str, Any]]:
                 runs["both"][key] = forward_backward(block, [x], list(block.parameters()))
             if mode == "concatenation" and not CUDA:
                 runs["both"].pop("mmcv", None)  # minutes
-            rows_ = compare("block", mode, n, runs, seconds)
-            found += [{**row, "left_out": left_out} for row in rows_]
-    return found
+            compare(rows_, "block", mode, n, runs, seconds, left_out=left_out)
 
 
-def measure_subsampling(seconds: float) -> list[dict[str, Any]]:
-    found = []
+def measure_subsampling(rows_: Rows, seconds: float) -> None:
     x = torch.randn(BATCH, CHANNELS, 56, 56).to(DEVICE, DTYPE)
     if CUDA:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -370,23 +409,7 @@ def measure_subsampling(seconds: float) -> list[dict[str, Any]]:
             "naive": NonLocal(CHANNELS),
         }
         runs = {"forward": {key: forward(block.to(DEVICE, DTYPE).eval(), [x]) for key, block in blocks.items()}}
-        found += compare("block", f"subsample 2 {order}", 3136, runs, seconds)
-    return found
-
-
-def measure_compiled_se() -> list[dict[str, Any]]:
-    """On a GPU: what the SE blocks of resnet50_se add to its compiled latency at batch 64."""
-    import timm
-
-    import attnsurgery  # noqa: F401  (makes the names known to timm)
-    from attnsurgery.latency import Conditions, Effort, backend_for
-
-    conditions = Conditions(
-        device="cuda", dtype="bfloat16", batch_size=64, input_size=(3, 224, 224), mode="compile", channels_last=True
-    )
-    backend = backend_for(conditions, effort=Effort(tolerance=0.002, max_seconds=20))
-    result = backend.compare(timm.create_model("resnet50"), timm.create_model("resnet50_se"))
-    return [{"kind": "model", "name": "resnet50_se", "conditions": conditions.describe(), "ratio": result.ratio}]
+        compare(rows_, "block", f"subsample 2 {order}", 3136, runs, seconds)
 
 
 # ---- targets
@@ -413,9 +436,6 @@ def targets(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     if CUDA:
         faster("embedded_gaussian, N = 3136, forward + backward", row("sum", "embedded_gaussian", 3136, "both"), 3)
-        ratio = next((entry["ratio"] for entry in found if entry["kind"] == "model"), None)
-        met = None if ratio is None else ratio <= 1.05
-        checked.append({"target": "resnet50_se: <= 1.05 x resnet50, compiled", "measured": ratio, "met": met})
         return checked
     for name, at_least, one_in in [
         ("dot_product", 8, 8),
@@ -458,30 +478,47 @@ def crossover(seconds: float) -> None:
     print("\nTime of the form without a matrix over that of the product; above 1 the product is the faster one.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison, roughly")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--crossover", action="store_true", help="only print where the product form stops paying")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    torch.manual_seed(0)
-    if asked.crossover:
-        crossover(asked.seconds / 8)
-        return
-    began = time.perf_counter()
-    found = measure_sums(asked.seconds) + measure_subsampling(asked.seconds) + measure_blocks(asked.seconds)
-    if CUDA:
-        found += measure_compiled_se()
-    checked = targets(found)
+def say(checked: list[dict[str, Any]]) -> None:
     print()
     for entry in checked:
         word = {True: "met", False: "MISSED", None: "not measured"}[entry["met"]]
         measured = "-" if entry["measured"] is None else f"{entry['measured']:.2f}"
         print(f"{entry['target']:75} {measured:>8}  {word}")
-    device = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if CUDA else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison, roughly")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--crossover", action="store_true", help="only measure where the product form stops paying")
+    parser.add_argument("--out", type=Path, help="JSON lines of --crossover, as the GPU's table wants them")
+    parser.add_argument("--rows", type=Path, help="JSON lines instead of docs/benchmarks/blocks-<device>.json")
+    parser.add_argument("--table", type=Path, help="make the package's table of such a file of --crossover --out")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.manual_seed(0)
+    if asked.table:
+        card = _crossover.write_table(_crossover.RowFile(asked.table).rows)
+        print(f"{_crossover.TABLE} has the rules of {card} now")
+        return
+    if asked.crossover and asked.out:
+        _crossover.measure_all(_crossover.RowFile(asked.out), asked.seconds / 2)
+        return
+    if asked.crossover:
+        crossover(asked.seconds / 8)
+        return
+    began = time.perf_counter()
+    rows_: Rows = _crossover.RowFile(asked.rows) if asked.rows else RowList()
+    measure_sums(rows_, asked.seconds)
+    measure_subsampling(rows_, asked.seconds)
+    measure_blocks(rows_, asked.seconds)
+    checked = targets(rows_.rows)
+    say(checked)
+    if asked.rows:
+        print(f"\n{asked.rows} has {len(rows_.rows)} rows after {time.perf_counter() - began:.0f} s")
+        return
     setting = {"batch": BATCH, "channels": CHANNELS, "width": WIDTH, "pair_width": PAIR_WIDTH, "dtype": str(DTYPE)}
-    path = write(f"blocks-{device}", {"setting": setting, "targets": checked, "rows": found})
+    path = write(f"blocks-{CARD}", {"setting": setting, "targets": checked, "rows": rows_.rows})
     print(f"\nwritten {path} after {time.perf_counter() - began:.0f} s")
 
 

@@ -1,0 +1,107 @@
+"""From rows that were measured on a card to the table that the package reads: scripts/bench/blocks.py --table."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnsurgery.blocks import crossover
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    spec = importlib.util.spec_from_file_location("_crossover", ROOT / "scripts" / "bench" / "_crossover.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(pairs: int, product: float, fused: float, one_head: float | None = None, **changes: Any) -> dict[str, Any]:
+    times = {"product": product, "fused": fused, **({} if one_head is None else {"one_head": one_head})}
+    facts = {"card": "some-card", "capability": [9, 0], "dtype": "bfloat16", "batch": 1, "width": 64}
+    ms = {"forward": {"graph": times, "eager": {}}, "both": {"graph": {**times, "product": 9.0}, "eager": {}}}
+    return {"key": str(pairs), **facts, "value_width": 512, "positions": pairs, "summed": 1, "ms": ms, **changes}
+
+
+def test_the_rule_is_the_crossover_that_was_measured(bench: Any) -> None:
+    rules = bench.rules_of([row(100, 1.0, 2.0, 3.0), row(10_000, 5.0, 4.0, 4.5), row(1000, 3.0, 3.2, 4.0)])
+    assert rules == (
+        ("half", "both", 1, 64, 512, 0, True),
+        ("half", "forward", 1, 64, 512, 1000, True),
+    )
+
+
+def test_the_product_has_to_win_by_more_than_noise(bench: Any) -> None:
+    assert bench.rules_of([row(100, 1.0, 1.01)])[1][5] == 0
+    assert bench.rules_of([row(100, 1.0, 1.1)])[1][5] == 100
+
+
+def test_one_head_is_taken_where_it_is_the_faster_kernel(bench: Any) -> None:
+    forward = bench.rules_of([row(100, 9.0, 2.0, 1.0), row(1000, 9.0, 3.0, 2.0)])[1]
+    assert forward[5:] == (0, False)
+
+
+def test_the_table_is_written_into_the_module_and_read_again(bench: Any, tmp_path: Path) -> None:
+    path = tmp_path / "crossover.py"
+    path.write_text(Path(crossover.__file__).read_text())
+    failed = {**row(5, 1.0, 1.0), "error": "no kernel"}
+    del failed["ms"]
+    assert bench.write_table([row(100, 1.0, 2.0), failed], path) == "some-card"
+    once = path.read_text()
+    found = runpy.run_path(str(path))
+    capability, rules = found["CARDS"]["some-card"]
+    assert capability == (9, 0)
+    assert ("half", "forward", 1, 64, 512, 100, True) in rules
+    assert {name: found["CARDS"][name] for name in crossover.CARDS} == crossover.CARDS, "other cards keep theirs"
+    assert found["__doc__"] == crossover.__doc__
+    bench.write_table([row(100, 1.0, 2.0)], path)
+    assert path.read_text() == once
+
+
+def test_the_written_table_is_formatted(bench: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
+    path = tmp_path / "crossover.py"
+    path.write_text(Path(crossover.__file__).read_text())
+    bench.write_table([row(100, 1.0, 2.0)], path)
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(ROOT / "pyproject.toml"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rows_of_a_cpu_or_of_two_cards_make_no_table(bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no row of a CUDA device"):
+        bench.write_table([row(1, 1.0, 1.0, card="cpu")], tmp_path / "none.py")
+    with pytest.raises(SystemExit, match="rows of some-card and of other-card"):
+        bench.write_table([row(1, 1.0, 1.0), row(1, 1.0, 1.0, card="other-card")], tmp_path / "none.py")
+
+
+def test_rows_are_kept_as_they_come_and_a_torn_one_is_dropped(bench: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = bench.RowFile(path)
+    rows.add({"key": "one"})
+    assert path.read_text() == '{"key": "one"}\n'
+    path.write_text(path.read_text() + '{"key": "tw')
+    again = bench.RowFile(path)
+    assert "one" in again
+    assert "two" not in again
+    again.add({"key": "two"})
+    assert [one["key"] for one in bench.RowFile(path).rows] == ["one", "two"]
+
+
+def test_no_case_holds_a_matrix_that_the_product_form_may_not_hold(bench: Any) -> None:
+    from attnsurgery.blocks.cuda_attention import LARGEST_MATRIX
+
+    cases = list(bench.cases(False))
+    assert len({case.key for case in cases}) == len(cases)
+    assert all(case.batch * case.positions * case.summed <= LARGEST_MATRIX for case in cases)
+    assert {(case.batch, case.positions, case.width) for case in cases} >= {(1, 196, 512), (64, 784, 64)}
