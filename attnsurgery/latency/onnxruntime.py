@@ -1,0 +1,129 @@
+"""Latency in ONNX Runtime: on the CPU, and on CUDA, where this file has not been run yet.
+
+The input and outputs lie in tensors that are bound to the session, so a call copies nothing and is what a plain loop of
+`session.run` takes. Threads that have nothing to do spin for a while, as is ONNX Runtime's default.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from attnsurgery.errors import UsageError
+from attnsurgery.latency._base import LATENCY
+from attnsurgery.latency.conditions import DTYPES, Conditions
+from attnsurgery.latency.exported import INPUT, Exported
+from attnsurgery.latency.protocol import Effort
+from attnsurgery.latency.runtime import Loaded, RuntimeLatency
+
+Provider = tuple[str, dict[str, Any]]
+
+_BFLOAT16 = 16
+"""In onnx.TensorProto; numpy has no such type."""
+
+
+@LATENCY.register("onnxruntime")
+class OnnxRuntimeLatency(RuntimeLatency):
+    """The execution provider is the one of the device: CPUExecutionProvider or CUDAExecutionProvider.
+
+    On CUDA, `channels_last` asks for convolutions in NHWC, and `cudnn_benchmark` for cuDNN's exhaustive search.
+
+    Raises:
+        UsageError: as RuntimeLatency, or this build of ONNX Runtime lacks the provider.
+    """
+
+    title = "ONNX Runtime"
+    module = "onnxruntime"
+    extra = "onnxruntime"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    prefers_layout = True
+    needs: ClassVar[str] = "onnxruntime-gpu"
+    """The extra with the provider, where the device is no CPU."""
+
+    def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
+        super().__init__(conditions, effort)
+        asked, there = self.providers()[0][0], self.runtime.get_available_providers()
+        if asked not in there:
+            raise UsageError(
+                f"this ONNX Runtime {self.runtime.__version__} has no {asked}; it has {', '.join(there)}. Install the "
+                f"extra instead:  pip uninstall onnxruntime; pip install 'attnsurgery[{self.needs}]'"
+            )
+        if conditions.cuda and not torch.cuda.is_available():
+            raise UsageError(
+                f"latency on {conditions.device!r} was asked for, but torch sees no CUDA device here. Use --device cpu."
+            )
+
+    def providers(self) -> list[Provider]:
+        """What runs the model, the first one asked first."""
+        if not self.conditions.cuda:
+            return [("CPUExecutionProvider", {})]
+        options = {
+            "device_id": self.device_index,
+            "use_tf32": int(self.conditions.tf32),
+            "prefer_nhwc": int(self.conditions.channels_last),
+            "cudnn_conv_algo_search": "EXHAUSTIVE" if self.conditions.cudnn_benchmark else "HEURISTIC",
+        }
+        return [("CUDAExecutionProvider", options), ("CPUExecutionProvider", {})]
+
+    @property
+    def device_index(self) -> int:
+        return torch.device(self.conditions.device).index or 0
+
+    def versions(self) -> dict[str, str]:
+        there = super().versions() | {"provider": self.providers()[0][0]}
+        if self.conditions.cuda:
+            from attnsurgery.latency import card
+
+            there |= card.facts(self.conditions.device)
+        return there
+
+    def load(self, one: Exported) -> Loaded:
+        session = self._session_of(one)
+        binding = session.io_binding()
+        x_BCHW = one.x_BCHW.to(self.conditions.device)
+        binding.bind_input(INPUT, *self._place(x_BCHW))
+        outputs = []
+        for entry, expected in zip(session.get_outputs(), one.outputs, strict=True):
+            output = torch.empty(expected.shape, dtype=_dtype_of(entry.type), device=self.conditions.device)
+            binding.bind_output(entry.name, *self._place(output))
+            outputs.append(output)
+        run, kept = session.run_with_iobinding, (x_BCHW, outputs)  # whose memory the session reads and writes
+        return Loaded(lambda: run(binding), lambda: kept[1])
+
+    def _session_of(self, one: Exported) -> Any:
+        """A session with the agreed threads on the provider that was asked for.
+
+        Raises:
+            UsageError: the provider could not be loaded; ONNX Runtime would go on with another one.
+        """
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        providers = self.providers()
+        if self.conditions.cuda and hasattr(self.runtime, "preload_dlls"):
+            self.runtime.preload_dlls()  # those that torch has loaded already
+        session = self.runtime.InferenceSession(one.source, options, providers=providers)
+        if session.get_providers()[0] != providers[0][0]:
+            raise UsageError(
+                f"ONNX Runtime could not load {providers[0][0]} and would run on {session.get_providers()[0]}: its "
+                "CUDA libraries are missing or of another version. Its warning on import says which."
+            )
+        return session
+
+    def _place(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
+        """Device, its index, element type, shape and address, as a binding takes them."""
+        kind = _BFLOAT16 if tensor.dtype == torch.bfloat16 else np.dtype(str(tensor.dtype).removeprefix("torch."))
+        index = self.device_index if self.conditions.cuda else 0
+        return torch.device(self.conditions.device).type, index, kind, list(tensor.shape), tensor.data_ptr()
+
+
+def _dtype_of(kind: str) -> torch.dtype:
+    """Of an output of a session, such as 'tensor(float)'."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    found = {"float": "float32", "double": "float64"}.get(name, name)
+    dtype = DTYPES.get(found) or getattr(torch, found, None)
+    assert isinstance(dtype, torch.dtype), kind
+    return dtype

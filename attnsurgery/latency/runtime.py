@@ -1,0 +1,156 @@
+"""Latency in an inference runtime: the model is exported, loaded, compared with torch, and only then timed.
+
+A runtime has its own compiler, memory layout and threads, so there is one mode, and the blocks that cost much in torch
+may cost little here. Only what the file says is run, not Python.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from attnsurgery.errors import AttnSurgeryError, UsageError
+from attnsurgery.faults import fault_of
+from attnsurgery.latency._base import Call, LatencyBackend, first_line
+from attnsurgery.latency.conditions import DTYPES, Conditions, Mode
+from attnsurgery.latency.exported import TOLERANCE, Exported, Outputs, compared, exported, required
+from attnsurgery.latency.protocol import Effort, Sampled
+
+_TF32_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in a runtime."""
+
+    call: Call
+    """One forward of the input that it was exported with, finished when it returns."""
+    outputs: Callable[[], Outputs]
+    """What the last call computed."""
+
+
+class RuntimeLatency(LatencyBackend):
+    """The forward of an exported model in a runtime; every copy is compared with torch before it is timed.
+
+    Each model is exported once. Each placement loads it anew, so that its weights lie elsewhere in memory.
+
+    Raises:
+        UsageError: conditions that the runtime does not have, or its package is missing.
+    """
+
+    modes: ClassVar[tuple[Mode, ...]] = ("eager",)
+    """A runtime has one."""
+    title: ClassVar[str]
+    """What the runtime is called in messages."""
+    module: ClassVar[str]
+    extra: ClassVar[str]
+    """What installs it."""
+    devices: ClassVar[tuple[str, ...]]
+
+    def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
+        if conditions.mode not in self.modes:
+            raise UsageError(f"{self.title} has one mode of its own, not {conditions.mode!r}. Use --mode eager.")
+        if (kind := torch.device(conditions.device).type) not in self.devices:
+            raise UsageError(
+                f"{self.title} is measured on {' or '.join(self.devices)}, not on {conditions.device!r}. Use --device "
+                f"{self.devices[0]}."
+            )
+        if kind == "cpu" and conditions.dtype != "float32":
+            raise UsageError(
+                f"{self.title} on a CPU is measured in float32: {conditions.dtype} has kernels for few operations "
+                "there, and the rest would be conversions. Use --dtype float32."
+            )
+        if conditions.channels_last and not (kind == "cuda" and self.prefers_layout):
+            raise UsageError(f"{self.title} chooses the memory layout itself. Leave channels_last out.")
+        if conditions.cold_cache:
+            raise UsageError(f"a cold cache is not measured in {self.title}. Leave --cold-cache out.")
+        self.runtime: Any = required(self.module, self.extra)
+        self._exports: weakref.WeakKeyDictionary[nn.Module, tuple[object, Exported]] = weakref.WeakKeyDictionary()
+        super().__init__(conditions, effort)
+
+    prefers_layout: ClassVar[bool] = False
+    """Whether it can be told to compute with channels last on CUDA."""
+
+    @abstractmethod
+    def load(self, one: Exported) -> Loaded:
+        """The model in the runtime, with its input in place."""
+
+    @property
+    def threads(self) -> int:
+        return self.conditions.threads or torch.get_num_threads()
+
+    def time_block(self, call: Call, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if self.conditions.cuda:
+            torch.cuda.synchronize(self.conditions.device)  # all streams of the device, the runtime's too
+        return (time.perf_counter() - start) * 1000.0
+
+    def versions(self) -> dict[str, str]:
+        return super().versions() | {self.module: str(getattr(self.runtime, "__version__", "unknown"))}
+
+    def _sample(self, *models: nn.Module) -> Sampled:
+        for model in models:
+            self._exported(model)  # before the device is locked: it takes seconds, on the CPU
+        return super()._sample(*models)
+
+    @contextmanager
+    def _prepared(self, model: nn.Module) -> Iterator[Call]:
+        """A call of a copy of the model in the runtime, which computes what torch does.
+
+        Raises:
+            UsageError: the model cannot be exported, or the runtime cannot load or run it.
+            ExportError: the runtime computes something else.
+            RuntimeError: a fault of the device, as it came.
+        """
+        one = self._exported(model)
+        try:
+            loaded = self.load(one)
+            loaded.call()
+            if self.conditions.cuda:
+                torch.cuda.synchronize(self.conditions.device)
+            found = loaded.outputs()
+        except AttnSurgeryError:
+            raise
+        except Exception as error:
+            if fault_of(error) is not None:
+                raise
+            raise UsageError(
+                f"{self.title} cannot run {type(model).__name__} under the conditions of this measurement "
+                f"({self.conditions.describe()}): {first_line(error)}"
+            ) from error
+        compared(one, found, self._tolerance(), self.title)
+        yield loaded.call
+
+    def _tolerance(self) -> float:
+        tf32 = self.conditions.tf32 and self.conditions.cuda
+        return max(TOLERANCE[self.conditions.dtype], _TF32_TOLERANCE if tf32 else 0.0)
+
+    def _exported(self, model: nn.Module) -> Exported:
+        """The model in ONNX, exported anew if it changed since."""
+        state = _state_of(model)
+        kept = self._exports.get(model)
+        if kept is None or state is None or kept[0] != state:
+            kept = state, exported(model, self.conditions.shape, DTYPES[self.conditions.dtype], self.extra)
+            self._exports[model] = kept
+        return kept[1]
+
+
+def _state_of(model: nn.Module) -> object:
+    """Changes when modules or tensors of the model do; None if its tensors do not count their changes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if any(tensor.is_inference() for _, tensor in tensors):
+        return None
+    return (
+        [(name, type(module)) for name, module in model.named_modules()],
+        [(name, tensor.data_ptr(), tensor._version, tensor.shape) for name, tensor in tensors],
+    )

@@ -1,0 +1,498 @@
+"""Inference runtimes as latency backends, and ONNX files: compared with torch before they are timed or written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import importlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+import attnsurgery
+from attnsurgery.checkpoint import write_directory
+from attnsurgery.cli import main
+from attnsurgery.errors import UsageError
+from attnsurgery.latency import LATENCY, Conditions, Effort, backend_for
+from attnsurgery.latency import exported as exporting
+from attnsurgery.latency import runtime as runtimes
+from attnsurgery.latency.exported import Exported, ExportError, compared, export_onnx, exported, moved
+from attnsurgery.latency.onnxruntime import OnnxRuntimeLatency
+from attnsurgery.latency.runtime import Loaded, RuntimeLatency, _state_of
+from attnsurgery.latency.tensorrt import TensorRtLatency
+from attnsurgery.search import SearchConfig, run
+from tests.conftest import images, move_gates
+
+SIZE = (3, 64, 64)
+FAST = Effort(tolerance=0.5, max_seconds=0.2, min_rounds=2, placements=2)
+ON_CPU = ("onnxruntime", "openvino")
+SURGICAL = ("test_resnet_nonlocal_s3", "test_resnet_se", "test_resnet_dual_s4", "test_resnet_resattn_s3")
+
+every_runtime = pytest.mark.parametrize("name", ON_CPU)
+
+
+def backend(name: str, **changes: Any) -> RuntimeLatency:
+    found = backend_for(Conditions(**{"input_size": SIZE, "threads": 1, **changes}), name, FAST)
+    assert isinstance(found, RuntimeLatency)
+    return found
+
+
+@cache
+def surgical(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5).eval()
+
+
+@cache
+def export_of(name: str) -> Exported:
+    """An export takes a second or more, so tests of what follows share it."""
+    return exported(surgical(name), (1, *SIZE), torch.float32, "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return surgical(SURGICAL[0])
+
+
+def prepared(name: str, architecture: str = "test_resnet_nonlocal_s3", **changes: Any) -> RuntimeLatency:
+    """A backend that has the model's export already."""
+    runtime = backend(name, **changes)
+    runtime._exports[surgical(architecture)] = (_state_of(surgical(architecture)), export_of(architecture))
+    return runtime
+
+
+@pytest.fixture
+def without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that loses the blocks."""
+    real = torch.onnx.export
+
+    def broken(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return real(attnsurgery.remove(copy.deepcopy(model)), *args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+
+
+# ---- the comparison
+
+
+@every_runtime
+@pytest.mark.parametrize("architecture", SURGICAL)
+def test_runtime_computes_what_torch_does(name: str, architecture: str) -> None:
+    runtime, one = prepared(name, architecture), export_of(architecture)
+    with runtime._prepared(surgical(architecture)) as call:
+        call()
+    loaded = runtime.load(one)
+    loaded.call()
+    assert compared(one, loaded.outputs(), 1e-4, name) < 1e-4
+    with torch.no_grad():
+        (plain,) = exporting.outputs_of(attnsurgery.remove(moved(surgical(architecture))), one.x_BCHW)
+    with pytest.raises(ExportError, match=r"computes something else in there than in torch: outputs differ by up to"):
+        compared(one, [plain], 1e-3, "there")  # so the blocks do show in what is compared
+
+
+@every_runtime
+@pytest.mark.usefixtures("without_blocks")
+def test_runtime_times_nothing_if_the_export_lost_the_blocks(name: str, model: nn.Module) -> None:
+    runtime = backend(name)
+    runtime.time_block = lambda call, repeats: pytest.fail("timed")  # type: ignore[method-assign]
+    with pytest.raises(ExportError, match=r"the exported ResNet computes something else in .*of the largest"):
+        runtime.measure(model)
+
+
+def test_lost_blocks_would_not_show_in_the_model_as_it_is(model: nn.Module) -> None:
+    x = images(64)
+    with torch.no_grad():
+        assert torch.equal(model(x), attnsurgery.remove(copy.deepcopy(model))(x))
+        awake = moved(model)
+        assert not torch.allclose(awake(x), attnsurgery.remove(copy.deepcopy(awake))(x), rtol=1e-2)
+
+
+def test_moved_copy_has_no_constant_parameter_and_leaves_the_model_alone(model: nn.Module) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    copied = moved(model)
+    for key, value in copied.named_parameters():
+        assert not bool((value == 0).all() | (value == 1).all()), key
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), moved(model).parameters(), strict=True))
+    trained = move_gates(copy.deepcopy(model))
+    for key, value in moved(trained).named_parameters():
+        constant = (trained.get_parameter(key) == 0).all() | (trained.get_parameter(key) == 1).all()
+        assert bool(constant) or torch.equal(value, trained.get_parameter(key)), key
+
+
+def one_of(*outputs: torch.Tensor) -> Exported:
+    return Exported(b"", "Net", torch.zeros(1), outputs)
+
+
+def test_outputs_of_other_shape_or_that_are_not_finite_are_no_match() -> None:
+    good = torch.tensor([1.0, -4.0])
+    assert compared(one_of(good, good), [good, good + 0.001], 1e-3, "R") == pytest.approx(0.001 / 4, rel=1e-3)
+    for got in ([good], [good, good[None]]):
+        with pytest.raises(ExportError, match="outputs of shapes"):
+            compared(one_of(good, good), got, 1e-3, "R")
+    for got_one in (good * torch.nan, good + 1):
+        with pytest.raises(ExportError, match="computes something else in R"):
+            compared(one_of(good), [got_one], 1e-3, "R")
+    with pytest.raises(ExportError, match="not finite in torch"):
+        compared(one_of(good * torch.inf), [good], 1e-3, "R")
+    assert compared(one_of(good * 0), [good * 0], 1e-3, "R") == 0.0
+    with pytest.raises(ExportError, match="computes something else"):
+        compared(one_of(good * 0), [good], 1e-3, "R")
+
+
+# ---- the backends
+
+
+@every_runtime
+def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
+    runtime = prepared(name)
+    before = copy.deepcopy(model.state_dict())
+    found = runtime.compare(model, model)
+    assert found.variant.p50_ms > 0
+    assert found.ratio > 0
+    assert found.base.runs > 0
+    assert {name, "torch"} <= set(found.base.versions)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_model_is_exported_once_until_it_changes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(runtimes, "exported", lambda model, *rest: (seen.append(model), export_of(SURGICAL[0]))[1])
+    one, runtime = copy.deepcopy(model), backend("onnxruntime")
+    runtime.measure(one)
+    runtime.compare(one, one)
+    assert len(seen) == 1
+    with torch.no_grad():
+        next(one.parameters()).mul_(1.5)
+    assert (runtime._exported(one), len(seen)) == (export_of(SURGICAL[0]), 2)
+    runtime._exported(attnsurgery.remove(one))
+    assert len(seen) == 3
+    with torch.inference_mode():
+        untold = copy.deepcopy(model)
+    for number in (4, 5):  # tensors that do not count their changes
+        runtime._exported(untold)
+        assert len(seen) == number
+    del one, untold, seen[:]
+    gc.collect()
+    assert not len(runtime._exports)
+
+
+@every_runtime
+def test_runtime_takes_the_threads_of_the_conditions(name: str, model: nn.Module) -> None:
+    runtime = prepared(name, threads=2)
+    asked: dict[str, Any] = {}
+    if name == "onnxruntime":
+        real = runtime.runtime.InferenceSession
+
+        def session(source: Any, options: Any, **kwargs: Any) -> Any:
+            asked.update(intra=options.intra_op_num_threads, inter=options.inter_op_num_threads)
+            return real(source, options, **kwargs)
+
+        runtime.runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=session)
+    else:
+        core = runtime.runtime.Core()
+
+        def compile_model(*args: Any) -> Any:
+            made = core.compile_model(*args)
+            keys = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "INFERENCE_PRECISION_HINT")
+            asked.update({key: made.get_property(key) for key in keys})
+            return made
+
+        inner = SimpleNamespace(compile_model=compile_model, read_model=core.read_model)
+        runtime.runtime = SimpleNamespace(Core=lambda: inner, Tensor=runtime.runtime.Tensor)
+    runtime.load(runtime._exported(model)).call()
+    assert list(asked.values())[:2] == [2, 1], asked
+    assert "f32" in str(asked.get("INFERENCE_PRECISION_HINT", "f32")) or "float32" in str(asked)
+
+
+def test_outputs_of_a_bound_session_are_of_the_last_call() -> None:
+    runtime, one = backend("onnxruntime"), export_of(SURGICAL[0])
+    loaded = runtime.load(one)
+    loaded.call()
+    (output,) = loaded.outputs()
+    output.zero_()
+    loaded.call()
+    assert torch.allclose(output, one.outputs[0], rtol=1e-3, atol=1e-4)
+
+
+def test_every_output_of_a_model_with_many_is_compared() -> None:
+    many = timm.create_model("test_resnet", features_only=True).eval()
+    one = exported(many, (1, *SIZE), torch.float32, "onnxruntime")
+    assert len(one.outputs) > 2
+    for name in ON_CPU:
+        runtime = backend(name)
+        runtime._exports[many] = (_state_of(many), one)
+        with runtime._prepared(many) as call:
+            call()
+
+
+def test_weights_too_large_for_one_message_go_into_a_file_of_their_own(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
+    one = exported(model, (1, *SIZE), torch.float32, "onnxruntime")
+    assert isinstance(one.source, str)
+    folder = Path(one.source).parent
+    assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
+    for name in ON_CPU:
+        runtime = backend(name)
+        runtime._exports[model] = (_state_of(model), one)
+        with runtime._prepared(model) as call:
+            call()
+    del one, runtime, call
+    gc.collect()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "conditions", "message"),
+    [
+        ("onnxruntime", {"mode": "compile"}, "ONNX Runtime has one mode of its own, not 'compile'. Use --mode eager"),
+        ("openvino", {"mode": "compile"}, "OpenVINO has one mode"),
+        ("onnxruntime", {"dtype": "bfloat16"}, r"ONNX Runtime on a CPU is measured in float32.*Use --dtype float32"),
+        ("openvino", {"dtype": "float16"}, "OpenVINO on a CPU is measured in float32"),
+        ("openvino", {"device": "cuda"}, "OpenVINO is measured on cpu, not on 'cuda'"),
+        ("tensorrt", {}, "TensorRT is measured on cuda, not on 'cpu'"),
+        ("onnxruntime", {"channels_last": True}, "chooses the memory layout itself"),
+        ("openvino", {"cold_cache": True}, "a cold cache is not measured"),
+    ],
+)
+def test_conditions_that_a_runtime_lacks_are_refused(name: str, conditions: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        backend(name, **conditions)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "conditions"),
+    [
+        ("onnxruntime", "onnxruntime", {}),
+        ("openvino", "openvino", {}),
+        ("tensorrt", "onnxruntime", {"device": "cuda"}),
+    ],
+)
+def test_missing_runtime_names_its_extra(
+    name: str, module: str, conditions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, module)
+    with pytest.raises(UsageError, match=rf"'{module}'.*pip install 'attnsurgery\[{name}\]'"):
+        backend(name, **conditions)
+
+
+def test_missing_exporter_names_the_extra_of_the_runtime(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = backend("openvino")
+    hide(monkeypatch, "onnxscript")
+    with pytest.raises(UsageError, match=r"'onnxscript'.*attnsurgery\[openvino\]"):
+        runtime.measure(model)
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    real = importlib.import_module
+
+    def load(name: str, *args: Any) -> Any:
+        if name == hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("onnxruntime", "onnxruntime-gpu"), ("tensorrt", "tensorrt")])
+def test_build_without_the_provider_names_the_extra_that_has_it(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match=rf"has no \w+ExecutionProvider; it has CPU.*attnsurgery\[{extra}\]"):
+        backend(name, device="cuda")
+
+
+def test_catalog_lists_the_runtimes_without_importing_them() -> None:
+    assert {"onnxruntime", "openvino", "tensorrt"} <= set(LATENCY)
+    for module in ("onnxruntime", "openvino", "tensorrt", "exported", "runtime"):
+        source = Path(attnsurgery.__file__).parent / "latency" / f"{module}.py"
+        lines = source.read_text().splitlines()
+        assert not {"import onnxruntime", "import openvino", "import onnx", "import tensorrt"} & set(lines)
+
+
+def test_model_that_cannot_be_exported_says_so() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(UsageError, match=r"torch\.onnx cannot export Odd: "):
+        backend("onnxruntime").measure(Odd())
+    with pytest.raises(UsageError, match="Linear cannot take an input of 3x64x64"):
+        backend("onnxruntime").measure(nn.Linear(3, 3))
+
+
+def test_runtime_that_fails_is_a_usage_error_and_a_fault_of_the_device_is_not(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = prepared("onnxruntime")
+    monkeypatch.setattr(runtime, "load", raising(Exception("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED")))
+    with pytest.raises(UsageError, match=r"ONNX Runtime cannot run ResNet under the conditions.*NOT_IMPLEMENTED"):
+        runtime.measure(model)
+    monkeypatch.setattr(runtime, "load", raising(RuntimeError("CUDA error: an illegal memory access")))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runtime.measure(model)
+
+
+def raising(error: Exception) -> Callable[[Exported], Loaded]:
+    def load(one: Exported) -> Loaded:
+        raise error
+
+    return load
+
+
+# ---- CUDA, as far as it goes without: what is asked of ONNX Runtime
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    waited: list[str] = []
+    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
+    return waited
+
+
+def test_cuda_provider_gets_the_conditions_and_a_block_waits_for_the_device(cuda: list[str]) -> None:
+    conditions = Conditions(device="cuda:1", dtype="float16", channels_last=True, tf32=True)
+    runtime = OnnxRuntimeLatency(conditions)
+    name, options = runtime.providers()[0]
+    assert name == "CUDAExecutionProvider"
+    assert (options["device_id"], options["use_tf32"], options["prefer_nhwc"]) == (1, 1, 1)
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    tuned = OnnxRuntimeLatency(dataclasses.replace(conditions, cudnn_benchmark=True)).providers()[0][1]
+    assert tuned["cudnn_conv_algo_search"] == "EXHAUSTIVE"
+    calls: list[int] = []
+    runtime.time_block(lambda: calls.append(len(cuda)), 3)
+    assert calls == [0, 0, 0]
+    assert cuda == ["cuda:1"]
+
+
+@pytest.mark.usefixtures("cuda")
+def test_tensorrt_is_asked_first_and_then_cuda() -> None:
+    runtime = TensorRtLatency(Conditions(device="cuda", dtype="float16"))
+    (first, options), (second, _), (third, _) = runtime.providers()
+    assert (first, second, third) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options["trt_fp16_enable"]
+    assert not options["trt_bf16_enable"]
+    with pytest.raises(UsageError, match="TensorRT chooses the memory layout"):
+        TensorRtLatency(Conditions(device="cuda", dtype="float16", channels_last=True))
+
+
+def test_session_that_fell_back_to_another_provider_is_refused(request: pytest.FixtureRequest) -> None:
+    one = export_of(SURGICAL[0])
+    request.getfixturevalue("cuda")
+    runtime = OnnxRuntimeLatency(Conditions(device="cuda", input_size=SIZE))
+    fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    runtime.runtime = SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions, InferenceSession=lambda *args, **kwargs: fallen
+    )
+    with pytest.raises(UsageError, match="could not load CUDAExecutionProvider and would run on CPU"):
+        runtime._session_of(one)
+
+
+# ---- ONNX files
+
+
+def test_onnx_file_computes_what_the_model_does(model: nn.Module, tmp_path: Path) -> None:
+    awake, path = move_gates(copy.deepcopy(model)).eval(), tmp_path / "new" / "model.onnx"
+    difference = export_onnx(awake, path, SIZE, batch_size=2)
+    assert difference is not None
+    assert 0 < difference < 1e-4
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"input": images(64).numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(got, awake(images(64)).numpy(), rtol=1e-3, atol=1e-4)
+        assert float((attnsurgery.remove(awake)(images(64)) - torch.from_numpy(got)).abs().max()) > 1e-2
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.usefixtures("without_blocks")
+def test_wrong_onnx_file_is_not_written(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="computes something else in ONNX Runtime"):
+        export_onnx(model, tmp_path / "model.onnx", SIZE)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(model, tmp_path / "model.onnx", SIZE, check=False) is None
+
+
+def test_onnx_file_of_large_weights_has_them_beside_it(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
+    export_onnx(model, tmp_path / "model.onnx", SIZE)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    (got,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": images(64)[:1].numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(got, model(images(64)[:1]).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_export_command_writes_a_checked_onnx_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "test_resnet_se"
+    surgical = timm.create_model(recipe, num_classes=3)
+    write_directory(surgical, tmp_path / "model", architecture=recipe)
+    file = tmp_path / "model.onnx"
+    assert command("export", tmp_path / "model", "--onnx", file, "--check", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["shape"] == [1, 3, 160, 160]
+    assert said["largest_difference"] < 1e-4
+    assert file.exists()
+    assert command("export", tmp_path / "model", "--onnx", file) == 2
+    assert "exists and is never overwritten" in capsys.readouterr().err
+    assert command("export", tmp_path / "model", "--onnx", tmp_path / "b.onnx", "--no-check", "--batch-size", 2) == 0
+    assert "not compared" in capsys.readouterr().out
+    assert command("export", tmp_path / "model", "--onnx", tmp_path / "c.onnx", "--stock") == 2
+    assert command("export", tmp_path / "model", "--onnx", tmp_path / "c.onnx", "--output", tmp_path / "d") == 2
+
+
+# ---- a search
+
+
+def test_search_of_the_embedded_digits_keeps_a_budget_in_onnx_runtime(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SearchConfig(
+        base="test_resnet",
+        budget_ms=100.0,
+        latency="onnxruntime",
+        latency_seconds=0.3,
+        trials=2,
+        epochs=1,
+        base_epochs=1,
+        finalists=1,
+        confirm_seeds=1,
+        input_size=32,
+        threads=1,
+        workers=0,
+        output=str(tmp_path / "run"),
+    )
+    outcome = run(config)
+    assert outcome.trained == 2
+    assert outcome.best is not None
+    assert outcome.confirmation is not None
+    assert "onnxruntime" in outcome.about.versions
+    assert outcome.best.timing is not None
+    capsys.readouterr()
+    assert command("export", tmp_path / "run" / "best", "--onnx", tmp_path / "winner.onnx", "--check", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["largest_difference"] < 1e-4
