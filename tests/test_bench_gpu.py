@@ -20,7 +20,7 @@ DUMMY = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from gpu_bench.pytest_step import run_tests
-from gpu_bench.rows import Refused
+from gpu_bench.rows import NoTime, Refused
 
 HERE = Path(__file__).parent
 
@@ -55,7 +55,11 @@ def dying(rows, tiny):
     made(rows, "after")
 
 def hasty(rows, tiny):
+    def too_long():
+        raise NoTime
+
     rows.make("long", dict, needs_s=1000.0)
+    rows.make("longer", too_long)
 
 def tests(rows, tiny):
     run_tests(rows, HERE / "suite")

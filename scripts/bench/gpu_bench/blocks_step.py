@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_bench.rows import RED, Row, Rows
+from gpu_bench.rows import RED, NoTime, Row, Rows
 
+_RESERVE_S = 4.0
+"""Of the step's time."""
 SCRIPT = Path(__file__).resolve().parents[1] / "blocks.py"
 
 
@@ -16,20 +18,28 @@ def beside(rows: Rows, kind: str) -> Path:
     return rows.path.with_name(rows.path.name.replace("rows-", f"{kind}-", 1))
 
 
-def called(rows: Rows, kind: str, words: list[str]) -> Row:
+def make(rows: Rows, kind: str, words: list[str], most_s: float) -> None:
+    """Run blocks.py, for so long at most; what it has not come to then is left to the next call."""
     path = beside(rows, kind)
-    command = [sys.executable, str(SCRIPT), *words]
-    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
-    count = len(path.read_text().splitlines()) if path.exists() else 0
-    say = f"{count} rows in {path.name}" + (f", but it ended with {code}" if code else "")
-    return {"rows": count, "exit": code, "say": say, **({} if code == 0 and count else {"state": RED})}
+
+    def called() -> Row:
+        command = [sys.executable, str(SCRIPT), *words]
+        try:
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=most_s).returncode
+        except subprocess.TimeoutExpired:
+            raise NoTime from None
+        count = len(path.read_text().splitlines()) if path.exists() else 0
+        say = f"{count} rows in {path.name}" + (f", but it ended with {code}" if code else "")
+        return {"rows": count, "exit": code, "say": say, **({} if code == 0 and count else {"state": RED})}
+
+    rows.make(kind, called)
 
 
 def crossover(rows: Rows, tiny: bool) -> None:
-    words = ["--crossover", "--out", str(beside(rows, "crossover")), "--seconds", "0.02" if tiny else "1"]
-    rows.make("crossover", lambda: called(rows, "crossover", words))
+    words = ["--crossover", "--out", str(beside(rows, "crossover")), "--seconds", "0.02" if tiny else "0.6"]
+    make(rows, "crossover", words, rows.left_s() - _RESERVE_S)
 
 
 def blocks(rows: Rows, tiny: bool) -> None:
     words = ["--rows", str(beside(rows, "blocks")), "--seconds", "0.02" if tiny else "0.5"]
-    rows.make("blocks", lambda: called(rows, "blocks", words))
+    make(rows, "blocks", words, 20.0 if tiny else rows.left_s() - _RESERVE_S)

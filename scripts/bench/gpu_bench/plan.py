@@ -9,7 +9,7 @@ from gpu_bench.runner import Step
 
 STEPS = (
     Step("card", 1, "gpu_bench.card_step:run", 60, 10, "state of the card, software, a first matrix product"),
-    Step("tests", 1, "gpu_bench.pytest_step:run", 120, 25, "pytest -m gpu, a row for each test"),
+    Step("tests", 1, "gpu_bench.pytest_step:run", 140, 25, "pytest -m gpu, a row for each test"),
     Step("search", 1, "gpu_bench.search_steps:search", 90, 30, "a search of 3 trials under the default conditions"),
     Step("search-workers", 1, "gpu_bench.search_steps:search_workers", 100, 40, "the same with two workers"),
     Step(

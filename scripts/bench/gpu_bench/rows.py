@@ -30,6 +30,10 @@ class Refused(Exception):
     """A row that cannot be made, for a reason that is nobody's mistake."""
 
 
+class NoTime(Exception):
+    """A row that was begun, and that time did not last for."""
+
+
 def short(card: str) -> str:
     """A card's name as a part of a file's name: 'NVIDIA H100 80GB HBM3' is h100."""
     return re.sub("[^a-z0-9]+", "-", _NOISE.sub(" ", card).lower()).strip("-") or "unnamed"
@@ -122,6 +126,10 @@ class Rows:
         start = time.monotonic()
         try:
             row, lost = maker(), False
+        except NoTime:
+            self.left_out.append(key)
+            self.begin("")
+            return
         except Refused as reason:
             row, lost = {"state": REFUSED, "say": str(reason)}, False
         except Exception as error:
