@@ -30,6 +30,7 @@ import timm  # noqa: E402  (defines operators)
 import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
 from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
 from tests.lower_end import reasons_to_skip  # noqa: E402
+from tests.summary import pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
 # One small model of each kind of host: image size and the arguments that make it small.
 HOSTS: dict[str, tuple[int, dict[str, Any]]] = {
