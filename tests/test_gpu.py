@@ -238,7 +238,7 @@ def test_more_work_takes_more_time(mode: str) -> None:
 def test_a_model_against_itself_has_a_ratio_of_one(mode: str) -> None:
     """One interval of 20 may miss 1, so of three two at least have to hold it."""
     conditions = Conditions.on("cuda", input_size=(3, 96, 96), mode=mode, batch_size=32)
-    backend, model = backend_for(conditions, effort=Effort(max_seconds=4)), timm.create_model("test_resnet")
+    backend, model = backend_for(conditions, effort=Effort(max_seconds=2)), timm.create_model("test_resnet")
     found = [backend.compare(model, model) for _ in range(3)]
     assert sum(one.ratio_low <= 1 <= one.ratio_high for one in found) >= 2, found
     assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in found), found
@@ -255,12 +255,11 @@ def test_peak_memory_is_that_of_weights_input_and_activations() -> None:
         assert backend.peak_bytes(nn.Sequential(conv, nn.Conv2d(64, 64, 1))) >= weights + images + 2 * maps
 
 
-@pytest.mark.parametrize("mode", ["compile", "compile-cudagraph"])
-def test_every_one_of_ten_candidates_is_compiled(mode: str) -> None:
+def test_every_one_of_ten_candidates_is_compiled() -> None:
     """Dynamo keeps 8 variants of one forward, and runs the ninth eagerly unless it is told better."""
     from torch._dynamo.utils import counters
 
-    backend = backend_for(Conditions.on("cuda", input_size=(3, 32, 32), mode=mode), effort=QUICK)
+    backend = backend_for(Conditions.on("cuda", input_size=(3, 32, 32), mode="compile"), effort=QUICK)
     for depth in range(1, 11):
         counters.clear()
         backend.measure(Net(depth))

@@ -263,9 +263,11 @@ def test_gpu_errs_no_more_than_the_cpu_and_holds_the_identity_start(name: str, d
     tolerated = error_tolerated(relative_error(on_cpu(image.to(dtype)), expected), dtype)
     on_gpu = copy.deepcopy(moved).to("cuda", dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        layout = on_gpu.to(memory_format=memory_format)
         with torch.no_grad():
-            assert relative_error(layout(x.to(memory_format=memory_format)), expected) <= tolerated
+            for weight in on_gpu.parameters():
+                if weight.dim() == 4:  # timm:lambda has five dimensions too, for which this is no format
+                    weight.set_(weight.contiguous(memory_format=memory_format))
+            assert relative_error(on_gpu(x.to(memory_format=memory_format)), expected) <= tolerated
 
 
 @every_block
