@@ -23,6 +23,8 @@ STEPS = (
     Step("killed-worker", 3, "gpu_bench.search_steps:killed_worker", 80, 30, "a search one of whose workers is killed"),
     Step("budget", 3, "gpu_bench.search_steps:budget", 180, 45, "do winners keep to their budgets?"),
     Step("latency-model", 3, "gpu_bench.latency_step:model", 160, 60, "latencies predicted after 40 s of calibration"),
+    Step("ladder", 3, "gpu_bench.costs_step:ladder", 90, 10, "siblings and input sizes, in milliseconds"),
+    Step("slots", 3, "gpu_bench.costs_step:slots", 150, 15, "blocks in wide and in narrow slots"),
     Step("training", 3, "gpu_bench.training_step:run", 75, 15, "images a second of a training step"),
 )
 NAMES = frozenset(step.name for step in STEPS)

@@ -1,0 +1,74 @@
+"""What a slot costs for each block, and what a larger input or a larger sibling costs beside it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+
+import timm
+
+import attnsurgery
+from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.graph.find import input_size_of
+from attnsurgery.latency import Conditions, Effort, backend_for
+from gpu_bench.rows import Refused, Row, Rows
+
+_MODELS = ("resnet50", "resnet33ts", "convnext_tiny", "efficientnet_b0")
+_SLOTS = ("branches", "spatial")
+_BLOCKS = ("se", "timm:eca", "timm:gc")
+_LADDER = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "resnet18", "resnet34")
+_SIZES = (64, 96, 128, 160, 192, 224)
+
+
+def slot(model: str, place: str, block: str, batch: int, seconds: float) -> Row:
+    """The block in every slot of that kind, against the model without it, as a CUDA graph."""
+    base, surgical = (timm.create_model(model).eval() for _ in range(2))
+    size = input_size_of(base)
+    edits = [{"at": f"stage:* {place}", "block": block}]
+    try:
+        attnsurgery.operate(surgical, {"version": 1, "name": "slots", "base": model, "edits": edits})
+        backend = backend_for(Conditions.on("cuda", batch_size=batch, input_size=size), effort=Effort(0.003, seconds))
+        found = backend.compare(base, surgical)
+    except AttnSurgeryError as error:
+        raise Refused(str(error)) from error
+    return {
+        "model": model,
+        "slot": place,
+        "block": block,
+        "batch": batch,
+        "ratio": found.ratio,
+        "ratio_95": [found.ratio_low, found.ratio_high],
+        "base_p50_ms": found.base.p50_ms,
+        "measured_under": backend.conditions.describe(),
+        "say": f"{found.ratio:.3f} x [{found.ratio_low:.3f}, {found.ratio_high:.3f}] of {found.base.p50_ms:.3f} ms",
+    }
+
+
+def rung(model: str, side: int, batch: int, seconds: float) -> Row:
+    """One model at one input size, as a CUDA graph."""
+    built = timm.create_model(model).eval()
+    conditions = Conditions.on("cuda", batch_size=batch, input_size=(3, side, side))
+    found = backend_for(conditions, effort=Effort(0.005, seconds)).measure(built)
+    kept = {name: value for name, value in asdict(found).items() if name not in ("versions", "state")}
+    say = f"{found.p50_ms:.3f} ms, {found.images_per_second:,.0f} images a second, eagerly {found.eager_ms:.3f} ms"
+    return {"model": model, "side": side, "batch": batch, **kept, "card_state": found.state, "say": say}
+
+
+def slots(rows: Rows, tiny: bool) -> None:
+    if tiny:
+        rows.make("test_resnet se branches b1", lambda: slot("test_resnet", "branches", "se", 1, 0.2), 1.0)
+        return
+    for batch, model, block, place in itertools.product((64, 1), _MODELS, _BLOCKS, _SLOTS):
+        rows.make(
+            f"{model} {block} {place} b{batch}",
+            lambda case=(model, place, block, batch): slot(*case, 1.5),  # type: ignore[misc]
+            6.0,
+        )
+
+
+def ladder(rows: Rows, tiny: bool) -> None:
+    if tiny:
+        rows.make("test_resnet 64 b1", lambda: rung("test_resnet", 64, 1, 0.2), 1.0)
+        return
+    for batch, model, side in itertools.product((64, 1), _LADDER, _SIZES):
+        rows.make(f"{model} {side} b{batch}", lambda case=(model, side, batch): rung(*case, 0.6), 4.0)  # type: ignore[misc]
