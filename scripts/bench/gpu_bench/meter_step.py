@@ -49,6 +49,7 @@ def triton_ms(model: torch.nn.Module, conditions: Conditions, flushed: bool) -> 
     try:
         from triton import testing
 
+        torch._dynamo.reset()  # after a few models dynamo would compile no more, and not say so
         with torch.inference_mode():
             subject: Any = copy.deepcopy(model).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
             x = torch.randn(conditions.shape, device="cuda", dtype=torch.bfloat16)
