@@ -224,6 +224,19 @@ def test_batch_dtype_and_layout_reach_the_model() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_channels_last_leaves_weights_of_five_dimensions_alone() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.deep = nn.Conv2d(3, 3, 3), nn.Conv3d(1, 1, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.flat.weight.is_contiguous(memory_format=torch.channels_last)
+            return self.deep(self.flat(x)[:, None])
+
+    assert backend_for(Conditions(input_size=(3, 8, 8), channels_last=True), "cpu", QUICK).measure(Deep()).p50_ms > 0
+
+
 def test_a_model_that_cannot_take_the_input_is_named_with_the_conditions() -> None:
     with pytest.raises(UsageError, match=r"Conv2d cannot run .* input 3x8x8"):
         backend_for(Conditions(input_size=(3, 8, 8)), "cpu", QUICK).measure(nn.Conv2d(4, 4, 1))

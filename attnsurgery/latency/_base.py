@@ -312,7 +312,9 @@ class LatencyBackend(ABC):
         x_BCHW = torch.zeros(conditions.shape, device=conditions.device, dtype=DTYPES[conditions.dtype])
         x_BCHW = x_BCHW.normal_(generator=torch.Generator(conditions.device).manual_seed(0))
         if conditions.channels_last:
-            subject = subject.to(memory_format=torch.channels_last)
+            for tensor in (*subject.parameters(), *subject.buffers()):
+                if tensor.dim() == 4:  # Module.to would ask it of weights with five dimensions too
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         return subject, x_BCHW.contiguous(memory_format=layout)
 
     def _first(self, forward: Callable[[torch.Tensor], Any], x_BCHW: torch.Tensor, model: nn.Module) -> None:
