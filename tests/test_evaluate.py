@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from attnsurgery.evaluate import (
     load_data,
     train,
 )
-from attnsurgery.evaluate.batches import augmented
+from attnsurgery.evaluate.batches import augmented, drawn, shifted
 from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.memory import room_for
+from attnsurgery.evaluate.precision import float32_as
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -244,7 +247,7 @@ def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> 
     model = tiny()
     with torch.no_grad():
         model[1].weight.fill_(float("nan"))
-    with pytest.raises(SearchError, match=r"out of the numbers in epoch 1 of 1"):
+    with pytest.raises(SearchError, match=r"training diverged in epoch 1 of 1 \(loss is nan\)"):
         train(model, digits.train, TrainSettings(epochs=1), seed=0)
 
 
@@ -277,15 +280,20 @@ def test_settings_that_train_nothing_are_refused() -> None:
 
 
 class Cramped(nn.Module):
-    """Has room for so many images at a time."""
+    """Has room for so many images at a time, and for any number in the first `free` forwards."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, inputs: int = 3 * 32 * 32, classes: int = 2, says: str = "") -> None:
         super().__init__()
-        self.room = room
-        self.linear = nn.Linear(3 * 32 * 32, 2)
+        self.room, self.free, self.says = room, 0, says
+        self.forwards = 0
+        self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.room:
+        self.forwards += 1
+        crowded = len(x) > self.room and self.forwards > self.free
+        if crowded and self.says:
+            raise RuntimeError(self.says)
+        if crowded:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         logits: torch.Tensor = self.linear(x.flatten(1))
         return logits
@@ -316,6 +324,100 @@ def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
     with pytest.raises(torch.OutOfMemoryError):
         train(Cramped(1), data.train, TrainSettings(epochs=1, batch_size=8), 0)
+
+
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+@pytest.mark.parametrize("room", [200, 100, 3, 1])
+def test_a_split_that_memory_does_not_hold_is_judged_in_halves_and_no_image_twice(
+    digits: Data, flat_folder: Path, room: int, memory_bytes: int
+) -> None:
+    """256 at a time, then half of that, from the first image that is not judged yet."""
+
+    class Seen(Watch):
+        def __init__(self) -> None:
+            self.steps, self.halves = 0, list[int]()
+
+        def step(self) -> None:
+            self.steps += 1
+
+        def accumulating(self, images: int) -> None:
+            self.halves.append(images)
+
+    split, classes = digits.val, 10
+    if not memory_bytes:
+        split, classes = load_data(str(flat_folder), SMALL, memory_bytes=0, workers=0).train, 2
+    torch.manual_seed(0)
+    model = Cramped(10_000, 768, classes)
+    expected = accuracy(model, split, TrainSettings())
+    size, halves = 256, []
+    while min(size, len(split)) > room:
+        size //= 2
+        halves.append(size)
+    for free in (0, 1):  # from the first batch on, or from the second
+        model.room, model.forwards, model.free, seen = room, 0, free, Seen()
+        top1, loss, correct_N = accuracy(model, split, TrainSettings(), watch=seen)
+        assert torch.equal(correct_N, expected[2])
+        assert (top1, loss) == (expected[0], pytest.approx(expected[1], abs=1e-6))
+        if not free:
+            assert seen.halves == halves
+        assert seen.steps == model.forwards
+
+
+def test_a_single_image_that_memory_does_not_hold_is_out_of_memory(digits: Data) -> None:
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        accuracy(Cramped(0, 768, 10, "CUDA error: out of memory"), digits.val, TrainSettings())
+
+
+def test_what_is_no_lack_of_memory_is_not_tried_again(digits: Data) -> None:
+    model = Cramped(0, 768, 10, "CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        accuracy(model, digits.val, TrainSettings())
+    assert model.forwards == 1
+
+
+def test_judging_can_be_stopped_between_two_batches(digits: Data) -> None:
+    class Stop(Watch):
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+            if self.steps == 2:
+                raise KeyboardInterrupt
+
+    model = Cramped(10_000, 768, 10)
+    with pytest.raises(KeyboardInterrupt):
+        accuracy(model, digits.val, TrainSettings(), watch=Stop())
+    assert model.forwards == 1
+
+
+@pytest.mark.parametrize("name", ["finetune", "blocks"])
+def test_an_evaluator_steps_before_each_batch_that_it_judges(digits: Data, name: str) -> None:
+    """The watch gives signs of life there, and lets others measure."""
+    seen: list[bool] = []
+
+    class Note(Watch):
+        def step(self) -> None:
+            seen.append(model.training)
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    data = replace(digits, train=digits.test)
+    EVALUATORS[name](data, TrainSettings(epochs=1, batch_size=128)).score(model, seed=0, watch=Note())
+    assert seen.count(True) == len(digits.test) // 128
+    assert seen.count(False) == 2, "of the batches that are judged"
+
+
+def test_moves_of_a_batch_are_drawn_on_the_host_and_give_the_same_images() -> None:
+    """The numbers of `augmented` are a search's to the bit, wherever they are drawn."""
+    pixels = torch.randint(256, (32, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moves = drawn(32, (16, 24), True, torch.Generator().manual_seed(5))
+    assert torch.equal(shifted(pixels, *moves), augmented(pixels, True, torch.Generator().manual_seed(5)))
+    top_B, left_B, mirror_B = (move.tolist() for move in moves)
+    assert (set(top_B), set(left_B), set(mirror_B)) == (set(range(5)), set(range(7)), {0, 1})
+    for image, top, left, mirror, got in zip(pixels, top_B, left_B, mirror_B, shifted(pixels, *moves), strict=True):
+        padded = nn.functional.pad(image.float()[None], (3, 3, 2, 2), mode="reflect")[0]
+        window = padded[:, top : top + 16, left : left + 24]
+        assert torch.equal(got, window.flip(2) if mirror else window)
 
 
 class Convolving(nn.Module):
@@ -360,6 +462,68 @@ def test_a_cpu_trains_and_judges_with_channels_last_where_the_model_allows_it(
     assert not any(plain.last)
     assert torch.allclose(model.second.weight, plain.second.weight, atol=1e-5)
     assert loss == pytest.approx(plain_loss, abs=1e-4)
+
+
+class Card:
+    """Has so much free memory, and keeps what is put there apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        self.kept: list[tuple[int, ...]] = []
+        self._empty = torch.empty
+        monkeypatch.setattr(torch, "empty", self.empty)
+
+    def empty(self, *given: object, device: object = None, **named: object) -> torch.Tensor:
+        if str(device).startswith("cuda"):
+            self.kept.append(given[0])  # type: ignore[arg-type]
+        return self._empty(*given, **named)  # type: ignore[call-overload, no-any-return]
+
+
+def test_a_card_keeps_a_quarter_of_its_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, free=4000)
+    room_for((10, 100), torch.uint8, "cuda")
+    assert card.kept == [(10, 100)]
+    room_for((11, 100), torch.uint8, "cuda")
+    room_for((10, 100), torch.float32, "cuda:1")
+    assert card.kept == [(10, 100)], "the others stay on the host"
+
+
+def test_tf32_is_as_the_settings_say_while_a_card_trains_and_afterwards_as_it_was() -> None:
+    def switches() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = switches()
+    for tf32 in (False, True):
+        with float32_as(TrainSettings(device="cuda", tf32=tf32)):
+            assert switches() == (tf32, tf32)
+        assert switches() == before
+    with float32_as(TrainSettings(tf32=True)):
+        assert switches() == before, "a CPU has no say"
+
+
+def test_a_card_has_channels_last_only_where_it_is_asked_for() -> None:
+    model = Convolving(views=False)
+    for asked in (False, True):
+        with ChannelsLast(model, "cuda", asked):
+            assert model.first.weight.is_contiguous(memory_format=torch.channels_last) is asked
+        assert model.first.weight.is_contiguous()
+
+
+def test_a_lack_of_memory_says_nothing_of_the_layout() -> None:
+    """The first forward tries the layout; one that memory ends is not it."""
+    model = Convolving(views=True)
+    x = torch.zeros(2, 3, 16, 16)
+
+    def lacks(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    with ChannelsLast(model, "cpu") as layout:
+        with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+            layout.run(lacks, x)
+        layout.run(model, x)
+    assert model.last == [True, False]
 
 
 def test_fitting_a_head_moves_the_head_alone_and_makes_it_better_than_none(digits: Data) -> None:

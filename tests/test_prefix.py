@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import attnsurgery
-from attnsurgery.evaluate import EVALUATORS, Data, TrainSettings, load_data
-from attnsurgery.evaluate.blocks_only import blocks_and_norms
+from attnsurgery.evaluate import EVALUATORS, Data, TrainSettings, Watch, load_data
+from attnsurgery.evaluate.blocks_only import Kept, blocks_and_norms
 from attnsurgery.evaluate.prefix import Prefix
 from attnsurgery.evaluate.preprocess import Preprocessing
 from tests.conftest import wake
@@ -135,3 +135,47 @@ def test_blocks_that_learn_raise_the_score_of_a_trained_base(digits: Data) -> No
     untouched = EVALUATORS["blocks"](digits, TrainSettings(epochs=1, lr=1e-12)).score(copy.deepcopy(model), seed=0)
     learned = EVALUATORS["blocks"](digits, settings).score(model, seed=0)
     assert learned.loss < untouched.loss
+
+
+@torch.no_grad()
+def test_features_that_memory_does_not_hold_at_once_are_computed_in_halves(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Heard(Watch):
+        def __init__(self) -> None:
+            self.steps, self.halves = 0, list[int]()
+
+        def step(self) -> None:
+            self.steps += 1
+
+        def accumulating(self, images: int) -> None:
+            self.halves.append(images)
+
+    prefix = Prefix.find(surgical("test_resnet", "stage:4 branches"), torch.randn(4, 3, 32, 32))
+    assert prefix is not None
+    whole, heard = Kept(digits.val, prefix, TrainSettings()), Heard()
+    features = prefix.features
+
+    def cramped(x_BCHW: torch.Tensor) -> torch.Tensor:
+        if len(x_BCHW) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return features(x_BCHW)
+
+    monkeypatch.setattr(prefix, "features", cramped)
+    halves = Kept(digits.val, prefix, TrainSettings(), heard)
+    assert heard.halves == [32, 16, 8, 4]
+    assert heard.steps >= len(digits.val) / 4
+    for (one, labels), (other, same) in zip(whole.eval_batches(50, "cpu"), halves.eval_batches(50, "cpu"), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+        assert torch.equal(labels, same)
+
+
+def test_a_broken_device_is_not_taken_for_a_module_that_cannot_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Skipping().eval()
+
+    def breaks(self: Prefix, x_BCHW: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Prefix, "features", breaks)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Prefix.find(model, torch.randn(4, 3, 5, 5))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,9 +15,13 @@ from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.search import Listener
+from attnsurgery.search.prepare import assemble
 from attnsurgery.search.report.proxies import section
+from attnsurgery.search.trial import proxies
+from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
-from tests._searches import outcome, search
+from tests._searches import outcome, search, small_search, write_images, write_space
 
 SIZE = (3, 64, 64)
 
@@ -44,6 +50,56 @@ def test_the_gradient_norm_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Cramped(nn.Module):
+    """Has room for so many images at a time, and a batch norm."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.room = room
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.room:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        logits: torch.Tensor = self.layers(x)
+        return logits
+
+
+@pytest.mark.parametrize("room", [5, 2, 1])
+def test_the_gradient_norm_of_a_batch_that_memory_does_not_hold_is_that_of_the_whole(room: int) -> None:
+    x_BCHW, labels_B = torch.randn(11, 3, 8, 8), torch.arange(11) % 3
+    whole = grad_norm(Cramped(11), x_BCHW, labels_B)
+    assert grad_norm(Cramped(room), x_BCHW, labels_B) == pytest.approx(whole, rel=1e-5)
+    assert grad_norm(Cramped(11), x_BCHW[:room], labels_B[:room]) != pytest.approx(whole, rel=1e-2)
+
+
+def test_proxies_that_memory_does_not_hold_are_left_out_and_a_broken_device_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, space = write_images(tmp_path / "images"), write_space(tmp_path)
+    bench = assemble(small_search(images, space, tmp_path / "run"), Listener())
+    edits = [Edit.model_validate({"at": "layer3.0", "block": "se"})]
+    recipe = Recipe(version=1, name="x", base="test_resnet", edits=edits)
+    watch = Watching(Listener(), lambda: False)
+    model = operated().train()
+    assert set(proxies(bench, recipe, model, watch)) == {"grad_norm", "synflow"}
+
+    def fails(message: str) -> Callable[..., float]:
+        def fail(*given: object, **named: object) -> float:
+            raise RuntimeError(message)
+
+        return fail
+
+    monkeypatch.setattr("attnsurgery.search.trial.synflow", fails("CUDA out of memory."))
+    assert set(proxies(bench, recipe, model, watch)) == {"grad_norm"}
+    monkeypatch.setattr("attnsurgery.search.trial.grad_norm", fails("derivative not implemented"))
+    assert proxies(bench, recipe, model, watch) == {}
+    monkeypatch.setattr("attnsurgery.search.trial.synflow", fails("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        proxies(bench, recipe, model, watch)
 
 
 def test_a_block_that_is_still_shut_adds_its_gates_gradient_and_takes_nothing() -> None:

@@ -15,7 +15,9 @@ import pytest
 
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
+from attnsurgery.search.launch.processes import end_of
 from attnsurgery.search.record import trained
+from attnsurgery.search.trial import reason_of
 from tests._searches import change, small_search, write_images, write_space
 from tests.plugins.attnsurgery_dummy import Dummy
 
@@ -170,6 +172,30 @@ def test_what_a_worker_cannot_do_ends_the_search_with_its_reason(config: SearchC
     (tmp_path / "images" / "dark" / "0.png").write_bytes(b"no image")
     with pytest.raises(SearchError, match=r"1 of \d+ images cannot be read: dark/0.png"):
         run(change(config, evaluator="finetune"))
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "out_of_memory"),
+    [
+        (-9, "", True),
+        (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        (1, "RuntimeError: CUDA error: an illegal memory access was encountered", False),
+        (-6, "", False),
+    ],
+)
+def test_how_a_worker_ended_tells_whether_half_a_batch_may_help(
+    tmp_path: Path, code: int, last: str, out_of_memory: bool
+) -> None:
+    (tmp_path / "worker-0.log").write_text(f"a warning\n{last}\n" if last else "")
+    gone = end_of(code, tmp_path / "worker-0.log")
+    assert gone.out_of_memory is out_of_memory
+    assert gone.reason.endswith(last)
+
+
+def test_the_reason_of_a_fault_is_what_the_device_says_and_not_how_to_look_for_kernels() -> None:
+    said = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported."
+    assert reason_of(RuntimeError(said)) == "CUDA error: unspecified launch failure"
+    assert reason_of(ValueError("one line\nand another")) == "one line and another"
 
 
 def test_a_worker_ends_when_its_search_is_gone() -> None:

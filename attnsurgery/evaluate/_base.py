@@ -69,13 +69,13 @@ class Watch:
     """Looks on while a model trains; whatever a method raises ends the training and comes out."""
 
     def step(self) -> None:
-        """Before each batch."""
+        """Before each batch, trained on or judged by."""
 
     def epoch(self, epoch: Epoch) -> None:
         """After each epoch."""
 
     def accumulating(self, images: int) -> None:
-        """Memory ran out: from now on a batch is passed in pieces of at most so many images."""
+        """Memory ran out: from now on at most so many images are passed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Evaluator(ABC):
         """Train `model` in place, then measure it on the split called `on`.
 
         Raises:
-            SearchError: training went out of the numbers.
+            SearchError: training diverged.
         """
 
     def split(self, name: SplitName) -> Split:

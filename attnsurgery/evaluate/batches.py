@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from attnsurgery.errors import SearchError
+from attnsurgery.evaluate.memory import current, moved, room_for
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.evaluate.source import Source
 
@@ -41,6 +42,7 @@ class Split(ABC):
         self.labels = torch.tensor(source.labels, dtype=torch.long)
         self.preprocessing = preprocessing
         self.flip = flip
+        self._mean_and_std: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,25 +55,32 @@ class Split(ABC):
         picks = [order_N[start : start + size] for start in range(0, len(self) - size + 1, size)]
         return self._load(picks, device, generator)
 
-    def eval_batches(self, batch_size: int, device: str) -> Iterator[Batch]:
-        """Every image once, in the order of `ids`, as it is."""
-        return self._load(list(torch.split(torch.arange(len(self)), batch_size)), device, None)
+    def eval_batches(self, batch_size: int, device: str, start: int = 0) -> Iterator[Batch]:
+        """Every image from number `start` on once, in the order of `ids`, as it is."""
+        return self._load(list(torch.split(torch.arange(start, len(self)), batch_size)), device, None)
 
     @abstractmethod
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]: ...
 
     def _normalised(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 to float with the model's mean and std."""
-        count = self.preprocessing.input_size[0]
-        mean, std = (
-            torch.tensor([values[i % len(values)] for i in range(count)], device=pixels_BCHW.device).view(1, -1, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
+        if pixels_BCHW.device not in self._mean_and_std:
+            count = self.preprocessing.input_size[0]
+            with torch.inference_mode(False):  # training takes them too
+                mean, std = (
+                    torch.tensor([values[i % len(values)] for i in range(count)]).view(1, -1, 1, 1)
+                    for values in (self.preprocessing.mean, self.preprocessing.std)
+                )
+                self._mean_and_std[pixels_BCHW.device] = mean.to(pixels_BCHW.device), std.to(pixels_BCHW.device)
+        mean, std = self._mean_and_std[pixels_BCHW.device]
         return (pixels_BCHW.float() / 255.0 - mean) / std
 
 
 class MemorySplit(Split):
-    """Decoded once into a uint8 tensor, when it is first needed or asked to; augmented a batch at a time."""
+    """Decoded once into a uint8 tensor, when it is first needed or asked to; augmented a batch at a time.
+
+    A CUDA device keeps the pixels too, where they leave room for all else.
+    """
 
     def __init__(
         self, source: Source, preprocessing: Preprocessing, flip: bool, on_progress: OnProgress | None = None
@@ -91,18 +100,28 @@ class MemorySplit(Split):
         return self._resident["cpu"]
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
-        pixels_NCHW = self._on(device)
+        pixels_NCHW = self._kept_for(device)
         for picks_B in picks:
-            x_BCHW = pixels_NCHW[picks_B.to(pixels_NCHW.device)]
+            numbers = [picks_B, self.labels[picks_B]]
             if augment is not None:
-                x_BCHW = augmented(x_BCHW, self.flip, augment)
-            yield self._normalised(x_BCHW), self.labels[picks_B].to(device)
+                numbers += drawn(len(picks_B), pixels_NCHW.shape[2:], self.flip, augment)
+            there_B, labels_B, *moves = moved(torch.stack(numbers), device)  # all that a batch needs, in one copy
+            if pixels_NCHW.device == there_B.device:
+                x_BCHW = pixels_NCHW[there_B]
+            else:
+                x_BCHW = moved(pixels_NCHW[picks_B], device)
+            if augment is not None:
+                x_BCHW = shifted(x_BCHW, *moves)
+            yield self._normalised(x_BCHW), labels_B
 
-    def _on(self, device: str) -> torch.Tensor:
-        if torch.device(device).type == "cpu":
-            return self.decode()
+    def _kept_for(self, device: str) -> torch.Tensor:
+        """The pixels, on the device or else on the host, as was decided when they were first asked for."""
+        pixels_NCHW = self.decode()
         if device not in self._resident:
-            self._resident[device] = self.decode().to(device)
+            with torch.inference_mode(False):
+                room_NCHW = room_for(pixels_NCHW.shape, pixels_NCHW.dtype, device)
+                on_host = room_NCHW.device.type == "cpu"
+                self._resident[device] = pixels_NCHW if on_host else room_NCHW.copy_(pixels_NCHW)
         return self._resident[device]
 
 
@@ -124,8 +143,15 @@ class FileSplit(Split):
             num_workers=self._workers,
             pin_memory=torch.device(device).type == "cuda",
         )
-        for x_BCHW, labels_B in loader:
-            yield self._normalised(x_BCHW.to(device, non_blocking=True)), labels_B.to(device, non_blocking=True)
+        with current(device):  # where its thread pins memory
+            batches = iter(loader)
+        while True:
+            with current(device):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            x_BCHW, labels_B = (tensor.to(device, non_blocking=True) for tensor in batch)
+            yield self._normalised(x_BCHW), labels_B
 
 
 class _Images(Dataset[tuple[torch.Tensor, int]]):
@@ -188,15 +214,27 @@ def decode_all(source: Source, preprocessing: Preprocessing, on_progress: OnProg
 
 def augmented(pixels_BCHW: torch.Tensor, flip: bool, generator: torch.Generator) -> torch.Tensor:
     """Each image shifted by its own offset (borders mirrored) and, if `flip`, mirrored with probability 1/2."""
+    batch, _, *size = pixels_BCHW.shape
+    return shifted(pixels_BCHW, *(moves_B.to(pixels_BCHW.device) for moves_B in drawn(batch, size, flip, generator)))
+
+
+def drawn(batch: int, size: Sequence[int], flip: bool, generator: torch.Generator) -> list[torch.Tensor]:
+    """By how many rows and columns each image is shifted, and 1 where it is mirrored, else 0; all (B,), on the host."""
+    top_B, left_B = (torch.randint(2 * (side // _SHIFT) + 1, (batch,), generator=generator) for side in size)
+    mirror_B = torch.rand(batch, generator=generator) < (0.5 if flip else 0.0)
+    return [top_B, left_B, mirror_B.long()]
+
+
+def shifted(
+    pixels_BCHW: torch.Tensor, top_B: torch.Tensor, left_B: torch.Tensor, mirror_B: torch.Tensor
+) -> torch.Tensor:
+    """Each image moved as `drawn` says."""
     batch, _, height, width = pixels_BCHW.shape
     device = pixels_BCHW.device
     reach_h, reach_w = height // _SHIFT, width // _SHIFT
-    top_B = torch.randint(2 * reach_h + 1, (batch, 1), generator=generator).to(device)
-    left_B = torch.randint(2 * reach_w + 1, (batch, 1), generator=generator).to(device)
-    mirror_B = torch.rand(batch, 1, generator=generator).to(device) < (0.5 if flip else 0.0)
     columns_BW = torch.arange(width, device=device).expand(batch, -1)
-    columns_BW = torch.where(mirror_B, width - 1 - columns_BW, columns_BW) + left_B
-    rows_BH = torch.arange(height, device=device) + top_B
+    columns_BW = torch.where(mirror_B[:, None] > 0, width - 1 - columns_BW, columns_BW) + left_B[:, None]
+    rows_BH = torch.arange(height, device=device) + top_B[:, None]
     padded = F.pad(pixels_BCHW.float(), (reach_w, reach_w, reach_h, reach_h), mode="reflect")
     index_B = torch.arange(batch, device=device)[:, None, None]
     shifted_BHWC = padded.permute(0, 2, 3, 1)[index_B, rows_BH[:, :, None], columns_BW[:, None, :]]

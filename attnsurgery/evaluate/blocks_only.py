@@ -12,15 +12,18 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, Watch
+from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Batch, Split
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.frozen import only
 from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.memory import halving, moved, room_for
+from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.prefix import Prefix
 
 KEPT_BYTES = 4 * 2**30
-"""Features of all images may take so much memory; more, and they are computed in every epoch."""
+"""Features of all images may take so much memory; more, and they are computed in every epoch. What is free does not
+matter here: training on kept features gives other scores, for their images are not augmented."""
 _BATCH = 64
 
 
@@ -45,7 +48,7 @@ class BlocksOnly(Evaluator):
         with only(blocks_and_norms(model), model):
             if prefix is None or size * (len(self.data.train) + len(judged)) > KEPT_BYTES:
                 train(model, self.data.train, settings, seed, watch)
-                top1, loss, correct_N = accuracy(model, judged, settings)
+                top1, loss, correct_N = accuracy(model, judged, settings, watch=watch)
             else:
                 shape = some.shape[1:]
 
@@ -54,28 +57,51 @@ class BlocksOnly(Evaluator):
                         logits: torch.Tensor = model(features.new_zeros(()).expand(len(features), *shape))
                     return logits
 
-                train(model, Kept(self.data.train, prefix, settings.device, watch), settings, seed, watch, forward)
-                top1, loss, correct_N = accuracy(model, Kept(judged, prefix, settings.device, watch), settings, forward)
+                train(model, Kept(self.data.train, prefix, settings, watch), settings, seed, watch, forward)
+                kept = Kept(judged, prefix, settings, watch)
+                top1, loss, correct_N = accuracy(model, kept, settings, forward, watch)
         return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N)
 
 
 class Kept(Split):
-    """A split whose images are features of a prefix, computed once."""
+    """A split whose images are features of a prefix, computed once.
 
-    def __init__(self, split: Split, prefix: Prefix, device: str, watch: Watch | None = None) -> None:
+    They lie on the device where they leave room for all else, or else on the host, which changes no number.
+    """
+
+    def __init__(self, split: Split, prefix: Prefix, settings: TrainSettings, watch: Watch | None = None) -> None:
         self.ids = split.ids
         self.labels = split.labels
-        parts = []
-        with torch.no_grad(), ChannelsLast(prefix.model, device) as layout:
-            for x_BCHW, _ in split.eval_batches(_BATCH, device):
-                if watch:
-                    watch.step()
-                parts.append(layout.run(prefix.features, x_BCHW))
-        self._features_N = torch.cat(parts)
+        watch = watch or Watch()
+        device, done = settings.device, 0
+        room: torch.Tensor | None = None
+
+        def go_on(size: int) -> None:
+            nonlocal done, room
+            for x_BCHW, _ in split.eval_batches(size, device, done):
+                watch.step()
+                features_B = layout.run(prefix.features, x_BCHW)
+                if room is None:
+                    room = room_for((len(split), *features_B.shape[1:]), features_B.dtype, device)
+                room[done : done + len(features_B)].copy_(features_B)
+                done += len(features_B)
+
+        with (
+            torch.no_grad(),
+            ChannelsLast(prefix.model, device, settings.channels_last) as layout,
+            float32_as(settings),
+        ):
+            halving(go_on, _BATCH, settings.pieces, on_half=watch.accumulating)
+        assert room is not None, "a split has images"
+        self._features_N = room
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
         for picks_B in picks:
-            yield self._features_N[picks_B.to(self._features_N.device)], self.labels[picks_B].to(device)
+            there_B, labels_B = moved(torch.stack([picks_B, self.labels[picks_B]]), device)
+            if self._features_N.device == there_B.device:
+                yield self._features_N[there_B], labels_B
+            else:
+                yield moved(self._features_N[picks_B], device), labels_B
 
 
 def blocks_and_norms(model: nn.Module) -> list[nn.Parameter]:

@@ -24,6 +24,9 @@ from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.memory import free_memory, halving
+from attnsurgery.evaluate.precision import autocast, float32_as
+from attnsurgery.faults import Fault, fault_of
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
@@ -39,7 +42,7 @@ class FineTune(Evaluator):
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
         train(model, self.data.train, self.settings, seed, watch)
-        top1, loss, correct_N = accuracy(model, self.split(on), self.settings)
+        top1, loss, correct_N = accuracy(model, self.split(on), self.settings, watch=watch)
         return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N)
 
 
@@ -82,7 +85,8 @@ def train(
     model.train()
     with (
         torch.random.fork_rng(devices=_cuda_devices(settings.device)),
-        ChannelsLast(model, settings.device) as layout,
+        ChannelsLast(model, settings.device, settings.channels_last) as layout,
+        float32_as(settings),
     ):
         pieces = min(settings.pieces, max(1, settings.batch_size // _LEAST_PIECE))
         run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces)
@@ -140,7 +144,7 @@ class _Run:
         mean = float(total) / max(1, count)  # one synchronisation an epoch
         if not math.isfinite(mean):
             raise SearchError(
-                f"training went out of the numbers in epoch {epoch + 1} of {settings.epochs} (loss {mean}). "
+                f"training diverged in epoch {epoch + 1} of {settings.epochs} (loss is {mean}). "
                 f"A smaller learning rate than {settings.lr:g} may help."
             )
         return mean
@@ -151,19 +155,19 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._in_pieces(x_BCHW, labels_B)
-            except torch.OutOfMemoryError:
-                if len(labels_B) // (2 * self.pieces) < _LEAST_PIECE:
+            except Exception as error:
+                lacking = fault_of(error) is Fault.OUT_OF_MEMORY
+                if not lacking or len(labels_B) // (2 * self.pieces) < _LEAST_PIECE:
                     raise
             self.pieces *= 2  # out of the handler, whose traceback holds on to the memory
-            if torch.device(self.settings.device).type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
             self.watch.accumulating(math.ceil(len(labels_B) / self.pieces))
 
     def _in_pieces(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=labels_B.device)
         pieces = zip(x_BCHW.tensor_split(self.pieces), labels_B.tensor_split(self.pieces), strict=True)
         for (x_PCHW, labels_P), forward in itertools.product(pieces, self.forwards):
-            with _autocast(self.settings):
+            with autocast(self.settings):
                 logits_PK = self.layout.run(forward, x_PCHW)
                 loss = F.cross_entropy(logits_PK.float(), labels_P, label_smoothing=self.settings.label_smoothing)
             loss = loss * (len(labels_P) / len(labels_B) / len(self.forwards))
@@ -173,30 +177,50 @@ class _Run:
 
 
 def accuracy(
-    model: nn.Module, split: Split, settings: TrainSettings, forward: Forward | None = None
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    forward: Forward | None = None,
+    watch: Watch | None = None,
 ) -> tuple[float, float, torch.Tensor]:
     """Top-1 from 0 to 1, mean cross-entropy, and which images were right as (N,) booleans.
 
+    Where memory does not hold a batch, the images that are left are taken in batches of half the size.
+
+    Args:
+        forward: from a batch of the split to logits; by default the model itself.
+        watch: its `step` is called before each batch.
+
     Raises:
         SearchError: the model's outputs are not finite.
+        torch.OutOfMemoryError and others: one image at a time is too many.
     """
     model.to(settings.device).eval()
-    correct, losses = [], []
-    with ChannelsLast(model, settings.device) as layout, torch.inference_mode():
-        for x_BCHW, labels_B in split.eval_batches(_EVAL_BATCH, settings.device):
-            with _autocast(settings):
+    watch = watch or Watch()
+    correct: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+
+    def go_on(size: int) -> None:
+        done = sum(map(len, losses))
+        for x_BCHW, labels_B in split.eval_batches(size, settings.device, done):
+            watch.step()
+            with autocast(settings):
                 logits_BK = layout.run(forward or model, x_BCHW).float()
-            correct.append((logits_BK.argmax(dim=1) == labels_B).cpu())
-            losses.append(F.cross_entropy(logits_BK, labels_B, reduction="none").cpu())
+            right_B = (logits_BK.argmax(dim=1) == labels_B).float()
+            found = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
+            correct.append(found[0] > 0)
+            losses.append(found[1])
+
+    with (
+        ChannelsLast(model, settings.device, settings.channels_last) as layout,
+        float32_as(settings),
+        torch.inference_mode(),
+    ):
+        halving(go_on, _EVAL_BATCH, settings.pieces, on_half=watch.accumulating)
     correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
     if not math.isfinite(loss):
         raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
     return float(correct_N.float().mean()), loss, correct_N
-
-
-def _autocast(settings: TrainSettings) -> torch.autocast:
-    kind = torch.device(settings.device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.amp and kind == "cuda")
 
 
 def _cuda_devices(device: str) -> list[torch.device]:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from attnsurgery.faults import fault_of
+
 _TRIES = 32
 """Modules, from the last one backwards, that are tried as the one that hands over."""
 
@@ -60,7 +62,9 @@ class Prefix:
             try:
                 with found.handed_over(found.features(fewer)):
                     got = model(torch.zeros_like(fewer))
-            except Exception:  # zeros where a forward asks for more than a shape
+            except Exception as error:  # zeros where a forward asks for more than a shape
+                if fault_of(error) is not None:
+                    raise
                 continue
             if isinstance(got, torch.Tensor) and torch.equal(got, expected):
                 return found

@@ -16,26 +16,50 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from attnsurgery.evaluate.memory import halving
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
-def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> float:
+def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor, pieces: int = 1) -> float:
     """Euclidean norm of the gradient of the cross-entropy over all parameters, from one batch, in eval mode.
+
+    A batch that memory does not hold is passed in pieces whose gradients are added up, which is the same gradient.
 
     A candidate that starts as its base has the base's gradient everywhere but in its blocks, so among candidates of one
     base this says how much there is to be gained by opening their gates. From Abdelfattah et al., "Zero-cost proxies
     for lightweight NAS", ICLR 2021, section 3.2.
+
+    Args:
+        pieces: so many from the start, where memory is known to be short.
+
+    Raises:
+        torch.OutOfMemoryError and others: one image at a time is too many.
     """
     training = model.training
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
-        loss = F.cross_entropy(model(x_BCHW).float(), labels_B)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    model.train(training)
+    try:
+        gradients = halving(lambda size: _gradients(model, parameters, x_BCHW, labels_B, size), len(labels_B), pieces)
+    finally:
+        model.train(training)
     squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
     return float(torch.stack(squares).sum().sqrt())
+
+
+def _gradients(
+    model: nn.Module, parameters: list[nn.Parameter], x_BCHW: torch.Tensor, labels_B: torch.Tensor, size: int
+) -> list[torch.Tensor | None]:
+    """Of the mean loss of the batch, by parameter, from at most `size` images at a time."""
+    total: list[torch.Tensor | None] = [None] * len(parameters)
+    with torch.enable_grad():
+        for x_PCHW, labels_P in zip(torch.split(x_BCHW, size), torch.split(labels_B, size), strict=True):
+            loss = F.cross_entropy(model(x_PCHW).float(), labels_P) * (len(labels_P) / len(labels_B))
+            for index, gradient in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+                before = total[index]
+                total[index] = gradient if before is None or gradient is None else before + gradient
+    return total
 
 
 def synflow(model: nn.Module, input_size: tuple[int, int, int]) -> float:

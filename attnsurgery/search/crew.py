@@ -3,6 +3,7 @@
 A job that a worker did not come back from, because it was killed, hung, or lost its device or its memory, is begun once
 more on a fresh one: at half the batch, its gradients added up, where memory was the cause. After that it is lost, with
 the reason; whose job it was decides what follows. One that the search cannot do without is begun some more times.
+Where this process does the jobs itself, only memory is worth another attempt: a CUDA context that is broken stays so.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnsurgery.errors import AttnSurgeryError, SearchError
+from attnsurgery.evaluate.memory import free_memory
+from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.jobs import Job, perform
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench
-from attnsurgery.search.trial import breaks, out_of_memory, reason_of
+from attnsurgery.search.quiet import device_lock
+from attnsurgery.search.trial import reason_of
 from attnsurgery.search.watching import StopAsked, Watching
 
 ESSENTIAL = 4
@@ -39,20 +43,13 @@ class Done:
     """The user asked for an end, and it was given up."""
 
 
-class Broken(Exception):
-    """A worker is of no use any more; nothing is said of its job."""
-
-    def __init__(self, reason: str, out_of_memory: bool = False) -> None:
-        super().__init__(reason)
-        self.out_of_memory = out_of_memory
-
-
 class Crew(ABC):
     """Workers, each at one job at a time.
 
     Laws, which tests/contracts/test_crew.py checks of every crew: each job that was given comes back from `wait` once;
     a result is what `perform` returns; what `perform` raises of attnsurgery's own errors comes back as `error`; a
-    worker that breaks is replaced, and its job begun once more; after `close` nothing runs.
+    worker that breaks is replaced, and its job begun once more, or `wait` raises where none can be replaced; after
+    `close` nothing runs.
     """
 
     def __init__(self, listener: Listener, stop: Callable[[], bool]) -> None:
@@ -75,7 +72,11 @@ class Crew(ABC):
 
     @abstractmethod
     def wait(self, seconds: float) -> list[Done]:
-        """What has come back; waits at most so long for the first."""
+        """What has come back; waits at most so long for the first.
+
+        Raises:
+            SearchError: no worker can do any job any more.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -127,6 +128,9 @@ class Here(Crew):
         super().__init__(listener, stop)
         self._bench = bench
         self._jobs: deque[Job] = deque()
+        self._lock = device_lock(bench.config.device)
+        self._watch = Watching(listener, stop, self._lock)
+        bench.backend.alone = self._lock.exclusive
 
     @property
     def size(self) -> int:
@@ -143,23 +147,38 @@ class Here(Crew):
         if not self._jobs:
             return []
         job = self._jobs[0]
-        while True:
-            try:
-                result = perform(self._bench, job, Watching(self.listener, self.stop))
-                done = Done(job, result)
-            except StopAsked:
-                done = Done(job, stopped=True)
-            except AttnSurgeryError as error:
-                done = Done(job, error=error)
-            except Exception as error:
-                if not breaks(error):
-                    raise
-                if job.attempt < job.most:
-                    job = job.again(out_of_memory(error))
-                    continue
-                done = Done(job, lost=reason_of(error))
-            self._jobs.popleft()
-            return [done]
+        while (done := self._attempt(job)) is None:
+            job = job.again(out_of_memory=True)
+            free_memory()
+        self._jobs.popleft()
+        return [done]
+
+    def _attempt(self, job: Job) -> Done | None:
+        """What became of the job; None if memory ran out and it may be begun again.
+
+        It returns before the next attempt, so that no traceback holds on to the memory of this one.
+
+        Raises:
+            SearchError: the device is lost to this process.
+        """
+        try:
+            with self._lock.shared():
+                return Done(job, perform(self._bench, job, self._watch))
+        except StopAsked:
+            return Done(job, stopped=True)
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is Fault.DEVICE:
+                reason = reason_of(error).rstrip(".")
+                raise SearchError(
+                    f"{_name(job)} broke the device: {reason}. This process cannot use the device any more. "
+                    f"{GOES_ON} With --workers 1 a worker process does the work, and is replaced when this happens."
+                ) from error
+            if fault is Fault.OUT_OF_MEMORY:
+                return None if job.attempt < job.most else Done(job, lost=reason_of(error))
+            if isinstance(error, AttnSurgeryError):
+                return Done(job, error=error)
+            raise
 
     def close(self) -> None:
         self._jobs.clear()

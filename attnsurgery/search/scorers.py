@@ -32,7 +32,7 @@ class Scorer(ABC):
         """On the validation split.
 
         Raises:
-            SearchError: training went out of the numbers.
+            SearchError: training diverged.
         """
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Shared(Scorer):
                 self.train(seed, watch)
                 self._supernet.save(self._path)
             self._ready = True
-        return self._supernet.score(candidate.assignment, self.data, self.settings, seed)
+        return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
 
     def in_pieces(self, pieces: int) -> Scorer:
         settings = replace(self.settings, pieces=pieces)
@@ -88,7 +88,7 @@ class Shared(Scorer):
         """Train the supernet, and keep nothing of it on the disk.
 
         Raises:
-            SearchError: training went out of the numbers.
+            SearchError: training diverged.
         """
         self._supernet.begin_from(self._base)
         self._supernet.train(self.data, self.settings, seed, watch)

@@ -28,6 +28,8 @@ from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import Block, Cost, build_block, check_options
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import Data, Score, TrainSettings, Watch, accuracy, train
+from attnsurgery.evaluate.memory import halving
+from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.proxies import BATCH_NORMS
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.recipe.build import resolve
@@ -113,7 +115,7 @@ class Supernet:
         """Train all paths. Each of them passes every batch by the base, so an epoch costs what three of a model cost.
 
         Raises:
-            SearchError: training went out of the numbers.
+            SearchError: training diverged.
         """
         rng = np.random.default_rng(seed)
         places = self.places
@@ -128,12 +130,19 @@ class Supernet:
 
         train(self.model, data.train, settings, seed, watch, [along_base, *[along_drawn] * (PASSES - 1)])
 
-    def score(self, assignment: Mapping[str, str], data: Data, settings: TrainSettings, seed: int) -> Score:
+    def score(
+        self,
+        assignment: Mapping[str, str],
+        data: Data,
+        settings: TrainSettings,
+        seed: int,
+        watch: Watch | None = None,
+    ) -> Score:
         """Of one candidate on the validation split, with the weights that all share."""
         start = time.perf_counter()
         self.choose(assignment)
-        self._count_anew(data, settings, seed)
-        top1, loss, correct_N = accuracy(self.model, data.val, settings)
+        self._count_anew(data, settings, seed, watch or Watch())
+        top1, loss, correct_N = accuracy(self.model, data.val, settings, watch=watch)
         return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N)
 
     def save(self, path: Path) -> None:
@@ -162,17 +171,25 @@ class Supernet:
         logits_BK: torch.Tensor = self.model(x_BCHW)
         return logits_BK
 
-    def _count_anew(self, data: Data, settings: TrainSettings, seed: int) -> None:
+    def _count_anew(self, data: Data, settings: TrainSettings, seed: int, watch: Watch) -> None:
+        """The statistics of batch norms; where memory does not hold a batch, from batches of half the size."""
         norms = [
             module for module in self.model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats
         ]
         if not norms:
             return
         self.model.to(settings.device).eval()
-        batches = data.train.train_batches(settings.batch_size, settings.device, seed, 0)
-        with torch.no_grad(), _counting(norms):
-            for x_BCHW, _ in islice(batches, COUNTED):
-                self.model(x_BCHW)
+
+        def count(size: int) -> None:
+            batches = data.train.train_batches(settings.batch_size, settings.device, seed, 0)
+            with torch.no_grad(), _counting(norms):
+                for x_BCHW, _ in islice(batches, COUNTED):
+                    watch.step()
+                    for x_PCHW in x_BCHW.tensor_split(-(-len(x_BCHW) // size)):
+                        self.model(x_PCHW)
+
+        with float32_as(settings):
+            halving(count, settings.batch_size, settings.pieces, least=2, on_half=watch.accumulating)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from attnsurgery.errors import AttnSurgeryError, SurgeryError
 from attnsurgery.evaluate.proxies import grad_norm, synflow
+from attnsurgery.faults import Fault, fault_of
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
@@ -24,8 +24,6 @@ from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
 
 _PROXY_BATCH = 64
-_OF_A_DEVICE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
-"""What torch 2.8 and later raise when a device fails; before, a RuntimeError that says so."""
 
 
 def seed_of(*parts: object) -> int:
@@ -96,12 +94,13 @@ def run_trial(bench: Bench, record: Record, reference: Latency, watch: Watching)
 
     Raises:
         StopAsked: the user asked for an end.
-        RuntimeError: of a device that is broken or out of memory: nothing of the candidate's.
+        RuntimeError and others: of a device that is broken or out of memory (`attnsurgery.faults`), which tells
+            nothing of the candidate.
     """
     try:
         return _measure_and_train(bench, record, Recipe.model_validate(record.recipe), reference, watch)
-    except (AttnSurgeryError, RuntimeError, ValueError) as error:
-        if breaks(error):
+    except Exception as error:
+        if not _of_the_candidate(error):
             raise
         return replace(record, state="failed", reason=reason_of(error))
 
@@ -113,28 +112,43 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
     if over := bench.budgets.over(record):
         return replace(record, state="over_budget", reason=over)
-    record = replace(record, proxies=proxies(bench, recipe, candidate))
+    record = replace(record, proxies=proxies(bench, recipe, candidate, watch))
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
         record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
     )
 
 
-def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module) -> dict[str, float]:
-    """Scores of a candidate as it is before training; without those that cannot be taken of this model."""
+def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching) -> dict[str, float]:
+    """Scores of a candidate as it is before training; without those that cannot be taken of this model, or for which
+    memory does not suffice.
+
+    Raises:
+        StopAsked: the user asked for an end.
+        RuntimeError and others: the device is broken.
+    """
     opened = recipe.model_copy(update={"edits": [edit.model_copy(update={"start": "paper"}) for edit in recipe.edits]})
-    x_BCHW, labels_B = next(
-        bench.data.train.train_batches(_PROXY_BATCH, bench.config.device, train_seed(bench), epoch=0)
-    )
+    pieces = bench.evaluator.settings.pieces
+
+    def gradient() -> float:
+        batches = bench.data.train.train_batches(_PROXY_BATCH, bench.config.device, train_seed(bench), epoch=0)
+        return grad_norm(candidate, *next(batches), pieces=pieces)
+
     ways: dict[str, Callable[[], float]] = {
-        "grad_norm": lambda: grad_norm(candidate, x_BCHW, labels_B),
+        "grad_norm": gradient,
         "synflow": lambda: synflow(_operated(bench, opened), bench.anatomy.input_size),
     }
     found: dict[str, float] = {}
     for name, way in ways.items():
-        with suppress(RuntimeError, ValueError):
-            if math.isfinite(value := way()):
-                found[name] = value
+        watch.step()
+        try:
+            value = way()
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if fault_of(error) is Fault.DEVICE:
+                raise
+            continue
+        if math.isfinite(value):
+            found[name] = value
     return found
 
 
@@ -147,21 +161,18 @@ def promote(bench: Bench, record: Record, watch: Watching) -> Record:
     recipe, rung = Recipe.model_validate(record.recipe), bench.rungs[record.reached + 1]
     try:
         score = rung.score(Candidate(build(bench, recipe), record.assignment), train_seed(bench), watch)
-    except (AttnSurgeryError, RuntimeError, ValueError) as error:
-        if breaks(error):
+    except Exception as error:
+        if not _of_the_candidate(error):
             raise
         return replace(record, halted=reason_of(error))
     return replace(record, promotions=(*record.promotions, Promotion.of(score)))
 
 
-def breaks(error: Exception) -> bool:
-    """True of an error that tells nothing of the candidate: memory ran out, or the device cannot go on."""
-    return out_of_memory(error) or isinstance(error, _OF_A_DEVICE) or "CUDA error" in str(error)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True where half a batch may do what a whole one could not."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+def _of_the_candidate(error: Exception) -> bool:
+    """True of an error that comes again wherever this candidate is built, measured or trained."""
+    of_models = isinstance(error, AttnSurgeryError | RuntimeError | ValueError)
+    of_kernels = type(error).__module__.startswith("triton.")  # such as OutOfResources, which is no RuntimeError
+    return (of_models or of_kernels) and fault_of(error) is None
 
 
 def train_seed(bench: Bench) -> int:
@@ -170,7 +181,11 @@ def train_seed(bench: Bench) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """What the error says, in one line; of a device's, the first line, for torch says below how to look for kernels."""
+    text = str(error).strip()
+    if fault_of(error) is not None:
+        text = text.partition("\n")[0]
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
 def _again(record: Record, earlier: Record) -> Record:

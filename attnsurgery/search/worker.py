@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +22,17 @@ from typing import Any, Protocol
 
 import torch
 
-from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.evaluate import Epoch
+from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.jobs import Job, perform
 from attnsurgery.search.launch.mailbox import ANSWERS, Inbox, Outbox
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, starting_weights
-from attnsurgery.search.quiet import Quiet
+from attnsurgery.search.quiet import DeviceLock, device_lock
 from attnsurgery.search.record import Timing
-from attnsurgery.search.trial import breaks, out_of_memory, reason_of
+from attnsurgery.search.trial import reason_of
 from attnsurgery.search.watching import StopAsked, Watching
 
 _SIGN_S = 1.0
@@ -76,51 +78,55 @@ class Wire(Listener):
 
 
 class _Attentive(Watching):
-    """Gives signs of life, and stands still while another worker measures on the same device."""
+    """Gives signs of life, also while it waits for the device."""
 
-    def __init__(self, wire: Wire, stop: threading.Event, quiet: Quiet) -> None:
-        super().__init__(wire, stop.is_set)
+    def __init__(self, wire: Wire, stop: threading.Event, lock: DeviceLock) -> None:
+        super().__init__(wire, stop.is_set, lock)
         self._wire = wire
-        self._quiet = quiet
 
-    def step(self) -> None:
-        super().step()
-        self._quiet.give_way()
+    def wait(self) -> None:
+        super().wait()
         self._wire.sign()
 
 
 class _Worker:
     def __init__(self, begin: Mapping[str, Any], wire: Wire, stop: threading.Event) -> None:
         torch.set_num_threads(begin["threads"])
-        self._config = SearchConfig(**begin["config"])
-        self._quiet = Quiet(begin["shares"])
-        self._wire = wire
-        self._watch = _Attentive(wire, stop, self._quiet)
+        self._begin, self._wire, self._stop = begin, wire, stop
         self._bench: Bench | None = None
         self._loaded = False
-        self._refused: AttnSurgeryError | None = None
+        self._refused: Exception | None = None
 
     def assemble(self) -> None:
         """Make everything ready that jobs need and that is there already; what is wrong, the first job says."""
         try:
+            use_device(self._begin["config"]["device"])
+            self._config = SearchConfig(**self._begin["config"])
+            self._lock = device_lock(self._config.device)
+            self._watch = _Attentive(self._wire, self._stop, self._lock)
             self._bench = assemble(self._config, self._wire)
-            self._bench.backend.alone = self._quiet.keep
+            self._bench.backend.alone = self._lock.exclusive
             self._wire.send({"versions": {"node": platform.node(), "found": self._bench.found()[VERSIONS]}})
-        except AttnSurgeryError as error:
+        except Exception as error:
+            if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
+                raise
             self._refused = error
 
     def answer(self, job: Job) -> dict[str, Any]:
         """The message that a job comes to."""
         try:
-            return {"result": perform(self._ready(), job, self._watch)}
+            bench = self._ready()
+            with self._lock.shared():
+                return {"result": perform(bench, job, self._watch)}
         except StopAsked:
             return {"stopped": True}
-        except AttnSurgeryError as error:
-            return {"error": [type(error).__name__, str(error)]}
         except Exception as error:
-            if not breaks(error):
-                raise
-            return {"broken": [reason_of(error), out_of_memory(error)]}
+            if (fault := fault_of(error)) is not None:
+                traceback.print_exception(error)  # to the log, for whoever wants to know where
+                return {"broken": [reason_of(error), fault is Fault.OUT_OF_MEMORY]}
+            if isinstance(error, AttnSurgeryError):
+                return {"error": [type(error).__name__, str(error)]}
+            raise
 
     def _ready(self) -> Bench:
         if self._bench is None:
@@ -129,6 +135,25 @@ class _Worker:
             self._bench.weights = starting_weights(self._bench, self._watch)
             self._loaded = True
         return self._bench
+
+
+def use_device(device: str) -> None:
+    """Make a numbered card the current one, before anything opens a CUDA context on card 0.
+
+    Raises:
+        UsageError: there is no such card.
+    """
+    wanted = torch.device(device)
+    if wanted.type != "cuda" or wanted.index is None:
+        return
+    try:
+        torch.cuda.set_device(wanted)
+    except (RuntimeError, AssertionError) as error:
+        if fault_of(error) is not None and wanted.index < torch.cuda.device_count():
+            raise  # it is there, and does not work: another process may
+        raise UsageError(
+            f"--device {device}: {platform.node()} has {torch.cuda.device_count()} CUDA devices ({reason_of(error)})."
+        ) from error
 
 
 def serve(orders: Iterable[str], out: Out) -> None:

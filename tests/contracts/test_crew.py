@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from attnsurgery.errors import CheckpointError, SearchError
+from attnsurgery.errors import CheckpointError, SearchError, UsageError
 from attnsurgery.evaluate import EVALUATORS
-from attnsurgery.search import Listener, SearchConfig
+from attnsurgery.latency import Latency
+from attnsurgery.latency.fixed import FixedLatency
+from attnsurgery.search import Listener, SearchConfig, worker
 from attnsurgery.search.crew import Crew, Done, Here
 from attnsurgery.search.jobs import Job, perform
 from attnsurgery.search.launch import LAUNCHERS
@@ -143,20 +149,72 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
             (done,) = waited(crew)
             assert done.result is not None
             assert done.job.attempt == 2
-        (tmp_path / "mishaps" / "device-1").touch()
-        crew.give(Job("base scores", most=1))
-        (done,) = waited(crew)
-        assert done.result is None
-        assert done.lost == "CUDA error: an illegal memory access was encountered"
-        if which != "here":
+            (tmp_path / "mishaps" / "device-1").touch()
+            crew.give(Job("base scores", most=1))
+            (done,) = waited(crew)
+            assert done.result is None
+            assert done.lost == "CUDA error: an illegal memory access was encountered"
             return  # the rest is the same for all, and here at once
         for index in range(4):
-            (tmp_path / "mishaps" / f"device-{index}").touch()
-        with pytest.raises(SearchError, match="the base scores could not be done: CUDA error: an illegal"):
+            (tmp_path / "mishaps" / f"memory-{index}").touch()
+        with pytest.raises(SearchError, match="the base scores could not be done: a forced lack of memory"):
             crew.all([Job("base scores")])
         assert not list((tmp_path / "mishaps").iterdir()), "begun four times"
     finally:
         crew.close()
+
+
+def test_a_broken_device_ends_a_search_without_workers_at_once(tmp_path: Path) -> None:
+    """A CUDA context that is broken stays so: a second attempt in the same process is in vain."""
+    crew = crew_of(config_in(tmp_path / "run", "here"))
+    crew.all([Job("weights")])
+    for index in range(2):
+        (tmp_path / "mishaps" / f"device-{index}").touch()
+    crew.give(Job("base scores", trial=3))
+    said = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
+    with pytest.raises(SearchError, match=said):
+        crew.wait(1.0)
+    assert [left.name for left in (tmp_path / "mishaps").iterdir()] == ["device-1"], "begun once"
+
+
+class Breaking(FixedLatency):
+    """A meter that wraps what a device says, as the real ones do."""
+
+    def measure(self, model: nn.Module) -> Latency:
+        try:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        except RuntimeError as error:
+            raise UsageError("ResNet cannot run under the conditions of this measurement") from error
+
+
+def test_a_device_that_breaks_while_it_measures_is_no_mistake_of_the_users(tmp_path: Path) -> None:
+    config = config_in(tmp_path / "run", "here")
+    bench = assemble(config, Listener())
+    crew = Here(replace(bench, backend=Breaking(bench.backend.conditions)), Listener(), Asking())
+    with pytest.raises(SearchError, match="the base latency broke the device"):
+        crew.all([Job("base latency")])
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "answer"),
+    [
+        ("CUDA error: an illegal memory access was encountered", {"broken": ["ResNet cannot run", False]}),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", {"broken": ["ResNet cannot run", True]}),
+        ("sizes of tensors must match", {"error": ["UsageError", "ResNet cannot run"]}),
+    ],
+)
+def test_a_worker_tells_faults_of_the_device_from_mistakes(
+    monkeypatch: pytest.MonkeyPatch, wrapped: str, answer: dict[str, object]
+) -> None:
+    def fails(*given: object) -> None:
+        raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
+
+    monkeypatch.setattr(worker, "perform", fails)
+    monkeypatch.setattr(worker._Worker, "_ready", lambda self: None)
+    begin = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
+    made = worker._Worker(begin, worker.Wire(io.StringIO()), threading.Event())
+    made.assemble()  # in vain, for there are no images
+    assert made.answer(Job("base latency")) == answer
 
 
 def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:

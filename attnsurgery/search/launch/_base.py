@@ -87,7 +87,6 @@ class Launcher(ABC):
         return {
             "config": config.model_dump(exclude={"storage"}),  # which may hold a password
             "threads": self.threads,
-            "shares": self.device(index) if self.shares(index) else None,
         }
 
     @property
@@ -98,10 +97,6 @@ class Launcher(ABC):
     def device(self, index: int) -> str:
         """What a worker measures and trains on, as torch names it there."""
         return self.config.device
-
-    def shares(self, index: int) -> bool:
-        """Whether other workers may use the same device of the same machine."""
-        return self._on_cpu and self.size > 1
 
     @property
     def _on_cpu(self) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from attnsurgery.errors import SearchError
+from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.launch._base import (
     COMMAND,
     LAUNCHERS,
@@ -40,9 +41,6 @@ class Processes(Launcher):
         if self.config.device == "cuda" and self.size > 1:
             return f"cuda:{index % torch.cuda.device_count()}"
         return self.config.device
-
-    def shares(self, index: int) -> bool:
-        return sum(self.device(other) == self.device(index) for other in range(self.size)) > 1
 
     def start(self, index: int, heard: Heard) -> Link:
         log = self.log(index)
@@ -88,7 +86,7 @@ def end_of(code: int, log: Path) -> Gone:
         return Gone("its worker was ended by SIGKILL, as a system short of memory does", out_of_memory=True)
     reason = f"its worker was ended by {_signal(-code)}" if code < 0 else f"its worker ended with exit code {code}"
     last = last_line(log)
-    return Gone(f"{reason}: {last}" if last else reason)
+    return Gone(f"{reason}: {last}" if last else reason, fault_of(RuntimeError(last)) is Fault.OUT_OF_MEMORY)
 
 
 class _Process(Link):

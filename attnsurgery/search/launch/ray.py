@@ -78,9 +78,6 @@ class Ray(Launcher):
     def device(self, index: int) -> str:
         return "cpu" if self._on_cpu else "cuda"  # its actor sees one GPU
 
-    def shares(self, index: int) -> bool:
-        return self.size > 1 and (self._on_cpu or self._gpus < 1)
-
     @property
     def _gpus(self) -> float:
         return float(self.asked.get("num_gpus", 0 if self._on_cpu else 1))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.launch._base import LAUNCHERS, Gone, Heard, Launcher, Link, Message, last_line, missing
 from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, BEAT_S, ORDERS, POLL_S, Lines, add
@@ -61,9 +62,6 @@ class Submitit(Launcher):
     @property
     def threads(self) -> int:
         return int(self.asked.get("cpus_per_task", super().threads))
-
-    def shares(self, index: int) -> bool:
-        return self.size > 1 and (self._on_cpu or self._executor.cluster == "local")
 
     def start(self, index: int, heard: Heard) -> Link:
         from attnsurgery.search.worker import serve_mailbox
@@ -140,4 +138,5 @@ class _Mail(Link):
     def _gone(self) -> Gone:
         state = str(self._job.state)
         said = last_line(Path(self._job.paths.stderr))
-        return Gone(f"its job {self._job.job_id} ended as {state}" + (f": {said}" if said else ""), "MEMORY" in state)
+        lacking = "MEMORY" in state or fault_of(RuntimeError(said)) is Fault.OUT_OF_MEMORY
+        return Gone(f"its job {self._job.job_id} ended as {state}" + (f": {said}" if said else ""), lacking)

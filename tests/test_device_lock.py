@@ -1,0 +1,276 @@
+"""A measurement is alone on its device: between processes, between searches, and without ever waiting for itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from attnsurgery.search import Listener, quiet, worker
+from attnsurgery.search.quiet import DeviceLock, device_lock
+from attnsurgery.search.watching import StopAsked, Watching
+
+pytestmark = pytest.mark.skipif(quiet.fcntl is None, reason="this system has no flock")
+
+PROGRAM = """
+import importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("quiet", sys.argv[1])
+quiet = importlib.util.module_from_spec(spec)
+sys.modules["quiet"] = quiet
+spec.loader.exec_module(quiet)
+kind, name, folder = sys.argv[2:]
+log = os.open(f"{folder}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+lock, deadline = quiet.device_lock("cpu"), time.monotonic() + 60
+
+def note(what):
+    os.write(log, f"{name} {what} {time.monotonic_ns()}\\n".encode())
+
+def text():
+    return open(f"{folder}/log").read()
+
+if kind == "train":
+    with lock.shared():
+        while not os.path.exists(f"{folder}/stop") and time.monotonic() < deadline:
+            lock.yield_to_measurements()
+            note("begin")
+            time.sleep(0.01)
+            note("end")
+else:
+    while min(text().count(f"train{number} end") for number in range(2)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for turn in range(5):
+        note("wants")
+        with lock.exclusive():
+            note("begin")
+            time.sleep(0.02)
+            note("end")
+"""
+
+
+@pytest.fixture(autouse=True)
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path / "locks"))
+    return tmp_path / "locks"
+
+
+def started(kind: str, name: str, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(quiet.__file__), kind, name, str(folder)])
+
+
+def test_measurements_of_processes_overlap_with_no_step_and_are_not_starved(tmp_path: Path) -> None:
+    """Two that train, whose steps leave no time in between, and two that measure; each knows the others by a file."""
+    (tmp_path / "log").touch()
+    training = [started("train", f"train{number}", tmp_path) for number in range(2)]
+    measuring = [started("measure", f"measure{number}", tmp_path) for number in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in measuring] == [0, 0]
+        (tmp_path / "stop").touch()
+        assert [process.wait(timeout=60) for process in training] == [0, 0]
+    finally:
+        for process in (*training, *measuring):
+            process.kill()
+            process.wait()
+    entries = [(name, what, int(at)) for name, what, at in map(str.split, (tmp_path / "log").read_text().splitlines())]
+    entries.sort(key=lambda entry: entry[2])
+    assert Counter(what for name, what, _ in entries if name.startswith("measure"))["end"] == 10
+    at_work: set[str] = set()
+    waiting: dict[str, Counter[str]] = {}
+    for name, what, _ in entries:
+        if what == "wants":
+            waiting[name] = Counter()
+        elif what == "end":
+            at_work.remove(name)
+        elif name.startswith("measure"):
+            assert not at_work, f"{name} measures while {at_work} work"
+            # one step may begin between the wish and the closing of the gate, or behind the other's measurement
+            assert max(waiting.pop(name).values(), default=0) <= 3, (
+                "it waited for the end of a step, and not of a training"
+            )
+            at_work.add(name)
+        else:
+            assert not any(other.startswith("measure") for other in at_work), f"{name} steps while {at_work} measures"
+            at_work.add(name)
+            for steps in waiting.values():
+                steps[name] += 1
+
+
+def test_a_lock_goes_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    process = started("train", "train0", tmp_path)
+    try:
+        while "end" not in (tmp_path / "log").read_text():
+            assert process.poll() is None
+        process.send_signal(signal.SIGSTOP)  # in its shared lock, and not to be asked for it
+        lock = device_lock("cpu")
+        waits: list[int] = []
+
+        def waiting() -> None:
+            waits.append(1)
+            if len(waits) == 5:
+                process.kill()
+
+        lock.waiting = waiting
+        with lock.exclusive():
+            assert len(waits) >= 5
+    finally:
+        process.kill()
+        process.wait()
+
+
+def another(locks: Path) -> DeviceLock:
+    """As another process or search has it."""
+    device_lock("cpu")
+    return DeviceLock("cpu", locks / "cpu")
+
+
+class Refused(Exception):
+    pass
+
+
+def refuse() -> None:
+    raise Refused
+
+
+def test_a_measurement_within_a_job_waits_for_others_and_never_for_itself(locks: Path) -> None:
+    lock, other = device_lock("cpu"), another(locks)
+    assert device_lock("cpu") is lock
+    other.waiting = lock.waiting = refuse
+    with lock.shared():
+        with other.shared():
+            lock.yield_to_measurements()  # nobody wants to measure
+        with pytest.raises(Refused), other.exclusive():
+            pass
+        with lock.exclusive(), lock.exclusive(), lock.shared():
+            lock.yield_to_measurements()
+            with pytest.raises(Refused), other.shared():
+                pass
+        with pytest.raises(Refused), other.exclusive():
+            pass
+    with other.exclusive():
+        with pytest.raises(Refused):
+            lock.yield_to_measurements()
+        with pytest.raises(Refused), lock.shared():
+            pass
+    with lock.exclusive():
+        pass
+
+
+def test_who_gives_up_waiting_leaves_no_gate_closed(locks: Path) -> None:
+    lock, other = device_lock("cpu"), another(locks)
+    other.waiting = lock.waiting = refuse
+    with lock.shared():
+        with pytest.raises(Refused), other.exclusive():
+            pass
+        lock.yield_to_measurements()
+        with other.shared():
+            pass
+
+
+def test_a_step_of_a_training_lets_a_measurement_in_and_its_stop_is_heard_while_it_waits(locks: Path) -> None:
+    done = threading.Event()
+
+    def measure() -> None:
+        with device_lock("cpu").exclusive():  # of this thread
+            done.set()
+
+    watch = Watching(Listener(), lambda: False, device_lock("cpu"))
+    with device_lock("cpu").shared():
+        thread = threading.Thread(target=measure)
+        thread.start()
+        while not done.is_set():
+            watch.step()
+        thread.join()
+    other = another(locks)
+    asked = iter([False, False, True])
+    watch = Watching(Listener(), lambda: next(asked), device_lock("cpu"))
+    with other.exclusive(), pytest.raises(StopAsked):
+        watch.step()
+
+
+def test_the_device_has_finished_before_it_is_left(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else what was launched in the step would run in the measurement."""
+    order: list[str] = []
+    lock, other = device_lock("cpu"), another(locks)
+    monkeypatch.setattr(lock, "_synchronize", lambda: order.append("finished"))
+    with lock.shared():
+        lock.yield_to_measurements()
+        assert not order, "nobody waits, so nothing is waited for"
+
+        def leaves() -> None:
+            order.append("left")
+            quiet._unlock(gate)
+
+        gate = other._files[1]
+        assert quiet._take_at_once(gate, alone=True)
+        lock.waiting = leaves
+        lock.yield_to_measurements()
+    assert order == ["finished", "left", "finished"]
+    with lock.shared(), lock.exclusive():
+        assert order == ["finished", "left", "finished", "finished"]
+
+
+def test_a_card_is_known_by_its_uuid_and_not_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {0: "6f9e0b1c-0000-4c4e-8a50-000000000001", 1: "6f9e0b1c-0000-4c4e-8a50-000000000002"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=cards[index]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    names = [quiet._name(device) for device in ("cuda:0", "cuda:1", "cuda", "cpu")]
+    assert names == [f"cuda-{cards[0]}", f"cuda-{cards[1]}", f"cuda-{cards[1]}", "cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setitem(cards, 0, cards[1])
+    assert quiet._name("cuda:0") == names[1]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="an old one"))
+    assert quiet._name("cuda:0") == "cuda-0-1", "by what is left"
+
+
+def test_all_searches_of_a_user_meet_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTNSURGERY_LOCKS")
+    folder = quiet._folder()
+    monkeypatch.setenv("TMPDIR", "/somewhere/else")
+    assert quiet._folder() == folder
+    assert folder.stat().st_uid == os.getuid()
+
+
+def test_a_folder_that_cannot_be_written_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path / "file"))
+    with device_lock("cpu").exclusive(), device_lock("cpu").shared():
+        device_lock("cpu").yield_to_measurements()
+
+
+def test_a_worker_takes_its_card_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
+
+    def assemble(config: object, listener: object) -> None:
+        order.append("assemble")
+        raise worker.UsageError("enough")
+
+    monkeypatch.setattr(worker, "assemble", assemble)
+    begin = {"threads": 1, "config": {"device": "cuda:1", "budget_ms": 1.0}}
+    worker._Worker(begin, worker.Wire(sys.stderr), threading.Event()).assemble()
+    assert order == ["set cuda:1", "assemble"]
+    order.clear()
+    worker.use_device("cuda")
+    worker.use_device("cpu")
+    assert order == []
+
+
+def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "set_device", no_such)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(worker.UsageError, match=r"--device cuda:7: \S+ has 2 CUDA devices"):
+        worker.use_device("cuda:7")
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        worker.use_device("cuda:1")
