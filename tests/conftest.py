@@ -126,7 +126,8 @@ def move_gates(model: nn.Module) -> nn.Module:
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """||got - expected|| / ||expected||, in fp64 on the CPU."""
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
-    return float((got - expected).norm() / expected.norm())
+    norm = float(expected.norm())
+    return float((got - expected).norm()) / (norm or 1.0)  # of nothing, the absolute error
 
 
 def error_tolerated(on_cpu: float, dtype: torch.dtype) -> float:
