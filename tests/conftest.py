@@ -93,7 +93,9 @@ def cache_of_the_file(caches: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def cache_of_the_test(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor of another test's."""
-    monkeypatch.setenv("ATTNSURGERY_CACHE", str(caches / str(next(_cache_number))))
+    own = caches / str(next(_cache_number))
+    monkeypatch.setenv("ATTNSURGERY_CACHE", str(own))
+    monkeypatch.setenv("ATTNSURGERY_LOCKS", str(own))  # tests that run at a time do not wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from attnsurgery.blocks import crossover
+from attnsurgery.blocks.cuda_attention import LARGEST_MATRIX
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,19 +37,24 @@ def row(pairs: int, product: float, fused: float, one_head: float | None = None,
 def test_the_rule_is_the_crossover_that_was_measured(bench: Any) -> None:
     rules = bench.rules_of([row(100, 1.0, 2.0, 3.0), row(10_000, 5.0, 4.0, 4.5), row(1000, 3.0, 3.2, 4.0)])
     assert rules == (
-        ("half", "both", 1, 64, 512, 0, True),
-        ("half", "forward", 1, 64, 512, 1000, True),
+        ("half", "both", 1, 64, 512, 0, 0, True),
+        ("half", "forward", 1, 64, 512, 0, 1000, True),
     )
 
 
+def test_the_product_may_win_on_large_maps_only_and_then_beyond_them(bench: Any) -> None:
+    forward = bench.rules_of([row(100, 2.0, 1.0), row(1000, 3.0, 3.2), row(10_000, 1.0, 9.0)])[1]
+    assert forward == ("half", "forward", 1, 64, 512, 100, bench.cuda_attention.LARGEST_MATRIX, True)
+
+
 def test_the_product_has_to_win_by_more_than_noise(bench: Any) -> None:
-    assert bench.rules_of([row(100, 1.0, 1.01)])[1][5] == 0
-    assert bench.rules_of([row(100, 1.0, 1.1)])[1][5] == 100
+    assert bench.rules_of([row(100, 1.0, 1.01), row(200, 9.0, 1.0)])[1][5:7] == (0, 0)
+    assert bench.rules_of([row(100, 1.0, 1.1), row(200, 9.0, 1.0)])[1][5:7] == (0, 100)
 
 
 def test_one_head_is_taken_where_it_is_the_faster_kernel(bench: Any) -> None:
     forward = bench.rules_of([row(100, 9.0, 2.0, 1.0), row(1000, 9.0, 3.0, 2.0)])[1]
-    assert forward[5:] == (0, False)
+    assert forward[5:] == (0, 0, False)
 
 
 def test_the_table_is_written_into_the_module_and_read_again(bench: Any, tmp_path: Path) -> None:
@@ -61,7 +67,7 @@ def test_the_table_is_written_into_the_module_and_read_again(bench: Any, tmp_pat
     found = runpy.run_path(str(path))
     capability, rules = found["CARDS"]["some-card"]
     assert capability == (9, 0)
-    assert ("half", "forward", 1, 64, 512, 100, True) in rules
+    assert ("half", "forward", 1, 64, 512, 0, LARGEST_MATRIX, True) in rules
     assert {name: found["CARDS"][name] for name in crossover.CARDS} == crossover.CARDS, "other cards keep theirs"
     assert found["__doc__"] == crossover.__doc__
     bench.write_table([row(100, 1.0, 2.0)], path)
@@ -99,8 +105,6 @@ def test_rows_are_kept_as_they_come_and_a_torn_one_is_dropped(bench: Any, tmp_pa
 
 
 def test_no_case_holds_a_matrix_that_the_product_form_may_not_hold(bench: Any) -> None:
-    from attnsurgery.blocks.cuda_attention import LARGEST_MATRIX
-
     cases = list(bench.cases(False))
     assert len({case.key for case in cases}) == len(cases)
     assert all(case.batch * case.positions * case.summed <= LARGEST_MATRIX for case in cases)

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -224,6 +225,30 @@ def test_outputs_of_a_bound_session_are_of_the_last_call() -> None:
     output.zero_()
     loaded.call()
     assert torch.allclose(output, one.outputs[0], rtol=1e-3, atol=1e-4)
+
+
+@every_runtime
+def test_call_keeps_its_input_and_outputs_alive(name: str) -> None:
+    """A runtime reads and writes them by address, so memory that is free or another's would be overwritten."""
+    runtime = backend(name)
+    tensor = export_of(SURGICAL[0]).x_BCHW.clone()
+    loaded = runtime.load(dataclasses.replace(export_of(SURGICAL[0]), x_BCHW=tensor))
+    gone = weakref.ref(tensor)
+    del tensor
+    call, outputs = loaded.call, loaded.outputs
+    del loaded, outputs
+    gc.collect()
+    assert referents(call, torch.Tensor | np.ndarray), "nothing holds the input"
+    call()
+    del call
+    gc.collect()
+    assert gone() is None
+
+
+def referents(start: object, kind: Any) -> list[object]:
+    """What of that kind is held by an object or what it refers to, two steps deep."""
+    one = gc.get_referents(start)
+    return [found for found in [*one, *gc.get_referents(*one)] if isinstance(found, kind)]
 
 
 def test_every_output_of_a_model_with_many_is_compared() -> None:

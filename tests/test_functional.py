@@ -299,10 +299,10 @@ def test_product_on_cuda_is_three_kernels(scale: float) -> None:
 
 
 RULES: tuple[crossover.Rule, ...] = (
-    ("half", "forward", 1, 64, 64, 784 * 784, True),
-    ("half", "forward", 1, 64, 512, 196 * 196, False),
-    ("half", "forward", 64, 64, 64, 49 * 49, True),
-    ("half", "both", 1, 64, 64, 196 * 196, True),
+    ("half", "forward", 1, 64, 64, 0, 784 * 784, True),
+    ("half", "forward", 1, 64, 512, 49 * 49, 196 * 196, False),
+    ("half", "forward", 64, 64, 64, 0, 49 * 49, True),
+    ("half", "both", 1, 64, 64, 0, 196 * 196, True),
 )
 
 
@@ -334,6 +334,7 @@ def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         (1, 784, 784, 80, 48, torch.float16, False, "product"),
         (1, 196, 196, 64, 512, torch.bfloat16, False, "product"),
         (1, 197, 196, 64, 512, torch.bfloat16, False, "fused_False"),
+        (1, 49, 49, 64, 512, torch.bfloat16, False, "fused_False"),
         (1, 196, 196, 64, 64, torch.bfloat16, True, "product"),
         (1, 784, 784, 64, 64, torch.bfloat16, True, "fused_True"),
         (32, 49, 49, 64, 64, torch.bfloat16, False, "product"),
@@ -416,9 +417,9 @@ def test_the_table_that_ships_is_well_formed() -> None:
     for card, (capability, rules) in crossover.CARDS.items():
         assert re.fullmatch("[a-z0-9-]+", card)
         assert len(capability) == 2
-        for precision, direction, batch, width, value_width, product_up_to, in_heads in rules:
+        for precision, direction, batch, width, value_width, above, up_to, in_heads in rules:
             assert precision in ("half", "full")
             assert direction in ("forward", "both")
             assert min(batch, width, value_width) >= 1
-            assert product_up_to >= 0
+            assert 0 <= above <= up_to <= cuda_attention.LARGEST_MATRIX
             assert isinstance(in_heads, bool)

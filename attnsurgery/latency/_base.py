@@ -290,7 +290,7 @@ class LatencyBackend(ABC):
         Raises:
             UsageError: the model cannot take an input of these conditions.
         """
-        with self._session():
+        with self.alone(), self._session():
             subject, x_BCHW = self._subject(model)
             self._first(subject, x_BCHW, model)  # libraries allocate their workspaces in the first call
             return peak_bytes(subject, x_BCHW, lambda: subject(x_BCHW))

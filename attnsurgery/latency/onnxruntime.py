@@ -6,6 +6,7 @@ The input and outputs lie in tensors that are bound to the session, so a call co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,19 @@ Provider = tuple[str, dict[str, Any]]
 
 _BFLOAT16 = 16
 """In onnx.TensorProto; numpy has no such type."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A call that keeps alive the tensors whose memory the session reads and writes by address."""
+
+    session: Any
+    binding: Any
+    x_BCHW: torch.Tensor
+    outputs: list[torch.Tensor]
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding)
 
 
 @LATENCY.register("onnxruntime")
@@ -89,8 +103,8 @@ class OnnxRuntimeLatency(RuntimeLatency):
             output = torch.empty(expected.shape, dtype=_dtype_of(entry.type), device=self.conditions.device)
             binding.bind_output(entry.name, *self._place(output))
             outputs.append(output)
-        run, kept = session.run_with_iobinding, (x_BCHW, outputs)  # whose memory the session reads and writes
-        return Loaded(lambda: run(binding), lambda: kept[1])
+        bound = _Bound(session, binding, x_BCHW, outputs)
+        return Loaded(bound, lambda: bound.outputs)
 
     def _session_of(self, one: Exported) -> Any:
         """A session with the agreed threads on the provider that was asked for.

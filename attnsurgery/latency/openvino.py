@@ -36,11 +36,12 @@ class OpenVinoLatency(RuntimeLatency):
         request = compiled.create_infer_request()
         x_BCHW = one.x_BCHW.contiguous().numpy()
         request.set_input_tensor(self.runtime.Tensor(x_BCHW, shared_memory=True))
-        kept = x_BCHW  # whose memory the request reads
+
+        def call(kept: object = x_BCHW) -> None:  # whose memory the request reads
+            request.infer(share_outputs=True)
 
         def outputs() -> list[torch.Tensor]:
-            assert kept is not None
             tensors = [request.get_output_tensor(index) for index in range(len(compiled.outputs))]
             return [torch.from_numpy(np.array(tensor.data)) for tensor in tensors]
 
-        return Loaded(lambda: request.infer(share_outputs=True), outputs)
+        return Loaded(call, outputs)

@@ -30,6 +30,7 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.budget import Costs
 from attnsurgery.search.files import Journal
+from attnsurgery.search.quiet import alone_on_device
 from attnsurgery.search.space import BoundSpace, SearchSpace, bind
 from attnsurgery.surgery.operate import operate
 
@@ -153,7 +154,7 @@ def calibrate(
     anatomy = survey(base, size)
     bound = bind(space, anatomy, model)
     costs = Costs.count(bound, anatomy, base)
-    meter = backend_for(conditions(size), backend, EFFORT)
+    meter = alone_on_device(backend_for(conditions(size), backend, EFFORT))
     base = base.to(meter.conditions.device)
     shelf = Shelf(meter, base_key(base, model))
     measured, kinds = shelf.read()

@@ -171,8 +171,8 @@ def confirm(
 ) -> Confirmation:
     """Train finalists and base, choose the winner on the validation split, hold it beside the base on the test split.
 
-    It is measured again, and as trained from the first seed saved as a timm directory. A finalist whose training goes
-    out of the numbers is left out, and its reason kept.
+    It is measured again, and as trained from the first seed saved as a timm directory. A finalist whose training
+    diverges is left out, and its reason kept.
 
     Args:
         order: all that may be the winner, the best first.
@@ -296,7 +296,7 @@ def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) ->
             model = _begun(bench, None if base else winner)
             path = weights_of(folder, None if base else winner, index)
             load_weights(model, read_state_dict(path), str(path))
-            rights.setdefault(base, []).append(accuracy(model, bench.data.test, bench.judge.settings)[2])
+            rights.setdefault(base, []).append(accuracy(model, bench.data.test, bench.judge.settings, watch=watch)[2])
             if not base and index == 0:
                 best = model
     watch.listener.phase("confirming: measuring the winner again")

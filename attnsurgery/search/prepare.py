@@ -38,6 +38,7 @@ from attnsurgery.search.calibrate import Shelf, base_key
 from attnsurgery.search.config import VERSIONS, SearchConfig
 from attnsurgery.search.files import write_weights
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.quiet import alone_on_device
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
 from attnsurgery.search.scorers import Alone, Candidate, Scorer, Shared
 from attnsurgery.search.space import BoundSpace, bind, load
@@ -218,7 +219,8 @@ def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend
         cold_cache=config.cold_cache,
         threads=config.threads or torch.get_num_threads(),
     )
-    return backend_for(conditions, config.latency, Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds))
+    effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
+    return alone_on_device(backend_for(conditions, config.latency, effort))
 
 
 def _scorer(
@@ -276,7 +278,7 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
 
     Raises:
         CheckpointError: those of the run directory cannot be read.
-        SearchError: training went out of the numbers, or the run directory cannot be written.
+        SearchError: training diverged, or the run directory cannot be written.
     """
     config, base = bench.config, bench.base
     path = Path(config.output) / WEIGHTS
@@ -313,7 +315,7 @@ def base_scores(bench: Bench, seed: int, watch: Watching) -> list[Score]:
     """The base trained as each candidate is, on every rung from the lowest; a supernet is trained for all on the way.
 
     Raises:
-        SearchError: training went out of the numbers.
+        SearchError: training diverged.
     """
     scores = []
     for scorer, rung in zip(bench.rungs, rungs_of(bench.config), strict=True):

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from attnsurgery.latency import LatencyBackend
+
 try:
     import fcntl
 except ImportError:  # no such locks on this system; then measurements are as noisy as they are
@@ -46,6 +48,12 @@ def device_lock(device: str) -> DeviceLock:
     if path not in locks:
         locks[path] = DeviceLock(device, path)
     return locks[path]
+
+
+def alone_on_device(backend: LatencyBackend) -> LatencyBackend:
+    """The same backend, whose every measurement is made under the exclusive lock of its device."""
+    backend.alone = lambda: device_lock(backend.conditions.device).exclusive()
+    return backend
 
 
 class DeviceLock:

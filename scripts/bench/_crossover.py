@@ -207,19 +207,21 @@ def rules_of(rows: list[dict[str, Any]]) -> tuple[Rule, ...]:
         times = row["ms"][direction].get("graph") or row["ms"][direction]["eager"]
         groups.setdefault(group, []).append((row["positions"] * row["summed"], times))
     for group, measured in sorted(groups.items()):
-        choices = itertools.product((0, *sorted({pairs for pairs, _ in measured})), (True, False))
-        product_up_to, in_heads = min(choices, key=lambda choice: _lost(measured, *choice))
-        found.append((*group, product_up_to, in_heads))
+        ends = (0, *sorted({pairs for pairs, _ in measured}))
+        ranges = [(0, 0), *itertools.combinations(ends, 2)]
+        choices = itertools.product(ranges, (True, False))
+        (above, up_to), in_heads = min(choices, key=lambda choice: _lost(measured, *choice))
+        found.append((*group, above, cuda_attention.LARGEST_MATRIX if up_to == ends[-1] else up_to, in_heads))
     return tuple(found)
 
 
-def _lost(measured: list[tuple[int, dict[str, float]]], product_up_to: int, in_heads: bool) -> float:
+def _lost(measured: list[tuple[int, dict[str, float]]], sizes: tuple[int, int], in_heads: bool) -> float:
     """How much slower than the best form this choice is, as a sum of logarithms; of equal ones fused in heads wins."""
     lost = 0.0
     for pairs, times in measured:
         times = {**times, "product": times["product"] * PRODUCT_WINS_BY}
         fused = times["fused"] if in_heads else times.get("one_head", times["fused"])
-        taken = times["product"] if pairs <= product_up_to else fused
+        taken = times["product"] if sizes[0] < pairs <= sizes[1] else fused
         lost += math.log(taken / min(times.values()))
     return lost
 
