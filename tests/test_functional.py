@@ -423,3 +423,42 @@ def test_the_table_that_ships_is_well_formed() -> None:
             assert min(batch, width, value_width) >= 1
             assert 0 <= above <= up_to <= cuda_attention.LARGEST_MATRIX
             assert isinstance(in_heads, bool)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_channel_attention_in_the_fused_kernel_is_the_formula(paper: bool) -> None:
+    """And from N > 256, in full precision or on a CPU it is not used."""
+    x = torch.randn(2, 24, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    energy = torch.bmm(x, x.transpose(1, 2))
+    expected = torch.bmm(torch.softmax(energy if paper else energy.amax(2, keepdim=True) - energy, dim=-1), x)
+    got = cuda_attention.over_channels(x, paper)
+    assert (got - expected).abs().max() <= 1e-10
+    towards = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, x, towards)[0] for y in (got, expected))
+    assert (ours - theirs).abs().max() <= 1e-8
+    assert (functional.attend_channels(x, paper) - expected).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "positions", "device", "fused"),
+    [
+        (torch.bfloat16, 256, "cuda", True),
+        (torch.float16, 49, "cuda", True),
+        (torch.bfloat16, 257, "cuda", False),
+        (torch.float32, 49, "cuda", False),
+        (torch.bfloat16, 49, "cpu", False),
+    ],
+)
+def test_channel_attention_is_fused_where_the_kernel_can(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, positions: int, device: str, fused: bool
+) -> None:
+    class Map:
+        """A tensor that cannot be had without a card."""
+
+        def __init__(self) -> None:
+            self.dtype, self.shape, self.device = dtype, (2, 8, positions), torch.device(device)
+
+    monkeypatch.setattr(cuda_attention, "over_channels", lambda x, paper: "fused")
+    monkeypatch.setattr(functional, "channel_weights", lambda x, paper: torch.zeros(1))
+    monkeypatch.setattr(torch, "bmm", lambda weights, x: "by matrix")
+    assert functional.attend_channels(Map()) == ("fused" if fused else "by matrix")  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -
         return repeats * 3.0 * slow
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, placements=5, min_rounds=10)
-    found = sample(time_block, place, effort, again=again)
+    found = sample(time_block, place, effort, again=lambda: again)
     assert len(places) == made
     assert found.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.times == [[3.0] * 10] * 2
@@ -349,6 +349,22 @@ def test_compile_of_a_model_beside_its_twin_is_no_error(graphs: list[object]) ->
     model = convs(2)
     assert compile_meter().compare(model, model).ratio > 0
     assert graphs
+
+
+@pytest.mark.parametrize(("recompiles", "copies"), [(False, 3), (True, 2)])
+def test_compile_places_fresh_copies_unless_each_is_compiled_anew(
+    graphs: list[object], recompiles: bool, copies: int
+) -> None:
+    made: list[int] = []
+
+    class Copied(Scaled):
+        def __deepcopy__(self, memo: object) -> Scaled:
+            made.append(1)
+            return Copied(len(made) if recompiles else 1)
+
+    effort = Effort(max_seconds=0.0, max_warmup_seconds=0.0, min_rounds=3, placements=3, rounds=1)
+    backend_for(Conditions(mode="compile", input_size=(3, 4, 4)), "cpu", effort).measure(Copied(1))
+    assert (len(made), len(graphs)) == (copies, copies if recompiles else 1)
 
 
 def test_compile_has_static_shapes_at_any_batch_size(graphs: list[list[object]]) -> None:

@@ -23,7 +23,10 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from attnsurgery.blocks.crossover import CARDS, Rule
 from attnsurgery.blocks.sizes import at_most, mix
 
-__all__ = ["attend", "card_name", "fused", "product"]
+__all__ = ["attend", "card_name", "fused", "over_channels", "product"]
+
+WIDEST = 256
+"""Widest E = D of the flash kernel."""
 
 LARGEST_MATRIX = 1 << 26
 """Largest B * N * M of the product form, whatever is faster: 128 MiB in half precision."""
@@ -87,6 +90,18 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     query, key = query.unsqueeze(1).expand(-1, heads, -1, -1), key.unsqueeze(1).expand(-1, heads, -1, -1)
     mixed = F.scaled_dot_product_attention(query, key, values, scale=scale).transpose(1, 2).flatten(2)
     return mixed if mixed.shape[2] == value_width else mixed[:, :, :value_width]
+
+
+def over_channels(x: torch.Tensor, paper: bool) -> torch.Tensor:
+    """Channel attention (B, C, N) -> (B, C, N) with the channels as the positions of the fused kernel, their maps as E.
+
+    The C x C matrix, which takes B * C * C numbers in fp32 and several passes over them, is never built; the kernel
+    keeps its energies in fp32. For half precision and N up to `WIDEST`.
+
+    Args:
+        paper: softmax(E); otherwise softmax(-E), which is softmax(max(E) - E).
+    """
+    return fused(x if paper else -x, x, x, 1.0, False)
 
 
 def _multiple_of_8(rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from attnsurgery.blocks._base import BLOCKS, LARGEST_SUBSAMPLE, Block, Cost, Start, subsamplings
-from attnsurgery.blocks.functional import attend, channel_weights
+from attnsurgery.blocks.functional import attend, attend_channels
 from attnsurgery.errors import OptionError
 
 Energy = Literal["code", "paper"]
@@ -77,9 +77,7 @@ class ChannelAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(2)
-        weights = channel_weights(flat, self.paper).to(x.dtype)
-        return torch.bmm(weights, flat).reshape(x.shape)
+        return attend_channels(x.flatten(2), self.paper).reshape(x.shape)
 
 
 def add_weighted(x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

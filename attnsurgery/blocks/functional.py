@@ -26,7 +26,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from attnsurgery.blocks import cuda_attention
 from attnsurgery.blocks.sizes import at_most, mix
 
-__all__ = ["attend", "channel_weights", "concatenate", "dot_product"]
+__all__ = ["attend", "attend_channels", "channel_weights", "concatenate", "dot_product"]
 
 SOFTMAX_PRODUCT = 1 << 20
 """Largest N * M at which a softmax runs in its product form, on CPU.
@@ -301,6 +301,18 @@ class _SortedSums(torch.autograd.Function):
         to_b = (g.transpose(1, 2) * plain).sum(dim=1).div_(summed)
         to_g = weighted.mul_(positions / summed).addcmul_(plain, (b / summed).unsqueeze(1))
         return to_a, to_b, to_g.transpose(1, 2)
+
+
+def attend_channels(x: torch.Tensor, paper: bool = False) -> torch.Tensor:
+    """Each channel of (B, C, N) as the mean of all channels that `channel_weights` weighs: (B, C, N).
+
+    C * C * 2 N multiply-accumulates. In half precision on CUDA maps of up to 256 positions go to a fused kernel, which
+    builds no C x C matrix.
+    """
+    half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    if half and x.device.type == "cuda" and at_most(x.shape[2], cuda_attention.WIDEST):
+        return cuda_attention.over_channels(x, paper)
+    return torch.bmm(channel_weights(x, paper).to(x.dtype), x)
 
 
 def channel_weights(x: torch.Tensor, paper: bool = False) -> torch.Tensor:

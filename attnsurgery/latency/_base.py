@@ -214,7 +214,8 @@ class LatencyBackend(ABC):
         Raises:
             UsageError: the model cannot take an input of these conditions.
         """
-        with self.alone(), self._session(), self._prepared(model) as call:
+        compiler = fresh_compiler() if self.conditions.compiled else nullcontext()
+        with self.alone(), self._session(), compiler, self._prepared(model) as call:
             warm_up(self.timed, call, self.effort)
             times_ms: list[float] = []
             deadline = time.perf_counter() + max_seconds
@@ -253,13 +254,11 @@ class LatencyBackend(ABC):
         def placed() -> Iterator[list[Call]]:
             order = list(enumerate(models))[:: -1 if next(turn) % 2 else 1]  # who comes first lies elsewhere in memory
             with ExitStack() as stack:
-                if self.conditions.compiled:
-                    stack.enter_context(fresh_compiler())
                 calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
                 yield [calls[index] for index in range(len(models))]
 
-        again = not self.conditions.compiled
-        with self.alone(), self._session():
+        compiler = fresh_compiler() if self.conditions.compiled else nullcontext(lambda: True)
+        with self.alone(), self._session(), compiler as again:
             try:
                 return sample(self.timed, placed, self.effort, again=again)
             except Exception as error:

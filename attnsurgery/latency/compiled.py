@@ -25,10 +25,14 @@ _LIMIT = 512
 
 
 @contextmanager
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[Callable[[], bool]]:
     """An empty cache of compiled code, and errors where dynamo would give up silently.
 
     Models that the caller has compiled before are compiled again at their next call.
+
+    Yields:
+        Asked after each placement of copies: whether another may be made. A copy usually runs what was compiled for
+        its original; where it had to be compiled anew, that takes too long to do it again and again.
     """
     import torch._dynamo as dynamo
 
@@ -42,7 +46,13 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     _at_reset = graphs_compiled()
     with settings.patch({name: value for name, value in wanted.items() if hasattr(settings, name)}):
-        yield
+        first: list[int] = []
+
+        def cheap() -> bool:
+            first.append(graphs_compiled())
+            return first[0] == first[-1]
+
+        yield cheap
 
 
 def compiled(model: nn.Module) -> Forward:

@@ -75,14 +75,22 @@ class Sampled:
     """By how much the first call was slower in the last third than in the first, as a share; below 0: faster."""
 
 
-def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool = True, overlap: bool = True) -> Sampled:
+def sample(
+    time_block: TimeBlock,
+    place: Place,
+    effort: Effort,
+    *,
+    again: Callable[[], bool] = lambda: True,
+    overlap: bool = True,
+) -> Sampled:
     """Time the calls until what is asked about them is known well enough, or time is up.
 
     All calls are timed in every round, forwards and then backwards: A, or A B B A, or B A A B.
 
     Args:
         place: the same number of calls each time.
-        again: fresh copies for every placement; otherwise rounds that follow each other count as one.
+        again: asked whether the next placement is to be of fresh copies; otherwise rounds that follow each other count
+            as one.
         overlap: a placement is made while the one before it still holds its memory, so that it lies elsewhere; False
             where memory is short.
     """
@@ -93,7 +101,8 @@ def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool =
     least = -(-effort.min_rounds // effort.placements)
     with ExitStack() as stack:
         for number in itertools.count():
-            if again or not number:
+            fresh = not number or again()
+            if fresh:
                 stack.close()
                 if not overlap:
                     calls = ()
@@ -101,7 +110,7 @@ def sample(time_block: TimeBlock, place: Place, effort: Effort, *, again: bool =
             if not number:
                 repeats = [warm_up(time_block, call, effort) for call in calls]
                 begun = time.perf_counter()
-            elif again:
+            elif fresh:
                 _round(time_block, calls, repeats, backwards=False)  # the first of a copy is slow
             due = begun + effort.max_seconds * min(1.0, (number + 1) / effort.placements)
             for turn in range(effort.rounds):

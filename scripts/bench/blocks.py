@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from attnsurgery.blocks.cuda_attention import card_name
 from attnsurgery.blocks.dual_attention import DualAttention
-from attnsurgery.blocks.functional import attend, channel_weights, concatenate, dot_product
+from attnsurgery.blocks.functional import attend, attend_channels, concatenate, dot_product
 from attnsurgery.blocks.non_local import NonLocal
 
 CUDA = torch.cuda.is_available()
@@ -94,7 +94,7 @@ def naive_channel(x: Tensor) -> Tensor:
 
 
 def our_channel(x: Tensor) -> Tensor:
-    return torch.bmm(channel_weights(x).to(x.dtype), x)
+    return attend_channels(x)
 
 
 class NaiveNonLocal(nn.Module):
