@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """A task in which distance decides: are the two digits at the ends of a long strip the same one?
 
-    python scripts/bench/strip.py --out FILE.jsonl [--jobs 12] [--seeds 3] [--minutes 8] [--device cuda] [--tiny]
+    python scripts/bench/strip.py --out FILE.jsonl [--jobs 12] [--seeds 3] [--minutes 8] [--device cuda]
+        [--train-device cpu] [--tiny]
 
 Each picture has one embedded digit at either end, 16 pixels high, and nothing in between. test_resnet first learns
 their sum, so it knows digits and both places. Then everything is trained to answer "same digit?" on 3,000 pairs. Its
@@ -130,7 +131,7 @@ def learnt_sum(deeper: bool, width: int, seed: int, folder: Path, asked: argpars
         torch.manual_seed(seed)
         model = network(deeper, 19)
         split = splits(width, "sum", asked)
-        train(model, split["train"], settings(3e-3, 1 if asked.tiny else 16, asked.device), seed)
+        train(model, split["train"], settings(3e-3, 1 if asked.tiny else 16, asked.train_device), seed)
         part = path.with_suffix(f".{os.getpid()}")
         torch.save({key: value.cpu() for key, value in model.state_dict().items()}, part)
         part.rename(path)
@@ -144,7 +145,7 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     path = learnt_sum(key["candidate"] == "deeper", key["width"], key["seed"], Path(job["folder"]), asked)
     model = candidate(key["candidate"], torch.load(path), key["width"], key["seed"])
     parts = splits(key["width"], "same", asked)
-    how = settings(key["lr"], key["epochs"], asked.device)
+    how = settings(key["lr"], key["epochs"], asked.train_device)
     train(model, parts["train"], how, key["seed"])
     scores = {name: accuracy(model, parts[name], how)[0] for name in ("train", "val", "test")}
     return {**key, **scores, "seconds": time.perf_counter() - begun}
@@ -153,7 +154,7 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
 def latencies(asked: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     for width, batch in itertools.product(asked.widths, (1, 64)):
         conditions = Conditions.on(asked.device, batch_size=batch, input_size=(3, SIDE, width), threads=1)
-        backend = backend_for(conditions, effort=Effort(tolerance=0.005, max_seconds=1.0))
+        backend = backend_for(conditions, effort=Effort(tolerance=0.005, max_seconds=0.6))
         base = candidate("base", None, width, 0)
         for name in BLOCKS:
             key = {"kind": "latency", "candidate": name, "width": width, "batch": batch}
@@ -218,11 +219,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--train-device", default=None, help="where to train; by default on --device")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS))
     parser.add_argument("--epochs", type=int, nargs="+", default=list(EPOCHS))
     parser.add_argument("--tiny", action="store_true", help="a few pairs, to see that it runs")
     asked = parser.parse_args()
+    asked.train_device = asked.train_device or asked.device
     if asked.table:
         print("\n".join(table([json.loads(line) for line in asked.table.read_text().splitlines()])))
         return
