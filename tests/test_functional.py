@@ -362,12 +362,35 @@ def test_form_on_cuda_follows_the_measured_crossover(
 
 
 def test_a_matrix_beyond_the_limit_is_never_held(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it flash runs where it can, and the product image by image where it cannot."""
     inputs = [t.detach().bfloat16() for t in widths(64, 64)(2, 30, 30, True)]
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 2 * 30 * 30)
     cuda_attention.attend(*inputs, 1.0)
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 2 * 30 * 30 - 1)
     cuda_attention.attend(*inputs, 1.0)
-    assert measured_card == ["product", "fused_True"]
+    wide = [t.detach().bfloat16() for t in widths(264, 64)(2, 30, 30, True)]
+    cuda_attention.attend(*wide, 1.0)
+    assert measured_card == ["product", "fused_True", "product", "product"]
+
+
+@pytest.mark.parametrize(("batch", "images"), [(5, 2), (1, 4)])
+def test_slices_of_the_product_are_the_product(monkeypatch: pytest.MonkeyPatch, batch: int, images: int) -> None:
+    """Forward, and the gradients of all three inputs."""
+    monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", images * 9 * 7)
+    inputs = widths(6, 4)(batch, 9, 7, True)
+    towards = torch.randn(batch, 9, 4, dtype=inputs[0].dtype)
+    ours = cuda_attention._Slices.apply(*inputs, 0.5)
+    whole = cuda_attention.product(*inputs, 0.5)
+    assert (ours - whole).abs().max() <= 1e-12
+    pairs = zip(*(torch.autograd.grad(y, inputs, towards) for y in (ours, whole)), strict=True)
+    assert all((one - other).abs().max() <= 1e-12 for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "positions", "small"), [(1, 3136, True), (8, 784, True), (8, 3136, False), (64, 49, False)]
+)
+def test_few_queries_are_like_a_batch_of_one(batch: int, positions: int, small: bool) -> None:
+    assert cuda_attention._is_small(torch.empty(batch, positions, 8)) is small
 
 
 def test_form_is_fixed_where_torch_compiles_and_the_fused_one_for_unknown_sizes(measured_card: list[str]) -> None:

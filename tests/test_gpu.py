@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgery.blocks import cuda_attention
-from attnsurgery.blocks.functional import attend
+from attnsurgery.blocks.functional import attend, concatenate
 from attnsurgery.errors import UsageError
 from attnsurgery.evaluate import Epoch, TrainSettings, Watch, accuracy, train
 from attnsurgery.evaluate.batches import Batch, Split
@@ -391,4 +391,28 @@ def test_each_form_of_attention_errs_no_more_than_the_formula_on_a_cpu(
     on_gpu = found(forms[form], "cuda", dtype)
     for expected, cpu, gpu in zip(exact, on_cpu, on_gpu, strict=True):
         assert gpu.shape == expected.shape
+        assert relative_error(gpu, expected) <= error_tolerated(relative_error(cpu, expected), dtype)
+
+
+@pytest.mark.usefixtures("no_tf32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [1 << 26, 0])
+def test_both_forms_of_concatenation_err_no_more_than_the_formula_on_a_cpu(
+    limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product, and the sorted form where the matrix may not be held; forward and gradients, against fp64."""
+    monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", limit)
+    given = [rows(2, 196, 1, 1)[:, :, 0], rows(2, 49, 1, 2)[:, :, 0], rows(2, 49, 64, 3)]
+
+    def formula(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return torch.relu(a[:, :, None] + b[:, None, :]) @ g / b.shape[1]
+
+    def found(run: Any, device: str, as_dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).to(device, as_dtype).requires_grad_() for t in given]
+        y = run(*inputs)
+        towards = rows(2, 196, 64, 4).to(dtype).to(device, as_dtype)
+        return [y, *torch.autograd.grad(y, inputs, towards)]
+
+    exact, on_cpu = found(formula, "cpu", torch.float64), found(formula, "cpu", dtype)
+    for expected, cpu, gpu in zip(exact, on_cpu, found(concatenate, "cuda", dtype), strict=True):
         assert relative_error(gpu, expected) <= error_tolerated(relative_error(cpu, expected), dtype)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from attnsurgery.blocks.crossover import CARDS, Rule
@@ -29,11 +30,15 @@ WIDEST = 256
 """Widest E = D of the flash kernel."""
 
 LARGEST_MATRIX = 1 << 26
-"""Largest B * N * M of the product form, whatever is faster: 128 MiB in half precision."""
+"""Largest B * N * M that the product form holds at a time, whatever is faster: 128 MiB in half precision."""
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _SMALL_BATCH, _LARGE_BATCH = 1, 64
 _SMALL_UP_TO = 8
+_SMALL_ROWS = 8192
+"""With up to so many queries, B * N, and up to `_SMALL_UP_TO` images a fused kernel leaves multiprocessors idle, as it
+does at a batch of 1; on an H100 with 132 of them, 8 x 3136 queries at E = D = 256 take it 0.43 of the product's time
+while 1 x 3136 take it 1.2."""
 
 
 class Choice(NamedTuple):
@@ -58,10 +63,14 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     else:
         choice = _choice_for(query, value)
         pairs = query.shape[1] * key.shape[1]
-        wins = at_most(pairs, choice.product_up_to) and not at_most(pairs, choice.product_above)
-        if wins and at_most(query.shape[0] * pairs, LARGEST_MATRIX):
+        if not at_most(pairs, choice.product_up_to) or at_most(pairs, choice.product_above):
+            return fused(query, key, value, scale, choice.in_heads)
+        if at_most(query.shape[0] * pairs, LARGEST_MATRIX):
             return product(query, key, value, scale)
-        return fused(query, key, value, scale, choice.in_heads)
+        if at_most(query.shape[2], WIDEST) or torch.compiler.is_compiling():
+            return fused(query, key, value, scale, True)
+        sliced: torch.Tensor = _Slices.apply(query, key, value, scale)
+        return sliced
 
 
 def product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -71,6 +80,39 @@ def product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     else:  # beta = 0: the first argument is never read
         scores = torch.baddbmm(query.new_empty([1]), query, key.transpose(1, 2), beta=0, alpha=scale)
     return mix(torch.softmax(scores, dim=-1), value)
+
+
+class _Slices(torch.autograd.Function):
+    """The product form for some images after others, so that their matrices keep to the limit; computed again on the
+    way back.
+
+    For widths that no flash kernel takes. On an H100 with B = 8, N = M = 3136 and E = 512, D = 256 the memory-efficient
+    kernel takes 8 times as long as the product, forward and backward.
+    """
+
+    @staticmethod
+    def _images(query: torch.Tensor, key: torch.Tensor) -> int:
+        return max(1, LARGEST_MATRIX // (query.shape[1] * key.shape[1]))
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        images = _Slices._images(query, key)
+        slices = zip(*(torch.split(t, images) for t in (query, key, value)), strict=True)
+        return torch.cat([product(few_q, few_k, few_v, scale) for few_q, few_k, few_v in slices])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        images = _Slices._images(*ctx.saved_tensors[:2])
+        found = []
+        for *given, towards in zip(*(torch.split(t, images) for t in (*ctx.saved_tensors, grad)), strict=True):
+            with torch.enable_grad():
+                few_q, few_k, few_v = (t.detach().requires_grad_() for t in given)
+                mixed = product(few_q, few_k, few_v, ctx.scale)
+            found.append(torch.autograd.grad(mixed, (few_q, few_k, few_v), towards))
+        return (*(torch.cat(parts) for parts in zip(*found, strict=True)), None)
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, in_heads: bool) -> torch.Tensor:
@@ -86,6 +128,10 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     if in_heads and half and width <= 256 and value.shape[2] % width == 0:
         heads = value.shape[2] // width
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    if heads == 1:  # with fewer views: launched eagerly, each costs about as much as a kernel
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)
+        return mixed if mixed.shape[2] == value_width else mixed[:, :, :value_width]
     values = value.reshape(value.shape[0], value.shape[1], heads, value.shape[2] // heads).transpose(1, 2)
     query, key = query.unsqueeze(1).expand(-1, heads, -1, -1), key.unsqueeze(1).expand(-1, heads, -1, -1)
     mixed = F.scaled_dot_product_attention(query, key, values, scale=scale).transpose(1, 2).flatten(2)
@@ -121,11 +167,15 @@ def _choice_for(query: torch.Tensor, value: torch.Tensor) -> Choice:
         query.device,
         "half" if half else "full",
         "both" if torch.is_grad_enabled() else "forward",
-        _SMALL_BATCH if at_most(query.shape[0], _SMALL_UP_TO) else _LARGE_BATCH,
+        _SMALL_BATCH if _is_small(query) else _LARGE_BATCH,
         _class_of(query.shape[2]),
         _class_of(value.shape[2]),
     )
     return Choice(found[0], found[1], found[2])
+
+
+def _is_small(query: torch.Tensor) -> bool:
+    return at_most(query.shape[0], _SMALL_UP_TO) and at_most(query.shape[0] * query.shape[1], _SMALL_ROWS)
 
 
 def _class_of(width: int) -> int:
