@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for width, name in itertools.product(sorted({row["width"] for row in trainings}), BLOCKS):
         own = [row for row in trainings if (row["width"], row["candidate"]) == (width, name)]
-        settings_ = sorted({(row["lr"], row["epochs"]) for row in own})
+        counts = Counter((row["lr"], row["epochs"]) for row in own)
+        settings_ = sorted(setting for setting in counts if counts[setting] == max(counts.values()))
         if not settings_:
             continue
 
