@@ -177,6 +177,33 @@ def test_budgets_are_told_in_words_and_as_shares() -> None:
     assert budgets.over(record) == "11 ms"
 
 
+@pytest.mark.parametrize(
+    ("given", "most_ms", "said"),
+    [
+        ({"budget_ips": 2000.0}, 4.0, "4 ms (2000 images a second)"),
+        ({"budget_ips": 2000.0, "budget_ms": 3.0}, 3.0, "3 ms (2000 images a second)"),
+        ({"budget_ips": 2000.0, "budget_ms": 5.0}, 4.0, "4 ms (2000 images a second)"),
+        ({"budget_ms": 5.0}, 5.0, "5 ms"),
+    ],
+)
+def test_budget_of_throughput_is_one_of_latency(given: dict[str, float], most_ms: float, said: str) -> None:
+    """Images per second of forwards of 8 images; the tighter of two budgets holds."""
+    config = SearchConfig(batch_size=8, **given)  # type: ignore[arg-type]
+    budgets = Budgets.of(config)
+    assert config.most_ms == most_ms
+    assert budgets.describe() == said
+    for ms, over in ((most_ms * 0.99, False), (most_ms * 1.01, True)):
+        record = Record(number=0, state="failed", timing=Timing(ms, ms, ms, 1.0))
+        assert bool(budgets.over(record)) is over
+
+
+def test_mixed_precision_training_needs_cuda() -> None:
+    with pytest.raises(UsageError, match="--train-dtype bfloat16 needs a CUDA device"):
+        SearchConfig(budget_ms=1.0, train_dtype="bfloat16")
+    assert SearchConfig(budget_ms=1.0, device="cuda").train_dtype == "bfloat16"
+    assert SearchConfig(budget_ms=1.0, device="cuda", train_dtype="float32").train_dtype == "float32"
+
+
 def test_the_additive_sampler_keeps_to_known_budgets_from_the_first_candidate_on() -> None:
     costs = [np.array([0.0, 1.0, 3.0])] * 5
     places = Places({f"p{n}": ("none", "se", "non_local") for n in range(5)}, budgets={"cost": Budget(costs, 4.0)})

@@ -218,7 +218,8 @@ def search(
         storage=storage,
     )
     if output is None:
-        budgets = Budgets.of(config).describe().replace(" and ", "-").replace(" ", "")
+        said = Budgets.of(config).describe().replace(" and ", "-").replace(" (", "-")
+        budgets = said.replace(")", "").replace(" ", "")
         named = Path("runs") / "-".join([base, _stem(data or "digits"), _stem(space), budgets])
         config = config.model_copy(update={"output": str(named)})
         if extend and not named.exists():

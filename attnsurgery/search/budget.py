@@ -52,11 +52,13 @@ class Budgets:
     """What candidates have to keep to, by the name of the cost."""
 
     most: Mapping[str, float]
+    images_per_second: float | None = None
+    """The throughput that the latency budget was asked for as, if it was."""
 
     @classmethod
     def of(cls, config: SearchConfig) -> Budgets:
         asked = {name: getattr(config, kind.field) for name, kind in _KINDS.items()}
-        return cls({name: float(most) for name, most in asked.items() if most is not None})
+        return cls({name: float(most) for name, most in asked.items() if most is not None}, config.budget_ips)
 
     def excess(self, record: Record) -> dict[str, float]:
         """Of each budget whose cost is known: by how much the record is over it, as a share of it; below 0 within."""
@@ -70,7 +72,9 @@ class Budgets:
 
     def describe(self) -> str:
         """For people: '10 ms and 26 M parameters'."""
-        return " and ".join(_amount(most, _KINDS[name].unit) for name, most in self.most.items())
+        throughput = f" ({self.images_per_second:g} images a second)" if self.images_per_second else ""
+        said = {name: _amount(most, _KINDS[name].unit) for name, most in self.most.items()}
+        return " and ".join(words + (throughput if name == "latency" else "") for name, words in said.items())
 
 
 def _kind(insertion: Insertion) -> str:
