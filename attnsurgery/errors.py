@@ -7,6 +7,7 @@
     │   ├── OptionError              a block option that is unknown or out of range
     │   └── UnknownNameError         a block, model, space ... that does not exist
     ├── CheckpointError              a weights file that is damaged, hostile, or of another model
+    ├── ExportError                  an exported file that computes something else than the model
     ├── SurgeryError                 the model is not what surgery left behind
     └── SearchError
         └── NothingFeasibleError     exit code 3: no candidate fits the budget
@@ -51,6 +52,10 @@ class UnknownNameError(UsageError):
 
 class CheckpointError(AttnSurgeryError):
     """A weights file that is damaged, hostile, or belongs to another model."""
+
+
+class ExportError(AttnSurgeryError):
+    """An exported model that computes other outputs than the model."""
 
 
 class SurgeryError(AttnSurgeryError):

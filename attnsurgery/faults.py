@@ -59,9 +59,13 @@ MESSAGES = (
     _row(r"DataLoader worker .*killed by signal: (?:Bus error|Killed)", Fault.OUT_OF_MEMORY),
     _row(r"insufficient shared memory|out of shared memory", Fault.OUT_OF_MEMORY),
     _row(r"unable to (?:write to|mmap|resize) .*(?:torch_|shared)", Fault.OUT_OF_MEMORY),
+    _row(
+        r"Failed to allocate memory for requested buffer|CUDA failure 2\b|CUDNN_FE failure.*ALLOC", Fault.OUT_OF_MEMORY
+    ),
     # Anything else that these libraries report.
     _row(rf"(?:{_RUNTIME}): ", Fault.DEVICE),
     _row(rf"{_LIBRARY}\w+", Fault.DEVICE),
+    _row(r"\b(?:CUDA|CUDNN|CUBLAS) failure \d+", Fault.DEVICE),  # ONNX Runtime's words
     _row(r"\bcu(?:DNN|FFT|SOLVER|SPARSE|RAND)\b error", Fault.DEVICE),
     _row(r"\bNCCL\b.* error|\bnccl(?:Unhandled|System|Internal|Remote)\w*Error", Fault.DEVICE),
     _row(r"DataLoader worker .*(?:killed by signal|exited unexpectedly)", Fault.DEVICE),

@@ -25,11 +25,11 @@ from torch import nn
 import attnsurgery
 from attnsurgery.checkpoint import write_directory
 from attnsurgery.cli import main
-from attnsurgery.errors import UsageError
+from attnsurgery.errors import ExportError, UsageError
 from attnsurgery.latency import LATENCY, Conditions, Effort, backend_for
 from attnsurgery.latency import exported as exporting
 from attnsurgery.latency import runtime as runtimes
-from attnsurgery.latency.exported import Exported, ExportError, compared, export_onnx, exported, moved
+from attnsurgery.latency.exported import Exported, compared, export_onnx, exported, moved
 from attnsurgery.latency.onnxruntime import OnnxRuntimeLatency
 from attnsurgery.latency.runtime import Loaded, RuntimeLatency, _state_of
 from attnsurgery.latency.tensorrt import TensorRtLatency

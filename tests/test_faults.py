@@ -29,6 +29,8 @@ OUT_OF_MEMORY = [
     "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
     "cuFFT error: CUFFT_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9",
+    "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);",
     "NCCL error in: ProcessGroupNCCL.cpp:2, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
     "DataLoader worker (pid 4499) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
@@ -39,6 +41,8 @@ OUT_OF_MEMORY = [
     "unable to write to file </torch_1_2_3>: No space left on device (28)",
 ]
 DEVICE = [
+    "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700: an illegal memory access was encountered ; GPU=0",
+    "CUDNN failure 4: CUDNN_STATUS_INTERNAL_ERROR ; GPU=0 ; hostname=a ; expr=cudnnConvolutionForward(",
     f"CUDA error: an illegal memory access was encountered{HINT}",
     f"CUDA error: device-side assert triggered{HINT}",
     "CUDA error: unspecified launch failure",

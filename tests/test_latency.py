@@ -109,6 +109,19 @@ def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
     assert found.drift == 0.0
 
 
+def test_all_subjects_are_called_as_often_in_a_block() -> None:
+    """The first call after another subject's is a slow one; it would weigh more where a block has fewer calls."""
+    counts: dict[str, set[int]] = {"base": set(), "variant": set()}
+
+    def time_block(call: Callable[[], str], repeats: int) -> float:
+        counts[call()].add(repeats)
+        return repeats * {"base": 0.5, "variant": 3.0}[call()]
+
+    found = sample(time_block, lambda: named("base", "variant"), Effort(max_seconds=0.0, max_warmup_seconds=0.0))
+    assert max(counts["base"]) == max(counts["variant"]) >= 4
+    assert found.runs[0] == found.runs[1]
+
+
 @pytest.mark.parametrize(("again", "made"), [(True, 5), (False, 1)])
 def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -> None:
     places: list[int] = []
@@ -444,6 +457,22 @@ def test_defaults_are_how_a_device_is_deployed(device: str, dtype: str, mode: st
     assert (found.mode, found.channels_last) == (mode, channels_last)
     assert found.dtype == device_defaults(device, dtype)["dtype"]
     assert Conditions.on(device, mode="eager", channels_last=False).mode == "eager"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "mode"),
+    [
+        ("cuda", "cuda", "bfloat16", "cudagraph"),
+        ("onnxruntime", "cuda", "float16", "eager"),
+        ("openvino", "cpu", "float32", "eager"),
+        ("fixed", "cuda", "bfloat16", "eager"),
+    ],
+)
+def test_defaults_are_what_a_backend_can_measure(backend: str, device: str, dtype: str, mode: str) -> None:
+    found = LATENCY[backend].defaults(device)
+    assert (found["dtype"], found["mode"]) == (dtype, mode)
+    assert found["mode"] in LATENCY[backend].modes
+    assert LATENCY[backend].defaults(device, "float32")["dtype"] == "float32"
 
 
 def test_conditions_say_what_rounds_and_what_is_flushed() -> None:

@@ -25,7 +25,7 @@ from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.latency.compiled import compiled, fresh_compiler
-from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, Mode
+from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, Mode, device_defaults
 from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import (
     Effort,
@@ -145,6 +145,11 @@ class LatencyBackend(ABC):
         self.effort = effort or Effort()
         self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
         """What every measurement is made under: a lock, where others use the device too."""
+
+    @classmethod
+    def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
+        """`dtype`, `mode` and `channels_last` for whoever does not say, as `device_defaults`."""
+        return device_defaults(device, dtype)
 
     @abstractmethod
     def time_block(self, call: Call, repeats: int) -> float:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from attnsurgery.errors import AttnSurgeryError, UsageError
+from attnsurgery.errors import ExportError, UsageError
 from attnsurgery.latency._base import first_line
 
 Outputs = Sequence[torch.Tensor]
@@ -42,10 +42,6 @@ TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 """The largest difference of an output, as a share of the largest output, by dtype."""
 _LARGEST_PROTO = 1 << 30
 """Bytes of weights that surely fit in one protobuf message, whose limit is 2 GiB; more go into a file of their own."""
-
-
-class ExportError(AttnSurgeryError):
-    """An exported model that computes other outputs than the model."""
 
 
 @dataclass(frozen=True)

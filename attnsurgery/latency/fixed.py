@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgery.latency._base import LATENCY, Call, Comparison, Latency, LatencyBackend
-from attnsurgery.latency.conditions import Conditions
+from attnsurgery.latency.conditions import Conditions, device_defaults
 from attnsurgery.latency.protocol import Effort, Sampled
 
 _MACS_PER_MS = 1e8
@@ -23,6 +24,11 @@ class FixedLatency(LatencyBackend):
     Args:
         milliseconds: from a model to its time in ms.
     """
+
+    @classmethod
+    def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
+        """Nothing is measured, so nothing is recorded in a graph."""
+        return device_defaults(device, dtype) | {"mode": "eager"}
 
     def __init__(
         self,

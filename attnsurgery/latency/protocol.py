@@ -108,7 +108,8 @@ def sample(
                     calls = ()
                 calls = stack.enter_context(place())  # the last ones still hold their memory, so these lie elsewhere
             if not number:
-                repeats = [warm_up(time_block, call, effort) for call in calls]
+                # as many for each: the first call after another subject's is slower, and has to weigh the same in all
+                repeats = [max(warm_up(time_block, call, effort) for call in calls)] * len(calls)
                 begun = time.perf_counter()
             elif fresh:
                 _round(time_block, calls, repeats, backwards=False)  # the first of a copy is slow

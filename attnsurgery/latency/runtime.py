@@ -56,6 +56,12 @@ class RuntimeLatency(LatencyBackend):
     """What installs it."""
     devices: ClassVar[tuple[str, ...]]
 
+    @classmethod
+    def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
+        """float16 on CUDA, for which runtimes have kernels; the runtime chooses the layout itself."""
+        half = "float16" if device.partition(":")[0] == "cuda" else "float32"
+        return {"dtype": dtype or half, "mode": "eager", "channels_last": False}
+
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
         if conditions.mode not in self.modes:
             raise UsageError(f"{self.title} has one mode of its own, not {conditions.mode!r}. Use --mode eager.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.latency import Mode, device_defaults
+from attnsurgery.latency import LATENCY, Mode, device_defaults
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.search.record import RankBy
 
@@ -127,11 +127,13 @@ def defaults_on(device: str, latency: str | None = None, dtype: str | None = Non
     """Values of `BY_DEVICE` where they are not given.
 
     Args:
-        latency: a latency backend other than the device's own runs a model in its one way, which is called eager.
+        latency: a latency backend; None for the device's own.
+
+    Raises:
+        UnknownNameError: there is no such backend.
     """
-    kind = device.partition(":")[0]
-    own = {"mode": "eager"} if latency not in (None, kind) else {}
-    return {**device_defaults(device, dtype), **own, "train_dtype": "bfloat16" if kind == "cuda" else "float32"}
+    measured = device_defaults(device, dtype) if latency is None else LATENCY[latency].defaults(device, dtype)
+    return {**measured, "train_dtype": "bfloat16" if device.partition(":")[0] == "cuda" else "float32"}
 
 
 VERSIONS = "versions"
