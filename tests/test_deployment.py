@@ -535,3 +535,12 @@ def test_search_of_the_embedded_digits_keeps_a_budget_in_onnx_runtime(
     assert command("export", tmp_path / "run" / "best", "--onnx", tmp_path / "winner.onnx", "--check", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["largest_difference"] < 1e-4
+
+
+def test_conditions_name_the_runtime() -> None:
+    pytest.importorskip("onnxruntime")
+    assert (
+        backend_for(Conditions(threads=1), "onnxruntime").describe().startswith("ONNX Runtime, cpu, float32, batch 1")
+    )
+    assert "eager" not in backend_for(Conditions(), "onnxruntime").describe()
+    assert "eager" in backend_for(Conditions(), "cpu").describe()

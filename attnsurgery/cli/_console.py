@@ -23,7 +23,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
-    from attnsurgery.latency import Comparison, Conditions, Latency, Singles
+    from attnsurgery.latency import Comparison, Latency, Singles
     from attnsurgery.latency.self_test import SelfTest
     from attnsurgery.recipe.forecast import Forecast, PlannedBlock, Priced
     from attnsurgery.surgery.verify import Report
@@ -275,7 +275,7 @@ def _change(what: str, before: int, after: int) -> tuple[str, ...]:
     return what, f"{before:,}", f"{after:,}", f"{after - before:+,}{share}"
 
 
-def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: Conditions) -> None:
+def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: str) -> None:
     """Latencies that were measured together, with the conditions they hold for."""
     print_table(
         ["model", "p50 ms", "p90 ms", "noise", "runs"],
@@ -285,7 +285,7 @@ def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: Conditions)
         ],
     )
     versions = ", ".join(f"{key} {value}" for key, value in rows[0][1].versions.items())
-    print_lines([f"conditions  {conditions.describe()}", f"on          {versions}"])
+    print_lines([f"conditions  {conditions}", f"on          {versions}"])
     first = rows[0][1]
     if not first.steady:
         print_hint(
@@ -304,7 +304,7 @@ def print_singles(found: Latency, singles: Singles) -> None:
     print_lines([*lines, *([f"beside it   {found.beside()}"] if found.beside() else [])])
 
 
-def print_self_test(model: str, found: SelfTest, conditions: Conditions, versions: Mapping[str, str]) -> None:
+def print_self_test(model: str, found: SelfTest, conditions: str, versions: Mapping[str, str]) -> None:
     """What the meter says of a model compared with itself."""
     count = len(found.ratios)
     verdict = "the intervals can be trusted" if found.passed else "the intervals are TOO NARROW on this machine"
@@ -313,7 +313,7 @@ def print_self_test(model: str, found: SelfTest, conditions: Conditions, version
             f"{model} against itself, {count} times: {found.held} of {count} intervals hold 1 ({found.coverage:.0%}; "
             f"95 % are meant): {verdict}",
             f"half an interval is {found.half_width:.2%} of the time; the largest difference seen is {found.worst:.2%}",
-            f"conditions  {conditions.describe()}",
+            f"conditions  {conditions}",
             f"on          {', '.join(f'{key} {value}' for key, value in versions.items())}",
         ]
     )
@@ -321,7 +321,7 @@ def print_self_test(model: str, found: SelfTest, conditions: Conditions, version
         print_hint(f"the machine was not steady in {found.unsteady} of {count} comparisons.")
 
 
-def print_comparison(base: str, variant: str, found: Comparison, conditions: Conditions) -> None:
+def print_comparison(base: str, variant: str, found: Comparison, conditions: str) -> None:
     print_latencies([(base, found.base), (variant, found.variant)], conditions)
     low, high = found.ratio_low, found.ratio_high
     sure = "" if low > 1 or high < 1 else ": no difference can be told"

@@ -137,7 +137,7 @@ def _measure(name: str, model: nn.Module, backends: list[LatencyBackend], as_jso
             found, singles = backend.measure(model), backend.singles(model)
         rows.append({"model": name, "conditions": asdict(conditions), **asdict(found), "singles": asdict(singles)})
         if not as_json:
-            print_latencies([(name, found)], conditions)
+            print_latencies([(name, found)], backend.describe())
             print_singles(found, singles)
     if as_json:
         print_json(rows if len(rows) > 1 else rows[0])
@@ -155,7 +155,7 @@ def _compare(
             found = backend.compare(*models)
         rows.append({"model": names[0], "vs": names[1], "conditions": asdict(conditions), **asdict(found)})
         if not as_json:
-            print_comparison(*names, found, conditions)
+            print_comparison(*names, found, backend.describe())
     if as_json:
         print_json(rows if len(rows) > 1 else rows[0])
 
@@ -169,7 +169,7 @@ def _self_test(name: str, model: nn.Module, backend: LatencyBackend, as_json: bo
     if as_json:
         print_json({"model": name, "conditions": asdict(backend.conditions), **found.as_dict()})
     else:
-        print_self_test(name, found, backend.conditions, backend.versions())
+        print_self_test(name, found, backend.describe(), backend.versions())
     if not found.passed:
         raise typer.Exit(1)
 

@@ -229,6 +229,10 @@ class LatencyBackend(ABC):
         p50_ms, p90_ms, p99_ms = (quantile(times_ms, share) for share in (0.5, 0.9, 0.99))
         return Singles(p50_ms, p90_ms, p99_ms, len(times_ms))
 
+    def describe(self) -> str:
+        """The conditions in one line, and what runs the model where that is not torch."""
+        return self.conditions.describe()
+
     def versions(self) -> dict[str, str]:
         """Software and hardware that a latency depends on."""
         threads = self.conditions.threads or torch.get_num_threads()

@@ -56,6 +56,9 @@ class RuntimeLatency(LatencyBackend):
     """What installs it."""
     devices: ClassVar[tuple[str, ...]]
 
+    def describe(self) -> str:
+        return f"{self.title}, {super().describe().replace(', eager', '')}"
+
     @classmethod
     def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
         """float16 on CUDA, for which runtimes have kernels; the runtime chooses the layout itself."""

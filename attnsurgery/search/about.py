@@ -118,7 +118,7 @@ class About:
             code = (*code, f"extended, {'; '.join(others)}")
         return cls(
             command=command or before.get("command", ""),
-            conditions=bench.backend.conditions.describe(),
+            conditions=bench.backend.describe(),
             data=data.describe(),
             images={"train": len(data.train), "validation": len(data.val), "test": len(data.test)},
             fingerprint=data.fingerprint,

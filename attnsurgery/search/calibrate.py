@@ -168,7 +168,7 @@ def calibrate(
     return Calibration(
         model=model,
         space=bound.name,
-        conditions=meter.conditions.describe(),
+        conditions=meter.describe(),
         base_ms=base_ms,
         kinds=len(costs.kinds),
         measured=len(measured),

@@ -156,7 +156,7 @@ def preview(
         most_blocks=bench.space.max_blocks,
         left_out=bench.space.left_out,
         budgets=bench.budgets.describe(),
-        conditions=bench.backend.conditions.describe(),
+        conditions=bench.backend.describe(),
         data=bench.data.describe(),
         base_ms=reference.p50_ms,
         base_parameters=bench.costs.base["parameters"],
