@@ -157,7 +157,7 @@ def latencies(asked: argparse.Namespace, known: set[str]) -> Iterator[dict[str, 
         conditions = Conditions.on(asked.device, batch_size=batch, input_size=(3, SIDE, width), threads=1)
         backend = backend_for(conditions, effort=Effort(tolerance=0.005, max_seconds=0.6))
         base = candidate("base", None, width, 0)
-        for name in BLOCKS:
+        for name in asked.candidates:
             key = {"kind": "latency", "candidate": name, "width": width, "batch": batch}
             if name == "base" or named(key) in known:
                 continue
@@ -178,7 +178,7 @@ def named(row: dict[str, Any]) -> str:
 
 def jobs_of(asked: argparse.Namespace, known: set[str], folder: str) -> list[dict[str, Any]]:
     """Seed by seed, so that whatever is done when time is up can be compared."""
-    grid = itertools.product(range(asked.seeds), asked.widths, asked.epochs, asked.lrs, BLOCKS)
+    grid = itertools.product(range(asked.seeds), asked.widths, asked.epochs, asked.lrs, asked.candidates)
     keys = [
         {"kind": "training", "candidate": name, "width": width, "lr": lr, "epochs": epochs, "seed": seed}
         for seed, width, epochs, lr, name in grid
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS))
     parser.add_argument("--epochs", type=int, nargs="+", default=list(EPOCHS))
+    parser.add_argument("--candidates", nargs="+", choices=list(BLOCKS), default=list(BLOCKS))
     parser.add_argument("--tiny", action="store_true", help="a few pairs, to see that it runs")
     asked = parser.parse_args()
     asked.train_device = asked.train_device or asked.device
@@ -248,6 +249,7 @@ def main() -> None:
         sums = [
             {"key": {"candidate": name, "width": width, "seed": seed}, "asked": asked, "folder": str(folder)}
             for seed, width, name in itertools.product(range(asked.seeds), asked.widths, ("base", "deeper"))
+            if name == "base" or name in asked.candidates
         ]
         with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
             pool.map(summed, sums, chunksize=1)
