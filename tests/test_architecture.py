@@ -15,7 +15,7 @@ PACKAGE = Path(attnsurgery.__file__).parent
 
 # Lower may not import higher; siblings of one layer may not import each other.
 LAYERS = [
-    {"errors", "faults"},
+    {"errors", "faults", "tf32"},
     {"catalog"},
     {"blocks", "graph", "latency", "evaluate", "samplers", "weights"},
     {"surgery", "models", "difference"},

@@ -274,3 +274,16 @@ def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         worker.use_device("cuda:7")
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         worker.use_device("cuda:1")
+
+
+def test_lock_forgets_a_search_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a thread outlives its searches, and asks none of the past whether to stop."""
+    from attnsurgery.search.crew import Here
+
+    monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path))
+    bench = SimpleNamespace(config=SimpleNamespace(device="cpu"), backend=SimpleNamespace())
+    crew = Here(bench, Listener(), lambda: True)  # type: ignore[arg-type]
+    with pytest.raises(StopAsked):
+        device_lock("cpu").waiting()
+    crew.close()
+    device_lock("cpu").waiting()

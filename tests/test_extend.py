@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
-from attnsurgery.search.config import check_same
+from attnsurgery.search.config import check_same, fixed_part
 from attnsurgery.search.layout import STUDY, TRIALS
 from attnsurgery.search.record import trained
 from attnsurgery.search.repair import repair
@@ -234,3 +234,16 @@ def test_an_extended_study_can_be_repaired(finished: Outcome, config: SearchConf
     assert kept.records == tighter.records
     assert kept.seconds == pytest.approx(tighter.seconds, rel=0.5)
     assert run(change(config, budget_ms=tighter_than(finished))).records == tighter.records
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("cuda", "float32")])
+def test_search_from_before_a_setting_existed_goes_on(device: str, dtype: str) -> None:
+    """It did what the setting now says, so it is the same search; and another one where it did something else."""
+    given = {"budget_ms": 10.0, "device": device, "dtype": dtype, "mode": "eager", "channels_last": False}
+    train_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    now = fixed_part(SearchConfig(**given, train_dtype=train_dtype), {})  # type: ignore[arg-type]
+    added = ("budget_ips", "tf32", "cudnn_benchmark", "cold_cache", "train_dtype")
+    before = {name: value for name, value in now.items() if name not in added}
+    assert check_same(before, now, "there") == {}
+    with pytest.raises(SearchError, match="cold_cache: was False, is now True"):
+        check_same(before, {**now, "cold_cache": True}, "there")

@@ -331,7 +331,8 @@ def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     [
         (1, 784, 784, 64, 64, torch.bfloat16, False, "product"),
         (1, 784, 785, 64, 64, torch.bfloat16, False, "fused_True"),
-        (1, 784, 784, 80, 48, torch.float16, False, "product"),
+        (1, 784, 784, 80, 48, torch.bfloat16, False, "product"),
+        (1, 784, 784, 64, 64, torch.float16, False, "fused_True"),
         (1, 196, 196, 64, 512, torch.bfloat16, False, "product"),
         (1, 197, 196, 64, 512, torch.bfloat16, False, "fused_False"),
         (1, 49, 49, 64, 512, torch.bfloat16, False, "fused_False"),
@@ -384,6 +385,25 @@ def test_slices_of_the_product_are_the_product(monkeypatch: pytest.MonkeyPatch, 
     assert (ours - whole).abs().max() <= 1e-12
     pairs = zip(*(torch.autograd.grad(y, inputs, towards) for y in (ours, whole)), strict=True)
     assert all((one - other).abs().max() <= 1e-12 for one, other in pairs)
+
+
+def test_slices_of_mixed_types_learn_under_autocast(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of a stream in float32, projected values in half precision: backward runs outside of autocast."""
+    monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 30 * 30)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(cuda_attention, "_choice_for", lambda query, value: cuda_attention.Choice(0, 10**9, True))
+    query, key, value = (t.detach().float().requires_grad_() for t in widths(264, 64)(2, 30, 30, True))
+    mixed = cuda_attention.attend(query, key, value.bfloat16(), 1.0)
+    assert mixed.dtype is torch.bfloat16
+    mixed.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (query, key, value))
+
+
+def test_scores_that_overflow_float16_are_none_of_attention(measured_card: list[str]) -> None:
+    large = torch.full((1, 20, 64), 60.0, dtype=torch.float16)
+    assert cuda_attention.product(large, large, large, 1.0).isnan().any()
+    assert cuda_attention.attend(large, large, large, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 import time
 import weakref
@@ -30,6 +31,7 @@ from attnsurgery.latency import (
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.latency.protocol import interval_of_median, interval_of_ratio, ratio_of, relative_noise, sample
 from attnsurgery.latency.self_test import SelfTest, self_test
+from attnsurgery.tf32 import tf32
 
 QUICK = Effort(max_seconds=0.3, max_warmup_seconds=0.2, min_rounds=5)
 SMALL = Conditions(input_size=(3, 16, 16))
@@ -521,6 +523,40 @@ def test_cold_cache_is_flushed_before_every_call_and_not_timed(monkeypatch: pyte
     spent_ms = meter.time_block(lambda: events.append("call"), 5)
     assert events == ["flush", "call"] * 5
     assert spent_ms < 5 * 10
+
+
+def test_cold_cache_times_one_call_after_each_flush() -> None:
+    """Blocks of 2 ms of calls would flush, and not time, for many times as long."""
+    assert backend_for(replace(SMALL, cold_cache=True), "cpu").effort.block_ms == 0.0
+    assert backend_for(SMALL, "cpu").effort.block_ms > 0.0
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_tf32_is_switched_and_put_back(precision: str) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    usual = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        for allowed in (True, False):
+            with tf32(allowed):
+                assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+            assert torch.get_float32_matmul_precision() == precision
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    finally:
+        torch.set_float32_matmul_precision(usual[0])
+        cudnn.allow_tf32 = usual[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 brought it")
+def test_tf32_is_switched_beside_the_newer_switches() -> None:
+    script = (
+        "import torch; from attnsurgery.tf32 import tf32; m = torch.backends.cuda.matmul; m.fp32_precision = 'tf32'\n"
+        "with tf32(False): inside = m.fp32_precision\n"
+        "print(inside, m.fp32_precision)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "tf32"]
 
 
 def test_backend_refuses_a_mode_that_it_has_not() -> None:

@@ -61,6 +61,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     if is_scripting():
         return fused(query, key, value, scale, True)
     else:
+        if query.dtype == torch.float16:  # whose scores may overflow; the fused kernels keep theirs in fp32
+            return fused(query, key, value, scale, True)
         choice = _choice_for(query, value)
         pairs = query.shape[1] * key.shape[1]
         if not at_most(pairs, choice.product_up_to) or at_most(pairs, choice.product_above):
@@ -69,6 +71,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
             return product(query, key, value, scale)
         if at_most(query.shape[2], WIDEST) or torch.compiler.is_compiling():
             return fused(query, key, value, scale, True)
+        if torch.is_autocast_enabled("cuda"):  # backward runs outside of it, and has to multiply the same
+            dtype = torch.get_autocast_dtype("cuda")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         sliced: torch.Tensor = _Slices.apply(query, key, value, scale)
         return sliced
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from attnsurgery.evaluate._base import TrainSettings
+from attnsurgery.tf32 import tf32
 
 
 def autocast(settings: TrainSettings) -> torch.autocast:
@@ -16,20 +16,6 @@ def autocast(settings: TrainSettings) -> torch.autocast:
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.amp and kind == "cuda")
 
 
-@contextmanager
-def float32_as(settings: TrainSettings) -> Iterator[None]:
-    """Convolutions and matrix products in float32 on CUDA use TF32, or do not; afterwards as they were.
-
-    torch allows it for convolutions and not for matrix products unless told otherwise, which would favour models of
-    convolutions. These switches are there, and warn of nothing, in torch 2.6 as in 2.14.
-    """
-    if torch.device(settings.device).type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = settings.tf32
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+def float32_as(settings: TrainSettings) -> AbstractContextManager[None]:
+    """Whether float32 on CUDA uses TF32 is as the settings say; afterwards as it was."""
+    return tf32(settings.tf32) if torch.device(settings.device).type == "cuda" else nullcontext()

@@ -21,6 +21,7 @@ from attnsurgery.latency import card
 from attnsurgery.latency._base import LATENCY, Call, Comparison, Latency, LatencyBackend, first_line
 from attnsurgery.latency.conditions import Conditions
 from attnsurgery.latency.protocol import Effort, median, warm_up
+from attnsurgery.tf32 import tf32
 
 _cuda: Any = torch.cuda  # half of it carries no types
 _EAGER = Effort(max_warmup_seconds=0.3)
@@ -101,15 +102,14 @@ class CudaLatency(LatencyBackend):
     @contextmanager
     def _session(self) -> Iterator[None]:
         """The device is the current one, and what rounds or chooses kernels is as the conditions say."""
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-        wanted = self.conditions.tf32, self.conditions.tf32, self.conditions.cudnn_benchmark
+        cudnn = torch.backends.cudnn
+        before = cudnn.benchmark
+        cudnn.benchmark = self.conditions.cudnn_benchmark
         try:
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = wanted
-            with super()._session(), torch.cuda.device(self.conditions.device):
+            with super()._session(), tf32(self.conditions.tf32), torch.cuda.device(self.conditions.device):
                 yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+            cudnn.benchmark = before
 
     def _free(self) -> None:
         super()._free()
@@ -133,7 +133,7 @@ class CudaLatency(LatencyBackend):
                 for _ in range(3):
                     call()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):  # torch's own stream for captures stays on its first device
                 call()
         except Exception as error:
             if fault_of(error) is not None and not _of_capture(error):

@@ -102,6 +102,8 @@ class SearchConfig(Strict):
         if not isinstance(given, Mapping):
             return given
         given = {name: value for name, value in given.items() if value is not None or name not in BY_DEVICE}
+        if given.keys() >= set(BY_DEVICE):  # nothing to fill in: a backend that is gone by now need not be there
+            return given
         device, latency = str(given.get("device", "cpu")), given.get("latency")
         return {**defaults_on(device, latency, given.get("dtype")), **given}
 
@@ -175,6 +177,7 @@ def check_same(
     Raises:
         SearchError: lists what differs, as it was and as it is now, and says what to do.
     """
+    before = {**_as_before(before), **before}
     found = {key: f"{key}: was {was}, is now {is_now}" for key, (was, is_now) in differences(before, now).items()}
     if grave := {key: said for key, said in found.items() if not _may_change(key, before, now)}:
         smaller = any(key.startswith(f"{CHOICES}.") for key in grave)
@@ -202,6 +205,18 @@ def check_same(
             "another beside it with --new."
         )
     return found
+
+
+def _as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search did whose settings are from before there was a choice."""
+    mixed = settings.get("dtype") == "bfloat16" and str(settings.get("device")).startswith("cuda")
+    return {
+        "budget_ips": None,
+        "tf32": False,
+        "cudnn_benchmark": False,
+        "cold_cache": False,
+        "train_dtype": "bfloat16" if mixed else "float32",
+    }
 
 
 def judges(key: str) -> bool:

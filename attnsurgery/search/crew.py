@@ -182,6 +182,7 @@ class Here(Crew):
 
     def close(self) -> None:
         self._jobs.clear()
+        self._lock.waiting = lambda: None  # the lock outlives this search
 
 
 def _name(job: Job) -> str:
