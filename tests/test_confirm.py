@@ -24,6 +24,7 @@ from attnsurgery.search import SearchConfig, Timing, run
 from attnsurgery.search.confirm import Confirmation, judge
 from attnsurgery.search.numbers import gain_of, pooled, sign_test
 from attnsurgery.search.record import contenders
+from attnsurgery.search.watching import Watching
 from tests._searches import change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +48,12 @@ def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_th
 ) -> None:
     seen: list[int] = []
     count = confirm_module.accuracy
-    monkeypatch.setattr(confirm_module, "accuracy", lambda *given: seen.append(len(given[1])) or count(*given))
+
+    def counted(*given: Any, watch: Watching) -> Any:
+        seen.append(len(given[1]))
+        return count(*given, watch=watch)
+
+    monkeypatch.setattr(confirm_module, "accuracy", counted)
     outcome = run(change(config, finalists=3, confirm_seeds=2))
     verdict = outcome.confirmation
     assert verdict is not None

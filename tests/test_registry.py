@@ -370,6 +370,7 @@ PRIVATE: dict[str, tuple[type | str, str]] = {
     "timm.models._helpers.load_state_dict": ("function", "weights cannot be read"),
     "timm.models._hub.HF_SAFE_WEIGHTS_NAME": (str, "directories cannot be written"),
     "timm.models._hub.save_config_for_hf": ("function", "directories cannot be written"),
+    "torch._dynamo.utils.counters": (dict, "whether a model that was to be compiled was compiled is not known"),
     "torch._jit_internal.is_scripting": ("function", "residual attention cannot be scripted"),
     "torch.nn.modules.batchnorm._NormBase": (type, "inspect is slow: norms are run on meta tensors"),
     "torch.nn.modules.dropout._DropoutNd": (type, "a dropout rate that changes after surgery does not count"),
