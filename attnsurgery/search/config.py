@@ -177,7 +177,7 @@ def check_same(
     Raises:
         SearchError: lists what differs, as it was and as it is now, and says what to do.
     """
-    before = {**_as_before(before), **before}
+    before = {**{key: did for key, did in _as_before(before).items() if key in now}, **before}
     found = {key: f"{key}: was {was}, is now {is_now}" for key, (was, is_now) in differences(before, now).items()}
     if grave := {key: said for key, said in found.items() if not _may_change(key, before, now)}:
         smaller = any(key.startswith(f"{CHOICES}.") for key in grave)
