@@ -29,7 +29,7 @@ from attnsurgery.latency import (
     device_defaults,
 )
 from attnsurgery.latency.fixed import FixedLatency
-from attnsurgery.latency.protocol import interval_of_median, interval_of_ratio, ratio_of, relative_noise, sample
+from attnsurgery.latency.protocol import interval_of_median, ratio_of, relative_noise, sample
 from attnsurgery.latency.self_test import SelfTest, self_test
 from attnsurgery.tf32 import tf32
 
@@ -97,13 +97,14 @@ def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
     def time_block(call: Callable[[], str], repeats: int) -> float:
         name = call()
         seen.append(name)
-        disturbed = len(seen) in (41, 42, 43, 44)
+        disturbed = len(seen) in range(41, 49)
         return repeats * (100.0 if disturbed else {"base": 3.0, "variant": 6.0}[name])
 
     effort = Effort(tolerance=0.0, max_seconds=0.05, rounds=1000, placements=1)
-    found = sample(time_block, lambda: named("base", "variant"), effort)
-    rounds = [tuple(seen[-4 * number - 4 :][:4]) for number in range(6)]
-    assert set(rounds) == {("base", "variant", "variant", "base"), ("variant", "base", "base", "variant")}
+    found = sample(time_block, lambda _: named("base", "variant"), effort)
+    rounds = [tuple(seen[-8 * number - 8 :][:8]) for number in range(6)]
+    once, turned = ("base", "variant"), ("variant", "base")
+    assert set(rounds) == {(*once, *turned, *turned, *once)}
     assert set(found.times[0]) == {3.0}
     assert set(found.times[1]) == {6.0}
     assert found.runs[0] == found.runs[1] > len(found.times[0])
@@ -119,19 +120,19 @@ def test_all_subjects_are_called_as_often_in_a_block() -> None:
         counts[call()].add(repeats)
         return repeats * {"base": 0.5, "variant": 3.0}[call()]
 
-    found = sample(time_block, lambda: named("base", "variant"), Effort(max_seconds=0.0, max_warmup_seconds=0.0))
+    found = sample(time_block, lambda _: named("base", "variant"), Effort(max_seconds=0.0, max_warmup_seconds=0.0))
     assert max(counts["base"]) == max(counts["variant"]) >= 4
     assert found.runs[0] == found.runs[1]
 
 
 @pytest.mark.parametrize(("again", "made"), [(True, 5), (False, 1)])
 def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -> None:
-    places: list[int] = []
+    places: list[bool] = []
     cold: set[str] = set()
 
     @contextmanager
-    def place() -> Iterator[list[Callable[[], str]]]:
-        places.append(1)
+    def place(backwards: bool) -> Iterator[list[Callable[[], str]]]:
+        places.append(backwards)
         cold.update(("base", "variant"))
         with named("base", "variant") as calls:
             yield calls
@@ -143,7 +144,8 @@ def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, placements=5, min_rounds=10)
     found = sample(time_block, place, effort, again=lambda: again)
-    assert len(places) == made
+    assert places == [False, True, False, True, False][:made]
+    assert found.reverse == [way for way in (places if again else places * 5) for _ in range(2)]
     assert found.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.times == [[3.0] * 10] * 2
 
@@ -155,7 +157,7 @@ def test_a_machine_that_slows_down_is_noticed() -> None:
         return repeats * 3.0 * (1 + 0.002 * min(next(calls), 100))
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, min_rounds=90, rounds=90, placements=1)
-    found = sample(time_block, lambda: named("base"), effort)
+    found = sample(time_block, lambda _: named("base"), effort)
     assert 0.05 < found.drift < 0.25
     latency = backend_for(SMALL, "fixed").measure(convs(1))
     assert latency.steady
@@ -184,15 +186,36 @@ def test_too_narrow_is_what_chance_does_not_explain(held: int, of: int, passed: 
 
 def test_interval_is_narrow_for_steady_times_and_wide_for_wild_ones() -> None:
     placement = [0] * 10 + [1] * 10
-    assert interval_of_ratio([1.0] * 20, [2.0] * 20, placement) == (2.0, 2.0)
-    low, high = interval_of_ratio([1.0, 1.3] * 10, [2.0, 4.0] * 10, placement)
-    assert low < high
+    reverse = [False] * 10 + [True] * 10
+    exact = ratio_of([1.0] * 20, [2.0] * 20, placement, reverse)
+    assert (exact.value, exact.low, exact.high) == pytest.approx((2.0, 2.0, 2.0))
+    wild = ratio_of([1.0, 1.3] * 10, [2.0, 4.0] * 10, placement, reverse)
+    assert wild.low < wild.high
     assert relative_noise([1.0] * 9, [0] * 9) == 0.0
     assert relative_noise([1.0, 2.0, 3.0] * 3, [0] * 9) > 0.0
 
 
 def test_the_ratio_is_of_times_that_met_the_same_machine() -> None:
-    assert ratio_of([1.0, 10.0, 2.0], [2.0, 20.0, 4.0]) == 2.0
+    assert ratio_of([1.0, 10.0, 2.0], [2.0, 20.0, 4.0], [0] * 3, [False] * 3).value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("placements", [5, 6])
+def test_what_is_made_first_is_not_what_is_slow(placements: int) -> None:
+    """Whoever is made first is 4 % slower: with an odd number of placements the variant would seem 4 % faster."""
+    made: dict[str, float] = {}
+
+    @contextmanager
+    def place(backwards: bool) -> Iterator[list[Callable[[], str]]]:
+        made.update(base=3.0 if backwards else 3.12, variant=6.24 if backwards else 6.0)
+        with named("base", "variant") as calls:
+            yield calls
+
+    effort = Effort(tolerance=0.0, max_seconds=0.0, placements=placements, min_rounds=2 * placements)
+    found = sample(lambda call, repeats: repeats * made[call()], place, effort)
+    assert found.placement[-1] == placements - 1
+    ratio = ratio_of(*found.times, found.placement, found.reverse)
+    assert ratio.value == pytest.approx(2.0)
+    assert ratio.high - ratio.low < 1e-6
 
 
 @pytest.mark.parametrize(

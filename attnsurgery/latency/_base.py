@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -30,7 +29,6 @@ from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import (
     Effort,
     Sampled,
-    interval_of_ratio,
     median,
     quantile,
     ratio_of,
@@ -181,7 +179,7 @@ class LatencyBackend(ABC):
         return self._latency(self._sample(model), 0)
 
     def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
-        """Both models, interleaved base, variant, variant, base.
+        """Both models, interleaved: see attnsurgery.latency.protocol.
 
         Args:
             reference: the base's time to express the variant in; the one measured here when not given.
@@ -191,14 +189,14 @@ class LatencyBackend(ABC):
         """
         sampled = self._sample(base, variant)
         base_ms, variant_ms = sampled.times
-        low, high = interval_of_ratio(base_ms, variant_ms, sampled.placement)
+        ratio = ratio_of(base_ms, variant_ms, sampled.placement, sampled.reverse)
         base_latency = self._latency(sampled, 0)
         return Comparison(
             base=base_latency,
             variant=self._latency(sampled, 1),
-            ratio=ratio_of(base_ms, variant_ms),
-            ratio_low=low,
-            ratio_high=high,
+            ratio=ratio.value,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
             reference_ms=(reference or base_latency).p50_ms,
         )
 
@@ -259,11 +257,9 @@ class LatencyBackend(ABC):
             torch.OutOfMemoryError: memory does not hold one placement.
         """
 
-        turn = itertools.count()
-
         @contextmanager
-        def placed() -> Iterator[list[Call]]:
-            order = list(enumerate(models))[:: -1 if next(turn) % 2 else 1]  # who comes first lies elsewhere in memory
+        def placed(backwards: bool) -> Iterator[list[Call]]:
+            order = list(enumerate(models))[:: -1 if backwards else 1]
             with ExitStack() as stack:
                 calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
                 yield [calls[index] for index in range(len(models))]

@@ -47,7 +47,7 @@ class FixedLatency(LatencyBackend):
         return float(counter.get_total_flops()) / 2 / _MACS_PER_MS
 
     def measure(self, model: nn.Module) -> Latency:
-        return self._latency(Sampled([[self._milliseconds(model)]], [0], [1], left_out=0.0, drift=0.0), 0)
+        return self._latency(Sampled([[self._milliseconds(model)]], [0], [False], [1], left_out=0.0, drift=0.0), 0)
 
     def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
         first, second = self.measure(base), self.measure(variant)

@@ -1,14 +1,18 @@
 """The one way in which anything here is timed: warm up, alternate, stop when the ratio is known well enough.
 
-Calls are timed in blocks long enough for the clock. Two subjects alternate A B B A, then B A A B, so that neither a
-drift of the machine nor the first place in a round favours one of them; a round in which either was slowed down far
-beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own ratio, for the
-two times of a round met the same machine: a ratio of the two medians throws that away.
+Calls are timed in blocks long enough for the clock. A round of two subjects is A B B A B A A B. In it a drift of the
+machine favours neither, and each follows itself once and the other three times: a block that follows the other model's
+was found 10 % slower than one that follows its own, for the weights have left the cache. A round in which either was
+slowed down far beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own
+ratio, for the two times of a round met the same machine: a ratio of the two medians throws that away.
 
 Where its tensors happen to lie in memory can make one copy of a model some percent slower than its twin for as long as
 it lives, and more rounds on the same copy never show it. So the rounds are spread over several *placements*, fresh
 copies of all subjects, and the interval takes a placement for one observation, not each of its rounds, unless rounds
 differ by more. A bootstrap of rounds, or of few placements, is too narrow.
+
+Which subject was made first is part of where it lies: in ONNX Runtime the first of two equal models was 3 % slower
+than the second. So they are made in turn forwards and backwards, and what that turns out to be worth is taken off.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from scipy.special import stdtrit
 
 Call = Callable[[], Any]
 TimeBlock = Callable[[Call, int], float]
-Place = Callable[[], AbstractContextManager[Sequence[Call]]]
-"""Makes fresh copies of the subjects, and a call for each."""
+Place = Callable[[bool], AbstractContextManager[Sequence[Call]]]
+"""Makes fresh copies of the subjects, of the last one first if told so, and a call for each in the usual order."""
 Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = Sequence[float] | Array
 
@@ -37,6 +41,9 @@ _LONG_MS = 20.0
 """A block that takes so long warms up by itself: two are enough to see whether it has settled."""
 _SETTLED = 0.05
 """Successive groups of blocks that differ by less are warm."""
+_WARM_AGAIN_MS = 40.0
+"""Of each subject of a fresh placement, in no more passes than `_MOST_PASSES`."""
+_MOST_PASSES = 40
 _THROTTLED = 1.5
 """A block this many times slower than the median was interrupted; it says nothing about the model."""
 
@@ -51,11 +58,11 @@ class Effort:
     """... or after this long, the first warm-up not counted."""
     block_ms: float = 2.0
     """The shortest time between two readings of the clock."""
-    min_rounds: int = 12
+    min_rounds: int = 6
     max_warmup_seconds: float = 3.0
     placements: int = 6
     """Fresh copies of the models in memory, at least; a model that is compiled for seconds keeps its first."""
-    rounds: int = 4
+    rounds: int = 2
     """On the same copies, at most."""
 
 
@@ -67,6 +74,8 @@ class Sampled:
     """Of each call in ms, one number a round."""
     placement: list[int]
     """Of each round."""
+    reverse: list[bool]
+    """Of each round: whether the last subject was made before the first one."""
     runs: list[int]
     """How many times each call was timed."""
     left_out: float
@@ -85,7 +94,7 @@ def sample(
 ) -> Sampled:
     """Time the calls until what is asked about them is known well enough, or time is up.
 
-    All calls are timed in every round, forwards and then backwards: A, or A B B A, or B A A B.
+    All calls are timed in every round: A A, or A B B A B A A B.
 
     Args:
         place: the same number of calls each time.
@@ -96,6 +105,8 @@ def sample(
     """
     rounds: list[list[float]] = []
     placement: list[int] = []
+    reverse: list[bool] = []
+    made = 0
     repeats: list[int] = []
     calls: Sequence[Call] = ()
     least = -(-effort.min_rounds // effort.placements)
@@ -106,22 +117,25 @@ def sample(
                 stack.close()
                 if not overlap:
                     calls = ()
-                calls = stack.enter_context(place())  # the last ones still hold their memory, so these lie elsewhere
+                made += 1  # the last ones still hold their memory, so these lie elsewhere
+                calls = stack.enter_context(place(made % 2 == 0))
             if not number:
                 # as many for each: the first call after another subject's is slower, and has to weigh the same in all
                 repeats = [max(warm_up(time_block, call, effort) for call in calls)] * len(calls)
                 begun = time.perf_counter()
             elif fresh:
-                _round(time_block, calls, repeats, backwards=False)  # the first of a copy is slow
+                _warm_again(time_block, calls, repeats)
             due = begun + effort.max_seconds * min(1.0, (number + 1) / effort.placements)
             for turn in range(effort.rounds):
                 if turn >= least and time.perf_counter() > due:
                     break
-                rounds.append(_round(time_block, calls, repeats, backwards=turn % 2 == 1))
+                rounds.append(_round(time_block, calls, repeats))
                 placement.append(number)
+                reverse.append(made % 2 == 0)
             enough = number + 1 >= effort.placements and len(rounds) >= effort.min_rounds
             if enough and (
-                time.perf_counter() > due or _known(np.array(rounds), np.array(placement), effort.tolerance)
+                time.perf_counter() > due
+                or _known(np.array(rounds), np.array(placement), np.array(reverse), effort.tolerance)
             ):
                 break
     kept = _undisturbed(np.array(rounds))
@@ -130,7 +144,8 @@ def sample(
     return Sampled(
         times=[list(column) for column in kept_RS.T.tolist()],
         placement=np.array(placement)[kept].tolist(),
-        runs=[len(rounds) * (2 if len(repeats) > 1 else 1) * count for count in repeats],
+        reverse=np.array(reverse)[kept].tolist(),
+        runs=[len(rounds) * (4 if len(repeats) > 1 else 2) * count for count in repeats],
         left_out=1.0 - len(kept_RS) / len(rounds),
         drift=float(np.median(kept_RS[-third:, 0]) / np.median(kept_RS[:third, 0])) - 1.0,
     )
@@ -146,30 +161,56 @@ def quantile(times: Numbers, share: float) -> float:
     return float(np.quantile(np.asarray(times), share))
 
 
-def ratio_of(base: Numbers, variant: Numbers) -> float:
-    """Median over the rounds of the variant's time by the base's."""
-    return float(np.median(np.asarray(variant) / np.asarray(base)))
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as long as the base a variant takes, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def interval_of_median(values: Numbers, placement: Numbers) -> tuple[float, float]:
+def ratio_of(base: Numbers, variant: Numbers, placement: Numbers, reverse: Sequence[bool] | Array) -> Ratio:
+    """Median over the rounds of the variant's time by the base's, without what being made first is worth.
+
+    That is half the difference between the placements made forwards and those made backwards. It costs the interval a
+    degree of freedom. All is done on logarithms, for twice as long is as far from equal as half as long.
+
+    Args:
+        base, variant: times, of each round.
+        placement, reverse: of each round, as in `Sampled`.
+    """
+    logs_R = np.log(np.asarray(variant, float) / np.asarray(base, float))
+    placement_R, reverse_R = np.asarray(placement), np.asarray(reverse, bool)
+    ways = [
+        [np.median(logs_R[placement_R == group]) for group in np.unique(placement_R[reverse_R == way])]
+        for way in (False, True)
+    ]
+    taken = 0
+    if ways[0] and ways[1] and len(ways[0]) + len(ways[1]) > 2:
+        first, taken = (np.mean(ways[0]) - np.mean(ways[1])) / 2, 1
+        logs_R = logs_R - np.where(reverse_R, -first, first)
+    low, high = interval_of_median(logs_R, placement, taken)
+    return Ratio(math.exp(median(logs_R)), math.exp(low), math.exp(high))
+
+
+def interval_of_median(values: Numbers, placement: Numbers, taken: int = 0) -> tuple[float, float]:
     """95 % interval of the median of values of which those of one placement may have much in common.
 
     It holds the medians that a sign test of all values does not reject, and reaches as far as Student's t says of the
     placements' own medians. With fewer than three placements every value counts by itself.
+
+    Args:
+        taken: degrees of freedom that something else was estimated with.
     """
     sorted_V, middle, reach = np.sort(np.asarray(values)), median(values), 0.0
     outside = max(0, int((len(sorted_V) - _Z * len(sorted_V) ** 0.5) / 2))
     groups = np.unique(np.asarray(placement))
     if (count := len(groups)) > 2:
         own_G = [median(np.asarray(values)[np.asarray(placement) == group]) for group in groups]
-        reach = float(stdtrit(count - 1, 0.975) * np.std(own_G, ddof=1)) / count**0.5
+        left = count - 1 - taken
+        reach = float(stdtrit(left, 0.975) * np.std(own_G, ddof=1 + taken)) / count**0.5
     return min(middle - reach, float(sorted_V[outside])), max(middle + reach, float(sorted_V[-1 - outside]))
-
-
-def interval_of_ratio(base: Numbers, variant: Numbers, placement: Numbers) -> tuple[float, float]:
-    """95 % interval of `ratio_of`; of its logarithm, for twice as long is as far from equal as half as long."""
-    low, high = interval_of_median(np.log(np.asarray(variant) / np.asarray(base)), placement)
-    return math.exp(low), math.exp(high)
 
 
 def relative_noise(times: Numbers, placement: Numbers) -> float:
@@ -178,23 +219,33 @@ def relative_noise(times: Numbers, placement: Numbers) -> float:
     return (high - low) / 2 / median(times)
 
 
-def _round(time_block: TimeBlock, calls: Sequence[Call], repeats: list[int], *, backwards: bool) -> list[float]:
+def _warm_again(time_block: TimeBlock, calls: Sequence[Call], repeats: list[int]) -> None:
+    """The first blocks of fresh copies are slow, of those made first the most."""
+    spent = 0.0
+    for passes in range(_MOST_PASSES):
+        if passes >= 2 and spent >= _WARM_AGAIN_MS * len(calls):
+            break
+        for call, count in zip(calls, repeats, strict=True):
+            spent += time_block(call, count)
+
+
+def _round(time_block: TimeBlock, calls: Sequence[Call], repeats: list[int]) -> list[float]:
     """The time of one call of each, in ms."""
-    order = list(range(len(calls)))[:: -1 if backwards else 1]
-    order += order[::-1] if len(calls) > 1 else []
+    forwards = list(range(len(calls)))
+    order = [*forwards, *forwards[::-1], *forwards[::-1], *forwards] if len(calls) > 1 else [0, 0]
     times = [0.0] * len(calls)
     for index in order:
         times[index] += time_block(calls[index], repeats[index]) / repeats[index]
     return [total * len(calls) / len(order) for total in times]
 
 
-def _known(rounds_RS: Array, placement_R: Array, tolerance: float) -> bool:
+def _known(rounds_RS: Array, placement_R: Array, reverse_R: Array, tolerance: float) -> bool:
     kept = _undisturbed(rounds_RS)
     times_RS, placement_R = rounds_RS[kept], placement_R[kept]
     if times_RS.shape[1] == 1:
         return relative_noise(times_RS[:, 0], placement_R) <= tolerance
-    low, high = interval_of_ratio(times_RS[:, 0], times_RS[:, 1], placement_R)
-    return (high - low) / 2 <= tolerance
+    ratio = ratio_of(times_RS[:, 0], times_RS[:, 1], placement_R, reverse_R[kept])
+    return (ratio.high - ratio.low) / 2 <= tolerance
 
 
 def _undisturbed(rounds_RS: Array) -> Array:

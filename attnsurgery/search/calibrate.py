@@ -38,7 +38,7 @@ _DRAWN = 64
 """So many candidates are drawn, and that one measured of which the model knows least."""
 _FOLDS = 4
 """Each tells how wrong a model is that was told the others."""
-EFFORT = Effort(tolerance=0.003, max_seconds=1.0, min_rounds=4, placements=2)
+EFFORT = Effort(tolerance=0.003, max_seconds=1.0, min_rounds=2, placements=2)
 """Of one candidate: many measured roughly say more than few measured well."""
 Z_INTERVAL = 3.92
 """Width of a 95 % interval in standard errors."""

@@ -14,7 +14,6 @@ another --only has written there stays.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import time
@@ -33,7 +32,7 @@ from _common import RESULTS, write
 import attnsurgery  # noqa: F401  (makes the names known to timm)
 from attnsurgery.latency import Conditions, Effort, Mode, backend_for
 from attnsurgery.latency.exported import INPUT, Exported
-from attnsurgery.latency.protocol import interval_of_ratio, median, ratio_of, sample
+from attnsurgery.latency.protocol import median, ratio_of, sample
 from attnsurgery.latency.runtime import RuntimeLatency
 from attnsurgery.latency.self_test import self_test
 
@@ -84,18 +83,17 @@ def benchmark_app(one: Exported, threads: int) -> Block:
 
 
 def against(name: str, architecture: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Our p50 and the library's of one model, interleaved A B B A as every comparison of ours, on fresh copies."""
+    """Our p50 and the library's of one model, interleaved as every comparison of ours, on fresh copies."""
     torch.manual_seed(0)
     model = timm.create_model(architecture)
     backend = backend_for(Conditions(threads=threads), name)
     assert isinstance(backend, RuntimeLatency)
     one = backend._exported(model)
     library = {"onnxruntime": plain_loop, "openvino": benchmark_app}[name]
-    turn = itertools.count()
 
     @contextmanager
-    def both() -> Iterator[list[Block]]:
-        first = library(one, threads) if next(turn) % 2 else None  # who comes first lies elsewhere in memory
+    def both(backwards: bool) -> Iterator[list[Block]]:
+        first = library(one, threads) if backwards else None
         with backend._prepared(model) as call:
             theirs = first or library(one, threads)
             for _ in range(10):
@@ -103,11 +101,11 @@ def against(name: str, architecture: str, threads: int, seconds: float) -> dict[
             yield [partial(backend.time_block, call), theirs]
 
     before = os.getloadavg()[0]
-    effort = Effort(tolerance=0.003, max_seconds=seconds, placements=12, min_rounds=48, rounds=8)
+    effort = Effort(tolerance=0.003, max_seconds=seconds, placements=12, min_rounds=24, rounds=4)
     calls = max(1, round(_BLOCK_MS / library(one, threads)(5) * 5))  # the first of a block finds the other's weights
     found = sample(lambda block, repeats: block(calls * repeats), both, effort)
     ours_ms, theirs_ms = ([ms / calls for ms in times] for times in found.times)
-    low, high = interval_of_ratio(theirs_ms, ours_ms, found.placement)
+    of_rounds = ratio_of(theirs_ms, ours_ms, found.placement, found.reverse)
     ratio = median(ours_ms) / median(theirs_ms)
     return {
         "runtime": name,
@@ -118,8 +116,8 @@ def against(name: str, architecture: str, threads: int, seconds: float) -> dict[
         "ours_p50_ms": median(ours_ms),
         "library_p50_ms": median(theirs_ms),
         "ratio": ratio,
-        "ratio_of_rounds": ratio_of(theirs_ms, ours_ms),
-        "ratio_of_rounds_95": [low, high],
+        "ratio_of_rounds": of_rounds.value,
+        "ratio_of_rounds_95": [of_rounds.low, of_rounds.high],
         "left_out": found.left_out,
         "passed": abs(ratio - 1) <= WITHIN,
         "load_average": [before, os.getloadavg()[0]],
