@@ -14,34 +14,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from attnsurgery.errors import SearchError
+from attnsurgery.evaluate.augment import SHIFT, Augment, mirrors
 from attnsurgery.evaluate.memory import current, moved, room_for
+from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.evaluate.scan import refuse_unreadable, why
 from attnsurgery.evaluate.source import Source
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 OnProgress = Callable[[int, int], None]
 
 _DECODE_THREADS = 4
-_SHIFT = 8
-"""A training image is shifted by at most 1/8 of its side, as is usual for small images."""
 
 
 class Split(ABC):
     """One of the three parts of the data.
 
     Laws, which tests/test_evaluate.py checks: evaluation batches come in order, all of them, unaugmented; training
-    batches are a function of seed and epoch alone.
+    batches are a function of seed and epoch alone, also of whether memory holds the images.
     """
 
-    def __init__(self, source: Source, preprocessing: Preprocessing, flip: bool) -> None:
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, augment: Augment = "none"
+    ) -> None:
         self.ids = source.ids
         self.labels = torch.tensor(source.labels, dtype=torch.long)
         self.preprocessing = preprocessing
-        self.flip = flip
+        self.rendering = rendering
+        self.augment = augment
         self._mean_and_std: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -61,6 +66,12 @@ class Split(ABC):
 
     @abstractmethod
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]: ...
+
+    def _moves(self, batch: int, size: Sequence[int], generator: torch.Generator | None) -> list[torch.Tensor]:
+        """How each image of a batch is moved, as `drawn` says; nothing where images are left as they are."""
+        if generator is None or self.augment not in ("shift", "light"):
+            return []
+        return drawn(batch, size, mirrors(self.augment), generator)
 
     def _normalised(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 to float with the model's mean and std."""
@@ -83,10 +94,15 @@ class MemorySplit(Split):
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, flip: bool, on_progress: OnProgress | None = None
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        rendering: Rendering,
+        augment: Augment = "none",
+        on_progress: OnProgress | None = None,
     ) -> None:
-        super().__init__(source, preprocessing, flip)
-        self._decode = partial(decode_all, source, preprocessing, on_progress)
+        super().__init__(source, preprocessing, rendering, augment)
+        self._decode = partial(decode_all, source, preprocessing, rendering, on_progress)
         self._resident: dict[str, torch.Tensor] = {}
 
     def decode(self) -> torch.Tensor:
@@ -102,15 +118,13 @@ class MemorySplit(Split):
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
         pixels_NCHW = self._kept_for(device)
         for picks_B in picks:
-            numbers = [picks_B, self.labels[picks_B]]
-            if augment is not None:
-                numbers += drawn(len(picks_B), pixels_NCHW.shape[2:], self.flip, augment)
+            numbers = [picks_B, self.labels[picks_B], *self._moves(len(picks_B), pixels_NCHW.shape[2:], augment)]
             there_B, labels_B, *moves = moved(torch.stack(numbers), device)  # all that a batch needs, in one copy
             if pixels_NCHW.device == there_B.device:
                 x_BCHW = pixels_NCHW[there_B]
             else:
                 x_BCHW = moved(pixels_NCHW[picks_B], device)
-            if augment is not None:
+            if moves:
                 x_BCHW = shifted(x_BCHW, *moves)
             yield self._normalised(x_BCHW), labels_B
 
@@ -126,17 +140,20 @@ class MemorySplit(Split):
 
 
 class FileSplit(Split):
-    """Decoded by worker processes through timm's transforms, for data that memory does not hold."""
+    """Decoded by worker processes each time, for data that memory does not hold and for timm's transforms."""
 
-    def __init__(self, source: Source, preprocessing: Preprocessing, flip: bool, workers: int) -> None:
-        super().__init__(source, preprocessing, flip)
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, augment: Augment, workers: int
+    ) -> None:
+        super().__init__(source, preprocessing, rendering, augment)
         self._source = source
         self._workers = workers
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
-        training = augment is not None
-        seed = int(torch.randint(2**31, (1,), generator=augment)) if augment is not None else 0
-        images = _Images(self._source, self.preprocessing, self.flip, training, seed)
+        seed = None
+        if augment is not None and self.augment == "timm":
+            seed = int(torch.randint(2**31, (1,), generator=augment))
+        images = _Images(self._source, self.preprocessing, self.rendering, seed)
         loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=[pick.tolist() for pick in picks],
@@ -151,50 +168,74 @@ class FileSplit(Split):
             if batch is None:
                 return
             x_BCHW, labels_B = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if moves := self._moves(len(labels_B), x_BCHW.shape[2:], augment):
+                x_BCHW = shifted(x_BCHW, *moved(torch.stack(moves), device))
             yield self._normalised(x_BCHW), labels_B
 
 
 class _Images(Dataset[tuple[torch.Tensor, int]]):
-    def __init__(self, source: Source, preprocessing: Preprocessing, flip: bool, training: bool, seed: int) -> None:
+    """Images of the input's size.
+
+    Args:
+        seed: timm's training transform, drawn from it; None fits them as for evaluation.
+    """
+
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, seed: int | None = None
+    ) -> None:
         self._source = source
-        self._mode = preprocessing.image_mode
-        self._transform = preprocessing.training(flip) if training else preprocessing.fitting()
-        self._training = training
+        self._rendering = rendering
+        self._fit = _Fit(preprocessing)
+        self._training = None if seed is None else preprocessing.training()
         self._seed = seed
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if self._training:  # a function of the image and the epoch, however many workers there are
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed + index)
-                random.seed(self._seed + index)
-                return self._read(index), self._source.labels[index]
-        return self._read(index), self._source.labels[index]
-
-    def _read(self, index: int) -> torch.Tensor:
         try:
-            image = self._source.open(index)
+            image = self._rendering(self._source.open(index))
         except Exception as error:
-            raise SearchError(f"cannot read the image {self._source.ids[index]}: {error}") from None
-        return torch.as_tensor(np.asarray(self._transform(image.convert(self._mode))))
+            raise SearchError(f"cannot read the image {self._source.ids[index]}: {why(error)}") from None
+        return torch.as_tensor(self._fitted(image, index)), self._source.labels[index]
+
+    def _fitted(self, image: Image.Image, index: int) -> Any:
+        if self._seed is None or self._training is None:
+            return self._fit(image)
+        with torch.random.fork_rng(devices=[]):  # a function of image and epoch, however many workers there are
+            torch.manual_seed(self._seed + index)
+            random.seed(self._seed + index)
+            return np.asarray(self._training(image))
 
 
-def decode_all(source: Source, preprocessing: Preprocessing, on_progress: OnProgress | None = None) -> torch.Tensor:
+class _Fit:
+    """Resizes and crops an image as timm does for evaluation, to (C, H, W) in uint8.
+
+    Images no larger than the input are not cropped: their border is all there is.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self._fitting, self._filling = preprocessing.fitting(), preprocessing.filling()
+        _, self._height, self._width = preprocessing.input_size
+
+    def __call__(self, image: Image.Image) -> Any:
+        small = image.width <= self._width and image.height <= self._height
+        return np.asarray((self._filling if small else self._fitting)(image))
+
+
+def decode_all(
+    source: Source, preprocessing: Preprocessing, rendering: Rendering, on_progress: OnProgress | None = None
+) -> torch.Tensor:
     """Every image as uint8, (N, C, H, W), resized and cropped as timm does for evaluation.
 
     Raises:
         SearchError: images that cannot be read.
     """
-    fitting, filling = preprocessing.fitting(), preprocessing.filling()
+    fit = _Fit(preprocessing)
     pixels_NCHW = torch.empty((len(source.ids), *preprocessing.input_size), dtype=torch.uint8)
-    _, height, width = preprocessing.input_size
 
     def decode(index: int) -> str | None:
         try:
-            image = source.open(index).convert(preprocessing.image_mode)
-            small = image.width <= width and image.height <= height
-            pixels_NCHW[index] = torch.as_tensor(np.asarray((filling if small else fitting)(image)))
+            pixels_NCHW[index] = torch.as_tensor(fit(rendering(source.open(index))))
         except Exception as error:  # whatever a decoder throws at a damaged file
-            return f"{source.ids[index]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"{source.ids[index]} ({why(error)})"
         return None
 
     bad: list[str] = []
@@ -204,11 +245,7 @@ def decode_all(source: Source, preprocessing: Preprocessing, on_progress: OnProg
                 bad.append(problem)
             if on_progress and (done % 256 == 0 or done == len(source.ids)):
                 on_progress(done, len(source.ids))
-    if bad:
-        raise SearchError(
-            f"{len(bad)} of {len(source.ids)} images cannot be read: {'; '.join(bad[:3])}"
-            f"{' ...' if len(bad) > 3 else ''}. Remove or replace them."
-        )
+    refuse_unreadable(bad, len(source.ids))
     return pixels_NCHW
 
 
@@ -220,7 +257,7 @@ def augmented(pixels_BCHW: torch.Tensor, flip: bool, generator: torch.Generator)
 
 def drawn(batch: int, size: Sequence[int], flip: bool, generator: torch.Generator) -> list[torch.Tensor]:
     """By how many rows and columns each image is shifted, and 1 where it is mirrored, else 0; all (B,), on the host."""
-    top_B, left_B = (torch.randint(2 * (side // _SHIFT) + 1, (batch,), generator=generator) for side in size)
+    top_B, left_B = (torch.randint(2 * (side // SHIFT) + 1, (batch,), generator=generator) for side in size)
     mirror_B = torch.rand(batch, generator=generator) < (0.5 if flip else 0.0)
     return [top_B, left_B, mirror_B.long()]
 
@@ -231,7 +268,7 @@ def shifted(
     """Each image moved as `drawn` says."""
     batch, _, height, width = pixels_BCHW.shape
     device = pixels_BCHW.device
-    reach_h, reach_w = height // _SHIFT, width // _SHIFT
+    reach_h, reach_w = height // SHIFT, width // SHIFT
     columns_BW = torch.arange(width, device=device).expand(batch, -1)
     columns_BW = torch.where(mirror_B[:, None] > 0, width - 1 - columns_BW, columns_BW) + left_B[:, None]
     rows_BH = torch.arange(height, device=device) + top_B[:, None]

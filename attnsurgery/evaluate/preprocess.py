@@ -8,7 +8,10 @@ from typing import Any
 import timm.data
 from torch import nn
 
+from attnsurgery.errors import SearchError
+
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,18 @@ class Preprocessing:
 
     @property
     def image_mode(self) -> str:
-        """How PIL calls the colours of the input."""
-        return "L" if self.input_size[0] == 1 else "RGB"
+        """How PIL calls the colours of the input.
+
+        Raises:
+            SearchError: no image has so many channels.
+        """
+        channels = self.input_size[0]
+        if channels not in _MODES:
+            raise SearchError(
+                f"the model takes {channels} channels, and image files have 1 (grey), 3 (RGB) or 4 (and alpha). "
+                "Search for a base with one of these."
+            )
+        return _MODES[channels]
 
     def fitting(self) -> Any:
         """timm's evaluation transform, from PIL to uint8 of `input_size`."""
@@ -50,12 +63,12 @@ class Preprocessing:
         """The same without cropping: for images no larger than the input, whose border is all there is."""
         return self._transform(1.0)
 
-    def training(self, flip: bool) -> Any:
+    def training(self) -> Any:
         """timm's training transform, from PIL to uint8 of `input_size`; it draws from torch's and Python's state."""
         return _data.create_transform(
             self.input_size,
             is_training=True,
-            hflip=0.5 if flip else 0.0,
+            hflip=0.5,
             color_jitter=0.0,
             interpolation=self.interpolation,
             use_prefetcher=True,

@@ -1,11 +1,11 @@
-"""Labelled images before they are split: the embedded digits, a folder of classes, or a data set known to timm by name.
+"""Labelled images before they are split: the embedded digits, an image folder, or a data set known to timm by name.
 
 Nothing is decoded before it is opened, and an image that cannot be read fails then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ import timm.data
 from PIL import Image
 
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.evaluate.augment import Augment
+from attnsurgery.evaluate.contents import content_of, pixels_of
+from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, read_folder
+from attnsurgery.evaluate.picture import upright
 
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees
-_TRAIN = ("train", "training")
-_VALIDATION = ("val", "validation", "valid", "dev")
-_TEST = ("test", "testing", "eval")
-_NAMED = ("hfds/", "torch/")
+_HUB = "hfds/"
+_NAMED = (_HUB, "torch/")
 _STREAMED = ("hfids/", "tfds/", "wds/")
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Source:
     """What tells an image from every other: a path relative to the data, or a split and a number."""
     labels: tuple[int, ...]
     open: Callable[[int], Image.Image]
+    """Decoded, and upright."""
+    paths: tuple[Path, ...] = ()
+    """Of the image files, where there are such."""
+    content: Callable[[], str] = str
+    """Tells the data that is no files from others: a digest of the whole data set, '' where there are files."""
 
     def take(self, picks: Sequence[int]) -> Source:
         """The images at these positions."""
@@ -41,6 +49,8 @@ class Source:
             ids=tuple(self.ids[i] for i in picks),
             labels=tuple(self.labels[i] for i in picks),
             open=lambda i: inner(picks[i]),
+            paths=tuple(self.paths[i] for i in picks) if self.paths else (),
+            content=self.content,
         )
 
 
@@ -53,19 +63,23 @@ class Sources:
     train: Source
     val: Source | None = None
     test: Source | None = None
-    flip: bool = True
-    """Whether a mirrored image keeps its label."""
+    augment: Augment = "light"
+    """How training images are varied unless something else is asked for."""
+    notes: tuple[str, ...] = ()
+    """What was left out or is named otherwise than it is used, a line each."""
 
 
 def find_sources(spec: str | None) -> Sources:
     """The labelled images that `spec` names.
 
     Args:
-        spec: None for the embedded digits; a directory; or a name such as 'hfds/cifar10' or 'torch/cifar10'.
+        spec: None for the embedded digits; a directory; or a name such as 'hfds/cifar10' or 'torch/cifar10'. Columns
+            of a data set of Hugging Face may stand behind a colon: 'hfds/cifar100:fine_label'.
 
     Raises:
         UsageError: nothing of that name, or a kind of data set that cannot be split.
-        SearchError: a directory without classes or images, or with classes in one part that training does not have.
+        SearchError: a directory without classes or images, a split with classes that training does not have, or one
+            of which it cannot be told what is meant.
     """
     if spec is None:
         return _digits()
@@ -94,77 +108,134 @@ def _digits() -> Sources:
         ids=tuple(f"digits/{index}" for index in range(len(pixels))),
         labels=tuple(int(label) for label in bunch.target),
         open=lambda index: Image.fromarray(pixels[index]),
+        content=lambda: pixels_of([pixels]),
     )
-    return Sources("digits", tuple(map(str, range(10))), source, flip=False)
+    return Sources("digits", tuple(map(str, range(10))), source, augment="shift")
 
 
 def _folder(root: Path) -> Sources:
-    parts = {name: _part(root, names) for name, names in (("train", _TRAIN), ("val", _VALIDATION), ("test", _TEST))}
-    top = parts["train"]
-    if top is None and (found := [part.name for part in parts.values() if part]):
-        raise SearchError(f"{root} has {', '.join(found)}/ but no train/. Add it, or give a folder of classes alone.")
-    classes, train = _classes(top or root, root, None)
-    rest = {name: _classes(part, root, classes)[1] for name, part in parts.items() if part and name != "train"}
-    return Sources(root.name or str(root.resolve().name), classes, train, rest.get("val"), rest.get("test"))
+    found = read_folder(root)
+    parts = {role: _of_files(root, images) for role, images in found.parts.items()}
+    name = root.name or str(root.resolve().name)
+    return Sources(name, found.classes, parts[TRAIN], parts.get(VAL), parts.get(TEST), notes=found.notes)
 
 
-def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    there = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()}
-    return next((there[name] for name in names if name in there), None)
-
-
-def _classes(folder: Path, root: Path, known: tuple[str, ...] | None) -> tuple[tuple[str, ...], Source]:
-    kinds: set[str] = _data.readers.get_img_extensions(as_set=True)
-    folders = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
-    found = {
-        entry.name: sorted(path for path in entry.rglob("*") if path.suffix.lower() in kinds and path.is_file())
-        for entry in folders
-        if not entry.name.startswith(".")
-    }
-    full = {name: paths for name, paths in found.items() if paths}
-    classes = known if known is not None else tuple(full)
-    if strange := sorted(set(full) - set(classes)):
-        raise SearchError(f"{folder} has classes that training does not have: {', '.join(strange[:5])}.")
-    if len(full) < 2:
-        raise SearchError(
-            f"{folder} holds {len(full)} classes with images ({len(folders)} sub-folders); at least two are needed. "
-            "An image folder has one sub-folder a class: DIR/cat/1.jpg, DIR/dog/2.jpg."
-        )
-    items = [(path, classes.index(name)) for name, paths in full.items() for path in paths]
-    paths = tuple(path for path, _ in items)
-    return classes, Source(
+def _of_files(root: Path, images: Sequence[tuple[Path, int]]) -> Source:
+    paths = tuple(path for path, _ in images)
+    return Source(
         ids=tuple(path.relative_to(root).as_posix() for path in paths),
-        labels=tuple(label for _, label in items),
-        open=lambda index: _open(paths[index]),
+        labels=tuple(label for _, label in images),
+        open=lambda index: decoded(paths[index]),
+        paths=paths,
     )
 
 
-def _open(path: Path) -> Image.Image:
-    """Decoded: a truncated file fails here and not later in a transform."""
-    with Image.open(path) as image:
+def decoded(file: Any) -> Image.Image:
+    """The image in a file, upright: a truncated one fails here and not later in a transform.
+
+    Args:
+        file: a path, or a binary file.
+    """
+    with Image.open(file) as image:
         image.load()
-        return image.copy()
+        return upright(image.copy())
 
 
 def _named(spec: str) -> Sources:
-    """Through timm's own factory, so what it knows is known here."""
-    train = _named_split(spec, "train")
+    """Through timm's own factory, so what it knows is known here.
+
+    Raises:
+        UsageError, SearchError: as `find_sources`; also labels that are none.
+    """
+    name, columns = _with_columns(spec) if spec.startswith(_HUB) else (spec, {})
+    train = _named_split(name, "train", columns)
     if train is None:
         raise UsageError(f"--data {spec}: it has no training split, or cannot be fetched from here.")
     # torchvision's sets have one held-out part, whatever it is called for
-    rest = {
-        name: _named_split(spec, name) for name in (("test",) if spec.startswith("torch/") else ("validation", "test"))
+    others = ("test",) if spec.startswith("torch/") else ("validation", "test")
+    rest = {split: _named_split(name, split, columns) for split in others}
+    notes = []
+    for split, part in rest.items():
+        if part is not None and all(label < 0 for label in part[0].labels):
+            notes.append(f"not used: the {split} split, whose {len(part[0].ids):,} images have no labels")
+            rest[split] = None
+    found = {split: part[0] for split, part in {"train": train, **rest}.items() if part is not None}
+    classes = _class_names(spec, train[1], found)
+    return Sources(name, classes, found["train"], found.get("validation"), found.get("test"), notes=tuple(notes))
+
+
+def _class_names(spec: str, given: Sequence[str], parts: Mapping[str, Source]) -> tuple[str, ...]:
+    """The names of the classes; their numbers where they have none.
+
+    Raises:
+        SearchError: a split has labels that the training split does not have, or that are no number of a class.
+    """
+    known = set(parts["train"].labels)
+    count = max(len(given), max(known) + 1)
+    for split, part in parts.items():
+        strange = sorted(label for label in set(part.labels) if label < 0 or label >= count or label not in known)
+        if strange:
+            listed = ", ".join(map(str, strange[:_SHOWN])) + (" ..." if len(strange) > _SHOWN else "")
+            images = sum(label in strange for label in part.labels)
+            lacks = "has no class" if split == "train" else "the training split does not have"
+            raise SearchError(
+                f"--data {spec}: {images:,} images of the {split} split are labelled {listed}, which {lacks}. "
+                "Use data whose images all have one of the labels of training, for instance an image folder made of it."
+            )
+    return tuple(map(str, given)) if len(given) == count else tuple(map(str, range(count)))
+
+
+def _with_columns(spec: str) -> tuple[str, dict[str, str]]:
+    """The name without what stands behind its colon, and timm's arguments for the columns of image and label.
+
+    Raises:
+        UsageError: the data set has no such columns, or several; or the package is missing.
+        SearchError: it cannot be loaded.
+    """
+    name, _, asked = spec.partition(":")
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise UsageError(f"--data {spec} needs a package that is not installed: {error}.") from None
+    try:
+        features: Mapping[str, Any] = datasets.load_dataset(name.removeprefix(_HUB), split="train").features
+    except Exception as error:  # hub, network and builder errors have no common root
+        raise SearchError(f"--data {spec} could not be loaded: {str(error).splitlines()[0]}") from error
+    wanted = [column for column in asked.split(",") if column]
+    if missing := [column for column in wanted if column not in features]:
+        raise UsageError(f"--data {spec}: there is no column {missing[0]!r}, but {', '.join(features)}.")
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    images = [column for column, kind in kinds.items() if kind == "Image"]
+    labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+    if not labels:  # labels that are numbers and have no names
+        labels = [column for column, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    return name, {
+        "input_key": _the_column(spec, "images", images, wanted, features),
+        "target_key": _the_column(spec, "labels", labels, wanted, features),
     }
-    count = max(train.labels) + 1
-    return Sources(spec, tuple(map(str, range(count))), train, rest.get("validation"), rest.get("test"))
 
 
-def _named_split(spec: str, split: str) -> Source | None:
+def _the_column(spec: str, what: str, fitting: Sequence[str], wanted: Sequence[str], every: Mapping[str, Any]) -> str:
+    chosen = [column for column in fitting if column in wanted] or list(fitting)
+    if len(chosen) == 1:
+        return chosen[0]
+    if not fitting:
+        raise UsageError(f"--data {spec}: none of its columns holds {what}; it has {', '.join(every)}.")
+    raise UsageError(
+        f"--data {spec}: {len(chosen)} of its columns hold {what}: {', '.join(chosen)}. Say which one is meant behind "
+        f"a colon, such as {spec.partition(':')[0]}:{chosen[0]}."
+    )
+
+
+def _named_split(spec: str, split: str, columns: Mapping[str, str]) -> tuple[Source, Sequence[str]] | None:
+    """Images and labels of a split, with the names of its classes as far as they are known."""
     root = Path.home() / ".cache" / "attnsurgery" / "data" if spec.startswith("torch/") else None
     if root:
         root.mkdir(parents=True, exist_ok=True)
     try:
-        dataset: Any = _data.create_dataset(spec, root=root and str(root), split=split, download=root is not None)
+        dataset: Any = _data.create_dataset(
+            spec, root=root and str(root), split=split, download=root is not None, **columns
+        )
     except ImportError as error:
         raise UsageError(f"--data {spec} needs a package that is not installed: {error}.") from None
     except AssertionError as error:
@@ -175,11 +246,21 @@ def _named_split(spec: str, split: str) -> Source | None:
         return None
     if not len(dataset):
         return None
-    return Source(
+    reader: Any = getattr(dataset, "reader", None)
+
+    def opened(index: int) -> Image.Image:
+        if reader is not None:  # past timm's data set, which puts another image in the place of one it cannot read
+            return decoded(reader[index][0])
+        return upright(dataset[index][0])
+
+    source = Source(
         ids=tuple(f"{split}/{index}" for index in range(len(dataset))),
-        labels=tuple(int(label) for label in _labels(dataset)),
-        open=lambda index: dataset[index][0],
+        labels=tuple(-1 if label is None else int(label) for label in _labels(dataset)),
+        open=opened,
+        content=lambda: content_of(dataset),
     )
+    names = getattr(dataset, "classes", None) or list(getattr(reader, "class_to_idx", None) or ())
+    return source, names
 
 
 def _labels(dataset: Any) -> Sequence[int]:

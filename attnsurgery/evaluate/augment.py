@@ -1,0 +1,27 @@
+"""How training images are varied, by name; the same whether or not memory holds them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Augment = Literal["none", "shift", "light", "timm"]
+
+SHIFT = 8
+"""A training image is shifted by at most 1/8 of its side, as is usual for small images."""
+_WORDS: dict[Augment, str] = {
+    "none": "as they are",
+    "shift": f"shifted by up to 1/{SHIFT} of a side",
+    "light": f"shifted by up to 1/{SHIFT} of a side, half of them mirrored left to right",
+    "timm": "timm's random resized crops, half of them mirrored left to right",
+}
+NAMES: tuple[Augment, ...] = tuple(_WORDS)
+
+
+def mirrors(augment: Augment) -> bool:
+    """Whether left may become right."""
+    return augment in ("light", "timm")
+
+
+def words(augment: Augment) -> str:
+    """For people."""
+    return _WORDS[augment]

@@ -1,0 +1,568 @@
+"""Image folders as people have them: read as they are meant, or the first lines say what was not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.evaluate import Data, Preprocessing, load_data
+from attnsurgery.evaluate.folder import read_folder, readable, role_of
+from attnsurgery.evaluate.picture import Depth, Rendering
+from attnsurgery.evaluate.source import decoded
+
+SMALL = Preprocessing((3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+"""Pixels come out as 0 to 1."""
+
+Draw = Callable[[int], Image.Image]
+
+
+def noise(index: int, level: int = 0, size: int = 24) -> Image.Image:
+    pixels = np.random.default_rng([index, level]).integers(0, 90, (size, size, 3)) + level
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def write(
+    folder: Path, count: int, level: int = 0, ending: str = ".png", first: int = 0, draw: Draw | None = None
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(first, first + count):
+        image = draw(index) if draw else noise(index, level)
+        image.save(folder / f"{index}{ending}")
+
+
+def two_classes(root: Path, count: int = 6, **how: object) -> Path:
+    write(root / "cat", count, 0, **how)  # type: ignore[arg-type]
+    write(root / "dog", count, 160, **how)  # type: ignore[arg-type]
+    return root
+
+
+def said(data: Data) -> str:
+    return "\n".join(data.notes)
+
+
+# Which files are images.
+
+
+@pytest.mark.parametrize("ending", [".webp", ".bmp", ".tif", ".JPG", ".jp2", ".gif"])
+def test_whatever_pil_reads_is_read(tmp_path: Path, ending: str) -> None:
+    """6 jpg and 6 webp a class trained on the jpg alone; webp alone were no classes."""
+    if ending.lower() not in readable():
+        pytest.skip(f"this PIL does not read {ending}")
+    two_classes(tmp_path, ending=".jpg")
+    two_classes(tmp_path, ending=ending, first=6) if ending != ".JPG" else two_classes(tmp_path, ending=ending)
+    data = load_data(str(tmp_path), SMALL)
+    assert len(data.train) + len(data.val) + len(data.test) == 24
+
+
+def test_files_that_are_no_images_are_counted_by_their_endings(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "cat" / "labels.txt").write_text("cat")
+    (tmp_path / "dog" / "photo.heic").write_bytes(b"ftypheic")
+    (tmp_path / "dog" / "other.heic").write_bytes(b"ftypheic")
+    assert "not read as images: 2 .heic, 1 .txt" in said(load_data(str(tmp_path), SMALL))
+
+
+def test_a_class_of_nothing_but_photos_that_pil_cannot_read_is_refused(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "bird" / "1.heic").write_bytes(b"ftypheic")
+    with pytest.raises(SearchError, match=r"bird holds 1 image of kinds that PIL does not read here \(\.heic\)"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_what_systems_leave_behind_is_no_image(tmp_path: Path) -> None:
+    """.ipynb_checkpoints, __MACOSX and dot-files in a class were trained on."""
+    two_classes(tmp_path)
+    write(tmp_path / "cat" / ".ipynb_checkpoints", 2)
+    write(tmp_path / "cat" / "__MACOSX", 2)
+    write(tmp_path / "__MACOSX", 2)
+    noise(0).save(tmp_path / "dog" / "._1.png")
+    data = load_data(str(tmp_path), SMALL)
+    assert data.classes == ("cat", "dog")
+    assert len(data.train) + len(data.val) + len(data.test) == 12
+    assert "left out: 4 hidden files or folders" in said(data)
+
+
+def test_an_empty_class_and_loose_images_are_named(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "bird").mkdir()
+    noise(0).save(tmp_path / "loose.png")
+    text = said(load_data(str(tmp_path), SMALL))
+    assert "not used: 1 image in no class folder (loose.png is the first)" in text
+    assert f"no images in: {tmp_path.name}/bird/" in text
+
+
+def test_a_link_that_leads_in_a_circle_ends(tmp_path: Path) -> None:
+    two_classes(tmp_path / "real")
+    (tmp_path / "data").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "cat" / "up").symlink_to(tmp_path / "real" / "cat")
+    data = load_data(str(tmp_path / "data"), SMALL)
+    assert len(data.train) + len(data.val) + len(data.test) == 12
+
+
+# Which folders are splits.
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *(("train_set", "train"), ("Training Set", "train"), ("TRAIN", "train"), ("trainData", "train")),
+        *(("val_set", "val"), ("vali", "val"), ("Validation", "val"), ("val2017", "val"), ("valid", "val")),
+        *(
+            ("test_set", "test"),
+            ("test-images", "test"),
+            ("hold_out", "test"),
+            ("holdout", "test"),
+            ("testing", "test"),
+        ),
+        *(("cat", None), ("trains", None), ("valley", None), ("attest", None), ("invalid", None), ("set", None)),
+    ],
+)
+def test_splits_are_known_by_many_spellings(name: str, role: str | None) -> None:
+    assert role_of(name) == role
+
+
+@pytest.mark.parametrize(
+    "names", [("train_set", "val_set", "test_set"), ("Training Set", "Validation Set", "Test Set")]
+)
+def test_splits_spelled_otherwise_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They were the classes, as far as to a verdict."""
+    for first, name in enumerate(names):
+        two_classes(tmp_path / name, first=100 * first)
+    data = load_data(str(tmp_path), SMALL)
+    assert data.classes == ("cat", "dog")
+    assert {image.partition("/")[0] for image in data.test.ids} == {names[2]}
+    assert f"{names[0]}/ is the train split" in said(data)
+
+
+def test_splits_of_unknown_names_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for name in ("part_a", "part_b"):
+        two_classes(tmp_path / name)
+    with pytest.raises(SearchError, match=r"\(part_a, part_b\) hold folders of the same names \(cat, dog\)"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_classes_with_one_folder_of_images_each_are_classes(tmp_path: Path) -> None:
+    """The layout of Tiny ImageNet: CLASS/images/."""
+    write(tmp_path / "cat" / "images", 6)
+    write(tmp_path / "dog" / "images", 6, 160)
+    assert load_data(str(tmp_path), SMALL).classes == ("cat", "dog")
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+    two_classes(tmp_path / "train")
+    two_classes(tmp_path / "old", first=50)
+    write(tmp_path / "test", 5, first=90)
+    text = said(load_data(str(tmp_path), SMALL))
+    assert "not used: old/ with 12 images" in text
+    assert "not used: test/ with 5 images, which lie in no class folders" in text
+
+
+@pytest.mark.parametrize(("one", "other"), [("val", "valid"), ("holdout", "test"), ("train", "train_set")])
+def test_two_folders_for_one_split_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    """The second was ignored without a word."""
+    for first, name in enumerate(dict.fromkeys(["train", one, other])):
+        two_classes(tmp_path / name, first=50 * first)
+    with pytest.raises(SearchError, match=rf"has {one}/ and {other}/, which both read as"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for level, name in ((0, "bus"), (80, "car"), (160, "train")):
+        write(tmp_path / name, 6, level)
+    assert read_folder(tmp_path).classes == ("bus", "car", "train")
+
+
+def test_the_folder_above_the_one_that_is_meant_says_so(tmp_path: Path) -> None:
+    two_classes(tmp_path / "archive")
+    with pytest.raises(SearchError, match=rf"holds 1 class with images .* Is {tmp_path}/archive meant\?"):
+        load_data(str(tmp_path), SMALL)
+
+
+def test_classes_are_named(tmp_path: Path) -> None:
+    assert load_data(str(two_classes(tmp_path)), SMALL).describe().endswith("2 classes: cat, dog")
+    for number in range(40):
+        write(tmp_path / f"species_{number:02d}", 3, number)
+    assert load_data(str(tmp_path), SMALL).describe().endswith("species_09 and 30 more")
+
+
+# Pixels as their owner sees them.
+
+
+def pixels(image: Image.Image, rendering: Rendering | None = None) -> np.ndarray:  # type: ignore[type-arg]
+    return np.asarray((rendering or Rendering())(image))
+
+
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path, memory_bytes: int) -> None:
+    """91 to 100 % of the pixels became 255."""
+    for name, low in (("cat", 0), ("dog", 2000)):
+        draw = lambda index, low=low: Image.fromarray(  # noqa: E731
+            np.random.default_rng(index).integers(low, low + 2000, (24, 24)).astype(np.uint16)
+        )
+        write(tmp_path / name, 6, draw=draw)
+    data = load_data(str(tmp_path), SMALL, memory_bytes=memory_bytes, workers=0)
+    for split in (data.train, data.val):
+        for x, y in split.eval_batches(64, "cpu"):
+            levels = x.flatten(1).mean(dim=1)
+            assert (x >= 1.0).float().mean() < 0.01
+            assert torch.allclose(levels, torch.where(y == 0, 1000 / 4095, 3000 / 4095), atol=0.03)
+    assert "scaled to 8 bits: all images of whole numbers, 0 to 4095 becoming 0 to 255" in said(data)
+
+
+def test_a_worker_that_does_not_look_at_all_images_scales_them_alike(tmp_path: Path) -> None:
+    write(tmp_path / "cat", 6, draw=lambda n: Image.fromarray(np.full((8, 8), n, np.uint16)))
+    write(tmp_path / "dog", 6, draw=lambda n: Image.fromarray(np.full((8, 8), 9000 + n, np.uint16)))
+    one, other = (load_data(str(tmp_path), SMALL, check=check) for check in (True, False))
+    assert torch.equal(next(one.val.eval_batches(9, "cpu"))[0], next(other.val.eval_batches(9, "cpu"))[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "depth"),
+    [
+        ([(0, 200)], Depth(0, 255)),
+        ([(5, 256), (0, 9)], Depth(0, 511)),
+        ([(3, 4095)], Depth(0, 4095)),
+        ([(3, 65535)], Depth(0, 65535)),
+        ([(-1000, 3071)], Depth(-1000, 3071)),
+    ],
+)
+def test_the_range_is_that_of_the_bits_in_use(values: list[tuple[int, int]], depth: Depth) -> None:
+    """The last row is a CT image in Hounsfield units."""
+    assert Depth.over(Depth(*pair) for pair in values) == depth
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [0.0, 127.5, 255.0], [-1.0, 0.0, 1.0], [0.0, 4e4, 8e4]])
+def test_floating_point_pixels_are_scaled(values: list[float]) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
+    assert image.mode == "F"
+    assert pixels(image, Rendering("L")).tolist() == [[0, 128, 255]]
+
+
+def test_numbers_of_32_bits_are_scaled() -> None:
+    image = Image.fromarray(np.array([[0, 2**15, 2**16 - 1]], np.int32))
+    assert image.mode == "I"
+    assert pixels(image, Rendering("L", Depth(0, 65535))).tolist() == [[0, 128, 255]]
+
+
+def test_a_value_that_is_no_number_is_black() -> None:
+    image = Image.fromarray(np.array([[np.nan, 1.0, 0.0, np.inf]], np.float32))
+    assert pixels(image, Rendering("L")).tolist() == [[0, 255, 0, 255]]
+
+
+def oriented(orientation: int) -> Image.Image:
+    """An upright image that is red in its left half, as a camera stores it: turned, with the way back beside it."""
+    image = Image.new("RGB", (40, 20), "blue")
+    ImageDraw.Draw(image).rectangle((0, 0, 19, 19), fill="red")
+    back = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    return image if back is None else image.transpose(back)
+
+
+@pytest.mark.parametrize("ending", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(ending: str, orientation: int) -> None:
+    """The EXIF orientation was ignored."""
+    stored, file = oriented(orientation), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(file, ending, exif=exif, **({"quality": 95} if ending != "tiff" else {}))
+    image = decoded(file).convert("RGB")
+    assert image.size == (40, 20)
+    (red, _, no_blue), (no_red, _, blue) = image.getpixel((5, 10)), image.getpixel((34, 10))  # type: ignore[misc]
+    assert min(red, blue) > 200
+    assert max(no_red, no_blue) < 60
+
+
+def test_turned_photos_are_counted(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("cat", "dog"):
+        noise(7).save(tmp_path / name / "phone.jpg", exif=exif)
+    assert "turned upright: 2 images, as their EXIF data says" in said(load_data(str(tmp_path), SMALL))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_data_costs_no_image(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    noise(0).save(file, "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\xff broken")
+    assert decoded(file).size == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("CMYK", (1, 1), (255, 0, 0, 0)), (0, 255, 255)),
+        (Image.new("LA", (1, 1), (0, 0)), (255, 255, 255)),
+        (Image.new("LA", (1, 1), (90, 255)), (90, 90, 90)),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (1, 1), (200, 0, 0, 255)), (200, 0, 0)),
+        (Image.new("1", (1, 1), 1), (255, 255, 255)),
+        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
+    ],
+)
+def test_colours_are_those_that_people_see(image: Image.Image, expected: tuple[int, ...]) -> None:
+    """What is transparent lies on white; CMYK is ink."""
+    assert tuple(pixels(image)[0, 0]) == expected
+
+
+def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.putdata([0, 1])
+    image.save(tmp_path / "p.png", transparency=0)
+    assert pixels(decoded(tmp_path / "p.png")).tolist() == [[[255, 255, 255], [10, 200, 30]]]
+
+
+def test_grey_and_transparent_inputs_have_modes_of_their_own() -> None:
+    assert [Preprocessing((channels, 8, 8)).image_mode for channels in (1, 3, 4)] == ["L", "RGB", "RGBA"]
+    with pytest.raises(SearchError, match="the model takes 12 channels"):
+        load_data(None, Preprocessing((12, 8, 8)))
+
+
+# Copies, and images that belong together.
+
+
+def test_a_test_split_that_is_a_copy_of_training_is_told(tmp_path: Path) -> None:
+    """It went to a verdict without a word."""
+    for part in ("train", "test"):
+        two_classes(tmp_path / part)
+    data = load_data(str(tmp_path), SMALL)
+    assert data.shared is not None
+    text = "the same byte for byte: 10 of 12 test images are also among the training images (test/cat/"
+    assert text in said(data)
+    assert "2 of 12 test images are also among the validation images" in said(data), "held out of training"
+
+
+def test_splits_that_share_nothing_say_nothing(tmp_path: Path) -> None:
+    for first, part in ((0, "train"), (50, "test")):
+        two_classes(tmp_path / part, first=first)
+    assert load_data(str(tmp_path), SMALL).shared == ()
+
+
+def photo(index: int) -> Image.Image:
+    """Something that has shapes: smooth noise."""
+    small = Image.fromarray(np.random.default_rng(index).integers(0, 255, (6, 6, 3)).astype(np.uint8))
+    return small.resize((64, 64), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("change", ["compressed", "smaller", "brighter"])
+def test_nearly_the_same_images_are_found(tmp_path: Path, change: str) -> None:
+    for name, first in (("cat", 0), ("dog", 100)):
+        write(tmp_path / "train" / name, 6, first=first, draw=photo)
+        write(tmp_path / "val" / name, 3, first=first + 30, draw=photo)
+        write(tmp_path / "test" / name, 3, first=first + 50, draw=photo)
+        again = photo(first)
+        if change == "smaller":
+            again = again.resize((40, 40))
+        if change == "brighter":
+            again = again.point(lambda value: min(255, value + 4))
+        again.save(tmp_path / "test" / name / "again.jpg", quality=60)
+    found = said(load_data(str(tmp_path), SMALL))
+    assert "the same but for small differences: 2 of 8 test images are also among the training images" in found
+
+
+def test_drawings_on_an_even_ground_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Their difference hashes are nearly all zero."""
+
+    def dot(index: int) -> Image.Image:
+        image = Image.new("L", (64, 64), 0)
+        x, y = 12 * (index % 5), 12 * (index // 5 % 5)
+        ImageDraw.Draw(image).ellipse((x, y, x + 8, y + 8), fill=255)
+        return image
+
+    for part, first in (("train", 0), ("test", 12)):
+        write(tmp_path / part / "cat", 6, first=first, draw=dot)
+        write(tmp_path / part / "dog", 6, first=first + 6, draw=dot)
+    assert load_data(str(tmp_path), SMALL).shared == ()
+
+
+def test_an_image_in_two_classes_is_told(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    noise(0).save(tmp_path / "dog" / "cat.png")
+    assert "in two classes: 1 image is a byte copy of one of another class (dog/cat.png is cat/0.png)" in said(
+        load_data(str(tmp_path), SMALL)
+    )
+
+
+def patients(root: Path, count: int = 12, scans: int = 3) -> Path:
+    for patient in range(count):
+        for scan in range(scans):
+            folder = root / ("ill" if patient % 2 else "well")
+            folder.mkdir(parents=True, exist_ok=True)
+            noise(10 * patient + scan).save(folder / f"p{patient:02d}_{scan}.png")
+    return root
+
+
+def groups(data: Data) -> tuple[set[str], set[str], set[str]]:
+    train, val, test = (
+        {image.rpartition("/")[2].partition("_")[0] for image in split.ids}
+        for split in (data.train, data.val, data.test)
+    )
+    return train, val, test
+
+
+@pytest.mark.parametrize("pattern", [r"/(p\d+)_", r"p\d+", r"(?P<patient>p\d+)"])
+def test_images_of_a_group_stay_in_one_split(tmp_path: Path, pattern: str) -> None:
+    data = load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
+    train, val, test = groups(data)
+    assert not train & val | train & test | val & test
+    assert len(train | val | test) == 12
+    for split in (data.train, data.val, data.test):
+        assert split.labels.unique().tolist() == [0, 1]
+    assert len(data.val) == pytest.approx(36 / 5, abs=3)
+    assert "grouped: 36 images in 12 groups, each in one split" in said(data)
+    assert groups(load_data(str(tmp_path), SMALL, group_by=pattern)) == (train, val, test)
+    apart_train, apart_val, _ = groups(load_data(str(tmp_path), SMALL))
+    assert apart_train & apart_val, "without the pattern they are torn apart"
+
+
+def test_too_few_groups_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match=r"class 'ill' into 2 groups .* and 3 are needed"):
+        load_data(str(patients(tmp_path, count=4)), SMALL, group_by=r"p\d+")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("(", "is no regular expression"), ("patient", "is found in none of the images' paths")]
+)
+def test_a_pattern_that_groups_nothing_is_refused(tmp_path: Path, pattern: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
+
+
+def test_a_group_in_two_given_splits_is_told(tmp_path: Path) -> None:
+    patients(tmp_path / "train")
+    patients(tmp_path / "test", count=4, scans=4)
+    text = said(load_data(str(tmp_path), SMALL, group_by=r"(p\d+)"))
+    assert "WARNING groups in two splits: 4 groups of the test split are in the training split too (p00)" in text
+
+
+# What is opened before anything is trained.
+
+
+def truncate(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_a_truncated_test_image_is_found_at_the_start_however_large_the_data(tmp_path: Path, ending: str) -> None:
+    """Above 2 GiB of pixels it showed after all trials, as the traceback of a DataLoader."""
+    for first, part in ((0, "train"), (50, "test")):
+        two_classes(tmp_path / part, first=first, ending=ending)
+    truncate(tmp_path / "test" / "dog" / f"51{ending}")
+    steps: list[tuple[str, int, int]] = []
+    with pytest.raises(SearchError, match=rf"1 of 12 images cannot be read: test/dog/51{ending}"):
+        load_data(
+            str(tmp_path), SMALL, memory_bytes=0, workers=0, decode=False, on_load=lambda *step: steps.append(step)
+        )
+    assert steps[-1] == ("checking test", 12, 12)
+
+
+# How training images are varied.
+
+
+def arrow(right: bool, index: int) -> Image.Image:
+    image = Image.new("L", (32, 32), 30)
+    draw, rng = ImageDraw.Draw(image), np.random.default_rng(index)
+    x, y, long = int(rng.integers(3, 9)), int(rng.integers(8, 24)), int(rng.integers(12, 18))
+    draw.line((x, y, x + long, y), fill=220, width=2)
+    tip, back = (x + long, -5) if right else (x, 5)
+    draw.line((tip, y, tip + back, y - 5), fill=220, width=2)
+    draw.line((tip, y, tip + back, y + 5), fill=220, width=2)
+    return image
+
+
+@pytest.fixture(scope="module")
+def arrows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("arrows")
+    write(root / "left", 80, draw=lambda index: arrow(False, index))
+    write(root / "right", 80, draw=lambda index: arrow(True, 1000 + index))
+    return root
+
+
+def test_where_left_and_right_are_the_classes_nothing_is_mirrored(arrows: Path) -> None:
+    """A flip was always on: arrows came to 50 %, and to 100 % without it."""
+    data = load_data(str(arrows), SMALL)
+    assert data.augment == "shift"
+    assert "not mirrored, which seems to change labels" in said(data)
+    assert "--augment none" in said(data)
+
+
+def test_mirroring_that_was_asked_for_is_done_and_warned_of(arrows: Path) -> None:
+    data = load_data(str(arrows), SMALL, augment="light")
+    assert data.augment == "light"
+    assert "WARNING mirroring seems to change labels" in said(data)
+
+
+def test_where_both_sides_are_alike_images_are_mirrored(tmp_path: Path) -> None:
+    """Up and down are the classes: a flip from left to right keeps them."""
+    write(tmp_path / "down", 60, draw=lambda index: arrow(True, index).rotate(90))
+    write(tmp_path / "up", 60, draw=lambda index: arrow(False, index).rotate(90))
+    data = load_data(str(tmp_path), SMALL)
+    assert data.augment == "light"
+    assert "WARNING" not in said(data)
+
+
+def test_the_digits_are_shifted_and_not_mirrored() -> None:
+    assert load_data(None, SMALL, decode=False).augment == "shift"
+
+
+@pytest.mark.parametrize("augment", ["none", "shift", "light", "timm"])
+def test_augmentation_is_the_same_whether_or_not_memory_holds_the_images(arrows: Path, augment: str) -> None:
+    kept, read = (
+        load_data(str(arrows), SMALL, augment=augment, memory_bytes=memory, workers=0, check=False).train
+        for memory in (2**30, 0)
+    )
+    both = zip(kept.train_batches(16, "cpu", 3, 1), read.train_batches(16, "cpu", 3, 1), strict=True)
+    for (x, y), (x_read, y_read) in both:
+        assert torch.equal(x, x_read)
+        assert torch.equal(y, y_read)
+
+
+def test_without_augmentation_a_training_image_is_as_it_is(arrows: Path) -> None:
+    split = load_data(str(arrows), SMALL, augment="none", check=False).train
+    plain, _ = next(split.eval_batches(len(split), "cpu"))
+    given, _ = next(split.train_batches(len(split), "cpu", 0, 0))
+    assert torch.equal(plain.sort(dim=0)[0], given.sort(dim=0)[0])
+
+
+def test_an_unknown_augmentation_is_refused(arrows: Path) -> None:
+    with pytest.raises(UsageError, match="Known: none, shift, light, timm"):
+        load_data(str(arrows), SMALL, augment="heavy")
+
+
+# Classes of very different sizes.
+
+
+def test_unbalanced_classes_are_told(tmp_path: Path) -> None:
+    """200 and 4 images: a constant guess has 97.6 %, and no word was said of it."""
+    write(tmp_path / "many", 200)
+    write(tmp_path / "few", 4, 160)
+    data = load_data(str(tmp_path), SMALL)
+    assert data.unbalanced
+    assert "unbalanced: 120 training images of many, 2 of few. Whoever always says many gets 97.6 %" in said(data)
+
+
+def test_balanced_classes_are_not(tmp_path: Path) -> None:
+    data = load_data(str(two_classes(tmp_path)), SMALL)
+    assert not data.unbalanced
+    assert "unbalanced" not in said(data)
