@@ -15,12 +15,10 @@ import torch
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
+from attnsurgery.blocks.loading import COUNTER, load_report
 from attnsurgery.errors import CheckpointError, UnknownNameError, did_you_mean
 from attnsurgery.graph.find import input_size_of
-from attnsurgery.weights import StateDict
-
-COUNTER = ".num_batches_tracked"
-"""A statistic that old checkpoints lack and torch fills in; no output depends on it."""
+from attnsurgery.weights import Read, StateDict, refuse_adapters, without_wrappers
 
 
 def check_base(name: str, field: str = "base") -> None:
@@ -47,20 +45,57 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
 
     Args:
         name: any timm architecture, a tag allowed.
-        state_dict: weights of that architecture; classes and input channels are taken from their shapes.
+        state_dict: weights of that architecture; classes and input channels are taken from their shapes, and what
+            wrappers put in front of the names is taken off.
         source: what the weights are called in messages.
 
     Raises:
-        CheckpointError: the weights belong to another model, or cannot be fetched.
+        CheckpointError: the weights belong to another model, are no numbers, or cannot be fetched.
     """
     if state_dict is None:
         return _published(name)
     twin = weightless(name)
-    state_dict = native(twin, state_dict)
+    refuse_nan(state_dict, source)
+    state_dict = native(twin, fitted(twin, Read(state_dict, source)).tensors)
     sizes: dict[str, Any] = _sizes(twin, state_dict)
     model: nn.Module = timm.create_model(name, **sizes)
     load_weights(model, state_dict, source)
     return model.eval()
+
+
+def fitted(twin: nn.Module, read: Read, prefix: str | None = None) -> Read:
+    """The weights of a module that holds the model, as weights of the model.
+
+    Args:
+        twin: the model, for its names.
+        prefix: what to take off the names; by default whatever of the known prefixes lets most of them fit.
+
+    Raises:
+        CheckpointError: no name begins with `prefix`; or the weights have adapters beside them.
+    """
+    refuse_adapters(read.tensors, read.path)
+    own = twin.state_dict().keys()
+    best, most = read, -1
+    for found in without_wrappers(read, prefix):
+        fit = len(own & native(twin, found.tensors).keys())
+        if fit > most:
+            best, most = found, fit
+        if fit == len(own):
+            break
+    return best
+
+
+def refuse_nan(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """
+    Raises:
+        CheckpointError: names the tensors with NaN in them.
+    """
+    broken = [key for key, value in state_dict.items() if value.is_floating_point() and bool(value.isnan().any())]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds NaN in {len(broken)} of {len(state_dict)} tensors ({_some(broken)}): its training has "
+            "diverged, or it is damaged. Take an earlier checkpoint."
+        )
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
@@ -72,15 +107,27 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
 def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
     """Every name and every shape must be there, but for the counters that old batch norms lack.
 
+    The blocks of a surgical model may be missing together, as from its base's weights, if they are as they were built.
+
     Raises:
         CheckpointError: counts and names what differs, and the nearest name that would fit.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state_dict and not key.endswith(COUNTER)]
+    found = load_report(model, state_dict)
+    if found.problem and (found.held or found.partial or found.absent):
+        raise CheckpointError(f"{source}: {found.problem}")
+    of_blocks = tuple(f"{path}." for path in found.absent) if found.kind == "base" else ()
+    missing = [
+        key
+        for key in own
+        if key not in state_dict and not key.endswith(COUNTER) and not (of_blocks and key.startswith(of_blocks))
+    ]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
     if missing or unexpected or shapes:
-        raise CheckpointError(_mismatch(model, state_dict, source, missing, unexpected, shapes))
+        raise CheckpointError(
+            _mismatch(model, state_dict, source, missing, unexpected, shapes) + _blocks(found.foreign)
+        )
 
 
 def weightless(name: str, img_size: tuple[int, int] | None = None) -> nn.Module:
@@ -205,4 +252,15 @@ def _prefix(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
     heads = {key.partition(".")[0] for key in state_dict}
     if len(heads) != 1 or not all(key.partition(".")[2] in own for key in state_dict):
         return ""
-    return f" Every name begins with {heads.pop() + '.'!r}; without it they would fit."
+    head = f"{heads.pop()}."
+    return f" Every name begins with {head!r}; without it they would fit: --prefix {head}"
+
+
+def _blocks(foreign: tuple[str, ...]) -> str:
+    """A hint, if the weights are of a surgical model."""
+    if not foreign:
+        return ""
+    return (
+        f" They hold attention blocks ({_some(list(foreign))}): give the directory they were saved in, whose "
+        "config.json says what was done to the model."
+    )

@@ -7,6 +7,7 @@
     │   ├── OptionError              a block option that is unknown or out of range
     │   └── UnknownNameError         a block, model, space ... that does not exist
     ├── CheckpointError              a weights file that is damaged, hostile, or of another model
+    │   └── LoadError                a load that would lose an attention block, or keep one silently
     ├── ExportError                  an exported file that computes something else than the model
     ├── SurgeryError                 the model is not what surgery left behind
     └── SearchError
@@ -52,6 +53,10 @@ class UnknownNameError(UsageError):
 
 class CheckpointError(AttnSurgeryError):
     """A weights file that is damaged, hostile, or belongs to another model."""
+
+
+class LoadError(CheckpointError, RuntimeError):
+    """A load that would lose a block, or keep one silently; a RuntimeError, as those of torch's own loads are."""
 
 
 class ExportError(AttnSurgeryError):

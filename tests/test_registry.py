@@ -366,8 +366,6 @@ PRIVATE: dict[str, tuple[type | str, str]] = {
     "timm.models._pretrained.PretrainedCfg": (type, "surgical names have no configurations"),
     "timm.models._features.feature_take_indices": ("function", "residual_attention_56 gives no features"),
     "timm.models._manipulate.checkpoint_seq": ("function", "residual_attention_56 cannot be checkpointed"),
-    "timm.models._helpers.clean_state_dict": ("function", "weights cannot be read"),
-    "timm.models._helpers.load_state_dict": ("function", "weights cannot be read"),
     "timm.models._hub.HF_SAFE_WEIGHTS_NAME": (str, "directories cannot be written"),
     "timm.models._hub.save_config_for_hf": ("function", "directories cannot be written"),
     "torch._dynamo.utils.counters": (dict, "whether a model that was to be compiled was compiled is not known"),

@@ -19,6 +19,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
+from attnsurgery.blocks.loading import AsBuilt, load_of_block
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import OptionError, did_you_mean
 
@@ -117,17 +118,16 @@ class Block(nn.Module, ABC):
     ) -> None:
         """Lets one strict load take both kinds of checkpoint: with this block, and of the base without it.
 
-        A block of which only a part is there is an error even where the caller loads with strict=False, because timm
-        does so, and only logs, whenever the number of classes differs.
+        A parameter of one number has the shape (1,), because sharding wrappers take none without a dimension; one that
+        was saved without a dimension is taken too.
+        Whether a block may be missing is decided for the whole model, in attnsurgery.blocks.loading.
         """
+        for name, parameter in self._parameters.items():
+            saved = state_dict.get(prefix + name)
+            if parameter is not None and saved is not None and saved.ndim == 0 and parameter.shape == (1,):
+                state_dict[prefix + name] = saved.reshape(1)
         if self.grafted:
-            own = self.state_dict(prefix=prefix, keep_vars=True)
-            there = [key for key in own if key in state_dict]
-            if not there:
-                state_dict.update(own)
-            elif len(there) < len(own):
-                lost = ", ".join(key for key in own if key not in state_dict)
-                error_msgs.append(f"the checkpoint holds only a part of the block {prefix[:-1]!r}: {lost} missing.")
+            load_of_block(self, state_dict, prefix, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -197,4 +197,5 @@ def build_block(
     checked = check_options(name, options)
     make: Any = BLOCKS[name]
     block: Block = make(channels, start=start, device=device, dtype=dtype, **checked)
+    block.__dict__["as_built"] = AsBuilt(block, start)
     return block

@@ -1,0 +1,321 @@
+"""No load loses a block or keeps one silently: a state dict is judged as a whole, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import load_checkpoint, load_pretrained, save_for_hf
+from torch import nn
+
+import attnsurgery
+from attnsurgery.base import build_base
+from attnsurgery.blocks._base import build_block
+from attnsurgery.errors import CheckpointError, LoadError
+from attnsurgery.surgery.operate import grafted_blocks
+from tests.conftest import move_gates
+
+Tensors = dict[str, torch.Tensor]
+SE = ["layer1.0.se", "layer2.0.se", "layer3.0.se", "layer4.0.se"]
+
+
+def make(name: str = "test_resnet_se", **kwargs: object) -> nn.Module:
+    return timm.create_model(name, **{"num_classes": 10, **kwargs}).eval()
+
+
+def trained(name: str = "test_resnet_se", **kwargs: object) -> nn.Module:
+    return move_gates(make(name, **kwargs))
+
+
+def bits(model: nn.Module) -> Tensors:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def without(weights: Tensors, *paths: str) -> Tensors:
+    return {key: value for key, value in weights.items() if not key.startswith(tuple(f"{path}." for path in paths))}
+
+
+@pytest.fixture(scope="module")
+def base() -> Tensors:
+    return bits(make("test_resnet"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> Tensors:
+    return bits(trained())
+
+
+# ---- what a strict load refuses
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_that_has_lost_one_whole_block_is_refused(strict: bool, weights: Tensors) -> None:
+    """It said "All keys matched", and the block stayed at the identity."""
+    model = make()
+    before = bits(model)
+    with pytest.raises(LoadError, match=r"holds 3 of 4 blocks of this model and not layer2\.0\.se"):
+        model.load_state_dict(without(weights, "layer2.0.se"), strict=strict)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_another_recipe_is_refused(strict: bool) -> None:
+    """Squeeze-and-excitation on stage 3, into a model that has it everywhere: "All keys matched"."""
+    other = bits(trained("test_resnet_se_s3"))
+    with pytest.raises(LoadError, match=r"holds 1 of 4 blocks .* not layer1\.0\.se, layer2\.0\.se, layer4\.0\.se"):
+        make().load_state_dict(other, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_base_checkpoint_does_not_go_under_trained_blocks(strict: bool, base: Tensors) -> None:
+    """The blocks kept what they had been trained to on another base: "All keys matched"."""
+    model = trained()
+    before = bits(model)
+    with pytest.raises(LoadError, match=r"the base alone, and 4 blocks .*layer1\.0\.se.* are not as they were built"):
+        model.load_state_dict(base, strict=strict)
+    assert same(bits(model), before)
+    model.load_state_dict({**model.state_dict(), **base})  # what the message advises
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before if ".se." in key)
+
+
+def test_blocks_that_the_model_does_not_have_are_not_dropped(weights: Tensors) -> None:
+    """With strict=False, as timm loads for another number of classes, they were lost without a word."""
+    with pytest.raises(LoadError, match=r"3 blocks that this model does not have \(layer1\.0\.se, layer2\.0\.se, lay"):
+        make("test_resnet_se_s3").load_state_dict(weights, strict=False)
+    of_stage_3 = bits(trained("test_resnet_se_s3"))
+    with pytest.raises(LoadError, match=r"1 block that this model does not have \(layer3\.0\.se\)"):
+        make("test_resnet_se_s2").load_state_dict(of_stage_3, strict=False)
+
+
+def test_two_blocks_in_one_host_are_told_apart(base: Tensors) -> None:
+    """Not listed: the second of two blocks at the same place is the one that is missing."""
+    model = trained("test_resnet_se_nonlocal_s3")
+    lost = [path for path in grafted_blocks(model) if "non_local" in path]
+    with pytest.raises(LoadError, match=rf"holds 4 of 5 blocks .* not {lost[0]}"):
+        make("test_resnet_se_nonlocal_s3").load_state_dict(without(bits(model), *lost))
+
+
+def test_blocks_without_values_are_not_filled_by_a_base_checkpoint(base: Tensors) -> None:
+    """Not listed: a model on the meta device, filled by assignment, kept blocks of no values."""
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(LoadError, match=r"have no values: they are on the meta device"):
+        model.load_state_dict(base, assign=True)
+    model.load_state_dict(bits(make()), assign=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+# ---- what is accepted
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_a_base_checkpoint_goes_into_blocks_that_are_as_they_were_built(start: str, base: Tensors) -> None:
+    model = make(start=start)
+    before = bits(model)
+    model.load_state_dict(base)
+    assert same(bits(model), {**before, **base})
+    model.load_state_dict({**base, "conv1.0.weight": base["conv1.0.weight"] + 1})  # and again
+    move_gates(model)
+    with pytest.raises(LoadError, match="not as they were built"):
+        model.load_state_dict(base)
+
+
+def test_gates_that_never_moved_take_another_base_wherever_they_were_loaded_from(base: Tensors) -> None:
+    """A block that starts as the identity computes nothing until a gate moves: nothing can be lost with it."""
+    model = make()
+    model.load_state_dict(bits(make()))
+    model.load_state_dict(base)
+    assert attnsurgery.verify(model).max_abs_diff == 0
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_half_precision_and_back_is_no_training(start: str, base: Tensors) -> None:
+    model = make(start=start)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float32):
+        model.to(dtype).load_state_dict(base)
+    assert attnsurgery.load_report(move_gates(model), base).changed == tuple(SE)
+
+
+@pytest.mark.parametrize("name", sorted(attnsurgery.BLOCKS))
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_every_block_knows_whether_it_was_trained(name: str, start: str) -> None:
+    """One step of an optimizer that moves what has a gradient."""
+    from attnsurgery.blocks.loading import changed
+
+    torch.manual_seed(0)
+    block = build_block(name, 16, getattr(attnsurgery.BLOCKS[name], "example", {}), start)  # type: ignore[arg-type]
+    assert not changed(block)
+    assert not changed(copy.deepcopy(block).to(torch.bfloat16))
+    x = torch.randn(2, 16, 8, 8)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    (block(x) * torch.randn(2, 16, 8, 8)).sum().backward()
+    optimizer.step()
+    assert changed(block)
+    assert changed(pickle.loads(pickle.dumps(copy.deepcopy(block))))
+
+
+def test_a_base_without_its_classifier_and_old_counters_is_still_the_base(base: Tensors) -> None:
+    lacking = {key: value for key, value in base.items() if not key.startswith("fc.") and "num_batches" not in key}
+    model = make()
+    report = attnsurgery.load_report(model, lacking)
+    assert (report.kind, report.problem, report.missing) == ("base", None, ("fc.weight", "fc.bias"))
+    assert set(model.load_state_dict(lacking, strict=False).missing_keys) == {"fc.weight", "fc.bias"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "fc\.weight", "fc\.bias"'):
+        model.load_state_dict(lacking)
+
+
+# ---- a few tensors
+
+
+def test_an_adapter_of_a_few_tensors_is_the_callers_own_business() -> None:
+    """LoRA inside a block, loaded with strict=False, was "only a part of the block"."""
+    model = make("test_resnet_resattn_s3")
+    (path,) = grafted_blocks(model)
+    block = grafted_blocks(model)[path]
+    inner, layer = next((name, child) for name, child in block.named_modules() if isinstance(child, nn.Conv2d))
+    wrapped = nn.Module()  # as PEFT wraps a layer
+    wrapped.base_layer, wrapped.lora_A, wrapped.lora_B = layer, nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+    parent, _, last = f"{path}.{inner}".rpartition(".")
+    setattr(model.get_submodule(parent), last, wrapped)
+    adapter = {key: torch.full_like(value, 3.0) for key, value in model.state_dict().items() if "lora_" in key}
+    assert len(adapter) == 4
+    found = model.load_state_dict(adapter, strict=False)
+    assert not found.unexpected_keys
+    counters = [key for key in model.state_dict() if key.endswith("num_batches_tracked")]
+    assert len(found.missing_keys) == len(model.state_dict()) - len(counters) - 4
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in adapter.items())
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
+        model.load_state_dict(adapter)
+
+
+def test_one_tensor_of_one_block_may_be_set(weights: Tensors) -> None:
+    """Not listed: a few keys of the model itself."""
+    model, key = make(), "layer2.0.se.fc1.weight"
+    model.load_state_dict({key: weights[key]}, strict=False)
+    assert torch.equal(model.state_dict()[key], weights[key])
+    assert attnsurgery.load_report(model, {key: weights[key]}).kind == "part"
+
+
+# ---- the roads
+
+
+def test_timm_refuses_too_when_the_number_of_classes_changes(weights: Tensors, tmp_path: Path) -> None:
+    """timm loads with strict=False then, and only logs what is missing."""
+    lost = without(weights, "layer3.0.se")
+    torch.save({"state_dict": lost}, tmp_path / "lost.pth")
+    overlay = {"file": str(tmp_path / "lost.pth"), "num_classes": 10}
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        timm.create_model("test_resnet_se", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7)
+    model = make(num_classes=7)
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        load_pretrained(model, {**model.pretrained_cfg, "state_dict": lost, "num_classes": 10}, num_classes=7)
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        load_checkpoint(make(), str(tmp_path / "lost.pth"))
+
+
+def test_a_saved_directory_that_has_lost_a_block_says_so_in_one_sentence(weights: Tensors, tmp_path: Path) -> None:
+    save_for_hf(trained(), tmp_path, safe_serialization=True)
+    safetensors.torch.save_file(without(weights, "layer3.0.se"), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+class Wrapper(nn.Module):
+    """As a module of Lightning holds its model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapper, nn.Sequential, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.compile],
+    ids=["module", "sequential", "copy", "pickle", "compile"],
+)
+def test_a_wrapper_does_not_hide_the_blocks(wrap: Callable[[nn.Module], nn.Module], base: Tensors) -> None:
+    fresh, moved = wrap(make()), wrap(trained())
+    weights = bits(moved)
+    (prefix,) = {key[: key.index("layer1")] for key in weights if "layer1" in key}
+    lost = without(weights, f"{prefix}layer3.0.se")
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        fresh.load_state_dict(lost)
+    around = {key: value for key, value in weights.items() if key == "scale"}
+    only_base = {**{f"{prefix}{key}": value for key, value in base.items()}, **around}
+    with pytest.raises(LoadError, match="not as they were built"):
+        moved.load_state_dict(only_base)
+    fresh.load_state_dict(only_base)
+    fresh.load_state_dict(weights)
+    assert same(bits(fresh), weights)
+
+
+def test_blocks_inside_a_wrapped_layer_keep_their_names(weights: Tensors, base: Tensors) -> None:
+    """Not listed: activation checkpointing puts a module between host and block that no checkpoint knows."""
+    wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model = make()
+    model.layer3[0] = wrapper.checkpoint_wrapper(model.layer3[0])
+    model.load_state_dict(base)
+    model.load_state_dict(weights)
+    assert same(bits(model), weights)
+    with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
+        model.load_state_dict(without(weights, "layer3.0.se"))
+
+
+def test_a_model_operated_on_in_two_steps_and_inside_another_is_judged_once(base: Tensors) -> None:
+    """Not listed: the outer module knows of blocks that the inner one does not have."""
+    inner = attnsurgery.operate(make("test_resnet"), recipe("layer3.0.bn2"))
+    outer = nn.Sequential(inner)
+    weights = bits(outer)
+    attnsurgery.operate(outer, recipe("0.layer2.0.bn2"))
+    with pytest.raises(LoadError, match=r"holds 1 of 2 blocks of this model and not 0\.layer2\.0\.se"):
+        outer.load_state_dict(weights)
+
+
+def recipe(at: str) -> dict[str, object]:
+    return {"version": 1, "name": "x", "base": "test_resnet", "edits": [{"at": at, "block": "se"}]}
+
+
+def test_after_removal_nothing_is_judged(weights: Tensors, base: Tensors) -> None:
+    model = attnsurgery.remove(trained())
+    assert not model._load_state_dict_pre_hooks
+    assert len(model.load_state_dict(weights, strict=False).unexpected_keys) == 16
+    model.load_state_dict(base)
+
+
+# ---- the report
+
+
+def test_the_report_names_every_block(weights: Tensors) -> None:
+    there = without(weights, "layer4.0.se")
+    del there["layer2.0.se.fc1.weight"]
+    report = attnsurgery.load_report(make(), {**there, "layer4.0.non_local.g.weight": torch.ones(1)})
+    assert report.kind == "mixed"
+    assert report.held == ("layer1.0.se", "layer3.0.se")
+    assert report.partial == {"layer2.0.se": ("layer2.0.se.fc1.weight",)}
+    assert report.absent == ("layer4.0.se",)
+    assert report.foreign == ("layer4.0.non_local",)
+    assert report.problem is not None
+    assert "only a part of the block 'layer2.0.se'" in report.problem
+    assert attnsurgery.load_report(make(), {"a": torch.ones(1)}).kind == "other"
+    under = {f"model.{key}": value for key, value in weights.items()}
+    assert attnsurgery.load_report(make(), under, "model.").kind == "whole"
+
+
+def test_a_surgical_base_takes_the_weights_of_its_own_base_and_no_mixture(base: Tensors, weights: Tensors) -> None:
+    built = build_base("test_resnet_se", dict(base))
+    assert set(grafted_blocks(built)) == set(SE)
+    assert torch.equal(built.state_dict()["fc.weight"], base["fc.weight"])
+    with pytest.raises(CheckpointError, match=r"w\.pth: the checkpoint holds 3 of 4 blocks .* not layer1\.0\.se"):
+        build_base("test_resnet_se", without(weights, "layer1.0.se"), "w.pth")
