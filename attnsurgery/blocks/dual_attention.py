@@ -15,17 +15,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 
 from attnsurgery.blocks._base import BLOCKS, LARGEST_SUBSAMPLE, Block, Cost, Start, subsamplings
 from attnsurgery.blocks.functional import attend, attend_channels
+from attnsurgery.blocks.sizes import Pool
 from attnsurgery.errors import OptionError
 
 Energy = Literal["code", "paper"]
 
 
 class PositionAttention(nn.Module):
-    """The position attention module without its residual: (B, C, H, W) to what is to be weighted by `gamma` and added.
+    """The position attention module: of x and y, both (B, C, H, W), y + gamma * attention(x).
 
     The softmax takes q . k without a scale. The N x M matrix is not held on large maps.
 
@@ -48,19 +49,19 @@ class PositionAttention(nn.Module):
         self.query_conv = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.key_conv = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         self.value_conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
-        self.pool = nn.MaxPool2d(subsample) if subsample > 1 else nn.Identity()
+        self.pool = Pool(subsample) if subsample > 1 else nn.Identity()
         self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         pooled = self.pool(x)
         query = self.query_conv(x).flatten(2).transpose(1, 2)
         key = self.key_conv(pooled).flatten(2).transpose(1, 2)
         value = self.value_conv(pooled).flatten(2).transpose(1, 2)
-        return attend(query, key, value).transpose(1, 2).reshape(x.shape)
+        return add_weighted(y, self.gamma, attend(query, key, value).transpose(1, 2).reshape(x.shape))
 
 
 class ChannelAttention(nn.Module):
-    """The channel attention module without its residual: (B, C, H, W) to what is to be weighted by `gamma` and added.
+    """The channel attention module: of x and y, both (B, C, H, W), y + gamma * attention(x).
 
     Args:
         energy: 'code', softmax(max(E) - E) as in the authors' release, or 'paper', softmax(E).
@@ -76,13 +77,18 @@ class ChannelAttention(nn.Module):
         self.paper = energy == "paper"
         self.gamma = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return attend_channels(x.flatten(2), self.paper).reshape(x.shape)
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return add_weighted(y, self.gamma, attend_channels(x.flatten(2), self.paper).reshape(x.shape))
 
 
 def add_weighted(x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """x + gamma * branch in one pass; x itself, bit for bit, at gamma = 0."""
     return torch.addcmul(x, gamma.to(x.dtype), branch.to(x.dtype))
+
+
+# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+for _name in ("attend", "attend_channels", "add_weighted"):
+    fx.wrap(_name)
 
 
 @BLOCKS.register("dual")
@@ -147,9 +153,9 @@ class DualAttention(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x + x if self.twice else x
         if self.sa is not None:
-            y = add_weighted(y, self.sa.gamma, self.sa(x))
+            y = self.sa(x, y)
         if self.sc is not None:
-            y = add_weighted(y, self.sc.gamma, self.sc(y if self.sequential else x))
+            y = self.sc(y if self.sequential else x, y)
         return y
 
     @classmethod

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import LayerNorm2d
-from torch import nn
+from torch import fx, nn
 
 from attnsurgery.blocks._base import BLOCKS, LARGEST_SUBSAMPLE, Block, Cost, Start, subsamplings
 from attnsurgery.blocks.functional import (
@@ -28,6 +28,7 @@ from attnsurgery.blocks.functional import (
     dot_product_by_matrix,
     softmax_by_matrix,
 )
+from attnsurgery.blocks.sizes import Pool
 from attnsurgery.errors import OptionError
 
 Mode = Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
@@ -100,13 +101,13 @@ class NonLocal(Block):
         self.pool_first = subsample_order == "pool_first" or subsample_op == "avg"
         self.scale = width**-0.5 if scale == "inner" else 1.0
         embedded = mode != "gaussian"
-        self.theta: Any = nn.Conv2d(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
-        self.phi: Any = nn.Conv2d(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
-        self.g = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
         concatenated = mode == "concatenation"
-        self.w_f: Any = nn.Conv2d(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
-        pool = nn.MaxPool2d if subsample_op == "max" else nn.AvgPool2d
-        self.pool = pool(window) if window > 1 else nn.Identity()
+        conv = _Folding if concatenated else nn.Conv2d
+        self.theta: Any = conv(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
+        self.phi: Any = conv(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
+        self.g = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        self.w_f: Any = _Readable(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
+        self.pool = Pool(window, average=subsample_op == "avg") if window > 1 else nn.Identity()
         self.w_z = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm != "none":
@@ -114,11 +115,11 @@ class NonLocal(Block):
             self.norm = of_kind(channels, device=device, dtype=dtype)
             nn.init.zeros_(self.norm.weight)
         if start == "paper":
-            for conv in self.children():
-                if isinstance(conv, nn.Conv2d):
-                    nn.init.normal_(conv.weight, std=0.01)
-                    if conv.bias is not None:
-                        nn.init.zeros_(conv.bias)
+            for child in self.children():
+                if isinstance(child, nn.Conv2d):
+                    nn.init.normal_(child.weight, std=0.01)
+                    if child.bias is not None:
+                        nn.init.zeros_(child.bias)
         if norm == "none":
             for parameter in self.w_z.parameters():
                 nn.init.zeros_(parameter)
@@ -135,13 +136,11 @@ class NonLocal(Block):
             a, b = self._scores(x, summed)
             y = concatenate(a, b, g)
         else:
-            phi = self._rows(self.phi(summed) if self.pool_first else self.pool(self.phi(summed))).to(g.dtype)
+            phi = self._rows(self.phi(summed) if self.pool_first else self.pool(self.phi(summed)))
             if self.mode == "dot_product":
-                y = dot_product(self._rows(self.theta(x)), phi, g)
+                y = _dot_product(self._rows(self.theta(x)), phi, g)
             else:
-                if not softmax_by_matrix(x.shape[2] * x.shape[3], phi.shape[1]):
-                    phi, g = phi.contiguous(), g.contiguous()  # here what they are copied from can go
-                y = attend(self._rows(self.theta(x)).to(g.dtype), phi, g, self.scale)
+                y = _gaussian(self._rows(self.theta(x)), phi, g, self.scale)
         return y.transpose(1, 2).reshape(x.shape[0], y.shape[2], x.shape[2], x.shape[3])
 
     def _rows(self, embedded: torch.Tensor) -> torch.Tensor:
@@ -150,11 +149,11 @@ class NonLocal(Block):
 
     def _scores(self, x: torch.Tensor, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a = w_theta . theta, (B, N), and b = w_phi . phi, (B, M), whose sums are the weights before the relu."""
-        w_theta, w_phi = self.w_f.weight.flatten(1).chunk(2, dim=1)
-        a = _fold(x, w_theta, self.theta.weight, self.theta.bias)
+        w_theta, w_phi = self.w_f().chunk(2, dim=1)
+        a = self.theta(x, w_theta)
         if self.pool_first or self.subsample == 1:
-            return a, _fold(summed, w_phi, self.phi.weight, self.phi.bias)
-        return a, F.conv2d(self.pool(self.phi(summed)), w_phi.reshape(1, -1, 1, 1)).flatten(1)
+            return a, self.phi(summed, w_phi)
+        return a, _to_one_channel(self.pool(self.phi(summed)), w_phi)
 
     @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
@@ -204,8 +203,53 @@ class NonLocal(Block):
         return Cost(macs=macs, attention_bytes=4 * positions * summed)
 
 
+# Parameters are read in the forward of the module that holds them, and nowhere else: sharding and offloading wrappers
+# have them there only while that forward runs.
+
+
+class _Folding(nn.Conv2d):
+    """A 1x1 convolution from C to D channels that can be followed by a sum over these D channels in one step."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, D, H, W), or with weights w (1, D) their sum over channels, (B, H * W)."""
+        if w is None:
+            return self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        return _fold(x, w, self.weight, self.bias)
+
+
+class _Readable(nn.Conv2d):
+    """A 1x1 convolution that can be asked for its weights."""
+
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """What it makes of x, or without x a copy of its weights, (channels out, channels in)."""
+        if x is None:
+            return self.weight.flatten(1).clone()
+        return self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+def _gaussian(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, scale: float) -> torch.Tensor:
+    """`attend` in the dtype of g: under autocast, theta = phi = x of mode 'gaussian' may have another."""
+    if not softmax_by_matrix(theta.shape[1], phi.shape[1]):
+        phi, g = phi.to(g.dtype).contiguous(), g.contiguous()  # here what they are copied from can go
+    return attend(theta.to(g.dtype), phi.to(g.dtype), g, scale)
+
+
+def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return dot_product(theta, phi.to(g.dtype), g)
+
+
 def _fold(x: torch.Tensor, w: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """w (1, D) times a 1x1 convolution of x to D channels, as one convolution to a single channel: (B, N)."""
     folded = torch.mm(w, weight.flatten(1)).reshape(1, -1, 1, 1)
     offset = None if bias is None else (w.flatten() * bias).sum().reshape(1)
     return F.conv2d(x, folded, offset).flatten(1)
+
+
+def _to_one_channel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """w (1, D) times x (B, D, H, W): (B, H * W)."""
+    return F.conv2d(x, w.reshape(1, -1, 1, 1)).flatten(1)
+
+
+# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+for _name in ("_gaussian", "_dot_product", "_fold", "_to_one_channel", "concatenate"):
+    fx.wrap(_name)

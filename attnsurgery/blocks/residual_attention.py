@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 from torch._jit_internal import is_scripting
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
+from attnsurgery.blocks.sizes import at_most
 from attnsurgery.errors import OptionError
 
 _exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in 2.7
@@ -85,12 +86,32 @@ def _units(count: int, channels: int, device: torch.device | str | None, dtype: 
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:
-    """The maximum of 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2)."""
+    """The maximum of 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2); a side of 1 stays 1."""
     if not is_scripting():  # noqa: SIM102 (a script needs the two apart)
         if _exporting():
             # the same for sizes that are symbols: ceil mode would ask them whether they are odd
-            return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
-    return F.max_pool2d(x, 3, 2, ceil_mode=True)
+            below, right = 1 + at_most(x.shape[2], 1), 1 + at_most(x.shape[3], 1)
+            return F.max_pool2d(F.pad(x, (0, right, 0, below), value=float("-inf")), 3, 2)
+    return F.max_pool2d(x, [min(3, x.shape[2]), min(3, x.shape[3])], 2, ceil_mode=True)
+
+
+def _unit_length(logits: torch.Tensor, eps: float) -> torch.Tensor:
+    """Each position of (B, C, H, W) divided by its length over the channels."""
+    # a half-precision square overflows at 256
+    full = logits if logits.dtype == torch.float64 else logits.float()
+    return (full * torch.rsqrt(full.square().sum(1, keepdim=True) + eps)).to(logits.dtype)
+
+
+def _factor(mask: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """1 + alpha * mask."""
+    factor = mask * alpha.to(mask.dtype)
+    factor += 1.0
+    return factor
+
+
+# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+for _name in ("_halved", "_unit_length", "_factor"):
+    fx.wrap(_name)
 
 
 class _Scale(nn.Module):
@@ -195,7 +216,7 @@ class ResidualAttention(Block):
         self.norm2 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
         self.conv2 = nn.Conv2d(inner, channels, 1, bias=False, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        self.alpha = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if start == "identity" else None
+        self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if start == "identity" else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -205,16 +226,12 @@ class ResidualAttention(Block):
         mask = self._normalised(self.conv2(self.act(self.norm2(y))))
         if self.alpha is None:
             return mask + 1.0
-        factor: torch.Tensor = mask * self.alpha
-        factor += 1.0
-        return factor
+        return _factor(mask, self.alpha)
 
     def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""
         if self.norm == "channel":
-            # a half-precision square overflows at 256
-            full = logits if logits.dtype == torch.float64 else logits.float()
-            return (full * torch.rsqrt(full.square().sum(1, keepdim=True) + self.eps)).to(logits.dtype)
+            return _unit_length(logits, self.eps)
         if self.norm == "spatial":
             logits = torch.group_norm(logits, logits.shape[1], eps=self.eps)
         return torch.sigmoid(logits)

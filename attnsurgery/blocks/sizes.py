@@ -1,11 +1,14 @@
-"""Choices by size and stride that put no guard on a size that torch does not know while it compiles or exports."""
+"""What depends on sizes and strides: choices that put no guard on a size which torch does not know while it compiles or
+exports, and pooling that fits maps of every size."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-__all__ = ["DYNAMO_ASKS", "at_most", "mix"]
+__all__ = ["DYNAMO_ASKS", "Pool", "at_most", "mix", "pooled"]
 
 # Before, torch.compile could not ask what is known without guarding on it, and only compiled once more.
 DYNAMO_ASKS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
@@ -32,3 +35,34 @@ def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if at_most(values.stride(2), 1):
         return torch.bmm(weights, values)
     return torch.bmm(values.transpose(1, 2), weights.transpose(1, 2)).transpose(1, 2)
+
+
+def pooled(x: torch.Tensor, window: int, average: bool) -> torch.Tensor:
+    """The maximum or the mean of each window of `window` x `window` positions of (B, C, H, W): (B, C, H // window,
+    W // window). Where the map is smaller than the window, the window is as large as the map."""
+    rows = x.shape[2] if at_most(x.shape[2], window - 1) else window
+    columns = x.shape[3] if at_most(x.shape[3], window - 1) else window
+    return F.avg_pool2d(x, [rows, columns]) if average else F.max_pool2d(x, [rows, columns])
+
+
+fx.wrap("pooled")  # a symbolic trace keeps it as one call
+
+
+class Pool(nn.Module):
+    """`pooled` as a module.
+
+    Args:
+        window: its side.
+        average: the mean in place of the maximum.
+    """
+
+    def __init__(self, window: int, average: bool = False) -> None:
+        super().__init__()
+        self.window = window
+        self.average = average
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return pooled(x, self.window, self.average)
+
+    def extra_repr(self) -> str:
+        return f"{self.window}, {'average' if self.average else 'maximum'}"

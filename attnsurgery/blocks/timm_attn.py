@@ -27,10 +27,12 @@ from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import ConvMlp, get_attn, make_divisible
 from timm.layers.cbam import LightChannelAttn
-from torch import nn
+from timm.layers.non_local_attn import BilinearAttnTransform
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost
@@ -86,7 +88,6 @@ KINDS: dict[str, Kind] = {
         zero=("mlp.fc2",),
         gates=("gate",),
         hidden=("feat_size", "extra_params", "use_mlp"),
-        unsupported={"script": "torch.jit does not know mean(keepdims=)"},
     ),
     "gc": Kind(order_free=True, zero=("mlp_scale.fc2", "mlp_add.fc2"), gates=("gate",), hidden=("init_last_zero",)),
     "gca": Kind(order_free=True, zero=("mlp_add.fc2",), hidden=("init_last_zero", "gate_layer")),
@@ -216,6 +217,57 @@ class DoubledLightChannel(LightChannelAttn):  # type: ignore[misc]
         return x * (torch.sigmoid(self.fc2(self.act(self.fc1(pooled)))) * 2.0)
 
 
+def _laid_out_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y in the memory format of x."""
+    return y.contiguous() if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+
+
+def _towards(x: torch.Tensor, y: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """x + alpha * (y - x)."""
+    return torch.lerp(x, y.to(x.dtype), alpha.to(x.dtype))
+
+
+def _spread(x: torch.Tensor, times: int) -> torch.Tensor:
+    """(B, C, n, n) to (B, C, n * times, n * times): each number as the diagonal of a block; `resize_mat` of timm."""
+    if times <= 1:
+        return x
+    batch, channels, side, _ = x.shape
+    diagonals = x.reshape(batch * channels, -1, 1, 1) * torch.eye(times, times, dtype=x.dtype, device=x.device)
+    rows = torch.cat(torch.split(diagonals.view(batch * channels, side, side, times, times), 1, dim=1), dim=3)
+    return torch.cat(torch.split(rows, 1, dim=2), dim=4).view(batch, channels, side * times, side * times)
+
+
+# They ask for sizes, formats and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+for _function in ("_laid_out_as", "_towards", "_spread"):
+    fx.wrap(_function)
+
+
+class TraceableBilinear(BilinearAttnTransform):  # type: ignore[misc]
+    """timm's class with a `resize_mat` that a symbolic trace can keep as one call."""
+
+    def resize_mat(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        return _spread(x, t)
+
+
+def _gather_excite(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward of timm's GatherExcite without parameters in its gathering; it asks for no size.
+
+    A gathered map of 1 x 1 is made as large as x, too, which timm leaves to broadcasting: the numbers are the same.
+    """
+    if self.extent == 0:
+        gathered = x.mean((2, 3), keepdim=True)
+        if self.add_maxpool:
+            gathered = 0.5 * gathered + 0.5 * x.amax((2, 3), keepdim=True)
+        gate: torch.Tensor = self.gate(self.mlp(gathered))
+    else:
+        window, stride, padding = self.gk, self.gs, self.gk // 2
+        gathered = F.avg_pool2d(x, window, stride, padding, count_include_pad=False)
+        if self.add_maxpool:
+            gathered = 0.5 * gathered + 0.5 * F.max_pool2d(x, window, stride, padding)
+        gate = self.gate(F.interpolate(self.mlp(gathered), size=[x.shape[2], x.shape[3]]))
+    return x * gate
+
+
 class TimmAttention(Block):
     """What the generated classes share; each of them also inherits from a class of timm."""
 
@@ -232,11 +284,11 @@ class TimmAttention(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.timm_forward(x)
         if self.relayouts:
-            y = y.contiguous() if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+            y = _laid_out_as(x, y)
         if self.alpha is None:
             return y
         else:
-            return torch.lerp(x, y.to(x.dtype), self.alpha.to(x.dtype))  # type: ignore[arg-type]
+            return _towards(x, y, self.alpha)  # type: ignore[arg-type]
 
     def timm_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The forward of timm's class."""
@@ -334,12 +386,15 @@ def _initialiser(name: str, host: Any, fixed: Options, kind: Kind, defaults: Opt
             raise OptionError(f"timm cannot build {name!r} of {channels} channels with {chosen}: {said}.") from None
         if name == "ge":
             self.mlp = _gather_mlp(channels, chosen, place)
+        for module in self.modules():
+            if type(module) is BilinearAttnTransform:
+                module.__class__ = TraceableBilinear
         self.to(device=device, dtype=dtype)
         self._made_of = (channels, tuple(chosen.items()))
         self.relayouts = kind.relayouts
         self.register_parameter("alpha", None)
         if start == "identity" and kind.residual(chosen):
-            self.alpha = nn.Parameter(torch.zeros((), **place))
+            self.alpha = nn.Parameter(torch.zeros(1, **place))
         elif start == "identity":
             _open(self, kind)
 
@@ -388,7 +443,7 @@ def _make(name: str, kind: Kind) -> type[TimmAttention] | None:
             "__module__": __name__,
             "__doc__": _documentation(host, options),
             "__init__": __init__,
-            "timm_forward": _renamed(host.forward),
+            "timm_forward": _renamed(_gather_excite if name == "ge" else host.forward),
             "timm_name": name,
             "unsupported": kind.unsupported,
             "example": kind.example,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.layers import register_notrace_function
-from torch import nn
+from torch import fx, nn
 
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.record import LOOPS, Run
@@ -43,6 +43,10 @@ FROM_NCHW: dict[Layout, Steps] = {
 
 def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, H * W, C) to (B, C, H, W), a channels-last view."""
+    return _tokens_to_map(tokens, height, width)
+
+
+def _tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if tokens.shape[1] != height * width:
         raise SurgeryError(
             f"a block was put on a grid of {height}x{width}, and there are {tokens.shape[1]} tokens: the size of the "
@@ -52,6 +56,7 @@ def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 
 register_notrace_function(tokens_to_map)
+fx.wrap("_tokens_to_map")  # any symbolic trace keeps it as one call, for it asks how many tokens there are
 
 
 def map_to_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from attnsurgery.blocks.dual_attention import ChannelAttention, PositionAttention, add_weighted
+from attnsurgery.blocks.dual_attention import ChannelAttention, PositionAttention
 
 
 class DANetHead(nn.Module):
@@ -43,8 +43,8 @@ class DANetHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         position, channel = self.conv5a(x), self.conv5c(x)
-        position = self.conv51(add_weighted(position, self.sa.gamma, self.sa(position)))
-        channel = self.conv52(add_weighted(channel, self.sc.gamma, self.sc(channel)))
+        position = self.conv51(self.sa(position, position))
+        channel = self.conv52(self.sc(channel, channel))
         return self.conv8(position + channel), self.conv6(position), self.conv7(channel)
 
 

@@ -1,0 +1,303 @@
+"""Blocks in the hands of other tools (symbolic traces, quantisation, sharding), on small maps, and old checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import fx, nn
+
+import attnsurgery
+from attnsurgery.blocks import BLOCKS, Block
+from attnsurgery.blocks._base import build_block
+from tests.conftest import build, images
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((name, dict(getattr(BLOCKS[name], "example", {}))) for name in BLOCKS),
+    ("non_local", {"mode": "gaussian"}),
+    ("non_local", {"mode": "dot_product"}),
+    ("non_local", {"mode": "concatenation"}),
+    ("non_local", {"mode": "concatenation", "subsample": 2}),
+    ("non_local", {"subsample": 2, "subsample_op": "avg"}),
+    ("dual", {"fusion": "sequential", "subsample": 2}),
+    ("residual_attention", {"norm": "channel"}),
+    ("residual_attention", {"norm": "spatial", "depth": 0}),
+    ("se", {"kind": "scse", "fusion": "max"}),
+    ("timm:ge", {"extent": 2}),
+]
+every_kind = pytest.mark.parametrize(("name", "options"), KINDS, ids=str)
+MAPS_OF_ONE_SIZE = {"timm:bottleneck"}
+
+
+def recipe(base: str, at: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {"version": 1, "name": "mine", "base": base, "edits": [{"at": at, "block": name, "options": options}]}
+
+
+def operated(name: str, options: dict[str, Any], base: str = "test_resnet", at: str = "layer2.0") -> nn.Module:
+    """A small model whose every parameter, of the block too, is off its start."""
+    torch.manual_seed(0)
+    model = attnsurgery.operate(build(base), recipe(base, at, name, options), input_size=(3, 64, 64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def moved(name: str, options: dict[str, Any]) -> Block:
+    """The block on 16 channels, off its start."""
+    torch.manual_seed(0)
+    block = build_block(name, 16, options, "identity").eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return block
+
+
+@every_kind
+@torch.no_grad()
+def test_a_symbolic_trace_of_a_surgical_resnet_computes_the_same_at_every_size(
+    name: str, options: dict[str, Any]
+) -> None:
+    """torch.fx.symbolic_trace goes into blocks; non_local in every mode, dual and timm:ge asked it for sizes."""
+    model = operated(name, options)
+    traced = fx.symbolic_trace(model)
+    assert torch.equal(traced(images(64)), model(images(64)))
+    if name not in MAPS_OF_ONE_SIZE:
+        other = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(traced(other), model(other))
+
+
+@every_kind
+@torch.no_grad()
+def test_a_symbolic_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) -> None:
+    from torch.fx.experimental.optimization import fuse
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, x = operated(name, options), images(64)
+    assert torch.allclose(fuse(model)(x), model(x), atol=1e-4, rtol=1e-3)
+    features = create_feature_extractor(model, ["layer3.0"])(x)["layer3.0"]
+    assert torch.equal(features, _at(model, "layer3.0", x))
+    assert torch.equal(copy.deepcopy(fx.symbolic_trace(model))(x), model(x))
+
+
+def _at(model: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
+    """What a module of the model returns."""
+    kept: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
+    model(x)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.fixture(scope="module")
+def error_of_the_base() -> float:
+    return quantised(build("test_resnet"))
+
+
+def quantised(model: nn.Module) -> float:
+    """||q(x) - f(x)|| / ||f(x)|| of a model that torch.fx quantises to 8 bits."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    x = images(64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way to torchao
+        observed = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (x,))
+        observed(x)
+        y = model(x)
+        return float((convert_fx(observed)(x) - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("non_local", {}),
+        ("non_local", {"mode": "concatenation", "subsample": 2}),
+        ("dual", {}),
+        ("residual_attention", {"norm": "channel"}),
+        ("timm:ge", {}),
+        ("timm:sk", {}),
+        ("timm:bat", {"block_size": 4}),
+    ],
+    ids=str,
+)
+def test_fx_quantisation_converts_a_surgical_model(
+    name: str, options: dict[str, Any], error_of_the_base: float
+) -> None:
+    """And it loses about what a model without blocks loses; what torch cannot quantise stays in full precision."""
+    assert quantised(operated(name, options)) < 2 * error_of_the_base + 0.02
+
+
+class Around(fx.Tracer):
+    """Traces the forward of one module, every module in it being one call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("base", ["test_vit", "swin_tiny_patch4_window7_224"])
+@torch.no_grad()
+def test_a_block_on_the_grid_of_tokens_is_traced(base: str) -> None:
+    """The check of how many tokens there are is no part of a graph: the swin here has no grid, the ViT has one."""
+    place = "blocks.1" if base == "test_vit" else "layers.1.blocks.0"
+    model = operated("non_local", {"subsample": 2}, base, place)
+    owner = model.get_submodule(place)
+    x = _taken(model, place)
+    traced = Around().trace(owner)
+    assert any("_tokens_to_map" in str(node.target) for node in traced.nodes) == (base == "test_vit")
+    assert torch.equal(fx.GraphModule(owner, traced)(x), owner(x))
+
+
+def _taken(model: nn.Module, path: str) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+    model(images(64))
+    handle.remove()
+    return kept[0]
+
+
+@every_kind
+def test_no_parameter_lacks_a_dimension(name: str, options: dict[str, Any]) -> None:
+    """FSDP takes none: alpha of residual_attention, timm:bat, bottleneck, halo, lambda, sk, splat had no dimension."""
+    for start in ("identity", "paper"):
+        parameters = build_block(name, 16, options, start, torch.device("meta")).named_parameters()
+        assert [key for key, parameter in parameters if parameter.ndim == 0] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["residual_attention", "timm:bat", "timm:halo", "timm:lambda", "timm:sk", "timm:splat"]
+)
+def test_a_checkpoint_whose_gate_has_no_dimension_loads(name: str) -> None:
+    """As they were written before; strictly, alone and inside a model."""
+    options = dict(getattr(BLOCKS[name], "example", {}))
+    block, other = moved(name, options), build_block(name, 16, options, "identity").eval()
+    old = {key: value.reshape(()) if key == "alpha" else value for key, value in block.state_dict().items()}
+    other.load_state_dict(old)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(other(x), block(x))
+    model, again = operated(name, options), operated(name, options)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter += 1
+    gate = next(key for key in model.state_dict() if key.endswith(".alpha"))
+    again.load_state_dict({**model.state_dict(), gate: model.state_dict()[gate].reshape(())})
+    assert torch.equal(again.state_dict()[gate], model.state_dict()[gate])
+    assert again.state_dict()[gate].shape == (1,)
+
+
+def test_a_gate_of_another_size_is_still_refused() -> None:
+    block = build_block("residual_attention", 16, {}, "identity")
+    with pytest.raises(RuntimeError, match="size mismatch for alpha"):
+        block.load_state_dict({**block.state_dict(), "alpha": torch.zeros(2)})
+
+
+SHARDED = """
+import copy, sys, warnings
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from tests.test_block_kinds import KINDS, moved
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+
+
+def parts(block):
+    # the innermost first; a list without a forward of its own cannot be sharded
+    for module in reversed(list(block.modules())):
+        if type(module) is not torch.nn.ModuleList and next(module.parameters(), None) is not None:
+            yield module
+
+
+failed = []
+for name, options in KINDS:
+    block, x = moved(name, options).train(), torch.randn(2, 16, 8, 8)
+    torch.manual_seed(1)  # timm:bat drops out
+    expected = copy.deepcopy(block)(x)
+    for way in ("whole", "deep", "fsdp1"):
+        sharded = copy.deepcopy(block)
+        try:
+            if way == "fsdp1":
+                sharded = FullyShardedDataParallel(sharded, device_id=torch.device("cpu"), use_orig_params=True)
+            else:
+                for module in parts(sharded) if way == "deep" else [sharded]:
+                    fully_shard(module, mesh=mesh)
+            torch.manual_seed(1)
+            y = sharded(x)
+            assert torch.equal(y, expected), "other numbers"
+            y.square().mean().backward()
+            torch.optim.SGD(sharded.parameters(), 0.1).step()
+        except Exception as error:
+            failed.append(f"{name} {options} {way}: {type(error).__name__} {error}")
+dist.destroy_process_group()
+print(*failed, sep="\\n")
+sys.exit(bool(failed))
+"""
+
+
+def test_every_block_trains_under_fsdp_whole_and_module_by_module(tmp_path: Path) -> None:
+    """fully_shard of the block, fully_shard of each module in it, and FSDP1: one process, gloo on the CPU."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "meeting")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@every_kind
+def test_parameters_are_read_in_the_forward_of_the_module_that_holds_them(name: str, options: dict[str, Any]) -> None:
+    """Sharding deeper than the root and offloading (accelerate's hooks) rely on it; dual read its children's gates."""
+    block = moved(name, options)
+    for module in block.modules():
+        if type(module).__module__.startswith("attnsurgery") and next(module.parameters(), None) is not None:
+            own = dict(module.named_parameters(recurse=False))
+            read = [str(node.target) for node in Around().trace(module).nodes if node.op == "get_attr"]
+            assert set(read) <= own.keys(), (type(module).__name__, read)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "at"),
+    [
+        ("non_local", {"subsample": 2}, "layer4.1"),
+        ("non_local", {"subsample": 4, "subsample_op": "avg", "mode": "concatenation"}, "layer4.1"),
+        ("dual", {"subsample": 2}, "layer4.1"),
+        ("residual_attention", {"depth": 2}, "layer3.1 .. layer3.1"),
+    ],
+)
+@torch.no_grad()
+def test_a_block_placed_at_224_pixels_runs_wherever_its_base_runs(name: str, options: dict[str, Any], at: str) -> None:
+    """At 32 pixels the map is 1 x 1: the window of subsample: 2 is clipped to it, and a mask stops halving."""
+    model = attnsurgery.operate(timm.create_model("resnet18"), recipe("resnet18", at, name, options)).eval()
+    base = attnsurgery.remove(copy.deepcopy(model))
+    for size in ((32, 32), (64, 32), (96, 160)):
+        x = torch.randn(1, 3, *size)
+        assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(1, 1, (1, 1)), (1, 5, (1, 2)), (3, 1, (1, 1)), (5, 4, (2, 2))]
+)
+@pytest.mark.parametrize("average", [True, False])
+def test_a_pooling_window_is_clipped_to_the_map(
+    height: int, width: int, expected: tuple[int, int], average: bool
+) -> None:
+    from attnsurgery.blocks.sizes import Pool, pooled
+
+    x = torch.randn(2, 3, height, width)
+    got = Pool(2, average)(x)
+    assert got.shape[2:] == expected
+    assert torch.equal(torch.jit.script(pooled)(x, 2, average), got)
+    window = min(2, height), min(2, width)
+    plain = nn.AvgPool2d(window) if average else nn.MaxPool2d(window)
+    assert torch.equal(got, plain(x))
