@@ -14,8 +14,19 @@ from typing import TYPE_CHECKING, Any
 from attnsurgery._when_timm import install_names
 
 if TYPE_CHECKING:
-    from attnsurgery.api import inspect, operate, plan, recipe_of, remove, verify
+    from attnsurgery.api import (
+        block_parameters,
+        bypass,
+        freeze_base,
+        inspect,
+        operate,
+        plan,
+        recipe_of,
+        remove,
+        verify,
+    )
     from attnsurgery.blocks import BLOCKS, Block
+    from attnsurgery.blocks.loading import LoadReport, load_report
     from attnsurgery.delta import load_delta, merge_delta, save_delta
     from attnsurgery.errors import AttnSurgeryError
     from attnsurgery.graph.anatomy import Anatomy
@@ -34,12 +45,17 @@ __all__ = [
     "Block",
     "Edit",
     "Forecast",
+    "LoadReport",
     "Recipe",
     "Report",
     "Site",
     "__version__",
+    "block_parameters",
+    "bypass",
+    "freeze_base",
     "inspect",
     "load_delta",
+    "load_report",
     "merge_delta",
     "operate",
     "plan",
@@ -57,11 +73,16 @@ _HOMES = {
     "Block": "blocks",
     "Edit": "recipe.schema",
     "Forecast": "recipe.forecast",
+    "LoadReport": "blocks.loading",
     "Recipe": "recipe.schema",
     "Report": "surgery.verify",
     "Site": "graph.site",
+    "block_parameters": "api",
+    "bypass": "api",
+    "freeze_base": "api",
     "inspect": "api",
     "load_delta": "delta",
+    "load_report": "blocks.loading",
     "merge_delta": "delta",
     "operate": "api",
     "plan": "api",

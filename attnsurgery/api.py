@@ -1,4 +1,4 @@
-"""The verbs: inspect a model, operate on it, verify what was done, remove it again.
+"""The verbs: inspect a model, operate on it, verify what was done, bypass blocks, remove them again.
 
 They add to attnsurgery.surgery what timm should remember: a model operated on describes itself, in the arguments timm
 saves, as the architecture `surgery` with its base and recipe, so that `save_for_hf` and `local-dir:` bring it back.
@@ -7,6 +7,7 @@ saves, as the architecture `surgery` with its base and recipe, so that `save_for
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,30 @@ from attnsurgery.base import check_base, weightless
 from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
-from attnsurgery.recipe.build import resolve, settled
+from attnsurgery.graph.wrappers import Verb, bare, unwrapped
+from attnsurgery.recipe.build import resolve_edits, settled, written_out
 from attnsurgery.recipe.forecast import Forecast, forecast
 from attnsurgery.recipe.schema import Recipe
+from attnsurgery.recipe.without import without
 from attnsurgery.surgery import operate as surgery
+from attnsurgery.surgery.bypass import bypass
+from attnsurgery.surgery.owners import grafted_blocks
+from attnsurgery.surgery.parameters import block_parameters, freeze_base
+from attnsurgery.surgery.select_blocks import base_anatomy, blocks_by_place, named_blocks
 from attnsurgery.surgery.verify import Report
 from attnsurgery.surgery.verify import verify as verify_model
+
+__all__ = [
+    "block_parameters",
+    "bypass",
+    "freeze_base",
+    "inspect",
+    "operate",
+    "plan",
+    "recipe_of",
+    "remove",
+    "verify",
+]
 
 
 def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = None) -> Anatomy:
@@ -70,58 +89,81 @@ def operate(
     """Insert the recipe's blocks into a built model, in place. All is planned first; an error changes nothing.
 
     Args:
-        model: any timm model; the recipe's `base` need not be its architecture, only its selectors must match.
+        model: any timm model, bare, in a wrapper (docs/wrappers.md) or inside a larger whole; the recipe's `base` need
+            not be its architecture, only its selectors must match.
         recipe: a Recipe, the same as plain data, or a path of a YAML file.
+        input_size: (C, H, W) of one image; by default what the model is built for.
 
     Returns:
         The same object.
 
     Raises:
         RecipeError, SiteError, OptionError, UnknownNameError: what cannot be meant, with the nearest that can.
+        UsageError: a wrapper that does not allow it; says what to do.
     """
     made = registry.as_recipe(recipe)
-    _check_model(model)
-    anatomy = survey(model, input_size)
-    plan = resolve(made, anatomy)
-    # rebuilt by its description, the model is surveyed at its own size of images
-    done = _joined(model, made if input_size is None else settled(made, anatomy), anatomy)
-    surgery.operate(model, plan)
-    _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict())
+    host = _host(model, "operate")
+    anatomy = survey(host, input_size)
+    resolved = resolve_edits(made, anatomy)
+    # rebuilt by its description, the model may be for images of another size
+    done = _joined(host, written_out(made, resolved), anatomy)
+    surgery.operate(host, tuple(chain.from_iterable(resolved)))
+    _describe_anew(host, done, anatomy.input_size[0])
     return model
 
 
-def remove(model: nn.Module) -> nn.Module:
-    """Take all blocks out again, in place: classes, state dict and description are the base's.
+def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | None = None) -> nn.Module:
+    """Take blocks out again, in place.
+
+    Args:
+        blocks: paths ('layer3.0.non_local'), patterns of them ('layer3.*.se'), or selectors of the places where they
+            stand ('stage:3 last'); by default all, and then classes, state dict and description are the base's. What
+            stays is named as if the others had never been there, and the description is of what stays.
+        input_size: (C, H, W) of one image, for selectors; by default what the model is built for.
 
     Returns:
         The same object.
 
     Raises:
+        SiteError: a name that means no block.
         SurgeryError: the blocks are there, but the record of how they came is not: the model was rebuilt since.
+        UsageError: a wrapper that does not allow it; says what to do.
     """
-    before = _kept_recipe(model)
-    surgery.remove(model)
-    if before is not None:
-        _describe(model, before.base.partition(".")[0], base=None, recipe=None, start=None)
+    host = _host(model, "remove")
+    before = _kept_recipe(host)
+    there = grafted_blocks(host)
+    gone = named_blocks(host, blocks, input_size) if blocks else list(there)
+    if len(gone) == len(there):
+        surgery.remove(host)
+        _describe_base(host, before)
+        return model
+    left = before and without(before, base_anatomy(host, input_size), blocks_by_place(host), gone)
+    surgery.remove(host, gone)
+    if left is not None:
+        _describe(host, registry.GENERIC, base=left.base, recipe=left.as_dict(), start=None, settled=None)
     return model
 
 
 def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Report:
-    """The proof that goes with a surgical model; see `Report`.
+    """The proof that goes with a surgical model; see `Report`. The model itself is not run, but a copy of it.
 
     Raises:
-        SurgeryError: a block is gone, or the model was rebuilt since the operation.
+        SurgeryError: a block is gone, the model was rebuilt since the operation, or its weights are not finite.
+        UsageError: a model that cannot be compared as it is; says what to do.
     """
-    _kept_recipe(model)
+    _kept_recipe(_host(model, "verify"))
     return verify_model(model, input_size)
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
     """The recipe a model was made by, as far as it says; None for a model without surgery."""
+    model = bare(model)
     arguments: dict[str, Any] = getattr(model, "_model_args", {})
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     recipe: Recipe | None
-    if arguments.get("recipe") is not None:
+    if arguments.get("settled") is not None:
+        recipe = registry.as_recipe(arguments["settled"])
+    elif arguments.get("recipe") is not None:
         recipe = registry.as_recipe(arguments["recipe"])
         recipe = recipe.model_copy(update={"base": arguments.get("base") or recipe.base})
     else:
@@ -139,9 +181,14 @@ def _check_model(model: object) -> None:
         )
 
 
+def _host(model: nn.Module, verb: Verb) -> nn.Module:
+    """The model inside its wrappers."""
+    _check_model(model)
+    return unwrapped(model, verb)
+
+
 def _kept_recipe(model: nn.Module) -> Recipe | None:
     """The recipe, after a look whether what it says is still in the model."""
-    _check_model(model)
     recipe = recipe_of(model)
     if recipe is not None and not any(surgery.operated(model)):
         raise SurgeryError(
@@ -159,7 +206,7 @@ def _joined(model: nn.Module, made: Recipe, anatomy: Anatomy) -> Recipe:
     before = recipe_of(model)
     limits = [recipe.max_attention_mb for recipe in (before, made) if recipe is not None]
     if before is not None and any(limits):  # what each of the two has settled under its own limit stays so
-        before, made = settled(before, survey(model)), settled(made, anatomy)
+        before, made = settled(before, base_anatomy(model)), settled(made, anatomy)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     base = before.base if before else config.get("architecture")
     edits = [*(before.edits if before else ()), *made.edits]
@@ -168,12 +215,61 @@ def _joined(model: nn.Module, made: Recipe, anatomy: Anatomy) -> Recipe:
     return registry.as_recipe({**joined, "base": base if base and timm.is_model(base) else made.base})
 
 
-def _describe(model: nn.Module, architecture: str, **arguments: Any) -> None:
+_BEFORE = "_attnsurgery_described"
+"""The attribute of a model that says how it described itself before it was operated on."""
+
+
+def _describe_anew(model: nn.Module, done: Recipe, channels: int) -> None:
+    """The description of a model that was operated on, with a note of what it said before."""
+    own = vars(model)
+    if _BEFORE not in own and recipe_of(model) is None:
+        names = ("pretrained_cfg", "default_cfg", "_model_args")
+        config, default = getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)
+        own[_BEFORE] = {
+            "had": [name for name in names if name in own],
+            "architecture": config.get("architecture") if isinstance(config, dict) else None,
+            "apart": config != default and default is not None,
+            "arguments": dict(own.get("_model_args") or {}),
+            "in_chans": own.get("in_chans"),
+        }
+    said = getattr(model, "_model_args", {}).get("in_chans", (_config(model).get("input_size") or (3,))[0])
+    more = {} if said == channels else {"in_chans": channels}
+    if isinstance(own.get("in_chans"), int):  # a first convolution replaced since; timm saves this, not the argument
+        own["in_chans"] = channels
+    _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict(), start=None, settled=None, **more)
+
+
+def _describe_base(model: nn.Module, before: Recipe | None) -> None:
+    """The description that a model had before any surgery; for one that was built by a surgical name, its base's."""
+    kept: dict[str, Any] | None = vars(model).get(_BEFORE)
+    if kept is None:
+        if before is not None:
+            _describe(model, before.base.partition(".")[0], base=None, recipe=None, start=None, settled=None)
+        return
+    _describe(model, kept["architecture"])
+    model._model_args = kept["arguments"]
+    if kept["in_chans"] is not None:
+        model.in_chans = kept["in_chans"]
+    for name in ("pretrained_cfg", "default_cfg", "_model_args"):
+        if name not in kept["had"]:
+            vars(model).pop(name, None)
+    vars(model).pop(_BEFORE)
+
+
+def _describe(model: nn.Module, architecture: str | None, **arguments: Any) -> None:
     """What timm saves with the model; an argument of None is forgotten."""
-    config = dict(getattr(model, "pretrained_cfg", None) or {}, architecture=architecture)
-    model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
+    apart = vars(model).get(_BEFORE, {}).get("apart")  # a default_cfg of its own stays what it is
+    config = dict(_config(model), architecture=architecture)
+    model.pretrained_cfg = config  # type: ignore[assignment]
+    if not apart:
+        model.default_cfg = config  # type: ignore[assignment]
     kept = dict(getattr(model, "_model_args", {}), **arguments)
     model._model_args = {k: v for k, v in kept.items() if v is not None}  # type: ignore[assignment]
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    found: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return found if isinstance(found, dict) else {}
 
 
 def _named(name: str, input_size: tuple[int, int, int] | None = None) -> nn.Module:

@@ -155,7 +155,7 @@ def test_before_the_last_block_of_a_stage_of_one_block_is_behind_it() -> None:
     [
         ("layer9.*.bn2", r"'layer9.\*.bn2' matches none of the \d+ sites of resnet50. Did you mean 'layer4.\*.bn2'\?"),
         ("layer3.5.bn4", r"Did you mean 'layer3.5.bn\d'\?"),
-        ("stage:5 last", r"has no stage 5. Its stages, by stride 4, 8, 16, 32: 1, 2, 3, 4"),
+        ("stage:5 last", r"has no stage 5. Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: 1, 2, 3, 4"),
         ("stage:-9 last", "has no stage -9"),
         ("stage:3 befor_last_block", r"no rule 'befor_last_block'. Did you mean 'before_last_block'\?"),
         ("stage:3 last:2", "is not a stage selector. It reads: stage:<3 or 34 or -1"),

@@ -18,10 +18,13 @@ from torch import nn
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.layout import Reader
-from attnsurgery.graph.record import LOOPS, NORMS, Found, Run, map_shape, meta_twin, record, same_data, tensors
+from attnsurgery.graph.record import LOOPS, NORMS, Found, Run, map_shape, record, same_data, tensors
 from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import rebuilds, replaces_itself, uncut_class
+from attnsurgery.graph.twin import meta_twin
 from attnsurgery.graph.units import Rows, is_container, runs_in_a_row, staging
+from attnsurgery.graph.within import models_within, speakers
+from attnsurgery.graph.wrappers import replaced_forward, unwrapped
 
 LEADING = re.compile(r"(^|\.)(stem|patch_embed|downsample)")
 """What timm calls the modules between stages and before the first."""
@@ -29,50 +32,78 @@ BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.l
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) of the images a built timm model takes; its own settings come before its pretrained_cfg."""
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    traits: dict[str, Any] = getattr(model, "_traits", {})
-    size = traits.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    """(C, H, W) of the images a built timm model takes, also inside a wrapper or a larger whole.
+
+    A model's own settings come before its pretrained_cfg, and what the outermost model says before what is in it.
+    """
+    said = list(speakers(model))
+    configs: list[dict[str, Any]] = [config for config in map(_config, said) if config.get("input_size")]
+    channels, height, width = configs[0]["input_size"] if configs else (3, 224, 224)
+    sizes = (
+        getattr(part, "_traits", {}).get("img_size") or getattr(getattr(part, "patch_embed", None), "img_size", None)
+        for part in said
+    )
+    size = next((size for size in sizes if size is not None), None)
     if size is not None:
         height, width = size
-    return _channels(model, int(channels)), int(height), int(width)
+    return _channels(said, int(channels)), int(height), int(width)
 
 
-def _channels(model: nn.Module, usual: int) -> int:
-    """Of the images: what the model says, or, before timm 1.0.31, what its first convolution says."""
-    kept: dict[str, Any] = getattr(model, "_model_args", {})
-    said = getattr(model, "in_chans", kept.get("in_chans"))
-    if said is not None:
-        return int(said)
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("first_conv")
-    weight = dict(model.named_parameters()).get(f"{name[0] if isinstance(name, tuple | list) else name}.weight")
-    if weight is None or weight.ndim < 2 or weight.shape[1] % usual == 0:  # a multiple: a stem that folds pixels
-        return usual
-    return weight.shape[1]
+def _config(model: nn.Module) -> dict[str, Any]:
+    found: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _channels(said: list[nn.Module], usual: int) -> int:
+    """Of the images: what the first convolution takes, or what the model says where its stem folds pixels."""
+    for model in said:
+        kept: dict[str, Any] = getattr(model, "_model_args", {})
+        told = getattr(model, "in_chans", kept.get("in_chans"))
+        told = told if isinstance(told, int) else None
+        named = _config(model).get("first_conv") or ""
+        first = next(iter(named), "") if isinstance(named, tuple | list) else named
+        weight = dict(model.named_parameters()).get(f"{first}.weight")
+        usual = usual if told is None else told
+        if weight is not None and weight.ndim > 1 and weight.shape[1] % usual:
+            return weight.shape[1]
+        if weight is not None or told is not None:
+            return usual
+    return usual
 
 
 def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spend: bool = False) -> Anatomy:
     """Every Site of the model.
 
     Args:
-        model: a built timm model, on any device, with or without earlier surgery; it is left as it was.
+        model: a built timm model, on any device, with or without earlier surgery, in wrappers or inside a larger whole;
+            it is left as it was, and none of its hooks is run.
         input_size: (C, H, W) of one image; by default what the model is built for.
         spend: nobody wants the model afterwards: one without weights need not be copied.
+
+    Raises:
+        UsageError: an input size that is none, or a model that cannot be looked into as it is; says what to do.
+        SurgeryError: the model does not run on such images.
     """
+    model = unwrapped(model, "inspect")
     size = input_size or input_size_of(model)
     if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UsageError(f"input_size is (channels, height, width) of one image, and not {size!r}.")
     twin = meta_twin(model, copied=not spend)
     modules = {path: module for path, module in _not_ours(twin)}
+    replaced = {path for path, module in modules.items() if replaced_forward(module)}
     run = record(twin, modules, size)
-    rows = Rows(modules, run)
+    within = models_within(modules, run)
+    rows = Rows(modules, run, within)
     hosts = dict(_hosts(modules))
-    reader = Reader(twin, size[1:], modules, run, hosts)
+    reader = Reader(twin, size[1:], modules, run, hosts, within)
     units = rows.units()
     strides = {path: _stride(reader, path, size) for path in units}
-    stage_of = staging(twin, run, size[1:], strides)
+    stagings = {path: staging(path, modules[path], run, size[1:], _below(path, strides)) for path in within}
+
+    def stage_of(path: str, order: float, stride: float | None) -> int | None:
+        """The stage in the model that the module belongs to; None in what the whole adds to its models."""
+        model = next((known for known in within if f"{path}.".startswith(f"{known}." if known else "")), None)
+        return None if model is None else stagings[model](order, stride)
 
     def finish(place: Found) -> Site:
         read = reader.read(place.shape, place.owner, place.order)
@@ -95,23 +126,35 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
             source_layout=read.source_layout,
             ordered=read.ordered,
             spatial=place.spatial,
+            refused=_REPLACED.format(path=place.owner) if place.owner in replaced else read.refused,
         )
         stride = math.sqrt(size[1] * size[2] / site.positions)
-        return dataclasses.replace(site, stage=stage_of(place.order, stride))
+        return dataclasses.replace(site, stage=stage_of(place.owner, place.order, stride))
+
+    def in_body(path: str) -> bool:
+        """What comes after the last feature of a model, its head, is not a map any more."""
+        outside = not any(f"{path}.".startswith(f"{known}." if known else "") for known in within)
+        return outside or stage_of(path, run.finished[path], None) is not None
 
     outputs = sorted(map(finish, _output_places(hosts, run, rows, units)), key=lambda site: site.depth)
     owners = {
         path: module
         for path, module in hosts.items()
-        if any(module.children())
-        and not isinstance(module, (*LOOPS, *NORMS))
-        and run.once(path)
-        # what comes after the last feature, the head, is not a map any more
-        and stage_of(run.finished[path], None) is not None
+        if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS)) and run.once(path) and in_body(path)
     }
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") or type(model).__name__
-    return Anatomy(name, size, tuple(_with_blocks(_richest(outputs, rows))), owners, run, finish)
+    name = next((said["architecture"] for said in map(_config, speakers(model)) if said.get("architecture")), None)
+    found = tuple(_with_blocks(_richest(outputs, rows)))
+    return Anatomy(name or type(model).__name__, size, found, owners, run, finish)
+
+
+_REPLACED = (
+    "the forward of {path!r} was replaced on the object itself, so a block put into its class would never run: set it "
+    "in a subclass, or take it away (del module.forward) and set it again afterwards"
+)
+
+
+def _below(path: str, strides: dict[str, float]) -> dict[str, float]:
+    return {unit: stride for unit, stride in strides.items() if not path or unit.startswith(f"{path}.")}
 
 
 def _stride(reader: Reader, path: str, size: tuple[int, int, int]) -> float:

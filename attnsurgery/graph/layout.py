@@ -16,14 +16,16 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from timm.layers import register_notrace_function
 from torch import fx, nn
 
 from attnsurgery.errors import SurgeryError
-from attnsurgery.graph.record import LOOPS, Run
+from attnsurgery.graph.record import LOOPS, Run, map_shape
 from attnsurgery.graph.site import Layout
+from attnsurgery.graph.within import said_above
 
 Told = tuple[tuple[int, int], tuple[str, ...]]
 """A (height, width) with the names of the arguments that say it."""
@@ -99,6 +101,7 @@ class Reading:
     grid_source: str = ""
     source_layout: Layout = "NCHW"
     ordered: bool = True
+    refused: str = ""
 
 
 @dataclass
@@ -117,6 +120,8 @@ class Reader:
     run: Run
     hosts: Container[str]
     """Paths of the modules that can be cut."""
+    models: tuple[str, ...] = ("",)
+    """Paths of the models that the whole is made of: what one says of its tokens holds for its modules."""
     votes: dict[tuple[int, ...], Counter[Layout]] = field(default_factory=dict)
     grids: dict[tuple[int, int], None] = field(default_factory=dict)
     """Sizes of maps in raster order, the likeliest first."""
@@ -133,24 +138,27 @@ class Reader:
             vote = _vote(module)
             if vote is not None and path in self.run.outputs:
                 for value in (*self.run.inputs[path][0], self.run.outputs[path]):
-                    if isinstance(value, torch.Tensor) and value.ndim == 4:
+                    if isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel():
                         self.votes.setdefault(tuple(value.shape[1:]), Counter())[vote] += 1
-        # one that accepts images of any size has no grid of its own
-        named = [child for _, child in self.model.named_children() if getattr(child, "grid_size", None) is not None]
-        embedding = getattr(self.model, "patch_embed", named[0] if named else None)
-        strict = getattr(embedding, "strict_img_size", True)
-        if hasattr(self.model, "unroll"):  # hiera: the sequence is not the raster
-            return
-        if strict:
-            self.grids = dict.fromkeys(self._fixed_grids(embedding))
-        if not strict or not hasattr(embedding, "grid_size"):
-            self.sources = sorted(self._sources())
+        embeddings = dict.fromkeys(self._embedding(self.modules[path]) for path in self.models)
+        for embedding in embeddings:
+            # one that accepts images of any size has no grid of its own
+            strict = getattr(embedding, "strict_img_size", True)
+            if strict:
+                self.grids |= dict.fromkeys(self._fixed_grids(embedding))
+            if not strict or not hasattr(embedding, "grid_size"):
+                self.sources = self.sources or sorted(self._sources())
+
+    def _embedding(self, model: nn.Module) -> nn.Module | None:
+        named = [child for _, child in model.named_children() if getattr(child, "grid_size", None) is not None]
+        found: nn.Module | None = getattr(model, "patch_embed", named[0] if named else None)
+        return found
 
     def _fixed_grids(self, embedding: nn.Module | None) -> Iterator[tuple[int, int]]:
         size = getattr(embedding, "grid_size", None)
         if size is not None:
             yield int(size[0]), int(size[1])
-        maps = [tensor for found in self.run.returned.values() for tensor, _ in found if tensor.ndim == 4]
+        maps = [t for found in self.run.returned.values() for t, _ in found if t.ndim == 4 and t.numel()]
         shapes = dict.fromkeys(tuple(map(int, tensor.shape[1:])) for tensor in maps)
         sizes = []
         for shape in shapes:
@@ -167,7 +175,7 @@ class Reader:
         for path, output in self.run.outputs.items():
             module = self.modules[path]
             cuttable = path in self.hosts and any(module.children()) and not isinstance(module, LOOPS)
-            if cuttable and self.run.once(path) and isinstance(output, torch.Tensor) and output.ndim == 4:
+            if cuttable and self.run.once(path) and map_shape(output) and output.ndim == 4:
                 shape = tuple(map(int, output.shape[1:]))
                 layout = self.layout(shape)
                 height, width = shape[1:] if layout == "NCHW" else shape[:2]
@@ -179,7 +187,7 @@ class Reader:
             (first, most), *others = self.votes[shape].most_common()
             if not others or others[0][1] < most:
                 return first
-        return guess_layout(shape, self.image, getattr(self.model, "output_fmt", None) == "NHWC")
+        return guess_layout(shape, self.image, said_above(self.modules, self.models[0], "output_fmt") == "NHWC")
 
     def read(self, shape: tuple[int, ...], owner: str, order: float) -> Reading:
         """What a tensor of this shape without batch is, in the forward of `owner` or returned by it."""
@@ -188,19 +196,35 @@ class Reader:
             return Reading(layout, ordered=self._proportional(*shape[1:]))
         if layout == "NHWC":
             return Reading(layout, ordered=self._proportional(*shape[:2]))
-        hint = int(getattr(self.model, "num_prefix_tokens", 0) or 0)
-        for prefix in dict.fromkeys((0, hint, *self.tokens, 1)):
+        said = said_above(self.modules, owner, "num_prefix_tokens")
+        hint = int(said or 0)
+        reordered = said_above(self.modules, owner, "unroll") is not None
+        for prefix in dict.fromkeys((0, hint, *self.tokens, 1, *self._sums())):
             told = [found for found in self._told_to(owner) if math.prod(found[0]) == shape[0] - prefix]
-            if told and not hasattr(self.model, "unroll"):
+            if told and not reordered:
                 return Reading(layout, prefix, *told[0])
-            for when, path, grid, form in reversed(self.sources):
+            for when, path, grid, form in () if reordered else reversed(self.sources):
                 if when < order and math.prod(grid) == shape[0] - prefix and not f"{owner}.".startswith(f"{path}."):
                     return Reading(layout, prefix, grid, grid_source=path, source_layout=form)
-            for grid in self.grids:
+            for grid in () if reordered else self.grids:
                 if math.prod(grid) == shape[0] - prefix:
                     return Reading(layout, prefix, grid)
-        patches = getattr(getattr(self.model, "patch_embed", None), "num_patches", None)
-        return Reading(layout, hint if patches != shape[0] > hint else 0, ordered=False)
+        patches = getattr(said_above(self.modules, owner, "patch_embed"), "num_patches", None)
+        unknown = said is None and bool(self.tokens)
+        return Reading(
+            layout,
+            hint if patches != shape[0] > hint else 0,
+            ordered=False,
+            refused=f"of its {shape[0]} positions it is not known how many are class or register tokens, which a block "
+            "leaves alone: no module around it has num_prefix_tokens. Set that number as an attribute of the module "
+            "that adds the tokens"
+            if unknown
+            else "",
+        )
+
+    def _sums(self) -> tuple[int, ...]:
+        """How many prefix tokens there may be where several parameters hold them: class and register tokens."""
+        return tuple(sum(some) for count in range(2, 5) for some in combinations(self.tokens[:6], count))
 
     def _told_to(self, owner: str) -> list[Told]:
         if owner not in self.told:

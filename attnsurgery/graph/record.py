@@ -1,14 +1,11 @@
 """One forward of a weightless twin, written down: who returned what, in which order, how often.
 
-The twin is a deep copy in which every parameter and buffer is a meta tensor: nothing is allocated, nothing is
-computed, and the model itself is not touched.
+On the meta device nothing is allocated and nothing computed, and the model itself is not touched (see `twin`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +17,7 @@ from torch import nn
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
+from attnsurgery.graph.twin import LEFT_OUT, quietly
 
 BATCH = 2
 LOOPS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -94,55 +92,6 @@ class Run:
         return self.calls.get(path) == 1
 
 
-def meta_twin(model: nn.Module, copied: bool = True) -> nn.Module:
-    """A copy of the model without a byte of weights, in eval mode; the model itself if that will do and has no weights.
-
-    What copy.deepcopy would give, but for the weights; four times faster, for it looks into plain values only where a
-    module could hide.
-    """
-    if not copied and all(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
-        return _without_fast_norms(model.eval())
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return _without_fast_norms(_clone(model, memo).eval())
-
-
-def _without_fast_norms(twin: nn.Module) -> nn.Module:
-    """The same; timm's fast norms ask about autocast, which torch does not know on meta."""
-    for module in twin.modules():
-        if "_fast_norm" in module.__dict__:
-            module.__dict__["_fast_norm"] = False
-    return twin
-
-
-def _clone(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if id(module) in memo:
-        known: nn.Module = memo[id(module)]
-        return known
-    if hasattr(type(module), "__deepcopy__"):
-        return copy.deepcopy(module, memo)
-    twin: nn.Module = object.__new__(type(module))
-    memo[id(module)] = twin
-    state = twin.__dict__
-    for key, value in module.__dict__.items():
-        if key in ("_parameters", "_buffers"):
-            state[key] = {name: memo.get(id(tensor), tensor) for name, tensor in value.items()}
-        elif key == "_modules":
-            state[key] = {name: None if child is None else _clone(child, memo) for name, child in value.items()}
-        elif value is None or type(value) in (bool, int, float, str):
-            state[key] = value
-        elif type(value) in (dict, OrderedDict) and not value:  # the tables of hooks, a dozen a module
-            state[key] = type(value)()
-        else:
-            state[key] = copy.deepcopy(value, memo)
-    return twin
-
-
 def example(model: nn.Module, size: tuple[int, int, int], device: torch.device | str) -> torch.Tensor:
     """A batch of images, (2, C, H, W), random where the device has values."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -177,12 +126,15 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
     handles += [module.register_forward_pre_hook(before(path)) for path, module in modules.items()]
     try:
-        with torch.no_grad(), ONE_AT_A_TIME, autocast_on_meta():
+        with ONE_AT_A_TIME, quietly(), torch.no_grad(), autocast_on_meta():
             twin(example(twin, size, "meta"))
     except Exception as error:
         said = " ".join(str(error).split())[:200]
+        left_out = ", ".join(twin.__dict__.get(LEFT_OUT, ())[:3])
+        hooks = f" Hooks that were put on modules ({left_out}) are not run here." if left_out else ""
         raise SurgeryError(
-            f"{type(twin).__name__} does not run on images of {'x'.join(map(str, size))}: {said}"
+            f"{type(twin).__name__} does not run on images of {'x'.join(map(str, size))}: {said}. If it takes others, "
+            f"say input_size=(channels, height, width).{hooks}"
         ) from error
     finally:
         for handle in handles:
@@ -210,7 +162,7 @@ def autocast_on_meta() -> Iterator[None]:
 
 def map_shape(value: Any) -> tuple[int, ...] | None:
     """The shape without batch of a tensor that a block could take, else None."""
-    if isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.shape[0] == BATCH:
+    if isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.shape[0] == BATCH and value.numel():
         return tuple(int(side) for side in value.shape[1:])
     return None
 

@@ -156,11 +156,23 @@ def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:
     missing = [stage for stage in wanted if stage not in there]
     if asked.startswith("-") or missing or not wanted:
         have = ", ".join(map(str, there)) or "none"
+        count = sum(len(anatomy.blocks(stage)) for stage in there)
+        few = f" It has {count} block{'s' * (count != 1)}, too few for one in every stage." if 0 < count < 4 else ""
         raise SiteError(
             f"{text!r}: {anatomy.name} has no stage {missing[0] if missing and asked.isdigit() else asked}. "
-            f"Its stages, by stride 4, 8, 16, 32: {have}. See them: attnsurgery inspect {anatomy.name}"
+            f"Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: {have}.{few} "
+            f"See them: attnsurgery inspect {anatomy.name}"
         )
     return wanted
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Says of a path whether it is one that the pattern means; of none, where the text is no pattern."""
+    try:
+        made = re.compile(_regex(pattern.strip()))
+    except re.error:
+        return lambda path: False
+    return lambda path: made.fullmatch(path) is not None
 
 
 def _regex(pattern: str) -> str:

@@ -56,6 +56,8 @@ class Site:
     """False where the positions do not lie as in the image: windows cut apart, or a reordered sequence."""
     spatial: bool = False
     """The result of a block's last spatial convolution (3x3 or larger), after its normalisation and activation."""
+    refused: str = ""
+    """Why no block can stand here, in words; empty where one can."""
 
     @property
     def channels(self) -> int:

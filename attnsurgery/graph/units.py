@@ -25,6 +25,7 @@ from torch import nn
 
 from attnsurgery.graph.record import LOOPS, NORMS, Run, map_shape, same_data, tensors
 from attnsurgery.graph.trace import uncut_class
+from attnsurgery.graph.within import feature_infos, feature_modules
 
 
 def is_container(module: nn.Module) -> bool:
@@ -64,11 +65,13 @@ class Rows:
     Args:
         modules: by path; the root under the empty path.
         run: the recorded forward of the same.
+        models: paths of the models whose blocks are meant; the root, or what a larger whole holds.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], run: Run) -> None:
+    def __init__(self, modules: dict[str, nn.Module], run: Run, models: tuple[str, ...] = ("",)) -> None:
         self._modules = modules
         self._run = run
+        self._models = models
         self._known: dict[str, bool] = {}
         self._within: dict[str, list[str]] = {}
         for path in modules:
@@ -81,9 +84,11 @@ class Rows:
 
     def units(self) -> dict[str, None]:
         """Paths of the blocks, in order of execution."""
-        found = list(self._visit(""))
-        # the root's own children are blocks only where no row holds any
-        found = [path for path in found if "." in path] or found
+        found: list[str] = []
+        for model in self._models:
+            below = list(self._visit(model))
+            # the model's own children are blocks only where no row holds any
+            found += [path for path in below if path.rpartition(".")[0] != model] or below
         deep = [inner for path in found for inner in (list(self._inside(path)) or [path])]
         return dict.fromkeys(sorted(deep, key=lambda path: self._run.finished[path]))
 
@@ -99,13 +104,17 @@ class Rows:
     def is_row(self, path: str) -> bool:
         if path not in self._known:
             module = self._modules[path]
-            loops = not path or is_container(module) or runs_in_a_row(path, module, self._run)
+            loops = path in self._models or is_container(module) or runs_in_a_row(path, module, self._run)
             self._known[path] = loops or self._relays(path)
         return self._known[path] and uncut_class(self._modules[path]) not in self._not_rows
 
     def _visit(self, path: str) -> Iterator[str]:
         kids = self._kids(path)
-        if path and not isinstance(self._modules[path], LOOPS) and not _loops(uncut_class(self._modules[path])):
+        if (
+            path not in self._models
+            and not isinstance(self._modules[path], LOOPS)
+            and not _loops(uncut_class(self._modules[path]))
+        ):
             # in a stage, what stands alone beside its row of blocks is not one of them
             kids = [kid for kid in kids if kid.rpartition(".")[0] != path or is_container(self._modules[kid])]
         for kid in kids:
@@ -167,7 +176,7 @@ Staging = Callable[[float, float | None], int | None]
 """From an order of execution and the stride of a tensor to its stage; without a stride, only whether there is one."""
 
 
-def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str, float]) -> Staging:
+def staging(path: str, model: nn.Module, run: Run, image: tuple[int, int], units: dict[str, float]) -> Staging:
     """How stages are counted in this model.
 
     By timm's `feature_info`, if the modules that it names all run and have strides: a module belongs to the first entry
@@ -176,23 +185,24 @@ def staging(model: nn.Module, run: Run, image: tuple[int, int], units: dict[str,
     depth.
 
     Args:
-        units: the stride of what each block returns, by path.
+        path: where the model stands in the whole that was run; "" for the whole.
+        units: the stride of what each of its blocks returns, by path.
     """
-    infos = [dict(info) for info in (getattr(model, "feature_info", None) or [])]
-    known = sorted((run.finished[i["module"]], float(i["reduction"])) for i in infos if i.get("module") in run.finished)
-    # convit's in timm 1.0.20 names the head alone, at a stride of 0
-    complete = bool(infos) and len(known) == len(infos) and all(stride >= 1 for _, stride in known)
+    named = feature_modules(path, model, run)
+    known = sorted((run.finished[module], stride) for module, stride in named)
+    depth = len(feature_infos(model))
+    complete = bool(named) and len(named) == depth
     strides = {round(math.log2(max(stride, 1))) for stride in units.values()}
-    isotropic = (
-        len(known) > 1 and len({_stage_of(stride) for _, stride in known}) == 1 if complete else len(strides) == 1
-    )
-    if not complete and not isotropic:
+    isotropic = depth > 1 and len({_stage_of(stride) for _, stride in known}) == 1 if named else len(strides) == 1
+    if not named and not isotropic:
         last = max((run.finished[path] for path in units), default=math.inf)
         return lambda order, stride: None if order > last else 0 if stride is None else _stage_of(stride)
     if isotropic and units:
         end = known[-1][0] if complete else math.inf  # behind the last feature, class attention is no part of the depth
         known = sorted((order, stride) for path, stride in units.items() if (order := run.finished[path]) <= end)
-    stages = _stage_numbers([stride for _, stride in known], isotropic)
+        # a feature extractor may have cut off the last blocks; the others are still where they were
+        depth = max(len(known), depth if named and not complete else 0)
+    stages = _stage_numbers([stride for _, stride in known], isotropic, depth)
 
     def stage_of(order: float, stride: float | None) -> int | None:
         for (last, reduction), stage in zip(known, stages, strict=True):
@@ -208,10 +218,11 @@ def _stage_of(stride: float) -> int:
     return max(0, round(math.log2(max(stride, 1))) - 1)
 
 
-def _stage_numbers(reductions: list[float], isotropic: bool) -> list[int]:
-    """log2 of the stride less 1, or quarters; one that `output_stride` keeps at the stride before it still counts."""
+def _stage_numbers(reductions: list[float], isotropic: bool, depth: int) -> list[int]:
+    """log2 of the stride less 1, or quarters of the depth; a stage that `output_stride` leaves at the stride before it
+    still counts."""
     if isotropic:
-        return [1 + 4 * index // len(reductions) for index in range(len(reductions))]
+        return [1 + 4 * index // max(depth, len(reductions)) for index in range(len(reductions))]
     stages: list[int] = []
     for index, reduction in enumerate(reductions):
         stage = _stage_of(reduction)

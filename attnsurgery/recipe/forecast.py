@@ -18,7 +18,7 @@ from attnsurgery.blocks._base import check_options
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
-from attnsurgery.graph.record import meta_twin
+from attnsurgery.graph.twin import meta_twin
 from attnsurgery.recipe.build import resolve, resolve_edits
 from attnsurgery.recipe.costs import BlockCost, cost_of
 from attnsurgery.recipe.schema import Edit, Recipe

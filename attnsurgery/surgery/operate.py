@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,75 +11,54 @@ from torch import nn
 
 from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
-from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.blocks.loading import watch
+from attnsurgery.errors import SiteError
 from attnsurgery.graph.find import survey
-from attnsurgery.graph.layout import Grid
-from attnsurgery.graph.record import meta_twin
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
-from attnsurgery.surgery.graft import RECORD, Graft, Part, Slot
+from attnsurgery.graph.twin import meta_twin
+from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
+from attnsurgery.surgery.graft import RECORD, Graft, Part
+from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
 from attnsurgery.surgery.plan import Insertion, Plan
-from attnsurgery.surgery.rewrite import find_slot, surgical_class
+from attnsurgery.surgery.remove import remove
+from attnsurgery.surgery.rewrite import surgical_class
 
-PATHS = "_attnsurgery_blocks"
-"""The attribute of a model that says where blocks were put, so that a lost one is missed."""
+__all__ = ["PATHS", "grafted_blocks", "operate", "operated", "remove"]
 
 
 def operate(model: nn.Module, plan: Plan) -> nn.Module:
     """Insert every block of the plan into the model, in place, in the order written.
 
     Args:
-        model: the model the plan was made for; it may have been operated on before.
+        model: the model the plan was made for, in a wrapper or not; it may have been operated on before.
 
     Returns:
         The same object.
 
     Raises:
         SiteError: a site's owner is not in this model, or its forward cannot be cut there. The model is unchanged.
+        UsageError: a wrapper that does not allow it; says what to do. The model is unchanged.
     """
+    original, model = model, unwrapped(model, "operate")
     owners: dict[str, _Owner] = {}
-    for insertion in plan:
-        _prepare(model, insertion, owners)
-    prepared = [owner.finished() for owner in owners.values()]
-    shared: dict[str, Grid] = {}
+    with torch.inference_mode(False):  # a parameter made in that mode could never be trained
+        for insertion in plan:
+            _prepare(model, insertion, owners)
+        check_uncompiled(model, owners, "operate")
+        prepared = [owner.finished() for owner in owners.values()]
+    grids = Grids(model)
     for path, owner, grafts, blocks, cls in prepared:
-        for graft in grafts:
-            if graft.grid_source and graft.grid and graft.told not in owner.__dict__:
-                source = model.get_submodule(graft.grid_source)
-                known = source.__dict__.get(graft.told) or shared.setdefault(graft.told, Grid(*graft.grid))
-                owner.__dict__[graft.told] = known
+        grids.share(owner, grafts)
         for name, block in blocks.items():
-            setattr(*_held(owner, name), block)
+            setattr(*held_at(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
         if any(graft.fixed for graft in grafts) and hasattr(model, "set_input_size"):
             model.__dict__["set_input_size"] = functools.partial(_set_input_size, model)
-        model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(f"{path}.{name}" for name in blocks))
-    return model
-
-
-def remove(model: nn.Module) -> nn.Module:
-    """Take every grafted block out again, in place: classes, children and state dict are those of the base.
-
-    Returns:
-        The same object; a model without surgery is returned as it is.
-    """
-    for _, owner, grafts in list(operated(model)):
-        for graft in reversed([graft for graft in grafts if graft.held]):
-            host, name = _held(owner, graft.child)
-            if graft.slot == "identity":
-                setattr(host, name, nn.Identity())
-            else:
-                delattr(host, name)
-            if graft.slot == "none":
-                setattr(host, name, None)
-        for graft in grafts:
-            owner.__dict__.pop(graft.told, None)
-        del owner.__dict__[RECORD]
-        owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
-    model.__dict__.pop(PATHS, None)
-    model.__dict__.pop("set_input_size", None)
-    return model
+        model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(joined(path, name) for name in blocks))
+    watch(model)
+    return original
 
 
 def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -101,39 +79,13 @@ def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         owner.__class__ = surgical_class(owner, told)
 
 
-def _held(owner: nn.Module, child: str) -> tuple[nn.Module, str]:
-    """The module that holds a block, and the block's name there: the owner, or a child of it."""
-    host, _, name = child.rpartition(".")
-    return owner.get_submodule(host), name
-
-
-def operated(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Graft, ...]]]:
-    """Path, module and record of every owner that was operated on."""
-    for path, module in model.named_modules():
-        grafts = module.__dict__.get(RECORD)
-        if grafts:
-            yield path, module, grafts
-
-
-def grafted_blocks(model: nn.Module) -> dict[str, Block]:
-    """Every grafted block by its path in the model."""
-    found = {}
-    for path, owner, grafts in operated(model):
-        for graft in grafts:
-            if graft.held:
-                host, name = _held(owner, graft.child)
-                block = getattr(host, name, None)
-                if block is not None:
-                    found[f"{path}.{graft.child}" if path else graft.child] = block
-    return found
-
-
 class _Owner:
     """A module to be operated on: what will be grafted onto it, tried on a copy; the module is not touched."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.path = path
-        self.module = _owner(model, path)
+        self.module = submodule(model, path)
+        check_forward(path, self.module)
         self.trial = uncut_copy(self.module)
         self.grafts: list[Graft] = list(self.module.__dict__.get(RECORD, ()))
         self.blocks: dict[str, Block] = {}
@@ -153,6 +105,8 @@ Prepared = tuple[str, nn.Module, tuple[Graft, ...], dict[str, Block], type[nn.Mo
 def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) -> None:
     """Build the block and note on every owner concerned what becomes of it."""
     site = insertion.site
+    if site.refused:
+        raise SiteError(f"{site.address!r} can hold no block: {site.refused}.")
     span = site.span or (site.owner,)
     for path in span:
         if path not in owners:
@@ -166,7 +120,7 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
     if site.span and not block.gates:
         raise SiteError(f"{insertion.block!r} takes no span: {site.address!r}.")
     free = block.order_free(insertion.options)
-    name, slot = _child(first.trial, type(block), site)
+    name, slot = child_for(first.trial, type(block), site.node, site.users, site.span, site.host)
     block.grafted = True
     block.train(first.module.training)
     first.blocks[name] = block
@@ -221,26 +175,6 @@ def _ask(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:
         owners[source].grafts.append(teller)
 
 
-def _child(trial: nn.Module, block: type[Block], site: Site) -> tuple[str, Slot]:
-    """The name the block gets in its host: of a place the host keeps free for it, else a new one."""
-    if not (site.users or site.span or site.host or block.gates):
-        for name in (block.child_name, *block.slots):
-            slot = find_slot(trial, name, site.node)
-            if slot:
-                return name, slot
-    if site.host:
-        return f"{site.host}.{_free_name(trial.get_submodule(site.host), block.child_name)}", "new"
-    return _free_name(trial, block.child_name), "new"
-
-
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        near = did_you_mean(path, (name for name, _ in model.named_modules()))
-        raise SiteError(f"the plan cuts into {path!r}, which {type(model).__name__} does not have.{near}") from None
-
-
 def _home(owner: nn.Module, model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and dtype of the tensors around the cut."""
     for module in (owner, model):
@@ -248,12 +182,3 @@ def _home(owner: nn.Module, model: nn.Module) -> tuple[torch.device | None, torc
             if parameter.is_floating_point():
                 return parameter.device, parameter.dtype
     return None, None
-
-
-def _free_name(owner: nn.Module, wanted: str) -> str:
-    """`wanted`, or `wanted_2` ...: a name the host already uses, even as None, would be run by its own forward."""
-    name, count = wanted, 1
-    while hasattr(owner, name):
-        count += 1
-        name = f"{wanted}_{count}"
-    return name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,8 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnsurgery.blocks import Block
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.find import input_size_of
-from attnsurgery.graph.record import example, meta_twin
-from attnsurgery.surgery.operate import PATHS, grafted_blocks, operated, remove
+from attnsurgery.graph.record import example
+from attnsurgery.graph.twin import meta_twin, quietly, weighted_twin
+from attnsurgery.graph.within import speakers
+from attnsurgery.graph.wrappers import unwrapped, walk
+from attnsurgery.surgery.owners import PATHS, grafted_blocks, joined, operated
+from attnsurgery.surgery.remove import remove
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,10 @@ class Report:
     @property
     def faults(self) -> tuple[str, ...]:
         """All that is wrong with the surgery, in words."""
-        lost = (f"{len(self.keys_missing)} keys of the base are gone",) if self.keys_missing else ()
-        return lost + tuple(block.fault for block in self.blocks if block.fault)
+        found = [f"{len(self.keys_missing)} keys of the base are gone"] if self.keys_missing else []
+        if not math.isfinite(self.max_abs_diff):
+            found.append("the outputs are not finite, so that nothing can be compared")
+        return (*found, *(block.fault for block in self.blocks if block.fault))
 
     @property
     def alive(self) -> bool:
@@ -90,33 +97,43 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     """Compare the model with its base, on random images, in eval mode.
 
     Args:
-        model: a surgical model on any device; it is left as it was.
+        model: a surgical model on any device, in a wrapper or not; it is not run, but a copy of it without the user's
+            hooks, and it is left as it was.
         input_size: (C, H, W) of one image; by default what the model is built for.
 
     Raises:
-        SurgeryError: a record of surgery is there, but its block is gone.
+        SurgeryError: a record of surgery is there, but its block is gone; or weights that are not finite.
+        UsageError: a model that cannot be compared as it is; says what to do.
     """
+    model = unwrapped(model, "verify")
     size = input_size or input_size_of(model)
     _check_records(model)
-    device = next(model.parameters()).device
-    images = example(model, size, device)
+    _check_finite(model)
+    with quietly():
+        return _compared(model, weighted_twin(model), size)
+
+
+def _compared(model: nn.Module, twin: nn.Module, size: tuple[int, int, int]) -> Report:
+    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    images = example(twin, size, device)
     seen = _Watch()
-    with seen.on(model):
-        ours = _output(model, images)
-    twin = copy.deepcopy(model)
+    with seen.on(twin):
+        ours = _output(twin, images)
+    records = {
+        joined(path, graft.child): graft.block for path, _, grafts in operated(twin) for graft in grafts if graft.held
+    }
+    params = {path: sum(p.numel() for p in block.parameters()) for path, block in grafted_blocks(twin).items()}
+    our_keys = list(twin.state_dict())
     # where the host writes behind a block, backward fails, and that is said already
     heard = _probed(twin, images) if not seen.written else _Heard(set(), set(), set())
-    twin.load_state_dict(model.state_dict())
+    _take_values(twin, model)
     base = remove(twin)
     theirs = _output(base, images)
-    records = {
-        f"{path}.{graft.child}": graft.block for path, _, grafts in operated(model) for graft in grafts if graft.held
-    }
-    added = [key for key in model.state_dict() if key not in set(base.state_dict())]
+    base_keys = list(base.state_dict())
     return Report(
-        max_abs_diff=float((ours - theirs).abs().max()),
-        keys_added=tuple(added),
-        keys_missing=tuple(key for key in base.state_dict() if key not in set(model.state_dict())),
+        max_abs_diff=float((ours - theirs).abs().max()) if ours.numel() else 0.0,
+        keys_added=tuple(key for key in our_keys if key not in set(base_keys)),
+        keys_missing=tuple(key for key in base_keys if key not in set(our_keys)),
         params_before=sum(p.numel() for p in base.parameters()),
         params_after=sum(p.numel() for p in model.parameters()),
         macs_before=count_macs(base, size),
@@ -128,12 +145,12 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
                 path=path,
                 block=records[path],
                 calls=seen.calls.get(path, 0),
-                params=sum(p.numel() for p in block.parameters()),
+                params=params[path],
                 reaches="nothing" if path in heard.nowhere else "features" if path in heard.inside else "output",
                 input_kept=path not in seen.written,
                 learns=path not in heard.stuck,
             )
-            for path, block in grafted_blocks(model).items()
+            for path in params
         ),
     )
 
@@ -143,7 +160,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     twin = meta_twin(model).requires_grad_(False)  # the counter hooks into gradients, which parameters as inputs lack
     image = example(twin, input_size, "meta")[:1]  # what is done once a batch, such as folding weights, counts in full
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with quietly(), counter, torch.no_grad():
         twin(image)
     return int(counter.get_total_flops()) // 2
 
@@ -157,10 +174,32 @@ def _check_records(model: nn.Module) -> None:
     alive = {name for name, block in there.items() if isinstance(block, Block)}
     for path, _, grafts in operated(model):
         for graft in grafts:
-            if graft.held and f"{path}.{graft.child}" not in alive:
+            if graft.held and joined(path, graft.child) not in alive:
                 raise SurgeryError(
                     f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery."
                 )
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Numbers that are none spread over the whole output, where no difference shows any more."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise SurgeryError(
+                f"{bad} of the {parameter.numel()} numbers of {name!r} are NaN or infinite, so that no output can be "
+                "compared: the checkpoint was saved after a training that diverged, or is damaged. Take another."
+            )
+
+
+def _take_values(twin: nn.Module, model: nn.Module) -> None:
+    """Give a twin the model's weights again."""
+    with torch.no_grad():
+        for (_, mine), (_, theirs) in zip(walk(twin), walk(model), strict=True):
+            for table, other in ((mine._parameters, theirs._parameters), (mine._buffers, theirs._buffers)):
+                for name, tensor in table.items():
+                    value = other[name]
+                    if tensor is not None and value is not None:
+                        tensor.copy_(value)
 
 
 def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -197,7 +236,7 @@ class _Watch:
     def on(self, model: nn.Module) -> Iterator[None]:
         reads: dict[str, tuple[torch.Tensor, int]] = {}
         whole = {
-            f"{path}.{graft.child}"
+            joined(path, graft.child)
             for path, _, grafts in operated(model)
             for graft in grafts
             # on one side of an addition, or before a trunk, the host goes on with the tensor itself
@@ -249,11 +288,27 @@ def _probed(model: nn.Module, images: torch.Tensor) -> _Heard:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         stuck = set()  # all of it is frozen: nobody means to train it
     nowhere = unheard
-    for name in ("forward_features", "forward_intermediates"):  # pit's features are its class tokens alone
-        features = getattr(model, name, None)
-        if nowhere and features is not None:
-            nowhere = nowhere & _one_backward(model, features, images, generator)[0]
+    for part in speakers(model):
+        for name in ("forward_features", "forward_intermediates"):  # pit's features are its class tokens alone
+            features = getattr(part, name, None)
+            if nowhere and features is not None:
+                run = functools.partial(_of_part, model, part, features)
+                nowhere = nowhere & _one_backward(model, run, images, generator)[0]
     return _Heard(nowhere, unheard - nowhere, stuck)
+
+
+def _of_part(model: nn.Module, part: nn.Module, features: Callable[[Any], Any], images: torch.Tensor) -> Any:
+    """What a model in a larger whole gives as its features, for what the whole hands to it."""
+    if part is model:
+        return features(images)
+    handed: list[Any] = []
+    handle = part.register_forward_pre_hook(lambda _, args: handed.extend(args[:1]))
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        handle.remove()
+    return features(handed[0]) if handed else images
 
 
 def _one_backward(
