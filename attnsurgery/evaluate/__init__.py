@@ -2,7 +2,7 @@
 
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, TrainSettings, Watch
 from attnsurgery.evaluate.data import Data, load_data, native_size
-from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.finetune import accuracy, answers, train
 from attnsurgery.evaluate.head import fit_head
 from attnsurgery.evaluate.preprocess import Preprocessing
 
@@ -16,6 +16,7 @@ __all__ = [
     "TrainSettings",
     "Watch",
     "accuracy",
+    "answers",
     "fit_head",
     "load_data",
     "native_size",

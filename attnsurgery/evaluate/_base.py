@@ -90,6 +90,8 @@ class Score:
     epochs: int
     correct: torch.Tensor = field(repr=False, compare=False)
     """(N,) booleans in the order of the split: what a paired test needs."""
+    balanced: float | None = None
+    """Mean over the classes of their shares of right answers; None where classes are not of very different sizes."""
 
 
 class Evaluator(ABC):

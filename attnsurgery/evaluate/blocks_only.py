@@ -60,7 +60,8 @@ class BlocksOnly(Evaluator):
                 train(model, Kept(self.data.train, prefix, settings, watch), settings, seed, watch, forward)
                 kept = Kept(judged, prefix, settings, watch)
                 top1, loss, correct_N = accuracy(model, kept, settings, forward, watch)
-        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N)
+        balanced = self.data.balanced(judged, correct_N)
+        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
 
 
 class Kept(Split):

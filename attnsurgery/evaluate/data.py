@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import doubles
@@ -68,6 +69,17 @@ class Data:
         """Whether the largest class of the training split has several times as many images as the smallest."""
         counts = Counter(self.train.labels.tolist())
         return max(counts.values()) > _UNBALANCED * min(counts.values())
+
+    def balanced(self, split: Split, correct_N: torch.Tensor) -> float | None:
+        """Mean over the classes of their shares of right answers in a split, 0 to 1; None unless they are unbalanced.
+
+        Args:
+            correct_N: which of its images were right.
+        """
+        if not self.unbalanced:
+            return None
+        shares = [correct_N[split.labels == label].float().mean() for label in set(split.labels.tolist())]
+        return float(torch.stack(shares).mean())
 
     def describe(self) -> str:
         """One line for people."""

@@ -43,7 +43,8 @@ class FineTune(Evaluator):
         start = time.perf_counter()
         train(model, self.data.train, self.settings, seed, watch)
         top1, loss, correct_N = accuracy(model, self.split(on), self.settings, watch=watch)
-        return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N)
+        balanced = self.data.balanced(self.split(on), correct_N)
+        return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N, balanced)
 
 
 def train(
@@ -195,21 +196,49 @@ def accuracy(
         SearchError: the model's outputs are not finite.
         torch.OutOfMemoryError and others: one image at a time is too many.
     """
-    model.to(settings.device).eval()
-    watch = watch or Watch()
     correct: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
 
+    def keep(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
+        right_B = (logits_BK.argmax(dim=1) == labels_B).float()
+        found = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
+        correct.append(found[0] > 0)
+        losses.append(found[1])
+
+    _over(model, split, settings, keep, forward, watch)
+    correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
+    if not math.isfinite(loss):
+        raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
+    return float(correct_N.float().mean()), loss, correct_N
+
+
+def answers(model: nn.Module, split: Split, settings: TrainSettings, watch: Watch | None = None) -> torch.Tensor:
+    """The most likely class of each image, (N,)."""
+    kept: list[torch.Tensor] = []
+    _over(model, split, settings, lambda logits_BK, _: kept.append(logits_BK.argmax(dim=1).cpu()), None, watch)
+    return torch.cat(kept)
+
+
+def _over(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    take: Callable[[torch.Tensor, torch.Tensor], None],
+    forward: Forward | None,
+    watch: Watch | None,
+) -> None:
+    """Hand the logits and labels of all images to `take`, in batches that memory holds."""
+    model.to(settings.device).eval()
+    watch, done = watch or Watch(), 0
+
     def go_on(size: int) -> None:
-        done = sum(map(len, losses))
+        nonlocal done
         for x_BCHW, labels_B in split.eval_batches(size, settings.device, done):
             watch.step()
             with autocast(settings):
                 logits_BK = layout.run(forward or model, x_BCHW).float()
-            right_B = (logits_BK.argmax(dim=1) == labels_B).float()
-            found = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
-            correct.append(found[0] > 0)
-            losses.append(found[1])
+            take(logits_BK, labels_B)
+            done += len(labels_B)
 
     with (
         ChannelsLast(model, settings.device, settings.channels_last) as layout,
@@ -217,10 +246,6 @@ def accuracy(
         torch.inference_mode(),
     ):
         halving(go_on, _EVAL_BATCH, settings.pieces, on_half=watch.accumulating)
-    correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
-    if not math.isfinite(loss):
-        raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
-    return float(correct_N.float().mean()), loss, correct_N
 
 
 def _cuda_devices(device: str) -> list[torch.device]:
