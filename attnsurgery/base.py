@@ -16,7 +16,7 @@ from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 from attnsurgery.blocks.loading import COUNTER, load_report
-from attnsurgery.errors import CheckpointError, UnknownNameError, did_you_mean
+from attnsurgery.errors import CheckpointError, UnknownNameError, UsageError, did_you_mean
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.weights import Read, StateDict, refuse_adapters, without_wrappers
 
@@ -40,7 +40,12 @@ def check_base(name: str, field: str = "base") -> None:
         raise UnknownNameError(f"{field}: {arch} has no tag {tag!r}.{did_you_mean(tag, tags)} Known: {known}.")
 
 
-def build_base(name: str, state_dict: StateDict | None = None, source: str = "the checkpoint") -> nn.Module:
+def build_base(
+    name: str,
+    state_dict: StateDict | None = None,
+    source: str = "the checkpoint",
+    img_size: tuple[int, int] | None = None,
+) -> nn.Module:
     """A plain timm model in eval mode, with the weights given or else timm's published ones.
 
     Args:
@@ -48,19 +53,65 @@ def build_base(name: str, state_dict: StateDict | None = None, source: str = "th
         state_dict: weights of that architecture; classes and input channels are taken from their shapes, and what
             wrappers put in front of the names is taken off.
         source: what the weights are called in messages.
+        img_size: (H, W) of the images, where they are not those that it is made for; weights of positions are
+            interpolated, as the model's family does it.
 
     Raises:
         CheckpointError: the weights belong to another model, are no numbers, or cannot be fetched.
+        UsageError: it cannot be built for such images.
     """
+    sized = for_images(name, img_size)
     if state_dict is None:
-        return _published(name)
+        return _published(name, **sized)
     twin = weightless(name)
     refuse_nan(state_dict, source)
     state_dict = native(twin, fitted(twin, Read(state_dict, source)).tensors)
-    sizes: dict[str, Any] = _sizes(twin, state_dict)
-    model: nn.Module = timm.create_model(name, **sizes)
-    load_weights(model, state_dict, source)
+    sizes: dict[str, Any] = sizes_of(twin, state_dict)
+    model: nn.Module = timm.create_model(name, **sizes, **sized)
+    load_weights(model, _resized(model, state_dict) if sized else state_dict, source)
     return model.eval()
+
+
+def for_images(name: str, img_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The arguments with which an architecture is built for images of (H, W); none where it takes them as it is.
+
+    Raises:
+        UsageError: it cannot be built for them.
+    """
+    if img_size is None or input_size_of(weightless(name))[1:] == tuple(img_size):
+        return {}
+    try:
+        twin = _weightless(name, img_size=img_size).to("meta").eval()
+        twin(torch.empty(1, input_size_of(twin)[0], *img_size, device="meta"))
+    except TypeError:  # most families take images of any size, and no such argument
+        return {}
+    except (AssertionError, ValueError) as error:  # what constructors and forwards think of the size
+        height, width = img_size
+        said = f": {error}" if str(error) else ""
+        raise UsageError(
+            f"{name} cannot be built for images of {height} x {width}{said.rstrip('.')}. Choose a multiple of its "
+            "patch size, and of its windows if it has such."
+        ) from None
+    return {"img_size": tuple(img_size)}
+
+
+def trained_sizes(name: str, state_dict: StateDict, source: str) -> dict[str, int]:
+    """As `sizes_of`, by the architecture's name, of weights as a file holds them."""
+    twin = weightless(name)
+    return sizes_of(twin, native(twin, fitted(twin, Read(state_dict, source)).tensors))
+
+
+def _resized(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """Weights of positions for the images that the model is built for, if its family can tell them."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own = model.state_dict()
+    if convert is None or all(own[key].shape == value.shape for key, value in state_dict.items() if key in own):
+        return state_dict
+    try:
+        converted: StateDict = convert(dict(state_dict), model)
+    except Exception:  # the strict load says what does not fit
+        return state_dict
+    return converted if own.keys() <= converted.keys() else state_dict
 
 
 def fitted(twin: nn.Module, read: Read, prefix: str | None = None) -> Read:
@@ -154,9 +205,9 @@ def _weightless(name: str, **sizes: Any) -> nn.Module:
         return model
 
 
-def _published(name: str) -> nn.Module:
+def _published(name: str, **sized: Any) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True)
+        model: nn.Module = timm.create_model(name, pretrained=True, **sized)
     except Exception as error:  # hub, network and cache errors have no common root
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -179,7 +230,7 @@ def native(twin: nn.Module, state_dict: StateDict) -> StateDict:
     return converted if len(own ^ converted.keys()) < len(own ^ state_dict.keys()) else state_dict
 
 
-def _sizes(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
+def sizes_of(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
     """num_classes and in_chans of the model that these weights were trained for, where they differ from the default."""
     own = twin.state_dict()
     is_of_twin = len(own.keys() & state_dict.keys()) * 2 > len(own)

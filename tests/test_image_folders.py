@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+from typer.testing import CliRunner
 
+from attnsurgery.base import for_images
+from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate import Data, Preprocessing, load_data
+from attnsurgery.evaluate import EVALUATORS, Data, Preprocessing, TrainSettings, load_data
 from attnsurgery.evaluate.folder import read_folder, readable, role_of
 from attnsurgery.evaluate.picture import Depth, Rendering
 from attnsurgery.evaluate.source import decoded
+from attnsurgery.search.begin import can_reorder, check_head, label_names, plain, reordered
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.prepare import Bench, assemble, starting_weights
+from attnsurgery.search.watching import Watching
+from tests._searches import small_search, write_images, write_space
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
 """Pixels come out as 0 to 1."""
@@ -566,3 +583,415 @@ def test_balanced_classes_are_not(tmp_path: Path) -> None:
     data = load_data(str(two_classes(tmp_path)), SMALL)
     assert not data.unbalanced
     assert "unbalanced" not in said(data)
+
+
+def test_balanced_accuracy_counts_all_classes_alike(tmp_path: Path) -> None:
+    """A constant guess has 97.6 % of the images and half of the classes."""
+    write(tmp_path / "few", 4, 160)
+    write(tmp_path / "many", 200)
+    data = load_data(str(tmp_path), SMALL)
+    constant_N = data.val.labels == data.classes.index("many")
+    assert float(constant_N.float().mean()) == pytest.approx(40 / 41)
+    assert data.balanced(data.val, constant_N) == pytest.approx(0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    assert EVALUATORS["finetune"](data, TrainSettings(epochs=1)).score(model, 0).balanced is not None
+    assert load_data(None, SMALL).balanced(data.val, constant_N) is None
+
+
+# Data sets of Hugging Face, whose columns have many names.
+
+
+class Image_:
+    """Known by the name of its type, which is 'Image'."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class ClassLabel:
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+
+class Value:
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+
+Image_.__name__ = "Image"
+
+
+class Rows:
+    """As much of a datasets.Dataset as timm's reader asks for."""
+
+    def __init__(self, features: dict[str, object], rows: list[dict[str, object]]) -> None:
+        self.features, self._rows = features, rows
+        self.info = types.SimpleNamespace(features=features, splits=None)
+
+    def cast_column(self, name: str, feature: object) -> Rows:
+        assert name in self.features
+        return self
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: int | str) -> object:
+        return [row[key] for row in self._rows] if isinstance(key, str) else self._rows[key]
+
+
+Hub = Callable[..., None]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Stands in for the package `datasets`, which need not be installed: one data set, with the splits it is given."""
+
+    def publish(features: dict[str, object], **splits: list[dict[str, object]]) -> None:
+        def load_dataset(name: str, split: str = "train", cache_dir: str | None = None) -> Rows:
+            if split not in splits:
+                raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
+            return Rows(features, splits[split])
+
+        fake: Any = types.ModuleType("datasets")
+        fake.load_dataset, fake.Image = load_dataset, Image_
+        monkeypatch.setitem(sys.modules, "datasets", fake)
+        monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+
+    return publish
+
+
+def row(index: int, **labels: int) -> dict[str, object]:
+    file = io.BytesIO()
+    noise(index).save(file, "png")
+    return {"img": {"bytes": file.getvalue()}, **labels}
+
+
+FEATURES: dict[str, object] = {"img": Image_(), "label": ClassLabel(["plane", "car"])}
+
+
+def test_the_one_image_and_the_one_label_column_are_found(hub: Hub) -> None:
+    """hfds/cifar10, the example of --help, has a column `img`, and was an error."""
+    hub(FEATURES, train=[row(i, label=i % 2) for i in range(12)], test=[row(50 + i, label=i % 2) for i in range(4)])
+    data = load_data("hfds/cifar10", SMALL)
+    assert data.classes == ("plane", "car")
+    assert [len(data.train), len(data.val), len(data.test)] == [10, 2, 4]
+    x, y = next(data.test.eval_batches(4, "cpu"))
+    assert y.tolist() == [0, 1, 0, 1]
+    assert torch.allclose(x[1].mean(), torch.tensor(np.asarray(noise(51)).mean() / 255, dtype=torch.float32), atol=0.02)
+
+
+def test_of_several_label_columns_one_is_named(hub: Hub) -> None:
+    """hfds/cifar100 has fine_label and coarse_label; 'fine_label' was "a bug in attnsurgery"."""
+    features = {"img": Image_(), "fine_label": ClassLabel(["a", "b"]), "coarse_label": ClassLabel(["x", "y"])}
+    hub(features, train=[row(i, fine_label=i % 2, coarse_label=i // 6) for i in range(12)])
+    with pytest.raises(UsageError, match=r"fine_label, coarse_label\. Say .* hfds/cifar100:fine_label"):
+        load_data("hfds/cifar100", SMALL)
+    assert load_data("hfds/cifar100:coarse_label", SMALL).classes == ("x", "y")
+    with pytest.raises(UsageError, match="there is no column 'label', but img, fine_label, coarse_label"):
+        load_data("hfds/cifar100:label", SMALL)
+
+
+def test_labels_that_are_numbers_without_names_are_found(hub: Hub) -> None:
+    features = {"img": Image_(), "digit": Value("int64"), "source": Value("string")}
+    hub(features, train=[row(i, digit=i % 2) for i in range(12)])
+    assert load_data("hfds/numbers", SMALL).classes == ("0", "1")
+
+
+def test_data_without_labels_is_refused(hub: Hub) -> None:
+    hub({"img": Image_(), "text": Value("string")}, train=[row(0)])
+    with pytest.raises(UsageError, match="none of its columns holds labels; it has img, text"):
+        load_data("hfds/captions", SMALL)
+
+
+def test_a_test_split_without_labels_is_not_used(hub: Hub) -> None:
+    """Labels of -1, as where a benchmark keeps its answers to itself."""
+    hub(FEATURES, train=[row(i, label=i % 2) for i in range(12)], test=[row(50 + i, label=-1) for i in range(4)])
+    data = load_data("hfds/benchmark", SMALL)
+    assert [len(data.train), len(data.val), len(data.test)] == [8, 2, 2]
+    assert "not used: the test split, whose 4 images have no labels" in said(data)
+
+
+@pytest.mark.parametrize(("label", "split"), [(-1, "test"), (2, "test"), (1, "validation")])
+def test_a_label_that_training_lacks_is_told_in_a_sentence(hub: Hub, label: int, split: str) -> None:
+    """-1 in some images; a number past the names; a class that training has no image of."""
+    features = {"img": Image_(), "label": ClassLabel(["a", "b", "c"])}
+    hub(
+        features,
+        train=[row(i, label=2 * (i % 2) if label == 1 else i % 2) for i in range(12)],
+        **{split: [row(50, label=0), row(51, label=label)]},
+    )
+    with pytest.raises(SearchError, match=rf"1 images of the {split} split are labelled {label}, which"):
+        load_data("hfds/odd", SMALL)
+
+
+def test_without_the_package_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="needs a package that is not installed"):
+        load_data("hfds/cifar10", SMALL)
+
+
+# A classifier that comes with the weights.
+
+
+class Reader(nn.Module):
+    """Tells how dark an image is: sure of its classes, whose outputs are in the order that it is given."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 3)
+        self.order = order
+        with torch.no_grad():
+            weight = torch.tensor([[-9.0], [0.0], [9.0]])
+            bias = torch.tensor([3.0, 0.0, -6.0])
+            self.fc.weight.copy_(weight[order])
+            self.fc.bias.copy_(bias[order])
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(x.flatten(1).mean(dim=1, keepdim=True) * 1.0)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    root = tmp_path_factory.mktemp("greys")
+    for name, level in (("a_dark", 20), ("b_grey", 125), ("c_light", 230)):
+        write(root / name, 30, draw=lambda index, level=level: Image.new("RGB", (16, 16), (level + index % 9,) * 3))
+    return load_data(str(root), SMALL)
+
+
+def test_a_kept_classifier_in_the_order_of_the_images_fits(greys: Data) -> None:
+    found = check_head(Reader([0, 1, 2]), greys, TrainSettings())
+    assert found.right == 1.0
+    assert found.fits
+    assert "is kept, whose classes have no names: it gets 100.0 % of 18 validation images right" in found.words()
+
+
+@pytest.mark.parametrize("order", [[1, 2, 0], [1, 0, 2]])
+def test_a_kept_classifier_in_another_order_does_not(greys: Data, order: list[int]) -> None:
+    """With the folders in another order 100 % became 33 % without a word."""
+    found = check_head(Reader(order), greys, TrainSettings())
+    assert found.right < 0.4
+    assert found.best_order == 1.0
+    assert not found.fits
+    assert "100.0 % with its outputs in another order" in found.words()
+
+
+def test_a_classifier_that_knows_nothing_does_not_fit(greys: Data) -> None:
+    model = Reader([0, 1, 2])
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    assert not check_head(model, greys, TrainSettings()).fits
+
+
+def test_outputs_are_put_into_the_order_of_the_names() -> None:
+    model, x = Reader([0, 1, 2]), torch.rand(5, 3, 4, 4)
+    before = model(x)
+    assert can_reorder(model, 3)
+    reordered(model, ["a", "b", "c"], ["c", "a", "b"])
+    assert torch.equal(model(x), before[:, [2, 0, 1]])
+
+
+def given_weights(folder: Path, classes: list[str] | None = None, name: str = "test_resnet", **how: Any) -> Path:
+    """A timm directory as `save_for_hf` writes it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=how.pop("num_classes", len(classes or [1, 2])), **how)
+    folder.mkdir()
+    config = {"label_names": classes} if classes else {}
+    save_config_for_hf(model, folder / "config.json", model_config=config)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("photos") / "images")
+
+
+def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[str]]:
+    said: list[str] = []
+
+    class Hears(Listener):
+        def phase(self, text: str) -> None:
+            said.append(text)
+
+        def data(self, words: str, notes: Sequence[str]) -> None:
+            said.extend([words, *notes])
+
+    config = small_search(photos, write_space(tmp_path), tmp_path / "run").model_copy(update=changes)
+    return assemble(config, Hears()), said
+
+
+def test_a_named_classifier_is_put_into_the_order_of_the_images(tmp_path: Path, photos: Path) -> None:
+    given = given_weights(tmp_path / "given", ["light", "dark"])
+    bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
+    rows = load_file(given / "model.safetensors")["fc.weight"]
+    assert torch.equal(bench.base.fc.weight.cpu(), rows[[1, 0]])
+    assert bench.fresh == "nothing"
+    assert "the outputs of the given classifier are put into the order of the images' classes" in said
+
+
+def test_a_classifier_of_other_classes_is_fitted_anew(tmp_path: Path, photos: Path) -> None:
+    """Its number of classes was the same, so it was kept."""
+    given = given_weights(tmp_path / "given", ["cat", "dog"])
+    bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
+    assert bench.fresh == "head"
+    assert any(
+        "is of other classes (cat, dog) than the images (dark, light): a new one is fitted" in one for one in said
+    )
+
+
+def test_a_classifier_without_names_is_asked_about_the_validation_images(tmp_path: Path, photos: Path) -> None:
+    given = given_weights(tmp_path / "given")
+    bench, _ = bench_of(tmp_path, photos, checkpoint=str(given / "model.safetensors"))
+    (tmp_path / "run").mkdir()
+    starting_weights(bench, Watching(Listener(), lambda: False))
+    assert bench.fresh == "head"
+    assert "a new one was fitted" in bench.head
+
+
+def test_what_is_said_of_the_data_comes_before_training(tmp_path: Path, photos: Path) -> None:
+    bench, said = bench_of(tmp_path, photos)
+    assert "images: 24 train, 8 validation, 8 test, 2 classes: dark, light" in said
+    assert any(line.startswith("training images: shifted by up to 1/8") for line in said)
+    assert bench.config.augment == "light"
+
+
+# Bases at other sizes, with other channels, under other names.
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_vision_transformer_is_built_for_the_size_of_the_images(
+    tmp_path: Path, photos: Path, pretrained: bool
+) -> None:
+    """It was built for its own size, and no image fitted."""
+    given = {"checkpoint": str(given_weights(tmp_path / "given", ["dark", "light"], "test_vit"))} if pretrained else {}
+    bench, _ = bench_of(tmp_path, photos, base="test_vit", input_size=64, space="se", **given)
+    assert bench.anatomy.input_size == (3, 64, 64)
+    assert bench.base(torch.rand(2, 3, 64, 64)).shape == (2, 2)
+
+
+def test_only_who_wants_to_know_the_size_is_told() -> None:
+    assert for_images("swin_tiny_patch4_window7_224", (112, 112)) == {"img_size": (112, 112)}
+    assert for_images("swin_tiny_patch4_window7_224", (224, 224)) == {}
+    assert for_images("test_resnet", (112, 112)) == {}
+
+
+def test_a_size_that_no_patches_fill_is_refused(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(UsageError, match=r"test_vit cannot be built for images of 40 x 40: .* multiple of its patch"):
+        bench_of(tmp_path, photos, base="test_vit", input_size=40, space="se")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_for_other_channels_are_searched_with(tmp_path: Path, photos: Path, channels: int) -> None:
+    given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=channels)
+    bench, _ = bench_of(tmp_path, photos, checkpoint=str(given))
+    x, _ = next(bench.data.val.eval_batches(2, "cpu"))
+    assert x.shape[1] == channels
+    assert bench.base(x).shape == (2, 2)
+
+
+def test_weights_for_channels_that_no_image_has_are_refused(tmp_path: Path, photos: Path) -> None:
+    given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=12)
+    with pytest.raises(SearchError, match="the model takes 12 channels, and image files have"):
+        bench_of(tmp_path, photos, checkpoint=str(given))
+
+
+def test_a_timm_directory_is_a_base(tmp_path: Path, photos: Path) -> None:
+    """It was refused with 'Did you mean'."""
+    given = given_weights(tmp_path / "given", ["dark", "light"])
+    bench, _ = bench_of(tmp_path, photos, base=f"local-dir:{given}")
+    assert bench.config.base == "test_resnet.r160_in1k", "with the tag whose mean and std it was trained with"
+    assert torch.equal(bench.base.fc.weight.cpu(), load_file(given / "model.safetensors")["fc.weight"])
+
+
+def test_a_model_of_the_hub_is_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = given_weights(tmp_path / "given", ["dark", "light"])
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(model: str, file: str, revision: str | None = None) -> str:
+        asked.append((model, file, revision))
+        return str(given / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = plain("hf-hub:someone/birds@main", None)
+    assert (found.base, found.checkpoint) == ("test_resnet.r160_in1k", str(given / "model.safetensors"))
+    assert asked[0] == ("someone/birds", "config.json", "main")
+
+
+def test_what_is_no_base_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"best\.yaml is a recipe"):
+        plain("runs/best.yaml", None)
+    given = given_weights(tmp_path / "given", ["dark", "light"])
+    with pytest.raises(UsageError, match=rf"Give it as local-dir:{given}"):
+        plain(str(given), None)
+    config = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(
+        json.dumps({**config, "architecture": "surgery", "model_args": {"base": "vgg11"}})
+    )
+    with pytest.raises(UsageError, match=r"was operated on, .* Give its base, vgg11"):
+        plain(f"local-dir:{given}", None)
+
+
+# What a search does with all this.
+
+
+def cli(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(build_app(), [str(word) for word in ("search", *words)])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[object]]:
+    """A short search of unbalanced data with a copy in the test split: its directory, output and command."""
+    root = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNSURGERY_CACHE", str(root / "cache"))
+        images = root / "images"
+        for part, first in (("train", 0), ("val", 100), ("test", 200)):
+            write(images / part / "many", 26, first=first)
+            write(images / part / "few", 4, 160, first=first)
+        noise(0).save(images / "test" / "many" / "copy.png")
+        words: list[object] = ["--data", images, "--space", write_space(root), "--output", root / "run"]
+        words += ["--latency", "fixed", "--workers", 0, "--input-size", 32, "--epochs", 1, "--base-epochs", 1]
+        words += ["--budget-ms", 100, "--finalists", 1, "--confirm-seeds", 1, "--trials", 1, "--augment", "none"]
+        code, output = cli(*words)
+    assert code == 0, output
+    return root / "run", output, words
+
+
+def test_a_search_says_first_what_its_data_is(searched: tuple[Path, str, list[object]]) -> None:
+    _, output, _ = searched
+    lines = [line.strip() for line in output.splitlines()]
+    assert lines[1] == "data     images: 30 train, 30 validation, 31 test, 2 classes: few, many"
+    before = lines[: next(number for number, line in enumerate(lines) if line.startswith("training the base"))]
+    assert "training images: as they are" in before
+    assert any(line.startswith("unbalanced: 26 training images of many, 4 of few") for line in before)
+    assert any(line.startswith("the same byte for byte: 1 of 31 test images are also") for line in before)
+
+
+def test_balanced_accuracy_stands_beside_top1(searched: tuple[Path, str, list[object]]) -> None:
+    _, output, _ = searched
+    assert re.search(r"base     .* % \(balanced \d+\.\d\d %\)  loss", output)
+    assert "With all classes counted alike" in " ".join(output.split())
+
+
+def test_the_report_has_it_too(searched: tuple[Path, str, list[object]]) -> None:
+    page = (searched[0] / "report.html").read_text()
+    assert "2 classes: few, many" in page
+    assert "training images: as they are" in page
+    assert re.search(r"Are the images of each split in no other\?</td><td class=\"no\">", page)
+
+
+def test_a_search_does_not_go_on_with_another_augmentation(searched: tuple[Path, str, list[object]]) -> None:
+    _, _, words = searched
+    code, output = cli(*words, "--augment", "light")
+    assert code == 1
+    assert "augment: was 'none', is now 'light'" in " ".join(output.split())
+
+
+def test_the_winner_knows_its_classes(searched: tuple[Path, str, list[object]]) -> None:
+    config = json.loads((searched[0] / "best" / "config.json").read_text())
+    assert label_names(str(searched[0] / "best"), nn.Identity()) == ("few", "many"), config

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 from timm.models import split_model_name_tag
 from torch import nn
 
+from attnsurgery.base import weightless
 from attnsurgery.errors import CheckpointError, UsageError
 from attnsurgery.evaluate import Data, TrainSettings, Watch, answers
 
@@ -189,13 +191,21 @@ def _architecture(base: str, config: Mapping[str, Any]) -> str:
             f"{arguments.get('base', 'which its recipe names')}, and the weights from before the operation with "
             "--checkpoint."
         )
-    if others := sorted(set(arguments) - set(_OF_WEIGHTS)):
+    if others := sorted(_others(name, arguments)):
         raise UsageError(
             f"MODEL {base} is a {name} built with {', '.join(others)}, and a search builds plain architectures. "
             "Search for one of timm's names."
         )
     tag = inner.get("tag")
     return f"{name}.{tag}" if tag and _is_tagged(name, tag) else name
+
+
+def _others(name: str, arguments: Mapping[str, Any]) -> set[str]:
+    """Arguments that make another model than the architecture's name does; timm also writes down those that do not."""
+    told: Any = getattr(timm.models, "get_model_args", None)  # before 1.0.31 there is none
+    usual = told(weightless(name)) if told and timm.is_model(name) else {}
+    usual = json.loads(json.dumps(usual, default=str))
+    return {key for key, value in arguments.items() if key not in _OF_WEIGHTS and usual.get(key) != value}
 
 
 def _is_tagged(name: str, tag: str) -> bool:

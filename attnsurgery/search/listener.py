@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search.record import Record, Timing
 
@@ -15,6 +17,9 @@ class Listener:
 
     def phase(self, text: str) -> None:
         """Something long begins: what it is, for people."""
+
+    def data(self, words: str, notes: Sequence[str]) -> None:
+        """The images are known: what they are, and what is not as one might think, for people."""
 
     def loading(self, split: str, done: int, total: int) -> None:
         """Images of a split were decoded."""

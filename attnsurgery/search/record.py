@@ -47,10 +47,12 @@ class Promotion:
     loss: float
     seconds: float
     epochs: int
+    balanced: float | None = None
+    """As in `Record`."""
 
     @classmethod
     def of(cls, score: Score) -> Promotion:
-        return cls(score.top1, score.loss, score.seconds, score.epochs)
+        return cls(score.top1, score.loss, score.seconds, score.epochs, score.balanced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Record:
     top1: float | None = None
     """On the validation split, 0 to 1; on the lowest rung, which every trained candidate has been on."""
     loss: float | None = None
+    balanced: float | None = None
+    """Mean over the classes of their shares of right answers there; None where classes are of similar sizes."""
     promotions: tuple[Promotion, ...] = ()
     """On the rungs above, from the second lowest up, as far as it came."""
     halted: str | None = None
@@ -114,6 +118,12 @@ class Record:
         if rung == 0:
             return self.top1
         return self.promotions[rung - 1].top1 if rung <= len(self.promotions) else None
+
+    def balanced_on(self, rung: int) -> float | None:
+        """The balanced accuracy there."""
+        if rung == 0:
+            return self.balanced
+        return self.promotions[rung - 1].balanced if rung <= len(self.promotions) else None
 
     def score_on(self, rung: int, by: RankBy) -> float | None:
         """The same by what candidates are ranked by; larger is better."""

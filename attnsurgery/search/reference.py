@@ -60,6 +60,7 @@ def _record(bench: Bench, reference: Latency, peak_mb: float | None, scores: lis
         timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
         top1=lowest.top1,
         loss=lowest.loss,
+        balanced=lowest.balanced,
         promotions=tuple(above),
         parameters=bench.costs.base["parameters"],
         macs=bench.costs.base["macs"],

@@ -115,7 +115,13 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     record = replace(record, proxies=proxies(bench, recipe, candidate, watch))
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
-        record, state="trained", top1=score.top1, loss=score.loss, seconds=score.seconds, epochs=score.epochs
+        record,
+        state="trained",
+        top1=score.top1,
+        loss=score.loss,
+        balanced=score.balanced,
+        seconds=score.seconds,
+        epochs=score.epochs,
     )
 
 
