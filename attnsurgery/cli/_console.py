@@ -71,6 +71,16 @@ def print_lines(lines: Iterable[str]) -> None:
         console.print(Text(line))
 
 
+def building(directory: object, *, plugin: bool = True) -> str:
+    """Python that builds the model of a timm directory again, and runs as it is in a fresh interpreter.
+
+    Args:
+        plugin: the model is made of what timm does not know by itself.
+    """
+    imported = "attnsurgery, timm" if plugin else "timm"
+    return f"import {imported}; timm.create_model({f'local-dir:{directory}'!r}, pretrained=True)"
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", words: int = 1) -> None:
     """A table whose first columns are `words`, left-aligned, and whose others are numbers, right-aligned."""
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -43,7 +43,7 @@ def export(
 
 
 def _export_stock(directory: Path, output: Path | None, as_json: bool) -> None:
-    from attnsurgery.cli._console import busy, print_json, print_lines
+    from attnsurgery.cli._console import building, busy, print_json, print_lines
     from attnsurgery.stock import export_stock
 
     with busy(f"exporting {directory}"):
@@ -55,7 +55,8 @@ def _export_stock(directory: Path, output: Path | None, as_json: bool) -> None:
         [
             f"architecture  {architecture}",
             "outputs       equal bit for bit, in eval and in train mode, also with every block moved",
-            f"written       {written}; build it with timm.create_model('local-dir:{written}', pretrained=True)",
+            f"written       {written}",
+            f"build it      {building(written, plugin=False)}",
         ]
     )
 

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from attnsurgery.cli._options import AsJson, BasePretrained, BaseWeights, NewDirectory, check_base_given
+from attnsurgery.cli._options import (
+    AsJson,
+    BasePretrained,
+    BaseWeights,
+    NewDirectory,
+    WeightsKey,
+    WeightsPrefix,
+    check_base_given,
+)
 
 
 def merge(
@@ -17,22 +25,26 @@ def merge(
     output: NewDirectory,
     base: BaseWeights = None,
     pretrained: BasePretrained = False,
+    key: WeightsKey = None,
+    prefix: WeightsPrefix = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a delta and the weights of its base together again, bit for bit."""
-    from attnsurgery.cli._console import busy, print_json, print_lines
+    from attnsurgery.cli._console import building, busy, print_json, print_lines
     from attnsurgery.delta import merge_delta
+    from attnsurgery.weights import Layout
 
     check_base_given(base, pretrained)
     with busy(f"merging {directory} with its base"):
-        proven = merge_delta(directory, base, output)
+        proven = merge_delta(directory, base, output, Layout(key, prefix))
     if as_json:
         print_json({"output": str(output), "digest": proven})
         return
     print_lines(
         [
             f"weights    {proven}, those that were saved",
-            f"written    {output}; build it with timm.create_model('local-dir:{output}', pretrained=True)",
+            f"written    {output}",
+            f"build it   {building(output)}",
         ]
     )
 

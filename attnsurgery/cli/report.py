@@ -33,17 +33,19 @@ def report(
     from attnsurgery.cli._search_view import as_data, files_of
     from attnsurgery.search.control import control_of
     from attnsurgery.search.layout import STUDY
+    from attnsurgery.search.run_directory import check_free
     from attnsurgery.search.saved import read
 
     def elsewhere(folder: Path) -> str | None:
         return None if (folder / STUDY).is_file() else storage or os.environ.get(STORAGE_VARIABLE)
 
     saved = read(run_dir, storage or elsewhere(run_dir))
+    check_free(run_dir)  # where the study is kept elsewhere, any folder would do for it
     beside = None
     if control is not None:
         beside = control_of(saved, read(control, elsewhere(control)))
     outcome = saved.outcome
-    outcome.write(beside)
+    kept = outcome.write(beside)
     if as_json:
         print_json(as_data(outcome))
         return
@@ -53,6 +55,7 @@ def report(
             f"trained    {outcome.trained} of {outcome.config.trials}",
             f"verdict    {verdict}",
             *files_of(outcome),
+            *(f"kept       {run_dir / name}, which stood in its place and was not a search's" for name in kept),
         ]
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.evaluate.augment import Augment
 from attnsurgery.latency import LATENCY, Mode, device_defaults
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.search.record import RankBy
@@ -35,6 +36,12 @@ class SearchConfig(Strict):
     base: str = Field(default=DEFAULT_BASE, description="any timm architecture, a tag allowed")
     space: str = Field(default="tiny", description="a space that ships, or a YAML file")
     data: str | None = Field(default=None, description="image folder or data set name; none: the embedded digits")
+    augment: Augment | None = Field(
+        default=None, description="of training images: none, shift, light or timm; none given: what suits the data"
+    )
+    group_by: str | None = Field(
+        default=None, description="regular expression on images' paths: images of a group stay in one split"
+    )
     pretrained: bool = False
     checkpoint: str | None = None
     trials: Annotated[int, Field(ge=1)] = Field(default=10, description="trained trials within the budget")
@@ -52,7 +59,9 @@ class SearchConfig(Strict):
     finalists: Annotated[int, Field(ge=1, le=20)] = Field(
         default=3, description="of the best that are trained again, to choose the winner among them"
     )
-    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = Field(default=2, description="trainings of each of these")
+    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=2, description="trainings of each of these, then of winner and base for the verdict"
+    )
     input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
     device: str = "cpu"
     dtype: str = Field(default="float32", description="of a measured forward; on CUDA bfloat16 by default")
@@ -140,14 +149,16 @@ def defaults_on(device: str, latency: str | None = None, dtype: str | None = Non
 
 VERSIONS = "versions"
 """Of software and machine, among what was found: a search may go on with others, if it is asked to."""
+WEIGHTS_GIVEN = "weights_given"
+"""Digest of the weights that the base came with, among what was found."""
 CHOICES = "choices"
 """Of the space, by place, among what was found: the same, of a space that has grown."""
 _FREE = {
     *("trials", "finalists", "confirm_seeds", "latency_seconds"),
-    *("output", "storage", "space", "checkpoint"),
+    *("output", "storage", "space", "checkpoint", "data"),
     *("workers", "launcher", "launcher_args", "patience_minutes", "lease_seconds", "extend"),
 }
-"""May change between runs; space and checkpoint are compared by what they hold, not by what they are called."""
+"""May change between runs; space, checkpoint and data are compared by what they hold, not by what they are called."""
 _BUDGETS = ("budget_ms", "budget_ips", "budget_params", "budget_macs", "budget_mb")
 _NEXT = ("sampler", "in_step", "workers")
 """Have a say in which candidates are next, and none in what becomes of one."""
@@ -177,7 +188,8 @@ def check_same(
     Raises:
         SearchError: lists what differs, as it was and as it is now, and says what to do.
     """
-    before = {**{key: did for key, did in _as_before(before).items() if key in now}, **before}
+    before = {**{key: did for key, did in _as_before(before, now).items() if key in now}, **before}
+    before = {key: value for key, value in before.items() if key not in _FREE or key in now}
     found = {key: f"{key}: was {was}, is now {is_now}" for key, (was, is_now) in differences(before, now).items()}
     if grave := {key: said for key, said in found.items() if not _may_change(key, before, now)}:
         smaller = any(key.startswith(f"{CHOICES}.") for key in grave)
@@ -207,8 +219,8 @@ def check_same(
     return found
 
 
-def _as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a search did whose settings are from before there was a choice."""
+def _as_before(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search did whose settings are from before there was a choice; what nobody wrote down is as it is now."""
     mixed = settings.get("dtype") == "bfloat16" and str(settings.get("device")).startswith("cuda")
     return {
         "budget_ips": None,
@@ -216,6 +228,9 @@ def _as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
         "cudnn_benchmark": False,
         "cold_cache": False,
         "train_dtype": "bfloat16" if mixed else "float32",
+        "augment": "light" if settings.get("data") else "shift",
+        "group_by": None,
+        WEIGHTS_GIVEN: now.get(WEIGHTS_GIVEN),
     }
 
 

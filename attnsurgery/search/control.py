@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnsurgery.errors import UsageError
-from attnsurgery.search.config import VERSIONS, differences
+from attnsurgery.search.config import VERSIONS, WEIGHTS_GIVEN, differences
 from attnsurgery.search.record import Record, trained
 
 if TYPE_CHECKING:
     from attnsurgery.search.saved import Saved
 
-_APART = {"sampler", "seed"}
-"""In these a control may differ: what was found behind the seed (images, weights) is compared by itself."""
+_APART = {"sampler", "seed", "data", WEIGHTS_GIVEN}
+"""In these a control may differ: what was found behind them (images, weights) is compared by itself."""
 
 _HOW = {
     "images": "give the control the same --data and --seed, which says what is split off",

@@ -121,7 +121,7 @@ def _facts(facts: Mapping[str, Any], again: Sequence[Record], bench: Bench, now:
     if done := facts.get("confirmation"):
         made["confirmation"] = Confirmation.from_dict(done).undone().as_dict()
     if going := facts.get(CONFIRMING):  # a finalist's training is what it was; its time was looked at for a budget
-        made[CONFIRMING] = {key: value for key, value in going.items() if key.startswith("training:")}
+        made[CONFIRMING] = {key: value for key, value in going.items() if "training:" in key}
     if "record" in (base := facts.get("base") or {}):
         made["base"] = {**base, "record": {**base["record"], "assignment": bench.space.nothing}}
     if known := facts.get("latencies"):

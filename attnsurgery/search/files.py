@@ -35,14 +35,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise SearchError(f"cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
 
 
+def packed(model: nn.Module) -> bytes:
+    """All tensors of a model as the bytes of a safetensors file."""
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    return safetensors.torch.save(tensors)
+
+
 def write_weights(path: Path, model: nn.Module) -> None:
-    """All tensors of a model as safetensors, as a whole or not at all.
+    """The file that `packed` makes, as a whole or not at all.
 
     Raises:
         SearchError: the disk is full or not writable.
     """
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    write_whole(path, safetensors.torch.save(tensors))
+    write_whole(path, packed(model))
 
 
 class Journal:

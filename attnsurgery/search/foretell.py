@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
 from attnsurgery.latency.model import Foretold, Kind, LatencyModel, Measured
-from attnsurgery.samplers.places import Budget, Places
+from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.places import Budget, Picks, Places
 from attnsurgery.samplers.threads import on_one_thread
 from attnsurgery.search.calibrate import Z_INTERVAL, Shelf
 from attnsurgery.search.prepare import Bench
@@ -71,6 +72,15 @@ class Foreteller:
         if most is None or foretold is None or foretold.bound(-_SURE) * self._reference_ms <= most:
             return None
         return foretold.ratio * self._reference_ms
+
+    @on_one_thread
+    def any_within(self, tried: Collection[Picks]) -> bool:
+        """Whether a candidate that was not tried may be within the budgets by what is known."""
+        places = self.places()
+        if "latency" not in places.budgets:
+            return True
+        same = [np.zeros(len(choices)) for choices in places.choices.values()]
+        return best(places, same, None, list(places.budgets.values()), tried) is not None
 
     @on_one_thread
     def places(self) -> Places:

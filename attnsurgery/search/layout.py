@@ -91,6 +91,11 @@ def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
     }
 
 
+def is_format(value: Any) -> bool:
+    """Whether a value is the mark of a study or journal of a search, of this version or another."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_format(written: int | None, where: str) -> None:
     """
     Raises:

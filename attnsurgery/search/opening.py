@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,34 +11,80 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.search.layout import FORMAT_KEY, is_format
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-"""Of a URL that names none."""
+_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+"""Of a URL that names none; postgres:// is what hosts of databases often write for postgresql://."""
 _LOCKED_S = 60.0
-_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "grpc": "grpc"}
-_NO_URL = "--storage is not a database URL. It reads like sqlite:///study.db or postgresql://user@host/name."
+_EXTRAS = {"postgres": "postgres", "mysql": "mysql", "grpc": "grpc"}
+"""By what a URL begins with: what of this package to install."""
+_KINDS = "It reads like sqlite:///study.db, postgresql://user@host/name, mysql://user@host/name or grpc://host:port."
+_NO_URL = f"--storage is not a database URL. {_KINDS}"
 
 
 def opened(url: str | BaseStorage) -> BaseStorage:
     """What a URL names, with the drivers that the extras of this package install."""
     if not isinstance(url, str):
         return url
-    scheme, colon, rest = url.partition("://")
-    if scheme == "grpc":
-        host, _, port = rest.rstrip("/").rpartition(":")
-        if not (host and port.isdecimal()):
-            raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+    if proxy := _proxy_of(url):
+        host, port = proxy
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+            return optuna.storages.GrpcStorageProxy(host=host, port=port)
     # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
-    how = {"connect_args": {"timeout": _LOCKED_S}} if scheme == "sqlite" else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(f"{_DRIVERS.get(scheme, scheme)}{colon}{rest}", engine_kwargs=how)
+    how = {"connect_args": {"timeout": _LOCKED_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=how)
+
+
+def close(storage: BaseStorage) -> None:
+    """Let go of a database."""
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def check_url(url: str) -> None:
+    """Make sure that a URL reads and that its driver is there; nothing is connected to.
+
+    Raises:
+        UsageError: it does not read, or its driver is missing.
+    """
+    with storage_errors(url):
+        if _proxy_of(url):
+            importlib.import_module("grpc")
+        else:
+            from sqlalchemy import create_engine
+
+            create_engine(_with_driver(url)).dispose()
+
+
+def _with_driver(url: str) -> str:
+    scheme, colon, rest = url.partition("://")
+    scheme = _DRIVERS.get(scheme, scheme)
+    if scheme.startswith("postgres+"):  # a driver that is not the usual one
+        scheme = scheme.replace("postgres", "postgresql", 1)
+    return f"{scheme}{colon}{rest}"
+
+
+def _proxy_of(url: str) -> tuple[str, int] | None:
+    """Host and port of Optuna's gRPC proxy; None of any other URL.
+
+    Raises:
+        UsageError: it does not say both.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme != "grpc":
+        return None
+    host, _, port = rest.rstrip("/").rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+    return host, int(port)
 
 
 @contextmanager
@@ -71,10 +118,12 @@ def _of_a_storage(error: Exception) -> str | None:
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
     """Says of a study that cannot be opened what is the matter, without the password in its URL."""
-    from sqlalchemy.exc import ArgumentError
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     try:
         yield
+    except NoSuchModuleError:
+        raise UsageError(f"--storage {without_password(url)} names no database that is known here. {_KINDS}") from None
     except ArgumentError:
         raise UsageError(_NO_URL) from None
     except ImportError as error:
@@ -124,6 +173,29 @@ def _parsed(url: str) -> tuple[URL, list[str]]:
     except ArgumentError:
         raise UsageError(_NO_URL) from None
     return parsed, [name for name in parsed.query if "pass" in name.lower()]
+
+
+def check_ours(storage: BaseStorage, name: str, where: str) -> None:
+    """Make sure that a study is a search's, or empty: nothing is written into a study of others.
+
+    Args:
+        where: the storage, for the message.
+
+    Raises:
+        SearchError: it holds trials or data of somebody else, or does not maximize one value.
+    """
+    study = storage.get_study_id_from_name(name)
+    attributes = storage.get_study_user_attrs(study)
+    if is_format(attributes.get(FORMAT_KEY)):
+        return
+    held = len(storage.get_all_trials(study, deepcopy=False))
+    others = storage.get_study_directions(study) not in ([StudyDirection.MAXIMIZE], [StudyDirection.NOT_SET])
+    if held or attributes or others:
+        data = f" and data under {', '.join(sorted(attributes)[:3])}" if attributes else ""
+        raise SearchError(
+            f"{where} has a study {name!r} that no search has made: it holds {held} trials{data}. Nothing was written. "
+            "The last part of --output names the study: give the search another one, or another --storage."
+        )
 
 
 def study_name(storage: BaseStorage, folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.control import Control
-from attnsurgery.search.files import write_whole
 from attnsurgery.search.record import Record, best, front, trained
 from attnsurgery.search.report import render
+from attnsurgery.search.run_directory import write_own
 from attnsurgery.search.rungs import Trust, shares, trust
 
+REPORT = "report.html"
 _SELDOM_S = 10.0
 """A report takes some 0.4 s to make, pictures and all."""
 
@@ -42,6 +44,8 @@ class Outcome:
     interrupted: bool
     seconds: float | None = None
     """On the clock, over all runs, from measuring the base on."""
+    unwritten: str = ""
+    """Why report, recipe or front could not be written; '' if they are there."""
 
     @cached_property
     def budgets(self) -> Budgets:
@@ -82,22 +86,31 @@ class Outcome:
         """How many trials ended in which state."""
         return Counter(record.state for record in self.records)
 
-    def write(self, control: Control | None = None, *, seldom: bool = False) -> None:
+    def write(self, control: Control | None = None, *, seldom: bool = False) -> list[str]:
         """Write every artefact, each as a whole or not at all.
 
         Args:
             control: a random search, for the report.
             seldom: leave a report that is only seconds old; for a search whose trials take no longer than its report.
 
+        Returns:
+            The new names of files that stood in their places and that no search had written.
+
         Raises:
             SearchError: the disk is full or not writable.
         """
-        write_whole(self.folder / "front.csv", _csv(self.front))
+        kept = [write_own(self.folder, "front.csv", _csv(self.front))]
         if self.best and self.best.recipe:
-            write_whole(self.folder / "best.yaml", dumps(Recipe.model_validate(self.best.recipe)))
-        report = self.folder / "report.html"
-        if not (seldom and _age(report) < _SELDOM_S):
-            write_whole(report, render(self, control))
+            kept.append(write_own(self.folder, "best.yaml", self._recipe(Recipe.model_validate(self.best.recipe))))
+        if not (seldom and _age(self.folder / REPORT) < _SELDOM_S):
+            kept.append(write_own(self.folder, REPORT, render(self, control)))
+        return [name for name in kept if name]
+
+    def _recipe(self, recipe: Recipe) -> str:
+        """The winner as YAML, with what is known of it by now above."""
+        said = self.confirmation.sentence() if self.confirmation else "Chosen by validation images, not confirmed yet."
+        above = textwrap.fill(said, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+        return f"{above}\n{dumps(recipe)}"
 
     def check_feasible(self) -> None:
         """Refuse to call a search done that found nothing.

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from attnsurgery.evaluate import Epoch, Watch
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.left import HOPELESS
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.opening import check_url
 from attnsurgery.search.prepare import Bench, assemble
 from attnsurgery.search.record import Timing
+from attnsurgery.search.run_directory import check_free
 from attnsurgery.search.rungs import CHECKED, places_on, rungs_of, shares
 from attnsurgery.search.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.supernet import COUNTED, PASSES
@@ -65,15 +69,21 @@ class Preview:
     rungs: tuple[tuple[str, int, float], ...]
     """From the lowest: how it trains, how many candidates, and the seconds to train and score one."""
     seconds: float
-    """Of the whole search; more where less than expected is within the budgets."""
+    """Of the whole search; more where less than expected is within the budgets. Where none of the drawn is, until the
+    search gives up."""
 
     @property
     def share(self) -> float:
         """Of the space, within all budgets."""
         return self.exact_share * self.fitting / max(1, self.drawn)
 
+    @property
+    def none_fits(self) -> bool:
+        """Of those that were drawn."""
+        return self.drawn > 0 and self.fitting == 0
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"share": self.share}
+        return asdict(self) | {"share": self.share, "none_fits": self.none_fits}
 
 
 class _Enough(Exception):
@@ -118,6 +128,9 @@ def preview(
         NothingFeasibleError and what else `run` raises before its first trial.
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
+    check_free(Path(config.output))
+    if config.storage:
+        check_url(config.storage)
     bench = assemble(config, listener, backend)
     bench.base.to(config.device).eval()
     listener.phase("measuring the base")
@@ -209,9 +222,13 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
         rungs: candidates on each, and the seconds of one.
     """
     config = bench.config
-    last = float((1 + min(config.finalists, rungs[-1][0])) * config.confirm_seeds)
-    last += {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
-    measured = config.trials / max(share, 1 / (DRAWN + 1)) + 4 + 2 * config.finalists
+    begun = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
+    if share == 0.0:
+        return sum(seconds for _, seconds in rungs) + begun * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
+    chosen_from = min(config.finalists, rungs[-1][0])
+    last = float((2 + (chosen_from if chosen_from > 1 else 0)) * config.confirm_seeds)
+    last += begun
+    measured = config.trials / share + 4 + 2 * config.finalists
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
     return trainings + last * rungs[-1][1] + measured * config.latency_seconds
 

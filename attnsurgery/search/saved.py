@@ -22,7 +22,7 @@ from attnsurgery.search.about import About
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.confirm import Confirmation
 from attnsurgery.search.files import Journal
-from attnsurgery.search.layout import FORMAT_KEY, SECONDS, STUDY, TRIALS, check_format, records_of, trials_of
+from attnsurgery.search.layout import FORMAT_KEY, SECONDS, STUDY, TRIALS, check_format, is_format, records_of, trials_of
 from attnsurgery.search.opening import storage_errors, study_name, without_password
 from attnsurgery.search.outcome import Outcome
 from attnsurgery.search.record import Record, contenders
@@ -49,7 +49,12 @@ def read(folder: Path, storage: str | None = None) -> Saved:
     """
     with _study(folder, storage) as study:
         kept = dict(study.user_attrs)
-        check_format(kept.get(FORMAT_KEY), str(folder))
+        if not is_format(kept.get(FORMAT_KEY)):
+            raise UsageError(
+                f"the study {study.study_name!r} of {folder} was not made by attnsurgery search. A run directory is "
+                "what a search writes."
+            )
+        check_format(kept[FORMAT_KEY], str(folder))
         _check_written(kept, folder)
         with _readable(kept, folder):
             return Saved(_outcome(kept, _records(study, folder), folder), kept["config"])

@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from attnsurgery.evaluate import Data, Evaluator, Score, TrainSettings, Watch
+from attnsurgery.search.files import packed
+from attnsurgery.search.run_directory import is_own, write_own
 from attnsurgery.search.supernet import Supernet
 
 
@@ -57,7 +59,8 @@ class Alone(Scorer):
 class Shared(Scorer):
     """All candidates are paths through one supernet. It is trained before the first score, and kept in a file.
 
-    A training that is broken off begins anew: what is kept is whole.
+    A training that is broken off begins anew: what is kept is whole. A file that no search has written there is not
+    read, and is renamed.
     """
 
     def __init__(self, supernet: Supernet, base: nn.Module, data: Data, settings: TrainSettings, path: Path) -> None:
@@ -72,11 +75,11 @@ class Shared(Scorer):
 
     def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
         if not self._ready:
-            if self._path.exists():
+            if is_own(self._path.parent, self._path.name):
                 self._supernet.load(self._path)
             else:
                 self.train(seed, watch)
-                self._supernet.save(self._path)
+                write_own(self._path.parent, self._path.name, packed(self._supernet.model))
             self._ready = True
         return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
 

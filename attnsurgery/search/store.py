@@ -23,6 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from attnsurgery.samplers import AGAIN, SAMPLERS
+from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budget import EXACT, Budgets
 from attnsurgery.search.files import Journal
@@ -46,7 +47,7 @@ from attnsurgery.search.layout import (
     records_of,
     trials_of,
 )
-from attnsurgery.search.opening import opened, storage_errors, study_name
+from attnsurgery.search.opening import check_ours, close, opened, storage_errors, study_name, without_password
 from attnsurgery.search.record import RankBy, Record, trained
 from attnsurgery.search.sharing import Claimed, Sharing
 from attnsurgery.search.space import BoundSpace
@@ -109,6 +110,8 @@ class Store:
             self._opened = kept = opened(url)
             # a folder's own database holds its study, whatever the folder was called when that began
             name = folder.resolve().name if storage else study_name(kept, folder) or folder.resolve().name
+            if name in optuna.get_all_study_names(kept):
+                check_ours(kept, name, without_password(url) if isinstance(url, str) else shown)
             self._study = optuna.create_study(storage=kept, study_name=name, direction="maximize", load_if_exists=True)
             self._storage = self._study._storage  # with Optuna's cache of finished trials
         self._began, self._before = time.monotonic(), float(self.fixed(SECONDS) or 0.0)
@@ -141,9 +144,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the database."""
-        if isinstance(self._opened, optuna.storages.RDBStorage):
-            self._opened.remove_session()
-            self._opened.engine.dispose()
+        close(self._opened)
 
     def end(self, interrupted: bool) -> None:
         """Note that this run has come to its end, and not merely died."""
@@ -211,8 +212,9 @@ class Store:
         chosen = sampler.choose(self._study.direction, trials) if chooses else None
         if chooses and not chosen and not getattr(sampler, "fell_back", False):
             # all that seems to be within the budgets was asked for: what a measurement might still find within them
-            sure = {name: budget for name, budget in places.budgets.items() if name in EXACT}
-            chosen = self._unseen(replace(places, budgets=sure), digests, seed)
+            sure = replace(places, budgets={name: most for name, most in places.budgets.items() if name in EXACT})
+            chosen = None if trained(records) else _fastest(places, sure, trials)
+            chosen = chosen or self._unseen(sure, digests, seed)
         if chosen:
             number = self._begin(chosen, slot, self._how(sampler, begins and fresh is not None))
             return Asked(number, {name: str(chosen[name]) for name in self._distributions}, slot)
@@ -364,6 +366,21 @@ class Store:
 
         picks = places.drawn(np.random.default_rng(seed), unseen)
         return None if picks is None else places.params(picks)
+
+
+def _fastest(places: Places, sure: Places, trials: Sequence[FrozenTrial]) -> dict[str, str] | None:
+    """Of the candidates that were not asked for, the one with the lowest latency that is foretold; None if none is.
+
+    Args:
+        sure: `places` with the budgets that are known exactly.
+    """
+    latency = places.budgets.get("latency")
+    if latency is None:
+        return None
+    asked = {picks for trial in trials if (picks := places.picks({k: str(v) for k, v in trial.params.items()}))}
+    nothing = (0,) * len(places.choices)
+    found = best(sure, [-costs for costs in latency.costs], None, list(sure.budgets.values()), {nothing, *asked})
+    return None if found is None else places.params(found)
 
 
 def _slots(trials: Sequence[FrozenTrial]) -> int:
