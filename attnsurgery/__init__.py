@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attnsurgery.errors import AttnSurgeryError
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
+    from attnsurgery.optimizer import carry_optimizer_state, optimizer_names
     from attnsurgery.recipe.forecast import Forecast
     from attnsurgery.recipe.schema import Edit, Recipe
     from attnsurgery.registry import register
@@ -52,12 +53,14 @@ __all__ = [
     "__version__",
     "block_parameters",
     "bypass",
+    "carry_optimizer_state",
     "freeze_base",
     "inspect",
     "load_delta",
     "load_report",
     "merge_delta",
     "operate",
+    "optimizer_names",
     "plan",
     "recipe_of",
     "register",
@@ -79,12 +82,14 @@ _HOMES = {
     "Site": "graph.site",
     "block_parameters": "api",
     "bypass": "api",
+    "carry_optimizer_state": "optimizer",
     "freeze_base": "api",
     "inspect": "api",
     "load_delta": "delta",
     "load_report": "blocks.loading",
     "merge_delta": "delta",
     "operate": "api",
+    "optimizer_names": "optimizer",
     "plan": "api",
     "recipe_of": "api",
     "register": "registry",

@@ -20,12 +20,15 @@ import torch
 from torch import nn
 
 from attnsurgery import api
-from attnsurgery.base import build_base, check_base, check_weights, load_weights, native, weightless
+from attnsurgery.base import build_base, check_base, check_weights, fitted, load_weights, native, weightless
 from attnsurgery.blocks import Start
 from attnsurgery.checkpoint import (
     ARCHITECTURE,
+    Operated,
     beside,
+    built,
     operated_base,
+    prove_directory,
     read_state_dict,
     refuse_existing,
     storable,
@@ -36,7 +39,7 @@ from attnsurgery.errors import AttnSurgeryError, CheckpointError, UsageError
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
 from attnsurgery.surgery.verify import Report
-from attnsurgery.weights import DELTA_NAME, StateDict
+from attnsurgery.weights import AS_FOUND, DELTA_NAME, Layout, StateDict, read
 
 __all__ = ["Saved", "apply_as_delta", "digest", "load_delta", "merge_delta", "save_delta"]
 
@@ -71,13 +74,14 @@ class Saved:
         return asdict(self)
 
 
-def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path) -> Saved:
-    """Write what differs between a model and its base.
+def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path, layout: Layout = AS_FOUND) -> Saved:
+    """Write what differs between a model and its base; put together again, it is compared with the model.
 
     Args:
         model: a surgical model, or the directory of one; a plain fine-tuned timm model does as well.
         base: the weights that the model came from; classes and channels may have changed since.
         output: a directory that does not exist yet.
+        layout: where the weights of the base lie in their file.
 
     Raises:
         UsageError: `output` exists, or the directory is no timm directory.
@@ -89,7 +93,7 @@ def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path)
         texts = {"recipe.yaml": dumps(recipe)} if recipe else {}
         name = _base_name(recipe, (getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
         describe = functools.partial(write_config, model)
-        return _write(Path(output), storable(model.state_dict()), name, *_base_weights(name, base), texts, describe)
+        return _write(Path(output), model, name, *_base_weights(name, base, layout), texts, describe)
     directory = Path(model)
     config = _config(directory)
     if _SECTION in config:
@@ -99,7 +103,8 @@ def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path)
     check_weights(twin, tensors, str(directory))
     name = _base_name(api.recipe_of(twin), config.get("architecture"))
     texts = {**_texts(directory), "config.json": json.dumps(config)}
-    return _write(Path(output), tensors, name, *_base_weights(name, base), texts)
+    weights, source = _base_weights(name, base, layout)
+    return _write(Path(output), built(directory), name, weights, source, texts, tensors=tensors)
 
 
 def apply_as_delta(
@@ -109,24 +114,28 @@ def apply_as_delta(
     *,
     pretrained: bool = False,
     start: Start | None = None,
+    layout: Layout = AS_FOUND,
 ) -> tuple[Report, Saved]:
     """As `checkpoint.apply`, but what is written is the difference from the base: at first, the blocks."""
     refuse_existing(output)
-    done = operated_base(recipe, checkpoint, pretrained=pretrained, start=start)
-    source = str(checkpoint or f"published weights of {done.recipe.base}")
-    saved = _write(
+    done = operated_base(recipe, checkpoint, pretrained=pretrained, start=start, layout=layout)
+    return done.report, save_operated(done, checkpoint, output)
+
+
+def save_operated(done: Operated, checkpoint: Path | None, output: Path) -> Saved:
+    """What an operation has added to the weights in `checkpoint`, None for those that timm publishes."""
+    return _write(
         output,
-        storable(done.model.state_dict()),
+        done.model,
         done.recipe.base,
         done.weights,
-        source,
+        str(checkpoint or f"published weights of {done.recipe.base}"),
         {"recipe.yaml": dumps(done.recipe)},
         lambda path: write_config(done.model, path, ARCHITECTURE, done.model_args),
     )
-    return done.report, saved
 
 
-def load_delta(directory: str | Path, base: Weights) -> nn.Module:
+def load_delta(directory: str | Path, base: Weights, layout: Layout = AS_FOUND) -> nn.Module:
     """The whole model in eval mode: the base's weights and the delta, loaded strictly.
 
     Raises:
@@ -134,7 +143,7 @@ def load_delta(directory: str | Path, base: Weights) -> nn.Module:
         CheckpointError: damaged, or not the base that the delta was made against; says which that was.
     """
     directory = Path(directory)
-    whole = _whole(directory, base)
+    whole = _whole(directory, base, layout)
     try:
         model: nn.Module = timm.create_model(f"local-dir:{directory}")
     except Exception as error:  # its twin without memory was built before
@@ -149,11 +158,11 @@ def load_delta(directory: str | Path, base: Weights) -> nn.Module:
     return model.eval()
 
 
-def merge_delta(directory: str | Path, base: Weights, output: str | Path) -> str:
+def merge_delta(directory: str | Path, base: Weights, output: str | Path, layout: Layout = AS_FOUND) -> str:
     """Write the whole model as a timm directory, for `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
 
     Returns:
-        The digest of its weights, which was compared.
+        The digest of its weights, which was compared; as the model was that is built from what was written.
 
     Raises:
         UsageError: `output` exists, or there is no delta directory.
@@ -161,24 +170,28 @@ def merge_delta(directory: str | Path, base: Weights, output: str | Path) -> str
     """
     directory, output = Path(directory), Path(output)
     refuse_existing(output)
-    whole = storable(_whole(directory, base))
+    whole = storable(_whole(directory, base, layout))
+    model = load_delta(directory, base, layout)
     config = {key: value for key, value in _config(directory).items() if key != _SECTION}
     with beside(output) as partial:
         safetensors.torch.save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
         _write_texts(partial, {**_texts(directory), "config.json": json.dumps(config, indent=2)})
+        prove_directory(partial, model, output)
     return digest(whole)
 
 
 def _write(
     output: Path,
-    whole: StateDict,
+    model: nn.Module,
     name: str,
     weights: StateDict,
     source: str,
     texts: Mapping[str, str],
     describe: Callable[[Path], None] | None = None,
+    tensors: StateDict | None = None,
 ) -> Saved:
-    """`describe` writes the config.json, where it is not among the texts."""
+    """`describe` writes the config.json, unless it is among the texts; `tensors` are the model's as a file has them."""
+    whole = storable(model.state_dict()) if tensors is None else tensors
     of_base = native(weightless(name), weights)
     found = Difference.between(whole, of_base, base=name, base_file=Path(source).name, base_digest=digest(weights))
     with beside(output) as partial:
@@ -189,6 +202,7 @@ def _write(
         config = {**_config(partial), _SECTION: _section(found)}
         _write_texts(partial, {"config.json": json.dumps(config, indent=2)})
         size = (partial / DELTA_NAME).stat().st_size
+        prove_directory(partial, model, output, lambda delta: load_delta(delta, weights))
     return Saved(
         base=name,
         base_digest=found.base_digest,
@@ -202,7 +216,7 @@ def _write(
     )
 
 
-def _whole(directory: Path, base: Weights) -> StateDict:
+def _whole(directory: Path, base: Weights, layout: Layout) -> StateDict:
     """All weights of the model, proven to be those that were saved and to fit the model that config.json names."""
     config = _config(directory)
     if _SECTION not in config:
@@ -211,7 +225,7 @@ def _whole(directory: Path, base: Weights) -> StateDict:
     if config[_SECTION] != _section(found):
         raise CheckpointError(f"{directory}: config.json and {DELTA_NAME} are not of the same delta.")
     check_base(found.base)
-    weights, source = _base_weights(found.base, base)
+    weights, source = _base_weights(found.base, base, layout)
     given = digest(weights)
     if given != found.base_digest:
         raise CheckpointError(
@@ -223,12 +237,12 @@ def _whole(directory: Path, base: Weights) -> StateDict:
     return whole
 
 
-def _base_weights(name: str, base: Weights) -> tuple[StateDict, str]:
-    """The base's tensors as their file holds them, and what they are called in messages."""
+def _base_weights(name: str, base: Weights, layout: Layout) -> tuple[StateDict, str]:
+    """The base's tensors as their file holds them, less what wrappers add to names; and what they are called."""
     if base is None:
         return dict(build_base(name).state_dict()), f"published weights of {name}"
     if isinstance(base, (str, Path)):
-        return read_state_dict(base), str(base)
+        return fitted(weightless(name), read(base, layout.key), layout.prefix).tensors, str(base)
     return dict(base), "what was given"
 
 

@@ -22,7 +22,8 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ _lock = threading.RLock()
 _pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
 _adapted: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_adapted_operation", default=None)
 _recipes: dict[str, Recipe] = {}
+_shipped: set[str] = set()
+"""The surgical names that are there from the start."""
 
 
 class _EntryPoints(dict[str, Callable[..., Any]]):
@@ -79,6 +82,7 @@ def install() -> None:
     for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
         base = _BASE.search(path.read_text())  # the whole recipe is read, strictly, when the name is asked for
         _enter(path.stem, functools.partial(_from_zoo, path), base=base and base[1])
+    _shipped.update(_registry._module_to_models["zoo"])
 
 
 def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
@@ -142,6 +146,42 @@ def recipe_of(name: str) -> Recipe | None:
             return None
     recipe = _recipes[arch]
     return recipe.model_copy(update={"base": f"{recipe.base}.{tag}"}) if tag else recipe
+
+
+def flattened(recipe: Recipe) -> Recipe:
+    """The same surgery on a base without any: where `base` is a surgical name, the edits behind that name come first.
+
+    A limit on attention is for the blocks of one recipe; two limits are added up, and one alone holds for all blocks.
+
+    Raises:
+        RecipeError: the base is, in the end, the recipe itself.
+    """
+    from attnsurgery.recipe.text import keep_origin
+
+    written, seen = recipe, {recipe.base}
+    while (inner := recipe_of(recipe.base)) is not None:
+        if inner.base in seen:
+            raise RecipeError(f"the recipe {recipe.name!r} has itself as its base, by way of {inner.base!r}.")
+        seen.add(inner.base)
+        limits = [limit for limit in (inner.max_attention_mb, recipe.max_attention_mb) if limit is not None]
+        joined = {"base": inner.base, "edits": [*inner.edits, *recipe.edits], "max_attention_mb": sum(limits) or None}
+        recipe = recipe.model_copy(update=joined)
+    return recipe if recipe is written else keep_origin(recipe, written)
+
+
+@contextmanager
+def as_in_a_fresh_process() -> Iterator[None]:
+    """Only the names that a new process knows: what was registered, or asked for, since is forgotten meanwhile."""
+    with _lock:
+        table = _registry._model_entrypoints
+        entered = {name for name, entry in table.items() if entry.__module__ == zoo.__name__ and name not in _shipped}
+        entries = {name: table.pop(name) for name in entered}
+        recipes = {name: _recipes.pop(name) for name in entered if name in _recipes}
+        try:
+            yield
+        finally:
+            table.update(entries)
+            _recipes.update(recipes)
 
 
 def names_for(arch: str) -> list[str]:
@@ -258,6 +298,7 @@ def _build(
     **kwargs: Any,
 ) -> nn.Module:
     """Build the recipe's base through its own entry point, with the operation slipped in before weights are loaded."""
+    recipe = flattened(recipe)
     arch, tag = _registry.split_model_name_tag(recipe.base)
     if not dict.__contains__(_registry._model_entrypoints, arch):
         near = did_you_mean(arch, dict.keys(_registry._model_entrypoints))

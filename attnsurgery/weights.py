@@ -68,6 +68,22 @@ _READABLE = "Readable are .safetensors files, torch.save'd state dicts (.pth, .p
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the weights lie in a file, where that is not found by itself."""
+
+    key: str | None = None
+    """The entry that holds them; one inside another is written 'ema.module'."""
+    prefix: str | None = None
+    """What their names begin with in it."""
+
+    def __bool__(self) -> bool:
+        return self.key is not None or self.prefix is not None
+
+
+AS_FOUND = Layout()
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """The tensors of a file, and what was between them and the file."""
 

@@ -17,12 +17,13 @@ PACKAGE = Path(attnsurgery.__file__).parent
 LAYERS = [
     {"errors", "faults", "tf32"},
     {"catalog"},
-    {"blocks", "graph", "latency", "evaluate", "samplers", "weights"},
+    {"blocks", "graph", "latency", "evaluate", "samplers", "weights", "optimizer"},
     {"surgery", "models", "difference"},
     {"recipe"},
     {"zoo"},
     {"registry", "base"},
-    {"checkpoint", "api"},
+    {"api"},
+    {"checkpoint"},
     {"search", "stock", "delta"},
     {"cli"},
 ]

@@ -12,12 +12,13 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import load_checkpoint, load_pretrained, save_for_hf
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import attnsurgery
 from attnsurgery.base import build_base
 from attnsurgery.blocks._base import build_block
-from attnsurgery.errors import CheckpointError, LoadError
+from attnsurgery.errors import CheckpointError, LoadError, UsageError
 from attnsurgery.surgery.operate import grafted_blocks
 from tests.conftest import move_gates
 
@@ -319,3 +320,116 @@ def test_a_surgical_base_takes_the_weights_of_its_own_base_and_no_mixture(base: 
     assert torch.equal(built.state_dict()["fc.weight"], base["fc.weight"])
     with pytest.raises(CheckpointError, match=r"w\.pth: the checkpoint holds 3 of 4 blocks .* not layer1\.0\.se"):
         build_base("test_resnet_se", without(weights, "layer1.0.se"), "w.pth")
+
+
+# ---- the optimizer's state
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-4, momentum=0.9, centered=True),
+}
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> nn.Module:
+    model.train()
+    for step in range(count):
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_goes_on_after_surgery_as_if_there_had_been_none(kind: str) -> None:
+    """As long as the blocks are frozen; then the moments and the count of steps are those of before, bit for bit."""
+    make_optimizer = OPTIMIZERS[kind]
+    torch.manual_seed(0)
+    model = make("test_resnet")
+    optimizer = make_optimizer(model.parameters())
+    steps(model, optimizer, 3)
+    names, state = attnsurgery.optimizer_names(optimizer, model), copy.deepcopy(optimizer.state_dict())
+    operated = attnsurgery.operate(copy.deepcopy(model), recipe("layer3.0.bn2"))
+    expected = bits(steps(model, optimizer, 3))
+
+    for name, parameter in operated.named_parameters():
+        parameter.requires_grad_(".se_2." not in name)
+    forgetful = copy.deepcopy(operated)
+    fresh, forgetting = (
+        make_optimizer([p for p in one.parameters() if p.requires_grad]) for one in (operated, forgetful)
+    )
+    moved = attnsurgery.carry_optimizer_state(state, names, fresh, operated)
+    assert (set(moved.carried), moved.fresh, moved.dropped) == (set(names), (), ())
+    found, other = bits(steps(operated, fresh, 3)), bits(steps(forgetful, forgetting, 3))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert not torch.equal(other["fc.weight"], expected["fc.weight"])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_parameters_of_new_blocks_begin_without_moments(kind: str) -> None:
+    torch.manual_seed(0)
+    model = make("test_resnet")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    steps(model, optimizer, 2)
+    names, state = attnsurgery.optimizer_names(optimizer, model), optimizer.state_dict()
+    attnsurgery.operate(model, recipe("layer2.0.bn2"))
+    model.reset_classifier(3)
+    new = OPTIMIZERS[kind](list(model.parameters()))
+    rate = new.param_groups[0]["lr"] = 0.5
+    moved = attnsurgery.carry_optimizer_state(state, names, new, nn.DataParallel(model))
+    blocks = {f"{path}.{name}" for path, block in grafted_blocks(model).items() for name, _ in block.named_parameters()}
+    assert set(moved.fresh) == blocks | {"fc.weight", "fc.bias"}
+    assert set(moved.dropped) == {"fc.weight", "fc.bias"}
+    assert new.param_groups[0]["lr"] == rate
+    for name, parameter in model.named_parameters():
+        assert (parameter in new.state) == (name in moved.carried)
+        if name in moved.carried:
+            kept = optimizer.state[dict(zip(names, optimizer.param_groups[0]["params"], strict=True))[name]]
+            assert all(
+                torch.equal(torch.as_tensor(new.state[parameter][key]), torch.as_tensor(kept[key])) for key in kept
+            )
+    steps(model, new, 1)
+
+
+def test_groups_and_orders_may_differ_for_names_decide() -> None:
+    """Not listed: timm's groups with and without weight decay, which number parameters in another order."""
+    torch.manual_seed(0)
+    model = make("test_resnet")
+    before = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    steps(model, before, 1)
+    names, state = attnsurgery.optimizer_names(before, model), before.state_dict()
+    attnsurgery.operate(model, recipe("layer2.0.bn2"))
+    after = torch.optim.AdamW(reversed(list(model.parameters())), lr=1e-3)
+    moved = attnsurgery.carry_optimizer_state(state, names, after, model)
+    assert set(moved.carried) == set(names)
+    for name, parameter in model.named_parameters():
+        if name in moved.carried:
+            assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
+            assert after.state[parameter]["exp_avg"].shape == parameter.shape
+
+
+def test_a_state_with_names_of_its_own_needs_no_others() -> None:
+    model = make("test_resnet")
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    steps(model, optimizer, 1)
+    state = optimizer.state_dict()
+    attnsurgery.operate(model, recipe("layer2.0.bn2"))
+    new = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    assert len(attnsurgery.carry_optimizer_state(state, None, new, model).carried) == len(state["state"])
+
+
+def test_states_that_mean_something_else_are_refused() -> None:
+    model, other = make("test_resnet"), make("test_resnet")
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps(model, optimizer, 1)
+    names = attnsurgery.optimizer_names(optimizer, model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(UsageError, match="the old optimizer has betas, and SGD has momentum: they are of different"):
+        attnsurgery.carry_optimizer_state(optimizer.state_dict(), names, sgd, model)
+    with pytest.raises(UsageError, match=r"has \d+ parameters, and 2 names are given"):
+        attnsurgery.carry_optimizer_state(optimizer.state_dict(), names[:2], optimizer, model)
+    with pytest.raises(UsageError, match=r"parameters of the optimizer are not in this model"):
+        attnsurgery.carry_optimizer_state(optimizer.state_dict(), names, optimizer, other)
+    assert not sgd.state

@@ -14,6 +14,22 @@ NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to
 BaseWeights = Annotated[
     Path | None, typer.Option("--base", "-b", help="Weights of the base: .safetensors, .pth or a timm directory.")
 ]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        help="Entry of the weights file that holds them, such as 'ema.module'; by default found: state_dict_ema, "
+        "model_ema, ema, state_dict, model_state_dict or model.",
+    ),
+]
+WeightsPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        help="What names begin with in the weights file, to be taken off; by default found: module., model., "
+        "timm_model., encoder., backbone. and more.",
+    ),
+]
 BasePretrained = Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

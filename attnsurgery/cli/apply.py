@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnsurgery.cli._options import NewDirectory
+from attnsurgery.cli._options import NewDirectory, WeightsKey, WeightsPrefix
 
 if TYPE_CHECKING:
     from attnsurgery.blocks import Start
@@ -24,9 +24,16 @@ def apply(
     output: NewDirectory,
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", "-c", help="Weights of the base: .safetensors, .pth or a timm directory."),
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="Weights of the base: .safetensors, .pth, .ckpt or a timm directory. Or a directory with a surgical "
+            "model, whose blocks stay.",
+        ),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's published weights instead.")] = False,
+    key: WeightsKey = None,
+    prefix: WeightsPrefix = None,
     start: Annotated[StartChoice | None, typer.Option(help="Replace the start of every edit.")] = None,
     delta: Annotated[
         bool, typer.Option("--delta", help="Write only what differs from the base; 'attnsurgery merge' makes it whole.")
@@ -35,27 +42,34 @@ def apply(
 ) -> None:
     """Put the blocks of a recipe into a trained model, prove the result, and write a timm directory."""
     from attnsurgery import checkpoint as files
-    from attnsurgery.cli._console import busy, print_json, print_lines, print_report
+    from attnsurgery.cli._console import building, busy, print_json, print_lines, print_report
     from attnsurgery.cli.delta import told
-    from attnsurgery.delta import apply_as_delta
+    from attnsurgery.delta import save_operated
     from attnsurgery.recipe.text import load
+    from attnsurgery.weights import Layout
 
     read = load(recipe)
     begin: Start | None = None if start is None else start.value
     saved = None
+    files.refuse_existing(output)
     with busy(f"operating on {read.base}"):
+        done = files.operated_base(read, checkpoint, pretrained=pretrained, start=begin, layout=Layout(key, prefix))
         if delta:
-            report, saved = apply_as_delta(read, checkpoint, output, pretrained=pretrained, start=begin)
+            saved = save_operated(done, checkpoint, output)
         else:
-            report = files.apply(read, checkpoint, output, pretrained=pretrained, start=begin)
+            files.write_operated(done, output)
     if as_json:
-        print_json({"output": str(output), **report.as_dict(), **({"delta": saved.as_dict()} if saved else {})})
+        more = {"delta": saved.as_dict()} if saved else {}
+        print_json({"output": str(output), "weights": done.told, **done.report.as_dict(), **more})
         return
-    print_report(report)
+    print_report(done.report)
+    if done.told:
+        print_lines([f"weights    {checkpoint}: {done.told}"])
+    print_lines(["checked    built again from what was written, as a new process does: weights, blocks, outputs"])
     if saved:
         print_lines(told(saved, output))
     else:
-        print_lines([f"written    {output}; build it with timm.create_model('local-dir:{output}', pretrained=True)"])
+        print_lines([f"written    {output}", f"build it   {building(output)}"])
 
 
 def register(app: typer.Typer) -> None:

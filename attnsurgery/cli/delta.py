@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnsurgery.cli._options import AsJson, BasePretrained, BaseWeights, NewDirectory, check_base_given
+from attnsurgery.cli._options import (
+    AsJson,
+    BasePretrained,
+    BaseWeights,
+    NewDirectory,
+    WeightsKey,
+    WeightsPrefix,
+    check_base_given,
+)
 
 if TYPE_CHECKING:
     from attnsurgery.delta import Saved
@@ -18,15 +26,18 @@ def delta(
     output: NewDirectory,
     base: BaseWeights = None,
     pretrained: BasePretrained = False,
+    key: WeightsKey = None,
+    prefix: WeightsPrefix = None,
     as_json: AsJson = False,
 ) -> None:
     """Write only what differs from the base: blocks, statistics, the head, whatever was fine-tuned."""
     from attnsurgery.cli._console import busy, print_json, print_lines
     from attnsurgery.delta import save_delta
+    from attnsurgery.weights import Layout
 
     check_base_given(base, pretrained)
     with busy(f"comparing {directory} with its base"):
-        saved = save_delta(directory, base, output)
+        saved = save_delta(directory, base, output, Layout(key, prefix))
     if as_json:
         print_json({"output": str(output), **saved.as_dict()})
         return

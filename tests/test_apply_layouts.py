@@ -1,0 +1,559 @@
+"""Checkpoints as people have them go in, and what comes out builds in a new process, or nothing comes out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from typer.testing import CliRunner
+
+import attnsurgery
+import attnsurgery.checkpoint
+from attnsurgery import registry
+from attnsurgery.checkpoint import apply, operated_base, prove_directory, write_directory
+from attnsurgery.cli import build_app
+from attnsurgery.delta import apply_as_delta, digest, merge_delta, save_delta
+from attnsurgery.errors import CheckpointError, RecipeError, UsageError
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.recipe.text import dumps, load, loads
+from attnsurgery.surgery.operate import grafted_blocks
+from attnsurgery.weights import Layout, read, read_state_dict
+from tests.conftest import build, images, move_gates
+
+Tensors = dict[str, torch.Tensor]
+ECA = Edit(at="layer4.0.conv2", block="timm:eca")
+SE = Edit(at="stage:* branches", block="se", options={"reduction": 4})
+
+
+def recipe(*edits: Edit, base: str = "test_resnet", name: str = "mine") -> Recipe:
+    return Recipe(version=1, name=name, base=base, edits=list(edits or (SE,)))
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return build("test_resnet", num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def tensors(base: nn.Module) -> Tensors:
+    return dict(base.state_dict())
+
+
+@pytest.fixture
+def weights(tmp_path: Path, tensors: Tensors) -> Path:
+    torch.save(tensors, tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def built(directory: Path) -> nn.Module:
+    return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+
+
+NEW_PROCESS = """
+import sys, timm, torch, attnsurgery
+torch.set_num_threads(1)
+model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
+with torch.no_grad():
+    output = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+torch.save((output, dict(model.state_dict())), sys.argv[2])
+"""
+
+
+def in_a_new_process(directory: Path) -> tuple[torch.Tensor, Tensors]:
+    found = directory.parent / "found.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, str(directory), str(found)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    output, weights = torch.load(found)
+    return output, weights
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---- wrappers and trainers
+
+
+def under(prefix: str) -> Callable[[nn.Module], Any]:
+    return lambda model: {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+
+
+class Lightning(nn.Module):
+    """Also holds a loss with a weight of its own, as training modules do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("class_weights", torch.ones(10))
+
+
+def averaged(model: nn.Module) -> Any:
+    return AveragedModel(model).state_dict()
+
+
+# how the file is made, and what is said about it
+LAYOUTS: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
+    "plain": (under(""), None),
+    "lightning": (
+        lambda model: {"state_dict": Lightning(model).state_dict(), "epoch": 3, "callbacks": {}},
+        r"under 'state_dict'; names without 'model\.' \(Lightning\); 1 other tensors left out \(class_weights\)",
+    ),
+    "timm_wrapper": (under("timm_model."), r"names without 'timm_model\.' \(transformers' TimmWrapper\)"),
+    "smp": (
+        lambda model: {**under("encoder.")(model), "decoder.blocks.0.conv.weight": torch.ones(2)},
+        r"names without 'encoder\.' \(segmentation_models_pytorch\); 1 other tensors left out \(decoder",
+    ),
+    "smp_universal": (under("encoder.model."), r"names without 'encoder\.model\.'"),
+    "mmpretrain": (
+        lambda model: {"meta": {"epoch": 1}, "state_dict": under("backbone.")(model)},
+        r"under 'state_dict'; names without 'backbone\.' \(mmpretrain\)",
+    ),
+    "peft": (under("base_model.model."), r"names without 'base_model\.model\.' \(PEFT\)"),
+    "ddp": (under("module."), r"names without 'module\.' \(DistributedDataParallel"),
+    "compile": (lambda model: torch.compile(model).state_dict(), r"names without '_orig_mod\.' \(torch\.compile\)"),
+    "ddp_of_compile": (under("module._orig_mod."), r"names without '_orig_mod\.' .*, 'module\.'"),
+    "lightning_of_compile": (
+        lambda model: {"state_dict": under("model._orig_mod.")(model)},
+        r"under 'state_dict'; names without '_orig_mod\.'.*, 'model\.'",
+    ),
+    "averaged": (averaged, r"names without 'module\.' .*; 1 other tensors left out \(n_averaged\)"),
+    "model_state_dict": (
+        lambda model: {"model_state_dict": model.state_dict(), "optimizer_state_dict": {"state": {}}, "loss": 0.5},
+        "under 'model_state_dict'",
+    ),
+    "state_dict": (lambda model: {"state_dict": model.state_dict()}, "under 'state_dict'"),
+    "state_dict_ema": (
+        lambda model: {"state_dict": under("x.")(model), "state_dict_ema": model.state_dict()},
+        "under 'state_dict_ema'",
+    ),
+    "model": (lambda model: {"model": model.state_dict(), "epoch": 1}, "under 'model'"),
+    "ema": (lambda model: {"ema": model.state_dict(), "model": under("x.")(model)}, "under 'ema'"),
+    "ema_module": (
+        lambda model: {"ema": {"module": model.state_dict(), "updates": 3}, "model": under("x.")(model)},
+        r"under 'ema\.module'",
+    ),
+    "ema_is_a_number": (lambda model: {"ema": 0.999, "model": model.state_dict()}, "under 'model'"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_are_found_in_what_wrappers_and_trainers_write(name: str, base: nn.Module, tmp_path: Path) -> None:
+    make, told = LAYOUTS[name]
+    torch.save(make(copy.deepcopy(base)), tmp_path / "file.ckpt")
+    done = operated_base(recipe(), tmp_path / "file.ckpt")
+    assert done.report.max_abs_diff == 0
+    assert torch.equal(done.model(images(64)), base(images(64)))
+    assert same(done.weights, dict(base.state_dict()))
+    if told is None:
+        assert done.told is None
+    else:
+        assert done.told is not None
+        assert re.match(told, done.told), done.told
+
+
+def test_the_command_says_what_was_taken_off(base: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
+    (tmp_path / "recipe.yaml").write_text(dumps(recipe()))
+    arguments = ["apply", tmp_path / "recipe.yaml", "-c", tmp_path / "last.ckpt", "-o", tmp_path / "out"]
+    done = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "last.ckpt: under 'state_dict'; names without 'model.' (Lightning); 1 other tensors left out" in said
+    assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
+
+
+def test_entry_and_prefix_may_be_given_by_hand(base: nn.Module, tmp_path: Path) -> None:
+    content = {"nets": {"student": under("net.")(base), "teacher": under("x.")(base)}, "step": 1}
+    torch.save(content, tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors, but 'nets', 'step'"):
+        operated_base(recipe(), tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match=r"--prefix net\."):
+        operated_base(recipe(), tmp_path / "own.pth", layout=Layout("nets.student"))
+    done = operated_base(recipe(), tmp_path / "own.pth", layout=Layout("nets.student", "net."))
+    assert same(done.weights, dict(base.state_dict()))
+    with pytest.raises(CheckpointError, match=r"no entry 'nets\.studnet'.* Did you mean 'student'\? There is: stu"):
+        operated_base(recipe(), tmp_path / "own.pth", layout=Layout("nets.studnet"))
+    with pytest.raises(CheckpointError, match=r"the entry 'step' of .* is no dictionary of tensors, but int"):
+        operated_base(recipe(), tmp_path / "own.pth", layout=Layout("step"))
+    with pytest.raises(CheckpointError, match=r"no name in .* begins with 'nets\.'.* Did you mean 'net\.'\?"):
+        operated_base(recipe(), tmp_path / "own.pth", layout=Layout("nets.student", "nets."))
+    safetensors.torch.save_file(base.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="it has no entries, and so none called 'model'"):
+        operated_base(recipe(), tmp_path / "w.safetensors", layout=Layout("model"))
+
+
+def test_adapters_that_were_not_merged_are_no_weights(base: nn.Module, tmp_path: Path) -> None:
+    """Not listed: PEFT's own state dict has them beside the layers they change; they would be lost."""
+    found = under("base_model.model.")(base)
+    found["base_model.model.fc.base_layer.weight"] = found.pop("base_model.model.fc.weight")
+    found["base_model.model.fc.lora_A.default.weight"] = torch.ones(2, 96)
+    torch.save(found, tmp_path / "peft.pth")
+    with pytest.raises(CheckpointError, match=r"model with adapters in it .*merge_and_unload\(\)"):
+        operated_base(recipe(), tmp_path / "peft.pth")
+
+
+def test_two_tensors_that_come_to_one_name_are_refused(base: nn.Module, tmp_path: Path) -> None:
+    """Not listed: a file with weights twice, once of a wrapper; the last one won."""
+    torch.save({**under("")(base), **under("module.")(base)}, tmp_path / "twice.pth")
+    with pytest.raises(CheckpointError, match=r"holds 'conv1\.0\.weight' twice"):
+        read_state_dict(tmp_path / "twice.pth")
+
+
+def test_authors_names_under_a_prefix_go_through_the_familys_filter(tmp_path: Path) -> None:
+    """Not listed: mmpretrain's prefix around a layout that timm converts."""
+    model = build("test_convnext", num_classes=7)
+    original = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("stem.", "downsample_layers.0.")
+        for index in range(1, 4):
+            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
+        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
+            key = key.replace(ours, theirs)
+        original[f"backbone.{key}"] = value
+    torch.save({"state_dict": original}, tmp_path / "mm.pth")
+    done = operated_base(recipe(Edit(at="stage:3 last", block="se"), base="test_convnext"), tmp_path / "mm.pth")
+    assert torch.equal(done.model(images(64)), model(images(64)))
+
+
+def test_a_delta_takes_the_same_and_knows_the_same_weights(base: nn.Module, weights: Path, tmp_path: Path) -> None:
+    """The digest is of weights and not of files: any layout of the base's weights puts the delta together."""
+    torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
+    torch.save({"mine": under("net.")(base)}, tmp_path / "own.pth")
+    _, saved = apply_as_delta(recipe(), tmp_path / "last.ckpt", tmp_path / "delta")
+    assert saved.base_digest == digest(read_state_dict(weights))
+    for index, (file, layout) in enumerate(
+        [(weights, Layout()), (tmp_path / "last.ckpt", Layout()), (tmp_path / "own.pth", Layout("mine", "net."))]
+    ):
+        assert merge_delta(tmp_path / "delta", file, tmp_path / f"whole{index}", layout) == saved.digest
+    assert torch.equal(built(tmp_path / "whole2")(images(64)), base(images(64)))
+    commands = [
+        ["delta", tmp_path / "whole0", "-b", tmp_path / "own.pth", "-o", tmp_path / "d2"],
+        ["merge", tmp_path / "delta", "-b", tmp_path / "own.pth", "-o", tmp_path / "w2"],
+    ]
+    for command in commands:
+        by_hand = [str(part) for part in [*command, "--key", "mine", "--prefix", "net."]]
+        assert CliRunner().invoke(build_app(), by_hand).exit_code == 0
+
+
+# ---- what lies beside the tensors
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_numpy_and_other_harmless_things_are_read(legacy: bool, tensors: Tensors, tmp_path: Path) -> None:
+    """A numpy scalar beside the weights was "pickled code"; so were states of random generators, and paths."""
+    content = {
+        "state_dict": tensors,
+        "best_acc": np.float64(0.5),
+        "losses": [np.float32(1.0), np.int64(3), np.bool_(True)],
+        "rng": np.random.RandomState(0).get_state(),
+        "hyper_parameters": {"data_dir": Path("/data")},
+    }
+    torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=not legacy)
+    assert same(read_state_dict(tmp_path / "last.ckpt"), tensors)
+    assert read(tmp_path / "last.ckpt").key == "state_dict"
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return np.load, ("/nowhere",)
+
+
+def test_other_functions_of_numpy_are_still_code(tensors: Tensors, tmp_path: Path) -> None:
+    torch.save({"state_dict": tensors, "evil": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match=r"holds pickled code \(numpy\.load\)"):
+        read_state_dict(tmp_path / "evil.pth")
+    torch.save({"state_dict": tensors, "counts": defaultdict(list)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"holds pickled code \(collections\.defaultdict\)"):
+        read_state_dict(tmp_path / "other.pth")
+
+
+def test_weights_that_are_no_numbers_are_named(tensors: Tensors, tmp_path: Path) -> None:
+    """It said that outputs differ by nan."""
+    broken = {key: value.clone() for key, value in tensors.items()}
+    for key in ("fc.weight", "layer1.0.bn1.running_var"):
+        broken[key].flatten()[0] = float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"NaN in 2 of \d+ tensors \(layer1\.0\.bn1\.running_var, fc\.weight\)"):
+        apply(recipe(), tmp_path / "nan.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- a base that is surgical itself
+
+
+def test_a_recipe_on_a_surgical_name_builds_in_a_new_process(tmp_path: Path) -> None:
+    """`base: test_resnet_se` was written with exit code 0, and was an unknown name to every other process."""
+    trained = move_gates(timm.create_model("test_resnet_se", num_classes=5).eval())
+    torch.save(trained.state_dict(), tmp_path / "se.pth")
+    report = apply(recipe(ECA, base="test_resnet_se"), tmp_path / "se.pth", tmp_path / "out")
+    assert report.max_abs_diff == 0
+    output, weights = in_a_new_process(tmp_path / "out")
+    assert torch.equal(output, trained(images(64)))
+    assert all(torch.equal(weights[key], value) for key, value in trained.state_dict().items())
+    assert len(weights) > len(trained.state_dict())
+    written = load(tmp_path / "out" / "recipe.yaml")
+    assert (written.base, [edit.block for edit in written.edits]) == ("test_resnet", ["se", "timm:eca"])
+
+
+def test_so_does_one_on_the_bases_own_weights(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+    apply(recipe(ECA, base="test_resnet_se"), weights, tmp_path / "out")
+    assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
+
+
+def test_names_that_only_this_process_knows_are_written_out(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+    """Not listed: a recipe on a registered name, two levels deep."""
+    registry.register(recipe(SE, name="mine_with_se"))
+    registry.register(recipe(ECA, base="mine_with_se", name="mine_with_both"))
+    last = Edit(at="layer3.0", block="non_local")
+    apply(recipe(last, base="mine_with_both"), weights, tmp_path / "out")
+    output, _ = in_a_new_process(tmp_path / "out")
+    assert torch.equal(output, base(images(64)))
+    assert [edit.block for edit in load(tmp_path / "out" / "recipe.yaml").edits] == ["se", "timm:eca", "non_local"]
+    model = timm.create_model("mine_with_both", num_classes=10)  # which had no place to operate
+    assert len(grafted_blocks(model)) == 5
+
+
+def test_directories_of_before_that_name_a_surgical_base_build_too(base: nn.Module, tmp_path: Path) -> None:
+    made = recipe(ECA, base="test_resnet_se").as_dict()
+    model = timm.create_model("surgery", base="test_resnet_se", recipe=made, num_classes=10).eval()
+    write_directory(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"]["base"] == "test_resnet"
+    config["model_args"] |= {"base": "test_resnet_se", "recipe": made, "num_classes": 10}  # as it was written
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    output, _ = in_a_new_process(tmp_path / "out")
+    assert torch.equal(output, model(images(64)))
+
+
+def test_a_recipe_that_is_its_own_base_is_refused() -> None:
+    registry.register(recipe(SE, base="round_about_se", name="round_about"))
+    with pytest.raises(RecipeError, match="has itself as its base"):
+        registry.flattened(recipe(SE, base="round_about"))
+
+
+def test_limits_of_two_recipes_are_added_up() -> None:
+    registry.register(recipe(SE, name="limited").model_copy(update={"max_attention_mb": 3}))
+    made = recipe(ECA, base="limited").model_copy(update={"max_attention_mb": 4})
+    assert registry.flattened(made).max_attention_mb == 7
+    assert registry.flattened(recipe(ECA, base="limited")).max_attention_mb == 3
+
+
+# ---- on top of a surgical directory
+
+
+@pytest.fixture
+def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A directory that apply wrote, trained since."""
+    apply(recipe(), weights, tmp_path / "first")
+    model = move_gates(built(tmp_path / "first"))
+    (tmp_path / "first" / "model.safetensors").unlink()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "first" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "first", model
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["the new edit alone", "old and new edits"])
+def test_apply_goes_on_from_a_directory_that_it_wrote(
+    both: bool, surgical: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    """Its blocks keep their weights; it was refused, for names that the plain base does not have."""
+    directory, model = surgical
+    edits = (SE, ECA) if both else (ECA,)
+    done = operated_base(recipe(*edits), directory)
+    assert done.report.max_abs_diff == 0
+    assert done.told == ("of a surgical model; 4 blocks stay as they were (layer1.0.se, layer2.0.se, layer3.0.se, ...)")
+    apply(recipe(*edits), directory, tmp_path / "second")
+    output, weights = in_a_new_process(tmp_path / "second")
+    assert torch.equal(output, model(images(64)))
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert len(grafted_blocks(built(tmp_path / "second"))) == 5
+    assert load(tmp_path / "second" / "recipe.yaml").edits == [SE, ECA]
+
+
+def test_a_delta_on_top_of_a_directory_holds_the_new_block_alone(
+    surgical: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    directory, model = surgical
+    _, saved = apply_as_delta(recipe(ECA), directory, tmp_path / "delta")
+    assert saved.changed == ()
+    assert all(".attn." in key for key in saved.added)
+    merge_delta(tmp_path / "delta", directory, tmp_path / "whole")
+    assert torch.equal(built(tmp_path / "whole")(images(64)), model(images(64)))
+
+
+def test_what_was_saved_by_a_surgical_name_goes_on_too(tmp_path: Path) -> None:
+    """Not listed: save_for_hf of `test_resnet_se`, whose config.json has a name and no recipe."""
+    model = move_gates(timm.create_model("test_resnet_se", num_classes=3).eval())
+    save_for_hf(model, tmp_path / "named", safe_serialization=True)
+    for made in (recipe(ECA), recipe(ECA, base="test_resnet_se")):
+        done = operated_base(made, tmp_path / "named")
+        assert torch.equal(done.model(images(64)), model(images(64)))
+        assert done.recipe.base == "test_resnet"
+        assert [edit.block for edit in done.recipe.edits] == ["se", "timm:eca"]
+
+
+def test_a_directory_of_another_base_or_with_all_of_the_edits_is_refused(surgical: tuple[Path, nn.Module]) -> None:
+    directory, _ = surgical
+    with pytest.raises(UsageError, match=r"the recipe is for test_vit, and the model in .* is test_resnet with blocks"):
+        operated_base(recipe(base="test_vit"), directory)
+    with pytest.raises(UsageError, match="has had every edit of the recipe already"):
+        operated_base(recipe(), directory)
+    with pytest.raises(CheckpointError, match=r"They hold attention blocks \(layer1\.0\.se.* give the directory"):
+        operated_base(recipe(ECA), directory / "model.safetensors")
+
+
+# ---- built from what was written
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_what_is_written_is_what_a_new_process_builds(start: Any, weights: Path, tmp_path: Path) -> None:
+    apply(recipe(SE, Edit(at="layer3.0", block="non_local")), weights, tmp_path / "out", start=start)
+    output, found = in_a_new_process(tmp_path / "out")
+    assert torch.equal(output, built(tmp_path / "out")(images(64)))
+    assert same(found, dict(built(tmp_path / "out").state_dict()))
+
+
+def test_a_model_that_was_changed_by_other_means_is_not_written(base: nn.Module, tmp_path: Path) -> None:
+    """timm would build something else from it; each of these was written, and found out when it was loaded."""
+    layer = attnsurgery.operate(copy.deepcopy(base), recipe().as_dict())
+    layer.fc = nn.Sequential(nn.Linear(96, 10), nn.Linear(10, 10))
+    with pytest.raises(CheckpointError, match=r"out was not written: a new process could not build .*fc\.0"):
+        write_directory(layer, tmp_path / "out")
+    activation = attnsurgery.operate(copy.deepcopy(base), recipe().as_dict())
+    activation.layer1[0].act2 = nn.Hardtanh()
+    with pytest.raises(CheckpointError, match="built from it, the model is another one: its outputs differ"):
+        write_directory(activation, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_says_something_else_is_not_written(base: nn.Module, tmp_path: Path) -> None:
+    model = attnsurgery.operate(copy.deepcopy(base), recipe(Edit(at="layer3.0", block="non_local")).as_dict())
+    other = recipe(Edit(at="layer3.0", block="non_local", options={"mode": "dot_product"}))
+    with pytest.raises(CheckpointError, match="its blocks have other options, or stand at other places"):
+        write_directory(model, tmp_path / "out", model_args={"recipe": other.as_dict()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_directory_is_told_from_its_model(base: nn.Module, tmp_path: Path) -> None:
+    write_directory(base, tmp_path / "out")
+    prove_directory(tmp_path / "out", base)
+    moved = copy.deepcopy(base)
+    moved.fc.weight.data += 1
+    with pytest.raises(CheckpointError, match=r"fc\.weight has other numbers"):
+        prove_directory(tmp_path / "out", moved)
+
+
+@pytest.mark.parametrize("command", ["apply", "delta", "merge", "stock"])
+def test_nothing_is_left_where_the_check_fails(
+    command: str, weights: Path, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_as_delta(recipe(), weights, tmp_path / "delta")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(attnsurgery.checkpoint, "_difference", lambda model, again: "it is odd")
+    new = tmp_path / "new"
+    writers: dict[str, Callable[[], Any]] = {
+        "apply": lambda: apply(recipe(), weights, new),
+        "delta": lambda: save_delta(base, weights, new),
+        "merge": lambda: merge_delta(tmp_path / "delta", weights, new),
+        "stock": lambda: write_directory(base, new, architecture="test_resnet"),
+    }
+    with pytest.raises(CheckpointError, match=r"new was not written: .*: it is odd\."):
+        writers[command]()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_check_neither_draws_random_numbers_nor_changes_the_model(base: nn.Module, tmp_path: Path) -> None:
+    """A search that writes its winner goes on with the same numbers."""
+    model = copy.deepcopy(base).train()
+    before = copy.deepcopy(dict(model.state_dict()))
+    torch.manual_seed(3)
+    write_directory(model, tmp_path / "out")
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(3))
+    assert model.training
+    assert same(dict(model.state_dict()), before)
+
+
+def test_half_precision_and_other_memory_formats_are_compared_too(base: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(base).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    write_directory(model, tmp_path / "out")
+    assert torch.equal(built(tmp_path / "out").fc.weight, model.fc.weight.float())
+
+
+# ---- what config.json says
+
+
+def as_transformers_builds(directory: Path) -> nn.Module:
+    """TimmWrapperForImageClassification: the number of classes from the top, and model_args beside it."""
+    config = json.loads((directory / "config.json").read_text())
+    labels = config.pop("num_classes")
+    return timm.create_model(config["architecture"], pretrained=False, num_classes=labels, **config["model_args"])
+
+
+def test_the_number_of_classes_stands_in_one_place(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+    """It stood in model_args too, and transformers gave it twice: "multiple values for keyword argument"."""
+    apply(recipe(), weights, tmp_path / "out")
+    model = as_transformers_builds(tmp_path / "out").eval()
+    model.load_state_dict(read_state_dict(tmp_path / "out"))
+    assert torch.equal(model(images(64)), base(images(64)))
+    trained = move_gates(built(tmp_path / "out"))
+    trained.reset_classifier(4)
+    write_directory(trained, tmp_path / "again")
+    save_delta(trained, weights, tmp_path / "delta")
+    for directory in (tmp_path / "again", tmp_path / "delta"):
+        assert "num_classes" not in json.loads((directory / "config.json").read_text())["model_args"]
+    assert built(tmp_path / "again").num_classes == 4
+
+
+def test_directories_of_before_with_the_classes_in_both_places_load(weights: Path, tmp_path: Path) -> None:
+    apply(recipe(), weights, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["model_args"]["num_classes"] = 10
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert built(tmp_path / "out").num_classes == 10
+
+
+def test_a_first_convolution_of_other_channels_is_written_down(tmp_path: Path) -> None:
+    """A model whose first convolution was replaced did not build from its own directory."""
+    model = build("test_resnet", num_classes=10)
+    first = model.conv1[0]
+    model.conv1[0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1, bias=False)
+    attnsurgery.operate(model, recipe().as_dict(), input_size=(4, 64, 64))
+    write_directory(model, tmp_path / "out")
+    again = built(tmp_path / "out")
+    assert torch.equal(again(images(64, channels=4)), model(images(64, channels=4)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["in_chans"] == 4
+    model.conv1[0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1)
+    with pytest.raises(CheckpointError, match=r"could not build .*conv1\.0\.bias"):
+        write_directory(model, tmp_path / "biased")
+
+
+def test_a_checkpoint_of_four_channels_is_written_down_too(tmp_path: Path) -> None:
+    model = build("test_resnet", num_classes=10, in_chans=4)
+    torch.save(model.state_dict(), tmp_path / "four.pth")
+    apply(recipe(), tmp_path / "four.pth", tmp_path / "out")
+    assert torch.equal(built(tmp_path / "out")(images(64, channels=4)), model(images(64, channels=4)))
+
+
+def test_where_an_error_is_said_to_be_stays_right_on_top_of_a_directory(surgical: tuple[Path, nn.Module]) -> None:
+    text = "version: 1\nname: x\nbase: test_resnet\nedits:\n  - at: layer9.*\n    block: se\n"
+    with pytest.raises(UsageError, match=r"recipe\.yaml:5: edits\[0\]\.at"):
+        operated_base(loads(text, "recipe.yaml"), surgical[0])
