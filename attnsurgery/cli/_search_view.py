@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from attnsurgery.cli._console import print_lines, print_table, stderr
+from attnsurgery.cli._console import building, print_lines, print_table, stderr
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.budget import Budgets
@@ -38,7 +38,7 @@ def view(config: SearchConfig) -> Iterator[Listener]:
     if not console.is_terminal:
         yield PlainView(console)
         return
-    shown = LiveView(config)
+    shown = LiveView(config, console)
     with Live(get_renderable=shown.lines, console=console, refresh_per_second=4, transient=True):
         yield shown
 
@@ -53,8 +53,14 @@ class PlainView(Listener):
     def phase(self, text: str) -> None:
         self._say(text)
 
+    def data(self, words: str, notes: Sequence[str]) -> None:
+        self._say("\n".join(_data_lines(words, notes)))
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        if time.monotonic() - self._said_at > _SILENCE_S:
+            self._say(f"         {split} {done:,} of {total:,}")
+
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
-        self._say(f"data     {data}")
         self._say(f"latency  {conditions}")
         self._say(f"space    {candidates:,} candidates")
         self._say(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
@@ -114,9 +120,10 @@ class _Doing(Listener):
 class LiveView(_Doing):
     """The state of the search in at most ten lines, and one for each of several workers."""
 
-    def __init__(self, config: SearchConfig) -> None:
+    def __init__(self, config: SearchConfig, console: Console) -> None:
         super().__init__("starting")
         self._config = config
+        self._console = console
         self._facts: list[str] = []
         self._base: Record | None = None
         self._records: list[Record] = []
@@ -126,6 +133,10 @@ class LiveView(_Doing):
     def lane(self, worker: int) -> Listener:
         self._lanes.append(_LiveLane(worker))
         return self._lanes[-1]
+
+    def data(self, words: str, notes: Sequence[str]) -> None:
+        for line in _data_lines(words, notes):  # above the live lines, where it stays
+            self._console.print(Text(line))
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
         self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
@@ -214,10 +225,16 @@ def print_outcome(outcome: Outcome) -> None:
 def files_of(outcome: Outcome) -> list[str]:
     """Where everything is, a line each."""
     folder = outcome.folder
-    lines = [f"recipe     {folder / 'best.yaml'}"] if outcome.best else []
-    lines.append(f"report     {folder / 'report.html'}")
+    lines = [f"recipe     {folder / 'best.yaml'}"] if outcome.best and not outcome.unwritten else []
+    if outcome.unwritten:
+        lines.append(
+            f"report     not written: {outcome.unwritten} All trials are safe; attnsurgery report {folder} writes "
+            "report.html, best.yaml and front.csv as soon as that can be."
+        )
+    else:
+        lines.append(f"report     {folder / 'report.html'}")
     if outcome.confirmation and (folder / "best").is_dir():
-        lines.append(f"build it   timm.create_model('local-dir:{folder / 'best'}', pretrained=True)")
+        lines.append(f"build it   {building(folder / 'best')}")
     return lines
 
 
@@ -229,6 +246,14 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
     fit += f"{100 * preview.high:.0f} % of the space"
     if not preview.drawn:
         fit = "fewer fit by parameters and MACs than chance would find; the search makes no others"
+    length = f"{_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation"
+    if preview.none_fits:
+        most = config.most_ms
+        over = f", and the base alone takes {preview.base_ms:.3f} ms" if most and preview.base_ms > most else ""
+        length = (
+            f"none of the {preview.drawn} drawn fits{over}: perhaps no candidate does, and then it ends without a "
+            f"result after {_duration(preview.seconds)}. Raise the budget, or choose a faster MODEL or cheaper blocks"
+        )
     print_lines(
         [
             f"space      {preview.space}: {preview.candidates:,} candidates, {preview.places} places{limit}",
@@ -238,7 +263,7 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
             f"           {preview.conditions}",
             f"budget     {preview.budgets}: {fit}",
             f"a trial    {_rungs(preview)}",
-            f"the search {_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation",
+            f"the search {length}",
         ]
     )
 
@@ -270,6 +295,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
         "counts": dict(outcome.counts),
         "candidates": outcome.about.candidates,
         "interrupted": outcome.interrupted,
+        "unwritten": outcome.unwritten,
         "conditions": outcome.about.conditions,
         "versions": dict(outcome.about.versions),
         "config": outcome.config.model_dump(exclude={"storage"}),
@@ -280,8 +306,13 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def _row(name: str, record: Record) -> tuple[str, ...]:
-    scores = _percent(record.final_top1), _loss(record, record.reached)
+    scores = _top1(record, record.reached), _loss(record, record.reached)
     return name, _ms(record.timing), *scores, f"{record.parameters or 0:,}"
+
+
+def _data_lines(words: str, notes: Sequence[str]) -> list[str]:
+    """What the images are, and what is not as one might think."""
+    return [f"data     {words}", *(f"         {note}" for note in notes)]
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -294,7 +325,13 @@ def _ms(timing: Timing | None) -> str:
 
 def _scores(record: Record, rung: int) -> str:
     """Both scores on one rung; '-' where it was never trained."""
-    return f"{_percent(record.top1_on(rung))}  loss {_loss(record, rung)}" if record.top1 is not None else "-"
+    return f"{_top1(record, rung)}  loss {_loss(record, rung)}" if record.top1 is not None else "-"
+
+
+def _top1(record: Record, rung: int) -> str:
+    """Top-1, and beside it balanced accuracy where classes are of very different sizes."""
+    balanced = record.balanced_on(rung)
+    return _percent(record.top1_on(rung)) + ("" if balanced is None else f" (balanced {_percent(balanced)})")
 
 
 def _loss(record: Record, rung: int) -> str:

@@ -2,8 +2,10 @@
 
 The best of many is the luckiest of many too, in its latency as in its accuracy. So the few best are measured again, and
 one whose interval is not wholly within the budget leaves its place to the next; they are trained again, from seeds that
-the search did not use; and the best of them on the validation images, all seeds together, is the winner. The test
-images see it alone.
+the search did not use; and the best of them on the validation images, all seeds together, is the winner. That choice
+favours lucky trainings once more. So the winner and the base are then trained from seeds that nothing was chosen by,
+and only these trainings see the test images. Where there is one finalist there is nothing to choose, and it is trained
+from these last seeds alone.
 
 Both chance of images and chance of training are counted (`attnsurgery.search.numbers.gain_of`): the same model trained
 again may do half a point better, and a test of images alone would call that progress. With one seed nothing is known of
@@ -13,7 +15,9 @@ other trainings, and the verdict is one on images.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +29,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from attnsurgery.base import load_weights
+from attnsurgery.base import for_images, load_weights
 from attnsurgery.checkpoint import write_directory
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import accuracy
@@ -34,10 +38,11 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
 from attnsurgery.search.budget import Budgets
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.files import write_weights
+from attnsurgery.search.files import packed
 from attnsurgery.search.numbers import gain_of, pooled
-from attnsurgery.search.prepare import Bench
+from attnsurgery.search.prepare import Bench, hash_of
 from attnsurgery.search.record import RankBy, Record, Timing
+from attnsurgery.search.run_directory import replace_own, write_own
 from attnsurgery.search.trial import build, seed_of
 from attnsurgery.search.watching import Watching
 from attnsurgery.weights import read_state_dict
@@ -101,6 +106,12 @@ class Confirmation:
     finalists: tuple[Finalist, ...] = ()
     """Among whom the winner was chosen, the best of the search first."""
     rank_by: RankBy = "top1"
+    anew: bool = False
+    """The trainings that were tested are none of those that the winner was chosen by. False of verdicts from before
+    that was so."""
+    balanced: tuple[float, float] | None = None
+    """Of base and winner: the mean over the classes of their shares of right test images, and over the seeds; None
+    where classes are of similar sizes."""
     looks: int = field(default=1, compare=False)
     """How often this search has looked at the test images by now: each look after the first is a chance more."""
 
@@ -117,7 +128,20 @@ class Confirmation:
             "worse": "The winner is WORSE than the base on images that the search never saw",
             "no significant difference": "No significant difference on images that the search never saw",
         }
-        return f"{words[self.verdict]}: {numbers}."
+        again = (
+            f" This is look {self.looks} of this search at the test images, and each look is a chance more to find a "
+            "difference: one of its own would need other images."
+            if self.looks > 1
+            else ""
+        )
+        return f"{words[self.verdict]}: {numbers}.{self._by_class()}{again}"
+
+    def _by_class(self) -> str:
+        """Balanced accuracy, where top-1 is mostly that of the largest class."""
+        if self.balanced is None:
+            return ""
+        base, winner = self.balanced
+        return f" With all classes counted alike, {100 * winner:.2f} % against {100 * base:.2f} %."
 
     def choice(self) -> str:
         """How the winner came out of the finalists; nothing where there was only one."""
@@ -132,7 +156,9 @@ class Confirmation:
         count = sum(not one.failed for one in self.finalists)
         who = f"the {count} best" if count > 1 else "the best"
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
-        return f"{who}, trained again from {seeds}, on validation images: {means}{f'; left out: {out}' if out else ''}"
+        left_out = f"; left out: {out}" if out else ""
+        anew = "; trained once more for the verdict, from fresh seeds" if self.anew and count > 1 else ""
+        return f"{who}, trained again from {seeds}, on validation images: {means}{left_out}{anew}"
 
     def answers(self, order: Sequence[Record], wanted: int | None = None, seeds: int | None = None) -> bool:
         """True if these would be confirmed in this order, and as many, from as many seeds, as are wanted."""
@@ -157,7 +183,8 @@ class Confirmation:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
         finalists = tuple(Finalist(**{**one, "top1s": tuple(one["top1s"])}) for one in data.get("finalists", ()))
-        return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists})
+        balanced = None if data.get("balanced") is None else tuple(data["balanced"])
+        return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists, "balanced": balanced})
 
 
 class Work(Protocol):
@@ -169,10 +196,11 @@ class Work(Protocol):
 def confirm(
     config: SearchConfig, budgets: Budgets, order: Sequence[Record], reference: Latency, work: Work
 ) -> Confirmation:
-    """Train finalists and base, choose the winner on the validation split, hold it beside the base on the test split.
+    """Train finalists, choose the winner on the validation split, hold it beside the base on the test split.
 
-    It is measured again, and as trained from the first seed saved as a timm directory. A finalist whose training
-    diverges is left out, and its reason kept.
+    Winner and base are trained for that from seeds that no finalist was chosen by. The winner is measured again, and as
+    trained from the first of these seeds saved as a timm directory. A finalist whose training diverges is left out, and
+    its reason kept.
 
     Args:
         order: all that may be the winner, the best first.
@@ -182,30 +210,63 @@ def confirm(
         StopAsked: the user asked for an end.
         SearchError: the base, or every finalist, cannot be trained.
     """
-    seeds, measured = range(config.confirm_seeds), {"reference": asdict(reference)}
-    ranked: list[tuple[Finalist, Record]] = []
+    measured = {"reference": asdict(reference)}
     kept = _within_budget(config, budgets, order, measured, work)
+    finalists = _trained_to_choose(config, kept, work)
+    records = {record.digest: record for record, _ in kept}
+    for best in sorted(finalists, key=lambda one: one.rank(config.rank_by), reverse=True):
+        if best.failed:
+            continue
+        winner = records[best.digest]
+        asked = [_trainings(record, config) for record in (winner, None)]
+        scores = work("final training", *itertools.chain(*asked))
+        mine, of_base = scores[: len(asked[0])], scores[len(asked[0]) :]
+        if failed := _failed(of_base):
+            raise SearchError(failed)
+        if not _failed(mine):
+            break
+        finalists = [replace(one, failed=_failed(mine)) if one == best else one for one in finalists]
+    else:
+        failed = next((one.failed for one in finalists if not one.slow), "none keeps to its budget.")
+        raise SearchError(f"no finalist could be trained again: {failed}")
+    if not best.top1s:
+        finalists = [_scored(one, mine) if one == best else one for one in finalists]
+    (verdict,) = work("verdict", {"record": winner.as_dict(), **measured})
+    found = Confirmation.from_dict(verdict)
+    return replace(found, finalists=tuple(finalists), rank_by=config.rank_by, anew=True)
+
+
+def _trained_to_choose(config: SearchConfig, kept: Sequence[tuple[Record, str]], work: Work) -> list[Finalist]:
+    """The finalists in their order, with the scores that one of them is chosen by; without, where there is one."""
     asked = [record for record, slow in kept if not slow]
-    trainings = [{"record": record.as_dict(), "index": index} for record in asked for index in seeds]
-    found = iter(work("training", *trainings, *({"record": None, "index": index} for index in seeds)))
+    trainings = [_trainings(record, config) for record in asked] if len(asked) > 1 else []
+    found = iter(work("training", *itertools.chain(*trainings)))
+    finalists = []
     for record, slow in kept:
         one = Finalist(record.number, record.digest or "", (), None)
         if slow:
-            ranked.append((replace(one, failed=slow, slow=True), record))
+            finalists.append(replace(one, failed=slow, slow=True))
             continue
-        scores = list(islice(found, len(seeds)))
-        if failed := next((score["failed"] for score in scores if "failed" in score), None):
-            ranked.append((replace(one, failed=failed), record))
-            continue
-        one = replace(one, top1s=tuple(s["top1"] for s in scores), loss=fmean(s["loss"] for s in scores))
-        ranked.append((one, record))
-    if base_failed := next((score["failed"] for score in found if "failed" in score), None):
-        raise SearchError(base_failed)
-    finalist, winner = max(ranked, key=lambda entry: entry[0].rank(config.rank_by))
-    if finalist.failed:
-        raise SearchError(f"no finalist could be trained again: {finalist.failed}")
-    (verdict,) = work("verdict", {"record": winner.as_dict(), **measured})
-    return replace(Confirmation.from_dict(verdict), finalists=tuple(one for one, _ in ranked), rank_by=config.rank_by)
+        scores = list(islice(found, config.confirm_seeds))
+        failed = _failed(scores)
+        finalists.append(replace(one, failed=failed) if failed else _scored(one, scores) if scores else one)
+    return finalists
+
+
+def _trainings(record: Record | None, config: SearchConfig) -> list[dict[str, Any]]:
+    """Of a candidate, or of the base, from each of as many seeds: what a job is given."""
+    given = record.as_dict() if record else None
+    return [{"record": given, "index": index} for index in range(config.confirm_seeds)]
+
+
+def _failed(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Why the first training failed that did; '' if none did."""
+    return next((score["failed"] for score in scores if "failed" in score), "")
+
+
+def _scored(finalist: Finalist, scores: Sequence[Mapping[str, Any]]) -> Finalist:
+    top1s, loss = tuple(score["top1"] for score in scores), fmean(score["loss"] for score in scores)
+    return replace(finalist, top1s=top1s, loss=loss)
 
 
 def _within_budget(
@@ -258,28 +319,39 @@ def measured_again(bench: Bench, record: Record, reference: Latency, watch: Watc
     return timing
 
 
-def trained_again(bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching) -> dict[str, Any]:
-    """Train a finalist, or the base, from one of the seeds of the confirmation; its weights go to the run directory.
+def trained_again(
+    bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching, *, final: bool
+) -> dict[str, Any]:
+    """Train a finalist, or the base, from one of the seeds of the confirmation.
+
+    Args:
+        final: from a seed that nothing is chosen by; the weights go to the run directory, for the verdict.
 
     Returns:
-        "top1" and "loss" on the validation split, or why it "failed".
+        "top1" and "loss" on the validation split, and of a final training the hash of its "weights"; or why it
+        "failed".
     """
-    who = "the base" if record is None else f"trial {record['number']}"
+    who = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
     watch.listener.phase(f"confirming: {who}, seed {index + 1} of {bench.config.confirm_seeds}")
     model = _begun(bench, record)
     try:
-        score = bench.judge.score(model, seed_of(bench.config.seed, "confirm", index), watch=watch)
+        score = bench.judge.score(
+            model, seed_of(bench.config.seed, "verdict" if final else "confirm", index), watch=watch
+        )
     except SearchError as error:
         return {"failed": str(error)}
-    path = weights_of(Path(bench.config.output), record, index)
-    path.parent.mkdir(exist_ok=True)
-    write_weights(path, model)
-    return {"top1": score.top1, "loss": score.loss}
+    found = {"top1": score.top1, "loss": score.loss}
+    if not final:
+        return found
+    folder, name = Path(bench.config.output), weights_of(record, index)
+    (folder / CONFIRMING).mkdir(exist_ok=True)
+    write_own(folder, name, packed(model))
+    return {**found, "weights": hash_of(folder / name)}
 
 
-def weights_of(folder: Path, record: Mapping[str, Any] | None, index: int) -> Path:
-    """Where the weights lie that a finalist, or the base, has come to from one of the seeds."""
-    return folder / CONFIRMING / f"{'base' if record is None else record['digest'][:16]}-{index}.safetensors"
+def weights_of(record: Mapping[str, Any] | None, index: int) -> str:
+    """Where in the run directory the weights lie that the winner, or the base, has come to from one of the seeds."""
+    return f"{CONFIRMING}/{'base' if record is None else record['digest'][:16]}-{index}.safetensors"
 
 
 def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
@@ -294,7 +366,7 @@ def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) ->
         for index in range(bench.config.confirm_seeds):
             watch.step()
             model = _begun(bench, None if base else winner)
-            path = weights_of(folder, None if base else winner, index)
+            path = folder / weights_of(None if base else winner, index)
             load_weights(model, read_state_dict(path), str(path))
             rights.setdefault(base, []).append(accuracy(model, bench.data.test, bench.judge.settings, watch=watch)[2])
             if not base and index == 0:
@@ -302,8 +374,17 @@ def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) ->
     watch.listener.phase("confirming: measuring the winner again")
     with bench.backend.carefully():
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
-    save(bench, best, recipe, folder / BEST)
-    return judge(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
+    if kept := save(bench, best, recipe, folder):
+        watch.listener.phase(f"{BEST} holds what the search has not written, and is kept as {kept}")
+    found = judge(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
+    return replace(found, balanced=_balanced(bench, rights))
+
+
+def _balanced(bench: Bench, rights: Mapping[bool, Sequence[torch.Tensor]]) -> tuple[float, float] | None:
+    """Of base and winner, from which test images each got right, by whether it is the base."""
+    base, winner = ([bench.data.balanced(bench.data.test, one) for one in rights[side]] for side in (True, False))
+    means = [fmean(share for share in side if share is not None) for side in (base, winner) if None not in side]
+    return (means[0], means[1]) if len(means) == 2 else None
 
 
 def _begun(bench: Bench, record: Mapping[str, Any] | None) -> nn.Module:
@@ -334,23 +415,31 @@ def judge(
     )
 
 
-def save(bench: Bench, model: nn.Module, recipe: Recipe, path: Path) -> None:
-    """A timm directory that `timm.create_model("local-dir:PATH", pretrained=True)` rebuilds; replaces an older one.
+def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
+    """`best` of a run directory, a timm directory that `timm.create_model("local-dir:...", pretrained=True)` rebuilds.
+
+    Returns:
+        The new name of an older one with something in it that the search has not written; '' where there was none, or
+        it was the search's alone, and is replaced.
 
     Raises:
-        CheckpointError: it cannot be written; an older one is still there.
+        CheckpointError, SearchError: it cannot be written; an older one is still there.
     """
-    beside = path.with_name(".best.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder / f".{BEST}.{secrets.token_hex(4)}.new"
     arguments = {
         "base": recipe.base,
         "recipe": recipe.as_dict(),
         "num_classes": bench.data.num_classes,
+        "in_chans": bench.anatomy.input_size[0],
+        **for_images(bench.config.base, bench.anatomy.input_size[1:]),
     }
     texts = {"recipe.yaml": dumps(recipe)}
     size, classes = bench.anatomy.input_size, bench.data.num_classes
     config = {**getattr(model, "pretrained_cfg", {}), "input_size": size, "num_classes": classes}
+    config["label_names"] = list(bench.data.classes)
     model.pretrained_cfg = config  # type: ignore[assignment]
     write_directory(model.cpu(), beside, architecture="surgery", model_args=arguments, texts=texts)
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
+    try:
+        return replace_own(folder, BEST, beside)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # it is there still where it could not be put in its place

@@ -60,7 +60,7 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Data:
 
 
 def _weights(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return {"weights": starting_weights(bench, watch)}
+    return {"weights": starting_weights(bench, watch), "fresh": bench.fresh, "head": bench.head}
 
 
 def _base_latency(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
@@ -87,7 +87,11 @@ def _timing(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
 
 
 def _training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return confirm.trained_again(bench, given["record"], given["index"], watch)
+    return confirm.trained_again(bench, given["record"], given["index"], watch, final=False)
+
+
+def _final_training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
+    return confirm.trained_again(bench, given["record"], given["index"], watch, final=True)
 
 
 def _verdict(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
@@ -103,7 +107,9 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Data]] = {
     "promotion": _promotion,
     "timing": _timing,
     "training": _training,
+    "final training": _final_training,
     "verdict": _verdict,
 }
 """By name: make the starting weights; measure the base; score it on every rung; build, measure and train a candidate;
-train it on the next rung; measure a finalist again; train one, or the base, from one more seed; the last word."""
+train it on the next rung; measure a finalist again; train one from one more seed; train the winner, or the base, from a
+fresh one; the last word."""

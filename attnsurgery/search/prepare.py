@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +16,9 @@ import torch
 from torch import nn
 
 from attnsurgery import __version__
-from attnsurgery.base import build_base, check_base, load_weights, weightless
-from attnsurgery.errors import UsageError
+from attnsurgery.base import build_base, check_base, for_images, load_weights, trained_sizes, weightless
+from attnsurgery.difference import digest
+from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import (
     EVALUATORS,
     Data,
@@ -28,27 +31,34 @@ from attnsurgery.evaluate import (
     native_size,
     train,
 )
+from attnsurgery.evaluate.contents import kept_in
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, Latency, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Picks, Places
+from attnsurgery.search.begin import can_reorder, check_head, label_names, other_classes, plain, reordered
 from attnsurgery.search.budget import Budgets, Costs
 from attnsurgery.search.calibrate import Shelf, base_key
-from attnsurgery.search.config import VERSIONS, SearchConfig
-from attnsurgery.search.files import write_weights
+from attnsurgery.search.config import VERSIONS, WEIGHTS_GIVEN, SearchConfig
+from attnsurgery.search.files import packed
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.quiet import alone_on_device
+from attnsurgery.search.run_directory import write_own
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
 from attnsurgery.search.scorers import Alone, Candidate, Scorer, Shared
 from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.supernet import Supernet
 from attnsurgery.search.watching import Watching
-from attnsurgery.weights import read_state_dict
+from attnsurgery.weights import StateDict, read_state_dict
 
 Fresh = Literal["all", "head", "nothing"]
 WEIGHTS = "base.safetensors"
 """What all trials of a run directory begin from."""
+SUPERNET_WEIGHTS = "supernet.safetensors"
+"""There, what a supernet was trained to."""
+IMAGES = ".images.json"
+"""There, the digests of image files: those that have not changed since are not read again."""
 
 _TOLERANCE = 0.005
 _DEFAULT_SIZE = 48
@@ -79,6 +89,12 @@ class Bench:
     """Latencies that this machine has measured before."""
     fresh: Fresh
     """What of the base has to be trained before the search begins."""
+    head: str = ""
+    """What became of a classifier that came with weights, and whose classes have no names."""
+    given: str | None = None
+    """Digest of the weights that the base came with, from a file or published; None where it came without."""
+    digests: dict[str, list[Any]] = field(default_factory=dict)
+    """Of the image files, as `attnsurgery.evaluate.contents` keeps them."""
     weights: str = ""
     """Hash of the starting weights."""
 
@@ -111,11 +127,23 @@ class Bench:
         """What stands behind the names of the configuration."""
         return {
             "images": self.data.fingerprint,
+            WEIGHTS_GIVEN: self.given,
             "weights": self.weights,
             "choices": self.space.as_dict(),
             "conditions": asdict(self.backend.conditions),
-            VERSIONS: self.backend.versions() | {"attnsurgery": __version__, "timm": timm.__version__},
+            VERSIONS: self.versions(),
         }
+
+    def versions(self) -> dict[str, str]:
+        """Of software and machine, for the latency and for the training."""
+        return self.backend.versions() | {"attnsurgery": __version__, "timm": timm.__version__}
+
+
+def keep_digests(bench: Bench, folder: Path) -> None:
+    """Keep in the run directory what was found of image files; where that cannot be, they are read again."""
+    if bench.digests and bench.digests != kept_in(folder / IMAGES):
+        with suppress(SearchError):
+            write_own(folder, IMAGES, json.dumps(bench.digests))
 
 
 def pick_device(asked: str) -> str:
@@ -156,12 +184,18 @@ def prepare(
 
 
 def assemble(
-    config: SearchConfig, listener: Listener, backend: LatencyBackend | None = None, *, decode: bool = True
+    config: SearchConfig,
+    listener: Listener,
+    backend: LatencyBackend | None = None,
+    *,
+    decode: bool = True,
+    check: bool = True,
 ) -> Bench:
     """Load and build everything but the weights of a base that comes without; nothing is written.
 
     Args:
         decode: False leaves images alone until they are needed, if ever.
+        check: open all images once and say what is to be said of them; False where the search itself has done that.
 
     Raises:
         UnknownNameError: no such base, space, sampler, evaluator or backend; nothing was read yet.
@@ -172,16 +206,33 @@ def assemble(
     """
     if config.pretrained and config.checkpoint:
         raise UsageError("--pretrained and --checkpoint both say where the base's weights come from; give one.")
+    named = plain(config.base, config.checkpoint)
+    config = config.model_copy(update={"base": named.base, "checkpoint": named.checkpoint})
     check_base(config.base, "MODEL")
     space_file = load(config.space)
-    size = _input_size(config)
+    weights = read_state_dict(config.checkpoint) if config.checkpoint else None
+    size = _input_size(config, weights)
+    sized = for_images(config.base, size[1:])
     backend = backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # whatever the configuration names exists, before images are read and bases trained
     listener.phase(f"reading {config.data or 'the embedded digits'}")
     twin = weightless(config.base)
     fitted = Preprocessing.of(twin, size)
-    data = load_data(config.data, fitted, config.seed, on_load=listener.loading, decode=decode)
+    data = load_data(
+        config.data,
+        fitted,
+        config.seed,
+        augment=config.augment,
+        group_by=config.group_by,
+        on_load=listener.loading,
+        decode=decode,
+        check=check,
+        known=(digests := kept_in(Path(config.output) / IMAGES)),
+    )
+    config = config.model_copy(update={"augment": data.augment})
+    if check:
+        listener.data(data.describe(), data.notes)
     settings = TrainSettings(
         epochs=config.epochs,
         batch_size=config.train_batch_size,
@@ -191,7 +242,7 @@ def assemble(
         channels_last=config.channels_last,
         tf32=config.tf32,
     )
-    base, fresh = _untrained(config, data.num_classes)
+    base, fresh, given = _untrained(config, data.classes, weights, sized, listener if check else Listener())
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)
@@ -203,7 +254,9 @@ def assemble(
     places = replace(space.places, budgets=costs.budgets(budgets))
     shelf = Shelf(backend, base_key(base, config.base))
     scorers = (*rungs, Alone(evaluator))
-    return Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
+    made = Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
+    made.given, made.digests = given, digests
+    return made
 
 
 def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
@@ -238,13 +291,15 @@ def _scorer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         supernet = Supernet(base, space, anatomy)
-    return Shared(supernet, base, data, settings, Path(config.output) / "supernet.safetensors")
+    return Shared(supernet, base, data, settings, Path(config.output) / SUPERNET_WEIGHTS)
 
 
-def _input_size(config: SearchConfig) -> tuple[int, int, int]:
+def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, int, int]:
     """What was asked for; else the model's own where its weights expect it; else near the images' own size."""
     model = weightless(config.base)
     channels, height, width = Preprocessing.of(model).input_size
+    if weights is not None:
+        channels = trained_sizes(config.base, weights, str(config.checkpoint)).get("in_chans", channels)
     if config.input_size:
         return channels, config.input_size, config.input_size
     fixed = bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
@@ -256,21 +311,46 @@ def _input_size(config: SearchConfig) -> tuple[int, int, int]:
     return channels, min(native, height), min(native, width)
 
 
-def _untrained(config: SearchConfig, classes: int) -> tuple[nn.Module, Fresh]:
-    """The base for that many classes, with the weights it was given, or fresh ones that depend on the seed alone."""
+def _untrained(
+    config: SearchConfig,
+    classes: Sequence[str],
+    weights: StateDict | None,
+    sized: Mapping[str, Any],
+    listener: Listener,
+) -> tuple[nn.Module, Fresh, str | None]:
+    """The base for these classes, with the weights it was given, or fresh ones that depend on the seed alone.
+
+    Args:
+        weights: of the checkpoint, if there is one.
+        sized: arguments of the architecture for the size of the images.
+
+    Returns:
+        The model, what of it is to be trained, and the digest of the weights that it was given.
+    """
     fresh: Fresh = "nothing" if config.pretrained or config.checkpoint else "all"
+    img_size = sized.get("img_size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.checkpoint:
-            model = build_base(config.base, read_state_dict(config.checkpoint), config.checkpoint)
+        if weights is not None:
+            model = build_base(config.base, weights, str(config.checkpoint), img_size)
         elif config.pretrained:
-            model = build_base(config.base)
+            model = build_base(config.base, img_size=img_size)
         else:
-            model = timm.create_model(config.base, num_classes=classes)
-        if getattr(model, "num_classes", classes) != classes:
-            model.reset_classifier(classes)  # type: ignore[operator]
+            model = timm.create_model(config.base, num_classes=len(classes), **sized)
+        given = None if fresh == "all" else digest(model.state_dict()).removeprefix("sha256:")[:16]
+        names = label_names(config.checkpoint, model) if fresh == "nothing" else ()
+        if getattr(model, "num_classes", len(classes)) != len(classes):
+            model.reset_classifier(len(classes))  # type: ignore[operator]
             fresh = "head"
-    return model, fresh
+        elif names and list(names) != list(classes):
+            if sorted(names) == sorted(classes) and can_reorder(model, len(classes)):
+                reordered(model, names, classes)
+                listener.phase("the outputs of the given classifier are put into the order of the images' classes")
+            else:
+                listener.phase(f"{other_classes(names, classes)}: a new one is fitted")
+                model.reset_classifier(len(classes))  # type: ignore[operator]
+                fresh = "head"
+    return model, fresh, given
 
 
 def starting_weights(bench: Bench, watch: Watching) -> str:
@@ -291,12 +371,32 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
         if bench.fresh == "all":
             watch.listener.phase(f"training the base {config.base} {length}")
             train(base, bench.data.train, settings, config.seed, watch)
-        elif bench.fresh == "head":
+        elif bench.fresh == "nothing" and not label_names(config.checkpoint, base):
+            bench.head = _judge_head(bench, watch)
+        if bench.fresh == "head":
             watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
             fit_head(base, bench.data.train, settings, config.seed, watch)
-        write_weights(path, base)
+        write_own(path.parent, path.name, packed(base))
     base.to(config.device).eval()
     return hash_of(path)
+
+
+def _judge_head(bench: Bench, watch: Watching) -> str:
+    """Ask the validation images whether a classifier without names is theirs; if not, another is drawn, to be fitted.
+
+    Returns:
+        What was found, for people.
+    """
+    found = check_head(bench.base, bench.data, bench.evaluator.settings, watch)
+    watch.listener.phase(found.words())
+    if found.fits:
+        return found.words()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(bench.config.seed)
+        bench.base.reset_classifier(bench.data.num_classes)  # type: ignore[operator]
+    bench.base.to(bench.config.device)
+    bench.fresh = "head"
+    return f"{found.words()}; a new one was fitted"
 
 
 def hash_of(path: Path) -> str:

@@ -7,7 +7,6 @@ those of a search that was never stopped: with one worker, or with several in st
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +27,17 @@ from attnsurgery.search.extend import open_store
 from attnsurgery.search.files import locked
 from attnsurgery.search.foretell import Foreteller
 from attnsurgery.search.jobs import Job
+from attnsurgery.search.known import known
 from attnsurgery.search.launch import LAUNCHERS
 from attnsurgery.search.layout import KNOWN, SECONDS
 from attnsurgery.search.left import any_left
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.opening import writing_errors
+from attnsurgery.search.opening import check_url, writing_errors
 from attnsurgery.search.outcome import Outcome
-from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
+from attnsurgery.search.prepare import SUPERNET_WEIGHTS, WEIGHTS, Bench, assemble, hash_of, keep_digests
 from attnsurgery.search.record import Record, contenders, trained
 from attnsurgery.search.reference import base_of
+from attnsurgery.search.run_directory import check_free, mark, remove_own, set_aside
 from attnsurgery.search.rungs import next_promotion, rungs_of, shares
 from attnsurgery.search.store import Asked, Store
 from attnsurgery.search.trial import at_once, outlined
@@ -66,22 +67,30 @@ def run(
 
     Raises:
         NothingFeasibleError: no candidate fits; the report is there.
-        SearchError: the run directory holds another search, or is in use; or the data is no good.
-        UsageError and its kin: the configuration names what does not exist or does not fit.
+        SearchError: the run directory or the study holds another search, or is in use; or the data is no good.
+        UsageError and its kin: the configuration names what does not exist or does not fit; or the run directory holds
+            files and is none.
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
     folder = Path(config.output)
+    check_free(folder)
+    if config.storage:
+        check_url(config.storage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     pulse = _Pulse(stop)
-    with locked(folder), writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
-        bench.weights = _weights(crew, folder / WEIGHTS)
-        store, others = open_store(bench, folder, listener)
-        pulse.beat = store.beat
-        with closing(store):
-            outcome = _Search(bench, crew, store, folder, listener, pulse, command, others).go()
+    with locked(folder):
+        before = known(folder, config.storage)
+        mark(folder)
+        with writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
+            bench.weights = _weights(crew, bench, folder, before, listener)
+            store, others = open_store(bench, folder, listener)
+            keep_digests(bench, folder)
+            pulse.beat = store.beat
+            with closing(store):
+                outcome = _Search(bench, crew, store, folder, listener, pulse, command, others).go()
     outcome.check_feasible()
     return outcome
 
@@ -98,19 +107,46 @@ def _crew(
     if alone:
         crew = Here(bench, listener, stop)
     else:  # only now, for a launcher may hold a cluster until its crew is closed
-        crew = Workers(launcher(config), listener, stop, versions=bench.found()[VERSIONS])
+        crew = Workers(launcher(bench.config), listener, stop, versions=bench.found()[VERSIONS])
     try:
         yield bench, crew
     finally:
         crew.close()
 
 
-def _weights(crew: Crew, path: Path) -> str:
-    """The hash of the starting weights; whoever needs the weights themselves loads them where it is."""
-    if path.exists() and not isinstance(crew, Here):
-        return hash_of(path)
+def _weights(crew: Crew, bench: Bench, folder: Path, before: Mapping[str, Any], listener: Listener) -> str:
+    """The hash of the starting weights; whoever needs the weights themselves loads them where it is.
+
+    Args:
+        before: data of the search as its study had it. Weights that it does not know of are not believed.
+
+    Raises:
+        SearchError: the weights in the run directory are not those that the search was begun with.
+    """
+    path, begun = folder / WEIGHTS, (before.get("config") or {}).get("weights")
+    if begun is None:
+        _put_away(folder, WEIGHTS, listener)
+    if not before.get("base"):
+        _put_away(folder, SUPERNET_WEIGHTS, listener)
+    if path.exists():
+        if (there := hash_of(path)) != begun:
+            raise SearchError(
+                f"{path} does not hold the weights that the search was begun with: their hash was {begun}, and is now "
+                f"{there}. Put them back, or remove the file, and they are made again; or begin another search beside "
+                "this one with --new."
+            )
+        if not isinstance(crew, Here):
+            return there
     (made,) = crew.all([Job("weights")])
+    bench.fresh, bench.head = made["fresh"], made["head"]
     return str(made["weights"])
+
+
+def _put_away(folder: Path, name: str, listener: Listener) -> None:
+    """Leave nothing under that name: what a search has written is removed, all else is renamed."""
+    remove_own(folder, name)
+    if kept := set_aside(folder, name):
+        listener.phase(f"{name} was not made by this search: it is not used, and kept as {kept}")
 
 
 class _Pulse:
@@ -157,6 +193,8 @@ class _Search:
             store.fix("latencies", known)
         self.foreteller = Foreteller(bench, self.reference, known)
         self.confirmation: Confirmation | None = None
+        self._unwritten = ""
+        """Why the report could not be written the last time."""
 
     def go(self) -> Outcome:
         """The whole search; an interruption is an outcome too."""
@@ -175,9 +213,8 @@ class _Search:
             raise
         self._put_back()
         self.store.end(interrupted)
-        outcome = self._outcome(interrupted)
-        outcome.write()
-        return outcome
+        self._write(interrupted)
+        return self._outcome(interrupted)
 
     def _trials(self) -> None:
         """Ask, measure and train until enough candidates are trained, or there are no more."""
@@ -230,8 +267,8 @@ class _Search:
         """Give every free worker a trial, as long as trials are wanted."""
         while self.crew.busy < self.crew.size and self._wanted() > 0:
             for _ in range(self._due()):
+                self.foreteller.learn(self.records)
                 if self._more():
-                    self.foreteller.learn(self.records)
                     places = self.foreteller.places()
                     self._ready.append(self.store.ask(self.records, places, repeats=bool(self._twins)))
             if not self._ready:
@@ -260,14 +297,25 @@ class _Search:
 
     def _more(self) -> bool:
         """True while there may be candidates within the budget that were not asked for."""
-        open_ones = [*self._ready, *self._going.values(), *self._twins]
-        return any_left(self.bench, self.base, self.records, [asked.assignment for asked in open_ones])
+        return any_left(self.bench, self.base, self.records, self._open_ones(), self._foretold)
+
+    def _open_ones(self) -> list[Mapping[str, str]]:
+        return [asked.assignment for asked in [*self._ready, *self._going.values(), *self._twins]]
+
+    def _foretold(self) -> bool:
+        """Whether a candidate that was not asked for may be within the budgets by what is known of latencies."""
+        nothing = self.bench.picks(self.bench.space.nothing)
+        asked = [*(record.assignment for record in self.records), *self._open_ones()]
+        return self.foreteller.any_within({nothing, *map(self.bench.picks, asked)})
 
     def _begin(self, asked: Asked) -> None:
         """Settle what needs no work; give the rest to a worker."""
         if not self.store.take_up(asked.number):
             return  # another search was faster
-        record = outlined(self.bench, asked.number, asked.assignment, self.foreteller.over(asked.assignment))
+        over = self.foreteller.over(asked.assignment)
+        if over is not None and not trained(self.records) and not self._foretold():
+            over = None  # a search that ends without a result has measured, and not merely foretold, that none fits
+        record = outlined(self.bench, asked.number, asked.assignment, over)
         self.listener.asked(asked.number, record.recipe["name"] if record.recipe else "the base as it is")
         seen = {known.digest: known for known in self.records if known.digest and known.state in KNOWN}
         if (settled := at_once(self.bench, record, {**seen, "": self.base})) is not None:
@@ -315,7 +363,7 @@ class _Search:
         self._ready.extendleft(reversed(self._twins))
         self._twins.clear()
         self.listener.told(record, len(trained(self.records)), self.config.trials)
-        self._outcome(interrupted=False).write(seldom=True)
+        self._write(seldom=True)
 
     def _put_back(self) -> None:
         """Whoever goes on takes up what nobody works on now."""
@@ -360,7 +408,7 @@ class _Search:
         self.store.promote(record)
         self.records = [record if other.number == record.number else other for other in self.records]
         self.listener.promoted(record, len(self.bench.rungs))
-        self._outcome(interrupted=False).write(seldom=True)
+        self._write(seldom=True)
 
     def _go_on(self) -> None:
         """
@@ -384,14 +432,14 @@ class _Search:
         done = confirm(self.config, self.bench.budgets, order, self.reference, self._work).after(kept)
         self.store.fix("confirmation", done.as_dict())
         self.store.fix(CONFIRMING, None)
-        shutil.rmtree(self.folder / CONFIRMING, ignore_errors=True)
+        remove_own(self.folder, CONFIRMING)
         self.confirmation = done
 
     def _work(self, kind: str, *given: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Have jobs of the confirmation done, each once: what an earlier run has come to is kept."""
         known: dict[str, Any] = self.store.fixed(CONFIRMING) or {}
         keys = [_key(kind, one) for one in given]
-        lacking = [at for at, key in enumerate(keys) if key not in known or not self._kept(kind, given[at])]
+        lacking = [at for at, key in enumerate(keys) if not self._kept(known.get(key), given[at])]
 
         def keep(at: int, result: Mapping[str, Any]) -> None:
             known[keys[lacking[at]]] = result
@@ -401,11 +449,26 @@ class _Search:
         self.crew.all([Job(kind, given[at], trial=(given[at]["record"] or {}).get("number")) for at in lacking], keep)
         return [known[key] for key in keys]
 
-    def _kept(self, kind: str, given: Mapping[str, Any]) -> bool:
-        """Whether the files are there that a job has left."""
-        return kind == "timing" or (
-            kind == "training" and weights_of(self.folder, given["record"], given["index"]).is_file()
-        )
+    def _kept(self, result: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:
+        """Whether an earlier run has done a job, and the weights are there that it has left."""
+        if result is None or "failed" in result or "verdict" in result:
+            return False
+        if "weights" not in result:
+            return True
+        path = self.folder / weights_of(given["record"], given["index"])
+        return path.is_file() and hash_of(path) == result["weights"]
+
+    def _write(self, interrupted: bool = False, seldom: bool = False) -> None:
+        """Write report and recipe; where that cannot be, they wait, for the trials are safe without them."""
+        try:
+            for kept in self._outcome(interrupted).write(seldom=seldom):
+                self.listener.phase(f"kept as {kept}: what stood there, and is not as this search has written it")
+        except SearchError as error:
+            if not self._unwritten:
+                self.listener.phase(f"the report waits: {error}")
+            self._unwritten = str(error)
+        else:
+            self._unwritten = ""
 
     def _outcome(self, interrupted: bool) -> Outcome:
         return Outcome(
@@ -417,6 +480,7 @@ class _Search:
             confirmation=self.confirmation,
             interrupted=interrupted,
             seconds=self.store.fixed(SECONDS),
+            unwritten=self._unwritten,
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.evaluate import Epoch
 from attnsurgery.faults import Fault, fault_of
-from attnsurgery.search.config import VERSIONS, SearchConfig
+from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.jobs import Job, perform
 from attnsurgery.search.launch.mailbox import ANSWERS, Inbox, Outbox
 from attnsurgery.search.listener import Listener
@@ -104,9 +104,9 @@ class _Worker:
             self._config = SearchConfig(**self._begin["config"])
             self._lock = device_lock(self._config.device)
             self._watch = _Attentive(self._wire, self._stop, self._lock)
-            self._bench = assemble(self._config, self._wire)
+            self._bench = assemble(self._config, self._wire, check=False)
             self._bench.backend.alone = self._lock.exclusive
-            self._wire.send({"versions": {"node": platform.node(), "found": self._bench.found()[VERSIONS]}})
+            self._wire.send({"versions": {"node": platform.node(), "found": self._bench.versions()}})
         except Exception as error:
             if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
                 raise
