@@ -93,6 +93,7 @@ def about(**changes: Any) -> About:
         input_size=(3, 128, 128),
         places=places,
         stages=stages,
+        shared=(),
     )
     return replace(made, **changes)
 

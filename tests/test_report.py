@@ -72,7 +72,7 @@ def answers(made: Outcome, control: Control | None = None) -> dict[str, Item]:
     items = checklist.checklist(made, control)
     words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "used once", "several seeds")
     words = (*words, "luckiest", "planned", "measured, under", "measured again", "random search", "repeated")
-    words = (*words, "blocks matter", "cost", "all trials")
+    words = (*words, "blocks matter", "cost", "all trials", "in no other")
     found = {word: [item for item in items if word in item.question] for word in words}
     assert all(len(matching) == 1 for matching in found.values()), found
     assert len(items) == len(words)
@@ -369,6 +369,8 @@ def test_a_sound_search_is_told_so(tmp_path: Path) -> None:
     [
         ("version", {"about": about(code=("one", "two"))}, "partly"),
         ("command", {"about": about(command="")}, "partly"),
+        ("in no other", {"about": about(shared=("a.png is b.png",))}, "no"),
+        ("in no other", {"about": about(shared=None)}, "partly"),
         ("as long", {"base": replace(BASE, epochs=1), "confirmation": None}, "no"),
         ("chosen", {"confirmation": None}, "no"),
         ("several seeds", {"confirmation": None}, "no"),

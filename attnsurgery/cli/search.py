@@ -65,6 +65,21 @@ def search(
         str | None,
         typer.Option(help="Image folder, or a name such as hfds/cifar10; by default the embedded digits."),
     ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="How training images are varied: none; shift; light, which also mirrors them left to right; or timm, "
+            "random resized crops. By default light, or shift where mirrored images seem to be of another class."
+        ),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="A regular expression on images' paths, such as 'patient\\d+': images with the same match stay in one "
+            "split.",
+        ),
+    ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's published weights.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Begin with the weights in this file.")] = None,
     space: Annotated[
@@ -162,6 +177,7 @@ def search(
 
     At least one budget is needed; several hold together.
     """
+    from attnsurgery.search.begin import plain
     from attnsurgery.search.budget import Budgets
     from attnsurgery.search.prepare import pick_device
     from attnsurgery.search.space import load
@@ -170,7 +186,8 @@ def search(
         storage = os.environ.get(STORAGE_VARIABLE) or None
     else:
         _warn_of_password(storage)
-    base = model or load(space).base or _default_base()
+    begun = plain(model or load(space).base or _default_base(), None if checkpoint is None else str(checkpoint))
+    base = begun.base
     config = _config(
         budget_ms=budget_ms,
         budget_ips=budget_ips,
@@ -180,8 +197,10 @@ def search(
         base=base,
         space=space,
         data=data,
+        augment=augment,
+        group_by=group_by,
         pretrained=pretrained,
-        checkpoint=None if checkpoint is None else str(checkpoint),
+        checkpoint=begun.checkpoint,
         trials=trials,
         epochs=epochs,
         base_epochs=base_epochs,

@@ -96,6 +96,12 @@ class About:
     """Beside the base's latency: its eager time, and the clocks of the card, for people."""
     fresh: str = ""
     """What of the base was trained before the search: all, its head, or nothing."""
+    head: str = ""
+    """What became of a classifier that came with weights, and whose classes have no names."""
+    notes: tuple[str, ...] = ()
+    """What of the images is not as one might think, a line each."""
+    shared: tuple[str, ...] | None = None
+    """What the splits have in common, a line each; None where that was not looked for."""
 
     @classmethod
     def of(
@@ -133,7 +139,10 @@ class About:
             input_size=bench.anatomy.input_size,
             places=_places(bench),
             stages=_stages(bench),
-            fresh=bench.fresh,
+            fresh=before.get("fresh") or bench.fresh,
+            head=bench.head or before.get("head", ""),
+            notes=data.notes,
+            shared=data.shared,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -146,7 +155,8 @@ class About:
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         places = tuple(Place(given["name"], tuple(Spot(**spot) for spot in given["spots"])) for given in data["places"])
         stages = tuple(Stage(**given) for given in data["stages"])
-        tuples = {"code": tuple(data["code"]), "input_size": tuple(data["input_size"])}
+        tuples: dict[str, Any] = {"code": tuple(data["code"]), "input_size": tuple(data["input_size"])}
+        tuples |= {name: tuple(data[name]) for name in ("notes", "shared") if data.get(name) is not None}
         return cls(**{**known, **tuples, "places": places, "stages": stages})
 
 

@@ -108,8 +108,7 @@ class Supernet:
 
     def begin_from(self, base: nn.Module) -> None:
         """Take the weights of the model that this was made of; blocks stay as they are."""
-        _, unexpected = self.model.load_state_dict(base.state_dict(), strict=False)
-        assert not unexpected, f"the base has {unexpected}, and the supernet does not"
+        self.model.load_state_dict({**self.model.state_dict(), **base.state_dict()})
 
     def train(self, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
         """Train all paths. Each of them passes every batch by the base, so an epoch costs what three of a model cost.
@@ -143,7 +142,8 @@ class Supernet:
         self.choose(assignment)
         self._count_anew(data, settings, seed, watch or Watch())
         top1, loss, correct_N = accuracy(self.model, data.val, settings, watch=watch)
-        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N)
+        balanced = data.balanced(data.val, correct_N)
+        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
 
     def save(self, path: Path) -> None:
         """Write the weights, as a whole or not at all.

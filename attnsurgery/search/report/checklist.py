@@ -60,7 +60,7 @@ def section(outcome: Outcome, control: Control | None) -> Section:
 def checklist(outcome: Outcome, control: Control | None = None) -> list[Item]:
     """The questions with their answers."""
     return [
-        *(question(outcome) for question in (_settings, _code, _command, _same_data, _same_epochs)),
+        *(question(outcome) for question in (_settings, _code, _command, _same_data, _apart, _same_epochs)),
         *(question(outcome) for question in (_chosen_apart, _test_once, _seeds, _enough_images, _many_candidates)),
         *(question(outcome) for question in (_measured, _measured_again)),
         _random(outcome, control),
@@ -102,6 +102,16 @@ def _same_data(outcome: Outcome) -> Item:
     )
 
 
+def _apart(outcome: Outcome) -> Item:
+    question = "Are the images of each split in no other?"
+    found = outcome.about.shared
+    if found is None:
+        return Item(question, "partly", "No image is in two; copies of one under another name were not looked for.")
+    if found:
+        return Item(question, "no", "; ".join(found) + ".")
+    return Item(question, "yes", "Neither a byte copy nor a nearly equal image is in two splits.")
+
+
 def _same_epochs(outcome: Outcome) -> Item:
     base, best = outcome.base, outcome.best
     question = "Was the base trained as long as the winner, with the same settings?"
@@ -121,14 +131,17 @@ def _epochs(record: Record) -> int:
 
 def _chosen_apart(outcome: Outcome) -> Item:
     question = "Was the winner chosen on other images than those of the verdict?"
-    if outcome.confirmation is None:
+    found = outcome.confirmation
+    if found is None:
         return Item(question, "no", "There is no verdict yet: the numbers above are of the images it was chosen by.")
-    return Item(
-        question,
-        "yes",
-        f"Chosen on {outcome.about.images['validation']:,} validation images, judged on "
-        f"{outcome.confirmation.images:,} test images.",
+    chosen = (
+        f"Chosen on {outcome.about.images['validation']:,} validation images, judged on {found.images:,} test images"
     )
+    if len(found.finalists) < 2:
+        return Item(question, "yes", f"{chosen}.")
+    if not found.anew:
+        return Item(question, "partly", f"{chosen}, but by the very trainings that were judged, whose luck shows.")
+    return Item(question, "yes", f"{chosen}, after training anew from seeds that nothing was chosen by.")
 
 
 def _test_once(outcome: Outcome) -> Item:

@@ -24,6 +24,7 @@ def section(outcome: Outcome) -> Section:
         "Machine": _listed(about.versions),
         "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen by validation images, the "
         "verdict is on test images",
+        **({"About the data": "; ".join(about.notes)} if about.notes else {}),
         "Base": f"{config.base}, {_weights(outcome)} (weights {about.weights})",
         "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_listed(about.training)}; seed {config.seed}",
         **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
@@ -60,6 +61,7 @@ def _rungs(config: SearchConfig) -> str:
 def _weights(outcome: Outcome) -> str:
     config, length = outcome.config, counted(outcome.config.base_epochs, "epoch")
     head = f" and a new head, fitted by itself for {length}" if outcome.about.fresh == "head" else ""
+    head += f" ({outcome.about.head})" if outcome.about.head else ""
     if config.pretrained:
         return f"with the weights that timm publishes{head}"
     if config.checkpoint:
