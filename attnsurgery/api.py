@@ -105,10 +105,12 @@ def operate(
     host = _host(model, "operate")
     anatomy = survey(host, input_size)
     resolved = resolve_edits(made, anatomy)
-    # rebuilt by its description, the model may be for images of another size
-    done = _joined(host, written_out(made, resolved), anatomy)
+    written = written_out(made, resolved)
+    # rebuilt by its description, the model is surveyed at its own size of images
+    done = _joined(host, made if input_size is None else written, anatomy)
+    fixed = None if written == made else _joined(host, written, anatomy)
     surgery.operate(host, tuple(chain.from_iterable(resolved)))
-    _describe_anew(host, done, anatomy.input_size[0])
+    _describe_anew(host, done, fixed, anatomy.input_size[0])
     return model
 
 
@@ -219,7 +221,7 @@ _BEFORE = "_attnsurgery_described"
 """The attribute of a model that says how it described itself before it was operated on."""
 
 
-def _describe_anew(model: nn.Module, done: Recipe, channels: int) -> None:
+def _describe_anew(model: nn.Module, done: Recipe, fixed: Recipe | None, channels: int) -> None:
     """The description of a model that was operated on, with a note of what it said before."""
     own = vars(model)
     if _BEFORE not in own and recipe_of(model) is None:
@@ -236,7 +238,8 @@ def _describe_anew(model: nn.Module, done: Recipe, channels: int) -> None:
     more = {} if said == channels else {"in_chans": channels}
     if isinstance(own.get("in_chans"), int):  # a first convolution replaced since; timm saves this, not the argument
         own["in_chans"] = channels
-    _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict(), start=None, settled=None, **more)
+    _describe(model, registry.GENERIC, base=done.base, recipe=done.as_dict(), start=None, **more)
+    _describe(model, registry.GENERIC, settled=fixed and fixed.as_dict())
 
 
 def _describe_base(model: nn.Module, before: Recipe | None) -> None:

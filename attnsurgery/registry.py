@@ -33,7 +33,7 @@ from timm.models import _builder, _prune, _registry
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery import zoo
-from attnsurgery.errors import RecipeError, SurgeryError, UnknownNameError, did_you_mean
+from attnsurgery.errors import RecipeError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,7 @@ GENERIC = "surgery"
 
 _NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-5]+))?", re.ASCII)
 _BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
+_SETTLED = "_attnsurgery_settled"
 _NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _FAMILIES = ("timm.models.", "attnsurgery.models")
 _lock = threading.RLock()
@@ -243,12 +244,15 @@ def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recip
 def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
     """Register with timm, under our name and with the base's pretrained configurations."""
     if base is not None:
-        zoo.default_cfgs[name] = _configurations(base)
+        configurations = _configurations(base)
+        if configurations.tags:  # an architecture of the user's own may have none registered
+            zoo.default_cfgs[name] = configurations
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         model: nn.Module = entry(pretrained=pretrained, **kwargs)
         # timm keeps them since 1.0.31; a saved directory is built with them again
-        model._model_args = {k: v for k, v in kwargs.items() if k not in _NOT_KEPT}  # type: ignore[assignment]
+        kept = {k: v for k, v in kwargs.items() if k not in _NOT_KEPT}
+        model._model_args = {**kept, **vars(model).pop(_SETTLED, {})}  # type: ignore[assignment]
         return model
 
     entry_point.__name__ = entry_point.__qualname__ = name
@@ -295,9 +299,17 @@ def _build(
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     start: str | None = None,
+    settled: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build the recipe's base through its own entry point, with the operation slipped in before weights are loaded."""
+    """Build the recipe's base through its own entry point, with the operation slipped in before weights are loaded.
+
+    Args:
+        settled: the recipe with what blocks took from the size of their maps when such a model was first built; then
+            that counts, so that the model is the same at another size of images.
+    """
+    if settled is not None:
+        recipe = as_recipe(settled)
     recipe = flattened(recipe)
     arch, tag = _registry.split_model_name_tag(recipe.base)
     if not dict.__contains__(_registry._model_entrypoints, arch):
@@ -309,26 +321,42 @@ def _build(
         )
     cfg = _configuration(name, arch, tag, pretrained_cfg, pretrained_cfg_overlay)
     used = False
+    done: Recipe | None = None
 
     def operated(model_cls: Callable[..., nn.Module], *args: Any, **model_kwargs: Any) -> nn.Module:
-        nonlocal used
+        nonlocal used, done
         used = True
         model = model_cls(*args, **model_kwargs)
-        _cut(model, recipe, _input_size(cfg, model_kwargs))
+        done = _cut(model, recipe, _input_size(cfg, model_kwargs))
         return model
 
-    _patch_builders()
+    entry = _registry._model_entrypoints[arch]
+    _patch_builders(entry.__module__)
     token = _pending.set(operated)
     try:
-        model: nn.Module = _registry._model_entrypoints[arch](pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        model: nn.Module = entry(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
     finally:
         _pending.reset(token)
     if not used:
-        raise SurgeryError(
-            f"{arch} is not built through timm's build_model_with_cfg, so there is no place to operate. "
-            "Build it first and call attnsurgery.operate(model, recipe)."
-        )
+        done = _cut_afterwards(model, recipe, cfg if pretrained else None, name)
+    if done is not None and done != recipe:
+        vars(model)[_SETTLED] = {"settled": done.as_dict()}
     return model
+
+
+def _cut_afterwards(model: nn.Module, recipe: Recipe, cfg: PretrainedCfg | None, name: str) -> Recipe:
+    """For an architecture of the user's own that is not built through timm's build_model_with_cfg.
+
+    What weights the base has, it has loaded by itself; those of a saved directory are of the surgical model.
+    """
+    done = _cut(model, recipe, None)
+    if cfg is not None and cfg.source in ("local-dir", "file"):
+        channels = getattr(model, "in_chans", 3)
+        _builder.load_pretrained(model, cfg.to_dict(), getattr(model, "num_classes", 1000), channels, strict=True)
+    known: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    described = {**(known if isinstance(known, dict) else {}), "architecture": name}
+    model.pretrained_cfg = model.default_cfg = described  # type: ignore[assignment]
+    return done
 
 
 def _checked_start(start: str) -> str:
@@ -357,12 +385,17 @@ def _input_size(cfg: PretrainedCfg, model_kwargs: Mapping[str, Any]) -> tuple[in
     return model_kwargs.get("in_chans", channels), height, width
 
 
-def _patch_builders() -> None:
-    """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends."""
+def _patch_builders(home: str = "timm.models") -> None:
+    """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends.
+
+    Args:
+        home: the Python module of an architecture, which may be none of timm's.
+    """
     with _lock:
         _builder.adapt_model_from_file = _adapting
         for module in list(sys.modules.values()):
-            of_family = getattr(module, "__name__", "").startswith(_FAMILIES) and module is not _builder
+            named = getattr(module, "__name__", "")
+            of_family = (named == home or named.startswith(_FAMILIES)) and module is not _builder
             if of_family and module.__dict__.get("build_model_with_cfg") is _builder.build_model_with_cfg:
                 module.build_model_with_cfg = _building  # type: ignore[attr-defined]
 
@@ -406,12 +439,15 @@ def _adapting(*args: Any, **kwargs: Any) -> Any:
     return model if cut is None else cut(model)
 
 
-def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> None:
+def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> Recipe:
+    """Operate; returns the recipe with every option written out that a block has taken from the size of its map."""
     from attnsurgery.graph.find import survey
-    from attnsurgery.recipe.build import resolve
+    from attnsurgery.recipe.build import resolve_edits, written_out
     from attnsurgery.surgery.operate import operate
 
-    operate(model, resolve(recipe, survey(model, input_size)))
+    resolved = resolve_edits(recipe, survey(model, input_size))
+    operate(model, tuple(insertion for made in resolved for insertion in made))
+    return written_out(recipe, resolved)
 
 
 install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models._hub import save_for_hf
 from torch import fx, nn
 
 import attnsurgery
@@ -301,3 +303,77 @@ def test_a_pooling_window_is_clipped_to_the_map(
     window = min(2, height), min(2, width)
     plain = nn.AvgPool2d(window) if average else nn.MaxPool2d(window)
     assert torch.equal(got, plain(x))
+
+
+SMALL_SWIN = {"window_size": 4, "embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4)}
+
+
+def through_a_directory(model: nn.Module, directory: Path, **arguments: Any) -> nn.Module:
+    save_for_hf(model, directory)
+    again: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **arguments)
+    return again.eval()
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # how timm interpolates a swin's
+@pytest.mark.parametrize(
+    ("name", "made", "loaded"),
+    [
+        (
+            "swin_tiny_patch4_window7_224_resattn_s2",
+            {"img_size": 64, **SMALL_SWIN},
+            {"img_size": 128},
+        ),
+        (
+            "swin_tiny_patch4_window7_224_resattn_s1",
+            {"img_size": 128, **SMALL_SWIN},
+            {"img_size": 64},
+        ),
+        ("swinv2_cr_tiny_224_resattn_s1", {"img_size": 64, **SMALL_SWIN, "window_size": None}, {"img_size": 128}),
+        ("efficientvit_m0_resattn_s3", {"img_size": 128}, {"img_size": 256}),
+        ("maxvit_rmlp_pico_rw_256_resattn_s2", {"img_size": 64, "depths": (1, 1, 1, 1)}, {"img_size": 128}),
+        ("test_vit_resattn_s2", {"img_size": 64}, {"img_size": 128}),
+        ("test_resnet_resattn_s2", {"in_chans": 5}, {"in_chans": 3}),
+    ],
+)
+@torch.no_grad()
+def test_a_model_saved_at_one_size_loads_at_another(
+    name: str, made: dict[str, Any], loaded: dict[str, Any], tmp_path: Path
+) -> None:
+    """The depth of a mask is decided where the model is first built, and is kept with it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **made).eval()
+    for parameter in model.parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
+    x = torch.randn(1, made.get("in_chans", 3), *2 * (made.get("img_size", 64),))
+    assert torch.allclose(through_a_directory(model, tmp_path / "as_saved")(x), model(x), atol=1e-5)
+    other = through_a_directory(model, tmp_path / "other", **loaded)
+    x = torch.randn(1, loaded.get("in_chans", 3), *2 * (loaded.get("img_size", 64),))
+    assert torch.isfinite(other(x)).all()
+    mine, theirs = model.state_dict(), other.state_dict()
+    of_blocks = [key for key in mine if ".residual_attention." in key]
+    assert of_blocks
+    assert all(torch.equal(mine[key], theirs[key]) for key in of_blocks)
+    kept = attnsurgery.recipe_of(model)
+    assert kept is not None
+    assert kept == attnsurgery.recipe_of(other)
+    assert all("depth" in edit.options for edit in kept.edits)
+
+
+def test_what_auto_came_to_is_kept_with_a_model_of_any_description(tmp_path: Path) -> None:
+    """By the verb on a built model, by the generic architecture and by a name of one's own, with sub-sampling."""
+    made = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
+    of_verb = attnsurgery.operate(timm.create_model("test_resnet"), made)
+    generic = timm.create_model("surgery", base="test_resnet", recipe=made)
+    named = timm.create_model(attnsurgery.register({**made, "name": "test_resnet_kept_auto"}))
+    for number, model in enumerate((of_verb, generic, named)):
+        kept = attnsurgery.recipe_of(model)
+        again = attnsurgery.recipe_of(through_a_directory(model, tmp_path / str(number)))
+        assert kept is not None
+        assert kept == again
+        assert all(isinstance(edit.options["subsample"], int) for edit in kept.edits)
+
+
+def test_a_recipe_without_auto_travels_as_it_is(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet_se", in_chans=5)
+    save_for_hf(model, tmp_path)
+    assert "settled" not in json.loads((tmp_path / "config.json").read_text())["model_args"]

@@ -56,8 +56,13 @@ def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
 
     It makes the same model whatever image size that is built for; what it makes of a model of this anatomy is the same.
     """
+    return written_out(recipe, resolve_edits(recipe, anatomy))
+
+
+def written_out(recipe: Recipe, resolved: list[list[Insertion]]) -> Recipe:
+    """`settled`, from what `resolve_edits` gave."""
     edits: list[Edit] = []
-    for edit, plan in zip(recipe.edits, resolve_edits(recipe, anatomy), strict=True):
+    for edit, plan in zip(recipe.edits, resolved, strict=True):
         asked = check_options(edit.block, edit.options)
         if all(insertion.options == asked for insertion in plan):
             edits.append(edit)
@@ -79,6 +84,10 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
         raise OptionError(f"{where(recipe, f'edits[{index}].options')}: {error}") from None
     except UsageError as error:
         raise type(error)(f"{where(recipe, f'edits[{index}].{field}')}: {error}") from None
+    for site in sites:
+        if site.refused:
+            place = where(recipe, f"edits[{index}].at")
+            raise SiteError(f"{place}: {site.address!r} can hold no block: {site.refused}.")
     block = BLOCKS[edit.block]
     places = [_fitting(recipe, index, edit, site, anatomy) for site in sites]
     plan = [Insertion(site, edit.block, block.fittings(options, *site.map_size)[0], edit.start) for site in places]
