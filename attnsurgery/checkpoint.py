@@ -31,10 +31,11 @@ from attnsurgery.blocks import Start
 from attnsurgery.difference import same_bits
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of, survey
-from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.build import resolve, settled
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps, keep_origin, where
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated
+from attnsurgery.surgery.select_blocks import base_anatomy
 from attnsurgery.surgery.verify import Report, verify
 from attnsurgery.weights import AS_FOUND, Layout, StateDict, read, read_state_dict
 
@@ -247,12 +248,10 @@ def write_config(
     """
     arguments = dict(model_args or {})
     arguments.pop("num_classes", None)
-    recipe = arguments.get("recipe", getattr(model, "_model_args", {}).get("recipe"))
-    if recipe is not None:
-        base = arguments.get("base", getattr(model, "_model_args", {}).get("base"))
-        made = registry.as_recipe(recipe)
-        made = registry.flattened(made.model_copy(update={"base": base or made.base}))
-        arguments |= {"base": made.base, "recipe": made.as_dict()}
+    if architecture is None and (recipe := _of_this_process(model)) is not None:
+        architecture = ARCHITECTURE
+        arguments = {"base": recipe.base, "recipe": recipe.as_dict(), **arguments}
+    arguments |= _plainly_described(model, arguments)
     with _channels_as_they_are(model, arguments):
         if hasattr(timm.models, "get_model_args"):  # timm adds what the model was built with
             config: dict[str, Any] = {"pretrained_cfg": {"architecture": architecture}} if architecture else {}
@@ -261,9 +260,40 @@ def write_config(
             arguments = {**getattr(model, "_model_args", {}), **arguments}
         save_config_for_hf(model, path, model_config=config, model_args=arguments)
     written = json.loads(path.read_text(encoding="utf-8"))
+    said = {key: value for key, value in written.get("model_args", {}).items() if value is not None}
     if "num_classes" in written:
-        written.get("model_args", {}).pop("num_classes", None)
+        said.pop("num_classes", None)
+    if "model_args" in written:
+        written["model_args"] = said
     path.write_text(json.dumps(written, indent=2), encoding="utf-8")
+
+
+def _of_this_process(model: nn.Module) -> Recipe | None:
+    """The recipe of a model whose name was registered in this process, and means nothing to another."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    recipe = registry.recipe_of(config.get("architecture") or "")
+    if recipe is None:
+        return None
+    with registry.as_in_a_fresh_process():
+        return None if registry.recipe_of(config["architecture"]) is not None else api.recipe_of(model) or recipe
+
+
+def _plainly_described(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, recipe, and the recipe with what blocks took from the size of their maps, all on a plain base."""
+    kept: dict[str, Any] = getattr(model, "_model_args", {})
+    told = {**{key: kept.get(key) for key in ("base", "recipe", "settled")}, **arguments}
+    if told["recipe"] is None:
+        return {}
+    made = registry.as_recipe(told["recipe"])
+    made = registry.flattened(made.model_copy(update={"base": told["base"] or made.base}))
+    written: Recipe | None = None
+    if "recipe" in arguments:  # what the model says of itself is of before
+        with suppress(AttnSurgeryError):  # of another size of images, for which the recipe says all that counts
+            found = settled(made, base_anatomy(model))
+            written = found if found != made else None
+    elif told["settled"] is not None:
+        written = registry.flattened(registry.as_recipe(told["settled"]))
+    return {"base": made.base, "recipe": made.as_dict(), "settled": written and written.as_dict()}
 
 
 @contextmanager

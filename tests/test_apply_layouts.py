@@ -331,6 +331,18 @@ def test_names_that_only_this_process_knows_are_written_out(weights: Path, base:
     assert len(grafted_blocks(model)) == 5
 
 
+def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(weights: Path, tmp_path: Path) -> None:
+    """Not listed: a registered name in config.json means nothing to a process that has not registered it."""
+    name = registry.register(recipe(SE, name="only_here"))
+    model = move_gates(timm.create_model(name, num_classes=10).eval())
+    write_directory(model, tmp_path / "out")
+    save_delta(model, weights, tmp_path / "delta")
+    for directory in (tmp_path / "out", tmp_path / "delta"):
+        assert json.loads((directory / "config.json").read_text())["architecture"] == "surgery"
+    output, _ = in_a_new_process(tmp_path / "out")
+    assert torch.equal(output, model(images(64)))
+
+
 def test_directories_of_before_that_name_a_surgical_base_build_too(base: nn.Module, tmp_path: Path) -> None:
     made = recipe(ECA, base="test_resnet_se").as_dict()
     model = timm.create_model("surgery", base="test_resnet_se", recipe=made, num_classes=10).eval()
@@ -506,6 +518,18 @@ def as_transformers_builds(directory: Path) -> nn.Module:
     config = json.loads((directory / "config.json").read_text())
     labels = config.pop("num_classes")
     return timm.create_model(config["architecture"], pretrained=False, num_classes=labels, **config["model_args"])
+
+
+def test_what_blocks_took_from_the_size_of_their_maps_is_written_out(tmp_path: Path) -> None:
+    """Not listed: a mask of automatic depth, which another size of images would make another block."""
+    model = build("test_resnet", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    apply(recipe(Edit(at="layer1.0 .. layer1.0", block="residual_attention")), tmp_path / "base.pth", tmp_path / "out")
+    arguments = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert "options" not in arguments["recipe"]["edits"][0]
+    assert arguments["settled"]["edits"][0]["options"]["depth"] > 0
+    apply(recipe(), tmp_path / "base.pth", tmp_path / "plain")
+    assert "settled" not in json.loads((tmp_path / "plain" / "config.json").read_text())["model_args"]
 
 
 def test_the_number_of_classes_stands_in_one_place(weights: Path, base: nn.Module, tmp_path: Path) -> None:

@@ -121,10 +121,10 @@ def _batch_sizes(text: str) -> list[int]:
 
 def _load(model: nn.Module, checkpoint: Path) -> None:
     """Latency hardly depends on weights, but sparse or denormal ones are a reason to look."""
-    from attnsurgery.base import load_weights
-    from attnsurgery.weights import read_state_dict
+    from attnsurgery.base import fitted, load_weights
+    from attnsurgery.weights import read
 
-    load_weights(model, read_state_dict(checkpoint), str(checkpoint))
+    load_weights(model, fitted(model, read(checkpoint)).tensors, str(checkpoint))
 
 
 def _measure(name: str, model: nn.Module, backends: list[LatencyBackend], as_json: bool) -> None:
