@@ -50,7 +50,7 @@ def test_the_same_trials_wherever_workers_run(
     there = run(change(config, launcher=launcher, launcher_args=asked))
     assert essence(there) == essence(straight)
     assert there.confirmation == straight.confirmation
-    assert not (there.folder / "jobs").exists(), "mailboxes go with the search"
+    assert not (there.folder / ".jobs").exists(), "mailboxes go with the search"
 
 
 def test_a_launcher_without_its_package_names_the_extra(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:

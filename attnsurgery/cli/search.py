@@ -94,7 +94,7 @@ def search(
         int, typer.Option(help="So many of the best are trained again; the best of these is the winner.", min=1)
     ] = 3,
     rank_by: Annotated[str, typer.Option(help="What orders candidates on validation images: top1 or loss.")] = "top1",
-    confirm_seeds: Annotated[int, typer.Option(help="Trainings of each finalist, and of the base.", min=1)] = 2,
+    confirm_seeds: Annotated[int, typer.Option(help="Trainings of each finalist, then of winner and base.", min=1)] = 2,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default what fits model and data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: BatchSize = 1,

@@ -21,7 +21,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.launch._base import LAUNCHERS, Gone, Heard, Launcher, Link, Message, last_line, missing
 from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, BEAT_S, ORDERS, POLL_S, Lines, add
 
-_JOBS = "jobs"
+_JOBS = ".jobs"
 """Of the run directory: mailboxes, and what submitit writes."""
 _LOOK_S = 1.0
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "READY", "UNKNOWN"}
