@@ -352,7 +352,7 @@ def _cut_afterwards(model: nn.Module, recipe: Recipe, cfg: PretrainedCfg | None,
     done = _cut(model, recipe, None)
     if cfg is not None and cfg.source in ("local-dir", "file"):
         channels = getattr(model, "in_chans", 3)
-        _builder.load_pretrained(model, cfg.to_dict(), getattr(model, "num_classes", 1000), channels, strict=True)
+        models.load_pretrained(model, cfg.to_dict(), getattr(model, "num_classes", 1000), channels, strict=True)
     known: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     described = {**(known if isinstance(known, dict) else {}), "architecture": name}
     model.pretrained_cfg = model.default_cfg = described  # type: ignore[assignment]

@@ -4,10 +4,11 @@
     scripts/coverage --only 'resnet*' --block se                  some of it
     scripts/coverage --again failed                               what failed, once more
     scripts/coverage --failures                                   what did not pass: family, name, block, check, reason
+    scripts/coverage --wrap --small                               in nn.Sequential and a LightningModule, against bare
     scripts/coverage --report                                     docs/coverage.md and docs/benchmarks/coverage.json
 
-Results go to runs/coverage/ line by line, one for each architecture and block, as they come. Checks run in a process of
-their own: one that is killed, for memory say, costs a mark on the pair it was at.
+Results go to runs/coverage/, with --wrap to runs/coverage-wrap/, line by line, one for each architecture and block, as
+they come. Checks run in a process of their own: one that is killed, for memory say, costs a mark on the pair it was at.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from typing import Any
 import timm
 import torch
 
+from scripts import coverage_wrap
 from scripts.coverage_checks import SUFFIXES, examine, in_words
 from scripts.coverage_hosts import KINDS, SMALLEST, BaseError, architectures, find_base, surveyed_once
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "runs" / "coverage"
+WRAPPED = ROOT / "runs" / "coverage-wrap"
 PER_PROCESS = 60
 """Architectures that one process sees before the next takes over: what a library holds on to is given back then."""
 
@@ -78,11 +81,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-gb", type=float, default=None, help="of one process; larger models go on meta tensors"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the lines are kept")
+    parser.add_argument("--wrap", action="store_true", help="models in a larger whole, against the model itself")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where the lines are kept")
     parser.add_argument("--report", action="store_true", help="write the table from what is there")
     parser.add_argument("--failures", action="store_true", help="print what failed or was refused")
     options = parser.parse_args(arguments)
     part, _, parts = options.shard.partition("/")
+    options.results = options.results or (WRAPPED if options.wrap else RESULTS)
     options.part, options.parts = int(part), int(parts or 1)
     if not 1 <= options.part <= options.parts:
         parser.error(f"--shard {options.shard}: K is 1 to N")
@@ -149,6 +154,7 @@ def _in_a_process(
         "seconds": max(0.0, deadline - time.monotonic()),
         "max_bytes": options.memory_gb * 1e9,
         "pair_seconds": options.pair_seconds,
+        "wrap": options.wrap,
     }
     began = _lines(file)
     process = context.Process(target=work, args=(file, families, todo, settings))
@@ -176,10 +182,11 @@ def work(file: Path, families: dict[str, str], todo: list[tuple[str, tuple[str, 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     began, seconds = time.monotonic(), settings.pop("seconds")
+    examined = coverage_wrap.rows_of if settings.pop("wrap", False) else rows_of
     for arch, blocks in todo:
         if time.monotonic() - began > seconds:
             return
-        for row in rows_of(arch, blocks, **settings):
+        for row in examined(arch, blocks, **settings):
             append(file, {"arch": arch, "family": families[arch], **row})
             said = "" if row["outcome"] == "passed" else " ".join(_complaints(row))[:150]
             print(f"{arch} {row['block']} {row['outcome']} {row['seconds']} s {said}", flush=True)

@@ -243,6 +243,8 @@ class Dummy(nn.Module):
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 def test_a_feature_without_channels_is_no_place(name: str) -> None:
     model = cut(Decoded(name).eval(), ("stage:3 last", "se"))
+    assert all(path.startswith("encoder.") for path in grafted_blocks(model))  # stages are the encoder's
+    assert cut(model, ("decoder.bn2", "se")) is model
     assert attnsurgery.verify(model, SIZE).alive
     inner = cut(nn.Sequential(Dummy()).eval(), ("0.body.1", "se"))
     assert attnsurgery.verify(inner, SIZE).alive
@@ -923,3 +925,68 @@ def test_parameters_of_blocks_and_the_frozen_base() -> None:
     assert all(name in own or "running" in name or "tracked" in name for name in moved)
     with pytest.raises(SurgeryError, match="no block with parameters"):
         attnsurgery.freeze_base(build("test_resnet"))
+
+
+# ---- several models, several calls, several inputs
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = timm.create_model("test_resnet", num_classes=10)
+        self.second = timm.create_model("test_vit", img_size=64, num_classes=10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+def test_stages_of_several_models_are_those_of_each() -> None:
+    alone = survey(timm.create_model("test_vit", img_size=64))
+    model = cut(Two().eval(), ("stage:3 last", "non_local"), ("stage:4 branches", "se"))
+    of_vit = [f"second.{site.address}" for site in alone.blocks(3)][-1:]
+    assert {path.rpartition(".")[0] for path in grafted_blocks(model) if path.endswith("non_local")} == {
+        "first.layer3.0",
+        *of_vit,
+    }
+    assert {path.partition(".")[0] for path in grafted_blocks(model) if ".se" in path} == {"first", "second"}
+    assert attnsurgery.verify(model, SIZE).alive
+
+
+class Twice(nn.Module):
+    """A siamese network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = timm.create_model("test_resnet")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x) + self.network(x.flip(-1))
+
+
+@pytest.mark.parametrize("at", ["stage:3 last", "network.layer3.0"])
+def test_a_model_that_runs_twice_in_one_forward_is_refused_with_the_reason(at: str) -> None:
+    model = Twice().eval()
+    with pytest.raises(SiteError, match=r"run more than once in one forward \('network.* 2 times\)"):
+        cut(model, (at, "se"))
+    attnsurgery.operate(model.network, recipe((at.removeprefix("network."), "se")), SIZE)
+    assert attnsurgery.verify(model.network, SIZE).alive
+
+
+def test_a_model_that_takes_more_than_images_is_refused_with_the_reason() -> None:
+    class Masked(Trained):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return self.network(x) * mask
+
+    with pytest.raises(SurgeryError, match=r"argument: 'mask'\. Where a model takes more than images"):
+        survey(Masked(timm.create_model("test_resnet")))
+
+
+def test_models_that_say_how_they_are_copied() -> None:
+    """torch.fx graphs and parametrisations have a __deepcopy__ of their own."""
+    model = build("test_resnet")
+    model.layer2 = torch.fx.symbolic_trace(model.layer2)
+    nn.utils.parametrizations.spectral_norm(model.layer3[0].conv1)
+    nn.utils.parametrizations.weight_norm(model.layer4[0].conv1)
+    report = attnsurgery.verify(cut(model, ("stage:* branches", "se")), SIZE)
+    assert report.alive
+    assert report.max_abs_diff == 0

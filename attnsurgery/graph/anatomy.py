@@ -30,6 +30,7 @@ class Anatomy:
         outputs: what modules return, in order of execution.
         owners: modules whose forward can be traced for more, by path, on the meta device.
         run: the recorded forward.
+        models: paths of the models that say where stages are; the whole, or those in a larger whole.
         finish: makes a Site of what was found.
     """
 
@@ -41,6 +42,7 @@ class Anatomy:
         owners: dict[str, nn.Module],
         run: Run,
         finish: Callable[[Found], Site],
+        models: tuple[str, ...] = ("",),
     ) -> None:
         self.name = name
         self.input_size = input_size
@@ -48,6 +50,7 @@ class Anatomy:
         self._owners = owners
         self._run = run
         self._finish = finish
+        self.models = models
         self._inside: dict[str, tuple[Site, ...]] = {}
         self._graphs: dict[str, fx.Graph | None] = {}
         self._shapes: dict[Hashable, Shapes] = {}
@@ -59,6 +62,28 @@ class Anatomy:
         for path in self._owners:
             found.update((site.address, site) for site in self._sites_inside(path))
         return tuple(sorted(found.values(), key=lambda site: site.depth))
+
+    def of(self, model: str) -> Anatomy:
+        """The places of one of the models that a larger whole holds."""
+
+        def below(path: str) -> bool:
+            return not model or path == model or path.startswith(f"{model}.")
+
+        outputs = tuple(site for site in self._outputs if below(site.owner))
+        owners = {path: owner for path, owner in self._owners.items() if below(path)}
+        part = Anatomy(self.name, self.input_size, outputs, owners, self._run, self._finish, (model,))
+        part._inside, part._graphs, part._shapes = self._inside, self._graphs, self._shapes
+        return part
+
+    def hint(self) -> str:
+        """Why there may be no place where one would be, in words; empty where nothing is in the way."""
+        often = next((path for path, count in self._run.calls.items() if path and count > 1), None)
+        if often is None or self._outputs:
+            return ""
+        return (
+            f" Its modules run more than once in one forward ({often!r} {self._run.calls[often]} times), and a block "
+            "must run exactly once: operate on the module that is called so often by itself."
+        )
 
     def site(self, address: str) -> Site:
         """The site at exactly this address.

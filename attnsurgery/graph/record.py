@@ -132,9 +132,11 @@ def record(twin: nn.Module, modules: dict[str, nn.Module], size: tuple[int, int,
         said = " ".join(str(error).split())[:200]
         left_out = ", ".join(twin.__dict__.get(LEFT_OUT, ())[:3])
         hooks = f" Hooks that were put on modules ({left_out}) are not run here." if left_out else ""
+        advice = "If it takes others, say input_size=(channels, height, width)."
+        if isinstance(error, TypeError) and "positional argument" in said:
+            advice = "Where a model takes more than images, call this on the part of it that takes images alone."
         raise SurgeryError(
-            f"{type(twin).__name__} does not run on images of {'x'.join(map(str, size))}: {said}. If it takes others, "
-            f"say input_size=(channels, height, width).{hooks}"
+            f"{type(twin).__name__} does not run on images of {'x'.join(map(str, size))}: {said}. {advice}{hooks}"
         ) from error
     finally:
         for handle in handles:

@@ -15,7 +15,8 @@
     stage:3 span                  a span over all blocks of the stage that keep the map's size
     stage:3 spans:2               the same blocks in spans of two
 
-Nothing matched is an error, never an empty answer.
+Where a larger whole holds several timm models, stages are those of each. Nothing matched is an error, never an empty
+answer.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
     if not found:
         near = did_you_mean(text, sorted({_like(text, site.address) for site in anatomy.sites}))
         raise SiteError(
-            f"{selector!r} matches none of the {len(anatomy.sites)} sites of {anatomy.name}.{near} "
+            f"{selector!r} matches none of the {len(anatomy.sites)} sites of {anatomy.name}.{near}{anatomy.hint()} "
             f"See them all: attnsurgery inspect {anatomy.name} --all"
         )
     return found
@@ -78,21 +79,24 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
             "such as 'stage:3 before_last_block'."
         )
     rule = match["rule"] or "last"
-    rules: dict[str, Callable[[int], tuple[Site, ...]]] = {
-        "before_last_block": lambda stage: anatomy.blocks(stage)[-2:][:1],
-        "last": lambda stage: anatomy.blocks(stage)[-1:],
-        "every": lambda stage: _every(anatomy.blocks(stage), int(match["step"] or 1)),
-        "branches": lambda stage: anatomy.sides(stage, "branch") or anatomy.blocks(stage),
-        "branch_inputs": lambda stage: anatomy.sides(stage, "branch_input"),
-        "shortcuts": lambda stage: anatomy.sides(stage, "shortcut"),
-        "spatial": anatomy.spatial,
-        "trunk": lambda stage: _trunk(anatomy, stage),
-        "span": lambda stage: _in_spans(anatomy, stage, len(anatomy.trunk(stage)) or 1),
-        "spans": lambda stage: _in_spans(anatomy, stage, int(match["step"] or 1)),
+    step = int(match["step"] or 1)
+    rules: dict[str, Callable[[Anatomy, int], tuple[Site, ...]]] = {
+        "before_last_block": lambda model, stage: model.blocks(stage)[-2:][:1],
+        "last": lambda model, stage: model.blocks(stage)[-1:],
+        "every": lambda model, stage: _every(model.blocks(stage), step),
+        "branches": lambda model, stage: model.sides(stage, "branch") or model.blocks(stage),
+        "branch_inputs": lambda model, stage: model.sides(stage, "branch_input"),
+        "shortcuts": lambda model, stage: model.sides(stage, "shortcut"),
+        "spatial": lambda model, stage: model.spatial(stage),
+        "trunk": _trunk,
+        "span": lambda model, stage: _in_spans(model, stage, len(model.trunk(stage)) or 1),
+        "spans": lambda model, stage: _in_spans(model, stage, step),
     }
     if rule not in rules:
         raise SiteError(f"{text!r}: there is no rule {rule!r}.{did_you_mean(rule, rules)} Rules: {', '.join(RULES)}.")
-    found = tuple(site for stage in _stages(text, match["stages"], anatomy) for site in rules[rule](stage))
+    models = [anatomy] if len(anatomy.models) == 1 else [anatomy.of(path) for path in anatomy.models]
+    stages = _stages(text, match["stages"], anatomy)
+    found = tuple(site for stage in stages for model in models for site in rules[rule](model, stage))
     if not found:
         why = {
             "branch_inputs": "it adds no branch to a shortcut there",
@@ -117,6 +121,8 @@ def _trunk(anatomy: Anatomy, stage: int) -> tuple[Site, ...]:
     Where they work on patches or windows cut apart, a mask means nothing between them: then what holds them.
     """
     row = anatomy.trunk(stage)[-2:] or anatomy.blocks(stage)[-1:]
+    if not row:  # another model of the whole has the stage
+        return ()
     around = None if row[-1].ordered else anatomy.around(row[-1])
     if around is not None:
         return (around,)
@@ -160,7 +166,7 @@ def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:
         few = f" It has {count} block{'s' * (count != 1)}, too few for one in every stage." if 0 < count < 4 else ""
         raise SiteError(
             f"{text!r}: {anatomy.name} has no stage {missing[0] if missing and asked.isdigit() else asked}. "
-            f"Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: {have}.{few} "
+            f"Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: {have}.{few}{anatomy.hint()} "
             f"See them: attnsurgery inspect {anatomy.name}"
         )
     return wanted

@@ -93,8 +93,10 @@ class _Copier:
         with torch.inference_mode(False), torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 self.tensor(tensor)
+            copying = [module for module in model.modules() if hasattr(type(module), "__deepcopy__")]
+            theirs = {id(part) for module in copying for part in module.modules()}
             for module in model.modules():
-                if inner(module) is None and not hasattr(type(module), "__deepcopy__"):
+                if inner(module) is None and id(module) not in theirs:
                     self._begun[id(module)] = self._remember(module, object.__new__(type(module)))
             twin = self.module(model)
             left_out = [self._hooks(module, made) for module, made in self._pairs]

@@ -40,11 +40,18 @@ def feature_modules(path: str, model: nn.Module, run: Run) -> list[tuple[str, fl
     One without its last blocks, which a feature extractor has cut off, names more than there are.
     """
     infos = feature_infos(model)
-    paths = [f"{path}.{info.get('module')}" if path else str(info.get("module")) for info in infos]
+    paths = [_module_of(path, str(info.get("module")), run) for info in infos]
     known = [(name, float(i["reduction"])) for name, i in zip(paths, infos, strict=True) if name in run.finished]
     whole = [name for name, _ in known] == paths[: len(known)]
     # convit's in timm 1.0.20 names the head alone, at a stride of 0
     return known if whole and all(stride >= 1 for _, stride in known) else []
+
+
+def _module_of(path: str, name: str, run: Run) -> str:
+    """The path of a feature's module; an extractor that takes a sequence apart calls `stages.0` `stages_0`."""
+    named = f"{path}.{name}" if path else name
+    flat = f"{path}.{name.replace('.', '_', 1)}" if path else name.replace(".", "_", 1)
+    return named if named in run.finished or flat not in run.finished else flat
 
 
 def feature_infos(model: nn.Module) -> list[dict[str, Any]]:

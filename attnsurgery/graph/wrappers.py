@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnsurgery.errors import SiteError, UsageError, did_you_mean
 
@@ -220,7 +219,7 @@ def _check_state(path: str, module: nn.Module, verb: Verb) -> None:
             continue
         if nn.parameter.is_lazy(tensor):
             raise _refusal(verb, path, _LAZY.format(path=path))
-        if is_traceable_wrapper_subclass(tensor) and verb in (*CHANGING, "verify", "bypass"):
+        if _is_made_of_others(tensor) and verb in (*CHANGING, "verify", "bypass"):
             what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
             raise _refusal(verb, path, _QUANTISED.format(path=path, what=what))
 
@@ -288,8 +287,13 @@ def check_forward(path: str, module: nn.Module) -> None:
         )
 
 
+def _is_made_of_others(tensor: torch.Tensor) -> bool:
+    """True for a subclass of tensors that holds other tensors, as quantised and sharded ones do."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def plain_like(tensor: torch.Tensor) -> torch.Tensor:
     """A meta tensor of the same shape and dtype, without what a subclass of tensors adds."""
-    if is_traceable_wrapper_subclass(tensor):
+    if _is_made_of_others(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return torch.empty_like(tensor, device="meta")

@@ -1,0 +1,123 @@
+"""The coverage run on models that are not bare: surgery in a larger whole does what it does in the model itself.
+
+For each architecture and block, the surgical model is built by its name, and the same recipe is applied to the model in
+each of WHOLES. Places, outputs and trained weights must be the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import attnsurgery
+from attnsurgery import registry
+from attnsurgery.surgery.operate import grafted_blocks, operated
+from scripts.coverage_checks import Wrong, expect, in_words, is_refusal, limited, move
+from scripts.coverage_hosts import Base, BaseError, describe, equal, find_base, flat
+
+
+class Lightning(nn.Module):
+    """What a LightningModule is to its network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.network(x)
+
+
+WHOLES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+    "bare": ("", lambda model: model),
+    "sequential": ("0.", lambda model: nn.Sequential(model, nn.Identity())),
+    "lightning": ("network.", Lightning),
+}
+"""By name, with what paths of the model begin with there."""
+
+
+def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600) -> Iterator[dict[str, Any]]:
+    """The result of each block in turn, as `coverage.rows_of` gives it."""
+    try:
+        base = find_base(arch, max_bytes, ())
+    except BaseError as error:
+        for block in blocks:
+            yield {"block": block, "outcome": "failed", "blocks": 0, "checks": {"base": in_words(error)}, "seconds": 0}
+        return
+    for block in blocks:
+        yield examine(base, block, pair_seconds)
+
+
+def examine(base: Base, suffix: str, limit: float = 600) -> dict[str, Any]:
+    """One row of the results."""
+    began = time.perf_counter()
+    row: dict[str, Any] = {"block": suffix, "outcome": "passed", **describe(base), "blocks": 0, "checks": {}}
+    try:
+        with limited(limit):
+            trained = base.build(f"{base.arch}_{suffix}")
+            trained.load_state_dict(base.state, strict=True)
+            row["blocks"] = len(grafted_blocks(trained))
+            for name in WHOLES:
+                row["checks"][name] = _said(lambda name=name: compare(base, trained, name))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        row["checks"]["plan"] = in_words(error) if isinstance(error, Exception) else str(error)
+        row["outcome"] = "refused" if isinstance(error, Exception) and is_refusal(error) else "failed"
+    if row["outcome"] == "passed" and any(said != "passed" for said in row["checks"].values()):
+        row["outcome"] = "failed"
+    row["seconds"] = round(time.perf_counter() - began, 2)
+    return row
+
+
+def _said(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except Exception as error:
+        return in_words(error)
+    return "passed"
+
+
+def compare(base: Base, trained: nn.Module, name: str) -> None:
+    """Surgery in one whole against surgery in the model itself.
+
+    Raises:
+        Wrong: they differ.
+    """
+    prefix, wrap = WHOLES[name]
+    size = tuple(base.images.shape[1:])
+    recipe = registry.recipe_of(str(trained.pretrained_cfg["architecture"]))  # by words, which have no addresses
+    if recipe is None:
+        raise Wrong("the name of the surgical model has no recipe")
+    model = base.build(base.arch)
+    model.load_state_dict(base.state, strict=True)
+    whole = attnsurgery.operate(wrap(model).eval(), recipe, (size[0], size[1], size[2]))
+    expect(list(grafted_blocks(whole)) == [prefix + path for path in grafted_blocks(trained)], "blocks are elsewhere")
+    expect(_places(whole, prefix) == _places(trained, ""), "layouts, tokens or grids differ")
+    with torch.no_grad():
+        expect(equal(flat(whole(base.images)), flat(base.model(base.images))), "outputs differ at the identity start")
+        move(whole)
+        trained.load_state_dict(model.state_dict(), strict=True)
+        expect(equal(flat(whole(base.images)), flat(trained(base.images))), "trained weights give other numbers")
+        attnsurgery.remove(whole)
+        expect(equal(flat(whole(base.images)), flat(base.model(base.images))), "outputs differ once blocks are removed")
+    expect(list(model.state_dict()) == list(base.state), "the keys, or their order, are not the base's")
+
+
+def _places(model: nn.Module, prefix: str) -> list[Any]:
+    """What surgery has noted of each place, by paths in the model itself."""
+    return [
+        dataclasses.replace(
+            graft,
+            span=tuple(path.removeprefix(prefix) for path in graft.span),
+            grid_source=graft.grid_source.removeprefix(prefix),
+            options=tuple(sorted(graft.options.items(), key=str)),
+        )
+        for _, _, grafts in operated(model)
+        for graft in grafts
+    ]
