@@ -20,6 +20,7 @@ from torch import fx, nn
 import attnsurgery
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block
+from attnsurgery.errors import SiteError
 from tests.conftest import build, images
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -377,3 +378,95 @@ def test_a_recipe_without_auto_travels_as_it_is(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet_se", in_chans=5)
     save_for_hf(model, tmp_path)
     assert "settled" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
+
+
+def in_another_shape(name: str, size: tuple[int, int], other: tuple[int, int], **small: Any) -> None:
+    """Layouts in a model whose maps are as wide as they have channels are those that images of another shape tell."""
+    cubes = attnsurgery.inspect(timm.create_model(name, **small), (3, *size))
+    plain = {
+        site.address: site.layout for site in attnsurgery.inspect(timm.create_model(name, **small), (3, *other)).sites
+    }
+    alike = [site for site in cubes.sites if len(site.shape) == 3 and len(set(site.shape)) == 1]
+    assert {site.layout for site in alike} == {"NCHW", "NHWC"}
+    assert not any(site.refused for site in cubes.sites)
+    assert {site.address: site.layout for site in alike} == {site.address: plain[site.address] for site in alike}
+
+
+def test_layouts_where_convnext_has_as_many_channels_as_rows_and_columns() -> None:
+    """As convnext_tiny at 384 pixels, 96 x 96 x 96, in little: the permuted maps are channels last, the others not."""
+    in_another_shape("convnext_tiny", (64, 64), (64, 128), depths=(2, 1, 1, 1), dims=(16, 24, 32, 48))
+
+
+def test_layouts_where_maxvit_has_as_many_channels_as_rows_and_columns() -> None:
+    """As maxvit_nano_rw_256, 64 x 64 x 64, in little: its convolutions are channels first, its attention last."""
+    in_another_shape("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
+
+
+def test_layouts_of_a_model_that_has_to_be_told_another_size() -> None:
+    """As swinv2_cr_tiny_384, which takes no other images: its copy without weights is told by set_input_size."""
+    model = timm.create_model(
+        "swinv2_cr_tiny_224", img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)
+    )
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    anatomy = attnsurgery.inspect(model)
+    layouts = {site.address: site.layout for site in anatomy.sites if site.shape == (16, 16, 16)}
+    assert layouts["patch_embed"] == "NCHW"
+    assert layouts["stages.0.blocks.0:add"] == "NHWC"
+    assert not any(site.refused for site in anatomy.sites)
+    assert model.patch_embed.img_size == (64, 64)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("at", ["stages.0.blocks.0.norm", "stages.0.blocks.0:permute", "stages.0.blocks.0:add"])
+@torch.no_grad()
+def test_a_block_put_where_all_sizes_are_alike_works_on_the_channels(at: str) -> None:
+    small = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
+    model = timm.create_model("convnext_tiny", **small).eval()
+    assert attnsurgery.inspect(model, (3, 64, 64)).site(at).shape == (16, 16, 16)
+    base = copy.deepcopy(model)
+    attnsurgery.operate(model, recipe("convnext_tiny", at, "se", {"reduction": 2}), input_size=(3, 64, 64))
+    x = torch.randn(1, 3, 64, 128)  # height and width for channels would not even run here
+    assert torch.equal(model(x), base(x))
+
+
+class OneSize(nn.Module):
+    """A model that takes images of one size only, and whose maps are as wide as they have channels."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.body = Turning(last)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] != (32, 32):
+            raise ValueError("images of 32 x 32 only")
+        y: torch.Tensor = self.head(self.body(self.stem(x)).flatten(2).mean(2))
+        return y
+
+
+class Turning(nn.Module):
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.act = nn.ReLU()
+        self.last = last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.permute(0, 2, 3, 1) * 2
+        y = self.fc(y) if self.last else self.act(y)
+        return y + 1
+
+
+def test_a_place_whose_layout_cannot_be_known_is_refused_with_the_reason() -> None:
+    """What a layer gives tells; behind it, in a model that takes images of one size, nothing does."""
+    told = attnsurgery.inspect(OneSize(last=True), (3, 32, 32))
+    assert told.site("body.fc").layout == "NHWC"
+    assert told.site("body:mul").layout == "NHWC"  # what the layer takes
+    assert not told.site("body.fc").refused
+    model = OneSize(last=False)
+    refused = {"body.act", "body:mul"}
+    assert refused <= {site.address for site in attnsurgery.inspect(model, (3, 32, 32)).sites if site.refused}
+    for at in refused:
+        with pytest.raises(SiteError, match=r"can hold no block: its sizes 8 x 8 x 8 do not tell the channels"):
+            attnsurgery.operate(model, recipe("resnet18", at, "se", {}), input_size=(3, 32, 32))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
@@ -106,7 +106,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
         return None if model is None else stagings[model](order, stride)
 
     def finish(place: Found) -> Site:
-        read = reader.read(place.shape, place.owner, place.order)
+        read = reader.read(place.shape, place.owner, place.order, place.node, place.element and place.element[0])
         site = Site(
             address=place.address,
             owner=place.owner,
@@ -144,7 +144,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
     }
     name = next((said["architecture"] for said in map(_config, speakers(model)) if said.get("architecture")), None)
     found = tuple(_with_blocks(_richest(outputs, rows)))
-    return Anatomy(name or type(model).__name__, size, found, owners, run, finish)
+    return Anatomy(name or type(model).__name__, size, found, owners, run, finish, within)
 
 
 _REPLACED = (
@@ -189,7 +189,8 @@ def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
             continue
         if path and rebuilds(type(module)):
             hidden = (*hidden, f"{path}.")
-        if path and not replaces_itself(uncut_class(module)):
+        # a torch.fx graph writes its forward anew whenever it is recompiled or copied
+        if path and not replaces_itself(uncut_class(module)) and not isinstance(module, fx.GraphModule):
             yield path, module
 
 

@@ -31,7 +31,7 @@ def inner_sites(
     """
     key = _alike(path, owner, graph, run)
     if key not in known:
-        known[key] = _shapes(path, owner, graph, run)
+        known[key] = replayed_shapes(path, owner, graph, run)
     shapes = known[key]
     additions = _residual_additions(owner, graph, shapes)
     ends = {addition.end for addition in additions.values()}
@@ -95,7 +95,7 @@ def _sizes(value: Any) -> Hashable:
     return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def _shapes(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Shapes:
+def replayed_shapes(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Shapes:
     """What every node of the graph gives, replayed with the recorded outputs of the owner's children."""
     shapes: Shapes = {}
 

@@ -16,15 +16,19 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
 from torch import fx, nn
 
 from attnsurgery.errors import SurgeryError
-from attnsurgery.graph.record import LOOPS, Run, map_shape
+from attnsurgery.graph.elsewhere import Elsewhere
+from attnsurgery.graph.record import LOOPS, Run, map_shape, tensors
 from attnsurgery.graph.site import Layout
+from attnsurgery.graph.trace import trace_owner
 from attnsurgery.graph.within import said_above
 
 Told = tuple[tuple[int, int], tuple[str, ...]]
@@ -78,7 +82,8 @@ def guess_layout(shape: tuple[int, ...], image: tuple[int, int], channels_last: 
     """The layout of a tensor without batch, from its shape and the (H, W) of the image it was made of.
 
     A map keeps the proportions of the image, and channels know nothing of them: of the two ways to read three sizes,
-    the one that shrinks height and width alike is right. `channels_last` decides where both do.
+    the one that shrinks height and width alike is right. `channels_last` decides where both do; that is no more than a
+    guess, see `Reader.layout_at`.
     """
     if len(shape) == 2:
         return "NLC"
@@ -109,9 +114,10 @@ class Reader:
     """Tells layouts, prefix tokens and grids in one recorded model.
 
     A layout is what the layers say that take such a tensor or give it: a convolution has channels first, a Linear last.
-    Where none does, proportions decide. A grid needs evidence, too: the size is passed along with the tokens; or it is
-    that of the patch embedding; or of a map the model has made on the way, or a map half as large. Where a module that
-    can be cut makes that map, it is asked in each forward, and images of any size go.
+    Where none does, proportions decide. Where C = H = W neither can, and the model is run once more, on images of
+    another shape. A grid needs evidence, too: the size is passed along with the tokens; or it is that of the patch
+    embedding; or of a map the model has made on the way, or a map half as large. Where a module that can be cut makes
+    that map, it is asked in each forward, and images of any size go.
     """
 
     model: nn.Module
@@ -130,6 +136,8 @@ class Reader:
     told: dict[str, list[Told]] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     """How many tokens each parameter called so holds: pit's class and distillation tokens are one."""
+    said: dict[int, set[Layout]] = field(default_factory=dict)
+    """What the layers say that take or give one very tensor, by its id."""
 
     def __post_init__(self) -> None:
         learned = [(name.rpartition(".")[2], tensor) for name, tensor in self.model.named_parameters()]
@@ -139,6 +147,7 @@ class Reader:
             if vote is not None and path in self.run.outputs:
                 for value in (*self.run.inputs[path][0], self.run.outputs[path]):
                     if isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel():
+                        self.said.setdefault(id(value), set()).add(vote)
                         self.votes.setdefault(tuple(value.shape[1:]), Counter())[vote] += 1
         embeddings = dict.fromkeys(self._embedding(self.modules[path]) for path in self.models)
         for embedding in embeddings:
@@ -177,25 +186,65 @@ class Reader:
             cuttable = path in self.hosts and any(module.children()) and not isinstance(module, LOOPS)
             if cuttable and self.run.once(path) and map_shape(output) and output.ndim == 4:
                 shape = tuple(map(int, output.shape[1:]))
-                layout = self.layout(shape)
+                layout = self.layout_at(shape, path)
                 height, width = shape[1:] if layout == "NCHW" else shape[:2]
-                if height * width > 1 and self._proportional(height, width):
+                if layout and height * width > 1 and self._proportional(height, width):
                     yield self.run.finished[path], path, (height, width), layout
 
+    def layout_at(
+        self, shape: tuple[int, ...], owner: str, node: str | None = None, element: int | None = None
+    ) -> Layout | None:
+        """The layout of one tensor: a node in the forward of `owner`, or what it returns. None where nothing tells.
+
+        The shape alone does as long as one reading of it has the proportions of the image, and the other has not.
+        """
+        if len(shape) != 3 or not (self._proportional(*shape[1:]) and self._proportional(*shape[:2])):
+            return self.layout(shape)
+        return self._elsewhere.layout(shape, owner, node, element) or self._by_layers(owner, node, element)
+
+    @cached_property
+    def _elsewhere(self) -> Elsewhere:
+        images = next(value for value in tensors(self.run.inputs[""][0]) if value.ndim == 4)
+        channels, height, width = map(int, images.shape[1:])
+        return Elsewhere(self.model, (channels, height, width), self.modules)
+
+    def _by_layers(self, owner: str, node: str | None, element: int | None) -> Layout | None:
+        """What the layers say that give or take this very tensor, if they agree."""
+        said: set[Layout] = set()
+        value: Any = None
+        if node is None:
+            value = self.run.outputs[owner]
+            value = value if element is None else value[element]
+        else:
+            graph = trace_owner(self.modules[owner])
+            found = next((n for n in graph.nodes if n.name == node), None) if graph is not None else None
+            if found is None:
+                return None
+            if found.op == "call_module":
+                value = self.run.outputs.get(f"{owner}.{found.target}")
+            for user in found.users:
+                vote = _vote(self.modules[owner].get_submodule(str(user.target))) if user.op == "call_module" else None
+                said |= {vote} if vote else set()
+        said |= self.said.get(id(value), set())
+        return said.pop() if len(said) == 1 else None
+
     def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The layout of tensors of this shape without batch, as far as their shape tells it."""
         if len(shape) == 3 and shape in self.votes:
             (first, most), *others = self.votes[shape].most_common()
             if not others or others[0][1] < most:
                 return first
         return guess_layout(shape, self.image, said_above(self.modules, self.models[0], "output_fmt") == "NHWC")
 
-    def read(self, shape: tuple[int, ...], owner: str, order: float) -> Reading:
-        """What a tensor of this shape without batch is, in the forward of `owner` or returned by it."""
-        layout = self.layout(shape)
-        if layout == "NCHW":
-            return Reading(layout, ordered=self._proportional(*shape[1:]))
-        if layout == "NHWC":
-            return Reading(layout, ordered=self._proportional(*shape[:2]))
+    def read(
+        self, shape: tuple[int, ...], owner: str, order: float, node: str | None = None, element: int | None = None
+    ) -> Reading:
+        """What a tensor of this shape without batch is: a node in the forward of `owner`, or what it returns."""
+        known = self.layout_at(shape, owner, node, element)
+        layout = known or self.layout(shape)
+        if layout != "NLC":
+            sides = shape[1:] if layout == "NCHW" else shape[:2]
+            return Reading(layout, ordered=self._proportional(*sides), refused="" if known else _UNTOLD.format(*shape))
         said = said_above(self.modules, owner, "num_prefix_tokens")
         hint = int(said or 0)
         reordered = said_above(self.modules, owner, "unroll") is not None
@@ -252,6 +301,12 @@ class Reader:
         """True if height and width are those of the image, divided by one stride and rounded."""
         stride = max(self.image[0] / height, self.image[1] / width)
         return abs(self.image[0] / stride - height) <= 1 and abs(self.image[1] / stride - width) <= 1
+
+
+_UNTOLD = (
+    "its sizes {} x {} x {} do not tell the channels from height and width, and the model takes no images of another "
+    "shape, which would tell; use images of another size, or another place"
+)
 
 
 def _vote(module: nn.Module) -> Layout | None:
