@@ -35,6 +35,7 @@ from attnsurgery.search.record import Promotion
 from attnsurgery.search.report import checklist, heat_map, pareto, progress, render, rungs
 from attnsurgery.search.report.checklist import Item
 from attnsurgery.search.report.colours import BLUE
+from attnsurgery.search.run_directory import WRITTEN
 from attnsurgery.search.saved import Saved, read
 from tests._searches import BASE, LABELS, PLACES, about, outcome, search, timing, trial, write_images
 from tests.test_search import SPACE, small_search
@@ -515,6 +516,7 @@ def test_a_moved_directory_gives_the_same_report_and_nothing_else_is_touched(cop
     assert set(after) == set(before)
     page = copied / "report.html"
     assert without_ids(after.pop(page).decode()) == without_ids(before.pop(page).decode())
+    assert after.pop(copied / WRITTEN).startswith(before.pop(copied / WRITTEN)), "what is written is noted"
     assert after == before
 
 
@@ -674,10 +676,11 @@ def test_a_report_that_is_seconds_old_is_left_by_a_search_and_made_again_at_its_
     written: list[int] = []
     real = Outcome.write
 
-    def counts(self: Outcome, *args: Any, **kwargs: Any) -> None:
+    def counts(self: Outcome, *args: Any, **kwargs: Any) -> list[str]:
         before = (self.folder / "report.html").stat().st_mtime_ns if (self.folder / "report.html").exists() else 0
-        real(self, *args, **kwargs)
+        kept = real(self, *args, **kwargs)
         written.append((self.folder / "report.html").stat().st_mtime_ns != before)
+        return kept
 
     monkeypatch.setattr(Outcome, "write", counts)
     monkeypatch.setattr("attnsurgery.search.outcome._SELDOM_S", 1000.0)
