@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -105,6 +106,13 @@ def test_what_systems_leave_behind_is_no_image(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog")
     assert len(data.train) + len(data.val) + len(data.test) == 12
     assert "left out: 4 hidden files or folders" in said(data)
+
+
+def test_a_hidden_folder_beside_the_classes_is_no_class(tmp_path: Path) -> None:
+    """Notebooks leave one behind, which shifted all labels by one elsewhere."""
+    two_classes(tmp_path)
+    write(tmp_path / ".ipynb_checkpoints", 4)
+    assert load_data(str(tmp_path), SMALL).classes == ("cat", "dog")
 
 
 def test_an_empty_class_and_loose_images_are_named(tmp_path: Path) -> None:
@@ -263,6 +271,30 @@ def test_floating_point_pixels_are_scaled(values: list[float]) -> None:
     image = Image.fromarray(np.array([values], np.float32))
     assert image.mode == "F"
     assert pixels(image, Rendering("L")).tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bits_in_either_order_of_bytes(tmp_path: Path, order: str) -> None:
+    """A TIFF file says which; PIL calls them I;16 and I;16B, and makes white of both."""
+    tags = {
+        256: (2, 1),
+        257: (1, 1),
+        258: (16, 1),
+        259: (1, 1),
+        262: (1, 1),
+        273: (0, 1),
+        277: (1, 1),
+        278: (1, 1),
+        279: (4, 1),
+    }
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8) + struct.pack(f"{order}H", len(tags))
+    tags[273] = (8 + 2 + 12 * len(tags) + 4, 1)
+    for tag, (value, count) in tags.items():
+        head += struct.pack(f"{order}HHII", tag, 4, count, value)
+    (tmp_path / "deep.tif").write_bytes(head + bytes(4) + struct.pack(f"{order}2H", 0, 32768))
+    image = decoded(tmp_path / "deep.tif")
+    assert image.mode.startswith("I;16")
+    assert pixels(image, Rendering("L", Depth(0, 65535))).tolist() == [[0, 128]]
 
 
 def test_numbers_of_32_bits_are_scaled() -> None:
@@ -577,6 +609,17 @@ def test_unbalanced_classes_are_told(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), SMALL)
     assert data.unbalanced
     assert "unbalanced: 120 training images of many, 2 of few. Whoever always says many gets 97.6 %" in said(data)
+
+
+def test_two_photos_in_one_file_are_one_photo(tmp_path: Path) -> None:
+    """Phones put a preview behind the photo, in files called .jpg and .mpo; a film's frames are another matter."""
+    two_classes(tmp_path, ending=".jpg")
+    noise(7).save(tmp_path / "cat" / "phone.mpo", save_all=True, append_images=[noise(8)])
+    data = load_data(str(tmp_path), SMALL)
+    assert len(data.train) + len(data.val) + len(data.test) == 13
+    assert "frame" not in said(data)
+    noise(7).save(tmp_path / "cat" / "film.gif", save_all=True, append_images=[noise(8)])
+    assert "first frame only: 1 image with several frames" in said(load_data(str(tmp_path), SMALL))
 
 
 def test_balanced_classes_are_not(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ _LEVEL = 12.0
 """Most difference of their mean levels, of 255."""
 _FLAT = 4.0
 """A small picture whose levels have a smaller standard deviation has nothing to be known by."""
-_MOST_PAIRS = 4 * 10**9
+_MOST_PAIRS = 2 * 10**9
 """Of hashes that are compared; of more images, only equal hashes are found."""
-_BLOCK = 2**23
+_BLOCK = 2**21
 _PAIRS = 2**17
 """At a time."""
 _BITS = np.array([bin(number).count("1") for number in range(256)], np.uint8)
@@ -138,18 +138,23 @@ def _close(later: Hashes, of_later: Indices, earlier: Hashes, of_earlier: Indice
         pairs = [(int(b), known[int(later[b])]) for b in of_later if int(later[b]) in known]
         yield np.array([b for b, _ in pairs], np.int64), np.array([a for _, a in pairs], np.int64)
         return
-    bytes_M8 = earlier[of_earlier].view(np.uint8).reshape(-1, 8)
+    hashes_M = earlier[of_earlier]
     step = max(1, _BLOCK // len(of_earlier))
     for start in range(0, len(of_later), step):
         some = of_later[start : start + step]
-        bytes_B8 = later[some].view(np.uint8).reshape(-1, 8)
-        apart_BM = np.zeros((len(some), len(of_earlier)), np.uint8)
-        for place in range(8):
-            apart_BM += _BITS[bytes_B8[:, None, place] ^ bytes_M8[None, :, place]]
+        apart_BM = _bits(later[some][:, None] ^ hashes_M[None, :])
         b_K, a_K = np.nonzero(apart_BM <= _CLOSE_BITS)
         for first in range(0, len(b_K), _PAIRS):
             chunk = slice(first, first + _PAIRS)
             yield some[b_K[chunk]], of_earlier[a_K[chunk]]
+
+
+def _bits(numbers: Hashes) -> Any:
+    """How many bits of each are 1."""
+    if hasattr(np, "bitwise_count"):  # numpy 2 and later
+        return np.bitwise_count(numbers)
+    by_byte = _BITS[np.ascontiguousarray(numbers).view(np.uint8)]
+    return by_byte.reshape(*numbers.shape, 8).sum(axis=-1)
 
 
 def _word(split: str) -> str:

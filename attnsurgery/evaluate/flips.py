@@ -27,6 +27,9 @@ from attnsurgery.evaluate.source import Source
 _SIDE = 32
 _PATCH = 6
 _FILTERS = 128
+_STRIDE = 2
+_LEAST = 0.5
+"""A filter is met where its product with a patch is larger."""
 _CELLS = 3
 """What filters find is added up in so many parts of height and of width."""
 _IMAGES = 900
@@ -123,13 +126,18 @@ def _filters(x_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _features(x_NCHW: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     """(N, D): where, roughly, and how strongly each filter is met."""
+    weight_PK, side = filters.flatten(1).T.contiguous(), (_SIDE - _PATCH) // _STRIDE + 1
+    cell = side // _CELLS
     found = []
     for x_BCHW in torch.split(x_NCHW, _BATCH):
-        met_BKHW = F.conv2d(x_BCHW, filters)
-        met_BKHW = F.relu(torch.cat([met_BKHW, -met_BKHW], dim=1) - 0.5)
-        cells = F.adaptive_avg_pool2d(met_BKHW, _CELLS).flatten(1)
-        found.append(torch.cat([cells, met_BKHW.amax(dim=(2, 3))], dim=1))
-    return torch.cat(found).double()
+        met_BSSK = (F.unfold(x_BCHW, _PATCH, stride=_STRIDE).mT @ weight_PK).unflatten(1, (side, side))
+        met_BSSK = met_BSSK[:, : _CELLS * cell, : _CELLS * cell]
+        for sign in (1, -1):
+            strong_BSSK = F.relu(sign * met_BSSK - _LEAST)
+            cells = strong_BSSK.unflatten(2, (_CELLS, cell)).unflatten(1, (_CELLS, cell)).mean(dim=(2, 4))
+            found.append(torch.cat([cells.flatten(1), strong_BSSK.amax(dim=(1, 2))], dim=1))
+    both = [torch.cat(pair, dim=1) for pair in zip(found[::2], found[1::2], strict=True)]
+    return torch.cat(both).double()
 
 
 def _judged(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.Tensor) -> Any:
