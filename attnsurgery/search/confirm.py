@@ -425,6 +425,8 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
     Raises:
         CheckpointError, SearchError: it cannot be written; an older one is still there.
     """
+    for left in folder.glob(f".{BEST}.*.new*"):  # by a search that died
+        shutil.rmtree(left, ignore_errors=True)
     beside = folder / f".{BEST}.{secrets.token_hex(4)}.new"
     arguments = {
         "base": recipe.base,

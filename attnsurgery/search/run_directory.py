@@ -23,7 +23,7 @@ MARK = ".attnsurgery-run"
 """File that makes a directory a run directory."""
 WRITTEN = ".written.jsonl"
 """File that lists what the search has written, a JSON object a line: name and digest."""
-_NO_CONTENT = {".lock", ".DS_Store", "lost+found"}
+_NO_CONTENT = {".lock", ".DS_Store", ".gitkeep", ".gitignore", "lost+found"}
 """Entries of a directory that counts as empty all the same."""
 _SQLITE = b"SQLite format 3\0"
 
@@ -40,7 +40,8 @@ def check_free(folder: Path) -> None:
             return
         if not folder.is_dir():
             raise UsageError(f"the run directory {folder} is a file. Name a directory that is new or empty.")
-        held = sorted(entry.name for entry in folder.iterdir() if entry.name not in _NO_CONTENT)
+        names = (entry.name for entry in folder.iterdir())
+        held = sorted(name for name in names if name not in _NO_CONTENT and MARK not in name)  # nor a mark half written
     except OSError as error:
         raise SearchError(f"cannot look into the run directory {folder}: {error.strerror}.") from None
     if held and not is_run(folder):
