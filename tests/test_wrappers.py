@@ -350,9 +350,10 @@ class Keeping(BasicBlock):
         return self.feat
 
 
-@pytest.mark.parametrize("wrap", [lambda module: module, nn.utils.weight_norm], ids=["kept", "weight_norm"])
+@pytest.mark.parametrize("wrap", [lambda module: module, nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Also those that hooks of torch compute, of which torch.fx knows nothing: they run as before."""
     model = nn.Sequential(nn.Sequential(wrap(nn.Conv2d(3, 8, 4, 4)), Keeping(8, 8), Keeping(8, 8)))
     model(images(64))
     kept = model[0][1].feat
@@ -360,9 +361,14 @@ def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) 
     twin = meta_twin(model)
     assert {twin[0][1].feat.device.type, twin[0][1].feats["all"][0].device.type} == {"meta"}
     assert twin[0][1].record.feat is twin[0][1].feat
+    expected = model.eval()(images(64))
+    kept = model[0][1].feat
     cut(model, ("0.1", "se"))
-    assert attnsurgery.verify(model, SIZE).alive
+    report = attnsurgery.verify(model, SIZE)
+    assert report.alive
+    assert report.max_abs_diff == 0
     assert model[0][1].feat is kept
+    assert torch.equal(model(images(64)), expected)
 
 
 def test_what_cannot_be_copied_is_shared() -> None:
@@ -584,6 +590,13 @@ def packed(model: Any) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def in_four_bits(model: Any) -> nn.Module:
+    weight = model.fc.weight.data.to(torch.uint8)[:, :1]
+    packed = Fake.of("bitsandbytes", "Params4bit", nn.Parameter)
+    model.fc.weight = packed(weight, requires_grad=False)
+    return model  # type: ignore[no-any-return]
+
+
 def lazy(model: Any) -> nn.Module:
     model.fc = nn.LazyLinear(10)
     return model  # type: ignore[no-any-return]
@@ -600,6 +613,7 @@ ROUND = {
     "accelerate": (offloaded, {"inspect", "freeze"}, r"remove_hook_from_module"),
     "fsdp2": (sharded, set(), r"before it is sharded"),
     "tensor subclass": (quantised, {"inspect", "freeze"}, r"quantise or shard it afterwards"),
+    "bitsandbytes": (in_four_bits, set(), r"bitsandbytes's Params4bit"),
     "quantised": (packed, set(), r"quantise it afterwards"),
     "lazy": (lazy, set(), r"run the model once"),
 }
@@ -990,3 +1004,21 @@ def test_models_that_say_how_they_are_copied() -> None:
     report = attnsurgery.verify(cut(model, ("stage:* branches", "se")), SIZE)
     assert report.alive
     assert report.max_abs_diff == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+def test_a_new_input_size_of_a_model_in_a_whole_reaches_its_blocks() -> None:
+    """Residual attention asks how tokens lie, and is told when the ViT inside is set to another size."""
+    base = build("test_vit", img_size=64)
+    model = nn.Sequential(copy.deepcopy(base)).eval()
+    edits = [{"at": at, "block": "residual_attention"} for at in ("stage:2 last", "0.blocks.3 .. 0.blocks.4")]
+    attnsurgery.operate(model, {"version": 1, "name": "m", "base": "test_vit", "edits": edits}, SIZE)
+    for vit in (base, model[0]):
+        vit.set_input_size((96, 96))
+    assert torch.equal(model(images(96)), base(images(96)))
+    move_gates(model)
+    with attnsurgery.bypass(model, "0.blocks.3.residual_attention"):
+        attnsurgery.remove(copy.deepcopy(model), "0.blocks.3.residual_attention")
+    assert attnsurgery.verify(model, (3, 96, 96)).alive
+    attnsurgery.remove(model)
+    assert "set_input_size" not in vars(model[0])

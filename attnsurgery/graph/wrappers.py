@@ -219,7 +219,7 @@ def _check_state(path: str, module: nn.Module, verb: Verb) -> None:
             continue
         if nn.parameter.is_lazy(tensor):
             raise _refusal(verb, path, _LAZY.format(path=path))
-        if _is_made_of_others(tensor) and verb in (*CHANGING, "verify", "bypass"):
+        if _is_made_of_others(tensor) and (_is_packed(tensor) or verb in (*CHANGING, "verify", "bypass")):
             what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
             raise _refusal(verb, path, _QUANTISED.format(path=path, what=what))
 
@@ -289,7 +289,12 @@ def check_forward(path: str, module: nn.Module) -> None:
 
 def _is_made_of_others(tensor: torch.Tensor) -> bool:
     """True for a subclass of tensors that holds other tensors, as quantised and sharded ones do."""
-    return hasattr(tensor, "__tensor_flatten__")
+    return hasattr(tensor, "__tensor_flatten__") or _is_packed(tensor)
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """True for a tensor whose shape is not that of the weight that it stands for."""
+    return type(tensor).__module__.partition(".")[0] == "bitsandbytes"
 
 
 def plain_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from attnsurgery.graph.find import survey
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.twin import meta_twin
+from attnsurgery.graph.within import feature_infos
 from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
 from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
@@ -54,11 +55,22 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
             setattr(*held_at(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
-        if any(graft.fixed for graft in grafts) and hasattr(model, "set_input_size"):
-            model.__dict__["set_input_size"] = functools.partial(_set_input_size, model)
+        resized = _resized(model, path) if any(graft.fixed for graft in grafts) else None
+        if resized is not None:
+            resized.__dict__["set_input_size"] = functools.partial(_set_input_size, resized)
         model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(joined(path, name) for name in blocks))
     watch(model)
     return original
+
+
+def _resized(model: nn.Module, path: str) -> nn.Module | None:
+    """The timm model around an owner that is told of another size of images: the whole, or one inside it."""
+    while path:
+        path = path.rpartition(".")[0]
+        around = submodule(model, path)
+        if hasattr(type(around), "set_input_size") and (not path or feature_infos(around)):
+            return around
+    return None
 
 
 def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -66,15 +78,17 @@ def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     cls: Any = type(model)
     cls.set_input_size(model, *args, **kwargs)
     anatomy = survey(remove(meta_twin(model)))
+    paths = [path for path, _, _ in operated(model)]
     for path, owner, grafts in operated(model):
-        told = tuple(
-            dataclasses.replace(
-                graft, grid=anatomy.grid_at(graft.span[-1] if graft.span else path, graft.node, graft.element)
+
+        def resized(graft: Graft, path: str = path) -> Graft:
+            # a span has the paths of the whole that the model may stand in
+            last = (
+                next((own for own in paths if f".{graft.span[-1]}".endswith(f".{own}")), path) if graft.span else path
             )
-            if graft.fixed
-            else graft
-            for graft in grafts
-        )
+            return dataclasses.replace(graft, grid=anatomy.grid_at(last, graft.node, graft.element))
+
+        told = tuple(resized(graft) if graft.fixed else graft for graft in grafts)
         owner.__dict__[RECORD] = told
         owner.__class__ = surgical_class(owner, told)
 

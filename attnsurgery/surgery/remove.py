@@ -16,7 +16,7 @@ from torch import nn
 from attnsurgery.blocks import Block
 from attnsurgery.blocks.loading import unwatch
 from attnsurgery.graph.trace import uncut_copy
-from attnsurgery.graph.wrappers import bare, check_uncompiled, unwrapped
+from attnsurgery.graph.wrappers import bare, check_uncompiled, unwrapped, walk
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
 from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
 from attnsurgery.surgery.rewrite import surgical_class
@@ -161,4 +161,6 @@ def _remember(model: nn.Module, kept: dict[str, _Kept]) -> None:
         model.__dict__.pop(PATHS, None)
         unwatch(model)
     if not any(graft.fixed for left in kept.values() for graft in left.grafts):
-        model.__dict__.pop("set_input_size", None)
+        for _, module in walk(model):
+            if hasattr(type(module), "set_input_size"):  # ours, set on the object
+                module.__dict__.pop("set_input_size", None)
