@@ -26,7 +26,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
 from attnsurgery import api, registry
-from attnsurgery.base import build_base, check_base, fitted, load_weights, sizes_of, weightless
+from attnsurgery.base import build_base, check_base, fitted, load_weights, refuse_nan, sizes_of, weightless
 from attnsurgery.blocks import Start
 from attnsurgery.difference import same_bits
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, SurgeryError, UsageError
@@ -37,7 +37,7 @@ from attnsurgery.recipe.text import dumps, keep_origin, where
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated
 from attnsurgery.surgery.select_blocks import base_anatomy
 from attnsurgery.surgery.verify import Report, verify
-from attnsurgery.weights import AS_FOUND, Layout, StateDict, read, read_state_dict
+from attnsurgery.weights import AS_FOUND, DELTA_NAME, Layout, StateDict, read, read_state_dict
 
 __all__ = ["apply", "prove_directory", "read_state_dict", "write_directory"]
 
@@ -152,14 +152,12 @@ def surgery_in(path: Path) -> Recipe | None:
         name = config["architecture"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    if not isinstance(name, str) or (name != ARCHITECTURE and registry.recipe_of(name) is None):
+    if not isinstance(name, str) or (path / DELTA_NAME).is_file():  # of which reading says how to make it whole
         return None
-    try:
+    if name != ARCHITECTURE and registry.recipe_of(name) is None:
+        return None
+    with _saying(path):
         return api.recipe_of(weightless(f"local-dir:{path}"))
-    except AttnSurgeryError:
-        raise
-    except Exception as error:  # whatever a foreign config.json can break
-        raise CheckpointError(f"the model in {str(path)!r} cannot be built ({_said(error)}).") from error
 
 
 def _on_top(recipe: Recipe, checkpoint: Path, before: Recipe) -> Operated:
@@ -178,8 +176,9 @@ def _on_top(recipe: Recipe, checkpoint: Path, before: Recipe) -> Operated:
             f"the model in {checkpoint} has had every edit of the recipe already. Give a recipe with those to add, or "
             "the weights of the plain base."
         )
-    model = built(checkpoint)
+    model = opened(checkpoint)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
+    refuse_nan(weights, str(checkpoint))
     outputs = _outputs(model)
     kept = list(grafted_blocks(model))
     added = recipe if edits == recipe.edits else recipe.model_copy(update={"edits": edits})
@@ -229,7 +228,8 @@ def write_directory(
     """
     path = Path(path)
     refuse_existing(path)
-    with beside(path) as partial:
+    # some models draw numbers when they are built, and whoever writes in the middle of a search goes on drawing
+    with torch.random.fork_rng(devices=[]), beside(path) as partial:
         tensors = storable(model.state_dict())
         safetensors.torch.save_file(tensors, partial / HF_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         write_config(model, partial / "config.json", architecture, model_args)
@@ -405,6 +405,27 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)
+
+
+def opened(directory: Path) -> nn.Module:
+    """As `built`.
+
+    Raises:
+        CheckpointError: it does not build, or the weights are of another model.
+    """
+    with _saying(directory):
+        return built(directory)
+
+
+@contextmanager
+def _saying(directory: Path) -> Iterator[None]:
+    """Name the directory in whatever a foreign config.json can break."""
+    try:
+        yield
+    except AttnSurgeryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the model in {str(directory)!r} cannot be built ({_said(error)}).") from error
 
 
 def built(directory: Path) -> nn.Module:

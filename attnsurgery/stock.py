@@ -32,8 +32,8 @@ from attnsurgery.base import load_weights
 from attnsurgery.blocks import Start
 from attnsurgery.blocks.squeeze_excite import SqueezeExcite
 from attnsurgery.blocks.timm_attn import Doubled, TimmAttention
-from attnsurgery.checkpoint import write_directory
-from attnsurgery.errors import AttnSurgeryError, CheckpointError, SurgeryError, UsageError
+from attnsurgery.checkpoint import opened, write_directory
+from attnsurgery.errors import SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.graph.trace import trace_owner
 from attnsurgery.recipe.schema import Edit, Recipe
@@ -291,8 +291,10 @@ def _prove(model: nn.Module, stock: nn.Module, name: str) -> None:
     A block that has never been trained computes nothing, and behind a norm that starts at zero it is given nothing, so
     only then another activation or gate shows.
     """
-    if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
-        raise UsageError("some weights are not finite, so no outputs can be compared. Nothing was written.")
+    broken = [key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        some = ", ".join(broken[:3]) + ", ..." * (len(broken) > 3)
+        raise UsageError(f"some weights are not finite ({some}), so no outputs can be compared. Nothing was written.")
     moved, other = copy.deepcopy(model), copy.deepcopy(stock)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -337,11 +339,4 @@ def _read(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{str(directory)!r} is no timm directory with a readable config.json ({error}). "
             "'attnsurgery apply' writes one."
         ) from None
-    try:
-        model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True)
-    except AttnSurgeryError:
-        raise
-    except Exception as error:  # whatever a foreign config.json can break
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the model in {str(directory)!r} cannot be built ({said}).") from error
-    return model.eval(), arguments
+    return opened(directory), arguments

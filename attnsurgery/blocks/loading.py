@@ -128,7 +128,7 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
     absent = tuple(path for path in lost if path not in held and path not in partial)
     known = base.keys() | {key for own in blocks.values() for key in own}
     foreign = tuple(_blocks_among(names - known, model))
-    by_path = {_plain(path): module for path, module in model.named_modules() if path}
+    by_path = {_plain(path): module for path, module in model.named_modules(remove_duplicate=False)}
     kind: Kind = "mixed"
     if not names & known:
         kind = "other"

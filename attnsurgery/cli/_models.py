@@ -11,7 +11,8 @@ from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.base import check_base, weightless
-from attnsurgery.errors import AttnSurgeryError, CheckpointError, UnknownNameError, UsageError
+from attnsurgery.checkpoint import opened
+from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.weights import DELTA_NAME, read_state_dict
 
 if TYPE_CHECKING:
@@ -45,16 +46,7 @@ def _from_directory(path: Path) -> nn.Module:
         raise UsageError(f"{str(path)!r} is no timm directory: it has no config.json. 'attnsurgery apply' writes one.")
     if (path / DELTA_NAME).is_file():
         read_state_dict(path)  # which says how to make it whole
-    try:
-        model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
-    except AttnSurgeryError:
-        raise
-    except Exception as error:  # whatever a foreign config.json can break
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the model in {str(path)!r} cannot be built ({type(error).__name__}: {said})."
-        ) from error
-    return model
+    return opened(path)
 
 
 def measured_conditions(device: str | None, backend: str | None, *, threads: int, **given: Any) -> Conditions:
