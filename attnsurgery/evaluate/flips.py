@@ -130,11 +130,11 @@ def _features(x_NCHW: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     cell = side // _CELLS
     found = []
     for x_BCHW in torch.split(x_NCHW, _BATCH):
-        met_BSSK = (F.unfold(x_BCHW, _PATCH, stride=_STRIDE).mT @ weight_PK).unflatten(1, (side, side))
+        met_BSSK = (F.unfold(x_BCHW, _PATCH, stride=_STRIDE).mT @ weight_PK).reshape(len(x_BCHW), side, side, -1)
         met_BSSK = met_BSSK[:, : _CELLS * cell, : _CELLS * cell]
         for sign in (1, -1):
             strong_BSSK = F.relu(sign * met_BSSK - _LEAST)
-            cells = strong_BSSK.unflatten(2, (_CELLS, cell)).unflatten(1, (_CELLS, cell)).mean(dim=(2, 4))
+            cells = strong_BSSK.reshape(len(x_BCHW), _CELLS, cell, _CELLS, cell, -1).mean(dim=(2, 4))
             found.append(torch.cat([cells.flatten(1), strong_BSSK.amax(dim=(1, 2))], dim=1))
     both = [torch.cat(pair, dim=1) for pair in zip(found[::2], found[1::2], strict=True)]
     return torch.cat(both).double()
