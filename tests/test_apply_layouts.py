@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +64,53 @@ def built(directory: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
 
 
-NEW_PROCESS = """
-import sys, timm, torch, attnsurgery
+# imports once, and answers each request in a child: what that knows is what every new process knows
+NEW_PROCESSES = """
+import os, sys, timm, torch, attnsurgery
 torch.set_num_threads(1)
-model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
-with torch.no_grad():
-    output = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-torch.save((output, dict(model.state_dict())), sys.argv[2])
+for line in sys.stdin:
+    directory, found = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        try:
+            model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+            with torch.no_grad():
+                output = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+            torch.save((output, dict(model.state_dict())), found)
+            os._exit(0)
+        except BaseException as error:
+            print(type(error).__name__, error, file=sys.stderr, flush=True)
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+Fresh = Callable[[Path], tuple[torch.Tensor, Tensors]]
 
-def in_a_new_process(directory: Path) -> tuple[torch.Tensor, Tensors]:
-    found = directory.parent / "found.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", NEW_PROCESS, str(directory), str(found)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
-    output, weights = torch.load(found)
-    return output, weights
+
+@pytest.fixture(scope="module")
+def in_a_new_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    """The outputs and the weights of the model that a new process builds from a directory."""
+    folder = tmp_path_factory.mktemp("new_processes")
+    with (folder / "errors.txt").open("w") as errors:
+        server = subprocess.Popen(
+            [sys.executable, "-c", NEW_PROCESSES],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+    def ask(directory: Path) -> tuple[torch.Tensor, Tensors]:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(f"{directory}\t{folder / 'found.pt'}\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "0\n", (folder / "errors.txt").read_text()[-1500:]
+        output, weights = torch.load(folder / "found.pt")
+        return output, weights
+
+    yield ask
+    server.communicate(timeout=60)
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -271,6 +300,14 @@ def test_numbers_of_numpy_and_other_harmless_things_are_read(legacy: bool, tenso
     assert read(tmp_path / "last.ckpt").key == "state_dict"
 
 
+def test_what_a_user_has_allowed_to_be_read_stays_allowed(weights: Path) -> None:
+    """Not listed: torch forgets a function that was allowed for one file, whoever allowed it before."""
+    with torch.serialization.safe_globals([np.dtype]):
+        read_state_dict(weights)
+        assert np.dtype in torch.serialization.get_safe_globals()
+    assert np.ndarray not in torch.serialization.get_safe_globals()
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return np.load, ("/nowhere",)
@@ -299,7 +336,7 @@ def test_weights_that_are_no_numbers_are_named(tensors: Tensors, tmp_path: Path)
 # ---- a base that is surgical itself
 
 
-def test_a_recipe_on_a_surgical_name_builds_in_a_new_process(tmp_path: Path) -> None:
+def test_a_recipe_on_a_surgical_name_builds_in_a_new_process(tmp_path: Path, in_a_new_process: Fresh) -> None:
     """`base: test_resnet_se` was written with exit code 0, and was an unknown name to every other process."""
     trained = move_gates(timm.create_model("test_resnet_se", num_classes=5).eval())
     torch.save(trained.state_dict(), tmp_path / "se.pth")
@@ -318,7 +355,9 @@ def test_so_does_one_on_the_bases_own_weights(weights: Path, base: nn.Module, tm
     assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
 
 
-def test_names_that_only_this_process_knows_are_written_out(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+def test_names_that_only_this_process_knows_are_written_out(
+    weights: Path, base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
+) -> None:
     """Not listed: a recipe on a registered name, two levels deep."""
     registry.register(recipe(SE, name="mine_with_se"))
     registry.register(recipe(ECA, base="mine_with_se", name="mine_with_both"))
@@ -331,7 +370,9 @@ def test_names_that_only_this_process_knows_are_written_out(weights: Path, base:
     assert len(grafted_blocks(model)) == 5
 
 
-def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(weights: Path, tmp_path: Path) -> None:
+def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(
+    weights: Path, tmp_path: Path, in_a_new_process: Fresh
+) -> None:
     """Not listed: a registered name in config.json means nothing to a process that has not registered it."""
     name = registry.register(recipe(SE, name="only_here"))
     model = move_gates(timm.create_model(name, num_classes=10).eval())
@@ -343,7 +384,9 @@ def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(weights: P
     assert torch.equal(output, model(images(64)))
 
 
-def test_directories_of_before_that_name_a_surgical_base_build_too(base: nn.Module, tmp_path: Path) -> None:
+def test_directories_of_before_that_name_a_surgical_base_build_too(
+    base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
+) -> None:
     made = recipe(ECA, base="test_resnet_se").as_dict()
     model = timm.create_model("surgery", base="test_resnet_se", recipe=made, num_classes=10).eval()
     write_directory(model, tmp_path / "out")
@@ -383,7 +426,7 @@ def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
 
 @pytest.mark.parametrize("both", [False, True], ids=["the new edit alone", "old and new edits"])
 def test_apply_goes_on_from_a_directory_that_it_wrote(
-    both: bool, surgical: tuple[Path, nn.Module], tmp_path: Path
+    both: bool, surgical: tuple[Path, nn.Module], tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
     """Its blocks keep their weights; it was refused, for names that the plain base does not have."""
     directory, model = surgical
@@ -431,11 +474,30 @@ def test_a_directory_of_another_base_or_with_all_of_the_edits_is_refused(surgica
         operated_base(recipe(ECA), directory / "model.safetensors")
 
 
+def test_a_delta_and_a_broken_directory_say_what_they_are(
+    surgical: tuple[Path, nn.Module], weights: Path, tmp_path: Path
+) -> None:
+    directory, model = surgical
+    save_delta(model, weights, tmp_path / "delta")
+    with pytest.raises(CheckpointError, match=r"is a delta: .* 'attnsurgery merge DELTA"):
+        operated_base(recipe(ECA), tmp_path / "delta")
+    found = read_state_dict(directory)
+    safetensors.torch.save_file({**found, "odd": torch.ones(1)}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the model in '.*first' cannot be built \(RuntimeError: .*odd"):
+        operated_base(recipe(ECA), directory)
+    found["fc.bias"] = found["fc.bias"] * float("nan")
+    safetensors.torch.save_file(found, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"first holds NaN in 1 of \d+ tensors \(fc\.bias\)"):
+        operated_base(recipe(ECA), directory)
+
+
 # ---- built from what was written
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_what_is_written_is_what_a_new_process_builds(start: Any, weights: Path, tmp_path: Path) -> None:
+def test_what_is_written_is_what_a_new_process_builds(
+    start: Any, weights: Path, tmp_path: Path, in_a_new_process: Fresh
+) -> None:
     apply(recipe(SE, Edit(at="layer3.0", block="non_local")), weights, tmp_path / "out", start=start)
     output, found = in_a_new_process(tmp_path / "out")
     assert torch.equal(output, built(tmp_path / "out")(images(64)))
