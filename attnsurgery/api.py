@@ -26,7 +26,6 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.without import without
 from attnsurgery.surgery import operate as surgery
 from attnsurgery.surgery.bypass import bypass
-from attnsurgery.surgery.owners import grafted_blocks
 from attnsurgery.surgery.parameters import block_parameters, freeze_base
 from attnsurgery.surgery.select_blocks import base_anatomy, blocks_by_place, named_blocks
 from attnsurgery.surgery.verify import Report
@@ -133,13 +132,13 @@ def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | No
     """
     host = _host(model, "remove")
     before = _kept_recipe(host)
-    there = grafted_blocks(host)
-    gone = named_blocks(host, blocks, input_size) if blocks else list(there)
-    if len(gone) == len(there):
+    there = blocks_by_place(host)
+    gone = named_blocks(host, blocks, input_size)
+    if not blocks or len(gone) == len(there):
         surgery.remove(host)
         _describe_base(host, before)
         return model
-    left = before and without(before, base_anatomy(host, input_size), blocks_by_place(host), gone)
+    left = before and without(before, base_anatomy(host, input_size), there, gone)
     surgery.remove(host, gone)
     if left is not None:
         _describe(host, registry.GENERIC, base=left.base, recipe=left.as_dict(), start=None, settled=None)

@@ -1022,3 +1022,15 @@ def test_a_new_input_size_of_a_model_in_a_whole_reaches_its_blocks() -> None:
     assert attnsurgery.verify(model, (3, 96, 96)).alive
     attnsurgery.remove(model)
     assert "set_input_size" not in vars(model[0])
+
+
+def test_some_blocks_cannot_be_removed_where_another_is_lost_but_all_can() -> None:
+    base = build("test_resnet")
+    model = cut(copy.deepcopy(base), ("stage:34 branches", "se"), ("layer2.0", "se"))
+    model.layer3[0] = copy.deepcopy(base.layer3[0])
+    del model.layer4[0]._modules["se"]
+    with pytest.raises(SurgeryError, match=r"'layer3\.0\.bn3', and there is none: the model was changed"):
+        attnsurgery.remove(model, "layer2.0.*")
+    attnsurgery.remove(model)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert torch.equal(model(images(64)), base(images(64)))

@@ -8,13 +8,14 @@ checkpoint of it loads into the model that the shorter recipe builds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
 from attnsurgery.blocks import Block
 from attnsurgery.blocks.loading import unwatch
+from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.wrappers import bare, check_uncompiled, unwrapped, walk
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
@@ -34,13 +35,14 @@ def remove(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
 
     Raises:
         UsageError: a wrapper that does not allow it; says what to do. The model is unchanged.
+        SurgeryError: some shall go, and one of the others is not there any more. The model is unchanged.
     """
     original, model = model, unwrapped(model, "remove")
     owners = {path: (owner, grafts) for path, owner, grafts in operated(model)}
     check_uncompiled(model, owners, "remove")
     blocks = grafted_blocks(model)
-    gone = set(blocks if paths is None else paths)
-    left = {path: _left(path, grafts, gone) for path, (_, grafts) in owners.items()}
+    left = {path: [] if paths is None else _left(path, grafts, paths) for path, (_, grafts) in owners.items()}
+    _check_there(left, blocks)
     told = {graft.grid_source for grafts in left.values() for graft in grafts if graft.part != "tells"}
     left = {path: [graft for graft in grafts if graft.part != "tells" or path in told] for path, grafts in left.items()}
     with torch.inference_mode(False):
@@ -81,8 +83,18 @@ def _first(path: str, graft: Graft) -> str:
     return joined(owner, graft.child)
 
 
-def _left(path: str, grafts: tuple[Graft, ...], gone: set[str]) -> list[Graft]:
+def _left(path: str, grafts: tuple[Graft, ...], gone: Collection[str]) -> list[Graft]:
     return [graft for graft in grafts if graft.part == "tells" or _first(path, graft) not in gone]
+
+
+def _check_there(left: dict[str, list[Graft]], blocks: Mapping[str, Block]) -> None:
+    for path, grafts in left.items():
+        for graft in grafts:
+            if graft.part != "tells" and _first(path, graft) not in blocks:
+                raise SurgeryError(
+                    f"the block {_first(path, graft)!r} is gone: something replaced what it was in after surgery. Take "
+                    "all blocks out (attnsurgery.remove(model)) and operate anew."
+                )
 
 
 def _renamed(
