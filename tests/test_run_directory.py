@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -47,7 +48,7 @@ from attnsurgery.search.layout import TRIALS, trials_of
 from attnsurgery.search.numbers import gain_of
 from attnsurgery.search.opening import check_url
 from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
-from attnsurgery.search.preview import preview
+from attnsurgery.search.preview import _seconds, preview
 from attnsurgery.search.run_directory import MARK, check_free, mark, remove_own, replace_own, set_aside, write_own
 from attnsurgery.search.study import _weights
 from tests._searches import change, outcome, small_search, trial, write_images, write_space
@@ -482,38 +483,36 @@ def test_postgres_is_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
 # The verdict
 
 
-def simulated(finalists: int, luck: np.random.Generator) -> tuple[float, set[tuple[str, int]], set[tuple[str, int]]]:
-    """The gain that a confirmation shows of candidates that are all as good as the base, each training with its own
-    luck, which shows on validation and test images alike; and the trainings to choose by, and for the verdict."""
+def simulated(
+    finalists: int, luck: np.random.Generator, diverging: str = ""
+) -> tuple[Confirmation, set[tuple[str, str, int]]]:
+    """A confirmation of candidates that are all as good as the base, each training with its own luck, which shows on
+    validation and test images alike; and its trainings: kind, who, and which seed.
+
+    Args:
+        diverging: the candidate whose training for the verdict fails.
+    """
     known: dict[tuple[str, str, int], float] = {}
 
     def work(kind: str, *given: Mapping[str, Any]) -> list[dict[str, Any]]:
         if kind == "verdict":
             (one,) = given
-            shares = [
-                np.mean([known["final training", who, index] for index in range(2)])
-                for who in (one["record"]["digest"], "base")
-            ]
+            digest = one["record"]["digest"]
+            shares = [np.mean([known["final training", who, index] for index in range(2)]) for who in (digest, "base")]
             made = outcome(Path("there"), [trial(0, 0.9, 1.0)]).confirmation
             assert made is not None
-            return [replace(made, digest=one["record"]["digest"], winner_top1=shares[0], base_top1=shares[1]).as_dict()]
-        found = []
+            return [replace(made, digest=digest, winner_top1=shares[0], base_top1=shares[1]).as_dict()]
+        found: list[dict[str, Any]] = []
         for one in given:
             key = kind, one["record"]["digest"] if one["record"] else "base", one["index"]
             top1 = known.setdefault(key, 0.8 + float(luck.normal(0.0, 0.01)))
-            found.append({"top1": top1, "loss": 1 - top1})
+            fails = key[:2] == ("final training", diverging)
+            found.append({"failed": "the loss became infinite."} if fails else {"top1": top1, "loss": 1 - top1})
         return found
 
     order = [trial(number, 0.9 - number / 100, 1.0) for number in range(finalists)]
     config = SearchConfig(budget_params=10**9, finalists=finalists, confirm_seeds=2)
-    reference = Latency(**_latency())
-    done = confirm(config, Budgets.of(config), order, reference, work)
-    chosen = {(who, index) for kind, who, index in known if kind == "training"}
-    return (
-        done.winner_top1 - done.base_top1,
-        chosen,
-        {(who, index) for kind, who, index in known if kind == "final training"},
-    )
+    return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(known)
 
 
 @cache
@@ -525,19 +524,38 @@ def _latency() -> dict[str, Any]:
 def test_the_shown_gain_is_not_that_of_the_luckiest_training() -> None:
     """With three finalists the winner's own lucky trainings were tested, which shows too large a gain."""
     luck = np.random.default_rng(0)
-    gains = [simulated(3, luck)[0] for _ in range(200)]
+    verdicts = [simulated(3, luck)[0] for _ in range(200)]
+    gains = [done.winner_top1 - done.base_top1 for done in verdicts]
     error = float(np.std(gains)) / len(gains) ** 0.5
     assert abs(float(np.mean(gains))) < 3 * error
     assert 3 * error < 0.0035, "a winner by choice would show more: 0.846 standard deviations of a mean of two"
 
 
 def test_as_many_trainings_as_needed_and_one_finalist_is_not_trained_to_be_chosen() -> None:
-    _, chosen, final = simulated(3, np.random.default_rng(1))
-    assert len(chosen) == 6
-    assert "base" not in {who for who, _ in chosen}
-    assert len(final) == 4, "winner and base, from two seeds each"
-    _, chosen, final = simulated(1, np.random.default_rng(1))
-    assert (len(chosen), len(final)) == (0, 4)
+    _, trainings = simulated(3, np.random.default_rng(1))
+    assert Counter(kind for kind, _, _ in trainings) == {"training": 6, "final training": 4}
+    assert {who for kind, who, _ in trainings if kind == "training"} == {trial(n, 0.9, 1.0).digest for n in range(3)}
+    done, trainings = simulated(1, np.random.default_rng(1))
+    assert Counter(kind for kind, _, _ in trainings) == {"final training": 4}
+    assert len(done.finalists[0].top1s) == 2
+
+
+def test_a_winner_whose_training_for_the_verdict_fails_leaves_its_place_to_the_next() -> None:
+    best, _ = simulated(3, np.random.default_rng(1))
+    other, trainings = simulated(3, np.random.default_rng(1), diverging=best.digest)
+    assert other.digest != best.digest
+    assert [one.failed for one in other.finalists if one.digest == best.digest] == ["the loss became infinite."]
+    assert sum(kind == "final training" and who == "base" for kind, who, _ in trainings) == 2, "the base once"
+    with pytest.raises(SearchError, match="no finalist could be trained again: the loss became infinite"):
+        simulated(1, np.random.default_rng(1), diverging=trial(0, 0.9, 1.0).digest or "")
+
+
+@pytest.mark.parametrize(("finalists", "trainings"), [(1, 2 * 2), (3, 5 * 2), (9, 7 * 2)])
+def test_a_preview_counts_the_trainings_of_the_verdict(finalists: int, trainings: int) -> None:
+    """Two seeds each of winner and base, and of as many finalists as there are candidates to choose from, here 5."""
+    config = SearchConfig(budget_params=10**9, trials=5, finalists=finalists, confirm_seeds=2, latency_seconds=1e-9)
+    bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing"))
+    assert _seconds(bench, [(5, 1.0)], 1.0) == pytest.approx(5 + 1 + trainings, abs=1e-3)
 
 
 def test_no_training_of_the_verdict_has_the_seed_of_another(
