@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import struct
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -24,12 +26,16 @@ from typer.testing import CliRunner
 
 from attnsurgery.base import for_images
 from attnsurgery.cli import build_app
+from attnsurgery.cli._search_view import LiveView
+from attnsurgery.cli.search import command_of
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import EVALUATORS, Data, Preprocessing, TrainSettings, load_data
 from attnsurgery.evaluate.folder import read_folder, readable, role_of
 from attnsurgery.evaluate.picture import Depth, Rendering
 from attnsurgery.evaluate.source import decoded
+from attnsurgery.search import SearchConfig, study
 from attnsurgery.search.begin import can_reorder, check_head, label_names, plain, reordered
+from attnsurgery.search.config import check_same
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.prepare import Bench, assemble, starting_weights
 from attnsurgery.search.watching import Watching
@@ -1038,3 +1044,35 @@ def test_a_search_does_not_go_on_with_another_augmentation(searched: tuple[Path,
 def test_the_winner_knows_its_classes(searched: tuple[Path, str, list[object]]) -> None:
     config = json.loads((searched[0] / "best" / "config.json").read_text())
     assert label_names(str(searched[0] / "best"), nn.Identity()) == ("few", "many"), config
+
+
+def test_workers_are_told_what_was_settled(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search asks whether images may be mirrored; its workers do not ask again."""
+    given: list[SearchConfig] = []
+    monkeypatch.setattr(study, "LAUNCHERS", {"local": given.append})
+    monkeypatch.setattr(study, "Workers", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
+    config = small_search(arrows, write_space(tmp_path), tmp_path / "run").model_copy(update={"workers": 1})
+    with study._crew(config, Listener(), lambda: False, None) as (bench, _):
+        assert bench.config.augment == "shift"
+    assert [one.augment for one in given] == ["shift"]
+
+
+def test_the_command_of_a_search_has_what_was_asked_for(tmp_path: Path) -> None:
+    config = small_search(tmp_path, tmp_path, tmp_path).model_copy(update={"augment": "none", "group_by": r"p\d+"})
+    words = shlex.split(command_of(config))
+    assert words[words.index("--augment") + 1] == "none"
+    assert words[words.index("--group-by") + 1] == r"p\d+"
+
+
+def test_on_a_terminal_what_is_said_of_the_data_stays(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    config = small_search(tmp_path, tmp_path, tmp_path)
+    LiveView(config, Console(file=screen, width=120)).data("photos: 4 images", ["not used: old/ with 12 images"])
+    assert screen.getvalue().splitlines() == ["data     photos: 4 images", "         not used: old/ with 12 images"]
+
+
+def test_searches_from_before_there_was_a_choice_go_on() -> None:
+    """Digits were shifted, images of folders mirrored too."""
+    for data, augment in ((None, "shift"), ("photos", "light")):
+        now = {"augment": augment, "group_by": None, "lr": 0.001}
+        assert check_same({"data": data, "lr": 0.001}, now, "run") == {}

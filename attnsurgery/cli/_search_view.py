@@ -294,6 +294,8 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
         "trained": outcome.trained,
         "counts": dict(outcome.counts),
         "candidates": outcome.about.candidates,
+        "data": outcome.about.data,
+        "about_data": list(outcome.about.notes),
         "interrupted": outcome.interrupted,
         "unwritten": outcome.unwritten,
         "conditions": outcome.about.conditions,
