@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         remove,
         verify,
     )
+    from attnsurgery.attention import attention_map
     from attnsurgery.blocks import BLOCKS, Block
     from attnsurgery.blocks.loading import LoadReport, load_report
     from attnsurgery.delta import load_delta, merge_delta, save_delta
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "Site",
     "__version__",
+    "attention_map",
     "block_parameters",
     "bypass",
     "carry_optimizer_state",
@@ -80,6 +82,7 @@ _HOMES = {
     "Recipe": "recipe.schema",
     "Report": "surgery.verify",
     "Site": "graph.site",
+    "attention_map": "attention",
     "block_parameters": "api",
     "bypass": "api",
     "carry_optimizer_state": "optimizer",

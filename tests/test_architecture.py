@@ -22,7 +22,7 @@ LAYERS = [
     {"recipe"},
     {"zoo"},
     {"registry", "base"},
-    {"api"},
+    {"api", "attention"},
     {"checkpoint"},
     {"search", "stock", "delta"},
     {"cli"},

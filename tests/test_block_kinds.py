@@ -470,3 +470,85 @@ def test_a_place_whose_layout_cannot_be_known_is_refused_with_the_reason() -> No
     for at in refused:
         with pytest.raises(SiteError, match=r"can hold no block: its sizes 8 x 8 x 8 do not tell the channels"):
             attnsurgery.operate(model, recipe("resnet18", at, "se", {}), input_size=(3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fixed"),
+    [
+        ("vit_small_patch16_dinov3", 64, {"dynamic_img_size": False}),
+        ("vit_small_patch16_dinov3", 64, {}),
+        ("eva02_tiny_patch14_224", 56, {}),
+        ("vit_small_patch14_reg4_dinov2", 56, {}),
+        ("deit_tiny_distilled_patch16_224", 64, {}),
+    ],
+)
+@pytest.mark.parametrize("depth", [1, 2])
+@torch.no_grad()
+def test_the_tokens_of_short_vits_lie_as_in_the_image(name: str, size: int, fixed: dict[str, Any], depth: int) -> None:
+    """A mask goes on them bare and inside another module; there it was refused as if their order were not known."""
+    model = timm.create_model(
+        name, img_size=size, depth=depth, embed_dim=48, num_heads=2, num_classes=3, **fixed
+    ).eval()
+    whole, x = nn.Sequential(copy.deepcopy(model)), torch.randn(1, 3, size, size)
+    expected = model(x)
+    for host, at in ((model, "blocks.0"), (whole, "0.blocks.0")):
+        attnsurgery.operate(host, recipe("resnet18", at, "residual_attention", {}), input_size=(3, size, size))
+        assert torch.equal(host(x), expected)
+        with torch.no_grad():
+            next(p for key, p in host.named_parameters() if key.endswith(".alpha")).fill_(1)
+    whole.get_submodule("0").load_state_dict(model.state_dict())
+    moved = whole.get_submodule("0").forward_features(
+        x
+    )  # a class token that is read behind the only block hears nothing
+    assert torch.isfinite(moved).all()
+    assert torch.equal(moved, model.forward_features(x))
+    assert not torch.equal(moved, attnsurgery.remove(model).forward_features(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_pt2e_quantisation_converts_residual_attention() -> None:
+    pytest.importorskip("torchao", reason="pt2e quantisation is torchao's")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    model, x = operated("residual_attention", {}), images(64)
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    observed = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    observed(x)
+    y = model(x)
+    assert (convert_pt2e(observed)(x) - y).norm() < 0.1 * y.norm()
+
+
+@pytest.mark.parametrize("name", ["dual", "non_local"])
+@torch.no_grad()
+def test_accelerate_offloads_a_surgical_model(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="its hooks load each module's own parameters, and no others")
+    model, x = operated(name, {"mode": "concatenation"} if name == "non_local" else {}), images(64)
+    expected = model(x)
+    assert torch.equal(accelerate.cpu_offload(model, torch.device("cpu"))(x), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_adaptive_gradient_clipping_holds_a_gate_of_zero_back_under_sgd(optimizer: str) -> None:
+    """As Block says: a gradient may be no longer than a share of its parameter, which here begins at 0."""
+    from timm.utils.agc import adaptive_clip_grad
+
+    moved_by: list[float] = []
+    for clip in (None, 0.01):
+        torch.manual_seed(0)
+        block, x = build_block("dual", 16, {}, "identity"), torch.randn(4, 16, 8, 8)
+        sgd = optimizer == "sgd"
+        steps: Any = torch.optim.SGD(block.parameters(), 0.1) if sgd else torch.optim.AdamW(block.parameters(), 1e-2)
+        for _ in range(20):
+            steps.zero_grad()
+            (block(x) - x.flip(3)).square().mean().backward()
+            if clip:
+                adaptive_clip_grad(block.parameters(), clip)
+            steps.step()
+        gates = [parameter for key, parameter in block.named_parameters() if key.endswith("gamma")]
+        moved_by.append(max(float(gate.detach().abs().max()) for gate in gates))
+    assert moved_by[1] < 1e-4 < 100 * moved_by[0] if optimizer == "sgd" else moved_by[1] > 0.5 * moved_by[0]

@@ -59,6 +59,13 @@ class PositionAttention(nn.Module):
         value = self.value_conv(pooled).flatten(2).transpose(1, 2)
         return add_weighted(y, self.gamma, attend(query, key, value).transpose(1, 2).reshape(x.shape))
 
+    def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        """The weights with which one position of (B, C, H, W) sums over all: (B, H, W), pooled by `subsample`."""
+        pooled = self.pool(x)
+        query = self.query_conv(x[:, :, row : row + 1, column : column + 1]).flatten(2).transpose(1, 2)
+        weights = torch.softmax(torch.bmm(query, self.key_conv(pooled).flatten(2)), dim=-1)
+        return weights.reshape(len(x), *pooled.shape[2:])
+
 
 class ChannelAttention(nn.Module):
     """The channel attention module: of x and y, both (B, C, H, W), y + gamma * attention(x).
@@ -157,6 +164,17 @@ class DualAttention(Block):
         if self.sc is not None:
             y = self.sc(y if self.sequential else x, y)
         return y
+
+    def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        """That of the position attention.
+
+        Raises:
+            OptionError: there is none.
+        """
+        if self.sa is None:
+            raise OptionError("block 'dual' with parts: channel attends to channels, and to no position.")
+        weights: torch.Tensor = self.sa.attention_from(x, row, column)
+        return weights
 
     @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:

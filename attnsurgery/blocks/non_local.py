@@ -155,6 +155,19 @@ class NonLocal(Block):
             return a, self.phi(summed, w_phi)
         return a, _to_one_channel(self.pool(self.phi(summed)), w_phi)
 
+    def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        """The weights with which one position of (B, C, H, W) sums over all: (B, H, W), pooled by `subsample`."""
+        query = x[:, :, row : row + 1, column : column + 1]
+        summed = self.pool(x) if self.pool_first else x
+        size = (self.pool(x) if self.subsample > 1 else x).shape[2:]
+        if self.w_f is not None:
+            a, b = self._scores(query, summed)
+            return (torch.relu(a + b) / b.shape[1]).reshape(len(x), *size)
+        phi = self._rows(self.phi(summed) if self.pool_first else self.pool(self.phi(summed)))
+        scores = torch.bmm(self._rows(self.theta(query)), phi.transpose(1, 2)).squeeze(1)
+        weights = scores / phi.shape[1] if self.mode == "dot_product" else torch.softmax(scores * self.scale, dim=-1)
+        return weights.reshape(len(x), *size)
+
     @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
         return subsamplings(options, height, width)

@@ -222,11 +222,15 @@ class ResidualAttention(Block):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv1(self.act(self.norm1(self.mask(x))))
-        mask = self._normalised(self.conv2(self.act(self.norm2(y))))
+        mask = self.gates_of(x)
         if self.alpha is None:
             return mask + 1.0
         return _factor(mask, self.alpha)
+
+    def gates_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The mask M of x, (B, C, H, W)."""
+        y = self.conv1(self.act(self.norm1(self.mask(x))))
+        return self._normalised(self.conv2(self.act(self.norm2(y))))
 
     def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""

@@ -119,6 +119,17 @@ class SqueezeExcite(Block):
         opened = nn.functional.hardsigmoid(excited) if self.hard else torch.sigmoid(excited)
         return opened * self.gate_scale
 
+    def gates_of(self, x: torch.Tensor) -> torch.Tensor:
+        """What x, (B, C, H, W), is multiplied with: (B, C) of kind 'cse', (B, H, W) of 'sse', (B, C, H, W) of both."""
+        if self.spatial is None:
+            return self._channel_gate(x).flatten(1)
+        if self.fc1 is None:
+            return self._gate(self.spatial(x)).squeeze(1)
+        channel, spatial = self._channel_gate(x), self._gate(self.spatial(x))
+        if self.larger:  # of the products, so where x is negative the smaller gate
+            return torch.where(x < 0, torch.minimum(channel, spatial), torch.maximum(channel, spatial))
+        return channel + spatial
+
     @classmethod
     def order_free(cls, options: Mapping[str, Any]) -> bool:
         return True
