@@ -69,7 +69,7 @@ class LoadReport:
     changed: tuple[str, ...] = ()
     """The absent ones that are not as they were built: trained, or loaded before."""
     empty: tuple[str, ...] = ()
-    """The absent ones that have no values either: they are on the meta device."""
+    """The absent ones that have no values either, though the state dict has: they are on the meta device."""
     foreign: tuple[str, ...] = ()
     """Blocks that the model does not have."""
     missing: tuple[str, ...] = ()
@@ -129,6 +129,7 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
     known = base.keys() | {key for own in blocks.values() for key in own}
     foreign = tuple(_blocks_among(names - known, model))
     by_path = {_plain(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    real = any(not tensor.is_meta for name, tensor in state_dict.items() if name.startswith(prefix))
     kind: Kind = "mixed"
     if not names & known:
         kind = "other"
@@ -144,7 +145,7 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
         partial=partial,
         absent=absent,
         changed=tuple(path for path in absent if changed(by_path[path])),
-        empty=tuple(path for path in absent if any(tensor.is_meta for tensor in by_path[path].parameters())),
+        empty=tuple(path for path in absent if real and any(p.is_meta for p in by_path[path].parameters())),
         foreign=foreign,
         missing=tuple(key for key in base if key not in names and not key.endswith(COUNTER)),
     )
