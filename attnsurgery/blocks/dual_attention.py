@@ -111,8 +111,9 @@ class DualAttention(Block):
             'paper_sum', the sum of the paper's two residual modules, which is 2 x at gamma = 0.
         reduction: C over the width of position attention's queries and keys; 8 in the authors' release.
         subsample: side of a max pooling window in front of position attention's keys and values; 1 attends to every
-            position. Odd maps floor. 'auto' is the first of 1, 2, 4, 8 ... with which a recipe keeps to its
-            `max_attention_mb`; 1 where it sets none, and in a block built by hand.
+            position. Odd maps floor; on a map smaller than the window it is as large as the map. 'auto' is the first of
+            1, 2, 4, 8 ... with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a block
+            built by hand.
         cam_energy: of channel attention, 'code' for the authors' softmax(max(E) - E), 'paper' for softmax(E).
         start: 'identity'; 'paper' is the same start, and takes 'paper_sum' too.
 

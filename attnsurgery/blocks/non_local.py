@@ -49,9 +49,9 @@ class NonLocal(Block):
         channels: C of the tensor this block is given and gives back.
         mode: 'embedded_gaussian', 'gaussian', 'dot_product' or 'concatenation'.
         reduction: C / D, how much narrower the embeddings theta, phi and g are; 2 in the paper.
-        subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor. 'auto' is the
-            first of 1, 2, 4, 8 ... with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a
-            block built by hand.
+        subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor; on a map smaller
+            than the window, which smaller images give, it is as large as the map. 'auto' is the first of 1, 2, 4, 8 ...
+            with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a block built by hand.
         subsample_op: the pooling, 'max' as in the paper or 'avg'.
         subsample_order: 'project_first', the paper's text, pools phi and g; 'pool_first', the authors' code, computes
             them from the pooled map, at a fraction of their cost. With 'avg' the two are the same function.

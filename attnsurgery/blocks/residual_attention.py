@@ -173,7 +173,8 @@ class ResidualAttention(Block):
 
     Args:
         channels: C of the tensor this block is given.
-        depth: how often the map is halved; 0 keeps the 2r units, at full size. 'auto' goes as deep as the smallest
+        depth: how often the map is halved, as far as there is more than one position; 0 keeps the 2r units, at full
+            size. 'auto' goes as deep as the smallest
             map is 4 x 4 or larger at the place where a recipe puts the block; a block built by hand, which knows no
             map, gets 1.
         r: units per scale on the way down and again on the way up.
