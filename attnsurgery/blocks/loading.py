@@ -129,7 +129,7 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
     known = base.keys() | {key for own in blocks.values() for key in own}
     foreign = tuple(_blocks_among(names - known, model))
     by_path = {_plain(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    real = any(not tensor.is_meta for name, tensor in state_dict.items() if name.startswith(prefix))
+    real = any(not getattr(value, "is_meta", True) for name, value in state_dict.items() if name.startswith(prefix))
     kind: Kind = "mixed"
     if not names & known:
         kind = "other"
