@@ -174,7 +174,15 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
         if key not in state_dict and not key.endswith(COUNTER) and not (of_blocks and key.startswith(of_blocks))
     ]
     unexpected = [key for key in state_dict if key not in own]
-    shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
+    held = tuple(f"{path}." for path in found.held)
+    shapes = [
+        key
+        for key in own
+        if key in state_dict
+        and own[key].shape != state_dict[key].shape
+        # gates were saved without a dimension once; blocks load that
+        and not (key.startswith(held) and own[key].shape == (1,) and not state_dict[key].ndim)
+    ]
     if missing or unexpected or shapes:
         raise CheckpointError(
             _mismatch(model, state_dict, source, missing, unexpected, shapes) + _blocks(found.foreign)

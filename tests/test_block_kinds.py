@@ -18,9 +18,10 @@ from timm.models._hub import save_for_hf
 from torch import fx, nn
 
 import attnsurgery
+from attnsurgery.base import check_weights, load_weights
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block
-from attnsurgery.errors import SiteError
+from attnsurgery.errors import CheckpointError, SiteError
 from tests.conftest import build, images
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -194,6 +195,16 @@ def test_a_checkpoint_whose_gate_has_no_dimension_loads(name: str) -> None:
     again.load_state_dict({**model.state_dict(), gate: model.state_dict()[gate].reshape(())})
     assert torch.equal(again.state_dict()[gate], model.state_dict()[gate])
     assert again.state_dict()[gate].shape == (1,)
+
+
+def test_gates_without_a_dimension_pass_the_check_of_shapes_and_nothing_else_does() -> None:
+    model = timm.create_model("test_resnet_resattn_s3").eval()
+    whole = model.state_dict()
+    gate = next(key for key in whole if key.endswith(".alpha"))
+    load_weights(model, {**whole, gate: torch.tensor(0.5)}, "a file")
+    assert model.state_dict()[gate].tolist() == [0.5]
+    with pytest.raises(CheckpointError, match="of another shape"):
+        check_weights(model, {**whole, "bn1.weight": torch.tensor(0.5)}, "a file")
 
 
 def test_a_gate_of_another_size_is_still_refused() -> None:
