@@ -69,7 +69,7 @@ def read_folder(root: Path) -> Folder:
     told.beside(root, rest)
     for role, part in listed.items():
         _check_classes(part, classes, role, told)
-    told.skipped(listed.values())
+    told.skipped(found, listed.values())
     held = {
         role: tuple((path, classes.index(name)) for name, paths in _full(part).items() for path in paths)
         for role, part in listed.items()
@@ -244,9 +244,14 @@ class _Told:
             first = loose[0].relative_to(root).as_posix()
             self.lines.append(f"not used: {_count(len(loose), 'image')} in no class folder ({first} is the first)")
 
-    def skipped(self, trees: Iterable[_Tree]) -> None:
-        every = [tree for top in trees for tree in top.all()]
+    def skipped(self, found: _Tree, read: Iterable[_Tree]) -> None:
+        """Files in what is read; beside that, such as hold an image for certain."""
+        every = [tree for top in read for tree in top.all()]
         skipped, hidden = sum((tree.skipped for tree in every), Counter[str]()), sum(tree.hidden for tree in every)
+        known = {tree.path for tree in every}
+        for tree in found.all():
+            if tree.path not in known:
+                skipped += Counter({ending: n for ending, n in tree.skipped.items() if ending in _PICTURES})
         if skipped:
             self.lines.append(f"not read as images: {_by_kind(skipped)}")
         if hidden:
