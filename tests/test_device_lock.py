@@ -250,7 +250,7 @@ def test_a_worker_takes_its_card_before_anything_else(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
 
-    def assemble(config: object, listener: object) -> None:
+    def assemble(config: object, listener: object, *, check: bool) -> None:
         order.append("assemble")
         raise worker.UsageError("enough")
 

@@ -129,8 +129,9 @@ def test_calibrating_measures_and_keeps_and_goes_on_from_there(cache: Path) -> N
     again = calibrated(0.0)
     assert (again.before, again.measured, again.path) == (first.measured, first.measured, first.path)
     assert again.quality == first.quality
-    while (more := calibrated(1.0)).quality is None:  # on a busy machine eight take their time
+    while (more := calibrated(1.0)).measured < 16:  # on a busy machine they take their time
         assert more.measured > more.before
+    assert more.quality is not None
     assert more.quality.mean < 0.01  # this latency is computed: blocks do add up
     assert Path(first.path).parent == cache / "latency"
     other = calibrated(0.0, batch_size=2)
