@@ -36,7 +36,7 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps, keep_origin, where
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated
 from attnsurgery.surgery.select_blocks import base_anatomy
-from attnsurgery.surgery.verify import Report, verify
+from attnsurgery.surgery.verify import Report, tensors_of, verify
 from attnsurgery.weights import AS_FOUND, DELTA_NAME, Layout, StateDict, read, read_state_dict
 
 __all__ = ["apply", "prove_directory", "read_state_dict", "write_directory"]
@@ -396,15 +396,7 @@ def _outputs(model: nn.Module, on_cpu: bool = False) -> torch.Tensor:
     finally:
         for module, training in modes.items():
             module.training = training
-    return torch.cat([tensor.float().flatten() for tensor in _tensors(found)])
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+    return torch.cat([tensor.float().flatten() for tensor in tensors_of(found)])
 
 
 def opened(directory: Path) -> nn.Module:

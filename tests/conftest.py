@@ -112,6 +112,20 @@ def build(name: str, **kwargs: object) -> nn.Module:
     return wake(timm.create_model(name, **{**small, **kwargs})).eval()
 
 
+def convnext_of_its_authors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of timm's ConvNeXt under the names that its authors gave them, which timm converts."""
+    found = {}
+    for key, value in weights.items():
+        key = key.replace("stem.", "downsample_layers.0.")
+        for index in range(1, 4):
+            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
+        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
+        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
+            key = key.replace(ours, theirs)
+        found[key] = value
+    return found
+
+
 def images(size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
 

@@ -33,7 +33,7 @@ from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import dumps, load, loads
 from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.weights import Layout, read, read_state_dict
-from tests.conftest import build, images, move_gates
+from tests.conftest import build, convnext_of_its_authors, images, move_gates
 
 Tensors = dict[str, torch.Tensor]
 ECA = Edit(at="layer4.0.conv2", block="timm:eca")
@@ -229,7 +229,7 @@ def test_entry_and_prefix_may_be_given_by_hand(base: nn.Module, tmp_path: Path) 
 
 
 def test_adapters_that_were_not_merged_are_no_weights(base: nn.Module, tmp_path: Path) -> None:
-    """Not listed: PEFT's own state dict has them beside the layers they change; they would be lost."""
+    """PEFT's own state dict has them beside the layers they change; they would be lost."""
     found = under("base_model.model.")(base)
     found["base_model.model.fc.base_layer.weight"] = found.pop("base_model.model.fc.weight")
     found["base_model.model.fc.lora_A.default.weight"] = torch.ones(2, 96)
@@ -239,24 +239,16 @@ def test_adapters_that_were_not_merged_are_no_weights(base: nn.Module, tmp_path:
 
 
 def test_two_tensors_that_come_to_one_name_are_refused(base: nn.Module, tmp_path: Path) -> None:
-    """Not listed: a file with weights twice, once of a wrapper; the last one won."""
+    """A file with weights twice, once of a wrapper; the last one won."""
     torch.save({**under("")(base), **under("module.")(base)}, tmp_path / "twice.pth")
     with pytest.raises(CheckpointError, match=r"holds 'conv1\.0\.weight' twice"):
         read_state_dict(tmp_path / "twice.pth")
 
 
 def test_authors_names_under_a_prefix_go_through_the_familys_filter(tmp_path: Path) -> None:
-    """Not listed: mmpretrain's prefix around a layout that timm converts."""
+    """Mmpretrain's prefix around a layout that timm converts."""
     model = build("test_convnext", num_classes=7)
-    original = {}
-    for key, value in model.state_dict().items():
-        key = key.replace("stem.", "downsample_layers.0.")
-        for index in range(1, 4):
-            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
-        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
-        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
-            key = key.replace(ours, theirs)
-        original[f"backbone.{key}"] = value
+    original = {f"backbone.{key}": value for key, value in convnext_of_its_authors(model.state_dict()).items()}
     torch.save({"state_dict": original}, tmp_path / "mm.pth")
     done = operated_base(recipe(Edit(at="stage:3 last", block="se"), base="test_convnext"), tmp_path / "mm.pth")
     assert torch.equal(done.model(images(64)), model(images(64)))
@@ -301,7 +293,7 @@ def test_numbers_of_numpy_and_other_harmless_things_are_read(legacy: bool, tenso
 
 
 def test_what_a_user_has_allowed_to_be_read_stays_allowed(weights: Path) -> None:
-    """Not listed: torch forgets a function that was allowed for one file, whoever allowed it before."""
+    """Torch forgets a function that was allowed for one file, whoever allowed it before."""
     with torch.serialization.safe_globals([np.dtype]):
         read_state_dict(weights)
         assert np.dtype in torch.serialization.get_safe_globals()
@@ -358,7 +350,7 @@ def test_so_does_one_on_the_bases_own_weights(weights: Path, base: nn.Module, tm
 def test_names_that_only_this_process_knows_are_written_out(
     weights: Path, base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
-    """Not listed: a recipe on a registered name, two levels deep."""
+    """A recipe on a registered name, two levels deep."""
     registry.register(recipe(SE, name="mine_with_se"))
     registry.register(recipe(ECA, base="mine_with_se", name="mine_with_both"))
     last = Edit(at="layer3.0", block="non_local")
@@ -373,7 +365,7 @@ def test_names_that_only_this_process_knows_are_written_out(
 def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(
     weights: Path, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
-    """Not listed: a registered name in config.json means nothing to a process that has not registered it."""
+    """A registered name in config.json means nothing to a process that has not registered it."""
     name = registry.register(recipe(SE, name="only_here"))
     model = move_gates(timm.create_model(name, num_classes=10).eval())
     write_directory(model, tmp_path / "out")
@@ -454,7 +446,7 @@ def test_a_delta_on_top_of_a_directory_holds_the_new_block_alone(
 
 
 def test_what_was_saved_by_a_surgical_name_goes_on_too(tmp_path: Path) -> None:
-    """Not listed: save_for_hf of `test_resnet_se`, whose config.json has a name and no recipe."""
+    """Save_for_hf of `test_resnet_se`, whose config.json has a name and no recipe."""
     model = move_gates(timm.create_model("test_resnet_se", num_classes=3).eval())
     save_for_hf(model, tmp_path / "named", safe_serialization=True)
     for made in (recipe(ECA), recipe(ECA, base="test_resnet_se")):
@@ -583,7 +575,7 @@ def as_transformers_builds(directory: Path) -> nn.Module:
 
 
 def test_what_blocks_took_from_the_size_of_their_maps_is_written_out(tmp_path: Path) -> None:
-    """Not listed: a mask of automatic depth, which another size of images would make another block."""
+    """A mask of automatic depth, which another size of images would make another block."""
     model = build("test_resnet", num_classes=10)
     torch.save(model.state_dict(), tmp_path / "base.pth")
     apply(recipe(Edit(at="layer1.0 .. layer1.0", block="residual_attention")), tmp_path / "base.pth", tmp_path / "out")

@@ -30,7 +30,7 @@ from attnsurgery.errors import CheckpointError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.weights import DELTA_NAME
-from tests.conftest import build, images, move_gates, wake
+from tests.conftest import build, convnext_of_its_authors, images, move_gates, wake
 
 RECIPE = Recipe(
     version=1,
@@ -316,15 +316,7 @@ def test_tensors_are_compared_by_bits(base: nn.Module, tmp_path: Path):
 
 def test_a_base_under_its_authors_names_or_without_counters_serves_as_well(tmp_path: Path):
     base = build("test_convnext")
-    original = {}
-    for key, value in base.state_dict().items():
-        key = key.replace("stem.", "downsample_layers.0.")
-        for index in range(1, 4):
-            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
-        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
-        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
-            key = key.replace(ours, theirs)
-        original[key] = value
+    original = convnext_of_its_authors(base.state_dict())
     model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE.model_copy(update={"base": "test_convnext"})))
     assert not save_delta(model, original, tmp_path / "delta").changed
     assert equal(dict(load_delta(tmp_path / "delta", original).state_dict()), dict(model.state_dict()))

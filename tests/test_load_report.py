@@ -100,7 +100,7 @@ def test_blocks_that_the_model_does_not_have_are_not_dropped(weights: Tensors) -
 
 
 def test_two_blocks_in_one_host_are_told_apart(base: Tensors) -> None:
-    """Not listed: the second of two blocks at the same place is the one that is missing."""
+    """The second of two blocks at the same place is the one that is missing."""
     model = trained("test_resnet_se_nonlocal_s3")
     lost = [path for path in grafted_blocks(model) if "non_local" in path]
     with pytest.raises(LoadError, match=rf"holds 4 of 5 blocks .* not {lost[0]}"):
@@ -108,7 +108,7 @@ def test_two_blocks_in_one_host_are_told_apart(base: Tensors) -> None:
 
 
 def test_blocks_without_values_are_not_filled_by_a_base_checkpoint(base: Tensors) -> None:
-    """Not listed: a model on the meta device, filled by assignment, kept blocks of no values."""
+    """A model on the meta device, filled by assignment, kept blocks of no values."""
     with torch.device("meta"):
         model = make()
     with pytest.raises(LoadError, match=r"have no values: they are on the meta device"):
@@ -201,7 +201,7 @@ def test_an_adapter_of_a_few_tensors_is_the_callers_own_business() -> None:
 
 
 def test_one_tensor_of_one_block_may_be_set(weights: Tensors) -> None:
-    """Not listed: a few keys of the model itself."""
+    """A few keys of the model itself."""
     model, key = make(), "layer2.0.se.fc1.weight"
     model.load_state_dict({key: weights[key]}, strict=False)
     assert torch.equal(model.state_dict()[key], weights[key])
@@ -263,7 +263,7 @@ def test_a_wrapper_does_not_hide_the_blocks(wrap: Callable[[nn.Module], nn.Modul
 
 
 def test_blocks_inside_a_wrapped_layer_keep_their_names(weights: Tensors, base: Tensors) -> None:
-    """Not listed: activation checkpointing puts a module between host and block that no checkpoint knows."""
+    """Activation checkpointing puts a module between host and block that no checkpoint knows."""
     wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     model = make()
     model.layer3[0] = wrapper.checkpoint_wrapper(model.layer3[0])
@@ -275,7 +275,7 @@ def test_blocks_inside_a_wrapped_layer_keep_their_names(weights: Tensors, base: 
 
 
 def test_a_model_operated_on_in_two_steps_and_inside_another_is_judged_once(base: Tensors) -> None:
-    """Not listed: the outer module knows of blocks that the inner one does not have."""
+    """The outer module knows of blocks that the inner one does not have."""
     inner = attnsurgery.operate(make("test_resnet"), recipe("layer3.0.bn2"))
     outer = nn.Sequential(inner)
     weights = bits(outer)
@@ -394,7 +394,7 @@ def test_parameters_of_new_blocks_begin_without_moments(kind: str) -> None:
 
 
 def test_groups_and_orders_may_differ_for_names_decide() -> None:
-    """Not listed: timm's groups with and without weight decay, which number parameters in another order."""
+    """Timm's groups with and without weight decay, which number parameters in another order."""
     torch.manual_seed(0)
     model = make("test_resnet")
     before = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)

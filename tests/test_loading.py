@@ -23,7 +23,7 @@ from torch import nn
 import attnsurgery
 from attnsurgery.surgery.operate import grafted_blocks
 from tests.conftest import HOSTS as OTHERS
-from tests.conftest import build, images, move_gates
+from tests.conftest import build, convnext_of_its_authors, images, move_gates
 
 SWIN = "swin_tiny_patch4_window7_224"
 HOSTS: dict[str, tuple[dict[str, Any], Callable[..., Any] | None]] = {
@@ -188,19 +188,6 @@ def test_positions_are_resampled_for_another_size_of_images(
 # ---- the authors' own names
 
 
-def convnext_of_its_authors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {}
-    for key, value in weights.items():
-        key = key.replace("stem.", "downsample_layers.0.")
-        for index in range(1, 4):
-            key = key.replace(f"stages.{index}.downsample.", f"downsample_layers.{index}.")
-        key = key.replace(".blocks.", ".").replace("conv_dw.", "dwconv.").replace("mlp.fc", "pwconv")
-        for ours, theirs in [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]:
-            key = key.replace(ours, theirs)
-        found[key] = value
-    return {"model": found}
-
-
 def swin_of_its_authors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {}
     for key, value in weights.items():
@@ -217,7 +204,7 @@ def vit_under_a_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 @pytest.mark.parametrize(
     ("name", "original"),
     [
-        ("test_convnext_se", convnext_of_its_authors),
+        ("test_convnext_se", lambda weights: {"model": convnext_of_its_authors(weights)}),
         (f"{SWIN}_se", swin_of_its_authors),
         ("test_vit_nonlocal_s3", vit_under_a_prefix),
     ],

@@ -2,17 +2,17 @@
 
 Calls are timed in blocks long enough for the clock. A round of two subjects is A B B A B A A B. In it a drift of the
 machine favours neither, and each follows itself once and the other three times: a block that follows the other model's
-was found 10 % slower than one that follows its own, for the weights have left the cache. A round in which either was
-slowed down far beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own
-ratio, for the two times of a round met the same machine: a ratio of the two medians throws that away.
+is slower than one that follows its own, for the weights have left the cache. A round in which either was slowed far
+beyond its usual time is left out for both. The ratio is the median over the rounds of each round's own ratio, for the
+two times of a round met the same machine: a ratio of the two medians throws that away.
 
 Where its tensors happen to lie in memory can make one copy of a model some percent slower than its twin for as long as
 it lives, and more rounds on the same copy never show it. So the rounds are spread over several *placements*, fresh
 copies of all subjects, and the interval takes a placement for one observation, not each of its rounds, unless rounds
 differ by more. A bootstrap of rounds, or of few placements, is too narrow.
 
-Which subject was made first is part of where it lies: in ONNX Runtime the first of two equal models was 3 % slower
-than the second. So they are made in turn forwards and backwards, and what that turns out to be worth is taken off.
+Which subject was made first is part of where it lies: in ONNX Runtime the first of two equal models is often slower
+than the second. So they are made in turn forwards and backwards, and what being made first is worth is taken off.
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def assemble(
     backend = backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # whatever the configuration names exists, before images are read and bases trained
-    listener.phase(f"reading {config.data or 'the embedded digits'}")
+    if check:
+        listener.phase(f"reading {config.data or 'the embedded digits'}")
     twin = weightless(config.base)
     fitted = Preprocessing.of(twin, size)
     data = load_data(

@@ -211,16 +211,16 @@ def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     finally:
         for module, training in modes.items():  # one by one: frozen norms of a model in training stay frozen
             module.training = training
-    return torch.cat([tensor.float().flatten() for tensor in _tensors(output)])
+    return torch.cat([tensor.float().flatten() for tensor in tensors_of(output)])
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor of an output, which is a list or dictionary for feature models."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 class _Watch:
@@ -333,7 +333,7 @@ def _one_backward(
     handles = [block.register_forward_hook(add(path)) for path, block in blocks.items()]
     try:
         with torch.enable_grad():
-            output = torch.cat([tensor.float().flatten() for tensor in _tensors(run(images))])
+            output = torch.cat([tensor.float().flatten() for tensor in tensors_of(run(images))])
             weights = torch.randn(output.shape, generator=generator).to(output.device)
             parameters = {path: [p for p in blocks[path].parameters() if p.requires_grad] for path in probes}
             inputs = [*probes.values(), *(p for own in parameters.values() for p in own)]
