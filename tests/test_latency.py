@@ -104,7 +104,7 @@ def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
     found = sample(time_block, lambda _: named("base", "variant"), effort)
     rounds = [tuple(seen[-8 * number - 8 :][:8]) for number in range(6)]
     once, turned = ("base", "variant"), ("variant", "base")
-    assert set(rounds) == {(*once, *turned, *turned, *once)}
+    assert set(rounds) == {(*once, *turned, *turned, *once), (*turned, *once, *once, *turned)}
     assert set(found.times[0]) == {3.0}
     assert set(found.times[1]) == {6.0}
     assert found.runs[0] == found.runs[1] > len(found.times[0])

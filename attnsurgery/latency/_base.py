@@ -41,6 +41,8 @@ Call = Callable[[], Any]
 
 _MOST_LEFT_OUT = 0.2
 _MOST_DRIFT = 0.05
+_CACHE_BYTES = 256 << 20
+"""As much as the caches of most CPUs hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,8 @@ class LatencyBackend(ABC):
             order = list(enumerate(models))[:: -1 if backwards else 1]
             with ExitStack() as stack:
                 calls = {index: stack.enter_context(self._prepared(model)) for index, model in order}
+                if len(models) > 1 and not self.conditions.cuda:
+                    _empty_caches(sum(map(_weight_bytes, models)))
                 yield [calls[index] for index in range(len(models))]
 
         compiler = fresh_compiler() if self.conditions.compiled else nullcontext(lambda: True)
@@ -364,6 +368,15 @@ class LatencyBackend(ABC):
             drift=sampled.drift,
             state=self.state(),
         )
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(int(tensor.nbytes) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _empty_caches(weight_bytes: int) -> None:
+    """Write more than the CPU's caches hold of models of so many bytes, so that each has to be read again."""
+    torch.zeros(min(4 * weight_bytes, _CACHE_BYTES), dtype=torch.uint8).add_(1)
 
 
 def first_line(error: Exception) -> str:
