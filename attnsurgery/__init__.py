@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnsurgery._when_timm import install_names
+from attnsurgery.timm_plugin.when_timm import install_names
 
 if TYPE_CHECKING:
     from attnsurgery.api import (
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from attnsurgery.attention import attention_map
     from attnsurgery.blocks import BLOCKS, Block
     from attnsurgery.blocks.loading import LoadReport, load_report
-    from attnsurgery.delta import load_delta, merge_delta, save_delta
+    from attnsurgery.checkpoint.delta import load_delta, merge_delta, save_delta
     from attnsurgery.errors import AttnSurgeryError
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.optimizer import carry_optimizer_state, optimizer_names
     from attnsurgery.recipe.forecast import Forecast
     from attnsurgery.recipe.schema import Edit, Recipe
-    from attnsurgery.registry import register
     from attnsurgery.surgery.verify import Report
+    from attnsurgery.timm_plugin.registry import register
 
 __version__ = "0.1.0"
 
@@ -88,16 +88,16 @@ _HOMES = {
     "carry_optimizer_state": "optimizer",
     "freeze_base": "api",
     "inspect": "api",
-    "load_delta": "delta",
+    "load_delta": "checkpoint.delta",
     "load_report": "blocks.loading",
-    "merge_delta": "delta",
+    "merge_delta": "checkpoint.delta",
     "operate": "api",
     "optimizer_names": "optimizer",
     "plan": "api",
     "recipe_of": "api",
-    "register": "registry",
+    "register": "timm_plugin.registry",
     "remove": "api",
-    "save_delta": "delta",
+    "save_delta": "checkpoint.delta",
     "verify": "api",
 }
 

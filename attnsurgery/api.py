@@ -14,8 +14,6 @@ from typing import Any
 import timm
 from torch import nn
 
-from attnsurgery import registry
-from attnsurgery.base import check_base, weightless
 from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
@@ -30,6 +28,8 @@ from attnsurgery.surgery.parameters import block_parameters, freeze_base
 from attnsurgery.surgery.select_blocks import base_anatomy, blocks_by_place, named_blocks
 from attnsurgery.surgery.verify import Report
 from attnsurgery.surgery.verify import verify as verify_model
+from attnsurgery.timm_plugin import registry
+from attnsurgery.timm_plugin.architectures import check_base, weightless
 
 __all__ = [
     "block_parameters",

@@ -14,10 +14,10 @@ from safetensors import torch as safetensors
 from torch import nn
 
 import attnsurgery
-from attnsurgery.base import weightless
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.errors import UsageError
 from attnsurgery.surgery.operate import grafted_blocks
+from attnsurgery.timm_plugin.architectures import weightless
 from scripts.coverage_hosts import Base, Tensors, describe, equal, flat, forward, gradients, wrapped
 from scripts.coverage_weights import Noise, fan_in, settling, swift, weights_at_load
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import attnsurgery
-from attnsurgery import registry
 from attnsurgery.surgery.operate import grafted_blocks, operated
+from attnsurgery.timm_plugin import registry
 from scripts.coverage_checks import Wrong, expect, in_words, is_refusal, limited, move
 from scripts.coverage_hosts import Base, BaseError, describe, equal, find_base, flat
 

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 import attnsurgery
+from attnsurgery.checkpoint.stock import PAIRS, Pair, to_stock
 from attnsurgery.errors import UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
-from attnsurgery.stock import PAIRS, Pair, to_stock
 from attnsurgery.surgery.operate import grafted_blocks
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "parity.md"

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from attnsurgery.search import Outcome, Record, SearchConfig, Timing
-from attnsurgery.search.about import About, Place, Spot, Stage
-from attnsurgery.search.confirm import Confirmation
-from attnsurgery.search.record import Promotion, best
+from attnsurgery.search.result.about import About, Place, Spot, Stage
+from attnsurgery.search.result.confirmation import Confirmation
+from attnsurgery.search.result.record import Promotion, best
 
 SPACE = """
 version: 1

@@ -23,16 +23,16 @@ from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
 import attnsurgery
-import attnsurgery.checkpoint
-from attnsurgery import registry
-from attnsurgery.checkpoint import apply, operated_base, prove_directory, write_directory
+import attnsurgery.checkpoint.directory
+from attnsurgery.checkpoint.delta import apply_as_delta, digest, merge_delta, save_delta
+from attnsurgery.checkpoint.directory import apply, operated_base, prove_directory, write_directory
+from attnsurgery.checkpoint.weights import Layout, read, read_state_dict
 from attnsurgery.cli import build_app
-from attnsurgery.delta import apply_as_delta, digest, merge_delta, save_delta
 from attnsurgery.errors import CheckpointError, RecipeError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import dumps, load, loads
 from attnsurgery.surgery.operate import grafted_blocks
-from attnsurgery.weights import Layout, read, read_state_dict
+from attnsurgery.timm_plugin import registry
 from tests.conftest import build, convnext_of_its_authors, images, move_gates
 
 Tensors = dict[str, torch.Tensor]
@@ -532,7 +532,7 @@ def test_nothing_is_left_where_the_check_fails(
 ) -> None:
     apply_as_delta(recipe(), weights, tmp_path / "delta")
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(attnsurgery.checkpoint, "_difference", lambda model, again: "it is odd")
+    monkeypatch.setattr(attnsurgery.checkpoint.directory, "_difference", lambda model, again: "it is odd")
     new = tmp_path / "new"
     writers: dict[str, Callable[[], Any]] = {
         "apply": lambda: apply(recipe(), weights, new),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,42 +19,131 @@ PACKAGE = Path(attnsurgery.__file__).parent
 LAYERS = [
     {"errors", "faults", "tf32"},
     {"catalog"},
-    {"blocks", "graph", "latency", "evaluate", "samplers", "weights", "optimizer"},
-    {"surgery", "models", "difference"},
+    {"blocks", "graph", "latency", "evaluate", "samplers", "optimizer"},
+    {"surgery", "models"},
     {"recipe"},
-    {"zoo"},
-    {"registry", "base"},
+    {"timm_plugin"},
     {"api", "attention"},
     {"checkpoint"},
-    {"search", "stock", "delta"},
+    {"search"},
     {"cli"},
 ]
+# The same inside search/: its rooms, and the files that stand beside them.
+ROOMS = [
+    {"files", "seeds", "device_lock", "config", "space"},
+    {"compatibility", "rungs"},
+    {"result"},
+    {"listener"},
+    {"watching"},
+    {"storage", "budgets"},
+    {"execution", "report"},
+    {"workers"},
+    {"coordinator"},
+]
+OUTSIDE = {"__init__", "__main__"}
+
+Graph = Mapping[str, set[str]]
 
 
-def layer_of(part: str) -> int:
-    return next(index for index, layer in enumerate(LAYERS) if part in layer)
-
-
-def imports_of(file: Path) -> set[str]:
-    """First parts below attnsurgery of what a file imports, those for type checkers only left out."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("attnsurgery"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Every module of the package by its dotted name, a package by its own."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_one_way(file: Path) -> None:
-    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if part in ("__init__", "__main__"):
-        return
-    for target in imports_of(file):
-        if target == part or not any(target in layer for layer in LAYERS):
+def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """What each module imports of the package, in functions and for type checkers too."""
+    known = modules(package)
+    found: dict[str, set[str]] = {}
+    for name, file in known.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in known}
+            elif isinstance(node, ast.ImportFrom) and node.module in known:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {one if one in known else node.module for one in inside}
+    return found
+
+
+def layer_of(part: str, layers: list[set[str]]) -> int:
+    return next(index for index, layer in enumerate(layers) if part in layer)
+
+
+def wrong_ways(graph: Graph, root: str, layers: list[set[str]]) -> list[str]:
+    """The imports below `root` that do not point to a lower layer."""
+    found = []
+    for name, targets in graph.items():
+        if not name.startswith(f"{root}.") or (part := name.split(".")[root.count(".") + 1]) in OUTSIDE:
             continue
-        lazily_resolved = part == "registry" and target in {"graph", "surgery", "recipe", "blocks", "zoo"}
-        assert layer_of(target) < layer_of(part) or lazily_resolved, f"{part} imports {target}"
+        for target in targets:
+            if not target.startswith(f"{root}."):
+                continue
+            other = target.split(".")[root.count(".") + 1]
+            if other != part and layer_of(other, layers) >= layer_of(part, layers):
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def circle(graph: Graph) -> list[str]:
+    """Modules that import each other in a circle; none if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def by_part(graph: Graph, depth: int) -> dict[str, set[str]]:
+    """The graph of packages, cut after so many parts of the names."""
+
+    def cut(name: str) -> str:
+        return ".".join(name.split(".")[:depth])
+
+    found: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        if name.count(".") + 1 >= depth:
+            inner = {cut(target) for target in targets if target.count(".") + 1 >= depth}
+            found.setdefault(cut(name), set()).update(inner - {cut(name)})
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    assert wrong_ways(imports(), "attnsurgery", LAYERS) == []
+
+
+def test_imports_point_one_way_between_rooms() -> None:
+    assert wrong_ways(imports(), "attnsurgery.search", ROOMS) == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(imports()) == []
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_no_package_imports_itself_through_others(depth: int) -> None:
+    assert circle(by_part(imports(), depth)) == []
+
+
+def test_an_import_that_is_turned_round_is_found(tmp_path: Path) -> None:
+    """Of a package of two rooms, the lower imports the higher, for type checkers alone."""
+    lower, higher = tmp_path / "p" / "lower", tmp_path / "p" / "higher"
+    for folder in (lower, higher):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (tmp_path / "p" / "__init__.py").touch()
+    (higher / "b.py").write_text("from p.lower.a import A\n")
+    (lower / "a.py").write_text("class A: ...\n")
+    layers: Iterable[set[str]] = [{"lower"}, {"higher"}]
+    assert wrong_ways(imports(tmp_path / "p"), "p", list(layers)) == []
+    assert circle(imports(tmp_path / "p")) == []
+    (lower / "a.py").write_text("if TYPE_CHECKING:\n    from p.higher.b import B\nclass A: ...\n")
+    assert wrong_ways(imports(tmp_path / "p"), "p", list(layers)) == ["p.lower.a imports p.higher.b"]
+    assert set(circle(imports(tmp_path / "p"))) == {"p.lower.a", "p.higher.b"}
+    assert set(circle(by_part(imports(tmp_path / "p"), 2))) == {"p.lower", "p.higher"}
 
 
 def test_every_public_name_is_there_and_documented() -> None:
@@ -70,7 +161,7 @@ def test_every_public_name_is_there_and_documented() -> None:
         "import timm; import attnsurgery",
         "import attnsurgery; from timm import create_model; import timm",
         "import attnsurgery; from timm.models import resnet; import timm",
-        "import attnsurgery.registry; import timm",
+        "import attnsurgery.timm_plugin.registry; import timm",
     ],
 )
 def test_names_are_known_whichever_is_imported_first(program: str) -> None:

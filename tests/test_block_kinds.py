@@ -18,9 +18,9 @@ from timm.models._hub import save_for_hf
 from torch import fx, nn
 
 import attnsurgery
-from attnsurgery.base import check_weights, load_weights
 from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block
+from attnsurgery.checkpoint.base import check_weights, load_weights
 from attnsurgery.errors import CheckpointError, SiteError
 from tests.conftest import build, images
 

@@ -12,8 +12,7 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-import attnsurgery.search.trial as trial_module
-from attnsurgery.base import weightless
+import attnsurgery.search.execution.trial as trial_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import amount
 from attnsurgery.errors import NothingFeasibleError, UsageError
@@ -23,10 +22,12 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.samplers import SAMPLERS, Places
 from attnsurgery.samplers.places import Budget
 from attnsurgery.search import Record, SearchConfig, Timing, run
-from attnsurgery.search.budget import Budgets, Costs
+from attnsurgery.search.budgets.costs import Costs
+from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.space import SearchSpace, bind, load
 from attnsurgery.surgery.operate import operate
 from attnsurgery.surgery.verify import count_macs
+from attnsurgery.timm_plugin.architectures import weightless
 from tests._searches import change
 from tests.conftest import build
 

@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import attnsurgery.checkpoint
-from attnsurgery.base import build_base, check_base
-from attnsurgery.checkpoint import apply, read_state_dict, write_directory
+import attnsurgery.checkpoint.directory
+from attnsurgery.checkpoint.base import build_base
+from attnsurgery.checkpoint.directory import apply, read_state_dict, write_directory
 from attnsurgery.errors import CheckpointError, SiteError, UnknownNameError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import load, loads
+from attnsurgery.timm_plugin.architectures import check_base
 
 BASE = "test_resnet"
 RECIPE = Recipe(
@@ -373,7 +374,7 @@ def test_a_failure_leaves_nothing_behind(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(attnsurgery.checkpoint, "save_config_for_hf", fail)
+    monkeypatch.setattr(attnsurgery.checkpoint.directory, "save_config_for_hf", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected):
         write_directory(model, tmp_path / "new" / "deep" / "out")

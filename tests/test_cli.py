@@ -471,7 +471,9 @@ def test_command_of_a_search_means_the_same_search(
     from attnsurgery.cli import search as module
     from attnsurgery.search import SearchConfig
 
-    monkeypatch.setattr("attnsurgery.search.prepare.pick_device", lambda asked: "cpu" if asked == "auto" else asked)
+    monkeypatch.setattr(
+        "attnsurgery.search.execution.assemble.pick_device", lambda asked: "cpu" if asked == "auto" else asked
+    )
     config = SearchConfig(budget_ms=5, device=device, output="somewhere", **given)
     ran: list[SearchConfig] = []
     monkeypatch.setattr(module, "_run", lambda config, as_json: ran.append(config))

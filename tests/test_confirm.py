@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-import attnsurgery.search.confirm as confirm_module
+import attnsurgery.search.execution.verdict as verdict_module
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import Score
 from attnsurgery.evaluate.finetune import FineTune
@@ -21,9 +21,10 @@ from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import SearchConfig, Timing, run
-from attnsurgery.search.confirm import Confirmation, judge
-from attnsurgery.search.numbers import gain_of, pooled, sign_test
-from attnsurgery.search.record import contenders
+from attnsurgery.search.execution.verdict import judge
+from attnsurgery.search.result.confirmation import Confirmation
+from attnsurgery.search.result.record import contenders
+from attnsurgery.search.result.statistics import gain_of, pooled, sign_test
 from attnsurgery.search.watching import Watching
 from tests._searches import change, small_search, write_images, write_space
 
@@ -47,13 +48,13 @@ def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_th
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    count = confirm_module.accuracy
+    count = verdict_module.accuracy
 
     def counted(*given: Any, watch: Watching) -> Any:
         seen.append(len(given[1]))
         return count(*given, watch=watch)
 
-    monkeypatch.setattr(confirm_module, "accuracy", counted)
+    monkeypatch.setattr(verdict_module, "accuracy", counted)
     outcome = run(change(config, finalists=3, confirm_seeds=2))
     verdict = outcome.confirmation
     assert verdict is not None

@@ -20,16 +20,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import attnsurgery
-import attnsurgery.base
-import attnsurgery.checkpoint
-from attnsurgery.checkpoint import apply, read_state_dict, write_directory
+import attnsurgery.checkpoint.base
+import attnsurgery.checkpoint.directory
+from attnsurgery.checkpoint.delta import apply_as_delta, digest, load_delta, merge_delta, save_delta
+from attnsurgery.checkpoint.difference import Difference, same_bits
+from attnsurgery.checkpoint.directory import apply, read_state_dict, write_directory
+from attnsurgery.checkpoint.weights import DELTA_NAME
 from attnsurgery.cli import build_app
-from attnsurgery.delta import apply_as_delta, digest, load_delta, merge_delta, save_delta
-from attnsurgery.difference import Difference, same_bits
 from attnsurgery.errors import CheckpointError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import grafted_blocks
-from attnsurgery.weights import DELTA_NAME
 from tests.conftest import build, convnext_of_its_authors, images, move_gates, wake
 
 RECIPE = Recipe(
@@ -332,12 +332,12 @@ def test_a_base_under_its_authors_names_or_without_counters_serves_as_well(tmp_p
 
 
 def test_the_published_weights_can_be_the_base(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attnsurgery.base, "_published", lambda name: copy.deepcopy(base))
+    monkeypatch.setattr(attnsurgery.checkpoint.base, "_published", lambda name: copy.deepcopy(base))
     _, saved = apply_as_delta(RECIPE, None, tmp_path / "delta", pretrained=True)
     assert saved.base_digest == digest(base.state_dict())
     assert torch.equal(load_delta(tmp_path / "delta", None)(images(64)), base(images(64)))
     wake(base_now := copy.deepcopy(base))
-    monkeypatch.setattr(attnsurgery.base, "_published", lambda name: base_now)
+    monkeypatch.setattr(attnsurgery.checkpoint.base, "_published", lambda name: base_now)
     with pytest.raises(CheckpointError, match="published weights of test_resnet is not the base of"):
         load_delta(tmp_path / "delta", None)
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import attnsurgery
-from attnsurgery.checkpoint import write_directory
+from attnsurgery.checkpoint.directory import write_directory
 from attnsurgery.cli import main
 from attnsurgery.errors import ExportError, UsageError
 from attnsurgery.latency import LATENCY, Conditions, Effort, backend_for

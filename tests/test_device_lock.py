@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnsurgery.search import Listener, quiet, worker
-from attnsurgery.search.quiet import DeviceLock, device_lock
+from attnsurgery.search import Listener
+from attnsurgery.search import device_lock as quiet
+from attnsurgery.search.device_lock import DeviceLock, device_lock
 from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.workers import worker
 
 pytestmark = pytest.mark.skipif(quiet.fcntl is None, reason="this system has no flock")
 
@@ -278,7 +280,7 @@ def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_lock_forgets_a_search_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a thread outlives its searches, and asks none of the past whether to stop."""
-    from attnsurgery.search.crew import Here
+    from attnsurgery.search.workers.pool import Here
 
     monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path))
     bench = SimpleNamespace(config=SimpleNamespace(device="cpu"), backend=SimpleNamespace())

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
-from attnsurgery.search.config import check_same, fixed_part
-from attnsurgery.search.layout import STUDY, TRIALS
-from attnsurgery.search.record import trained
-from attnsurgery.search.repair import repair
-from attnsurgery.search.saved import read
+from attnsurgery.search.compatibility import check_same, fixed_part
+from attnsurgery.search.result.record import trained
+from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.repair import repair
+from attnsurgery.search.storage.schema import STUDY, TRIALS
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,7 +219,7 @@ def test_a_run_that_dies_on_the_way_is_extended_by_the_same_command(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:  # the journal is the new one by then, and the study the old one
-        patched.setattr("attnsurgery.search.remake.put", die)
+        patched.setattr("attnsurgery.search.storage.rebuild.put", die)
         with pytest.raises(KeyboardInterrupt):
             run(change(other, output=config.output))
     dead = run(change(other, output=config.output))

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attnsurgery.checkpoint import apply
+from attnsurgery.checkpoint.directory import apply
+from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.cli._models import open_model
 from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.graph.anatomy import Anatomy
@@ -33,7 +34,6 @@ from attnsurgery.recipe.text import load, loads
 from attnsurgery.search.space import bind
 from attnsurgery.search.space import load as load_space
 from attnsurgery.surgery.operate import operate
-from attnsurgery.weights import read_state_dict
 
 EXAMPLES = int(os.environ.get("FUZZ", "40"))
 SECONDS = 2.0 if "FUZZ" in os.environ else 20.0

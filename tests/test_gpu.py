@@ -84,7 +84,9 @@ def test_a_killed_worker_is_replaced(config: SearchConfig) -> None:
 def own_workers() -> list[int]:
     """Workers that this process has started."""
     children = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    return [pid for pid in children if b"attnsurgery.search.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        pid for pid in children if b"attnsurgery.search.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @two_devices

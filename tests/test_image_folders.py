@@ -24,7 +24,6 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from typer.testing import CliRunner
 
-from attnsurgery.base import for_images
 from attnsurgery.cli import build_app
 from attnsurgery.cli._search_view import LiveView
 from attnsurgery.cli.search import command_of
@@ -33,12 +32,16 @@ from attnsurgery.evaluate import EVALUATORS, Data, Preprocessing, TrainSettings,
 from attnsurgery.evaluate.folder import read_folder, readable, role_of
 from attnsurgery.evaluate.picture import Depth, Rendering
 from attnsurgery.evaluate.source import decoded
-from attnsurgery.search import SearchConfig, study
-from attnsurgery.search.begin import can_reorder, check_head, label_names, plain, reordered
-from attnsurgery.search.config import check_same
+from attnsurgery.search import SearchConfig
+from attnsurgery.search.compatibility import check_same
+from attnsurgery.search.coordinator import search as study
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.baseline import starting_weights
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.given_base import can_reorder, check_head, label_names, plain, reordered
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.prepare import Bench, assemble, starting_weights
 from attnsurgery.search.watching import Watching
+from attnsurgery.timm_plugin.architectures import for_images
 from tests._searches import small_search, write_images, write_space
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)

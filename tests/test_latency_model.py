@@ -14,7 +14,7 @@ from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError, UnknownNameError
 from attnsurgery.latency import Conditions
 from attnsurgery.latency.model import Kind, LatencyModel, Measured
-from attnsurgery.search.calibrate import Calibration, calibrate, quality, spearman
+from attnsurgery.search.budgets.calibrate import Calibration, calibrate, quality, spearman
 from attnsurgery.search.space import load
 
 BASE_MACS = 4_000_000_000

@@ -14,11 +14,11 @@ import pytest
 
 from attnsurgery.errors import SearchError, UnknownNameError, UsageError
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
-from attnsurgery.search.jobs import Job
-from attnsurgery.search.launch import LAUNCHERS, processes
-from attnsurgery.search.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
-from attnsurgery.search.worker import serve_mailbox
-from attnsurgery.search.workers import Workers
+from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.workers.launch import LAUNCHERS, processes
+from attnsurgery.search.workers.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
+from attnsurgery.search.workers.processes import Workers
+from attnsurgery.search.workers.worker import serve_mailbox
 from tests._searches import change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,7 +163,7 @@ def mailbox(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     folder.mkdir()
     for name in (ORDERS, ANSWERS, BEAT):
         (folder / name).touch()
-    program = f"from attnsurgery.search.worker import serve_mailbox; serve_mailbox({str(folder)!r})"
+    program = f"from attnsurgery.search.workers.worker import serve_mailbox; serve_mailbox({str(folder)!r})"
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
     yield folder, process
     process.kill()

@@ -16,8 +16,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import attnsurgery
-from attnsurgery.base import build_base
 from attnsurgery.blocks._base import build_block
+from attnsurgery.checkpoint.base import build_base
 from attnsurgery.errors import CheckpointError, LoadError, UsageError
 from attnsurgery.surgery.operate import grafted_blocks
 from tests.conftest import move_gates

@@ -19,10 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnsurgery
-from attnsurgery import checkpoint
-from attnsurgery.base import weightless
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import build_block, check_options
+from attnsurgery.checkpoint import directory as checkpoint
 from attnsurgery.errors import OptionError, RecipeError, SiteError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
@@ -30,9 +29,10 @@ from attnsurgery.recipe import text
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.guard import settle
 from attnsurgery.recipe.schema import Recipe
-from attnsurgery.registry import as_recipe
 from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.surgery.verify import count_macs
+from attnsurgery.timm_plugin.architectures import weightless
+from attnsurgery.timm_plugin.registry import as_recipe
 
 SIDES = {1: 40, 2: 20, 3: 10, 4: 5}
 """Of the maps in test_resnet, by stage."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import attnsurgery
-from attnsurgery.base import weightless
+from attnsurgery.checkpoint.stock import PAIRS
 from attnsurgery.recipe.text import dumps, loads
-from attnsurgery.stock import PAIRS
+from attnsurgery.timm_plugin.architectures import weightless
 from scripts.parity import FALSE_FRIENDS, compare, paper
 
 TABLE = Path(__file__).parent.parent / "docs" / "parity.md"

@@ -12,7 +12,7 @@ from attnsurgery.cli import build_app
 from attnsurgery.cli._search_view import print_preview
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.search import SearchConfig, run
-from attnsurgery.search.preview import DRAWN, Preview, _wilson, preview
+from attnsurgery.search.execution.preview import DRAWN, Preview, _wilson, preview
 from attnsurgery.search.watching import StopAsked
 
 

@@ -24,7 +24,7 @@ import attnsurgery
 from attnsurgery.errors import AttnSurgeryError, LoadError, SearchError
 from attnsurgery.evaluate.folder import read_folder, readable
 from attnsurgery.graph.find import survey
-from attnsurgery.search.run_directory import mark, remove_own, replace_own, write_own
+from attnsurgery.search.storage.run_directory import mark, remove_own, replace_own, write_own
 from tests.conftest import build, images, move_gates
 
 EXAMPLES = int(os.environ.get("PROPERTIES", "12"))

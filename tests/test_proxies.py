@@ -16,9 +16,9 @@ from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.search import Listener
-from attnsurgery.search.prepare import assemble
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.trial import proxies
 from attnsurgery.search.report.proxies import section
-from attnsurgery.search.trial import proxies
 from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
 from tests._searches import outcome, search, small_search, write_images, write_space
@@ -93,11 +93,11 @@ def test_proxies_that_memory_does_not_hold_are_left_out_and_a_broken_device_is_t
 
         return fail
 
-    monkeypatch.setattr("attnsurgery.search.trial.synflow", fails("CUDA out of memory."))
+    monkeypatch.setattr("attnsurgery.search.execution.trial.synflow", fails("CUDA out of memory."))
     assert set(proxies(bench, recipe, model, watch)) == {"grad_norm"}
-    monkeypatch.setattr("attnsurgery.search.trial.grad_norm", fails("derivative not implemented"))
+    monkeypatch.setattr("attnsurgery.search.execution.trial.grad_norm", fails("derivative not implemented"))
     assert proxies(bench, recipe, model, watch) == {}
-    monkeypatch.setattr("attnsurgery.search.trial.synflow", fails("CUDA error: an illegal memory access"))
+    monkeypatch.setattr("attnsurgery.search.execution.trial.synflow", fails("CUDA error: an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         proxies(bench, recipe, model, watch)
 

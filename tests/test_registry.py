@@ -19,10 +19,10 @@ import torch
 from timm.models import _builder, _registry
 
 import attnsurgery
-from attnsurgery import registry
-from attnsurgery.base import weightless
 from attnsurgery.errors import RecipeError, SiteError, UnknownNameError
 from attnsurgery.surgery.operate import grafted_blocks
+from attnsurgery.timm_plugin import registry
+from attnsurgery.timm_plugin.architectures import weightless
 from tests.conftest import build, images, move_gates, wake
 
 RECIPE = {

@@ -14,9 +14,9 @@ from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, SearchConfig, run
 from attnsurgery.search.files import Journal, locked
-from attnsurgery.search.layout import STUDY, TRIALS, facts_of, trials_of
-from attnsurgery.search.repair import repair
-from attnsurgery.search.saved import read
+from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.repair import repair
+from attnsurgery.search.storage.schema import STUDY, TRIALS, facts_of, trials_of
 from tests._searches import change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,7 @@ def test_the_command_says_what_it_found(damaged: Path) -> None:
 def test_other_software_is_refused_with_the_difference_and_extend_goes_on(
     finished: Outcome, damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnsurgery.search.prepare.timm.__version__", "9.9.9")
+    monkeypatch.setattr("attnsurgery.search.execution.bench.timm.__version__", "9.9.9")
     config = config_in(finished, damaged)
     with pytest.raises(
         SearchError, match=r"versions.timm: was '[\d.]+', is now '9.9.9'\. Go on all the same with --ext"

@@ -28,15 +28,16 @@ from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
-from attnsurgery.search.about import About, Place
-from attnsurgery.search.control import Control, control_of
-from attnsurgery.search.numbers import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
-from attnsurgery.search.record import Promotion
 from attnsurgery.search.report import checklist, heat_map, pareto, progress, render, rungs
 from attnsurgery.search.report.checklist import Item
 from attnsurgery.search.report.colours import BLUE
-from attnsurgery.search.run_directory import WRITTEN
-from attnsurgery.search.saved import Saved, read
+from attnsurgery.search.report.control import Control, control_of
+from attnsurgery.search.report.write import write_outcome
+from attnsurgery.search.result.about import About, Place
+from attnsurgery.search.result.record import Promotion
+from attnsurgery.search.result.statistics import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
+from attnsurgery.search.storage.load import Saved, read
+from attnsurgery.search.storage.run_directory import WRITTEN
 from tests._searches import BASE, LABELS, PLACES, about, outcome, search, timing, trial, write_images
 from tests.test_search import SPACE, small_search
 
@@ -663,7 +664,7 @@ def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
 def test_candidates_that_were_drawn_are_known_and_those_that_were_chosen_too(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnsurgery.search.store._STARTUP", 1)
+    monkeypatch.setattr("attnsurgery.search.storage.store._STARTUP", 1)
     config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
     assert [record.drawn for record in run(config).records][:2] == [True, False]
     blind = config.model_copy(update={"output": str(tmp_path / "blind"), "sampler": "random"})
@@ -674,16 +675,16 @@ def test_a_report_that_is_seconds_old_is_left_by_a_search_and_made_again_at_its_
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    real = Outcome.write
 
-    def counts(self: Outcome, *args: Any, **kwargs: Any) -> list[str]:
-        before = (self.folder / "report.html").stat().st_mtime_ns if (self.folder / "report.html").exists() else 0
-        kept = real(self, *args, **kwargs)
-        written.append((self.folder / "report.html").stat().st_mtime_ns != before)
+    def counts(outcome: Outcome, *args: Any, **kwargs: Any) -> list[str]:
+        path = outcome.folder / "report.html"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        kept = write_outcome(outcome, *args, **kwargs)
+        written.append(path.stat().st_mtime_ns != before)
         return kept
 
-    monkeypatch.setattr(Outcome, "write", counts)
-    monkeypatch.setattr("attnsurgery.search.outcome._SELDOM_S", 1000.0)
+    monkeypatch.setattr("attnsurgery.search.coordinator.search.write_outcome", counts)
+    monkeypatch.setattr("attnsurgery.search.report.write._SELDOM_S", 1000.0)
     config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run")})
     run(config)
     assert written == [True, False, False, True]
@@ -696,7 +697,7 @@ def test_a_report_that_is_seconds_old_is_left_by_a_search_and_made_again_at_its_
 
 def test_the_front_is_a_table_with_its_rung(tmp_path: Path) -> None:
     made = outcome(tmp_path, [promoted(0, 0.80, 0.84)])
-    made.write()
+    write_outcome(made)
     with (tmp_path / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "2")]

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import attnsurgery.search.confirm as confirm_module
+import attnsurgery.search.execution.jobs as jobs_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli._console import building
 from attnsurgery.cli._search_view import files_of
@@ -37,20 +37,32 @@ from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
-from attnsurgery.search.budget import Budgets
-from attnsurgery.search.config import check_same
-from attnsurgery.search.confirm import Confirmation, confirm
-from attnsurgery.search.crew import Crew
+from attnsurgery.search.compatibility import check_same
+from attnsurgery.search.coordinator.confirm import confirm
+from attnsurgery.search.coordinator.search import _weights
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.baseline import hash_of
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.execution.preview import _seconds, preview
 from attnsurgery.search.files import Journal
-from attnsurgery.search.jobs import Job
-from attnsurgery.search.known import known
-from attnsurgery.search.layout import TRIALS, trials_of
-from attnsurgery.search.numbers import gain_of
-from attnsurgery.search.opening import check_url
-from attnsurgery.search.prepare import WEIGHTS, Bench, assemble, hash_of
-from attnsurgery.search.preview import _seconds, preview
-from attnsurgery.search.run_directory import MARK, check_free, mark, remove_own, replace_own, set_aside, write_own
-from attnsurgery.search.study import _weights
+from attnsurgery.search.result.confirmation import Confirmation
+from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.statistics import gain_of
+from attnsurgery.search.storage.known import known
+from attnsurgery.search.storage.run_directory import (
+    MARK,
+    WEIGHTS,
+    check_free,
+    mark,
+    remove_own,
+    replace_own,
+    set_aside,
+    write_own,
+)
+from attnsurgery.search.storage.schema import TRIALS, trials_of
+from attnsurgery.search.storage.urls import check_url
+from attnsurgery.search.workers.pool import Crew
 from tests._searches import change, outcome, small_search, trial, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +101,9 @@ def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is refused is refused before images are read."""
-    monkeypatch.setattr("attnsurgery.search.prepare.load_data", lambda *given, **named: pytest.fail("images were read"))
+    monkeypatch.setattr(
+        "attnsurgery.search.execution.assemble.load_data", lambda *given, **named: pytest.fail("images were read")
+    )
 
 
 class Hearing(Listener):
@@ -595,7 +609,7 @@ def test_weights_of_the_confirmation_that_were_changed_are_trained_again(
     monkeypatch.setattr(FineTune, "score", score)
     again = change(copied, confirm_seeds=2)
     with monkeypatch.context() as patched:
-        patched.setattr(confirm_module, "judged", dies)
+        patched.setattr(jobs_module, "judged", dies)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     assert len(seeds) == 4
@@ -612,7 +626,7 @@ def test_weights_of_the_confirmation_that_were_changed_are_trained_again(
 def test_a_full_disk_lets_the_report_wait_and_the_search_goes_on(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from attnsurgery.search import run_directory
+    from attnsurgery.search.storage import run_directory
 
     real = run_directory.write_whole
 

@@ -12,10 +12,11 @@ from attnsurgery.errors import SearchError, UnknownNameError, UsageError
 from attnsurgery.evaluate.blocks_only import BlocksOnly
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
-from attnsurgery.search.preview import preview
-from attnsurgery.search.record import Promotion, best, front
-from attnsurgery.search.rungs import Rung, next_promotion, places_on, rungs_of
-from attnsurgery.search.store import Store
+from attnsurgery.search.execution.preview import preview
+from attnsurgery.search.result.promotion import next_promotion, places_on
+from attnsurgery.search.result.record import Promotion, best, front
+from attnsurgery.search.rungs import Rung, rungs_of
+from attnsurgery.search.storage.store import Store
 from tests._searches import write_images
 from tests.test_search import SPACE, small_search
 
@@ -164,7 +165,7 @@ def test_a_promotion_that_only_the_journal_holds_is_not_lost(config: SearchConfi
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnsurgery.search.extend.Store", Torn)
+        patch.setattr("attnsurgery.search.coordinator.resume.Store", Torn)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     heard = Counting()

@@ -20,7 +20,7 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-import attnsurgery.search.trial as trial_module
+import attnsurgery.search.execution.trial as trial_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, UnknownNameError, UsageError
@@ -28,10 +28,10 @@ from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
 from attnsurgery.search.files import Journal, locked, write_whole
-from attnsurgery.search.layout import trials_of
-from attnsurgery.search.opening import without_password
-from attnsurgery.search.record import Promotion, best, contenders, front
-from attnsurgery.search.store import Store
+from attnsurgery.search.result.record import Promotion, best, contenders, front
+from attnsurgery.search.storage.schema import trials_of
+from attnsurgery.search.storage.store import Store
+from attnsurgery.search.storage.urls import without_password
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -418,7 +418,9 @@ def test_what_ranks_by_loss_ranks_by_top1_where_losses_are_equal_and_the_other_w
 def test_an_unknown_name_is_refused_before_any_image_is_read(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
-    monkeypatch.setattr("attnsurgery.search.prepare.load_data", lambda *given, **named: pytest.fail("images were read"))
+    monkeypatch.setattr(
+        "attnsurgery.search.execution.assemble.load_data", lambda *given, **named: pytest.fail("images were read")
+    )
     with pytest.raises((UsageError, UnknownNameError), match="'nonsense"):
         run(change(config, **{field: "nonsense:1" if field == "rungs" else "nonsense"}))
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 
-from attnsurgery.base import weightless
 from attnsurgery.errors import OptionError, RecipeError, SiteError, UnknownNameError
 from attnsurgery.graph.find import Anatomy, survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.text import read_strict
-from attnsurgery.search.budget import Budgets, Costs
+from attnsurgery.search.budgets.costs import Costs
+from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.space import NONE, BoundSpace, SearchSpace, bind, find, load, shipped
+from attnsurgery.timm_plugin.architectures import weightless
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from optuna.trial import TrialState
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Listener, run
-from attnsurgery.search.opening import without_password
-from attnsurgery.search.sharing import CLAIM, LEASE, Sharing
-from attnsurgery.search.store import Store
+from attnsurgery.search.storage.leases import CLAIM, LEASE, Sharing
+from attnsurgery.search.storage.store import Store
+from attnsurgery.search.storage.urls import without_password
 from tests._searches import change, small_search, write_images, write_space
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +218,7 @@ def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], t
         assert time.monotonic() < deadline
         time.sleep(0.2)
     listed = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    assert "attnsurgery.search.worker" in listed
+    assert "attnsurgery.search.workers.worker" in listed
     assert not [line for line in listed.splitlines() if "secret" in line]
     one.kill()
     one.wait()

@@ -11,10 +11,10 @@ import torch
 from timm.layers import SEModule
 
 import attnsurgery
-from attnsurgery.base import weightless
 from attnsurgery.blocks.squeeze_excite import SqueezeExcite
 from attnsurgery.errors import OptionError
 from attnsurgery.surgery.verify import count_macs
+from attnsurgery.timm_plugin.architectures import weightless
 from tests.conftest import build, images
 
 KINDS = [

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import attnsurgery
-from attnsurgery import stock
-from attnsurgery.checkpoint import write_directory
+from attnsurgery.checkpoint import stock
+from attnsurgery.checkpoint.directory import write_directory
+from attnsurgery.checkpoint.stock import PAIRS, fold, to_stock
 from attnsurgery.cli import main
 from attnsurgery.errors import CheckpointError, SurgeryError, UsageError
-from attnsurgery.stock import PAIRS, fold, to_stock
 from attnsurgery.surgery.operate import grafted_blocks
 from scripts.parity import awake
 
@@ -129,8 +129,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")
     recipe = {"version": 1, "name": "r18se", "base": "resnet18", "edits": SE}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    attnsurgery.checkpoint.apply(
-        attnsurgery.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical"
+    attnsurgery.checkpoint.directory.apply(
+        attnsurgery.timm_plugin.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical"
     )
     write_directory(trained(operated("resnet18", SE)), folder / "trained")
     return folder

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-import attnsurgery.search.preview as preview_module
+import attnsurgery.search.execution.preview as preview_module
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import Preprocessing, TrainSettings, load_data
 from attnsurgery.evaluate.finetune import FineTune
@@ -20,11 +20,12 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
-from attnsurgery.search.preview import preview
-from attnsurgery.search.record import Promotion
-from attnsurgery.search.rungs import Rung, next_promotion, rungs_of, trust
+from attnsurgery.search.execution.preview import preview
+from attnsurgery.search.execution.supernet import Supernet, Switch
+from attnsurgery.search.result.promotion import next_promotion, trust
+from attnsurgery.search.result.record import Promotion
+from attnsurgery.search.rungs import Rung, rungs_of
 from attnsurgery.search.space import BoundSpace, bind, load
-from attnsurgery.search.supernet import Supernet, Switch
 from attnsurgery.surgery.operate import PATHS, operate
 from tests._searches import write_images
 from tests.test_search import SPACE, small_search

@@ -15,9 +15,9 @@ import pytest
 
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
-from attnsurgery.search.launch.processes import end_of
-from attnsurgery.search.record import trained
-from attnsurgery.search.trial import reason_of
+from attnsurgery.search.execution.trial import reason_of
+from attnsurgery.search.result.record import trained
+from attnsurgery.search.workers.launch.processes import end_of
 from tests._searches import change, small_search, write_images, write_space
 from tests.plugins.attnsurgery_dummy import Dummy
 
@@ -200,7 +200,7 @@ def test_the_reason_of_a_fault_is_what_the_device_says_and_not_how_to_look_for_k
 
 def test_a_worker_ends_when_its_search_is_gone() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "attnsurgery.search.worker"],
+        [sys.executable, "-m", "attnsurgery.search.workers.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": ROOT},

@@ -11,13 +11,13 @@ from conftest import HOSTS, build, images, move_gates
 from torch import nn
 
 import attnsurgery
-from attnsurgery import registry, zoo
-from attnsurgery.base import weightless
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe import text
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.forecast import forecast
 from attnsurgery.surgery.operate import grafted_blocks, operate
+from attnsurgery.timm_plugin import registry, zoo
+from attnsurgery.timm_plugin.architectures import weightless
 
 FILES = sorted(Path(zoo.__file__).parent.glob("*.yaml"))
 NAMES = [file.stem for file in FILES]

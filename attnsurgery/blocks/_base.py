@@ -19,7 +19,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from attnsurgery.blocks.loading import AsBuilt, load_of_block
+from attnsurgery.blocks.loading import AsBuilt, load_of_block, name_blocks_by
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import OptionError, did_you_mean
 
@@ -140,6 +140,7 @@ class Block(nn.Module, ABC):
 
 
 BLOCKS: Catalog[Block] = Catalog("block", "attnsurgery.blocks", group="attnsurgery.blocks")
+name_blocks_by(lambda: {name for key in BLOCKS for name in (BLOCKS[key].child_name, *BLOCKS[key].slots)})
 
 
 @cache

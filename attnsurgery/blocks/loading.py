@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -249,14 +249,21 @@ def _classifiers(module: nn.Module) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named or ())
 
 
+def name_blocks_by(names_in_hosts: Callable[[], set[str]]) -> None:
+    """Say what blocks are called inside their hosts; asked when a state dict speaks of modules that are not there."""
+    global _names_in_hosts
+    _names_in_hosts = names_in_hosts
+
+
+def _names_in_hosts() -> set[str]:
+    return set()
+
+
 def _blocks_among(names: set[str], model: nn.Module) -> Iterator[str]:
     """Paths of blocks that names of a state dict speak of, in modules that the model has."""
     if not names:
         return
-    from attnsurgery.blocks._base import BLOCKS
-
-    called = {name for key in BLOCKS for name in (BLOCKS[key].child_name, *BLOCKS[key].slots)}
-    child = re.compile(rf"({'|'.join(map(re.escape, sorted(called)))})(_\d+)?")
+    child = re.compile(rf"({'|'.join(map(re.escape, sorted(_names_in_hosts())))})(_\d+)?")
     modules = {_plain(path) for path, _ in model.named_modules()}
     found: dict[str, None] = {}
     for name in sorted(names):

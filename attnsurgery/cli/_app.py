@@ -6,11 +6,11 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from attnsurgery import cli
 from attnsurgery.cli._errors import Settings, guarded
 
 _TOLD_WITH_VERSION = ("attnsurgery", "timm", "torch", "optuna")
@@ -31,9 +31,10 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    for found in pkgutil.iter_modules(cli.__path__):
+    folder = Path(__file__).parent
+    for found in pkgutil.iter_modules([str(folder)]):
         if not found.name.startswith("_"):
-            importlib.import_module(f"{cli.__name__}.{found.name}").register(app)
+            importlib.import_module(f"{__package__}.{found.name}").register(app)
     for command in app.registered_commands:
         assert command.callback is not None
         command.callback = guarded(command.callback)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
-from attnsurgery.base import check_base, weightless
-from attnsurgery.checkpoint import opened
+from attnsurgery.checkpoint.directory import opened
+from attnsurgery.checkpoint.weights import DELTA_NAME, read_state_dict
 from attnsurgery.errors import UnknownNameError, UsageError
-from attnsurgery.weights import DELTA_NAME, read_state_dict
+from attnsurgery.timm_plugin.architectures import check_base, weightless
 
 if TYPE_CHECKING:
     from attnsurgery.latency import Conditions

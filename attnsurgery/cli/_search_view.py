@@ -21,10 +21,10 @@ from rich.text import Text
 from attnsurgery.cli._console import building, print_lines, print_table, stderr
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
-from attnsurgery.search.budget import Budgets
-from attnsurgery.search.preview import Preview
-from attnsurgery.search.record import best
+from attnsurgery.search.execution.preview import Preview
 from attnsurgery.search.report.words import loss
+from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.record import best
 
 _SILENCE_S = 20.0
 _SILENT = {"too_many_blocks"}

@@ -41,12 +41,12 @@ def apply(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Put the blocks of a recipe into a trained model, prove the result, and write a timm directory."""
-    from attnsurgery import checkpoint as files
+    from attnsurgery.checkpoint import directory as files
+    from attnsurgery.checkpoint.delta import save_operated
+    from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import building, busy, print_json, print_lines, print_report
     from attnsurgery.cli.delta import told
-    from attnsurgery.delta import save_operated
     from attnsurgery.recipe.text import load
-    from attnsurgery.weights import Layout
 
     read = load(recipe)
     begin: Start | None = None if start is None else start.value

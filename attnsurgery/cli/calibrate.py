@@ -21,7 +21,7 @@ from attnsurgery.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from attnsurgery.search.calibrate import Calibration
+    from attnsurgery.search.budgets.calibrate import Calibration
 
 
 def calibrate(
@@ -48,7 +48,7 @@ def calibrate(
     """
     from attnsurgery.cli._console import print_json, progress
     from attnsurgery.cli._models import measured_conditions
-    from attnsurgery.search.calibrate import calibrate as measure
+    from attnsurgery.search.budgets.calibrate import calibrate as measure
     from attnsurgery.search.space import load
 
     found = load(space)

@@ -18,7 +18,7 @@ from attnsurgery.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from attnsurgery.delta import Saved
+    from attnsurgery.checkpoint.delta import Saved
 
 
 def delta(
@@ -31,9 +31,9 @@ def delta(
     as_json: AsJson = False,
 ) -> None:
     """Write only what differs from the base: blocks, statistics, the head, whatever was fine-tuned."""
+    from attnsurgery.checkpoint.delta import save_delta
+    from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import busy, print_json, print_lines
-    from attnsurgery.delta import save_delta
-    from attnsurgery.weights import Layout
 
     check_base_given(base, pretrained)
     with busy(f"comparing {directory} with its base"):

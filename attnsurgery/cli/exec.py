@@ -85,7 +85,7 @@ def _is_module(name: str) -> bool:
 @contextmanager
 def _as_if_started(argv: list[str], folder: str) -> Iterator[None]:
     """The process as Python would have set it up; `folder` takes the place of the folder that this command lies in."""
-    from attnsurgery._in_children import Arguments
+    from attnsurgery.timm_plugin.in_children import Arguments
 
     before = sys.argv, sys.path[:], sys.modules["__main__"]
     sys.argv = Arguments(argv)

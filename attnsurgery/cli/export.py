@@ -43,8 +43,8 @@ def export(
 
 
 def _export_stock(directory: Path, output: Path | None, as_json: bool) -> None:
+    from attnsurgery.checkpoint.stock import export_stock
     from attnsurgery.cli._console import building, busy, print_json, print_lines
-    from attnsurgery.stock import export_stock
 
     with busy(f"exporting {directory}"):
         architecture, written = export_stock(directory, output)
@@ -62,7 +62,7 @@ def _export_stock(directory: Path, output: Path | None, as_json: bool) -> None:
 
 
 def _export_onnx(directory: Path, path: Path, check: bool, batch_size: int, as_json: bool) -> None:
-    from attnsurgery.checkpoint import refuse_existing
+    from attnsurgery.checkpoint.directory import refuse_existing
     from attnsurgery.cli._console import busy, print_json, print_lines
     from attnsurgery.cli._models import open_model
     from attnsurgery.graph.find import input_size_of

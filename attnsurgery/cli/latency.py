@@ -71,7 +71,7 @@ def latency(
     from attnsurgery.errors import UsageError
     from attnsurgery.graph.find import input_size_of
     from attnsurgery.latency import backend_for
-    from attnsurgery.search.quiet import alone_on_device
+    from attnsurgery.search.device_lock import alone_on_device
 
     batch_sizes = _batch_sizes(batch_size)
     if self_test and (versus or len(batch_sizes) > 1):
@@ -121,8 +121,8 @@ def _batch_sizes(text: str) -> list[int]:
 
 def _load(model: nn.Module, checkpoint: Path) -> None:
     """Latency hardly depends on weights, but sparse or denormal ones are a reason to look."""
-    from attnsurgery.base import fitted, load_weights
-    from attnsurgery.weights import read
+    from attnsurgery.checkpoint.base import fitted, load_weights
+    from attnsurgery.checkpoint.weights import read
 
     load_weights(model, fitted(model, read(checkpoint)).tensors, str(checkpoint))
 

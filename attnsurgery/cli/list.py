@@ -32,8 +32,8 @@ def list_names(
 def _matching(pattern: str | None) -> list[str]:
     import timm
 
-    from attnsurgery import registry
     from attnsurgery.errors import UnknownNameError, did_you_mean
+    from attnsurgery.timm_plugin import registry
 
     entered = registry.grafted_names()
     if pattern is None:

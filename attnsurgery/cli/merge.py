@@ -30,9 +30,9 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Put a delta and the weights of its base together again, bit for bit."""
+    from attnsurgery.checkpoint.delta import merge_delta
+    from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import building, busy, print_json, print_lines
-    from attnsurgery.delta import merge_delta
-    from attnsurgery.weights import Layout
 
     check_base_given(base, pretrained)
     with busy(f"merging {directory} with its base"):

@@ -22,10 +22,10 @@ def plan(
 ) -> None:
     """Show each block of a recipe with its place, parameters, multiply-accumulates and attention; nothing is built."""
     from attnsurgery.api import plan as forecast
-    from attnsurgery.base import check_base, weightless
     from attnsurgery.cli._console import busy, print_forecast, print_json
     from attnsurgery.graph.find import input_size_of
     from attnsurgery.recipe.text import where
+    from attnsurgery.timm_plugin.architectures import check_base, weightless
 
     read = _recipe(recipe)
     name = base or read.base
@@ -46,10 +46,10 @@ def _recipe(named: str) -> Recipe:
         RecipeError: the file is no recipe.
         UnknownNameError: neither a file nor a name that a recipe stands for.
     """
-    from attnsurgery import registry
-    from attnsurgery.base import check_base
     from attnsurgery.errors import UnknownNameError
     from attnsurgery.recipe.text import load
+    from attnsurgery.timm_plugin import registry
+    from attnsurgery.timm_plugin.architectures import check_base
 
     path = Path(named.removeprefix("local-dir:"))
     if path.is_dir():

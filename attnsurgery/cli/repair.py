@@ -20,7 +20,7 @@ def repair(
     For a run directory whose study does not open any more, or whose journal is damaged.
     """
     from attnsurgery.cli._console import print_json, print_lines
-    from attnsurgery.search.repair import repair as repaired
+    from attnsurgery.search.storage.repair import repair as repaired
 
     done = repaired(run_dir)
     if as_json:

@@ -31,10 +31,11 @@ def report(
     """
     from attnsurgery.cli._console import print_json, print_lines
     from attnsurgery.cli._search_view import as_data, files_of
-    from attnsurgery.search.control import control_of
-    from attnsurgery.search.layout import STUDY
-    from attnsurgery.search.run_directory import check_free
-    from attnsurgery.search.saved import read
+    from attnsurgery.search.report.control import control_of
+    from attnsurgery.search.report.write import write_outcome
+    from attnsurgery.search.storage.load import read
+    from attnsurgery.search.storage.run_directory import check_free
+    from attnsurgery.search.storage.schema import STUDY
 
     def elsewhere(folder: Path) -> str | None:
         return None if (folder / STUDY).is_file() else storage or os.environ.get(STORAGE_VARIABLE)
@@ -45,7 +46,7 @@ def report(
     if control is not None:
         beside = control_of(saved, read(control, elsewhere(control)))
     outcome = saved.outcome
-    kept = outcome.write(beside)
+    kept = write_outcome(outcome, beside)
     if as_json:
         print_json(as_data(outcome))
         return

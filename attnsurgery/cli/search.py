@@ -177,9 +177,9 @@ def search(
 
     At least one budget is needed; several hold together.
     """
-    from attnsurgery.search.begin import plain
-    from attnsurgery.search.budget import Budgets
-    from attnsurgery.search.prepare import pick_device
+    from attnsurgery.search.execution.assemble import pick_device
+    from attnsurgery.search.execution.given_base import plain
+    from attnsurgery.search.result.limits import Budgets
     from attnsurgery.search.space import load
 
     if storage is None:
@@ -254,7 +254,7 @@ def search(
 def _preview(config: SearchConfig, as_json: bool) -> None:
     from attnsurgery.cli._console import print_error, print_json
     from attnsurgery.cli._search_view import print_preview, view
-    from attnsurgery.search.preview import preview
+    from attnsurgery.search.execution.preview import preview
     from attnsurgery.search.watching import StopAsked
 
     with view(config) as listener, _stopping() as stop:
@@ -299,8 +299,8 @@ def command_of(config: SearchConfig) -> str:
     """The command line that does this search; a password in the storage URL is left out."""
     from attnsurgery.search import SearchConfig
     from attnsurgery.search.config import defaults_on
-    from attnsurgery.search.opening import without_password
-    from attnsurgery.search.prepare import pick_device
+    from attnsurgery.search.execution.assemble import pick_device
+    from attnsurgery.search.storage.urls import without_password
 
     usual = {name: info.default for name, info in SearchConfig.model_fields.items()}
     usual |= defaults_on(config.device, config.latency, config.dtype)
@@ -343,7 +343,7 @@ def _default_base() -> str:
 
 def _warn_of_password(storage: str) -> None:
     from attnsurgery.cli._console import print_hint
-    from attnsurgery.search.opening import has_password
+    from attnsurgery.search.storage.urls import has_password
 
     if has_password(storage):
         print_hint(
@@ -359,7 +359,7 @@ def _ask_which(named: Path, start: str) -> None:
         UsageError: there is nothing to extend where the directory's name leads, and something beside it.
     """
     from attnsurgery.errors import UsageError
-    from attnsurgery.search.layout import STUDY
+    from attnsurgery.search.storage.schema import STUDY
 
     beside = sorted(f"{found.parent}" for found in named.parent.glob(f"{start}-*/{STUDY}"))
     if beside:

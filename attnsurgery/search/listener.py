@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnsurgery.evaluate import Epoch
-from attnsurgery.search.record import Record, Timing
+from attnsurgery.search.result.record import Record, Timing
 
 
 class Listener:

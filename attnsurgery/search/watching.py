@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.search.device_lock import DeviceLock
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.quiet import DeviceLock
 
 
 class StopAsked(Exception):

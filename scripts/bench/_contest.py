@@ -17,10 +17,11 @@ import torch
 
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search import Timing
-from attnsurgery.search.confirm import judge
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.trial import build
+from attnsurgery.search.execution.verdict import judge
 from attnsurgery.search.files import Journal
-from attnsurgery.search.prepare import Bench
-from attnsurgery.search.trial import build, seed_of
+from attnsurgery.search.seeds import seed_of
 
 BASE, WINNER = "base", "winner"
 Recipes = dict[str, Recipe | None]

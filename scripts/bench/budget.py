@@ -37,10 +37,10 @@ from _common import card_or_cpu, go_on, on_scale, write
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.latency import Comparison, Latency, LatencyBackend
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
+from attnsurgery.search.execution.assemble import assemble, prepare
 from attnsurgery.search.files import Journal, write_whole
-from attnsurgery.search.prepare import assemble, prepare
-from attnsurgery.search.record import Record
-from attnsurgery.search.saved import read
+from attnsurgery.search.result.record import Record
+from attnsurgery.search.storage.load import read
 
 ROOT = Path(__file__).resolve().parents[2]
 BASES = ("test_resnet", "test_efficientnet", "test_byobnet")

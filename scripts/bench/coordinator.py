@@ -41,10 +41,10 @@ def environment(cache: Path, nap_s: float) -> None:
 def asking(folder: Path, asks: int) -> list[float]:
     """Seconds of each ask, in a study that holds 300 trials at the last of them."""
     from attnsurgery.recipe.schema import Edit
-    from attnsurgery.search.budget import Budgets
-    from attnsurgery.search.record import Record, Timing
+    from attnsurgery.search.result.limits import Budgets
+    from attnsurgery.search.result.record import Record, Timing
     from attnsurgery.search.space import NONE, BoundSpace, Variable
-    from attnsurgery.search.store import Store
+    from attnsurgery.search.storage.store import Store
 
     labels = {f"se(reduction={2 + index})": {"reduction": 2 + index} for index in range(BLOCKS)}
     variables = tuple(

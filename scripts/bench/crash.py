@@ -37,12 +37,12 @@ from typing import Any
 import optuna
 from _common import write
 
-from attnsurgery.search.crew import ESSENTIAL, GOES_ON
 from attnsurgery.search.files import Journal
-from attnsurgery.search.layout import FACT, STUDY, TRIALS, records_of, trials_of
-from attnsurgery.search.record import Record, trained
-from attnsurgery.search.repair import repair
-from attnsurgery.search.saved import copy_study
+from attnsurgery.search.result.record import Record, trained
+from attnsurgery.search.storage.load import copy_study
+from attnsurgery.search.storage.repair import repair
+from attnsurgery.search.storage.schema import FACT, STUDY, TRIALS, records_of, trials_of
+from attnsurgery.search.workers.pool import ESSENTIAL, GOES_ON
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,9 +27,9 @@ from table import CHOSEN, OPTIONS, ROOT, SITES, SIZE, TABLE, WAYS, data_of, made
 from attnsurgery.evaluate import EVALUATORS, Data
 from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.graph.find import survey
-from attnsurgery.search.numbers import kendall_tau_b
-from attnsurgery.search.scorers import Alone, Candidate, Scorer, Shared
-from attnsurgery.search.supernet import Supernet
+from attnsurgery.search.execution.scorers import Alone, Candidate, Scorer, Shared
+from attnsurgery.search.execution.supernet import Supernet
+from attnsurgery.search.result.statistics import kendall_tau_b
 from attnsurgery.surgery.verify import count_macs
 
 RUNGS = (("blocks", 1), ("blocks", 4), ("finetune", 1), ("finetune", 2))

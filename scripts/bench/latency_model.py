@@ -31,8 +31,8 @@ from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.latency.model import LatencyModel, Measured
 from attnsurgery.latency.self_test import self_test
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.budget import Costs
-from attnsurgery.search.calibrate import EFFORT, Measure, calibrated, in_place, spearman
+from attnsurgery.search.budgets.calibrate import EFFORT, Measure, calibrated, in_place, spearman
+from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.space import bind, load
 
 MODELS = {"resnet18": "full", "mobilenetv3_small_100": "se", "convnext_atto": "full", "deit_tiny_patch16_224": "full"}

@@ -4,9 +4,9 @@
     scripts/bench/samplers.py [--repeats 50] [--measure val_loss] [--processes 2]
 
 A search is played on docs/benchmarks/table (see table.py): the study asks, latency and score are looked up in
-place of measuring and training, and everything else is the search's own (attnsurgery.search.store). The budget is the
-median latency of all candidates. What a sampler is told is the score from one seed; what its choice is worth is the
-score of the same candidate from the other seed, so being lucky once counts for nothing.
+place of measuring and training, and everything else is the search's own (attnsurgery.search.storage.store). The budget
+is the median latency of all candidates. What a sampler is told is the score from one seed; what its choice is worth is
+the score of the same candidate from the other seed, so being lucky once counts for nothing.
 
 Figures: how many trained candidates each sampler needs for what random search reaches with 64, and for what TPE does;
 worth after 16, 32 and 64 with the p-value of a paired Wilcoxon test against the additive sampler; and the hypervolume
@@ -38,10 +38,10 @@ from table import CHOSEN, OPTIONS, SITES, TABLE, rows_of
 from attnsurgery.recipe.schema import Edit
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.samplers.places import Places
-from attnsurgery.search.budget import Budgets
-from attnsurgery.search.record import Record, Timing, trained
+from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.record import Record, Timing, trained
 from attnsurgery.search.space import BoundSpace, Variable
-from attnsurgery.search.store import Store
+from attnsurgery.search.storage.store import Store
 
 OURS = "additive"
 MARKS = (16, 32, 64)

@@ -36,17 +36,20 @@ import torch
 from _common import go_on, linked, on_scale, write
 from _contest import BASE, WINNER, Recipes, conclude, entries, show, trained
 
-from attnsurgery.base import build_base, weightless
+from attnsurgery.checkpoint.base import build_base
+from attnsurgery.checkpoint.weights import SUFFIXES, StateDict, read_state_dict
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.evaluate import Preprocessing, TrainSettings, load_data, train
 from attnsurgery.latency import Effort, Latency, LatencyBackend, backend_for
 from attnsurgery.recipe.schema import Recipe
-from attnsurgery.registry import recipe_of
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
+from attnsurgery.search.execution.assemble import prepare
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import write_whole
-from attnsurgery.search.prepare import Bench, prepare
-from attnsurgery.search.trial import build, seed_of
-from attnsurgery.weights import SUFFIXES, StateDict, read_state_dict
+from attnsurgery.search.seeds import seed_of
+from attnsurgery.timm_plugin.architectures import weightless
+from attnsurgery.timm_plugin.registry import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {"squeeze-and-excitation everywhere": "se", "non-local block in stage 3": "nonlocal_s3"}

@@ -26,7 +26,7 @@ EDITS = [{"at": "stage:* branches", "block": "se"}, {"at": "stage:3 before_last_
 
 
 def surgery_ratio(name: str, rounds: int) -> dict[str, float]:
-    recipe = attnsurgery.registry.as_recipe({"version": 1, "name": "bench", "base": name, "edits": EDITS})
+    recipe = attnsurgery.timm_plugin.registry.as_recipe({"version": 1, "name": "bench", "base": name, "edits": EDITS})
     model = timm.create_model(name)
 
     def cut() -> None:

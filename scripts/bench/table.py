@@ -39,7 +39,6 @@ from _common import RESULTS, conditions, linked, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from attnsurgery.base import check_base
 from attnsurgery.blocks import Start
 from attnsurgery.evaluate import Data, TrainSettings, load_data
 from attnsurgery.evaluate.finetune import accuracy, train
@@ -49,6 +48,7 @@ from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import operate
+from attnsurgery.timm_plugin.architectures import check_base
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = RESULTS / "table"

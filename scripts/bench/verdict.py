@@ -6,9 +6,9 @@
 A base is fine-tuned many times from the same weights, each time from a seed of its own. Two groups of these trainings
 are then compared as a search compares its winner with the base, over and over with other groups; whatever is called
 significant is a false alarm, of which there should be 5 %. Beside the test that the search uses
-(attnsurgery.search.numbers.gain_of) stands the sign test on images, which knows nothing of trainings: an image votes
-for the model that gets it right in more of the seeds. How often each finds a difference that is there is seen with
-trainings half as long again as those of the base.
+(attnsurgery.search.result.statistics.gain_of) stands the sign test on images, which knows nothing of trainings: an
+image votes for the model that gets it right in more of the seeds. How often each finds a difference that is there is
+seen with trainings half as long again as those of the base.
 
 The base and its weights are those of docs/benchmarks/table/. The same call goes on where it was stopped; without
 --shard it reports when all is trained. Writes docs/benchmarks/verdict.json.
@@ -31,9 +31,9 @@ from table import CHOSEN, TABLE, WAYS, data_of, settings_of, start_of
 
 from attnsurgery.evaluate import Data, TrainSettings, train
 from attnsurgery.evaluate.finetune import accuracy
-from attnsurgery.search.confirm import SIGNIFICANT
+from attnsurgery.search.execution.verdict import SIGNIFICANT
 from attnsurgery.search.files import Journal
-from attnsurgery.search.numbers import gain_of, sign_test
+from attnsurgery.search.result.statistics import gain_of, sign_test
 
 ROOT = Path(__file__).resolve().parents[2]
 WAY = WAYS[CHOSEN]

@@ -30,8 +30,8 @@ import torch
 from _common import RESULTS, write
 
 import attnsurgery
-from attnsurgery.base import weightless
 from attnsurgery.graph.find import survey
+from attnsurgery.timm_plugin.architectures import weightless
 
 MEDIAN, MOST, MEMORY_MB = 0.4, 6.0, 1500
 PATIENCE = 300  # seconds for one model, on a machine that may be busy

@@ -15,13 +15,14 @@ from attnsurgery.errors import CheckpointError, SearchError, UsageError
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.latency import Latency
 from attnsurgery.latency.fixed import FixedLatency
-from attnsurgery.search import Listener, SearchConfig, worker
-from attnsurgery.search.crew import Crew, Done, Here
-from attnsurgery.search.jobs import Job, perform
-from attnsurgery.search.launch import LAUNCHERS
-from attnsurgery.search.prepare import assemble
+from attnsurgery.search import Listener, SearchConfig
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.jobs import Job, perform
 from attnsurgery.search.watching import StopAsked, Watching
-from attnsurgery.search.workers import Workers
+from attnsurgery.search.workers import worker
+from attnsurgery.search.workers.launch import LAUNCHERS
+from attnsurgery.search.workers.pool import Crew, Done, Here
+from attnsurgery.search.workers.processes import Workers
 from tests.plugins.attnsurgery_dummy import Dummy
 
 PLUGINS = str(Path(__file__).parents[1] / "plugins")

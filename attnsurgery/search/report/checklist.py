@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal
 
-from attnsurgery.search.confirm import SIGNIFICANT, Confirmation
-from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted, duration, ms, points
+from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation
+from attnsurgery.search.result.record import Record
 
 if TYPE_CHECKING:
-    from attnsurgery.search.control import Control
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
 
 Answer = Literal["yes", "partly", "no"]
 

@@ -12,7 +12,7 @@ from attnsurgery.search.rungs import rungs_of
 
 if TYPE_CHECKING:
     from attnsurgery.search.config import SearchConfig
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 
 def section(outcome: Outcome) -> Section:

@@ -15,9 +15,9 @@ from bokeh.models import Axis, ColumnDataSource, GlyphRenderer, HoverTool, Linea
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from attnsurgery.search.record import Record
 from attnsurgery.search.report.colours import AXIS, GREY, INK, LINE, PAPER
 from attnsurgery.search.report.words import loss, ms, percent, who
+from attnsurgery.search.result.record import Record
 
 _HOVER = """
 <div style="max-width: 26rem; white-space: normal; font: 13px/1.45 system-ui, sans-serif; color: #1f2430">

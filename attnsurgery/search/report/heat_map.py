@@ -19,15 +19,15 @@ from bokeh.models import (
 from bokeh.palettes import RdBu11, interp_palette
 from bokeh.transform import transform
 
-from attnsurgery.search.numbers import gains, without_outliers
-from attnsurgery.search.record import trained
 from attnsurgery.search.report.colours import INK
 from attnsurgery.search.report.figures import chart, plain
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted
+from attnsurgery.search.result.record import trained
+from attnsurgery.search.result.statistics import gains, without_outliers
 
 if TYPE_CHECKING:
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 _ROW, _LETTER = 26, 6.4
 """Pixels that a row is high, and a letter wide."""

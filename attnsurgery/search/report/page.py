@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import called, ms, percent
+from attnsurgery.search.result.record import Record
 
 if TYPE_CHECKING:
-    from attnsurgery.search.control import Control
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from bokeh.models import BoxAnnotation, GlyphRenderer, Label, Span
 from bokeh.plotting import figure
 
-from attnsurgery.search.numbers import without_outliers
-from attnsurgery.search.record import RankBy, Record, trained
+from attnsurgery.search.config import RankBy
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
 from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
+from attnsurgery.search.result.record import Record, trained
+from attnsurgery.search.result.statistics import without_outliers
 
 if TYPE_CHECKING:
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 _FAR = 3.0
 """A budget so many times what anything takes is told, and not drawn."""

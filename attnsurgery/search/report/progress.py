@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from bokeh.models import BasicTicker, Span
 from bokeh.plotting import figure
 
-from attnsurgery.search.numbers import best_so_far, expected_best, without_outliers
-from attnsurgery.search.record import trained
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
 from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import counted, score, scored_by
+from attnsurgery.search.result.record import trained
+from attnsurgery.search.result.statistics import best_so_far, expected_best, without_outliers
 
 if TYPE_CHECKING:
-    from attnsurgery.search.control import Control
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
 
 
 def section(outcome: Outcome, control: Control | None) -> Section | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attnsurgery.search.numbers import kendall_tau_b
-from attnsurgery.search.record import Record, trained
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted, score
+from attnsurgery.search.result.record import Record, trained
+from attnsurgery.search.result.statistics import kendall_tau_b
 
 if TYPE_CHECKING:
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 _FEW = 5
 _NAMES = {

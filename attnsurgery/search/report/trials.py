@@ -6,12 +6,12 @@ from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING
 
-from attnsurgery.search.record import Record
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import STATES, called, loss, ms, percent, state
+from attnsurgery.search.result.record import Record
 
 if TYPE_CHECKING:
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 
 def section(outcome: Outcome) -> Section:

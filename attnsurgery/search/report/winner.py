@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from attnsurgery.search.about import About, Spot, Stage
 from attnsurgery.search.report.colours import FAMILIES
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted
+from attnsurgery.search.result.about import About, Spot, Stage
 from attnsurgery.search.space import NONE
 
 if TYPE_CHECKING:
-    from attnsurgery.search.outcome import Outcome
+    from attnsurgery.search.result.outcome import Outcome
 
 
 def section(outcome: Outcome) -> Section | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attnsurgery.search.record import RankBy, Record, Timing
+from attnsurgery.search.config import RankBy
+from attnsurgery.search.result.record import Record, Timing
 
 STATES = {
     "trained": "trained",

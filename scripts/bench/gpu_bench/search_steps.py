@@ -22,8 +22,8 @@ from attnsurgery.evaluate import Data, TrainSettings, Watch, load_data, train
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.search import Listener, SearchConfig
 from attnsurgery.search import run as run_search
-from attnsurgery.search.layout import TRIALS
-from attnsurgery.search.saved import read
+from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.schema import TRIALS
 from gpu_bench.rows import RED, Refused, Row, Rows
 
 BASE = "test_resnet"

@@ -1,0 +1,1 @@
+"""Costs of candidates: counted exactly, measured, calibrated and predicted."""

@@ -1,0 +1,109 @@
+"""The exact costs of candidates: parameters and multiply-accumulates, which are sums over blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from attnsurgery.errors import NothingFeasibleError
+from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.latency.model import Kind
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.costs import cost_of
+from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.places import Budget, Floats, Picks, Places
+from attnsurgery.search.result.limits import _KINDS, EXACT, Budgets, _amount
+from attnsurgery.search.space import BoundSpace
+from attnsurgery.surgery.plan import Insertion
+from attnsurgery.surgery.verify import count_macs
+
+
+def _kind(insertion: Insertion) -> str:
+    """What the time of a block depends on: its options, and the tensor that it is put on."""
+    options = ", ".join(f"{name}={value}" for name, value in sorted(insertion.options.items()))
+    shape = "x".join(map(str, insertion.site.shape))
+    return f"{insertion.block}({options}) on {shape} {insertion.site.layout}"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The exact costs of every candidate of a space.
+
+    Args:
+        base: of the model without any block.
+        added: by each choice at each place.
+        blocks: the kinds of blocks of each choice at each place, for the latency model.
+        kinds: what these keys stand for.
+    """
+
+    base: Mapping[str, int]
+    added: Mapping[str, tuple[Floats, ...]]
+    blocks: tuple[tuple[Counter[str], ...], ...]
+    kinds: Mapping[str, Kind]
+
+    @classmethod
+    def count(cls, space: BoundSpace, anatomy: Anatomy, base: nn.Module) -> Costs:
+        """Count them, of blocks without weights; nothing is built."""
+        rows: dict[str, list[Floats]] = {name: [] for name in EXACT}
+        blocks: list[tuple[Counter[str], ...]] = []
+        kinds: dict[str, Kind] = {}
+        for variable in space.variables:
+            found = np.zeros((len(EXACT), len(variable.choices)))
+            counts: tuple[Counter[str], ...] = tuple(Counter() for _ in variable.choices)
+            for index, label in enumerate(variable.choices):
+                recipe = space.recipe_of(space.nothing | {variable.name: label})
+                for insertion in resolve(recipe, anatomy) if recipe else ():
+                    cost = cost_of(insertion)
+                    found[:, index] += (cost.params, cost.macs)
+                    key = _kind(insertion)
+                    counts[index][key] += 1
+                    kinds[key] = Kind(cost.macs, math.prod(insertion.site.shape))
+            blocks.append(counts)
+            for name, row in zip(EXACT, found, strict=True):
+                rows[name].append(row)
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        before = {"parameters": parameters, "macs": count_macs(base, anatomy.input_size)}
+        return cls(before, {name: tuple(found) for name, found in rows.items()}, tuple(blocks), kinds)
+
+    def counts(self, picks: Picks) -> Counter[str]:
+        """How often each kind of block is in a candidate."""
+        return sum((row[pick] for row, pick in zip(self.blocks, picks, strict=True)), Counter())
+
+    def of(self, name: str, picks: Picks) -> int:
+        """One of EXACT of a candidate."""
+        return self.base[name] + int(sum(row[pick] for row, pick in zip(self.added[name], picks, strict=True)))
+
+    def budgets(self, budgets: Budgets) -> dict[str, Budget]:
+        """What is left of each budget for the blocks."""
+        return {
+            name: Budget(self.added[name], budgets.most[name] - self.base[name])
+            for name in EXACT
+            if name in budgets.most
+        }
+
+    def check_feasible(self, places: Places, budgets: Budgets) -> None:
+        """Refuse a search in which no candidate can keep to its exact budgets.
+
+        Raises:
+            NothingFeasibleError: says what the base alone costs, and the least that any block adds.
+        """
+        exact = self.budgets(budgets)
+        values = [np.zeros(len(choices)) for choices in places.choices.values()]
+        nothing = (0,) * len(values)
+        if best(places, values, None, list(exact.values()), {nothing}) is not None:
+            return
+        said = [
+            f"the base alone has {_amount(self.base[name], _KINDS[name].unit)}, and no block of the space adds less "
+            f"than {_amount(min(row[1:].min() for row in self.added[name]), _KINDS[name].unit)}"
+            for name in exact
+        ]
+        raise NothingFeasibleError(
+            f"no candidate keeps to {budgets.describe()}: {'; '.join(said)}. "
+            f"Raise {' or '.join('--' + _KINDS[name].field.replace('_', '-') for name in exact)}, "
+            "choose a smaller MODEL, or a --space with cheaper blocks."
+        )

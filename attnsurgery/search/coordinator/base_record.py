@@ -1,0 +1,71 @@
+"""The base's own latency and scores, taken once: every trial of a search is on this scale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from attnsurgery.latency import Latency
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.result.record import Promotion, Record, Timing
+from attnsurgery.search.storage.store import Store
+from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.workers.pool import Crew
+
+_WAIT_S = 1.0
+
+
+def base_of(bench: Bench, crew: Crew, store: Store, stop: Callable[[], bool]) -> tuple[Latency, Record]:
+    """What the store has of the base; what it lacks is made, by this search or by another at the same study.
+
+    Raises:
+        StopAsked: the user asked for an end.
+    """
+    kept = _made_by_others(store, stop)
+    if kept is None:
+        (kept,) = crew.all([Job("base latency")])
+        store.fix("base", dict(kept))
+    reference = Latency(**kept["latency"])
+    if "record" not in kept:
+        (scored,) = crew.all([Job("base scores")])
+        scores = [Promotion(**score) for score in scored["scores"]]
+        kept = {**kept, "record": _record(bench, reference, kept["peak_mb"], scores).as_dict()}
+        store.fix("base", kept)
+    return reference, Record.from_dict(kept["record"])
+
+
+def _made_by_others(store: Store, stop: Callable[[], bool]) -> Any:
+    """What there is of the base, once nobody else is to make it.
+
+    Raises:
+        StopAsked: the user asked for an end.
+    """
+    sharing = store.sharing
+    while sharing is not None and "record" not in (store.fixed("base") or {}) and not sharing.leads():
+        if stop():
+            raise StopAsked
+        time.sleep(_WAIT_S)
+    return store.fixed("base")
+
+
+def _record(bench: Bench, reference: Latency, peak_mb: float | None, scores: list[Promotion]) -> Record:
+    half = reference.noise * reference.p50_ms
+    lowest, *above = scores
+    return Record(
+        number=-1,
+        state="trained",
+        digest="",
+        timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
+        top1=lowest.top1,
+        loss=lowest.loss,
+        balanced=lowest.balanced,
+        promotions=tuple(above),
+        parameters=bench.costs.base["parameters"],
+        macs=bench.costs.base["macs"],
+        peak_mb=peak_mb,
+        seconds=lowest.seconds,
+        epochs=lowest.epochs,
+        assignment=bench.space.nothing,
+    )

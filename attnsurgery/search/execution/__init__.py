@@ -1,0 +1,1 @@
+"""What a worker does: assembles model and data, measures, trains, scores, judges."""

@@ -1,0 +1,245 @@
+"""What a search would be, before it is begun: how large, how much of it fits, how long. Nothing is written anywhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from attnsurgery.evaluate import Epoch, Watch
+from attnsurgery.latency import Latency, LatencyBackend
+from attnsurgery.samplers.places import Picks
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.exhausted import HOPELESS
+from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
+from attnsurgery.search.execution.supernet import COUNTED, PASSES
+from attnsurgery.search.execution.trial import build, train_seed
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.result.promotion import CHECKED, places_on
+from attnsurgery.search.result.record import Timing
+from attnsurgery.search.rungs import rungs_of, shares
+from attnsurgery.search.storage.run_directory import check_free
+from attnsurgery.search.storage.urls import check_url
+from attnsurgery.search.watching import StopAsked
+
+DRAWN = 12
+"""Candidates that are built and measured."""
+_COUNTED = 2000
+"""Candidates that are held against the budgets that need no measurement."""
+_STEPS = 12
+_SECONDS = 10.0
+"""Training steps that are timed, or as many as fit into that time; the first one, which allocates, is left out."""
+_FORWARD = 1 / 3
+"""Of a training step: a forward is about a third of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A search before it is begun."""
+
+    base: str
+    space: str
+    places: int
+    candidates: int
+    most_blocks: int | None
+    left_out: tuple[str, ...]
+    """Choices that this model cannot take, with the reason."""
+    budgets: str
+    conditions: str
+    data: str
+    base_ms: float
+    base_parameters: int
+    base_macs: int
+    fitting: int
+    """So many of `drawn`, drawn uniformly among those within the exact budgets, are within the others too."""
+    drawn: int
+    """0 where so few are within the exact budgets that chance finds none."""
+    exact_share: float
+    """Of the space, within the budgets for parameters and multiply-accumulates."""
+    low: float
+    high: float
+    """95 % interval of the share of the space that is within all budgets (Wilson, of `fitting` in `drawn`)."""
+    rungs: tuple[tuple[str, int, float], ...]
+    """From the lowest: how it trains, how many candidates, and the seconds to train and score one."""
+    seconds: float
+    """Of the whole search; more where less than expected is within the budgets. Where none of the drawn is, until the
+    search gives up."""
+
+    @property
+    def share(self) -> float:
+        """Of the space, within all budgets."""
+        return self.exact_share * self.fitting / max(1, self.drawn)
+
+    @property
+    def none_fits(self) -> bool:
+        """Of those that were drawn."""
+        return self.drawn > 0 and self.fitting == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"share": self.share, "none_fits": self.none_fits}
+
+
+class _Enough(Exception):
+    pass
+
+
+class _Timer(Watch):
+    """Notes when each training step begins, and ends the training when there are enough."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+        self._times: list[float] = []
+
+    def step(self) -> None:
+        if self._stop():
+            raise StopAsked
+        self._times.append(time.perf_counter())
+        if len(self._times) > _STEPS or (len(self._times) > 3 and self._times[-1] - self._times[0] > _SECONDS):
+            raise _Enough
+
+    def epoch(self, epoch: Epoch) -> None:
+        if len(self._times) > 3:
+            raise _Enough
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, the median."""
+        return float(np.median(np.diff(self._times)[1:])) if len(self._times) > 2 else 0.0
+
+
+def preview(
+    config: SearchConfig,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] | None = None,
+    *,
+    backend: LatencyBackend | None = None,
+) -> Preview:
+    """Build the base, measure it and a few candidates, and time a few training steps.
+
+    Raises:
+        StopAsked: the user asked for an end.
+        NothingFeasibleError and what else `run` raises before its first trial.
+    """
+    listener, stop = listener or Listener(), stop or (lambda: False)
+    check_free(Path(config.output))
+    if config.storage:
+        check_url(config.storage)
+    bench = assemble(config, listener, backend)
+    bench.base.to(config.device).eval()
+    listener.phase("measuring the base")
+    reference = bench.backend.measure(bench.base)
+    rng = np.random.default_rng(0)
+    counted = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
+    exact = sum(map(bench.places.holds, counted)) / max(1, len(counted))
+    fitting, measured, model, assignment = 0, 0, bench.base, bench.space.nothing
+    seen: set[Picks] = set()
+    for index in range(DRAWN):
+        if stop():
+            raise StopAsked
+        picks = bench.places.drawn(rng, lambda picks: picks not in seen)
+        if picks is None:
+            break
+        seen.add(picks)
+        listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
+        assignment = bench.space.places.params(picks)
+        model, fits = _measured(bench, assignment, reference)
+        fitting, measured = fitting + fits, measured + 1
+    listener.phase("timing training steps")
+    counts = places_on(len(bench.rungs), config.trials, config.halving)
+    if shares(config):  # those that tell whether it is to be believed go on too
+        counts[1] = min(counts[0], counts[1] + CHECKED)
+    rungs = tuple(
+        (str(rung), count, _trial_seconds(bench, scorer, Candidate(copy.deepcopy(model), assignment), count, stop))
+        for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)
+    )
+    low, high = _wilson(fitting, measured)
+    share = fitting / measured if measured else 1.0
+    return Preview(
+        base=config.base,
+        space=bench.space.name,
+        places=len(bench.space.variables),
+        candidates=bench.space.size(),
+        most_blocks=bench.space.max_blocks,
+        left_out=bench.space.left_out,
+        budgets=bench.budgets.describe(),
+        conditions=bench.backend.describe(),
+        data=bench.data.describe(),
+        base_ms=reference.p50_ms,
+        base_parameters=bench.costs.base["parameters"],
+        base_macs=bench.costs.base["macs"],
+        fitting=fitting,
+        drawn=measured,
+        exact_share=exact,
+        low=exact * low,
+        high=exact * high,
+        rungs=rungs,
+        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share),
+    )
+
+
+def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
+    """The candidate, and whether it is within the budgets that have to be measured."""
+    recipe = bench.space.recipe_of(assignment)
+    assert recipe is not None, "what is drawn has a block"
+    model = build(bench, recipe)
+    ms = Timing.of(bench.backend.compare(bench.base, model, reference)).ms
+    most = bench.budgets.most
+    return model, ms <= most.get("latency", math.inf) and (bench.peak_mb(model) or 0.0) <= most.get("memory", math.inf)
+
+
+def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: int, stop: Callable[[], bool]) -> float:
+    """To score one of `count` candidates on that rung: its training, or its share of a training for all."""
+    timer, shared = _Timer(stop), isinstance(scorer, Shared)
+    size = min(bench.config.train_batch_size, len(bench.data.train))
+    steps = scorer.settings.epochs * len(bench.data.train) / size
+    began = time.perf_counter()
+    try:
+        if isinstance(scorer, Shared):
+            scorer.train(train_seed(bench), timer)
+        else:
+            scorer.score(candidate, train_seed(bench), timer)
+            return time.perf_counter() - began  # so short that it was over before there were enough steps
+        training = time.perf_counter() - began
+    except _Enough:
+        training = timer.seconds * steps
+    forward = training / steps * _FORWARD
+    if shared:
+        return training / count + forward / PASSES * (len(bench.data.val) / size + COUNTED)
+    return training + forward * len(bench.data.val) / size
+
+
+def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> float:
+    """Candidates on every rung, the base beside them, the confirmation, and the measurements of all that are asked for.
+
+    Args:
+        rungs: candidates on each, and the seconds of one.
+    """
+    config = bench.config
+    begun = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
+    if share == 0.0:
+        return sum(seconds for _, seconds in rungs) + begun * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
+    chosen_from = min(config.finalists, rungs[-1][0])
+    last = float((2 + (chosen_from if chosen_from > 1 else 0)) * config.confirm_seeds)
+    last += begun
+    measured = config.trials / share + 4 + 2 * config.finalists
+    trainings = sum((count + 1) * seconds for count, seconds in rungs)
+    return trainings + last * rungs[-1][1] + measured * config.latency_seconds
+
+
+def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, "Probable inference", JASA 1927)."""
+    if count == 0:
+        return 0.0, 0.0
+    share = hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,246 @@
+"""Supernet: every choice of a space in one model, trained at once; a candidate is a path through it.
+
+At each place of the space sits a switch that holds the block of every choice and runs one of them, or none. Each
+training step follows the base's own path and two paths drawn uniformly (the sandwich rule of Yu and Huang, "Universally
+slimmable networks", ICCV 2019, with the base as the smallest network and nothing as the largest), so the base never
+forgets its work and every block sees many neighbours. A candidate is then scored on its path, with the weights that all
+share; the statistics of batch norms, which are of no path in particular, are counted anew for it (Guo et al., "Single
+path one-shot neural architecture search with uniform sampling", ECCV 2020).
+
+One training for a whole space is cheap. Whether its ranking is that of networks trained on their own is another
+question, which the search asks each time: see rungs.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from attnsurgery.blocks import BLOCKS
+from attnsurgery.blocks._base import Block, Cost, build_block, check_options
+from attnsurgery.checkpoint.weights import read_state_dict
+from attnsurgery.errors import SearchError
+from attnsurgery.evaluate import Data, Score, TrainSettings, Watch, accuracy, train
+from attnsurgery.evaluate.memory import halving
+from attnsurgery.evaluate.precision import float32_as
+from attnsurgery.evaluate.proxies import BATCH_NORMS
+from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.search.files import write_weights
+from attnsurgery.search.space import BoundSpace, Variable
+from attnsurgery.surgery.operate import PATHS, operate
+from attnsurgery.surgery.plan import Insertion
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+PASSES = 3
+"""Paths that each training step follows: the base's own and some drawn."""
+COUNTED = 32
+"""Batches from which a path's batch norms are counted anew."""
+
+
+class Switch(Block):
+    """One of several blocks, or none, at one place.
+
+    Args:
+        columns: the labels of blocks that take tokens as they come, in one column, where others take them as a map.
+    """
+
+    child_name = "switch"
+
+    def __init__(self, blocks: Mapping[str, Block], gates: bool, columns: Collection[str] = ()) -> None:
+        super().__init__()
+        self.labels = {label: str(index) for index, label in enumerate(blocks)}
+        self.blocks = nn.ModuleDict({self.labels[label]: block for label, block in blocks.items()})
+        self.gates = gates
+        self._columns = {self.labels[label] for label in columns}
+        self.grafted = True
+        self.chosen: str | None = None
+
+    def choose(self, label: str) -> None:
+        """Run the block of that label from now on; none, if it is not here."""
+        self.chosen = self.labels.get(label)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.chosen is None:
+            return x.new_ones(1, 1, 1, 1) if self.gates else x.clone()
+        block, (height, width) = self.blocks[self.chosen], x.shape[2:]
+        if self.chosen not in self._columns:
+            return block(x)  # type: ignore[no-any-return]
+        y: torch.Tensor = block(x.flatten(2).unsqueeze(3))  # by itself it would get that: another shape, other rounding
+        return y.reshape(*y.shape[:2], height, width) if y.shape[2] == height * width else y
+
+    def cost(self, height: int, width: int) -> Cost:
+        if self.chosen is None:
+            return Cost(0, 0)
+        block = self.blocks[self.chosen]
+        assert isinstance(block, Block)
+        return block.cost(height, width)
+
+
+class Supernet:
+    """The base with a switch at every place of a space."""
+
+    def __init__(self, base: nn.Module, space: BoundSpace, anatomy: Anatomy) -> None:
+        """
+        Raises:
+            SurgeryError: two decisions of the space meet in a way that no single model can hold.
+        """
+        self.model = copy.deepcopy(base)
+        self.places = space.places
+        self.switches: dict[str, list[Switch]] = {}
+        for variable in space.variables:
+            self.switches[variable.name] = list(_switched(self.model, variable, space.base, anatomy))
+
+    def choose(self, assignment: Mapping[str, str]) -> None:
+        """Take the path of this candidate from now on."""
+        for name, switches in self.switches.items():
+            for switch in switches:
+                switch.choose(assignment[name])
+
+    def begin_from(self, base: nn.Module) -> None:
+        """Take the weights of the model that this was made of; blocks stay as they are."""
+        self.model.load_state_dict({**self.model.state_dict(), **base.state_dict()})
+
+    def train(self, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
+        """Train all paths. Each of them passes every batch by the base, so an epoch costs what three of a model cost.
+
+        Raises:
+            SearchError: training diverged.
+        """
+        rng = np.random.default_rng(seed)
+        places = self.places
+        nothing = places.params((0,) * len(places.choices))
+
+        def along_base(x_BCHW: torch.Tensor) -> torch.Tensor:
+            return self._along(nothing, x_BCHW)
+
+        def along_drawn(x_BCHW: torch.Tensor) -> torch.Tensor:
+            picks = places.drawn(rng, lambda _: True)
+            return self._along(nothing if picks is None else places.params(picks), x_BCHW)
+
+        train(self.model, data.train, settings, seed, watch, [along_base, *[along_drawn] * (PASSES - 1)])
+
+    def score(
+        self,
+        assignment: Mapping[str, str],
+        data: Data,
+        settings: TrainSettings,
+        seed: int,
+        watch: Watch | None = None,
+    ) -> Score:
+        """Of one candidate on the validation split, with the weights that all share."""
+        start = time.perf_counter()
+        self.choose(assignment)
+        self._count_anew(data, settings, seed, watch or Watch())
+        top1, loss, correct_N = accuracy(self.model, data.val, settings, watch=watch)
+        balanced = data.balanced(data.val, correct_N)
+        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
+
+    def save(self, path: Path) -> None:
+        """Write the weights, as a whole or not at all.
+
+        Raises:
+            SearchError: the disk is full or not writable.
+        """
+        write_weights(path, self.model)
+
+    def load(self, path: Path) -> None:
+        """Take weights that `save` has written.
+
+        Raises:
+            SearchError: they are not of this supernet.
+            CheckpointError: the file does not read.
+        """
+        try:
+            self.model.load_state_dict(read_state_dict(path))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SearchError(f"{path} holds another supernet: {reason}. Remove it, and it is trained again.") from None
+
+    def _along(self, assignment: Mapping[str, str], x_BCHW: torch.Tensor) -> torch.Tensor:
+        self.choose(assignment)
+        logits_BK: torch.Tensor = self.model(x_BCHW)
+        return logits_BK
+
+    def _count_anew(self, data: Data, settings: TrainSettings, seed: int, watch: Watch) -> None:
+        """The statistics of batch norms; where memory does not hold a batch, from batches of half the size."""
+        norms = [
+            module for module in self.model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats
+        ]
+        if not norms:
+            return
+        self.model.to(settings.device).eval()
+
+        def count(size: int) -> None:
+            batches = data.train.train_batches(settings.batch_size, settings.device, seed, 0)
+            with torch.no_grad(), _counting(norms):
+                for x_BCHW, _ in islice(batches, COUNTED):
+                    watch.step()
+                    for x_PCHW in x_BCHW.tensor_split(-(-len(x_BCHW) // size)):
+                        self.model(x_PCHW)
+
+        with float32_as(settings):
+            halving(count, settings.batch_size, settings.pieces, least=2, on_half=watch.accumulating)
+
+
+@contextmanager
+def _counting(norms: list[BatchNorm]) -> Iterator[None]:
+    """Their statistics begin anew, and become plain means over all batches meanwhile."""
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy) -> Iterator[Switch]:
+    """Put switches to the variable's sites: one for what takes a place there, one for what gates."""
+    edits = {label: edit for label, edit in variable.choices.items() if edit is not None}
+    kinds = sorted(edits, key=lambda label: BLOCKS[edits[label].block].gates)
+    for gates, labels in groupby(kinds, key=lambda label: BLOCKS[edits[label].block].gates):
+        group = {label: edits[label] for label in labels}
+        # one that asks how positions lie, if there is any: what the others are given then is a map too
+        first = min(group.values(), key=_order_free)
+        for site in variable.sites:
+            insertion = _insertion(first, site, base, anatomy)
+            operate(model, (insertion,))
+            host, _, name = model.__dict__[PATHS][-1].rpartition(".")
+            there = getattr(model.get_submodule(host), name)
+            tensor = next(there.parameters())
+            blocks = {}
+            for label, edit in group.items():
+                one = _insertion(edit, site, base, anatomy)
+                blocks[label] = build_block(
+                    one.block, one.site.channels, one.options, one.start, device=tensor.device, dtype=tensor.dtype
+                )
+            tokens = insertion.site.grid is not None
+            switch = Switch(blocks, gates, [label for label in group if tokens and _order_free(group[label])])
+            switch.train(there.training)
+            setattr(model.get_submodule(host), name, switch)
+            yield switch
+
+
+def _insertion(edit: Edit, site: str, base: str, anatomy: Anatomy) -> Insertion:
+    """What the edit means at that one site."""
+    recipe = Recipe(version=1, name="switch", base=base, edits=[edit.model_copy(update={"at": site})])
+    (insertion,) = resolve(recipe, anatomy)
+    return insertion
+
+
+def _order_free(edit: Edit) -> bool:
+    return BLOCKS[edit.block].order_free(check_options(edit.block, edit.options))

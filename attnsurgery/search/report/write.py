@@ -1,0 +1,78 @@
+"""Writes what a search came to: front.csv, best.yaml, report.html."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import textwrap
+import time
+from pathlib import Path
+
+from attnsurgery.recipe.schema import Recipe
+from attnsurgery.recipe.text import dumps
+from attnsurgery.search.report import render
+from attnsurgery.search.report.control import Control
+from attnsurgery.search.result.outcome import Outcome
+from attnsurgery.search.result.record import Record
+from attnsurgery.search.storage.run_directory import write_own
+
+REPORT = "report.html"
+_SELDOM_S = 10.0
+"""A report takes some 0.4 s to make, pictures and all."""
+
+
+def write_outcome(outcome: Outcome, control: Control | None = None, *, seldom: bool = False) -> list[str]:
+    """Write every artefact, each as a whole or not at all.
+
+    Args:
+        control: a random search, for the report.
+        seldom: leave a report that is only seconds old; for a search whose trials take no longer than its report.
+
+    Returns:
+        The new names of files that stood in their places and that no search had written.
+
+    Raises:
+        SearchError: the disk is full or not writable.
+    """
+    kept = [write_own(outcome.folder, "front.csv", _csv(outcome.front))]
+    if outcome.best and outcome.best.recipe:
+        kept.append(
+            write_own(outcome.folder, "best.yaml", _recipe(outcome, Recipe.model_validate(outcome.best.recipe)))
+        )
+    if not (seldom and _age(outcome.folder / REPORT) < _SELDOM_S):
+        kept.append(write_own(outcome.folder, REPORT, render(outcome, control)))
+    return [name for name in kept if name]
+
+
+def _recipe(outcome: Outcome, recipe: Recipe) -> str:
+    """The winner as YAML, with what is known of it by now above."""
+    said = (
+        outcome.confirmation.sentence() if outcome.confirmation else "Chosen by validation images, not confirmed yet."
+    )
+    above = textwrap.fill(said, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+    return f"{above}\n{dumps(recipe)}"
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written; infinite if it never was, or by another clock."""
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    return age if age >= 0 else math.inf
+
+
+def _csv(records: list[Record]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    timed, scored = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_top1", "val_loss")
+    writer.writerow(["trial", "recipe", *timed, *scored, "parameters", "macs", "rung"])
+    for record in records:
+        assert record.timing is not None
+        timing = record.timing
+        name = record.recipe["name"] if record.recipe else ""
+        numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms)]
+        numbers += ["" if value is None else f"{value:.6g}" for value in (record.final_top1, record.final_loss)]
+        writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached + 1])
+    return text.getvalue()

@@ -1,0 +1,205 @@
+"""Storages by their URLs, and clear words where one cannot be opened or written."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+
+from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.search.storage.schema import FORMAT_KEY, is_format
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+"""Of a URL that names none; postgres:// is what hosts of databases often write for postgresql://."""
+_LOCKED_S = 60.0
+_EXTRAS = {"postgres": "postgres", "mysql": "mysql", "grpc": "grpc"}
+"""By what a URL begins with: what of this package to install."""
+_KINDS = "It reads like sqlite:///study.db, postgresql://user@host/name, mysql://user@host/name or grpc://host:port."
+_NO_URL = f"--storage is not a database URL. {_KINDS}"
+
+
+def opened(url: str | BaseStorage) -> BaseStorage:
+    """What a URL names, with the drivers that the extras of this package install."""
+    if not isinstance(url, str):
+        return url
+    if proxy := _proxy_of(url):
+        host, port = proxy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.GrpcStorageProxy(host=host, port=port)
+    # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
+    how = {"connect_args": {"timeout": _LOCKED_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=how)
+
+
+def close(storage: BaseStorage) -> None:
+    """Let go of a database."""
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def check_url(url: str) -> None:
+    """Make sure that a URL reads and that its driver is there; nothing is connected to.
+
+    Raises:
+        UsageError: it does not read, or its driver is missing.
+    """
+    with storage_errors(url):
+        if _proxy_of(url):
+            importlib.import_module("grpc")
+        else:
+            from sqlalchemy import create_engine
+
+            create_engine(_with_driver(url)).dispose()
+
+
+def _with_driver(url: str) -> str:
+    scheme, colon, rest = url.partition("://")
+    scheme = _DRIVERS.get(scheme, scheme)
+    if scheme.startswith("postgres+"):  # a driver that is not the usual one
+        scheme = scheme.replace("postgres", "postgresql", 1)
+    return f"{scheme}{colon}{rest}"
+
+
+def _proxy_of(url: str) -> tuple[str, int] | None:
+    """Host and port of Optuna's gRPC proxy; None of any other URL.
+
+    Raises:
+        UsageError: it does not say both.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme != "grpc":
+        return None
+    host, _, port = rest.rstrip("/").rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+    return host, int(port)
+
+
+@contextmanager
+def writing_errors() -> Iterator[None]:
+    """Says of a study that cannot be written, because the disk is full or the server gone, what that means."""
+    try:
+        yield
+    except Exception as error:
+        reason = _of_a_storage(error)
+        if reason is None:
+            raise
+        raise SearchError(
+            f"the study cannot be written: {reason.rstrip('.')}. All trials before are kept, and the same command goes "
+            "on as soon as it can be."
+        ) from None
+
+
+def _of_a_storage(error: Exception) -> str | None:
+    """What a database or a proxy says, in a line; None of any other error."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    if type(cause).__module__.partition(".")[0] == "grpc":
+        details = getattr(cause, "details", None)
+        return str((details() if details else None) or type(cause).__name__).splitlines()[0]
+    if isinstance(error, SQLAlchemyError | optuna.exceptions.StorageInternalError):
+        return str(getattr(cause, "orig", None) or cause or error).splitlines()[0]
+    return None
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Says of a study that cannot be opened what is the matter, without the password in its URL."""
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        yield
+    except NoSuchModuleError:
+        raise UsageError(f"--storage {without_password(url)} names no database that is known here. {_KINDS}") from None
+    except ArgumentError:
+        raise UsageError(_NO_URL) from None
+    except ImportError as error:
+        kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
+        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[kind]}]'" if kind else ""
+        raise UsageError(
+            f"--storage {without_password(url)} needs a package that is missing: {error}.{extra}"
+        ) from None
+    except Exception as error:
+        if _of_a_storage(error) is None and not isinstance(error, RuntimeError | OSError):
+            raise
+        said = _of_a_storage(error) if "grpc" in url else str(error)
+        reason = str(said).splitlines()[0].replace(url, without_password(url))
+        mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""
+        raise SearchError(
+            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{mend}"
+        ) from None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown.
+
+    Raises:
+        UsageError: it does not read as a URL.
+    """
+    parsed, secret = _parsed(url)
+    return parsed.update_query_dict(dict.fromkeys(secret, "hidden")).render_as_string(hide_password=True)
+
+
+def has_password(url: str) -> bool:
+    """Whether whoever reads the URL can open the storage.
+
+    Raises:
+        UsageError: it does not read as a URL.
+    """
+    parsed, secret = _parsed(url)
+    return parsed.password is not None or bool(secret)
+
+
+def _parsed(url: str) -> tuple[URL, list[str]]:
+    """The URL in its parts, and those parameters of it that some drivers take a password by."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise UsageError(_NO_URL) from None
+    return parsed, [name for name in parsed.query if "pass" in name.lower()]
+
+
+def check_ours(storage: BaseStorage, name: str, where: str) -> None:
+    """Make sure that a study is a search's, or empty: nothing is written into a study of others.
+
+    Args:
+        where: the storage, for the message.
+
+    Raises:
+        SearchError: it holds trials or data of somebody else, or does not maximize one value.
+    """
+    study = storage.get_study_id_from_name(name)
+    attributes = storage.get_study_user_attrs(study)
+    if is_format(attributes.get(FORMAT_KEY)):
+        return
+    held = len(storage.get_all_trials(study, deepcopy=False))
+    others = storage.get_study_directions(study) not in ([StudyDirection.MAXIMIZE], [StudyDirection.NOT_SET])
+    if held or attributes or others:
+        data = f" and data under {', '.join(sorted(attributes)[:3])}" if attributes else ""
+        raise SearchError(
+            f"{where} has a study {name!r} that no search has made: it holds {held} trials{data}. Nothing was written. "
+            "The last part of --output names the study: give the search another one, or another --storage."
+        )
+
+
+def study_name(storage: BaseStorage, folder: Path) -> str | None:
+    """The study of a run directory: the one of its name, or the only one there is; None if that does not tell."""
+    names = optuna.get_all_study_names(storage)
+    name = folder.resolve().name
+    return name if name in names else names[0] if len(names) == 1 else None

@@ -1,0 +1,1 @@
+"""Processes that do jobs of a search, and what starts them."""

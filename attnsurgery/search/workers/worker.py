@@ -1,0 +1,207 @@
+"""A worker: a process that does jobs for the search that started it, one at a time, and may die at any moment.
+
+It is told JSON lines and answers with JSON lines: over its standard input and output, whatever else is printed going to
+its log, or by way of a mailbox. When the search is gone its input ends, and then it ends too, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from attnsurgery.errors import AttnSurgeryError, UsageError
+from attnsurgery.evaluate import Epoch
+from attnsurgery.faults import Fault, fault_of
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.device_lock import DeviceLock, device_lock
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.baseline import starting_weights
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.jobs import Job, perform
+from attnsurgery.search.execution.trial import reason_of
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.result.record import Timing
+from attnsurgery.search.storage.run_directory import WEIGHTS
+from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.workers.launch.mailbox import ANSWERS, Inbox, Outbox
+
+_SIGN_S = 1.0
+"""A sign of life that often, while a model trains."""
+
+
+class Out(Protocol):
+    """Takes text that is on its way after a flush."""
+
+    def write(self, text: str, /) -> Any: ...
+
+    def flush(self) -> None: ...
+
+
+class Wire(Listener):
+    """Writes answers, and what there is to tell on the way to them."""
+
+    def __init__(self, out: Out) -> None:
+        self._out = out
+        self._signed = 0.0
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+    def sign(self) -> None:
+        """Say that something goes on, if that was not said for a while."""
+        if time.monotonic() - self._signed > _SIGN_S:
+            self._signed = time.monotonic()
+            self.send({"sign": True})
+
+    def phase(self, text: str) -> None:
+        self.send({"say": ["phase", text]})
+
+    def loading(self, split: str, done: int, total: int) -> None:
+        self.send({"say": ["loading", split, done, total]})
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.send({"say": ["epoch", asdict(epoch)]})
+
+    def timed(self, number: int, timing: Timing) -> None:
+        self.send({"say": ["timed", number, asdict(timing)]})
+
+
+class _Attentive(Watching):
+    """Gives signs of life, also while it waits for the device."""
+
+    def __init__(self, wire: Wire, stop: threading.Event, lock: DeviceLock) -> None:
+        super().__init__(wire, stop.is_set, lock)
+        self._wire = wire
+
+    def wait(self) -> None:
+        super().wait()
+        self._wire.sign()
+
+
+class _Worker:
+    def __init__(self, begin: Mapping[str, Any], wire: Wire, stop: threading.Event) -> None:
+        torch.set_num_threads(begin["threads"])
+        self._begin, self._wire, self._stop = begin, wire, stop
+        self._bench: Bench | None = None
+        self._loaded = False
+        self._refused: Exception | None = None
+
+    def assemble(self) -> None:
+        """Make everything ready that jobs need and that is there already; what is wrong, the first job says."""
+        try:
+            use_device(self._begin["config"]["device"])
+            self._config = SearchConfig(**self._begin["config"])
+            self._lock = device_lock(self._config.device)
+            self._watch = _Attentive(self._wire, self._stop, self._lock)
+            self._bench = assemble(self._config, self._wire, check=False)
+            self._bench.backend.alone = self._lock.exclusive
+            self._wire.send({"versions": {"node": platform.node(), "found": self._bench.versions()}})
+        except Exception as error:
+            if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
+                raise
+            self._refused = error
+
+    def answer(self, job: Job) -> dict[str, Any]:
+        """The message that a job comes to."""
+        try:
+            bench = self._ready()
+            with self._lock.shared():
+                return {"result": perform(bench, job, self._watch)}
+        except StopAsked:
+            return {"stopped": True}
+        except Exception as error:
+            if (fault := fault_of(error)) is not None:
+                traceback.print_exception(error)  # to the log, for whoever wants to know where
+                return {"broken": [reason_of(error), fault is Fault.OUT_OF_MEMORY]}
+            if isinstance(error, AttnSurgeryError):
+                return {"error": [type(error).__name__, str(error)]}
+            raise
+
+    def _ready(self) -> Bench:
+        if self._bench is None:
+            raise self._refused or AttnSurgeryError("the worker was given a job before it was ready.")
+        if not self._loaded and (Path(self._config.output) / WEIGHTS).exists():
+            self._bench.weights = starting_weights(self._bench, self._watch)
+            self._loaded = True
+        return self._bench
+
+
+def use_device(device: str) -> None:
+    """Make a numbered card the current one, before anything opens a CUDA context on card 0.
+
+    Raises:
+        UsageError: there is no such card.
+    """
+    wanted = torch.device(device)
+    if wanted.type != "cuda" or wanted.index is None:
+        return
+    try:
+        torch.cuda.set_device(wanted)
+    except (RuntimeError, AssertionError) as error:
+        if fault_of(error) is not None and wanted.index < torch.cuda.device_count():
+            raise  # it is there, and does not work: another process may
+        raise UsageError(
+            f"--device {device}: {platform.node()} has {torch.cuda.device_count()} CUDA devices ({reason_of(error)})."
+        ) from error
+
+
+def serve(orders: Iterable[str], out: Out) -> None:
+    """Do what is ordered until there are no more orders, or the device breaks; then the process ends.
+
+    Args:
+        orders: lines of JSON; waits for them.
+        out: gets lines of JSON.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then asks for an end
+    wire, stop, waiting = Wire(out), threading.Event(), queue.Queue[dict[str, Any]]()
+
+    def read() -> None:
+        for line in orders:
+            message = json.loads(line)
+            if "stop" in message:
+                stop.set()
+            else:
+                waiting.put(message)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    wire.sign()
+    worker = _Worker(waiting.get()["begin"], wire, stop)
+    worker.assemble()
+    while True:
+        job = Job(**waiting.get()["job"])
+        answer = worker.answer(job)
+        wire.send(answer)
+        if "broken" in answer:
+            os._exit(1)
+
+
+def serve_mailbox(folder: str) -> None:
+    """`serve`, by way of files, unless it was begun there before: Slurm may put a job back into its queue."""
+    if not (Path(folder) / ANSWERS).stat().st_size:
+        serve(Inbox(Path(folder)), Outbox(Path(folder)))
+
+
+def main() -> None:
+    """`serve`, on pipes."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

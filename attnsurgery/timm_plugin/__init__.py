@@ -1,0 +1,1 @@
+"""What makes the names of surgical models known to timm."""
