@@ -17,7 +17,7 @@ PACKAGE = Path(attnsurgery.__file__).parent
 
 # Lower may not import higher; siblings of one layer may not import each other.
 LAYERS = [
-    {"errors", "faults", "tf32"},
+    {"errors", "faults", "settings", "tf32"},
     {"catalog"},
     {"blocks", "graph", "latency", "evaluate", "samplers", "optimizer"},
     {"surgery", "models"},

@@ -416,7 +416,9 @@ def test_latency_tests_itself(monkeypatch: pytest.MonkeyPatch):
 def test_latency_under_meaningless_conditions_is_refused():
     assert "dtype 'int8'" in refusal(call("latency", "test_resnet", "--device", "cpu", "--dtype", "int8"), 2)
     assert "cudagraph" in refusal(call("latency", "test_resnet", "--device", "cpu", "--mode", "cudagraph"), 2)
-    assert "eager, cudagraph, compile" in refusal(call("latency", "test_resnet", "--mode", "fast"), 2)
+    made_up = call("latency", "test_resnet", "--mode", "fast")
+    assert made_up.exit_code == 2
+    assert "'fast' is not one of 'eager', 'cudagraph', 'compile'" in made_up.stderr
     for sizes in ("0", "1,", "two"):
         assert "is no number of images" in refusal(call("latency", "test_resnet", "--batch-size", sizes), 2)
 
@@ -435,16 +437,16 @@ def test_latency_sweeps_batch_sizes(monkeypatch: pytest.MonkeyPatch):
     assert set(rows[0]["singles"]) == {"p50_ms", "p90_ms", "p99_ms", "calls"}
 
 
-def test_latency_has_the_conditions_of_a_search():
+def test_latency_has_the_conditions_of_a_search(monkeypatch: pytest.MonkeyPatch):
     from attnsurgery.cli._models import measured_conditions
     from attnsurgery.latency import Conditions
     from attnsurgery.search import SearchConfig
 
+    monkeypatch.setattr("attnsurgery.search.execution.assemble.pick_device", lambda asked: asked)
     names = ("dtype", "mode", "channels_last", "tf32", "cudnn_benchmark", "cold_cache", "batch_size")
     for device in ("cpu", "cuda"):
         config = SearchConfig(budget_ms=1, device=device)
-        given = {"dtype": None, "mode": None, "channels_last": None, "input_size": (3, 8, 8)}
-        alone = measured_conditions(device, None, threads=1, **given)
+        alone = measured_conditions({"device": device}, (3, 8, 8), "latency")
         searched = {name: getattr(config, name) for name in names}
         assert alone == Conditions(device=device, input_size=(3, 8, 8), threads=config.threads, **searched)
 

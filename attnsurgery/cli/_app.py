@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from attnsurgery.cli._errors import Settings, guarded
 
+_COMMANDS = __name__.rpartition(".")[0]
+"""The package whose modules are commands; by name, for it imports this module."""
 _TOLD_WITH_VERSION = ("attnsurgery", "timm", "torch", "optuna")
 
 
@@ -25,16 +27,15 @@ def build_app() -> typer.Typer:
     """The application with every command of this folder."""
     app = typer.Typer(
         help="Put attention blocks into timm models, prove that nothing else changed, and search for the best places.",
-        add_completion=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    folder = Path(__file__).parent
-    for found in pkgutil.iter_modules([str(folder)]):
+    for found in pkgutil.iter_modules(sys.modules[_COMMANDS].__path__):
         if not found.name.startswith("_"):
-            importlib.import_module(f"{__package__}.{found.name}").register(app)
+            importlib.import_module(f"{_COMMANDS}.{found.name}").register(app)
     for command in app.registered_commands:
         assert command.callback is not None
         command.callback = guarded(command.callback)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-import torch
 from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.checkpoint.directory import opened
 from attnsurgery.checkpoint.weights import DELTA_NAME, read_state_dict
+from attnsurgery.cli._settings import checked
 from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.timm_plugin.architectures import check_base, weightless
 
@@ -49,22 +50,20 @@ def _from_directory(path: Path) -> nn.Module:
     return opened(path)
 
 
-def measured_conditions(device: str | None, backend: str | None, *, threads: int, **given: Any) -> Conditions:
-    """What a command measures under: the same as a search that is given the same options.
+def measured_conditions(settings: Mapping[str, Any], input_size: tuple[int, int, int], command: str) -> Conditions:
+    """What a command measures under: the same as a search with the same settings.
 
     Args:
-        device: None for a GPU where there is one.
-        backend: a latency backend; None for the device's own.
-        threads: 0 for all.
-        given: fields of Conditions; None for the device's default.
+        settings: those of the group "Measuring" that the user has chosen; the others are a search's defaults.
+        input_size: (C, H, W) of an image.
+        command: whose options they are, for messages.
 
     Raises:
         UsageError: a value that means nothing.
     """
-    from attnsurgery.latency import Conditions
-    from attnsurgery.search.config import defaults_on
+    from attnsurgery.search.config import SearchConfig
+    from attnsurgery.search.execution.assemble import conditions_of, pick_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usual = defaults_on(device, backend, given["dtype"])
-    given = {name: usual.get(name) if value is None else value for name, value in given.items()}
-    return Conditions(device=device, threads=threads or torch.get_num_threads(), **given)
+    device = pick_device(settings.get("device", "auto"))
+    config = checked(SearchConfig, command, {**settings, "device": device, "budget_params": 1})
+    return conditions_of(config, input_size)

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import (
-    AsJson,
-    BatchSize,
-    ChannelsLast,
-    ColdCache,
-    CudnnBenchmark,
-    Dtype,
-    LatencyName,
-    MeasuredDevice,
-    Mode,
-    Tf32,
-    Threads,
-)
+from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._settings import Grouped, with_settings
+from attnsurgery.search.config import MEASURING, SearchConfig
 
 if TYPE_CHECKING:
     from attnsurgery.search.budgets.calibrate import Calibration
 
 
+@with_settings(SearchConfig, [MEASURING])
 def calibrate(
     model: Annotated[str, typer.Argument(help="Any timm name.")],
-    space: Annotated[str, typer.Option(help="A space that ships, or a YAML file: the blocks to be foretold.")] = "se",
+    space: Annotated[
+        str, typer.Option(help="A space that ships, or a YAML file: the blocks whose latency is predicted.")
+    ] = "se",
     seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
     classes: Annotated[int | None, typer.Option(help="Classes of the data; by default the model's own.", min=1)] = None,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
-    device: MeasuredDevice = None,
-    batch_size: BatchSize = 1,
-    dtype: Dtype = None,
-    mode: Mode = None,
-    channels_last: ChannelsLast = None,
-    tf32: Tf32 = False,
-    cudnn_benchmark: CudnnBenchmark = False,
-    cold_cache: ColdCache = False,
-    threads: Threads = 1,
-    latency: LatencyName = None,
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
-    """Measure candidates of a space for a while, so that a search can foretell the latency of all others.
+    """Measure candidates of a space for a while, so that a search can predict the latency of all others.
 
     What is measured is kept in the user's cache and used by searches with the same model, device and conditions.
     """
@@ -56,23 +40,11 @@ def calibrate(
         done = measure(
             model,
             found,
-            lambda size: measured_conditions(
-                device,
-                latency,
-                dtype=dtype,
-                batch_size=batch_size,
-                input_size=size,
-                mode=mode,
-                channels_last=channels_last,
-                tf32=tf32,
-                cudnn_benchmark=cudnn_benchmark,
-                cold_cache=cold_cache,
-                threads=threads,
-            ),
+            lambda size: measured_conditions(settings, size, "calibrate"),
             seconds,
             classes=classes,
             input_size=input_size,
-            backend=latency,
+            backend=settings.get("latency"),
             on_measured=advance,
         )
     if as_json:
@@ -104,4 +76,4 @@ def _print(done: Calibration) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("calibrate")(calibrate)
+    app.command("calibrate", cls=Grouped)(calibrate)

@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import (
-    AsJson,
-    ChannelsLast,
-    ColdCache,
-    CudnnBenchmark,
-    Dtype,
-    MeasuredDevice,
-    Mode,
-    Tf32,
-    Threads,
-)
+from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._settings import Grouped, with_settings
+from attnsurgery.search.config import MEASURING, SearchConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +20,7 @@ if TYPE_CHECKING:
 _REPEATS = 20
 
 
+@with_settings(SearchConfig, [MEASURING], without=["batch_size"])
 def latency(
     model: Annotated[str, typer.Argument(help="A timm name, a surgical name, or a directory.")],
     versus: Annotated[
@@ -36,25 +29,10 @@ def latency(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of MODEL: .safetensors, .pth or a timm directory.")
     ] = None,
-    device: MeasuredDevice = None,
     batch_size: Annotated[
         str, typer.Option(metavar="N[,N...]", help="Images in one measured forward; several are measured in turn.")
     ] = "1",
     input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
-    dtype: Dtype = None,
-    mode: Mode = None,
-    channels_last: ChannelsLast = None,
-    tf32: Tf32 = False,
-    cudnn_benchmark: CudnnBenchmark = False,
-    cold_cache: ColdCache = False,
-    threads: Threads = 1,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            "--latency",
-            help="What the model runs in: cpu or cuda (torch), onnxruntime, openvino or tensorrt; by default torch.",
-        ),
-    ] = None,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -62,6 +40,7 @@ def latency(
         ),
     ] = False,
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least.
 
@@ -81,19 +60,14 @@ def latency(
         _load(first, checkpoint)
     second = open_model(versus) if versus else None
     channels, height, width = input_size_of(first)
-    asked: dict[str, Any] = {
-        "dtype": dtype,
-        "mode": mode,
-        "channels_last": channels_last,
-        "tf32": tf32,
-        "cudnn_benchmark": cudnn_benchmark,
-        "cold_cache": cold_cache,
-        "input_size": (channels, input_size or height, input_size or width),
-        "threads": threads,
-    }
+    size = (channels, input_size or height, input_size or width)
     backends = [
-        alone_on_device(backend_for(measured_conditions(device, runtime, batch_size=size, **asked), runtime))
-        for size in batch_sizes
+        alone_on_device(
+            backend_for(
+                measured_conditions({**settings, "batch_size": images}, size, "latency"), settings.get("latency")
+            )
+        )
+        for images in batch_sizes
     ]
     if self_test:
         _self_test(model, first, backends[0], as_json)
@@ -175,4 +149,4 @@ def _self_test(name: str, model: nn.Module, backend: LatencyBackend, as_json: bo
 
 
 def register(app: typer.Typer) -> None:
-    app.command("latency")(latency)
+    app.command("latency", cls=Grouped)(latency)

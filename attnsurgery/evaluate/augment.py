@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-Augment = Literal["none", "shift", "light", "timm"]
+from attnsurgery.settings import Augment
 
 SHIFT = 8
 """A training image is shifted by at most 1/8 of its side, as is usual for small images."""

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate.augment import SHIFT, Augment, mirrors
+from attnsurgery.evaluate.augment import SHIFT, mirrors
 from attnsurgery.evaluate.memory import current, moved, room_for
 from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.evaluate.scan import refuse_unreadable, why
 from attnsurgery.evaluate.source import Source
+from attnsurgery.settings import Augment
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 OnProgress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ import torch
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import doubles
-from attnsurgery.evaluate.augment import NAMES, Augment, mirrors, words
+from attnsurgery.evaluate.augment import NAMES, mirrors, words
 from attnsurgery.evaluate.batches import FileSplit, MemorySplit, Split
 from attnsurgery.evaluate.contents import digests_of
 from attnsurgery.evaluate.flips import check_flips
@@ -25,6 +25,7 @@ from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.evaluate.scan import Scan, depths, depths_of, scan, told
 from attnsurgery.evaluate.source import Source, Sources, find_sources
+from attnsurgery.settings import Augment
 
 _HELD_OUT = 0.2
 """Share of each class that goes to a split which the data does not come with."""

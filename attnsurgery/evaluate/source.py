@@ -15,10 +15,10 @@ import timm.data
 from PIL import Image
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate.augment import Augment
 from attnsurgery.evaluate.contents import content_of, pixels_of
 from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, read_folder
 from attnsurgery.evaluate.picture import upright
+from attnsurgery.settings import Augment
 
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees
 _HUB = "hfds/"

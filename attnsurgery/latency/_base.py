@@ -24,7 +24,7 @@ from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.latency.compiled import compiled, fresh_compiler
-from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, Mode, device_defaults
+from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, device_defaults
 from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import (
     Effort,
@@ -36,6 +36,7 @@ from attnsurgery.latency.protocol import (
     sample,
     warm_up,
 )
+from attnsurgery.settings import Mode
 
 Call = Callable[[], Any]
 

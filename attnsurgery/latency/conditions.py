@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from attnsurgery.errors import UsageError
+from attnsurgery.settings import Mode
 
-Mode = Literal["eager", "cudagraph", "compile", "compile-cudagraph"]
-"""How a forward is run: as it is; recorded as one CUDA graph; by torch.compile; compiled, then recorded."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 DTYPES: dict[str, torch.dtype] = {

@@ -20,9 +20,10 @@ from torch import nn
 from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.faults import fault_of
 from attnsurgery.latency._base import Call, LatencyBackend, first_line
-from attnsurgery.latency.conditions import DTYPES, Conditions, Mode
+from attnsurgery.latency.conditions import DTYPES, Conditions
 from attnsurgery.latency.exported import TOLERANCE, Exported, Outputs, compared, exported, required
 from attnsurgery.latency.protocol import Effort, Sampled
+from attnsurgery.settings import Mode
 
 _TF32_TOLERANCE = 1e-2
 _FIRST_CALLS, _FIRST_SECONDS = 10, 0.1

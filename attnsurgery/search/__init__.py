@@ -1,12 +1,18 @@
 """The search: which blocks, where, under a latency budget; an Optuna study whose candidates are recipes."""
 
-from attnsurgery.search.config import DEFAULT_BASE, SearchConfig
-from attnsurgery.search.coordinator.search import run
-from attnsurgery.search.listener import Listener
-from attnsurgery.search.result.confirmation import Confirmation
-from attnsurgery.search.result.outcome import Outcome
-from attnsurgery.search.result.record import Record, Timing
-from attnsurgery.search.space import BoundSpace, SearchSpace, bind, find
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnsurgery.search.config import DEFAULT_BASE, SearchConfig
+    from attnsurgery.search.coordinator.search import run
+    from attnsurgery.search.listener import Listener
+    from attnsurgery.search.result.confirmation import Confirmation
+    from attnsurgery.search.result.outcome import Outcome
+    from attnsurgery.search.result.record import Record, Timing
+    from attnsurgery.search.space import BoundSpace, SearchSpace, bind, find
 
 __all__ = [
     "DEFAULT_BASE",
@@ -22,3 +28,29 @@ __all__ = [
     "find",
     "run",
 ]
+
+_HOMES = {
+    "DEFAULT_BASE": "config",
+    "BoundSpace": "space",
+    "Confirmation": "result.confirmation",
+    "Listener": "listener",
+    "Outcome": "result.outcome",
+    "Record": "result.record",
+    "SearchConfig": "config",
+    "SearchSpace": "space",
+    "Timing": "result.record",
+    "bind": "space",
+    "find": "space",
+    "run": "coordinator.search",
+}
+"""The module of each name; the settings are read without torch, so that `--help` answers at once."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

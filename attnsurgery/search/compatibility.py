@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnsurgery.errors import SearchError
-from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.config import BUDGET, SearchConfig
+from attnsurgery.settings import settings_of
 
 VERSIONS = "versions"
 """Of software and machine, among what was found: a search may go on with others, if it is asked to."""
@@ -14,13 +15,9 @@ WEIGHTS_GIVEN = "weights_given"
 """Digest of the weights that the base came with, among what was found."""
 CHOICES = "choices"
 """Of the space, by place, among what was found: the same, of a space that has grown."""
-_FREE = {
-    *("trials", "finalists", "confirm_seeds", "latency_seconds"),
-    *("output", "storage", "space", "checkpoint", "data"),
-    *("workers", "launcher", "launcher_args", "patience_minutes", "lease_seconds", "extend"),
-}
+_FREE = {name for name, setting in settings_of(SearchConfig).items() if setting.may_change}
 """May change between runs; space, checkpoint and data are compared by what they hold, not by what they are called."""
-_BUDGETS = ("budget_ms", "budget_ips", "budget_params", "budget_macs", "budget_mb")
+_BUDGETS = tuple(name for name, setting in settings_of(SearchConfig).items() if setting.group == BUDGET)
 _NEXT = ("sampler", "in_step", "workers")
 """Have a say in which candidates are next, and none in what becomes of one."""
 _SHOWN = 8
@@ -84,13 +81,9 @@ def _as_before(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     """What a search did whose settings are from before there was a choice; what nobody wrote down is as it is now."""
     mixed = settings.get("dtype") == "bfloat16" and str(settings.get("device")).startswith("cuda")
     return {
-        "budget_ips": None,
-        "tf32": False,
-        "cudnn_benchmark": False,
-        "cold_cache": False,
+        **{name: info.default for name, info in SearchConfig.model_fields.items()},
         "train_dtype": "bfloat16" if mixed else "float32",
         "augment": "light" if settings.get("data") else "shift",
-        "group_by": None,
         WEIGHTS_GIVEN: now.get(WEIGHTS_GIVEN),
     }
 

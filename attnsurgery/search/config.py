@@ -1,105 +1,258 @@
-"""What a search is asked to do."""
+"""What a search is asked to do: each setting is declared here, and nowhere else.
+
+The command line, configuration files, environment variables, the check of a resumed search and the report read what
+they need off these fields (`attnsurgery.settings`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate.augment import Augment
-from attnsurgery.latency import LATENCY, Mode, device_defaults
 from attnsurgery.recipe.schema import Strict
-
-RankBy = Literal["top1", "loss"]
-"""What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so it
-tells candidates apart that get as many of them right; but those that are surer need not be right more often."""
-
-TrainDtype = Literal["float32", "bfloat16"]
+from attnsurgery.recipe.strict_yaml import writes
+from attnsurgery.settings import Amount, Augment, Mode, RankBy, Setting, TrainDtype, settings_of
 
 DEFAULT_BASE = "test_resnet"
 """Small enough to search for in minutes on a laptop, with four stages to choose from."""
+
+BUDGET, MODEL, TRAINING = "Budget", "Model and data", "Training"
+CHOOSING, MEASURING, WORKERS, STORING = "Choosing candidates", "Measuring", "Workers", "Storage"
 
 
 class SearchConfig(Strict):
     """A whole search as data; the same data does the same search."""
 
-    budget_ms: Annotated[float, Field(gt=0)] | None = Field(default=None, description="of a forward, most milliseconds")
-    budget_ips: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="least throughput of measured forwards, in images per second"
-    )
-    budget_params: Annotated[int, Field(gt=0)] | None = Field(default=None, description="most parameters")
-    budget_macs: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="most multiply-accumulates of one image"
-    )
-    budget_mb: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="most memory at a time in a measured forward, MB: weights, input, live activations"
-    )
-    base: str = Field(default=DEFAULT_BASE, description="any timm architecture, a tag allowed")
-    space: str = Field(default="tiny", description="a space that ships, or a YAML file")
-    data: str | None = Field(default=None, description="image folder or data set name; none: the embedded digits")
-    augment: Augment | None = Field(
-        default=None, description="of training images: none, shift, light or timm; none given: what suits the data"
-    )
-    group_by: str | None = Field(
-        default=None, description="regular expression on images' paths: images of a group stay in one split"
-    )
-    pretrained: bool = False
-    checkpoint: str | None = None
-    trials: Annotated[int, Field(ge=1)] = Field(default=10, description="trained trials within the budget")
-    epochs: Annotated[int, Field(ge=1)] = Field(default=3, description="of each trial and of the confirmation")
-    base_epochs: Annotated[int, Field(ge=1)] = Field(
-        default=2, description="of a base that comes without weights, or of its new head"
-    )
-    train_batch_size: Annotated[int, Field(ge=2)] = 64
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    evaluator: str = "finetune"
-    rungs: str = Field(default="", description="cheaper ways to train that come first: 'blocks:1 blocks:3'")
-    halving: Annotated[int, Field(ge=2)] = Field(default=3, description="one in so many goes to the next rung")
-    sampler: str = Field(default="additive", description="which candidate is next: additive, tpe, nsga2 or random")
-    rank_by: RankBy = Field(default="top1", description="what orders candidates on the validation split: top1, or loss")
-    finalists: Annotated[int, Field(ge=1, le=20)] = Field(
-        default=3, description="of the best that are trained again, to choose the winner among them"
-    )
-    confirm_seeds: Annotated[int, Field(ge=1, le=20)] = Field(
-        default=2, description="trainings of each of these, then of winner and base for the verdict"
-    )
-    input_size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels a side")
-    device: str = "cpu"
-    dtype: str = Field(default="float32", description="of a measured forward; on CUDA bfloat16 by default")
-    batch_size: Annotated[int, Field(ge=1)] = Field(default=1, description="images in a measured forward")
-    mode: Mode = Field(default="eager", description="of a measured forward; on CUDA cudagraph by default")
-    channels_last: bool = Field(
-        default=False, description="of a measured forward, and of training on CUDA; there the default with half floats"
-    )
-    tf32: bool = Field(default=False, description="float32 on CUDA may round to TF32, measured and trained")
-    cudnn_benchmark: bool = Field(default=False, description="cuDNN tries its algorithms before a measurement")
-    cold_cache: bool = Field(default=False, description="the cache is flushed before every measured forward")
-    train_dtype: TrainDtype = Field(
-        default="float32", description="of training: bfloat16 is mixed precision, on CUDA only, and the default there"
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(default=1, description="CPU threads of a measured forward; 0: all")
-    latency: str | None = Field(default=None, description="a latency backend; none: the device's own")
-    latency_seconds: Annotated[float, Field(gt=0)] = Field(default=1.5, description="spent on one measurement")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        default=1, description="processes that measure and train; 0: this process does it itself"
-    )
-    launcher: str = Field(default="local", description="what starts workers: local, ray or submitit")
-    launcher_args: str = Field(default="", description="what the launcher is asked for: 'NAME=VALUE ...'")
-    in_step: bool = Field(
-        default=False, description="several workers get their candidates together: the same seed gives the same trials"
-    )
-    lease_seconds: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="at a shared study, what a search does not renew for so long is taken over by others"
-    )
-    extend: bool = Field(default=False, description="go on though software or machine are others")
-    patience_minutes: Annotated[float, Field(gt=0)] = Field(
-        default=10.0, description="a worker without a sign of life for so long is ended"
-    )
-    output: str = Field(default="runs/search", description="the run directory")
-    storage: str | None = Field(default=None, description="Optuna storage URL; none: SQLite in the run directory")
+    budget_ms: Annotated[
+        float | None, Field(gt=0, description="Maximum latency of one forward pass, in ms."), Setting(BUDGET)
+    ] = None
+    budget_ips: Annotated[
+        float | None,
+        Field(gt=0, description="Minimum throughput of the measured forward pass, in images per second."),
+        Setting(BUDGET),
+    ] = None
+    budget_params: Annotated[
+        Amount | None,
+        Field(gt=0, description="Maximum number of parameters, such as 26M."),
+        Setting(BUDGET, metavar="N"),
+    ] = None
+    budget_macs: Annotated[
+        Amount | None,
+        Field(gt=0, description="Maximum number of multiply-accumulates of one image, such as 4.2G."),
+        Setting(BUDGET, metavar="N"),
+    ] = None
+    budget_mb: Annotated[
+        float | None,
+        Field(gt=0, description="Maximum peak memory of one forward pass, in MB: weights, input, live activations."),
+        Setting(BUDGET),
+    ] = None
+    base: Annotated[
+        str,
+        Field(description="Any timm architecture; a tag is allowed."),
+        Setting(MODEL, hidden=True),
+    ] = DEFAULT_BASE
+    data: Annotated[
+        str | None,
+        Field(description="Image folder, or a name such as hfds/cifar10."),
+        Setting(MODEL, default="the embedded digits", may_change=True),
+    ] = None
+    input_size: Annotated[
+        int | None,
+        Field(ge=8, description="Height and width of the images, in pixels."),
+        Setting(MODEL, default="what suits model and data"),
+    ] = None
+    augment: Annotated[
+        Augment | None,
+        Field(
+            description="How training images are varied: none; shift; light, which also mirrors them left to right; "
+            "or timm, random resized crops."
+        ),
+        Setting(MODEL, default="light, or shift where a mirrored image seems to be of another class"),
+    ] = None
+    group_by: Annotated[
+        str | None,
+        Field(
+            description="A regular expression on the paths of images, such as 'patient\\d+': images with the same "
+            "match stay in one split."
+        ),
+        Setting(MODEL, metavar="PATTERN"),
+    ] = None
+    pretrained: Annotated[bool, Field(description="Start from timm's published weights."), Setting(MODEL)] = False
+    checkpoint: Annotated[
+        str | None,
+        Field(description="Start from the weights in this file."),
+        Setting(MODEL, metavar="FILE", may_change=True),
+    ] = None
+    space: Annotated[
+        str,
+        Field(description="Search space: tiny, se, non_local, dual, residual, full, or a YAML file."),
+        Setting(CHOOSING, metavar="NAME|FILE", may_change=True),
+    ] = "tiny"
+    trials: Annotated[
+        int,
+        Field(ge=1, description="Candidates within the budget to train, over all runs."),
+        Setting(CHOOSING, may_change=True),
+    ] = 10
+    sampler: Annotated[
+        str,
+        Field(description="Chooses the next candidate."),
+        Setting(CHOOSING, metavar="additive|tpe|gp|nsga2|random"),
+    ] = "additive"
+    rank_by: Annotated[
+        RankBy, Field(description="What orders candidates on the validation images."), Setting(CHOOSING)
+    ] = "top1"
+    rungs: Annotated[
+        str,
+        Field(
+            description="Cheaper trainings that come first, such as 'blocks:1'; the best candidates of each are "
+            "trained on the next."
+        ),
+        Setting(CHOOSING, metavar="'NAME:EPOCHS ...'"),
+    ] = ""
+    halving: Annotated[
+        int, Field(ge=2, description="Reduction factor (eta) of successive halving."), Setting(CHOOSING)
+    ] = 3
+    finalists: Annotated[
+        int,
+        Field(ge=1, le=20, description="Best candidates that are trained again, to choose the winner among them."),
+        Setting(CHOOSING, may_change=True),
+    ] = 3
+    confirm_seeds: Annotated[
+        int,
+        Field(ge=1, le=20, description="Trainings of each finalist, then of winner and base for the verdict."),
+        Setting(CHOOSING, may_change=True),
+    ] = 2
+    seed: Annotated[
+        int, Field(ge=0, lt=2**31, description="The same seed makes the same search."), Setting(CHOOSING)
+    ] = 0
+    epochs: Annotated[
+        int, Field(ge=1, description="Epochs of each trial, and of the confirmation."), Setting(TRAINING)
+    ] = 3
+    base_epochs: Annotated[
+        int, Field(ge=1, description="Epochs of a base without weights, or of a new head."), Setting(TRAINING)
+    ] = 2
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate."), Setting(TRAINING)] = 1e-3
+    train_batch_size: Annotated[int, Field(ge=2, description="Images in one training step."), Setting(TRAINING)] = 64
+    evaluator: Annotated[
+        str,
+        Field(
+            description="How a trial is trained: finetune, all weights; blocks, on a frozen model; or supernet, all "
+            "candidates at once."
+        ),
+        Setting(TRAINING, metavar="finetune|blocks|supernet"),
+    ] = "finetune"
+    train_dtype: Annotated[
+        TrainDtype,
+        Field(description="Number format of training; bfloat16 is mixed precision, on CUDA only."),
+        Setting(TRAINING, default="bfloat16 on CUDA", by_device=True),
+    ] = "float32"
+    device: Annotated[
+        str,
+        Field(description="Where models are measured and trained: auto, cpu, cuda, cuda:1 ..."),
+        Setting(MEASURING, default="a GPU where there is one"),
+    ] = "cpu"
+    batch_size: Annotated[int, Field(ge=1, description="Images in one measured forward pass."), Setting(MEASURING)] = 1
+    dtype: Annotated[
+        str,
+        Field(description="Number format of the measured forward pass."),
+        Setting(MEASURING, metavar="float32|bfloat16|float16", default="bfloat16 on CUDA", by_device=True),
+    ] = "float32"
+    mode: Annotated[
+        Mode,
+        Field(description="How the measured forward pass runs."),
+        Setting(MEASURING, default="cudagraph on CUDA, else eager", by_device=True),
+    ] = "eager"
+    channels_last: Annotated[
+        bool,
+        Field(description="Memory layout of the measured forward pass, and of training on CUDA."),
+        Setting(
+            MEASURING,
+            flags=("--channels-last/--channels-first",),
+            default="channels last on CUDA in half precision",
+            by_device=True,
+        ),
+    ] = False
+    tf32: Annotated[
+        bool,
+        Field(description="On CUDA, float32 convolutions and matrix products may round to TF32."),
+        Setting(MEASURING),
+    ] = False
+    cudnn_benchmark: Annotated[
+        bool, Field(description="On CUDA, cuDNN tries its algorithms and keeps the fastest."), Setting(MEASURING)
+    ] = False
+    cold_cache: Annotated[
+        bool,
+        Field(description="Flush the cache before every measured forward pass, so that weights come from memory."),
+        Setting(MEASURING),
+    ] = False
+    threads: Annotated[
+        int, Field(ge=0, description="CPU threads of the measured forward pass; 0 for all."), Setting(MEASURING)
+    ] = 1
+    latency: Annotated[
+        str | None,
+        Field(description="What the measured model runs in."),
+        Setting(MEASURING, metavar="cpu|cuda|onnxruntime|openvino|tensorrt", default="torch"),
+    ] = None
+    latency_seconds: Annotated[
+        float,
+        Field(gt=0, description="Time spent on one measurement, in s."),
+        Setting(MEASURING, may_change=True, hidden=True),
+    ] = 1.5
+    workers: Annotated[
+        int,
+        Field(ge=0, le=1024, description="Processes that measure and train, one per GPU; 0 for none beside this one."),
+        Setting(WORKERS, may_change=True),
+    ] = 1
+    launcher: Annotated[
+        str,
+        Field(description="What starts workers: local; ray, on a cluster; or submitit, as Slurm jobs."),
+        Setting(WORKERS, metavar="local|ray|submitit", may_change=True),
+    ] = "local"
+    launcher_args: Annotated[
+        str,
+        Field(description="Arguments of the launcher, such as 'slurm_partition=gpu'."),
+        Setting(WORKERS, metavar="'NAME=VALUE ...'", may_change=True),
+    ] = ""
+    in_step: Annotated[
+        bool,
+        Field(description="Several workers wait for each other, so that the same seed makes the same search."),
+        Setting(WORKERS),
+    ] = False
+    patience_minutes: Annotated[
+        float,
+        Field(gt=0, description="Minutes without a sign of life after which a worker is ended and its trial retried."),
+        Setting(WORKERS, may_change=True),
+    ] = 10.0
+    output: Annotated[
+        str,
+        Field(description="Run directory."),
+        Setting(STORING, flags=("--output", "-o"), metavar="DIR", default="runs/<name>", may_change=True),
+    ] = "runs/search"
+    storage: Annotated[
+        str | None,
+        Field(
+            description="Optuna storage URL. The environment variable does not show a password to other users of the "
+            "machine."
+        ),
+        Setting(STORING, metavar="URL", default="SQLite in the run directory", may_change=True),
+    ] = None
+    lease_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="At a shared --storage, seconds after which another process takes over a lease that was not "
+            "renewed.",
+        ),
+        Setting(STORING, may_change=True),
+    ] = 60.0
+    extend: Annotated[
+        bool,
+        Field(description="Resume although budgets, hardware or library versions changed, or the space offers more."),
+        Setting(STORING, flags=("--extend",), may_change=True),
+    ] = False
 
     @property
     def most_ms(self) -> float | None:
@@ -109,15 +262,15 @@ class SearchConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _device_defaults(cls, given: Any) -> Any:
+    def _device_defaults(cls, values: Any) -> Any:
         """What is not given, or is None, is as models are usually deployed and trained on the device."""
-        if not isinstance(given, Mapping):
-            return given
-        given = {name: value for name, value in given.items() if value is not None or name not in BY_DEVICE}
-        if given.keys() >= set(BY_DEVICE):  # nothing to fill in: a backend that is gone by now need not be there
-            return given
-        device, latency = str(given.get("device", "cpu")), given.get("latency")
-        return {**defaults_on(device, latency, given.get("dtype")), **given}
+        if not isinstance(values, Mapping):
+            return values
+        values = {name: value for name, value in values.items() if value is not None or name not in BY_DEVICE}
+        if values.keys() >= set(BY_DEVICE):  # nothing to fill in: a backend that is gone by now need not be there
+            return values
+        device, latency = str(values.get("device", "cpu")), values.get("latency")
+        return {**defaults_on(device, latency, values.get("dtype")), **values}
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> SearchConfig:
@@ -132,8 +285,21 @@ class SearchConfig(Strict):
             raise UsageError(f"--launcher {self.launcher} starts workers, and --workers 0 wants none. Leave one out.")
         return self
 
+    def as_yaml(self) -> str:
+        """All settings as a file that `--config` reads, under the headings of the help; without a storage URL, which
+        may hold a password."""
+        lines, heading = [], ""
+        for name, setting in settings_of(type(self)).items():
+            if name == "storage":
+                continue
+            if setting.group != heading:
+                heading = setting.group
+                lines.append(f"# {heading}")
+            lines.append(writes({name: getattr(self, name)}).rstrip())
+        return "\n".join(lines) + "\n"
 
-BY_DEVICE = ("dtype", "mode", "channels_last", "train_dtype")
+
+BY_DEVICE = tuple(name for name, setting in settings_of(SearchConfig).items() if setting.by_device)
 """Settings whose defaults depend on the device."""
 
 
@@ -146,5 +312,7 @@ def defaults_on(device: str, latency: str | None = None, dtype: str | None = Non
     Raises:
         UnknownNameError: there is no such backend.
     """
+    from attnsurgery.latency import LATENCY, device_defaults  # which need torch, and the fields above do not
+
     measured = device_defaults(device, dtype) if latency is None else LATENCY[latency].defaults(device, dtype)
     return {**measured, "train_dtype": "bfloat16" if device.partition(":")[0] == "cuda" else "float32"}

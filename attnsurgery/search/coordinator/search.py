@@ -43,6 +43,7 @@ from attnsurgery.search.rungs import rungs_of, shares
 from attnsurgery.search.storage.known import known
 from attnsurgery.search.storage.run_directory import (
     BEST,
+    CONFIG,
     CONFIRMING,
     SUPERNET_WEIGHTS,
     WEIGHTS,
@@ -51,6 +52,7 @@ from attnsurgery.search.storage.run_directory import (
     remove_own,
     set_aside,
     weights_of,
+    write_own,
 )
 from attnsurgery.search.storage.schema import KNOWN, SECONDS
 from attnsurgery.search.storage.store import Asked, Store
@@ -104,6 +106,7 @@ def run(
             bench.weights = _weights(crew, bench, folder, before, listener)
             store, others = open_store(bench, folder, listener)
             keep_digests(bench, folder)
+            write_own(folder, CONFIG, bench.config.as_yaml())
             pulse.beat = store.beat
             with closing(store):
                 outcome = _Search(bench, crew, store, folder, listener, pulse, command, others).go()

@@ -178,8 +178,13 @@ def assemble(
     return made
 
 
-def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
-    conditions = Conditions(
+def conditions_of(config: SearchConfig, size: tuple[int, int, int]) -> Conditions:
+    """What a latency is measured under.
+
+    Args:
+        size: (C, H, W) of an image.
+    """
+    return Conditions(
         device=config.device,
         dtype=config.dtype,
         batch_size=config.batch_size,
@@ -191,8 +196,11 @@ def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend
         cold_cache=config.cold_cache,
         threads=config.threads or torch.get_num_threads(),
     )
+
+
+def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
-    return alone_on_device(backend_for(conditions, config.latency, effort))
+    return alone_on_device(backend_for(conditions_of(config, size), config.latency, effort))
 
 
 def _scorer(

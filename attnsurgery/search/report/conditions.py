@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import counted
 from attnsurgery.search.rungs import rungs_of
+from attnsurgery.settings import settings_of
 
 if TYPE_CHECKING:
     from attnsurgery.search.config import SearchConfig
@@ -30,6 +31,7 @@ def section(outcome: Outcome) -> Section:
         **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
         "Search": f"{config.trials} trained candidates wanted within {outcome.budgets.describe()}, sampler "
         f"{config.sampler}, seed {config.seed}{_fell_back(outcome)}",
+        "Settings": _settings(config) or "all as they are by default",
         "Code": "; then ".join(about.code),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows.items())
@@ -38,6 +40,18 @@ def section(outcome: Outcome) -> Section:
         "Conditions",
         below=f"<dl>{listed}</dl><p>The command that does this:</p>"
         f"<pre>{escape(about.command or '(run from Python)')}</pre>",
+    )
+
+
+def _settings(config: SearchConfig) -> str:
+    """Those that are not as they are by default, but for where the search is kept."""
+    fields = type(config).model_fields
+    return _listed(
+        {
+            name: value
+            for name in settings_of(type(config))
+            if name not in ("base", "output", "storage") and (value := getattr(config, name)) != fields[name].default
+        }
     )
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from bokeh.models import BoxAnnotation, GlyphRenderer, Label, Span
 from bokeh.plotting import figure
 
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
 from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.result.statistics import without_outliers
+from attnsurgery.settings import RankBy
 
 if TYPE_CHECKING:
     from attnsurgery.search.result.outcome import Outcome

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from bokeh.models import Title
 from bokeh.plotting import figure
 
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.result.statistics import kendall_tau_b
+from attnsurgery.settings import RankBy
 
 if TYPE_CHECKING:
     from attnsurgery.search.result.outcome import Outcome

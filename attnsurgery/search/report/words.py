@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.settings import RankBy
 
 STATES = {
     "trained": "trained",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.settings import RankBy
 
 Verdict = Literal["better", "no significant difference", "worse"]
 SIGNIFICANT = 0.05

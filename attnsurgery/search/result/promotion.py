@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.result.statistics import kendall_tau_b
+from attnsurgery.settings import RankBy
 
 CHECKED = 6
 """So many candidates drawn at random tell whether the supernet is to be believed."""

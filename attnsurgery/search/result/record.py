@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
-from attnsurgery.search.config import RankBy
+from attnsurgery.settings import RankBy
 
 State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
 

@@ -20,6 +20,8 @@ from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search.files import Journal, write_whole
 from attnsurgery.search.storage.schema import FACT, FORMAT_KEY, STUDY, TRIALS, is_format
 
+CONFIG = "config.yaml"
+"""File of the run directory: the settings of the search, as `attnsurgery search --config` reads them."""
 CONFIRMING = "confirming"
 """Folder of the run directory that holds what finalists were trained to, until there is a verdict."""
 BEST = "best"

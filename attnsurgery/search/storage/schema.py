@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 
 from attnsurgery.errors import SearchError
 from attnsurgery.samplers import BLOCKS
-from attnsurgery.search.config import RankBy, SearchConfig
+from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record, State
+from attnsurgery.settings import RankBy
 
 STUDY, TRIALS = "study.db", "trials.jsonl"
 """Of a run directory."""

@@ -1,0 +1,198 @@
+"""Options of commands, read off the settings of a pydantic model: see attnsurgery.settings.
+
+A command takes `**settings`, and `with_settings` gives it one option for each field. What the user has not set is not
+among the values that it gets, so the model's own defaults hold, and those of the device. A value on the command line
+goes before one of the environment, and that before one of the file of `--config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import typer
+from typer.core import TyperCommand
+
+from attnsurgery.settings import VARIABLE, Setting, default_of, flags_of, settings_of
+
+_OTHERS = "Other"
+"""The heading of options that are no settings."""
+
+
+def with_settings(
+    model: type[pydantic.BaseModel], groups: Iterable[str] = (), without: Iterable[str] = (), *, file: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `**settings` an option for each setting of the model.
+
+    Args:
+        groups: only settings of these; by default of all.
+        without: names of settings that the command declares itself or has no use for.
+        file: also offer `--config FILE`, which reads settings of the model from YAML.
+    """
+    taken = {
+        name: setting
+        for name, setting in settings_of(model).items()
+        if name not in set(without) and not setting.hidden and (not groups or setting.group in set(groups))
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(*args: Any, **values: Any) -> None:
+            path = values.pop("config_file", None)
+            in_file = {} if path is None else _settings_in(path, model)
+            chosen = {name: value for name, value in values.items() if name not in taken or value is not None}
+            command(*args, **{**in_file, **chosen})
+
+        hints = typing.get_type_hints(command, include_extras=True)
+        own = [
+            one.replace(annotation=hints[one.name])
+            for one in inspect.signature(command).parameters.values()
+            if one.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        options = [_parameter(name, model.model_fields[name], setting) for name, setting in taken.items()]
+        if file:
+            options.append(_config_parameter())
+        arguments = [one for one in own if isinstance(_option_of(one), typer.models.ArgumentInfo)]
+        parameters = [
+            *arguments,
+            *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*options, *own) if one not in arguments),
+        ]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {one.name: one.annotation for one in parameters}
+        return called
+
+    return decorate
+
+
+class Grouped(TyperCommand):
+    """A command whose help lists its options under the headings of their settings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        arguments: list[tuple[str, str]] = []
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            if parameter.param_type_name == "argument":
+                arguments.append(record)
+            else:
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or _OTHERS, []).append(record)
+        last = {_OTHERS: groups.pop(_OTHERS, [])}
+        for heading, records in {"Arguments": arguments, **groups, **last}.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def checked(model: type[pydantic.BaseModel], command: str, values: dict[str, Any]) -> Any:
+    """The model of these values.
+
+    Raises:
+        UsageError: names the option whose value is not legal, and why.
+    """
+    from attnsurgery.errors import UsageError
+
+    try:
+        return model(**values)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        flag = _flag(model, name)
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{flag} cannot be {first['input']!r}: {reason}. See attnsurgery {command} --help.") from None
+
+
+def _flag(model: type[pydantic.BaseModel], name: str) -> str:
+    setting = settings_of(model).get(name)
+    return flags_of(name, setting)[0].partition("/")[0] if setting else f"--{name.replace('_', '-')}"
+
+
+def _parameter(name: str, info: pydantic.fields.FieldInfo, setting: Setting) -> inspect.Parameter:
+    """The option of a field; its default is None, which stands for "not set"."""
+    kind, default = _kind_of(info), default_of(info, setting)
+    option = typer.Option(
+        *flags_of(name, setting, switch=kind is bool),
+        help=f"{info.description}{f' [default: {default}]' if default else ''}",
+        metavar=setting.metavar or None,
+        envvar=VARIABLE + name.upper(),
+        show_envvar=False,
+        show_default=False,
+        rich_help_panel=setting.group,
+    )
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _kind_of(info: pydantic.fields.FieldInfo) -> Any:
+    """The type that the command line converts to; the model itself checks the rest."""
+    kinds = list(_plain_types(info.annotation))
+    choices = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+    if choices:
+        return choices[0]
+    if any(isinstance(entry, pydantic.BeforeValidator) for entry in _metadata(info)):
+        return str  # read by the model
+    return next(kind for kind in (bool, int, float, str) if kind in kinds)
+
+
+def _plain_types(annotation: Any) -> Iterator[Any]:
+    """The members of a union, without None and without what is annotated to them."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _plain_types(inner)
+    elif typing.get_origin(annotation) is Annotated:
+        yield from _plain_types(typing.get_args(annotation)[0])
+    elif annotation is not type(None):
+        yield annotation
+
+
+def _metadata(info: pydantic.fields.FieldInfo) -> Iterator[Any]:
+    """Of the field, and of the members of its union."""
+    yield from info.metadata
+    for member in (info.annotation, *typing.get_args(info.annotation)):
+        if typing.get_origin(member) is Annotated:
+            yield from typing.get_args(member)[1:]
+
+
+def _option_of(parameter: inspect.Parameter) -> Any:
+    return next((entry for entry in typing.get_args(parameter.annotation)[1:]), None)
+
+
+def _config_parameter() -> inspect.Parameter:
+    option = typer.Option(
+        "--config",
+        help="Read settings from this YAML file, such as the config.yaml of a run directory; options override it.",
+        metavar="FILE",
+    )
+    annotation = Annotated[Path | None, option]
+    return inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _settings_in(path: Path, model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """
+    Raises:
+        UsageError: the file cannot be read, or holds what is no setting.
+        RecipeError: it is no YAML, or uses what is refused in files of strangers.
+    """
+    from attnsurgery.errors import UsageError, did_you_mean
+    from attnsurgery.recipe.strict_yaml import reads
+
+    try:
+        values, lines = reads(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {path} is no text in UTF-8.") from None
+    known = settings_of(model)
+    for name in values:
+        if name not in known:
+            raise UsageError(
+                f"{path}:{lines.get(name, 1)}: there is no setting {name!r}."
+                f"{did_you_mean(name, known)} attnsurgery search --print-config lists all."
+            )
+    return {name: value for name, value in values.items() if value is not None}
