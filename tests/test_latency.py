@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -444,6 +446,59 @@ def test_device_fault_in_the_first_forward_is_not_the_users() -> None:
     with pytest.raises(RuntimeError, match="illegal memory") as caught:
         backend_for(SMALL, "cpu", QUICK).measure(Broken())
     assert fault_of(caught.value) is Fault.DEVICE
+
+
+class Capture:
+    """Stands in for torch.cuda: `graph` says that it captures, and nothing is captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.active = False
+        stream = SimpleNamespace(query=lambda: True, wait_stream=lambda other: None)
+        for name, does in {
+            "is_available": lambda: True,
+            "device": nullcontext,
+            "stream": nullcontext,
+            "Stream": lambda: stream,
+            "current_stream": lambda device=None: stream,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None, reset=lambda: None),
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, does)
+
+    @contextmanager
+    def graph(self, graph: object, **named: object) -> Iterator[None]:
+        self.active = True
+        yield
+        self.active = False
+
+
+@pytest.mark.parametrize(
+    ("says", "refused"),
+    [
+        ("Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned.", True),
+        ("CUDA error: operation not permitted when stream is capturing", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_model_that_no_graph_can_hold_is_refused_with_advice(
+    monkeypatch: pytest.MonkeyPatch, says: str, refused: bool
+) -> None:
+    """As timm's EdgeNeXt, which makes a tensor on the host in its forward; a broken device is no matter of graphs."""
+    capture = Capture(monkeypatch)
+
+    class OnHost(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if capture.active:
+                raise RuntimeError(says)
+            return x
+
+    backend = backend_for(Conditions(device="cuda", mode="cudagraph", input_size=(3, 4, 4)), effort=QUICK)
+    monkeypatch.setattr(backend, "_subject", lambda model: (model, torch.zeros(1, 3, 4, 4)))
+    with pytest.raises(UsageError if refused else RuntimeError) as caught:
+        backend.measure(OnHost())
+    said = "no CUDA graph can hold the forward of OnHost: .* --mode eager or --mode compile"
+    assert bool(re.search(said, str(caught.value))) == refused
+    assert refused or fault_of(caught.value) is Fault.DEVICE
 
 
 def test_memory_for_one_placement_at_a_time_is_enough() -> None:

@@ -12,7 +12,9 @@ from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.latency import Conditions, Effort, backend_for
 from gpu_bench.rows import Refused, Row, Rows
+from gpu_bench.tiny import EFFORT, MODEL, SIZE
 
+Size = tuple[int, int, int]
 _MODELS = ("resnet50", "resnet33ts", "convnext_tiny", "efficientnet_b0")
 _SLOTS = ("branches", "spatial")
 _BLOCKS = ("se", "timm:eca", "timm:gc")
@@ -20,14 +22,14 @@ _LADDER = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_li
 _SIZES = (64, 96, 128, 160, 224)
 
 
-def slot(model: str, place: str, block: str, batch: int, seconds: float) -> Row:
+def slot(model: str, place: str, block: str, batch: int, effort: Effort, size: Size | None = None) -> Row:
     """The block in every slot of that kind, against the model without it, as a CUDA graph."""
     base, surgical = (timm.create_model(model).eval() for _ in range(2))
-    size = input_size_of(base)
+    size = size or input_size_of(base)
     edits = [{"at": f"stage:* {place}", "block": block}]
     try:
         attnsurgery.operate(surgical, {"version": 1, "name": "slots", "base": model, "edits": edits})
-        backend = backend_for(Conditions.on("cuda", batch_size=batch, input_size=size), effort=Effort(0.003, seconds))
+        backend = backend_for(Conditions.on("cuda", batch_size=batch, input_size=size), effort=effort)
         found = backend.compare(base, surgical)
     except AttnSurgeryError as error:
         raise Refused(str(error)) from error
@@ -44,11 +46,11 @@ def slot(model: str, place: str, block: str, batch: int, seconds: float) -> Row:
     }
 
 
-def rung(model: str, side: int, batch: int, seconds: float) -> Row:
+def rung(model: str, side: int, batch: int, effort: Effort) -> Row:
     """One model at one input size, as a CUDA graph."""
     built = timm.create_model(model).eval()
     conditions = Conditions.on("cuda", batch_size=batch, input_size=(3, side, side))
-    found = backend_for(conditions, effort=Effort(0.005, seconds)).measure(built)
+    found = backend_for(conditions, effort=effort).measure(built)
     kept = {name: value for name, value in asdict(found).items() if name not in ("versions", "state")}
     say = f"{found.p50_ms:.3f} ms, {found.images_per_second:,.0f} images a second, eagerly {found.eager_ms:.3f} ms"
     return {"model": model, "side": side, "batch": batch, **kept, "card_state": found.state, "say": say}
@@ -56,19 +58,23 @@ def rung(model: str, side: int, batch: int, seconds: float) -> Row:
 
 def slots(rows: Rows, tiny: bool) -> None:
     if tiny:
-        rows.make("test_resnet se branches b1", lambda: slot("test_resnet", "branches", "se", 1, 0.2), 1.0)
+        rows.make(f"{MODEL} se branches b1", lambda: slot(MODEL, "branches", "se", 1, EFFORT, SIZE), 1.0)
         return
     for batch, model, block, place in itertools.product((64, 1), _MODELS, _BLOCKS, _SLOTS):
         rows.make(
             f"{model} {block} {place} b{batch}",
-            lambda case=(model, place, block, batch): slot(*case, 0.8),  # type: ignore[misc]
+            lambda case=(model, place, block, batch): slot(*case, Effort(0.003, 0.8)),  # type: ignore[misc]
             4.0,
         )
 
 
 def ladder(rows: Rows, tiny: bool) -> None:
     if tiny:
-        rows.make("test_resnet 64 b1", lambda: rung("test_resnet", 64, 1, 0.2), 1.0)
+        rows.make(f"{MODEL} {SIZE[1]} b1", lambda: rung(MODEL, SIZE[1], 1, EFFORT), 1.0)
         return
     for batch, model, side in itertools.product((64, 1), _LADDER, _SIZES):
-        rows.make(f"{model} {side} b{batch}", lambda case=(model, side, batch): rung(*case, 0.6), 4.0)  # type: ignore[misc]
+        rows.make(
+            f"{model} {side} b{batch}",
+            lambda case=(model, side, batch): rung(*case, Effort(0.005, 0.6)),  # type: ignore[misc]
+            4.0,
+        )

@@ -8,8 +8,9 @@ from latency import Case, cases, measured, said
 from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.latency import Effort
 from gpu_bench.rows import RED, Refused, Row, Rows
+from gpu_bench.tiny import EFFORT, MODEL, SECONDS
 
-_TINY = [Case("test_resnet", block, mode, 1) for block in ("se", "nonlocal_s3") for mode in ("cudagraph", "eager")]
+_TINY = [Case(MODEL, "se", mode, 1) for mode in ("cudagraph", "eager")]
 _NEEDED_S = {"eager": 10.0, "cudagraph": 10.0, "compile-cudagraph": 45.0}
 
 
@@ -22,7 +23,7 @@ def row(case: Case, effort: Effort) -> Row:
 
 
 def run(rows: Rows, tiny: bool) -> None:
-    effort = Effort(tolerance=0.01, max_seconds=0.3) if tiny else Effort(tolerance=0.004, max_seconds=1.5)
+    effort = EFFORT if tiny else Effort(tolerance=0.004, max_seconds=1.5)
     for case in _TINY if tiny else cases():
         rows.make(case.key, lambda case=case: row(case, effort), 1.0 if tiny else _NEEDED_S[case.mode])  # type: ignore[misc]
 
@@ -37,7 +38,7 @@ def predicted(name: str, space: str, seconds: float, candidates: int, check_seco
 
 def model(rows: Rows, tiny: bool) -> None:
     if tiny:
-        rows.make("test_resnet tiny", lambda: predicted("test_resnet", "tiny", 3.0, 3, 0.2, True))
+        rows.make(f"{MODEL} tiny", lambda: predicted(MODEL, "tiny", SECONDS, 2, SECONDS, True))
         return
     for name, space in list(latency_model.MODELS.items())[:2]:
         rows.make(f"{name} {space}", lambda name=name, space=space: predicted(name, space, 40.0, 12, 1.5), 70.0)  # type: ignore[misc]

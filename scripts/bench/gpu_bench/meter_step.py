@@ -17,16 +17,17 @@ from attnsurgery.graph.find import input_size_of
 from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.latency.self_test import self_test
 from gpu_bench.rows import RED, Row, Rows
+from gpu_bench.tiny import EFFORT, MODEL, SIZE
 
 MODES = ("cudagraph", "eager", "compile-cudagraph", "compile")
 
 
 def row(name: str, mode: str, batch: int, tiny: bool) -> Row:
     model = timm.create_model(name).eval()
-    compiled = mode.startswith("compile")
-    conditions = Conditions.on("cuda", batch_size=batch, input_size=input_size_of(model), mode=mode)
-    backend = backend_for(conditions, effort=Effort(tolerance=0.002, max_seconds=0.2 if tiny else 1.2))
-    found = self_test(backend, model, 2 if tiny else 4 if compiled else 12)
+    compiled, size = mode.startswith("compile"), SIZE if tiny else input_size_of(model)
+    conditions = Conditions.on("cuda", batch_size=batch, input_size=size, mode=mode)
+    backend = backend_for(conditions, effort=EFFORT if tiny else Effort(tolerance=0.002, max_seconds=1.2))
+    found = self_test(backend, model, 1 if tiny else 4 if compiled else 12)
     own = backend.measure(model).p50_ms
     cold = backend_for(replace(conditions, cold_cache=True), effort=backend.effort).measure(model).p50_ms
     beside = {"do_bench": triton_ms(model, conditions, flushed=True)}
@@ -79,9 +80,9 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def run(rows: Rows, tiny: bool) -> None:
-    name = "test_resnet" if tiny else "resnet50"
+    name = MODEL if tiny else "resnet50"
     for mode in MODES[:2] if tiny else MODES:
-        for batch in (1, 2) if tiny else (64, 1):
+        for batch in (1,) if tiny else (64, 1):
             needs = 1.0 if tiny else 45.0 if mode.startswith("compile") else 25.0
             key = f"{name} {mode} b{batch}"
             rows.make(key, lambda mode=mode, batch=batch: row(name, mode, batch, tiny), needs)  # type: ignore[misc]

@@ -15,18 +15,33 @@ from gpu_bench.runner import ROOT
 RUN = "at least one test ran"
 _MARK = re.compile(r"\bmark\.gpu\b")
 _NEEDED_S = 5.0
+CARD_ALONE = "test_gpu.py"
+"""Of these tests a fake of a card makes failures, or minutes of Python."""
 
 
 class ToRows:
-    """Writes what became of each test, and leaves out what is known already."""
+    """Writes what became of each test, and leaves out what is known already.
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows, self.lost = rows, False
+    Args:
+        tiny: only the first case of each test, and none of what only a card can show.
+    """
+
+    def __init__(self, rows: Rows, tiny: bool = False) -> None:
+        self.rows, self.tiny, self.lost = rows, tiny, False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        gone = [item for item in items if self.rows.there(item.nodeid)]
-        items[:] = [item for item in items if item not in gone]
-        config.hook.pytest_deselected(items=gone)
+        kept = self._few(items) if self.tiny else items
+        kept = [item for item in kept if not self.rows.there(item.nodeid)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+    def _few(self, items: list[pytest.Item]) -> list[pytest.Item]:
+        """The first case of each test; a test of a card alone has a row that says why it is left out."""
+        firsts = {item.nodeid.partition("[")[0]: item for item in reversed(items) if item.get_closest_marker("gpu")}
+        for name, item in reversed(firsts.items()):
+            if item.path.name == CARD_ALONE and not self.rows.there(name):
+                self.rows.add(name, {"state": REFUSED, "say": "left out of a tiny run: only a card can show it"})
+        return [item for item in reversed(firsts.values()) if item.path.name != CARD_ALONE]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -82,9 +97,9 @@ def marked(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("test_*.py")) if _MARK.search(path.read_text())]
 
 
-def run_tests(rows: Rows, folder: Path) -> None:
+def run_tests(rows: Rows, folder: Path, tiny: bool = False) -> None:
     files = marked(folder)
-    plugin = ToRows(rows)
+    plugin = ToRows(rows, tiny)
     options = ["-m", "gpu", "-v", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "-p", "no:xdist"]
     if files:
         pytest.main([*options, "--continue-on-collection-errors", *map(str, files)], plugins=[plugin])
@@ -97,4 +112,4 @@ def run_tests(rows: Rows, folder: Path) -> None:
 
 
 def run(rows: Rows, tiny: bool) -> None:
-    run_tests(rows, ROOT / "tests")
+    run_tests(rows, ROOT / "tests", tiny)

@@ -25,13 +25,13 @@ from attnsurgery.search import run as run_search
 from attnsurgery.search.storage.load import read
 from attnsurgery.search.storage.schema import TRIALS
 from gpu_bench.rows import RED, Refused, Row, Rows
+from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
 
-BASE = "test_resnet"
 
-
-def words(workers: int, trials: int, output: Path) -> list[str]:
+def words(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
     asked = f"search --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
-    return [sys.executable, "-m", "attnsurgery", *asked.split(), "--output", str(output)]
+    more = search_options(output.parent) if tiny else []
+    return [sys.executable, "-m", "attnsurgery", *asked.split(), *more, "--output", str(output)]
 
 
 def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
@@ -57,19 +57,21 @@ def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
     return {**row, "say": say, **({} if good else {"state": RED})}
 
 
-def begun(workers: int, trials: int) -> Row:
+def begun(workers: int, trials: int, tiny: bool) -> Row:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder, start = Path(scratch) / "run", time.monotonic()
-        code = subprocess.run(words(workers, trials, folder), stdin=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(words(workers, trials, folder, tiny), stdin=subprocess.DEVNULL, check=False).returncode
         return outcome_of(folder, code, trials, time.monotonic() - start)
 
 
 def search(rows: Rows, tiny: bool) -> None:
-    rows.make("3 trials", lambda: begun(0, 3))
+    trials = 1 if tiny else 3
+    rows.make(f"{trials} trials", lambda: begun(0, trials, tiny))
 
 
 def search_workers(rows: Rows, tiny: bool) -> None:
-    rows.make("3 trials, 2 workers", lambda: begun(2, 3))
+    trials = 2 if tiny else 3
+    rows.make(f"{trials} trials, 2 workers", lambda: begun(2, trials, tiny))
 
 
 # ---- a worker that is killed
@@ -86,10 +88,10 @@ def workers_of(pid: int) -> list[int]:
     return []
 
 
-def one_killed(trials: int) -> Row:
+def one_killed(trials: int, tiny: bool) -> Row:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder, start = Path(scratch) / "run", time.monotonic()
-        search = subprocess.Popen(words(1, trials, folder), stdin=subprocess.DEVNULL)
+        search = subprocess.Popen(words(1, trials, folder, tiny), stdin=subprocess.DEVNULL)
         journal, victim = folder / TRIALS, 0
         while search.poll() is None and not victim:
             time.sleep(0.02)
@@ -105,7 +107,7 @@ def one_killed(trials: int) -> Row:
 
 
 def killed_worker(rows: Rows, tiny: bool) -> None:
-    rows.make("one of its workers killed", lambda: one_killed(4 if tiny else 8))
+    rows.make("one of its workers killed", lambda: one_killed(2 if tiny else 8, tiny))
 
 
 # ---- a training that memory does not hold
@@ -146,7 +148,7 @@ def peak_of(data: Data, base: str, batch: int) -> int:
     return torch.cuda.max_memory_reserved()
 
 
-def short_of_memory(base: str, batch: int, size: int) -> Row:
+def short_of_memory(base: str, batch: int, size: int, tiny: bool) -> Row:
     data = load_data(None, Preprocessing((3, size, size)))
     whole, quarter = peak_of(data, base, batch), peak_of(data, base, batch // 4)
     limit = quarter + (whole - quarter) // 3
@@ -161,7 +163,8 @@ def short_of_memory(base: str, batch: int, size: int) -> Row:
             start, folder = time.monotonic(), Path(scratch) / "run"
             settings = {"trials": 2, "epochs": 1, "base_epochs": 1, "finalists": 1, "confirm_seeds": 1, "workers": 0}
             asked = {"budget_ms": 1000.0, "base": base, "space": "se", "device": "cuda", "output": str(folder)}
-            config = SearchConfig(**asked, **settings, train_batch_size=batch, input_size=size)
+            more = {"latency_seconds": SECONDS} if tiny else {}
+            config = SearchConfig(**asked, **settings, **more, train_batch_size=batch, input_size=size)
             run_search(config, heard)
             row = outcome_of(folder, 0, 2, time.monotonic() - start)
     finally:
@@ -173,18 +176,31 @@ def short_of_memory(base: str, batch: int, size: int) -> Row:
 
 
 def out_of_memory(rows: Rows, tiny: bool) -> None:
-    base, batch, size = (BASE, 32, 32) if tiny else ("resnet50", 256, 128)
-    rows.make("training at half the memory", lambda: short_of_memory(base, batch, size))
+    base, batch, size = (MODEL, 32, SIZE[1]) if tiny else ("resnet50", 256, 128)
+    rows.make("training at half the memory", lambda: short_of_memory(base, batch, size, tiny))
 
 
 # ---- winners and their budgets
 
 
+def _shrink_budget_searches(folder: Path) -> None:
+    """For this process: the searches of budget.py are as small as searches can be."""
+    full = budget_bench.config_of
+    least = {"data": str(images(folder / "images")), "train_batch_size": 8, "input_size": SIZE[1], "latency": "fixed"}
+
+    def config_of(number: int, budget_ms: float, asked: argparse.Namespace) -> SearchConfig:
+        return full(number, budget_ms, asked).model_copy(update=least)
+
+    budget_bench.config_of = config_of
+
+
 def budget(rows: Rows, tiny: bool) -> None:
     """A row for each search, then what they come to; red if a winner is over by more than the interval."""
-    count, trials = (1, 2) if tiny else (4, 4)
+    count, trials = (1, 1) if tiny else (4, 4)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         asked = argparse.Namespace(trials=trials, device="cuda", mode=None, results=Path(scratch))
+        if tiny:
+            _shrink_budget_searches(Path(scratch))
 
         def made(number: int) -> Row:
             row = budget_bench.searched(number, asked)

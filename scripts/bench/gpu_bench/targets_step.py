@@ -12,7 +12,8 @@ from attnsurgery.graph.find import input_size_of
 from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.latency.self_test import self_test
 from gpu_bench.blocks_step import beside
-from gpu_bench.rows import RED, Row, Rows
+from gpu_bench.rows import RED, Refused, Row, Rows
+from gpu_bench.tiny import EFFORT, MODEL, SIZE
 
 
 def verdict(target: str, value: float, met: bool, tiny: bool) -> Row:
@@ -22,9 +23,10 @@ def verdict(target: str, value: float, met: bool, tiny: bool) -> Row:
 
 
 def se_compiled(rows: Rows, tiny: bool) -> Row:
-    case = Case("test_resnet", "se", "cudagraph", 2) if tiny else Case("resnet50", "se", "compile-cudagraph", 64)
+    case = Case(MODEL, "se", "cudagraph", 1) if tiny else Case("resnet50", "se", "compile-cudagraph", 64)
     known = rows.all("latency").get(case.key, {})
-    ratio = known["ratio"] if "ratio" in known else measured(case, "cuda", Effort(0.003, 0.3 if tiny else 5.0))["ratio"]
+    effort = EFFORT if tiny else Effort(0.003, 5.0)
+    ratio = known["ratio"] if "ratio" in known else measured(case, "cuda", effort)["ratio"]
     return verdict(f"{case.key} as a ratio to its base, at most 1.05", ratio, ratio <= 1.05, tiny)
 
 
@@ -33,6 +35,8 @@ def trained_non_local(rows: Rows, tiny: bool) -> Row:
     lines = path.read_text().splitlines() if path.exists() else []
     asked = {"kind": "sum", "name": "embedded_gaussian", "n": 3136, "direction": "both"}
     found = [row for row in map(json.loads, lines) if asked.items() <= row.items() and "ms" in row]
+    if not found and tiny:
+        raise Refused(f"{path.name} has no such row yet, and needs none in a tiny run: {asked}")
     if not found:
         raise LookupError(f"{path.name} has no such row: {asked}")
     ratio = found[-1]["ms"]["naive"] / found[-1]["ms"]["ours"]
@@ -42,10 +46,11 @@ def trained_non_local(rows: Rows, tiny: bool) -> Row:
 
 
 def interval(rows: Rows, tiny: bool) -> Row:
-    model = timm.create_model("test_resnet" if tiny else "resnet50").eval()
-    conditions = Conditions.on("cuda", batch_size=2 if tiny else 64, input_size=input_size_of(model))
-    effort = Effort(tolerance=0.0015, max_seconds=0.2 if tiny else 4.0)
-    half = self_test(backend_for(conditions, effort=effort), model, 2 if tiny else 5).half_width
+    model = timm.create_model(MODEL if tiny else "resnet50").eval()
+    size = SIZE if tiny else input_size_of(model)
+    conditions = Conditions.on("cuda", batch_size=1 if tiny else 64, input_size=size)
+    effort = EFFORT if tiny else Effort(tolerance=0.0015, max_seconds=4.0)
+    half = self_test(backend_for(conditions, effort=effort), model, 1 if tiny else 5).half_width
     return verdict("half the interval of a model against itself, at most 0.003", half, half <= 0.003, tiny)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from attnsurgery.evaluate import Data, Epoch, TrainSettings, Watch, load_data, train
 from attnsurgery.evaluate.preprocess import Preprocessing
 from gpu_bench.rows import Row, Rows
+from gpu_bench.tiny import MODEL, SIZE
 
 WAYS = {
     "float32": {},
@@ -43,8 +44,8 @@ def row(name: str, data: Data, batch: int, epochs: int, way: str) -> Row:
 
 
 def run(rows: Rows, tiny: bool) -> None:
-    size, batch = ((3, 32, 32), 256) if tiny else ((3, 224, 224), 128)
+    size, batch, epochs = (SIZE, 256, 2) if tiny else ((3, 224, 224), 128, 4)
     data = load_data(None, Preprocessing(size))
-    for name in ("test_resnet",) if tiny else ("resnet50", "efficientnet_lite0"):
+    for name in (MODEL,) if tiny else ("resnet50", "efficientnet_lite0"):
         for way in WAYS:
-            rows.make(f"{name} {way}", lambda name=name, way=way: row(name, data, batch, 4, way), 1 if tiny else 8)  # type: ignore[misc]
+            rows.make(f"{name} {way}", lambda name=name, way=way: row(name, data, batch, epochs, way), 1 if tiny else 8)  # type: ignore[misc]
