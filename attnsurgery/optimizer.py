@@ -13,6 +13,7 @@ So what was trained before keeps its moments and its count of steps, and the par
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,7 @@ def carry_optimizer_state(
             "attnsurgery.optimizer_names(optimizer, model) gives them, in its order."
         )
     _check_kind(groups, new_optimizer)
+    _check_held(old_state["state"], new_optimizer)
     before = {_plain(name): old_state["state"].get(number) for name, number in zip(old_names, numbers, strict=True)}
     names = optimizer_names(new_optimizer, model)
     parameters = [parameter for group in new_optimizer.param_groups for parameter in group["params"]]
@@ -113,6 +115,38 @@ def _check_kind(groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Opti
             f"{type(optimizer).__name__} has {', '.join(sorted(new)) or 'none of these'}: they are of different kinds, "
             "and the state of one means nothing to the other."
         )
+
+
+def _check_held(states: Mapping[Any, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        UsageError: the new optimizer keeps something of each parameter that the old states do not have.
+    """
+    held = {key for state in states.values() for key in state}
+    lacking = _kept_by(optimizer) - held
+    if held and lacking:
+        raise UsageError(
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(lacking))} of each parameter, and the old optimizer's "
+            "state has none: they are of different kinds, or set differently, as with amsgrad. Make the new one "
+            "with the settings of the old one, or begin without its state."
+        )
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What it keeps of a parameter: what it has kept, or what one made alike keeps after a step."""
+    if optimizer.state:
+        return set.intersection(*(set(state) for state in optimizer.state.values()))
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.zeros(2, 2)
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
+    try:
+        trial = copy.copy(optimizer)
+        trial.__dict__.update(copy.copy(optimizer.__dict__), state=defaultdict(dict))
+        trial.param_groups = [{**settings, "params": [parameter]}]
+        type(optimizer).step(trial)
+    except Exception:  # one that asks for more than a gradient
+        return set()
+    return set(trial.state[parameter])
 
 
 def _fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:

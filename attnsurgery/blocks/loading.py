@@ -37,18 +37,28 @@ class AsBuilt:
 
     Of an identity start these are the parameters that are zero throughout, the gates among them: as long as they are
     zero the block computes nothing. Otherwise it is some numbers of each parameter.
+
+    A block that was built on the meta device has no values to keep: once it is moved to a real device, its memory holds
+    anything, until a checkpoint that has the block is loaded.
     """
 
     def __init__(self, block: nn.Module, start: str) -> None:
         parameters = {name: p for name, p in block.named_parameters() if not p.is_meta}
+        self.without_values = self.not_filled = any(p.is_meta for p in block.parameters())
         self.zeros = tuple(name for name, p in parameters.items() if start == "identity" and not _whole(p).any())
         self.samples = {} if self.zeros else {name: _sample(p) for name, p in parameters.items()}
 
     def differs(self, block: nn.Module) -> bool:
         """True if the block was changed since. Conversion to another dtype, there and back, is no change."""
         now = {name: p for name, p in block.named_parameters() if not p.is_meta}
-        return any(bool(_whole(now[name]).any()) for name in self.zeros if name in now) or any(
-            not _same(_sample(now[name]), then, now[name].dtype) for name, then in self.samples.items() if name in now
+        return (
+            self.without_values
+            or any(bool(_whole(now[name]).any()) for name in self.zeros if name in now)
+            or any(
+                not _same(_sample(now[name]), then, now[name].dtype)
+                for name, then in self.samples.items()
+                if name in now
+            )
         )
 
 
@@ -69,7 +79,8 @@ class LoadReport:
     changed: tuple[str, ...] = ()
     """The absent ones that are not as they were built: trained, or loaded before."""
     empty: tuple[str, ...] = ()
-    """The absent ones that have no values either, though the state dict has: they are on the meta device."""
+    """The absent ones that have no values either, though the state dict has: they are on the meta device, or were built
+    there and never loaded."""
     foreign: tuple[str, ...] = ()
     """Blocks that the model does not have."""
     missing: tuple[str, ...] = ()
@@ -100,8 +111,8 @@ class LoadReport:
         if self.empty:
             return (
                 f"the checkpoint holds the base alone, and {_count(self.empty)} of this model ({_some(self.empty)}) "
-                "have no values: they are on the meta device. Build the model on a real device, or load all of its "
-                "weights."
+                "have no values: they are on the meta device, or were built there and never filled. Build the model on "
+                "a real device, or load all of its weights."
             )
         if self.changed:
             return (
@@ -145,7 +156,7 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
         partial=partial,
         absent=absent,
         changed=tuple(path for path in absent if changed(by_path[path])),
-        empty=tuple(path for path in absent if real and any(p.is_meta for p in by_path[path].parameters())),
+        empty=tuple(path for path in absent if real and _empty(by_path[path])),
         foreign=foreign,
         missing=tuple(key for key in base if key not in names and not key.endswith(COUNTER)),
     )
@@ -153,8 +164,18 @@ def load_report(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix
 
 def changed(block: nn.Module) -> bool:
     """True if a block is known not to be as it was built."""
-    marks = ((module, vars(module).get("as_built")) for module in block.modules())
-    return any(mark.differs(module) for module, mark in marks if isinstance(mark, AsBuilt))
+    return any(mark.differs(module) for module, mark in _marks(block))
+
+
+def _marks(block: nn.Module) -> Iterator[tuple[nn.Module, AsBuilt]]:
+    for module in block.modules():
+        mark = vars(module).get("as_built")
+        if isinstance(mark, AsBuilt):
+            yield module, mark
+
+
+def _empty(block: nn.Module) -> bool:
+    return any(p.is_meta for p in block.parameters()) or any(mark.not_filled for _, mark in _marks(block))
 
 
 def watch(model: nn.Module) -> None:
@@ -178,6 +199,9 @@ def load_of_block(
     Where no model around it has judged the load, it goes by its own tensors: none or all of them must be there.
     """
     kind = _current.kind if _current.load is missing_keys else None
+    if kind == "whole":
+        for _, mark in _marks(block):
+            mark.not_filled = False
     if kind in ("whole", "part"):
         return
     own = block.state_dict(prefix=prefix, keep_vars=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def read_folder(root: Path) -> Folder:
     else:
         _refuse_hidden_splits(root, found)
         listed, rest = {TRAIN: found}, found.files
+    listed = {role: _in_one_spelling(part, told) for role, part in listed.items()}
     classes = tuple(_full(listed[TRAIN]))
     told.beside(root, rest)
     for role, part in listed.items():
@@ -104,6 +106,8 @@ class _Tree:
     """Images that lie in the folder itself."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Other files there, by their endings."""
+    dangling: list[Path] = field(default_factory=list)
+    """Links to nothing: images that were never fetched, or whose cache was moved."""
     hidden: int = 0
     """Files that a system has put there, and whole folders of them."""
     folders: dict[str, _Tree] = field(default_factory=dict)
@@ -138,6 +142,8 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> _Tree:
                 tree.files.append(folder / entry.name)
             else:
                 tree.skipped[ending] += 1
+        elif entry.is_symlink():
+            tree.dangling.append(folder / entry.name)
     return tree
 
 
@@ -193,6 +199,23 @@ def _refuse_hidden_splits(root: Path, found: _Tree) -> None:
         )
 
 
+def _in_one_spelling(part: _Tree, told: _Told) -> _Tree:
+    """The same with classes by names that can be written and compared: composed Unicode, and nothing that is no UTF-8.
+
+    macOS writes an accented letter as two characters and other systems as one, so that one class came to be two.
+    """
+    folders: dict[str, _Tree] = {}
+    for name, folder in part.folders.items():
+        spelled = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+        if spelled in folders:
+            told.lines.append(f"two folders for one class, read as one: {spelled}")
+            both = folders[spelled]
+            folders[spelled] = _Tree(both.path, folders={"": both, " ": folder})
+        else:
+            folders[spelled] = folder
+    return replace(part, folders=folders)
+
+
 def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, told: _Told) -> None:
     """
     Raises:
@@ -200,6 +223,13 @@ def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, told: _Told
     """
     full = _full(part)
     for name, folder in part.folders.items():
+        dangling = [path for tree in folder.all() for path in tree.dangling]
+        if name not in full and dangling:
+            raise SearchError(
+                f"{folder.path} holds {_count(len(dangling), 'link')} to files that are not there ({dangling[0].name} "
+                f"is the first), and no image: without them the class {name!r} would be left out. Fetch the images "
+                "(dvc pull, git annex get), or remove the links."
+            )
         skipped = sum((tree.skipped for tree in folder.all()), Counter[str]())
         if name not in full and (kinds := sorted(ending for ending in skipped if ending in _PICTURES)):
             raise SearchError(
@@ -254,6 +284,11 @@ class _Told:
                 skipped += Counter({ending: n for ending, n in tree.skipped.items() if ending in _PICTURES})
         if skipped:
             self.lines.append(f"not read as images: {_by_kind(skipped)}")
+        if dangling := [path for tree in found.all() for path in tree.dangling]:
+            first = dangling[0].relative_to(found.path).as_posix()
+            self.lines.append(
+                f"left out: {_count(len(dangling), 'link')} to files that are not there ({first} is the first)"
+            )
         if hidden:
             self.lines.append(f"left out: {_count(hidden, 'hidden file or folder')} such as .DS_Store and __MACOSX")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate.picture import Depth, Rendering, has_transparency, is_deep, is_turned, upright, values_of
@@ -29,6 +29,10 @@ _THREADS = 4
 _NAMED = 3
 _MAYBE_DEEP = (".png", ".apng", ".tif", ".tiff", ".pgm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".fits", ".fit", ".im")
 _THUMB_RENDERING = Rendering("L")
+_POINTERS = {
+    b"version https://git-lfs": "a Git LFS pointer and not the image itself; fetch it with 'git lfs pull'",
+    b"/annex/objects/": "a pointer of git-annex and not the image itself; fetch it with 'git annex get'",
+}
 Thumbs = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -156,6 +160,8 @@ def _look(source: Source, index: int) -> Look:
         if not source.paths:
             return _seen(source.open(index), "", turned=False)
         data = source.paths[index].read_bytes()
+        if pointer := next((what for start, what in _POINTERS.items() if data.startswith(start)), None):
+            return Look(problem=pointer)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         with Image.open(io.BytesIO(data)) as image:
             turned = is_turned(image)
@@ -163,6 +169,8 @@ def _look(source: Source, index: int) -> Look:
             frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))  # a photo with a preview in it
             image.load()
             return _seen(upright(image), digest, turned, frames)
+    except UnidentifiedImageError:
+        return Look(problem="its bytes are no image that PIL knows, whatever it is called")
     except Exception as error:  # whatever a decoder throws at a damaged file
         return Look(problem=why(error))
 

@@ -57,11 +57,13 @@ def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
         return _by_stage(text, anatomy)
     if ".." in text:
         return _spans(text, anatomy)
-    try:
-        pattern = re.compile(_regex(text))
-    except re.error:
-        raise SiteError(f"{selector!r} is not a pattern: a set of characters reads [34] or [1-4].") from None
-    found = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
+    found = tuple(site for site in anatomy.sites if site.address == text)  # names of modules may have brackets in them
+    if not found:
+        try:
+            pattern = re.compile(_regex(text))
+        except re.error:
+            raise SiteError(f"{selector!r} is not a pattern: a set of characters reads [34] or [1-4].") from None
+        found = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
     if not found:
         near = did_you_mean(text, sorted({_like(text, site.address) for site in anatomy.sites}))
         raise SiteError(
@@ -177,8 +179,8 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     try:
         made = re.compile(_regex(pattern.strip()))
     except re.error:
-        return lambda path: False
-    return lambda path: made.fullmatch(path) is not None
+        return lambda path: path == pattern.strip()
+    return lambda path: path == pattern.strip() or made.fullmatch(path) is not None
 
 
 def _regex(pattern: str) -> str:

@@ -19,13 +19,15 @@ from attnsurgery.errors import SearchError
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside, flush to the disk, then rename: a reader sees the old file or the new one.
 
+    Names of files that are no UTF-8 are written with backslashes: no report is lost for them.
+
     Raises:
         SearchError: the disk is full or not writable; the old file is still there.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

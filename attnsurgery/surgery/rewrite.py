@@ -24,6 +24,7 @@ import ast
 import hashlib
 import importlib
 import inspect
+import itertools
 import linecache
 import operator
 import types
@@ -77,16 +78,21 @@ def _cut_inside(owner: nn.Module, grafts: tuple[Graft, ...], name: str) -> list[
     graphs = trace_in_both_modes(owner)
     if graphs is None:
         raise SiteError(f"the forward of {uncut_class(owner).__name__} cannot be traced; cut at its output instead.")
+    base = uncut_class(owner)
     alike = same(*graphs)
     evaluating = _inserted(graphs[0], owner, grafts, "eval")
-    if alike:
+    if alike and not _by_keyword(base):
         return [_generated(evaluating, name)]
+    if alike:  # torch.fx writes no arguments that are given by keyword alone
+        return [_generated(evaluating, "_both"), _dispatching(base, name, "_both", "_both")]
     training = _inserted(graphs[1], owner, grafts, "train")
-    return [
-        _generated(evaluating, "_evaluating"),
-        _generated(training, "_training"),
-        _dispatching(uncut_class(owner), name),
-    ]
+    return [_generated(evaluating, "_evaluating"), _generated(training, "_training"), _dispatching(base, name)]
+
+
+def _by_keyword(base: type[nn.Module]) -> bool:
+    """True if an argument of the forward can be given by keyword alone."""
+    kinds = [parameter.kind for parameter in inspect.signature(base.forward).parameters.values()]
+    return inspect.Parameter.KEYWORD_ONLY in kinds
 
 
 def find_slot(owner: nn.Module, child: str, node: str | None) -> Slot | None:
@@ -191,6 +197,7 @@ def _wrapping(base: type[nn.Module], cuts: list[Graft], called: str) -> tuple[st
     """A forward that calls the old one and passes what it returns through the blocks."""
     declared, passed = _arguments(base)
     x = passed.partition(",")[0]
+    x = f"{x[1:]}[0]" if x.startswith("*") else x
     before, after, at_last = [], [], []
     for number, graft in enumerate(cuts):
         gate, prefix = f"gate_{number}", graft.prefix_tokens
@@ -250,15 +257,12 @@ def _through(graft: Graft, source: str, target: str) -> list[str]:
     return [f"{target} = self.{graft.child}({source}{there}){back}"]
 
 
-def _dispatching(base: type[nn.Module], name: str) -> tuple[str, Bindings]:
+def _dispatching(
+    base: type[nn.Module], name: str, evaluating: str = "_evaluating", training: str = "_training"
+) -> tuple[str, Bindings]:
     declared, passed = _arguments(base)
-    source = (
-        f"def {name}({declared}):\n"
-        f"    if self.training:\n"
-        f"        return self._training({passed})\n"
-        f"    return self._evaluating({passed})\n"
-    )
-    return source, _ANNOTATING
+    asks = "" if evaluating == training else f"    if self.training:\n        return self.{training}({passed})\n"
+    return f"def {name}({declared}):\n{asks}    return self.{evaluating}({passed})\n", _ANNOTATING
 
 
 _ANNOTATING: Bindings = (("torch", "module", "torch"), ("Optional", "object", Optional))
@@ -277,15 +281,18 @@ def _typed(hint: Any) -> str:
 def _arguments(base: type[nn.Module]) -> tuple[str, str]:
     """The forward's arguments as declared and as passed on; defaults are put back by `_new_class`.
 
+    The first argument is `self` here, whatever the forward calls it; a decorator may have left it among `*args`.
     torch.jit.script takes types from the text, and those it knows are written there.
     """
-    declared, passed = [], []
+    declared, passed = ["self"], []
     starred = False
     try:
         hints = typing.get_type_hints(base.forward)
     except Exception:  # a name that only type checkers can see
         hints = {}
-    for name, parameter in inspect.signature(base.forward).parameters.items():
+    parameters = list(inspect.signature(base.forward).parameters.items())
+    unnamed = not parameters or parameters[0][1].kind is inspect.Parameter.VAR_POSITIONAL
+    for name, parameter in parameters if unnamed else parameters[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             starred = True
             declared.append(f"*{name}")
@@ -301,7 +308,7 @@ def _arguments(base: type[nn.Module]) -> tuple[str, str]:
         else:
             declared.append(name + _typed(hints.get(name)))
             passed.append(name)
-    return ", ".join(declared), ", ".join(passed[1:])
+    return ", ".join(declared), ", ".join(passed)
 
 
 def _generated(graph: fx.Graph, name: str) -> tuple[str, Bindings]:
@@ -343,8 +350,7 @@ def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[n
     exec(compile(source, filename, "exec"), namespace)
     methods = {n: v for n, v in namespace.items() if isinstance(v, types.FunctionType) and n not in names}
     for name, method in methods.items():
-        method.__defaults__ = base.forward.__defaults__
-        method.__kwdefaults__ = base.forward.__kwdefaults__
+        method.__defaults__, method.__kwdefaults__ = _defaults(method, base)
         method.__annotations__ = dict(base.forward.__annotations__)
         method.__qualname__ = f"Surgical{base.__name__}.{name}"
     body = {
@@ -360,6 +366,19 @@ def _new_class(base: type[nn.Module], source: str, bindings: Bindings) -> type[n
     if "carry" in namespace or "carried" in namespace:
         body["__prepare_scriptable__"] = _refuse_scripting
     return type(f"Surgical{base.__name__}", (base,), body)
+
+
+def _defaults(
+    method: types.FunctionType, base: type[nn.Module]
+) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
+    """Those that the forward declares for the arguments of a generated method, also through decorators."""
+    declared = inspect.signature(base.forward).parameters
+    code = method.__code__
+    given = {name: declared[name].default for name in declared if declared[name].default is not inspect.Parameter.empty}
+    positional, end = code.co_varnames[: code.co_argcount], code.co_argcount + code.co_kwonlyargcount
+    trailing = list(itertools.takewhile(given.__contains__, reversed(positional)))[::-1]
+    by_keyword = {name: given[name] for name in code.co_varnames[code.co_argcount : end] if name in given}
+    return tuple(given[name] for name in trailing) or None, by_keyword or None
 
 
 def _then_rewritten(name: str) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgery.blocks import Block
-from attnsurgery.errors import SurgeryError
+from attnsurgery.errors import SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.graph.record import example
 from attnsurgery.graph.twin import meta_twin, quietly, weighted_twin
@@ -40,7 +40,8 @@ class BlockReport:
     input_kept: bool
     """False if the host writes in place to the tensor the block has read, so that the write is lost behind it."""
     learns: bool
-    """False if nothing in it gets a gradient: freezing batch norms after surgery freezes a gate at 0 for ever."""
+    """False if nothing in it gets a gradient: freezing batch norms after surgery freezes a gate at 0 for ever, and a
+    model may run the block without gradients."""
 
     @property
     def fault(self) -> str | None:
@@ -52,7 +53,10 @@ class BlockReport:
         if not self.input_kept:
             return f"the host writes in place to what {self.path} has read, and that write is lost"
         if not self.learns:
-            return f"nothing in {self.path} gets a gradient: its gate is frozen (freeze norms before surgery)"
+            return (
+                f"nothing in {self.path} gets a gradient: its gate is frozen (freeze norms before surgery), or the "
+                "model cuts it off, by torch.no_grad, detach or reentrant checkpointing"
+            )
         return None
 
 
@@ -207,20 +211,39 @@ def _output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     model.eval()
     try:
         with torch.no_grad():
-            output = model(images)
+            return _flat(model(images))
     finally:
         for module, training in modes.items():  # one by one: frozen norms of a model in training stay frozen
             module.training = training
-    return torch.cat([tensor.float().flatten() for tensor in tensors_of(output)])
+
+
+def _flat(output: Any) -> torch.Tensor:
+    """All numbers of an output in a row.
+
+    Raises:
+        UsageError: it has none, or none that says how sure the model is.
+    """
+    tensors = list(tensors_of(output))
+    if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
+        what = "tensors of whole numbers alone" if tensors else f"no tensor but {type(output).__name__}"
+        raise UsageError(
+            f"the model returns {what}, in which small differences do not show. Give the model inside that returns "
+            "scores or features."
+        )
+    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    return torch.cat([part.float().flatten() for part in parts])
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of an output, which is a list or dictionary for feature models."""
+    """Every tensor of an output, which is a list, a dictionary or a dataclass for some models."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (list, tuple, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_of(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for held in fields(value):
+            yield from tensors_of(getattr(value, held.name, None))
 
 
 class _Watch:
@@ -314,30 +337,36 @@ def _of_part(model: nn.Module, part: nn.Module, features: Callable[[Any], Any], 
 def _one_backward(
     model: nn.Module, run: Callable[[torch.Tensor], Any], images: torch.Tensor, generator: torch.Generator
 ) -> tuple[set[str], set[str]]:
-    """The blocks that what `run` gives does not depend on, and those that are the identity and get no gradient."""
+    """The blocks that what `run` gives does not depend on, and those that can never learn: they are the identity and
+    get no gradient, or the model cuts them off from any."""
     probes: dict[str, torch.Tensor] = {}
+    directions: dict[str, torch.Tensor] = {}
     idle: set[str] = set()
 
     def add(path: str) -> Any:
         def hook(block: Block, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            probes[path] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
             if torch.equal(output, torch.ones_like(output) if block.gates else args[0]):
                 idle.add(path)  # although all of its parameters have moved
-            # one number for all would be lost in a layer norm
-            direction = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-            return output + probes[path] * direction
+            if path not in probes:  # a checkpoint runs its blocks again in backward, through the same probe
+                probes[path] = torch.zeros((), device=output.device, dtype=output.dtype, requires_grad=True)
+                # one number for all would be lost in a layer norm
+                direction = torch.randn(output.shape, generator=generator)
+                directions[path] = direction.to(output.device, output.dtype)
+            return output + probes[path] * directions[path]
 
         return hook
 
     blocks = grafted_blocks(model)
     handles = [block.register_forward_hook(add(path)) for path, block in blocks.items()]
+    model.zero_grad(set_to_none=True)
     try:
         with torch.enable_grad():
-            output = torch.cat([tensor.float().flatten() for tensor in tensors_of(run(images))])
+            output = _flat(run(images))
             weights = torch.randn(output.shape, generator=generator).to(output.device)
-            parameters = {path: [p for p in blocks[path].parameters() if p.requires_grad] for path in probes}
-            inputs = [*probes.values(), *(p for own in parameters.values() for p in own)]
-            slopes = iter(torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True) if probes else ())
+            if output.requires_grad:
+                (output * weights).sum().backward()  # type: ignore[no-untyped-call]
+        silent = [path for path, probe in probes.items() if _is_zero(probe.grad)]
+        cut_off = _changing(silent, probes, run, images)
     except RuntimeError as error:
         if "inplace" in str(error) or "in-place" in str(error):
             raise SurgeryError(f"an in-place operation of the host corrupts a block, backward fails: {error}") from None
@@ -345,9 +374,24 @@ def _one_backward(
     finally:
         for handle in handles:
             handle.remove()
-    unheard = {path for path in probes if _is_zero(next(slopes))}
-    still = {path: [_is_zero(next(slopes)) for _ in own] for path, own in parameters.items()}
-    return unheard, {path for path, zeros in still.items() if all(zeros) and path in idle}
+    still = {path for path in probes if all(_is_zero(p.grad) for p in blocks[path].parameters() if p.requires_grad)}
+    return set(silent) - cut_off, (still & idle) | cut_off
+
+
+def _changing(
+    paths: list[str], probes: dict[str, torch.Tensor], run: Callable[[torch.Tensor], Any], images: torch.Tensor
+) -> set[str]:
+    """Of these blocks those that the output depends on all the same: no_grad, detach or a reentrant checkpoint stands
+    between."""
+    found = set()
+    with torch.no_grad():
+        before = _flat(run(images)) if paths else torch.empty(0)
+        for path in paths:
+            probes[path].fill_(1.0)
+            if not torch.equal(torch.nan_to_num(_flat(run(images))), torch.nan_to_num(before)):
+                found.add(path)
+            probes[path].fill_(0.0)
+    return found
 
 
 def _is_zero(slope: torch.Tensor | None) -> bool:

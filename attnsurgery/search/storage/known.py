@@ -15,6 +15,7 @@ from attnsurgery.search.storage.urls import (
     opened,
     storage_errors,
     study_name,
+    url_of,
     without_password,
 )
 
@@ -32,7 +33,7 @@ def known(folder: Path, storage: str | None) -> dict[str, Any]:
     if storage is None and not (folder / STUDY).exists():
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = storage or f"sqlite:///{(folder / STUDY).resolve()}"
+    url = storage or url_of(folder / STUDY)
     if storage:
         check_url(storage)
     with storage_errors(url):

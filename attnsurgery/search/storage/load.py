@@ -34,7 +34,7 @@ from attnsurgery.search.storage.schema import (
     records_of,
     trials_of,
 )
-from attnsurgery.search.storage.urls import storage_errors, study_name, without_password
+from attnsurgery.search.storage.urls import storage_errors, study_name, url_of, without_password
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _url(folder: Path, storage: str | None) -> Iterator[str]:
     with TemporaryDirectory(prefix="attnsurgery-") as scratch:
         copied = Path(scratch) / STUDY
         copy_study(folder / STUDY, copied)
-        yield f"sqlite:///{copied}"
+        yield url_of(copied)
 
 
 def copy_study(study: Path, to: Path) -> None:

@@ -30,6 +30,7 @@ from attnsurgery.search.storage.schema import (
     Terms,
     promoted_key,
 )
+from attnsurgery.search.storage.urls import url_of
 
 _BESIDE_A_STUDY = tuple(f"{STUDY}-{suffix}" for suffix in ("journal", "wal", "shm"))
 
@@ -84,7 +85,7 @@ def _study_beside(
 ) -> Path:
     path = folder / f".{STUDY}.new"
     path.unlink(missing_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
+    storage = optuna.storages.RDBStorage(url_of(path))
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
         for key, value in facts.items():

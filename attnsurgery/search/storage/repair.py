@@ -34,7 +34,7 @@ from attnsurgery.search.storage.schema import (
     records_of,
     trials_of,
 )
-from attnsurgery.search.storage.urls import study_name
+from attnsurgery.search.storage.urls import study_name, url_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _kept(path: Path) -> tuple[dict[str, Any], dict[int, Record], str] | None:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
             if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 return None
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
+        storage = optuna.storages.RDBStorage(url_of(path))
         try:
             name = study_name(storage, path.parent)
             if name is None:

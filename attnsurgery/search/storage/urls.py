@@ -42,6 +42,13 @@ def opened(url: str | BaseStorage) -> BaseStorage:
     return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=how)
 
 
+def url_of(database: Path) -> str:
+    """The URL of a database in a file, in whose path a '?' or '%' may stand, which mean something else in a URL."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(database.resolve())).render_as_string(hide_password=False)
+
+
 def close(storage: BaseStorage) -> None:
     """Let go of a database."""
     if isinstance(storage, optuna.storages.RDBStorage):
