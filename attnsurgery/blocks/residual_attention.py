@@ -58,17 +58,18 @@ class PreActUnit(nn.Module):
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, dilation, dilation, bias=False, device=device, dtype=dtype)
         self.norm3 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
         self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False, device=device, dtype=dtype)
-        self.act = nn.ReLU(inplace=True)
+        # one for each use: pt2e quantisation takes what one module computes for one place in the graph
+        self.act1, self.act2, self.act3 = (nn.ReLU(inplace=True) for _ in range(3))
         self.downsample = None
         if stride > 1 or out_channels != channels:
             self.downsample = nn.Conv2d(channels, out_channels, 1, stride, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.act(self.norm1(x))
+        y: torch.Tensor = self.act1(self.norm1(x))
         shortcut = x if self.downsample is None else self.downsample(y)
         y = self.conv1(y)
-        y = self.conv2(self.act(self.norm2(y)))
-        y = self.conv3(self.act(self.norm3(y)))
+        y = self.conv2(self.act2(self.norm2(y)))
+        y = self.conv3(self.act3(self.norm3(y)))
         return shortcut + y  # in this order: a sum takes the memory format of its first term, and y can be 1 wide
 
 
@@ -216,7 +217,7 @@ class ResidualAttention(Block):
         self.conv1 = nn.Conv2d(inner, inner, 1, bias=False, device=device, dtype=dtype)
         self.norm2 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
         self.conv2 = nn.Conv2d(inner, channels, 1, bias=False, device=device, dtype=dtype)
-        self.act = nn.ReLU(inplace=True)
+        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if start == "identity" else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -230,8 +231,8 @@ class ResidualAttention(Block):
 
     def gates_of(self, x: torch.Tensor) -> torch.Tensor:
         """The mask M of x, (B, C, H, W)."""
-        y = self.conv1(self.act(self.norm1(self.mask(x))))
-        return self._normalised(self.conv2(self.act(self.norm2(y))))
+        y = self.conv1(self.act1(self.norm1(self.mask(x))))
+        return self._normalised(self.conv2(self.act2(self.norm2(y))))
 
     def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""

@@ -54,6 +54,13 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _architecture(model: nn.Module) -> str | None:
+    """What timm calls the model; a model that describes itself by a base and a recipe has the name of its base."""
+    kept: dict[str, Any] = getattr(model, "_model_args", None) or {}
+    found = kept.get("base") if "recipe" in kept else None
+    return found or _config(model).get("architecture")
+
+
 def _channels(said: list[nn.Module], usual: int) -> int:
     """Of the images: what the first convolution takes, or what the model says where its stem folds pixels."""
     for model in said:
@@ -142,7 +149,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
         for path, module in hosts.items()
         if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS)) and run.once(path) and in_body(path)
     }
-    name = next((said["architecture"] for said in map(_config, speakers(model)) if said.get("architecture")), None)
+    name = next(filter(None, map(_architecture, speakers(model))), None)
     found = tuple(_with_blocks(_richest(outputs, rows)))
     return Anatomy(name or type(model).__name__, size, found, owners, run, finish, within)
 

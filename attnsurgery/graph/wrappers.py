@@ -92,6 +92,11 @@ _QUANTISED = (
 _PACKED = "{path!r} is quantised ({what}): call this on the plain model, and quantise it afterwards"
 _LAZY = "the parameters of {path!r} have no shape yet: run the model once on an image, so that it makes them"
 
+_WITHOUT_VALUES = (
+    "the parameters of {path!r} have no values, for they are on the meta device: build the model on a real device, "
+    "and load its weights there"
+)
+
 
 def _kind(module: nn.Module) -> Kind | None:
     cls: Any = type(module)
@@ -215,6 +220,8 @@ def _check_state(path: str, module: nn.Module, verb: Verb) -> None:
         raise _refusal(verb, path, _PACKED.format(path=path, what=f"{home.rpartition('.')[0]}.{type(module).__name__}"))
     for tensor in module._parameters.values():
         kind: Any = type(tensor)
+        if tensor is not None and tensor.is_meta and verb == "verify" and not nn.parameter.is_lazy(tensor):
+            raise _refusal(verb, path, _WITHOUT_VALUES.format(path=path))
         if tensor is None or kind is nn.Parameter:
             continue
         if nn.parameter.is_lazy(tensor):
