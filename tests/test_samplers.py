@@ -13,9 +13,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
-from attnsurgery.samplers.knapsack import Budget, _climb, _Promises, _undominated, best
+from attnsurgery.samplers.knapsack import Budget, _greedy, _undominated, _UpperBounds, best
 from attnsurgery.samplers.places import Picks
-from attnsurgery.samplers.surrogate import Fit, Surrogate
+from attnsurgery.samplers.surrogate import CrossValidation, Surrogate
 
 CHOICES = ("none", "se(reduction=4)", "se(reduction=16)", "non_local")
 PLACES = Places({f"layer{place}": CHOICES for place in range(6)})
@@ -37,7 +37,7 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(
     seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if steps:
-        monkeypatch.setattr("attnsurgery.samplers.knapsack._STEPS", steps)
+        monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", steps)
     rng = np.random.default_rng(seed)
     names = [f"p{place}" for place in range(rng.integers(1, 5))]
     places = Places(
@@ -71,13 +71,13 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(
 def promised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every look at what a partial candidate may come to."""
     looks: list[int] = []
-    at = _Promises.at
+    at = _UpperBounds.at
 
-    def counted(self: _Promises, place: int, count: int, left: float) -> float:
+    def counted(self: _UpperBounds, place: int, count: int, left: float) -> float:
         looks.append(place)
         return at(self, place, count, left)
 
-    monkeypatch.setattr(_Promises, "at", counted)
+    monkeypatch.setattr(_UpperBounds, "at", counted)
     return looks
 
 
@@ -107,11 +107,11 @@ def test_after_so_many_steps_the_most_promising_are_looked_at_together(
 ) -> None:
     places, values, by_count, budgets = two_budgets(seed, dear=0.4)
     exact = best(places, values, by_count, budgets)
-    monkeypatch.setattr("attnsurgery.samplers.knapsack._STEPS", 10)
+    monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", 10)
     promised.clear()
     found = best(places, values, by_count, budgets)
     assert len(promised) <= 3 * (1 + len(CHOICES) * 10), "the walk ends there"
-    climbed, _ = _climb(places, values, by_count, budgets, set())
+    climbed, _ = _greedy(places, values, by_count, budgets, set())
     assert exact is not None
     assert found is not None
     assert climbed is not None
@@ -207,12 +207,12 @@ def draw(count: int, seed: int) -> list[Picks]:
 @pytest.mark.parametrize("seed", range(3))
 def test_effects_that_add_up_are_found_again(seed: int) -> None:
     candidates, score = draw(60, seed), adding(seed, noise=0.05)
-    told = Surrogate(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
-    for found, true in zip(told.mean().values, effects(seed), strict=True):
+    told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+    for found, true in zip(told.mean_effects().values, effects(seed), strict=True):
         assert np.allclose(found, true, atol=0.3)
-    assert told.mean().base == pytest.approx(70, abs=0.6)
-    assert told.fit().explained > 0.95
-    assert not told.fit().is_bad
+    assert told.mean_effects().base == pytest.approx(70, abs=0.6)
+    assert told.cross_validation().r2 > 0.95
+    assert not told.cross_validation().is_bad
 
 
 def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scale_of_scores() -> None:
@@ -220,9 +220,9 @@ def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scal
 
     def spread(count: int) -> float:
         candidates = draw(count, 5)
-        told = Surrogate(PLACES).told(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+        told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
         rng = np.random.default_rng(1)
-        return float(np.std([np.concatenate(told.draw(rng).values) for _ in range(200)], axis=0).mean())
+        return float(np.std([np.concatenate(told.sample_effects(rng).values) for _ in range(200)], axis=0).mean())
 
     assert spread(6) > 3 * spread(60)
 
@@ -231,8 +231,8 @@ def test_one_training_that_broke_down_does_not_drown_the_rest() -> None:
     candidates, score = draw(40, 3), adding(3, noise=0.05)
     scores = [score(picks) for picks in candidates]
     scores[7] = -1e6
-    told = Surrogate(PLACES).told(candidates, scores, np.random.default_rng(0))
-    found, true = np.concatenate(told.mean().values), np.concatenate(effects(3))
+    told = Surrogate(PLACES).fit(candidates, scores, np.random.default_rng(0))
+    found, true = np.concatenate(told.mean_effects().values), np.concatenate(effects(3))
     assert np.corrcoef(found, true)[0, 1] > 0.8
 
 
@@ -244,30 +244,30 @@ def signs(picks: Picks) -> float:
 def test_scores_that_do_not_add_up_are_learned_as_the_candidates_own() -> None:
     places = Places({f"p{i}": CHOICES for i in range(3)})
     known = [picks[:3] for picks in draw(60, 4)]
-    told = Surrogate(places).told(known, [signs(picks) for picks in known], np.random.default_rng(0))
-    fit = told.fit()
-    assert fit.explained > 0.5
+    told = Surrogate(places).fit(known, [signs(picks) for picks in known], np.random.default_rng(0))
+    fit = told.cross_validation()
+    assert fit.r2 > 0.5
     assert not fit.is_bad
     new = [picks for picks in all_of(places) if picks not in known]
-    expected, spread = told.foretell(new)
+    expected, spread = told.predict(new)
     assert len(new) > 15
     assert np.corrcoef(expected, [signs(picks) for picks in new])[0, 1] > 0.5
-    assert spread.min() > 2 * told.foretell(known)[1].max()
+    assert spread.min() > 2 * told.predict(known)[1].max()
 
 
 def test_what_was_told_is_known_better_than_what_is_left_out() -> None:
     known, score = draw(30, 6), adding(6, noise=0.1)
     scores = [score(picks) for picks in known]
-    told = Surrogate(PLACES).told(known, scores, np.random.default_rng(0))
-    expected, spread = told.foretell(known)
+    told = Surrogate(PLACES).fit(known, scores, np.random.default_rng(0))
+    expected, spread = told.predict(known)
     assert np.abs(expected - scores).mean() < 0.2
-    errors = told.errors()
+    errors = told.leave_one_out_errors()
     assert np.abs(errors).mean() > np.abs(expected - scores).mean()  # what was told is known better than what was not
     assert np.all(spread < np.std(scores))
     summed = [
-        told.mean().base
-        + sum(float(v[p]) for v, p in zip(told.mean().values, picks, strict=True))
-        + float(told.mean().by_count[PLACES.count(picks)])
+        told.mean_effects().base
+        + sum(float(v[p]) for v, p in zip(told.mean_effects().values, picks, strict=True))
+        + float(told.mean_effects().by_count[PLACES.count(picks)])
         for picks in known
     ]
     assert np.corrcoef(summed, expected)[0, 1] > 0.97  # the rest is what does not add up
@@ -281,7 +281,7 @@ def test_a_block_that_was_not_tried_at_a_place_may_be_worth_far_more_than_anythi
     tried, untried = (3, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 3)
     assert any(picks[0] == 3 for picks in told)
     spreads = [
-        Surrogate(PLACES).told(told, scores, np.random.default_rng(seed)).foretell([tried, untried])[1]
+        Surrogate(PLACES).fit(told, scores, np.random.default_rng(seed)).predict([tried, untried])[1]
         for seed in range(60)
     ]
     far = np.array(spreads) > 4 * np.std(scores)
@@ -290,9 +290,9 @@ def test_a_block_that_was_not_tried_at_a_place_may_be_worth_far_more_than_anythi
 
 
 def test_a_fit_is_bad_if_a_model_that_knows_less_foretells_clearly_better() -> None:
-    assert Fit(explained=0.1, otherwise=0.4).is_bad
-    assert not Fit(explained=0.3, otherwise=0.4).is_bad
-    assert not Fit(explained=-3.0, otherwise=0.1).is_bad  # that one knows nothing either
+    assert CrossValidation(r2=0.1, reference_r2=0.4).is_bad
+    assert not CrossValidation(r2=0.3, reference_r2=0.4).is_bad
+    assert not CrossValidation(r2=-3.0, reference_r2=0.1).is_bad  # that one knows nothing either
 
 
 def test_where_the_surrogate_does_not_fit_tpe_chooses_and_the_sampler_says_so(
@@ -302,7 +302,7 @@ def test_where_the_surrogate_does_not_fit_tpe_chooses_and_the_sampler_says_so(
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
     asked = []
     for bad in (False, True):
-        monkeypatch.setattr(Fit, "is_bad", bad)
+        monkeypatch.setattr(CrossValidation, "is_bad", bad)
         study.sampler = SAMPLERS["additive"](PLACES, 5, 70.0)
         asked.append(PLACES.picks(study.ask(space).params))
         assert study.sampler.fell_back is bad

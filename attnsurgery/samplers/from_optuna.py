@@ -1,6 +1,8 @@
-"""Optuna's own samplers, as they come: to compare with, and for spaces in which blocks do not add up."""
+"""Optuna's own samplers, unchanged: to compare with, and for spaces in which the effects of blocks do not add up."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import optuna
 from optuna.samplers import TPESampler
@@ -11,7 +13,7 @@ from attnsurgery.samplers.places import Places
 
 @SAMPLERS.register("tpe")
 class TpeSampler(TPESampler):
-    """Optuna's tree-structured Parzen estimator, which knows constraints."""
+    """Optuna's tree-structured Parzen estimator, which takes constraints into account."""
 
     def __init__(self, places: Places, seed: int, base_score: float | None = None) -> None:
         super().__init__(seed=seed, n_startup_trials=8)
@@ -19,7 +21,7 @@ class TpeSampler(TPESampler):
 
 @SAMPLERS.register("nsga2")
 class Nsga2Sampler(optuna.samplers.NSGAIISampler):
-    """Optuna's NSGA-II, in small generations."""
+    """Optuna's NSGA-II with a population of 16."""
 
     def __init__(self, places: Places, seed: int, base_score: float | None = None) -> None:
         super().__init__(seed=seed, population_size=16)
@@ -27,9 +29,9 @@ class Nsga2Sampler(optuna.samplers.NSGAIISampler):
 
 @SAMPLERS.register("random")
 class RandomSampler(optuna.samplers.RandomSampler):
-    """Every place by itself, uniformly."""
+    """Random search: the choice at every place is drawn independently and uniformly."""
 
-    draws_uniformly = True
+    draws_uniformly: ClassVar[bool] = True
 
     def __init__(self, places: Places, seed: int, base_score: float | None = None) -> None:
         super().__init__(seed=seed)

@@ -1,17 +1,19 @@
-"""The best candidate within all budgets, exactly: a multiple-choice knapsack over places and what goes there.
+"""The best candidate within all budgets, exactly: a multiple-choice knapsack over places and the choices at each.
 
-First, from the last place to the first, what the rest can still be worth for any cost and number of blocks: of partial
-candidates that another one beats in both value and cost nothing better can come, so only the undominated are kept
-(Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", 1969); and of those only what can still
-come to a floor, with the most that the places before them may add when blocks may be taken in part (the relaxation of
-Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). The floor is what a greedy climb comes to. Then
-candidates are grown from the first place on, always the one that promises most (A*). With one budget a promise is exact
-for all that reach the floor, so the search walks straight to the best candidate, and on to the next best where that one
-was tried before; with several budgets the smallest of their promises holds, and of that of their sum, which is never
-too low for them.
+1. Upper bounds, by dynamic programming from the last place to the first: the largest value that the remaining places
+   can add, for any cost and number of blocks. A partial candidate that is dominated in both value and cost cannot be
+   part of a better one, so only undominated ones are kept (Nemhauser and Ullmann, "Discrete dynamic programming and
+   capital allocation", 1969). Of these, only those are kept that can still reach a lower bound, together with the
+   linear relaxation of the places before them (Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). The
+   lower bound is the value of a greedy solution.
+2. Best-first search (A*) from the first place on, which always extends the partial candidate with the largest upper
+   bound. With one budget the bound is exact for all that reach the lower bound, so the search goes straight to the best
+   candidate, and on to the next best where that one is excluded. With several budgets the smallest of their bounds
+   holds, and so does that of their sum (the surrogate relaxation).
+3. After a number of steps, beam search with the same bounds, which may fall short of the best value by a little.
 
-An integer programme (HiGHS, by scipy.optimize.milp) gives the same answers, faster for many places, but it prints on
-stdout now and then, which no option keeps it from.
+An integer program (HiGHS, by scipy.optimize.milp) gives the same answers, faster for many places, but it sometimes
+prints to stdout, and has no option that prevents it.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ import numpy as np
 
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 
-_STEPS = 1000
-"""Partial candidates that are grown one by one before that."""
-_WIDTH = 4000
-"""Partial candidates that go on to the next place then."""
+_MAX_STEPS = 1000
+"""Number of partial candidates that A* extends before beam search takes over."""
+_BEAM_WIDTH = 4000
+"""Number of partial candidates that beam search keeps at each place."""
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 _States = tuple[Counts, Floats, Floats]
+"""Partial candidates: their numbers of blocks, costs and values."""
 
 
 def best(
@@ -45,233 +48,262 @@ def best(
     budgets: Sequence[Budget] = (),
     tried: Collection[Picks] = (),
 ) -> Picks | None:
-    """The candidate of the highest value that fits and was not tried; None if there is none.
+    """The untried candidate of the largest value within all limits; None if there is none.
 
-    With several budgets it may fall short of the highest value by a little, where that would take too long to find.
+    With several budgets its value may be a little below the largest, where finding that would take too long.
 
     Args:
-        values: of each choice at each place; they add up.
-        by_count: worth of having 0, 1, 2, ... blocks, as many as all places can hold.
-        tried: candidates that do not count.
+        places: the space.
+        values: by place, the value of each choice; they add up.
+        by_count: the value of having 0, 1, 2, ... blocks, up to the number that all places can hold.
+        budgets: costs and their limits.
+        tried: candidates that are excluded.
     """
     if len(budgets) > 1:
-        kept = _possible(budgets)
-        if any(len(some) < len(worth) for some, worth in zip(kept, values, strict=True)):
-            return _best_of(kept, places, values, by_count, budgets, tried)
-    known = set(tried)
+        feasible = _feasible_choices(budgets)
+        if any(len(choices) < len(value) for choices, value in zip(feasible, values, strict=True)):
+            return _best_of_choices(feasible, places, values, by_count, budgets, tried)
+    excluded = set(tried)
     bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
     binding = all(budget.most > 0 for budget in budgets)
-    climbed, floor = _climb(places, values, bonus, budgets, known) if budgets and binding else (None, -math.inf)
-    budgets = [*budgets] or [Budget([np.zeros(len(worth)) for worth in values], math.inf)]
+    greedy, lower_bound = (
+        _greedy(places, values, bonus, budgets, excluded) if budgets and binding else (None, -math.inf)
+    )
+    budgets = [*budgets] or [Budget([np.zeros(len(value)) for value in values], math.inf)]
     if len(budgets) > 1 and binding:
-        budgets.append(_together(budgets))
-    promises = [_Promises(places, values, bonus, budget, floor) for budget in budgets]
-    worths = [worth.tolist() for worth in values]
-    costs = [
+        budgets.append(_sum_of_budgets(budgets))
+    bounds = [_UpperBounds(places, values, bonus, budget, lower_bound) for budget in budgets]
+    value_lists = [value.tolist() for value in values]
+    cost_lists = [
         list(zip(*(budget.costs[place].tolist() for budget in budgets), strict=True)) for place in range(len(values))
     ]
     age = itertools.count()
-    # by promise, then the longer one first: picks, their value, number of blocks, what is left of each budget
+    # by upper bound, then the longer one first: picks, their value, number of blocks, the rest of each budget
     heap: list[tuple[float, int, int, Picks, float, int, tuple[float, ...]]] = []
 
-    def consider(picks: Picks, value: float, count: int, left: tuple[float, ...]) -> None:
+    def push(picks: Picks, value: float, count: int, rest: tuple[float, ...]) -> None:
         place = len(picks)
-        promise = min([p.at(place, count, rest) for p, rest in zip(promises, left, strict=True)])
-        if promise > -math.inf:
-            heapq.heappush(heap, (-(value + promise), -len(picks), next(age), picks, value, count, left))
+        bound = min([b.at(place, count, one) for b, one in zip(bounds, rest, strict=True)])
+        if bound > -math.inf:
+            heapq.heappush(heap, (-(value + bound), -len(picks), next(age), picks, value, count, rest))
 
-    consider((), 0.0, 0, tuple(budget.most for budget in budgets))
+    push((), 0.0, 0, tuple(budget.most for budget in budgets))
     steps = 0
     while heap:
         steps += 1
-        if steps == _STEPS:
-            found = _most_promising(places, values, bonus, budgets, promises, floor, known) or climbed
-            if found:
-                return found
-        *_, picks, value, count, left = heapq.heappop(heap)
+        if steps == _MAX_STEPS:
+            solution = _beam_search(places, values, bonus, budgets, bounds, lower_bound, excluded) or greedy
+            if solution:
+                return solution
+        *_, picks, value, count, rest = heapq.heappop(heap)
         place = len(picks)
         if place == len(values):
-            if picks not in known:
+            if picks not in excluded:
                 return picks
             continue
-        for choice, (worth, spent) in enumerate(zip(worths[place], costs[place], strict=True)):
+        for choice, (added, cost) in enumerate(zip(value_lists[place], cost_lists[place], strict=True)):
             after = count + (places.weights[place] if choice else 0)
-            consider((*picks, choice), value + worth, after, tuple(map(operator.sub, left, spent)))
+            push((*picks, choice), value + added, after, tuple(map(operator.sub, rest, cost)))
     return None
 
 
-def _possible(budgets: Sequence[Budget]) -> list[Counts]:
-    """By place, the choices that keep to every budget when all other places take their cheapest.
+def random_candidate(
+    places: Places, rng: np.random.Generator, budgets: Sequence[Budget], tried: Collection[Picks]
+) -> Picks | None:
+    """An untried candidate within all limits, the best by random values of choices; None if there is none.
 
-    One that is over a budget by itself looks cheap in the sum of all budgets, and promises what never comes.
+    In contrast to rejection sampling (`Places.drawn`) it is not uniform, and finds the last candidate within a budget.
     """
-    fits = [np.ones(len(costs), dtype=bool) for costs in budgets[0].costs]
+    values = [np.append(0.0, rng.standard_normal(len(choices) - 1)) for choices in places.choices.values()]
+    return best(places, values, None, budgets, tried)
+
+
+def _feasible_choices(budgets: Sequence[Budget]) -> list[Counts]:
+    """By place, the choices that are within every budget when all other places take their cheapest choice.
+
+    A choice that exceeds one budget alone may look cheap in the sum of all budgets, and would loosen its bound.
+    """
+    feasible = [np.ones(len(costs), dtype=bool) for costs in budgets[0].costs]
     for budget in budgets:
-        least = [float(costs.min()) for costs in budget.costs]
-        spare = budget.most - sum(least) + 1e-9 * abs(budget.most)
-        for fit, costs, cheapest in zip(fits, budget.costs, least, strict=True):
-            fit &= costs - cheapest <= spare
-    for fit in fits:
-        fit[0] = True  # no block is always a choice
-    return [np.flatnonzero(fit) for fit in fits]
+        cheapest = [float(costs.min()) for costs in budget.costs]
+        spare = budget.most - sum(cheapest) + 1e-9 * abs(budget.most)
+        for mask, costs, least in zip(feasible, budget.costs, cheapest, strict=True):
+            mask &= costs - least <= spare
+    for mask in feasible:
+        mask[0] = True  # no block is always a choice
+    return [np.flatnonzero(mask) for mask in feasible]
 
 
-def _best_of(
-    kept: Sequence[Counts],
+def _best_of_choices(
+    feasible: Sequence[Counts],
     places: Places,
     values: Sequence[Floats],
     by_count: Floats | None,
     budgets: Sequence[Budget],
     tried: Collection[Picks],
 ) -> Picks | None:
-    """`best` of some of the choices at each place."""
-    named = zip(kept, places.choices.items(), strict=True)
-    fewer = replace(places, choices={name: tuple(choices[at] for at in some) for some, (name, choices) in named})
-    less = [
-        replace(budget, costs=[costs[some] for some, costs in zip(kept, budget.costs, strict=True)])
+    """`best` with a subset of the choices at each place."""
+    named = zip(feasible, places.choices.items(), strict=True)
+    subspace = replace(
+        places, choices={name: tuple(labels[index] for index in choices) for choices, (name, labels) in named}
+    )
+    sub_budgets = [
+        replace(budget, costs=[costs[choices] for choices, costs in zip(feasible, budget.costs, strict=True)])
         for budget in budgets
     ]
-    now = [{before: at for at, before in enumerate(some.tolist())} for some in kept]
-    known = [
-        tuple([index[pick] for index, pick in zip(now, picks, strict=True)])
+    new_index = [{old: new for new, old in enumerate(choices.tolist())} for choices in feasible]
+    sub_tried = [
+        tuple([index[pick] for index, pick in zip(new_index, picks, strict=True)])
         for picks in tried
-        if all(pick in index for index, pick in zip(now, picks, strict=True))
+        if all(pick in index for index, pick in zip(new_index, picks, strict=True))
     ]
-    worth = [value[some] for some, value in zip(kept, values, strict=True)]
-    found = best(fewer, worth, by_count, less, known)
-    return None if found is None else tuple([int(some[pick]) for some, pick in zip(kept, found, strict=True)])
+    sub_values = [value[choices] for choices, value in zip(feasible, values, strict=True)]
+    picks = best(subspace, sub_values, by_count, sub_budgets, sub_tried)
+    if picks is None:
+        return None
+    return tuple([int(choices[pick]) for choices, pick in zip(feasible, picks, strict=True)])
 
 
-def _most_promising(
+def _beam_search(
     places: Places,
     values: Sequence[Floats],
     bonus: Floats,
     budgets: Sequence[Budget],
-    promises: Sequence[_Promises],
-    floor: float,
-    known: Collection[Picks],
+    bounds: Sequence[_UpperBounds],
+    lower_bound: float,
+    excluded: Collection[Picks],
 ) -> Picks | None:
-    """The best candidate that the `_WIDTH` most promising partial ones of every place lead to, if any."""
-    highest: Any = np.maximum.accumulate(bonus[::-1])[::-1]
+    """The best candidate that beam search finds, if any: of each place's extensions those of largest upper bound stay.
+
+    Shape letters: S states in the beam, C choices, N = S * C extensions, B budgets.
+    """
+    best_bonus: Any = np.maximum.accumulate(bonus[::-1])[::-1]
     picks_SP: Any = np.zeros((1, 0), dtype=np.int16)
     value_S, count_S = np.zeros(1), np.zeros(1, dtype=np.int64)
-    left_SB = np.array([[budget.most for budget in budgets]])
-    for place, worth_C in enumerate(values):
-        weight_C = np.full(len(worth_C), places.weights[place])
+    rest_SB = np.array([[budget.most for budget in budgets]])
+    for place, value_C in enumerate(values):
+        weight_C = np.full(len(value_C), places.weights[place])
         weight_C[0] = 0
         cost_CB = np.stack([budget.costs[place] for budget in budgets], axis=-1)
-        value_N, count_N = (value_S[:, None] + worth_C).ravel(), (count_S[:, None] + weight_C).ravel()
-        left_NB = (left_SB[:, None] - cost_CB).reshape(-1, len(budgets))
-        here_N = np.flatnonzero(count_N < len(bonus))
-        promise_N = np.min([one.by_cost(place + 1, left_NB[here_N, at]) for at, one in enumerate(promises)], axis=0)
-        promise_N += value_N[here_N] + (highest if place + 1 < len(values) else bonus)[count_N[here_N]]
-        holds_N = (promise_N >= floor) & (promise_N > -math.inf)
-        here_N, promise_N = here_N[holds_N], promise_N[holds_N]
-        if len(here_N) > _WIDTH:
-            top_S = np.argpartition(-promise_N, _WIDTH)[:_WIDTH]
-            here_N, promise_N = here_N[top_S], promise_N[top_S]
-        before_S, choice_S = np.divmod(here_N, len(worth_C))
-        picks_SP = np.concatenate([picks_SP[before_S], choice_S[:, None].astype(np.int16)], axis=1)
-        value_S, count_S, left_SB = value_N[here_N], count_N[here_N], left_NB[here_N]
-    for at in np.argsort(-promise_N, kind="stable"):
-        picks: Picks = tuple(picks_SP[at].tolist())
-        if picks not in known:
+        value_N, count_N = (value_S[:, None] + value_C).ravel(), (count_S[:, None] + weight_C).ravel()
+        rest_NB = (rest_SB[:, None] - cost_CB).reshape(-1, len(budgets))
+        index_N = np.flatnonzero(count_N < len(bonus))
+        bound_N = np.min([one.by_cost(place + 1, rest_NB[index_N, b]) for b, one in enumerate(bounds)], axis=0)
+        bound_N += value_N[index_N] + (best_bonus if place + 1 < len(values) else bonus)[count_N[index_N]]
+        within_N = (bound_N >= lower_bound) & (bound_N > -math.inf)
+        index_N, bound_N = index_N[within_N], bound_N[within_N]
+        if len(index_N) > _BEAM_WIDTH:
+            top_S = np.argpartition(-bound_N, _BEAM_WIDTH)[:_BEAM_WIDTH]
+            index_N, bound_N = index_N[top_S], bound_N[top_S]
+        parent_S, choice_S = np.divmod(index_N, len(value_C))
+        picks_SP = np.concatenate([picks_SP[parent_S], choice_S[:, None].astype(np.int16)], axis=1)
+        value_S, count_S, rest_SB = value_N[index_N], count_N[index_N], rest_NB[index_N]
+    for row in np.argsort(-bound_N, kind="stable"):
+        picks: Picks = tuple(picks_SP[row].tolist())
+        if picks not in excluded:
             return picks
     return None
 
 
-def _climb(
-    places: Places, values: Sequence[Floats], bonus: Floats, budgets: Sequence[Budget], known: Collection[Picks]
+def _greedy(
+    places: Places, values: Sequence[Floats], bonus: Floats, budgets: Sequence[Budget], excluded: Collection[Picks]
 ) -> tuple[Picks | None, float]:
-    """The best of some candidates that fit and were not tried, and a little less than its worth; -inf without any.
+    """The greedy solution and a lower bound just below its value; None and -inf where there is none.
 
-    They are those on the way of a greedy climb: at first nothing anywhere, then one choice after another that adds the
-    most for its share of the budgets.
+    From the empty candidate on, choices are taken in the order of value by cost, as far as they fit; the best of the
+    candidates on the way that are not excluded is the solution.
     """
-    share = [np.sum([budget.costs[place] / budget.most for budget in budgets], axis=0) for place in range(len(values))]
-    climbs = sorted(
+    relative = [
+        np.sum([budget.costs[place] / budget.most for budget in budgets], axis=0) for place in range(len(values))
+    ]
+    by_efficiency = sorted(
         (
-            ((value - worth[0]) / max(cost - share[place][0], 1e-12), place, choice)
-            for place, worth in enumerate(values)
-            for choice, (value, cost) in enumerate(zip(worth.tolist(), share[place].tolist(), strict=True))
-            if choice and value > worth[0]
+            ((value - place_values[0]) / max(cost - relative[place][0], 1e-12), place, choice)
+            for place, place_values in enumerate(values)
+            for choice, (value, cost) in enumerate(zip(place_values.tolist(), relative[place].tolist(), strict=True))
+            if choice and value > place_values[0]
         ),
         reverse=True,
     )
-    costs = [[cost.tolist() for cost in budget.costs] for budget in budgets]
-    picks, count, floor = [0] * len(values), 0, -math.inf
-    found: Picks | None = None
-    worth = float(sum(worth[0] for worth in values))
-    surely = [budget.most * (1 - 1e-9) for budget in budgets]  # sums in another order may come to a little more
-    left = [most - sum(cost[0] for cost in spent) for most, spent in zip(surely, costs, strict=True)]
-    for _, place, choice in climbs:
-        now = picks[place]
-        after = count + (places.weights[place] if not now else 0)
-        rest = [r - spent[place][choice] + spent[place][now] for r, spent in zip(left, costs, strict=True)]
-        gain = float(values[place][choice] - values[place][now])
-        if gain <= 0 or after >= len(bonus) or min(rest) < 0:
+    cost_lists = [[cost.tolist() for cost in budget.costs] for budget in budgets]
+    picks, count, best_value = [0] * len(values), 0, -math.inf
+    solution: Picks | None = None
+    value = float(sum(place_values[0] for place_values in values))
+    limits = [budget.most * (1 - 1e-9) for budget in budgets]  # sums in another order may come to a little more
+    rests = [limit - sum(cost[0] for cost in costs) for limit, costs in zip(limits, cost_lists, strict=True)]
+    for _, place, choice in by_efficiency:
+        current = picks[place]
+        after = count + (places.weights[place] if not current else 0)
+        new_rests = [
+            rest - costs[place][choice] + costs[place][current] for rest, costs in zip(rests, cost_lists, strict=True)
+        ]
+        gain = float(values[place][choice] - values[place][current])
+        if gain <= 0 or after >= len(bonus) or min(new_rests) < 0:
             continue
-        picks[place], count, left, worth = choice, after, rest, worth + gain
-        if worth + bonus[count] > floor and tuple(picks) not in known:
-            found, floor = tuple(picks), worth + float(bonus[count])
-    return found, floor - 1e-9 * (1.0 + abs(floor))
+        picks[place], count, rests, value = choice, after, new_rests, value + gain
+        if value + bonus[count] > best_value and tuple(picks) not in excluded:
+            solution, best_value = tuple(picks), value + float(bonus[count])
+    return solution, best_value - 1e-9 * (1.0 + abs(best_value))
 
 
-def _together(budgets: Sequence[Budget]) -> Budget:
-    """All of them in one: what keeps to each keeps to their sum, and the sum promises less than any of them alone."""
+def _sum_of_budgets(budgets: Sequence[Budget]) -> Budget:
+    """The surrogate relaxation: each budget scaled to a limit of 1, then added up.
+
+    Whatever is within every budget is within the sum, and its upper bound may be lower than that of any one of them.
+    """
     places = range(len(budgets[0].costs))
     costs = [np.sum([budget.costs[place] / budget.most for budget in budgets], axis=0) for place in places]
     return Budget(costs, len(budgets) * (1 + 1e-9))
 
 
-class _Promises:
-    """The most that the places from each one on can add, within one budget.
+class _UpperBounds:
+    """The largest value that the places from each one on can add, within one budget.
 
     Args:
-        floor: candidates worth less do not matter; what they are promised may be too little.
+        lower_bound: candidates of a lower value are ignored, so their bounds may be too low.
     """
 
     def __init__(
-        self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget, floor: float = -math.inf
+        self, places: Places, values: Sequence[Floats], bonus: Floats, budget: Budget, lower_bound: float = -math.inf
     ) -> None:
         self._bonus = bonus.tolist()
         self._merged: dict[int, tuple[Floats, Floats]] = {}
-        spare = _slack(budget)
-        before = _in_part(budget.costs, values) if floor > -math.inf else []
-        highest: Any = np.maximum.accumulate(bonus[::-1])[::-1]
-        # what the places from one on can be: number of blocks, cost, value; by number, then by cost, both ascending
+        rest = _rest_of_budget(budget)
+        relaxation = _linear_relaxation(budget.costs, values) if lower_bound > -math.inf else []
+        best_bonus: Any = np.maximum.accumulate(bonus[::-1])[::-1]
+        # undominated states of the places from one on: number of blocks, cost, value; by number, then by cost
         front: _States = (np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1))
-        # by place: number of blocks with their costs and values, both ascending. Lists, for one number at a time is
-        # looked up in them, which takes numpy ten times as long
+        # by place: number of blocks with their costs and values, both ascending. They are lists, for they are read one
+        # number at a time, which takes numpy ten times as long
         self._fronts = [_by_count(front)]
         for place in reversed(range(len(values))):
-            weight_C, cost_C, value_C = _steps(budget.costs[place], values[place], places.weights[place])
-            counts = (front[0][:, None] + weight_C).ravel()
-            costs, worths = (front[1][:, None] + cost_C).ravel(), (front[2][:, None] + value_C).ravel()
-            fits = (counts < len(bonus)) & (costs <= spare[place])
-            if before:
-                highest_S = highest[np.minimum(counts, len(bonus) - 1)]
-                prior_S = np.interp(spare[0] - costs, *before[place], left=-math.inf)
-                fits &= worths + prior_S + highest_S >= floor
-            front = _undominated(counts[fits], costs[fits], worths[fits])
+            weight_C, cost_C, value_C = _undominated_choices(budget.costs[place], values[place], places.weights[place])
+            count_S = (front[0][:, None] + weight_C).ravel()
+            cost_S, value_S = (front[1][:, None] + cost_C).ravel(), (front[2][:, None] + value_C).ravel()
+            fits_S = (count_S < len(bonus)) & (cost_S <= rest[place])
+            if relaxation:
+                bonus_S = best_bonus[np.minimum(count_S, len(bonus) - 1)]
+                before_S = np.interp(rest[0] - cost_S, *relaxation[place], left=-math.inf)
+                fits_S &= value_S + before_S + bonus_S >= lower_bound
+            front = _undominated(count_S[fits_S], cost_S[fits_S], value_S[fits_S])
             self._fronts.append(_by_count(front))
         self._fronts.reverse()
 
-    def at(self, place: int, count: int, left: float) -> float:
-        """What the places from this one on can add with so much left and so many blocks in place; -inf: nothing fits.
+    def at(self, place: int, count: int, rest: float) -> float:
+        """The upper bound from this place on, given the blocks before it and the rest of the budget; -inf: infeasible.
 
-        The worth of the number of blocks is part of it.
+        It includes the value of the total number of blocks.
         """
-        most, bonus = -math.inf, self._bonus
+        bound, bonus = -math.inf, self._bonus
         for more, costs, values in self._fronts[place]:
-            if count + more < len(bonus) and values[-1] + bonus[count + more] > most:
-                within = bisect.bisect_right(costs, left)
+            if count + more < len(bonus) and values[-1] + bonus[count + more] > bound:
+                within = bisect.bisect_right(costs, rest)
                 if within:
-                    most = max(most, values[within - 1] + bonus[count + more])
-        return most
+                    bound = max(bound, values[within - 1] + bonus[count + more])
+        return bound
 
-    def by_cost(self, place: int, left_N: Floats) -> Floats:
-        """The same at once for many, without the worth of the number of blocks, and as if that were not limited."""
+    def by_cost(self, place: int, rest_N: Floats) -> Floats:
+        """Upper bounds for many rests of the budget, regardless of the value and limit of the number of blocks."""
         if place not in self._merged:
             fronts = self._fronts[place]
             costs = np.array(list(itertools.chain.from_iterable(costs for _, costs, _ in fronts)))
@@ -279,44 +311,47 @@ class _Promises:
             _, costs, values = _undominated(np.zeros(len(costs), dtype=np.int64), costs, values)
             self._merged[place] = costs, np.append(-math.inf, values)
         costs, values = self._merged[place]
-        promised: Floats = values[np.searchsorted(costs, left_N, side="right")]
-        return promised
+        bound_N: Floats = values[np.searchsorted(costs, rest_N, side="right")]
+        return bound_N
 
 
-def _slack(budget: Budget) -> list[float]:
-    """What may be spent from each place on, when all before it take their cheapest choice."""
-    least = itertools.accumulate((float(costs.min()) for costs in budget.costs), initial=0.0)
-    return [budget.most - spent + 1e-9 * abs(budget.most) for spent in least]
+def _rest_of_budget(budget: Budget) -> list[float]:
+    """By place, the rest of the budget from it on, when all places before take their cheapest choice."""
+    cheapest = itertools.accumulate((float(costs.min()) for costs in budget.costs), initial=0.0)
+    return [budget.most - cost + 1e-9 * abs(budget.most) for cost in cheapest]
 
 
-def _in_part(costs: Sequence[Floats], values: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
-    """By place, what those before it can add at most for any cost, when choices may be mixed: costs and values, both
-    ascending, to be joined by straight lines."""
-    spent, worth = [0.0], [0.0]
-    risers: list[tuple[float, float, float, int]] = []
-    for place, (cost, value) in enumerate(zip(costs, values, strict=True)):
-        _, kept_costs, kept_values = _undominated(np.zeros(len(cost), dtype=np.int64), cost, value)
+def _linear_relaxation(costs: Sequence[Floats], values: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+    """By place, the largest value that the places before it can add for any cost, when choices may be fractional.
+
+    Returns:
+        By place the costs and values, both ascending, at the corners of that piecewise linear function.
+    """
+    base_costs, base_values = [0.0], [0.0]
+    segments: list[tuple[float, float, float, int]] = []
+    for place, (cost_C, value_C) in enumerate(zip(costs, values, strict=True)):
+        _, front_costs, front_values = _undominated(np.zeros(len(cost_C), dtype=np.int64), cost_C, value_C)
         hull: list[tuple[float, float]] = []
-        for point in zip(kept_costs.tolist(), kept_values.tolist(), strict=True):
+        for point in zip(front_costs.tolist(), front_values.tolist(), strict=True):
             while hull and (hull[-1][0] == point[0] or (len(hull) > 1 and _below(hull[-2], hull[-1], point))):
                 hull.pop()
             hull.append(point)
-        spent.append(spent[-1] + hull[0][0])
-        worth.append(worth[-1] + hull[0][1])
+        base_costs.append(base_costs[-1] + hull[0][0])
+        base_values.append(base_values[-1] + hull[0][1])
         for (low_cost, low), (high_cost, high) in itertools.pairwise(hull):
-            risers.append(((high - low) / (high_cost - low_cost), high_cost - low_cost, high - low, place))
-    risers.sort(reverse=True)
-    step_costs, step_values, of_R = (np.array([riser[at] for riser in risers]) for at in (1, 2, 3))
-    found = []
+            segments.append(((high - low) / (high_cost - low_cost), high_cost - low_cost, high - low, place))
+    segments.sort(reverse=True)
+    segment_costs, segment_values, place_R = (np.array([segment[index] for segment in segments]) for index in (1, 2, 3))
+    corners = []
     for place in range(len(values)):
-        earlier_R = of_R < place
-        found.append(
+        before_R = place_R < place
+        corners.append(
             (
-                spent[place] + np.append(0.0, np.cumsum(step_costs[earlier_R])),
-                worth[place] + np.append(0.0, np.cumsum(step_values[earlier_R])),
+                base_costs[place] + np.append(0.0, np.cumsum(segment_costs[before_R])),
+                base_values[place] + np.append(0.0, np.cumsum(segment_values[before_R])),
             )
         )
-    return found
+    return corners
 
 
 def _below(left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]) -> bool:
@@ -325,24 +360,24 @@ def _below(left: tuple[float, float], middle: tuple[float, float], right: tuple[
     return (middle[1] - left[1]) * (right[0] - left[0]) <= rise
 
 
-def _steps(costs: Floats, values: Floats, weight: int) -> _States:
-    """The choices at a place that a best candidate may take: how many blocks they are, what they cost and add."""
+def _undominated_choices(costs: Floats, values: Floats, weight: int) -> _States:
+    """The choices at a place that a best candidate may take."""
     counts = np.full(len(costs), weight, dtype=np.int64)
     counts[0] = 0
     return _undominated(counts, costs, values)
 
 
 def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
-    """What no other with as many blocks beats or equals in both cost and value; of equals one."""
+    """The states that no other with as many blocks equals or beats in both cost and value; one of equal ones."""
     if len(values) < 2:
         return counts, costs, values
-    # by the number of blocks, then by cost: each number has a range of its own, and one sort is faster than one for two
+    # by number of blocks, then by cost: each number has a range of its own, and a sort by one key is faster than by two
     order = (costs + counts * (costs.max() - costs.min() + 1.0)).argsort()
     counts, costs, values = counts[order], costs[order], values[order]
-    lifted = values + counts * (values.max() - values.min() + 1.0)  # so that more blocks are always above
-    kept = np.ones(len(values), dtype=bool)
-    np.greater(lifted[1:], np.maximum.accumulate(lifted)[:-1], out=kept[1:])
-    counts, costs, values = counts[kept], costs[kept], values[kept]
+    shifted = values + counts * (values.max() - values.min() + 1.0)  # so that more blocks are always above
+    better = np.ones(len(values), dtype=bool)
+    np.greater(shifted[1:], np.maximum.accumulate(shifted)[:-1], out=better[1:])
+    counts, costs, values = counts[better], costs[better], values[better]
     repeats = costs[1:] == costs[:-1]
     if repeats.any():  # the values rise, so the last one is the best
         last = np.append(~(repeats & (counts[1:] == counts[:-1])), True)
@@ -351,9 +386,10 @@ def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
 
 
 def _by_count(states: _States) -> list[tuple[int, list[float], list[float]]]:
-    counts, costs, values = (one.tolist() for one in states)
-    begins = [at for at, count in enumerate(counts) if not at or count != counts[at - 1]]
+    """States that are sorted by number of blocks, in groups: the number, the costs, the values."""
+    counts, costs, values = (column.tolist() for column in states)
+    starts = [index for index, count in enumerate(counts) if not index or count != counts[index - 1]]
     return [
-        (counts[begin], costs[begin:end], values[begin:end])
-        for begin, end in itertools.pairwise([*begins, len(counts)])
+        (counts[start], costs[start:end], values[start:end])
+        for start, end in itertools.pairwise([*starts, len(counts)])
     ]

@@ -1,8 +1,8 @@
-"""What there is to choose: places, what may go to each, and candidates as tuples of indices."""
+"""The space of a sampler: places, the choices at each of them, and candidates as tuples of indices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,38 +16,39 @@ Picks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Budget:
-    """What choices cost, and how much there is.
+    """A limit on a cost that is a sum over places.
 
     Args:
-        costs: of each choice at each place; they add up.
-        most: what they may add up to.
+        costs: by place, the cost of each choice.
+        most: the limit; the cost of a candidate may equal it.
     """
 
     costs: Sequence[Floats]
     most: float
 
     def spent(self, candidates: Sequence[Picks]) -> Floats:
-        """What each candidate costs."""
+        """The cost of each candidate, (M,)."""
         total: Floats = np.zeros(len(candidates))
         for costs, picked in zip(self.costs, np.asarray(candidates, dtype=np.int64).T, strict=False):
             total += costs[picked]
         return total
 
     def holds(self, picks: Picks) -> bool:
-        """True if a candidate keeps to it."""
+        """True if the cost of a candidate is within the limit."""
         return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
 
 
 @dataclass(frozen=True)
 class Places:
-    """A space of candidates.
+    """A space of candidates: one choice at each place.
 
     Args:
-        choices: by the name of each place what may go there, in words; the first is no block. What stands before a
-            bracket is the block, what stands in it its options.
-        blocks: how many blocks a place counts as when it has one, where that is not 1.
-        most_blocks: most blocks in one candidate.
-        budgets: by the name of a constraint of the study, what is known of it beforehand: nobody need learn that.
+        choices: by the name of each place, the labels of its choices; the first means no block. A label is the name
+            of a block, then its options in brackets, if it has any.
+        blocks: by place, the number of blocks that one block there counts as, where that is not 1.
+        most_blocks: the largest number of blocks in one candidate; None for no limit.
+        budgets: by the name of a constraint of the study, the budget where costs are known before measuring; a sampler
+            does not have to learn these constraints.
     """
 
     choices: Mapping[str, tuple[str, ...]]
@@ -57,54 +58,79 @@ class Places:
 
     @cached_property
     def weights(self) -> tuple[int, ...]:
-        """How many blocks each place counts as."""
+        """By place, the number of blocks that one block there counts as."""
         return tuple((self.blocks or {}).get(name, 1) for name in self.choices)
 
     @cached_property
+    def nothing(self) -> Picks:
+        """The candidate without any block."""
+        return (0,) * len(self.choices)
+
+    @cached_property
     def limit(self) -> int:
-        """The most blocks that a candidate can have."""
-        everywhere = sum(self.weights)
-        return everywhere if self.most_blocks is None else min(self.most_blocks, everywhere)
+        """The largest number of blocks that a candidate can have."""
+        total = sum(self.weights)
+        return total if self.most_blocks is None else min(self.most_blocks, total)
 
     @cached_property
     def _indices(self) -> dict[str, dict[str, int]]:
-        return {name: {choice: at for at, choice in enumerate(choices)} for name, choices in self.choices.items()}
+        return {name: {choice: index for index, choice in enumerate(choices)} for name, choices in self.choices.items()}
 
     def picks(self, params: Mapping[str, Any]) -> Picks | None:
-        """A candidate given by what is at each place; None where a place is missing or has something unknown."""
+        """The candidate with these labels by place; None where a place is missing or a label is unknown."""
         try:
             return tuple([index[params[name]] for name, index in self._indices.items()])
         except KeyError:
             return None
 
     def params(self, picks: Picks) -> dict[str, str]:
-        """What is at each place, in words."""
+        """The label at each place."""
         return {name: choices[pick] for (name, choices), pick in zip(self.choices.items(), picks, strict=True)}
 
     def count(self, picks: Picks) -> int:
-        """How many blocks a candidate has."""
+        """The number of blocks of a candidate."""
         return sum(blocks for blocks, pick in zip(self.weights, picks, strict=True) if pick)
 
     def size(self) -> int:
-        """Number of candidates that keep to `most_blocks`, the one without any block not counted."""
+        """Number of candidates with at most `most_blocks` blocks, without the empty one."""
         return self._ways[0][self.limit] - 1
 
     @cached_property
     def _ways(self) -> list[list[int]]:
-        """How many ways there are to fill the places from each one on, with at most so many blocks."""
+        """By place and limit, the number of ways to fill the places from this one on with at most so many blocks."""
         ways = [[1] * (self.limit + 1)]
         for choices, blocks in reversed(list(zip(self.choices.values(), self.weights, strict=True))):
-            behind = ways[-1]
-            with_one = [0] * blocks + [(len(choices) - 1) * count for count in behind]
-            ways.append([none + one for none, one in zip(behind, with_one, strict=False)])
+            following = ways[-1]
+            with_block = [0] * blocks + [(len(choices) - 1) * count for count in following]
+            ways.append([without + one for without, one in zip(following, with_block, strict=False)])
         return ways[::-1]
 
     def holds(self, picks: Picks) -> bool:
-        """True if a candidate keeps to the number of blocks, and to every budget that is known."""
+        """True if a candidate is within the limit on blocks and within every known budget."""
         return self.count(picks) <= self.limit and all(budget.holds(picks) for budget in self.budgets.values())
 
+    def within(self, candidates: Sequence[Picks], budgets: Sequence[Budget]) -> list[Picks]:
+        """Those of many candidates that are within the limit on blocks and within these budgets."""
+        allowed = [picks for picks in candidates if self.count(picks) <= self.limit]
+        within_M = np.ones(len(allowed), dtype=bool)
+        for budget in budgets:
+            within_M &= budget.spent(allowed) <= budget.most
+        return [picks for picks, within in zip(allowed, within_M.tolist(), strict=True) if within]
+
+    def neighbours(self, picks: Picks) -> Iterator[Picks]:
+        """All candidates that differ from this one at exactly one place."""
+        for place, choices in enumerate(self.choices.values()):
+            for choice in range(len(choices)):
+                if choice != picks[place]:
+                    yield (*picks[:place], choice, *picks[place + 1 :])
+
     def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
-        """A candidate with at least one block that holds and is wanted, uniformly; None if there seems to be none."""
+        """A candidate with at least one block that is within all limits and is wanted, drawn uniformly by rejection.
+
+        Args:
+            wanted: whether a candidate within all limits is accepted.
+            tries: number of draws after which the answer is None, also where such a candidate exists.
+        """
         for _ in range(tries):
             picks = self.at_random(rng)
             if any(picks) and self.holds(picks) and wanted(picks):
@@ -112,11 +138,11 @@ class Places:
         return None
 
     def at_random(self, rng: np.random.Generator) -> Picks:
-        """One of all candidates that keep to the number of blocks, each as likely as any other."""
+        """A candidate within the limit on blocks, drawn uniformly from all of them, the empty one included."""
         picks: list[int] = []
-        left = self.limit
+        remaining = self.limit
         for place, (choices, blocks) in enumerate(zip(self.choices.values(), self.weights, strict=True)):
-            empty = self._ways[place + 1][left] / self._ways[place][left]  # integers may be beyond a float, ratios not
+            empty = self._ways[place + 1][remaining] / self._ways[place][remaining]  # a ratio fits a float
             picks.append(0 if rng.random() < empty else int(rng.integers(1, len(choices))))
-            left -= blocks if picks[-1] else 0
+            remaining -= blocks if picks[-1] else 0
         return tuple(picks)

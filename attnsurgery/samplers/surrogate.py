@@ -1,19 +1,22 @@
-"""What each block at each place is worth, learned from few trained candidates: a Gaussian process over candidates.
+"""A Gaussian process over candidates: learns the effect of each block at each place from few trained candidates.
 
-The score of a candidate is taken as the base's score plus one effect for each block in it, plus a term for pairs of
-blocks, which tells that the fifth block brings less than the first, plus something of the candidate's own, shared with
-those that differ at few places. Effects are not strangers to each other: those of one block and option share a part
-over all places, so do those of one family of blocks, and those of one place. So the kernel is a sum of low-order ones
-(Duvenaud, Nickisch and Rasmussen, "Additive Gaussian processes", NeurIPS 2011) and of one over all places at once. How
-large each of these parts is, and how large the noise, is unknown too, and drawn from its posterior. Where a block has
-not been tried at a place yet, its own effect there may also be far larger than all that were seen: it is from Student's
-t with one degree of freedom, a Gaussian whose deviation is drawn anew for each ask (West, "On scale mixtures of normal
-distributions", Biometrika 74, 1987). So the one block that decides everything is found, also where its like elsewhere
-did nothing.
+The score of a candidate is modelled as the base's score, plus one effect for each of its blocks, plus a term in the
+number of pairs of blocks (the fifth block brings less than the first), plus a residual that is correlated between
+candidates that differ at few places. Effects are correlated too: all effects of one block with one set of options share
+a component over all places, and so do all of one family of blocks and all of one place. So the kernel is a sum of
+low-order kernels (Duvenaud, Nickisch and Rasmussen, "Additive Gaussian processes", NeurIPS 2011) and of one over all
+places at once. The standard deviations of these components and of the noise are hyperparameters, which are sampled
+from their posterior. Where a block has not been tried at a place yet, its own effect there has a heavy-tailed prior,
+Student's t with one degree of freedom: a Gaussian whose standard deviation is sampled anew for each fit (West, "On
+scale mixtures of normal distributions", Biometrika 74, 1987). So a single decisive block is found even where similar
+blocks elsewhere had no effect.
 
-All is Gaussian, so with N candidates everything is algebra on N x N matrices, at most a few hundred wide. A draw of all
-effects at once follows Matheron's rule (Wilson et al., "Efficiently sampling functions from Gaussian process
-posteriors", ICML 2020, equation 9): a draw from the prior, corrected by what it misses of the data.
+Everything is Gaussian, so with N candidates all computation is linear algebra on N x N matrices, with N at most a few
+hundred. A joint sample of all effects follows Matheron's rule (Wilson et al., "Efficiently sampling functions from
+Gaussian process posteriors", ICML 2020, equation 9): a sample from the prior, corrected by its residuals on the data.
+
+Shape letters in this file:  N candidates with scores, M candidates to predict, P places, E effects (one for each block
+at each place), D settings of the hyperparameters, H hyperparameters.
 """
 
 from __future__ import annotations
@@ -29,53 +32,55 @@ from scipy.linalg import cho_solve, solve_triangular
 
 from attnsurgery.samplers.places import Floats, Picks, Places
 
-_PARTS = ("effect", "label", "family", "place", "pairs", "own")
-_REACH = 2.0
-"""Places at which candidates differ, over which what they have of their own falls to 1/e."""
-_FAR = 4.0
-"""Scores this many times the usual deviation below the middle are taken as no lower: a training that broke down says
-that a candidate is bad, and nothing about how bad."""
-_BASE = 3.0
-"""How far the base may be from the middle of all scores, in their deviations, before it is known."""
-_PRIOR_DRAWS = 24
-_STEPS = 24
-_ENOUGH = 64
-"""Candidates, the last ones, that say how large parts and noise are; the effects are learned from all."""
+_COMPONENTS = ("effect", "label", "family", "place", "pairs", "residual")
+_LENGTH_SCALE = 2.0
+"""Number of places at which candidates differ, over which the correlation of their residuals falls to 1/e."""
+_WINSORIZED = 4.0
+"""Scores lower than the median by more than this many robust standard deviations are raised to that value: a training
+that diverged shows that a candidate is bad, and not how bad."""
+_BASE_STD = 3.0
+"""Prior standard deviation of the base's score, in standard deviations of the scores."""
+_PRIOR_SAMPLES = 24
+"""Number of samples from the prior of the hyperparameters; the Markov chain starts at the most probable one."""
+_CHAIN_STEPS = 24
+"""Number of Metropolis steps of that chain."""
+_WINDOW = 64
+"""Number of latest candidates that the hyperparameters are fitted to; the effects are fitted to all."""
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What adds up: one draw from the posterior, or its mean."""
+    """The additive part of the model: the posterior mean of it, or one posterior sample."""
 
     base: float
     """The score without any block."""
     values: tuple[Floats, ...]
-    """What each choice at each place adds to it; 0 for no block."""
+    """By place, the effect of each choice; that of no block is 0."""
     by_count: Floats
-    """Worth of having so many blocks, beside their own values."""
+    """The effect of having 0, 1, 2, ... blocks, in addition to the effects of the blocks."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well the surrogate foretells candidates that it was not told, each from all others."""
+class CrossValidation:
+    """Leave-one-out cross-validation of the surrogate: each candidate is predicted from all others."""
 
-    explained: float
-    """1 less the squared error by that of the mean of the others: 1 is perfect, 0 is no better than that mean."""
-    otherwise: float
-    """The same of a model that knows nothing but at how many places candidates differ."""
+    r2: float
+    """Coefficient of determination: 1 is perfect, 0 is as good as the mean of the other scores."""
+    reference_r2: float
+    """The same of the reference model, which knows only at how many places candidates differ."""
 
     @property
     def is_bad(self) -> bool:
-        """True if that model is clearly the better one."""
-        return self.otherwise > max(0.0, self.explained) + 0.2
+        """True if the reference model predicts clearly better."""
+        return self.reference_r2 > max(0.0, self.r2) + 0.2
 
 
 class Surrogate:
-    """Scores of candidates by what stands at each place.
+    """The prior: how scores of candidates depend on the choice at each place.
 
     Args:
-        places: blocks are of one family if their labels are the same up to a bracket.
-        costs: what is foretold is a cost and no score: it adds up, and has hardly any noise.
+        places: the space; labels that are equal up to a bracket are one family of blocks.
+        costs: costs are modelled in place of scores: purely additive, and almost without noise.
     """
 
     def __init__(self, places: Places, costs: bool = False) -> None:
@@ -89,26 +94,27 @@ class Surrogate:
             "family": [label.partition("(")[0] for _, label in names],
             "place": [place for place, _ in names],
         }
-        self.shares = {"effect": np.eye(len(names))}
-        """By part which effects (E rows) have which of its unknowns in them."""
-        for part, keys in groups.items():
-            column = {key: at for at, key in enumerate(dict.fromkeys(keys))}
-            self.shares[part] = np.eye(len(column))[[column[key] for key in keys]]
-        most = sum(places.weights)
-        counts = np.arange(most + 1)
-        self.by_count = float(not costs) * counts * (counts - 1) / 2 / max(1.0, most / 2)
-        """Pairs of blocks among so many, of the order of one."""
+        self.loadings = {"effect": np.eye(len(names))}
+        """By component, the matrix from its independent variables to the effects, (E, variables)."""
+        for component, keys in groups.items():
+            column = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+            self.loadings[component] = np.eye(len(column))[[column[key] for key in keys]]
+        max_blocks = sum(places.weights)
+        counts = np.arange(max_blocks + 1)
+        self.by_count = float(not costs) * counts * (counts - 1) / 2 / max(1.0, max_blocks / 2)
+        """By number of blocks, the number of pairs, scaled to the order of one."""
 
     def features(self, candidates: Sequence[Picks]) -> Features:
+        """Candidates as rows of numbers."""
         return Features(self, np.asarray(candidates, dtype=np.int64).reshape(len(candidates), len(self._offsets) - 1))
 
-    def told(self, candidates: Sequence[Picks], scores: Sequence[float], rng: np.random.Generator) -> Posterior:
-        """The surrogate with what is known, and the sizes of its parts drawn from their posterior."""
+    def fit(self, candidates: Sequence[Picks], scores: Sequence[float], rng: np.random.Generator) -> Posterior:
+        """The posterior given scores, with hyperparameters sampled from theirs."""
         return Posterior(self, candidates, scores, rng)
 
 
 class Features:
-    """Candidates as a surrogate sees them.
+    """Candidates as rows of numbers.
 
     Args:
         picks_NP: the choice at each place.
@@ -123,22 +129,33 @@ class Features:
         self.effects_NE[rows, offsets[places] + picks_NP[rows, places] - 1] = 1.0
         self.pairs_N = surrogate.by_count[(picks_NP > 0) @ np.asarray(surrogate._places.weights)]
 
-    def grams(self, other: Features, shares: Mapping[str, Floats]) -> dict[str, Floats]:
-        """By part how candidates vary together with others, (N, M), for a size of 1."""
-        grams = {part: (self.effects_NE @ share) @ (other.effects_NE @ share).T for part, share in shares.items()}
+    def grams(self, other: Features, loadings: Mapping[str, Floats]) -> dict[str, Floats]:
+        """By component, the kernel matrix with other candidates for a standard deviation of 1, (N, M)."""
+        grams = {
+            component: (self.effects_NE @ loading) @ (other.effects_NE @ loading).T
+            for component, loading in loadings.items()
+        }
         grams["pairs"] = np.outer(self.pairs_N, other.pairs_N)
         if not self._surrogate.costs:
-            grams["own"] = np.exp(-self.differ(other) / _REACH)
+            grams["residual"] = np.exp(-self.hamming(other) / _LENGTH_SCALE)
         return grams
 
-    def differ(self, other: Features) -> Floats:
-        """At how many places: (N, M)."""
-        kept = [(self.picks_NP == 0).astype(float) @ (other.picks_NP == 0).T, self.effects_NE @ other.effects_NE.T]
-        return np.asarray(self.picks_NP.shape[1] - kept[0] - kept[1])
+    def hamming(self, other: Features) -> Floats:
+        """Hamming distance: the number of places at which candidates differ, (N, M)."""
+        both_empty = (self.picks_NP == 0).astype(float) @ (other.picks_NP == 0).T
+        same_block = self.effects_NE @ other.effects_NE.T
+        return np.asarray(self.picks_NP.shape[1] - both_empty - same_block)
 
 
 class Posterior:
-    """A surrogate and its data."""
+    """The posterior of a surrogate given scores.
+
+    Args:
+        surrogate: the prior.
+        candidates: those with scores, N of them.
+        scores: their scores, larger is better, or their costs.
+        rng: for the hyperparameters.
+    """
 
     def __init__(
         self, surrogate: Surrogate, candidates: Sequence[Picks], scores: Sequence[float], rng: np.random.Generator
@@ -146,155 +163,161 @@ class Posterior:
         self._surrogate = surrogate
         y_N = np.asarray(scores, dtype=float)
         if not surrogate.costs:
-            middle = np.median(y_N)
-            usual = 1.4826 * np.median(np.abs(y_N - middle)) or float(y_N.std()) or 1e-6
-            y_N = np.maximum(y_N, middle - _FAR * usual)
+            median = np.median(y_N)
+            robust_std = 1.4826 * np.median(np.abs(y_N - median)) or float(y_N.std()) or 1e-6
+            y_N = np.maximum(y_N, median - _WINSORIZED * robust_std)
         self.scale = float(y_N.std()) or 1e-6
-        self._middle = float(y_N.mean())
-        self._y_N = (y_N - self._middle) / self.scale
+        self._mean = float(y_N.mean())
+        self._y_N = (y_N - self._mean) / self.scale
         self._data = surrogate.features(candidates)
-        self._shares = dict(surrogate.shares)
+        self._loadings = dict(surrogate.loadings)
         if not surrogate.costs:
             tails_E = 1.0 / np.abs(rng.standard_normal(self._data.effects_NE.shape[1]))
-            self._shares["effect"] = np.diag(np.where(self._data.effects_NE.any(axis=0), 1.0, tails_E))
-        self._grams = self._data.grams(self._data, self._shares)
-        self._parts = [part for part in _PARTS if part in self._grams]
-        usual_blocks = max(1.0, float(self._data.effects_NE.sum(axis=1).mean()))
-        middles = {"effect": 0.6, "own": 0.4 * np.sqrt(usual_blocks)}
-        self._middles = np.log([middles.get(part, 0.4) / np.sqrt(usual_blocks) for part in self._parts] + [0.5])
+            self._loadings["effect"] = np.diag(np.where(self._data.effects_NE.any(axis=0), 1.0, tails_E))
+        self._grams = self._data.grams(self._data, self._loadings)
+        self._components = [component for component in _COMPONENTS if component in self._grams]
+        mean_blocks = max(1.0, float(self._data.effects_NE.sum(axis=1).mean()))
+        prior_stds = {"effect": 0.6, "residual": 0.4 * np.sqrt(mean_blocks)}
+        self._prior_mean_H = np.log(
+            [prior_stds.get(component, 0.4) / np.sqrt(mean_blocks) for component in self._components] + [0.5]
+        )
         if surrogate.costs:
-            self._middles[-1] = np.log(0.02)
-        *sizes, self._noise = np.exp(self._sizes_drawn(rng)).tolist()
-        self._sizes = dict(zip(self._parts, sizes, strict=True))
-        self._kernel_NN = self._kernel(np.array([*sizes, self._noise]))
+            self._prior_mean_H[-1] = np.log(0.02)
+        *stds, self._noise = np.exp(self._sample_log_stds(rng)).tolist()
+        self._stds = dict(zip(self._components, stds, strict=True))
+        self._kernel_NN = self._kernel(np.array([*stds, self._noise]))
         self._lower_NN = np.linalg.cholesky(self._kernel_NN)
         self._weights_N = self._solve(self._y_N)
 
-    def foretell(self, candidates: Sequence[Picks]) -> tuple[Floats, Floats]:
-        """The scores of candidates without the noise of a training, (M,): what is expected, and the deviation."""
-        asked = self._surrogate.features(candidates)
-        with_MN = np.full((len(candidates), len(self._y_N)), _BASE**2)
-        for part, gram_MN in asked.grams(self._data, self._shares).items():
-            with_MN += self._sizes[part] ** 2 * gram_MN
-        alone_M = _BASE**2 + (self._sizes["pairs"] * asked.pairs_N) ** 2 + self._sizes.get("own", 0.0) ** 2
-        for part, share in self._shares.items():
-            alone_M = alone_M + self._sizes[part] ** 2 * ((asked.effects_NE @ share) ** 2).sum(axis=1)
-        white_NM = solve_triangular(self._lower_NN, with_MN.T, lower=True, check_finite=False)
-        spread_M = np.sqrt(np.maximum(alone_M - (white_NM**2).sum(axis=0), 1e-12))
-        return self._middle + self.scale * (with_MN @ self._weights_N), self.scale * spread_M
+    def predict(self, candidates: Sequence[Picks]) -> tuple[Floats, Floats]:
+        """Posterior mean and standard deviation of the scores of candidates, without noise, each (M,)."""
+        features = self._surrogate.features(candidates)
+        cross_MN = np.full((len(candidates), len(self._y_N)), _BASE_STD**2)
+        for component, gram_MN in features.grams(self._data, self._loadings).items():
+            cross_MN += self._stds[component] ** 2 * gram_MN
+        prior_M = _BASE_STD**2 + (self._stds["pairs"] * features.pairs_N) ** 2 + self._stds.get("residual", 0.0) ** 2
+        for component, loading in self._loadings.items():
+            prior_M = prior_M + self._stds[component] ** 2 * ((features.effects_NE @ loading) ** 2).sum(axis=1)
+        white_NM = solve_triangular(self._lower_NN, cross_MN.T, lower=True, check_finite=False)
+        std_M = np.sqrt(np.maximum(prior_M - (white_NM**2).sum(axis=0), 1e-12))
+        return self._mean + self.scale * (cross_MN @ self._weights_N), self.scale * std_M
 
-    def draw(self, rng: np.random.Generator) -> Effects:
-        """Effects drawn from their posterior."""
+    def sample_effects(self, rng: np.random.Generator) -> Effects:
+        """A sample of all effects from their joint posterior."""
         theta_E = np.zeros(self._data.effects_NE.shape[1])
-        for part, share in self._shares.items():
-            theta_E = theta_E + self._sizes[part] * (share @ rng.standard_normal(share.shape[1]))
-        pairs = self._sizes["pairs"] * rng.standard_normal()
-        base = _BASE * rng.standard_normal()
-        foretold_N = base + self._data.effects_NE @ theta_E + pairs * self._data.pairs_N
-        foretold_N = foretold_N + self._rest_lower_NN @ rng.standard_normal(len(self._y_N))
-        return self._corrected(base, theta_E, pairs, foretold_N)
+        for component, loading in self._loadings.items():
+            theta_E = theta_E + self._stds[component] * (loading @ rng.standard_normal(loading.shape[1]))
+        pairs = self._stds["pairs"] * rng.standard_normal()
+        base = _BASE_STD * rng.standard_normal()
+        scores_N = base + self._data.effects_NE @ theta_E + pairs * self._data.pairs_N
+        scores_N = scores_N + self._residual_lower_NN @ rng.standard_normal(len(self._y_N))
+        return self._conditioned(base, theta_E, pairs, scores_N)
 
-    def mean(self) -> Effects:
-        """The expected effects."""
-        nothing_E, nothing_N = np.zeros(self._data.effects_NE.shape[1]), np.zeros(len(self._y_N))
-        return self._corrected(0.0, nothing_E, 0.0, nothing_N)
+    def mean_effects(self) -> Effects:
+        """The posterior mean of all effects."""
+        zero_E, zero_N = np.zeros(self._data.effects_NE.shape[1]), np.zeros(len(self._y_N))
+        return self._conditioned(0.0, zero_E, 0.0, zero_N)
 
-    def errors(self) -> Floats:
-        """What each score is off from what all others foretell, (N,)."""
-        return self.scale * _left_out(self._kernel_NN, self._y_N)
+    def leave_one_out_errors(self) -> Floats:
+        """Each score minus its prediction from all others, (N,)."""
+        return self.scale * _leave_one_out_errors(self._kernel_NN, self._y_N)
 
-    def fit(self) -> Fit:
-        """How well it foretells what it was not told, of the last candidates."""
-        last = slice(-_ENOUGH, None)
-        y_N = self._y_N[last] - self._y_N[last].mean()
-        plain_N = y_N * len(y_N) / max(1, len(y_N) - 1)  # from the mean of the others
+    def cross_validation(self) -> CrossValidation:
+        """Leave-one-out cross-validation on the latest candidates."""
+        latest = slice(-_WINDOW, None)
+        y_N = self._y_N[latest] - self._y_N[latest].mean()
+        from_mean_N = y_N * len(y_N) / max(1, len(y_N) - 1)  # errors of predicting the mean of the others
 
-        def explained(kernel_NN: Floats) -> float:
-            errors_N = _left_out(kernel_NN, y_N)
-            return 1.0 - float(errors_N @ errors_N) / max(float(plain_N @ plain_N), 1e-12)
+        def r2(kernel_NN: Floats) -> float:
+            errors_N = _leave_one_out_errors(kernel_NN, y_N)
+            return 1.0 - float(errors_N @ errors_N) / max(float(from_mean_N @ from_mean_N), 1e-12)
 
-        differ_NN = self._data.differ(self._data)[last, last]
-        others = [
-            explained(np.exp(-differ_NN / reach) + _BASE**2 + noise**2 * np.eye(len(y_N)))
-            for reach in (0.5, 1.0, 2.0, 4.0)
+        hamming_NN = self._data.hamming(self._data)[latest, latest]
+        reference = [
+            r2(np.exp(-hamming_NN / length_scale) + _BASE_STD**2 + noise**2 * np.eye(len(y_N)))
+            for length_scale in (0.5, 1.0, 2.0, 4.0)
             for noise in (0.1, 0.3, 0.7)
         ]
-        return Fit(explained(self._kernel_NN[last, last]), max(others))
+        return CrossValidation(r2(self._kernel_NN[latest, latest]), max(reference))
 
     @cached_property
-    def _last_grams(self) -> dict[str, Floats]:
-        """Of the candidates that say how large parts and noise are."""
-        return {name: np.ascontiguousarray(gram[-_ENOUGH:, -_ENOUGH:]) for name, gram in self._grams.items()}
+    def _latest_grams(self) -> dict[str, Floats]:
+        """The kernel matrices of the candidates that the hyperparameters are fitted to."""
+        return {name: np.ascontiguousarray(gram[-_WINDOW:, -_WINDOW:]) for name, gram in self._grams.items()}
 
     @cached_property
-    def _rest_lower_NN(self) -> Floats:
-        """What does not add up: the root of its covariance."""
-        rest_NN = (self._noise**2 + 1e-6) * np.eye(len(self._y_N))
-        if "own" in self._grams:
-            rest_NN += self._sizes["own"] ** 2 * self._grams["own"]
-        return np.linalg.cholesky(rest_NN)
+    def _residual_lower_NN(self) -> Floats:
+        """Cholesky factor of the covariance of residual and noise, the part that is not additive."""
+        residual_NN = (self._noise**2 + 1e-6) * np.eye(len(self._y_N))
+        if "residual" in self._grams:
+            residual_NN += self._stds["residual"] ** 2 * self._grams["residual"]
+        return np.linalg.cholesky(residual_NN)
 
-    def _corrected(self, base: float, theta_E: Floats, pairs: float, foretold_N: Floats) -> Effects:
-        """Effects that foretold these scores, moved by what the scores really are."""
-        weights_N = self._solve(self._y_N - foretold_N)
+    def _conditioned(self, base: float, theta_E: Floats, pairs: float, scores_N: Floats) -> Effects:
+        """Matheron's rule: a prior sample of effects and scores, moved by the residuals of these scores."""
+        weights_N = self._solve(self._y_N - scores_N)
         pull_E = self._data.effects_NE.T @ weights_N
-        for part, share in self._shares.items():
-            theta_E = theta_E + self._sizes[part] ** 2 * (share @ (share.T @ pull_E))
-        pairs += self._sizes["pairs"] ** 2 * float(self._data.pairs_N @ weights_N)
-        base += _BASE**2 * float(weights_N.sum())
+        for component, loading in self._loadings.items():
+            theta_E = theta_E + self._stds[component] ** 2 * (loading @ (loading.T @ pull_E))
+        pairs += self._stds["pairs"] ** 2 * float(self._data.pairs_N @ weights_N)
+        base += _BASE_STD**2 * float(weights_N.sum())
         values = tuple(
             np.concatenate([[0.0], theta_E[start:end]]) * self.scale
             for start, end in itertools.pairwise(self._surrogate._offsets)
         )
-        return Effects(self._middle + base * self.scale, values, self._surrogate.by_count * pairs * self.scale)
+        return Effects(self._mean + base * self.scale, values, self._surrogate.by_count * pairs * self.scale)
 
     def _solve(self, y_N: Floats) -> Floats:
+        """The inverse of the kernel matrix times a vector."""
         return np.asarray(cho_solve((self._lower_NN, True), y_N, check_finite=False))
 
-    def _kernel(self, sizes: Floats) -> Floats:
-        """How scores vary together, of all candidates, for these sizes of the parts and the noise."""
-        return np.asarray(self._kernels(sizes[None], self._grams)[0])
+    def _kernel(self, stds_H: Floats) -> Floats:
+        """The covariance of all scores for these standard deviations of components and noise, (N, N)."""
+        return np.asarray(self._kernels(stds_H[None], self._grams)[0])
 
-    def _kernels(self, sizes_DP: Floats, grams: Mapping[str, Floats]) -> Floats:
-        """The same for several sizes at a time, (D, N, N)."""
-        kernel_DNN: Floats = np.full((len(sizes_DP), *grams["effect"].shape), _BASE**2)
-        for name, size_D in zip(self._parts, sizes_DP[:, :-1].T, strict=True):
-            kernel_DNN += (size_D**2)[:, None, None] * grams[name]
+    def _kernels(self, stds_DH: Floats, grams: Mapping[str, Floats]) -> Floats:
+        """Covariances of scores for several settings of the standard deviations, (D, N, N)."""
+        kernel_DNN: Floats = np.full((len(stds_DH), *grams["effect"].shape), _BASE_STD**2)
+        for name, std_D in zip(self._components, stds_DH[:, :-1].T, strict=True):
+            kernel_DNN += (std_D**2)[:, None, None] * grams[name]
         diagonal = np.arange(kernel_DNN.shape[1])
-        kernel_DNN[:, diagonal, diagonal] += (sizes_DP[:, -1] ** 2 + 1e-6)[:, None]
+        kernel_DNN[:, diagonal, diagonal] += (stds_DH[:, -1] ** 2 + 1e-6)[:, None]
         return kernel_DNN
 
-    def _evidence(self, log_hyper_DP: Floats) -> Floats:
-        """Log posterior density of the sizes, up to a constant, (D,)."""
-        kernel_DNN = self._kernels(np.exp(log_hyper_DP), self._last_grams)
+    def _log_posterior(self, log_stds_DH: Floats) -> Floats:
+        """Log posterior density of the hyperparameters, up to a constant, (D,)."""
+        kernel_DNN = self._kernels(np.exp(log_stds_DH), self._latest_grams)
         try:
             lower_DNN = np.linalg.cholesky(kernel_DNN)
-        except np.linalg.LinAlgError:  # of one of them
+        except np.linalg.LinAlgError:  # one of the settings is singular
             if len(kernel_DNN) == 1:
                 return np.array([-np.inf])
-            return np.concatenate([self._evidence(one[None]) for one in log_hyper_DP])
-        prior_D = -0.5 * ((log_hyper_DP - self._middles) ** 2).sum(axis=1)
-        y_N = self._y_N[-_ENOUGH:]
-        white_DN = np.array([solve_triangular(one, y_N, lower=True, check_finite=False) for one in lower_DNN])
-        logs_D = np.log(np.diagonal(lower_DNN, axis1=1, axis2=2)).sum(axis=1)
-        return np.asarray(prior_D - 0.5 * (white_DN**2).sum(axis=1) - logs_D)
+            return np.concatenate([self._log_posterior(log_stds_H[None]) for log_stds_H in log_stds_DH])
+        log_prior_D = -0.5 * ((log_stds_DH - self._prior_mean_H) ** 2).sum(axis=1)
+        y_N = self._y_N[-_WINDOW:]
+        white_DN = np.array([solve_triangular(lower, y_N, lower=True, check_finite=False) for lower in lower_DNN])
+        half_log_det_D = np.log(np.diagonal(lower_DNN, axis1=1, axis2=2)).sum(axis=1)
+        return np.asarray(log_prior_D - 0.5 * (white_DN**2).sum(axis=1) - half_log_det_D)
 
-    def _sizes_drawn(self, rng: np.random.Generator) -> Floats:
-        """Log sizes of the parts and of the noise, from a short chain that starts at a good place."""
-        starts = self._middles + rng.standard_normal((_PRIOR_DRAWS, len(self._middles)))
-        levels_D = self._evidence(starts)
-        at: Floats = starts[int(np.argmax(levels_D))]
-        level = float(levels_D.max())
-        for _ in range(0 if self._surrogate.costs else _STEPS):
-            step = at + 0.35 * rng.standard_normal(len(at))
-            there = float(self._evidence(step[None])[0])
-            if np.log(rng.random()) < there - level:
-                at, level = step, there
-        return at
+    def _sample_log_stds(self, rng: np.random.Generator) -> Floats:
+        """Log standard deviations of components and noise: the last state of a short Metropolis chain, (H,).
+
+        It starts at the most probable of some samples from the prior.
+        """
+        starts_DH = self._prior_mean_H + rng.standard_normal((_PRIOR_SAMPLES, len(self._prior_mean_H)))
+        densities_D = self._log_posterior(starts_DH)
+        state_H: Floats = starts_DH[int(np.argmax(densities_D))]
+        density = float(densities_D.max())
+        for _ in range(0 if self._surrogate.costs else _CHAIN_STEPS):
+            proposal_H = state_H + 0.35 * rng.standard_normal(len(state_H))
+            proposed_density = float(self._log_posterior(proposal_H[None])[0])
+            if np.log(rng.random()) < proposed_density - density:
+                state_H, density = proposal_H, proposed_density
+        return state_H
 
 
-def _left_out(kernel_NN: Floats, y_N: Floats) -> Floats:
-    """The errors of leaving one out, in closed form (Rasmussen and Williams, "Gaussian processes for machine
-    learning", 2006, equation 5.12)."""
+def _leave_one_out_errors(kernel_NN: Floats, y_N: Floats) -> Floats:
+    """Leave-one-out errors in closed form (Rasmussen and Williams, "Gaussian processes for machine learning", 2006,
+    equation 5.12)."""
     inverse_NN = np.linalg.inv(kernel_NN)
     return np.asarray((inverse_NN @ y_N) / np.diag(inverse_NN))

@@ -1,5 +1,8 @@
-"""Linear algebra of small matrices, which several threads make slower, and which each number of threads rounds its own
-way: with one, a search asks for the same candidates on a machine with two cores and on one with a hundred."""
+"""Linear algebra on one thread: faster for small matrices, and with the same rounding whatever the number of cores.
+
+Results depend on the number of threads in their last digits. On one thread a search chooses the same candidates on a
+machine with two cores and on one with a hundred.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from typing import ParamSpec, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
-Given = ParamSpec("Given")
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-def on_one_thread(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """The same function, in which numpy and scipy use one thread."""
+def on_one_thread(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """A function decorator: inside the function, the BLAS libraries of numpy and scipy use one thread."""
 
     @wraps(function)
-    def alone(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+    def limited(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         with _controller().limit(limits=1, user_api="blas"):
             return function(*args, **kwargs)
 
-    return alone
+    return limited
 
 
 @cache
 def _controller() -> ThreadpoolController:
-    return ThreadpoolController()  # looks at every library that is loaded, so once
+    return ThreadpoolController()  # inspects every loaded library, which takes time, so only once

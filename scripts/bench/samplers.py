@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How many candidates a sampler has to train, on a table of networks that were really trained.
 
-    scripts/bench/samplers.py [--repeats 50] [--measure val_loss] [--processes 2]
+    scripts/bench/samplers.py [--repeats 50] [--measure val_loss] [--processes 2] [--samplers gp tpe]
 
 A search is played on docs/benchmarks/table (see table.py): the study asks, latency and score are looked up in
 place of measuring and training, and everything else is the search's own (attnsurgery.search.storage.store). The budget
@@ -11,7 +11,8 @@ the score of the same candidate from the other seed, so being lucky once counts 
 Figures: how many trained candidates each sampler needs for what random search reaches with 64, and for what TPE does;
 worth after 16, 32 and 64 with the p-value of a paired Wilcoxon test against the additive sampler; and the hypervolume
 of worth and latency that is missing from that of the whole table. Scores are scaled so that 0 is the base and 1 the
-best candidate within the budget. Writes docs/benchmarks/samplers.json.
+best candidate within the budget. Writes docs/benchmarks/samplers.json, if every sampler takes part, 50 times or more.
+With `--samplers`, only these are played, beside random, tpe and additive, which the figures compare with.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ from attnsurgery.search.result.record import Record, Timing, trained
 from attnsurgery.search.space import BoundSpace, Variable
 from attnsurgery.search.storage.store import Store
 
+NAMES = ["random", "nsga2", "evolution", "tpe", "gp", "additive"]
 OURS = "additive"
+COMPARED = ("random", "tpe", OURS)
+"""The figures are relative to these."""
+REPEATS = 50
 MARKS = (16, 32, 64)
 TRAINED = max(MARKS)
 _ASKS = 12
@@ -237,25 +242,27 @@ def _p(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--measure", default="val_loss")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
-    asked = parser.parse_args()
-    table = Table.read(asked.measure, asked.table)
-    names = ["random", "nsga2", "evolution", "tpe", OURS]
-    tasks = [(name, repeat) for repeat in range(asked.repeats) for name in names]
-    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+    parser.add_argument("--samplers", nargs="+", choices=NAMES, default=NAMES)
+    options = parser.parse_args()
+    table = Table.read(options.measure, options.table)
+    names = [name for name in NAMES if name in {*options.samplers, *COMPARED}]
+    tasks = [(name, repeat) for repeat in range(options.repeats) for name in names]
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(partial(search, table), tasks, chunksize=5))
-    found = figures(rows)
-    if asked.table == TABLE:
-        print(f"written {write('samplers', {'measure': asked.measure, 'repeats': asked.repeats, 'figures': found})}")
-    for name, row in found.items():
+    table_of_figures = figures(rows)
+    if options.table == TABLE and names == NAMES and options.repeats >= REPEATS:
+        data = {"measure": options.measure, "repeats": options.repeats, "figures": table_of_figures}
+        print(f"written {write('samplers', data)}")
+    for name, row in table_of_figures.items():
         worth = "  ".join(f"{row['worth'][mark]:.3f}" for mark in MARKS)
         lack = "  ".join(f"{row['missing_hypervolume'][mark]:.3f}" for mark in MARKS)
         p = "  ".join(f"{row['ours_is_better_p'][mark]:.1e}" for mark in MARKS) if row["ours_is_better_p"] else ""
         print(f"{name:10} worth {worth}   missing hypervolume {lack}   p {p}")
-    ours = found[OURS]
+    ours = table_of_figures[OURS]
     print(
         f"{OURS}: {ours['needed_for_random_64']} trained for what random reaches with 64 (target 16), "
         f"{ours['needed_for_tpe_64']} for what TPE does (target 24)"
