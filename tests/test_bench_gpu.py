@@ -62,7 +62,7 @@ def hasty(rows, tiny):
     rows.make("longer", too_long)
 
 def tests(rows, tiny):
-    run_tests(rows, HERE / "suite")
+    run_tests(rows, HERE / "suite", tiny)
 """
 
 
@@ -81,11 +81,13 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run(tmp_path: Path) -> Callable[..., tuple[int, dict[str, dict[str, object]]]]:
     """Runs dummies as steps; the exit code, and how each came out."""
 
-    def of(*names: str, limit_s: float = 60.0, minutes: float = 2.0) -> tuple[int, dict[str, dict[str, object]]]:
+    def of(
+        *names: str, limit_s: float = 60.0, minutes: float = 2.0, tiny: bool = False
+    ) -> tuple[int, dict[str, dict[str, object]]]:
         from gpu_bench.runner import Runner, Step
 
         steps = [Step(name, 1, f"dummy:{name}", limit_s, 1.0, "a dummy") for name in names]
-        code = Runner(tmp_path / "out", "h100", minutes, path=(str(tmp_path),)).run(steps)
+        code = Runner(tmp_path / "out", "h100", minutes, tiny, path=(str(tmp_path),)).run(steps)
         return code, json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
 
     return of
@@ -180,6 +182,42 @@ def test_pytest_run_that_proves_nothing_is_red(run: Callable[..., object], tmp_p
     (suite / "test_other.py").write_text("raise SystemExit('not marked, and so never imported')")
     code, results = run("tests")  # type: ignore[misc]
     assert (code, results["tests"]["how"]) == (int(how == "red"), how)
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_tiny_run_has_one_case_of_each_test_and_reasons_for_the_rest(
+    run: Callable[..., object], tmp_path: Path, tiny: bool
+) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    two = "import pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('n', [1, 2])\ndef test_{}(n): ...\n"
+    (suite / "test_gpu.py").write_text(two.format("alone"))
+    (suite / "test_other.py").write_text(two.format("other"))
+    assert run("tests", tiny=tiny)[0] == 0  # type: ignore[index]
+    states = {key.rpartition("::")[2]: row["state"] for key, row in rows(tmp_path).items()}
+    found = {"test_other[1]": "done", "at least one test ran": "done"}
+    if tiny:
+        assert states == {**found, "test_alone": "refused"}
+    else:
+        assert states == {**found, **dict.fromkeys(["test_other[2]", "test_alone[1]", "test_alone[2]"], "done")}
+
+
+@pytest.mark.parametrize(("some", "state"), [(True, "done"), (False, None)])
+def test_rows_of_a_script_that_had_no_time_are_enough_only_in_a_tiny_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, some: bool, state: str | None
+) -> None:
+    from gpu_bench import blocks_step
+    from gpu_bench.rows import Rows
+
+    script = tmp_path / "slow.py"
+    script.write_text("import time; time.sleep(60)")
+    (tmp_path / "blocks-h100.jsonl").write_text("{}\n")
+    monkeypatch.setattr(blocks_step, "SCRIPT", script)
+    found = Rows(tmp_path / "rows-h100.jsonl", "blocks")
+    blocks_step.make(found, "blocks", [], 0.1, some=some)
+    assert found.all().get("blocks", {}).get("state") == state
+    assert found.left_out == ([] if some else ["blocks"])
 
 
 def test_rows_survive_a_killed_runner(tmp_path: Path) -> None:
