@@ -438,6 +438,30 @@ def test_nearly_the_same_images_are_found(tmp_path: Path, change: str) -> None:
     assert "the same but for small differences: 2 of 8 test images are also among the training images" in found
 
 
+@pytest.mark.parametrize(("side", "pixels"), [(64, 1), (224, 4)])
+def test_copies_that_were_shifted_are_found(tmp_path: Path, side: int, pixels: int) -> None:
+    """Each image saved several times with small shifts and split at random: 100 % with random labels, and no word."""
+
+    def shifted(index: int) -> Image.Image:
+        small = np.random.default_rng(index // 6).integers(0, 255, (6, 6, 3)).astype(np.uint8)
+        whole = Image.fromarray(small).resize((side + 40, side + 40), Image.Resampling.BICUBIC)
+        start = pixels * (index % 6)
+        return whole.crop((start, start, start + side, start + side))
+
+    write(tmp_path / "cat", 36, draw=shifted)
+    write(tmp_path / "dog", 36, first=36, draw=shifted)
+    found = re.search(
+        r"small differences: (\d+) of 14 test images are also among the tr", said(load_data(str(tmp_path), SMALL))
+    )
+    assert found
+    assert int(found[1]) >= 10
+    for folder in ("cat", "dog"):
+        for path in (tmp_path / folder).iterdir():
+            if int(path.stem) % 6:
+                path.unlink()
+    assert load_data(str(tmp_path), SMALL).shared == (), "one of each"
+
+
 def test_drawings_on_an_even_ground_are_not_taken_for_each_other(tmp_path: Path) -> None:
     """Their difference hashes are nearly all zero."""
 

@@ -1,4 +1,4 @@
-"""The same image in two splits: byte by byte, or nearly, as after another compression or a moment later in a film.
+"""The same image in two splits: byte by byte, or nearly, as after another compression, a small shift or a moment later.
 
 Nearly the same are images whose difference hashes are close and whose small pictures agree: the hash alone, which holds
 whether it gets lighter from one pixel to the next, is the same for many drawings on an even ground. The hash is the one
@@ -17,10 +17,16 @@ from PIL import Image
 
 from attnsurgery.evaluate.scan import THUMB, Scan, Thumbs
 
-_CLOSE_BITS = 10
+_CLOSE_BITS = 14
 """Of 64 bits of the hash, so many may differ."""
 _ALIKE = 0.995
-"""Least correlation of two small pictures."""
+"""Least correlation of two small pictures, one of them moved by a fraction of a pixel if need be."""
+_WORTH_MOVING = 0.7
+"""Least correlation before that."""
+_FARTHEST = 1.5
+"""Pixels of a small picture that one may be moved by."""
+_FITS = 2**13
+"""At a time."""
 _LEVEL = 12.0
 """Most difference of their mean levels, of 255."""
 _FLAT = 4.0
@@ -114,10 +120,38 @@ def _alike(later_NP: Thumbs, earlier_MP: Thumbs) -> dict[int, int]:
     for b_K, a_K in pairs:
         near_K = np.abs(level_N[b_K] - level_M[a_K]) <= _LEVEL
         b_K, a_K = b_K[near_K], a_K[near_K]
-        alike_K = np.einsum("kp,kp->k", unit_NP[b_K], unit_MP[a_K]) >= _ALIKE
+        alike_K = _agree(unit_NP, b_K, unit_MP, a_K)
         for b, a in zip(b_K[alike_K].tolist(), a_K[alike_K].tolist(), strict=True):
             found.setdefault(b, a)
     return found
+
+
+def _agree(unit_NP: Any, b_K: Indices, unit_MP: Any, a_K: Indices) -> Any:
+    """Which pairs of standardised small pictures are nearly equal, or would be if one were moved a little."""
+    correlation_K = np.einsum("kp,kp->k", unit_NP[b_K], unit_MP[a_K])
+    found_K = correlation_K >= _ALIKE
+    left = np.flatnonzero(~found_K & (correlation_K >= _WORTH_MOVING))
+    for start in range(0, len(left), _FITS):
+        some = left[start : start + _FITS]
+        found_K[some] = _equal_but_moved(unit_NP[b_K[some]], unit_MP[a_K[some]])
+    return found_K
+
+
+def _equal_but_moved(one_KP: Any, other_KP: Any) -> Any:
+    """The one, without its edge, against the other and its slopes: to first order a move adds a share of each slope."""
+    one, other = (pictures.reshape(-1, THUMB, THUMB).astype(np.float64) for pictures in (one_KP, other_KP))
+    right = (other[:, 1:-1, 2:] - other[:, 1:-1, :-2]) / 2
+    down = (other[:, 2:, 1:-1] - other[:, :-2, 1:-1]) / 2
+    parts = [part.reshape(len(part), -1) for part in (other[:, 1:-1, 1:-1], right, down)]
+    basis_K3P = np.stack([part - part.mean(axis=1, keepdims=True) for part in parts], axis=1)
+    target_KP = one[:, 1:-1, 1:-1].reshape(len(one), -1)
+    target_KP = target_KP - target_KP.mean(axis=1, keepdims=True)
+    gram_K33 = basis_K3P @ basis_K3P.transpose(0, 2, 1) + 1e-9 * np.eye(3)
+    on_K3 = np.einsum("kip,kp->ki", basis_K3P, target_KP)
+    share_K3 = np.linalg.solve(gram_K33, on_K3[:, :, None])[:, :, 0]
+    explained_K = (share_K3 * on_K3).sum(axis=1) / np.maximum((target_KP**2).sum(axis=1), 1e-9)
+    near_K = (np.abs(share_K3[:, 1:]) <= _FARTHEST * share_K3[:, :1]).all(axis=1)
+    return near_K & (explained_K >= _ALIKE**2)
 
 
 def _standard(thumbs_NP: Thumbs) -> tuple[Any, Any, Any]:
