@@ -64,7 +64,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             "test_parity.py::test_false_friends_load_strictly_and_compute_something_else",
             "test_timm_attn.py::test_hosts_get_the_block_in_the_place_they_keep_free",
             *(
-                f"test_memory_guard.py::test_a_plan_foretells_what_the_operated_model_has_and_allocates_nothing[{name}"
+                f"test_memory_guard.py::test_a_plan_predicts_what_the_operated_model_has_and_allocates_nothing[{name}"
                 for name in ("test_convnext", "test_vit", "test_byobnet")
             ),
         ),

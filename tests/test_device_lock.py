@@ -280,12 +280,12 @@ def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_lock_forgets_a_search_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a thread outlives its searches, and asks none of the past whether to stop."""
-    from attnsurgery.search.workers.pool import Here
+    from attnsurgery.search.workers.pool import InProcessPool
 
     monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path))
     bench = SimpleNamespace(config=SimpleNamespace(device="cpu"), backend=SimpleNamespace())
-    crew = Here(bench, Listener(), lambda: True)  # type: ignore[arg-type]
+    pool = InProcessPool(bench, Listener(), lambda: True)  # type: ignore[arg-type]
     with pytest.raises(StopAsked):
         device_lock("cpu").waiting()
-    crew.close()
+    pool.close()
     device_lock("cpu").waiting()

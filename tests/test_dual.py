@@ -254,7 +254,7 @@ def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> 
     DualAttention(16, subsample=3).check_map(3, 7)
 
 
-def test_what_a_plan_foretells_is_what_verify_counts() -> None:
+def test_what_a_plan_predicts_is_what_verify_counts() -> None:
     recipe = {"version": 1, "name": "n", "base": "test_resnet", "edits": [{"at": "stage:23 last", "block": "dual"}]}
     told = attnsurgery.plan("test_resnet", recipe, (3, 64, 64))
     report = attnsurgery.verify(attnsurgery.operate(timm.create_model("test_resnet"), recipe), (3, 64, 64))

@@ -1,4 +1,4 @@
-"""The latency model foretells what it was not told, says how sure it is, and keeps what was measured."""
+"""The latency model predicts what it was not told, says how sure it is, and keeps what was measured."""
 
 from __future__ import annotations
 
@@ -53,39 +53,39 @@ class World:
 
 
 @pytest.mark.parametrize(("told", "error"), [(8, 0.02), (32, 0.01), (128, 0.003)])
-def test_it_foretells_candidates_it_was_not_told_and_knows_how_well(told: int, error: float) -> None:
+def test_it_predicts_candidates_it_was_not_told_and_knows_how_well(told: int, error: float) -> None:
     errors, below = [], []
     for seed in range(12):
         world = World(seed)
         model = LatencyModel(BASE_MACS, world.kinds, world.measured(told))
         for _ in range(50):
             counts = world.candidate()
-            true, foretold = world.ratio(counts), model.foretell(counts)
-            errors.append(abs(foretold.ratio / true - 1))
-            below.append(true <= foretold.bound(2.326))
-            assert model.added(counts) == pytest.approx(foretold.ratio - 1.0)
+            true, predicted = world.ratio(counts), model.predict(counts)
+            errors.append(abs(predicted.ratio / true - 1))
+            below.append(true <= predicted.bound(2.326))
+            assert model.added(counts) == pytest.approx(predicted.ratio - 1.0)
     assert np.mean(errors) < error
     assert np.mean(below) > 0.97  # 0.99 is meant; of one world's candidates many are wrong together
 
 
-def test_a_kind_that_was_never_measured_is_foretold_by_its_size_and_with_doubt() -> None:
+def test_a_kind_that_was_never_measured_is_predicted_by_its_size_and_with_doubt() -> None:
     kinds = {f"size {n}": Kind(n * 10**8, 1000) for n in (1, 2, 3, 4)}
     told = [Measured({f"size {n}": 2}, 1 + 2 * 0.03 * n, 0.001) for n in (1, 2, 4)]
     model = LatencyModel(BASE_MACS, kinds, told)
-    known, unknown = model.foretell({"size 2": 1}), model.foretell({"size 3": 1})
+    known, unknown = model.predict({"size 2": 1}), model.predict({"size 3": 1})
     assert known.ratio == pytest.approx(1.06, abs=0.004)
     assert unknown.ratio == pytest.approx(1.09, abs=0.012)
     assert unknown.sigma > known.sigma
     assert model.gain({"size 3": 1}) > model.gain({"size 2": 1})
     with pytest.raises(KeyError):
-        model.foretell({"size 5": 1})
+        model.predict({"size 5": 1})
 
 
 def test_told_nothing_it_is_unsure() -> None:
     model = LatencyModel(BASE_MACS, {"a": Kind(10**8, 10**5)}, [])
-    assert model.foretell({}).ratio == 1.0
-    assert model.foretell({}).sigma == 0.0
-    assert model.foretell({"a": 1}).sigma > 0.02
+    assert model.predict({}).ratio == 1.0
+    assert model.predict({}).sigma == 0.0
+    assert model.predict({"a": 1}).sigma > 0.02
 
 
 def test_quality_is_that_on_candidates_left_out() -> None:

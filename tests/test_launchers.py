@@ -17,7 +17,7 @@ from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.workers.launch import LAUNCHERS, processes
 from attnsurgery.search.workers.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
-from attnsurgery.search.workers.processes import Workers
+from attnsurgery.search.workers.processes import ProcessPool
 from attnsurgery.search.workers.worker import serve_mailbox
 from tests._searches import change, small_search, write_images, write_space
 
@@ -89,15 +89,15 @@ def test_a_worker_on_another_machine_or_torch_is_refused(config: SearchConfig) -
     for extend in (False, True):
         launcher = LAUNCHERS["local"](change(config, extend=extend))
         Path(config.output).mkdir(exist_ok=True)
-        crew = Workers(launcher, Listener(), lambda: False, versions={"torch": "0.1", "latency": "computed"})
+        pool = ProcessPool(launcher, Listener(), lambda: False, versions={"torch": "0.1", "latency": "computed"})
         try:
             if extend:
-                crew.all([Job("weights")])
+                pool.all([Job("weights")])
                 continue
             with pytest.raises(SearchError, match=r"worker \d on .* has other software.*versions.latency: here 'comp"):
-                crew.all([Job("weights")])
+                pool.all([Job("weights")])
         finally:
-            crew.close()
+            pool.close()
 
 
 def test_a_worker_that_never_begins_ends_the_search_and_costs_no_trial(

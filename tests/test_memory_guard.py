@@ -338,7 +338,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_foretells_what_the_operated_model_has_and_allocates_nothing(name: str) -> None:
+def test_a_plan_predicts_what_the_operated_model_has_and_allocates_nothing(name: str) -> None:
     made = recipe(*PLANS[name], base=name)
     with LargestReal() as watch:
         found = attnsurgery.plan(name, made)

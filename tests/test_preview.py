@@ -56,13 +56,13 @@ def test_nothing_is_written_and_the_search_can_begin_afterwards(config: SearchCo
     assert not Path(config.output).exists()
 
 
-def test_the_time_it_foretells_is_near_the_time_it_takes(config: SearchConfig) -> None:
-    foretold = previewed(config)
+def test_the_time_it_predicts_is_near_the_time_it_takes(config: SearchConfig) -> None:
+    predicted = previewed(config)
     outcome = run(config)
     taken = [record.seconds for record in outcome.records if record.state == "trained"]
-    assert 0.25 < foretold.rungs[0][2] / (sum(taken) / len(taken)) < 4  # other programs share the machine
+    assert 0.25 < predicted.rungs[0][2] / (sum(taken) / len(taken)) < 4  # other programs share the machine
     more = previewed(config, trials=20)
-    assert more.seconds > 3 * foretold.rungs[0][2]
+    assert more.seconds > 3 * predicted.rungs[0][2]
 
 
 def test_a_stop_ends_it(config: SearchConfig) -> None:

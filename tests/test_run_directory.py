@@ -62,7 +62,7 @@ from attnsurgery.search.storage.run_directory import (
 )
 from attnsurgery.search.storage.schema import TRIALS, trials_of
 from attnsurgery.search.storage.urls import check_url
-from attnsurgery.search.workers.pool import Crew
+from attnsurgery.search.workers.pool import WorkerPool
 from tests._searches import change, outcome, small_search, trial, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -318,9 +318,9 @@ class NoCrew:
 def test_stray_weights_are_not_believed_and_kept(tmp_path: Path, name: str) -> None:
     """A base.safetensors that no study knows became the base."""
     weights(tmp_path / name, 5)
-    crew, hearing = NoCrew(), Hearing()
-    assert _weights(cast(Crew, crew), cast(Bench, SimpleNamespace()), tmp_path, {}, hearing) == "made"
-    assert crew.made == 1
+    pool, hearing = NoCrew(), Hearing()
+    assert _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, hearing) == "made"
+    assert pool.made == 1
     assert not (tmp_path / name).exists()
     assert (tmp_path / f"{name}.kept-1").is_file()
     assert f"{name} was not made by this search" in hearing.heard[0]
@@ -329,15 +329,15 @@ def test_stray_weights_are_not_believed_and_kept(tmp_path: Path, name: str) -> N
 def test_weights_are_those_that_the_study_was_begun_with_or_an_error(tmp_path: Path) -> None:
     weights(tmp_path / WEIGHTS, 5)
     begun = {"config": {"weights": hash_of(tmp_path / WEIGHTS)}, "base": {"latency": {}}}
-    crew = NoCrew()
+    pool = NoCrew()
     assert (
-        _weights(cast(Crew, crew), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
+        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
         == begun["config"]["weights"]
     )
-    assert crew.made == 0
+    assert pool.made == 0
     weights(tmp_path / WEIGHTS, 6)
     with pytest.raises(SearchError, match=r"does not hold the weights that the search was begun with"):
-        _weights(cast(Crew, crew), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
+        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
     assert (tmp_path / WEIGHTS).is_file()
 
 
@@ -675,7 +675,7 @@ def test_a_budget_that_nothing_keeps_to_ends_after_a_few_measurements_though_lat
     assert fastest <= min(record.timing.ms for record in known.records if record.timing)
 
 
-def test_a_preview_in_which_nothing_fits_foretells_no_trials(config: SearchConfig) -> None:
+def test_a_preview_in_which_nothing_fits_predicts_no_trials(config: SearchConfig) -> None:
     """'about 21 min for 64 trained trials', with 0 of 12 within the budget."""
     from attnsurgery.cli import _search_view
 

@@ -198,6 +198,6 @@ def test_a_promotion_that_fails_says_why_and_the_next_takes_its_place(
 
 
 def test_a_preview_counts_every_rung(config: SearchConfig) -> None:
-    foretold = preview(config)
-    assert [(how, count) for how, count, _ in foretold.rungs] == [("blocks, 1 epoch", 4), ("finetune, 1 epoch", 2)]
-    assert foretold.seconds > sum(count * seconds for _, count, seconds in foretold.rungs)
+    predicted = preview(config)
+    assert [(how, count) for how, count, _ in predicted.rungs] == [("blocks, 1 epoch", 4), ("finetune, 1 epoch", 2)]
+    assert predicted.seconds > sum(count * seconds for _, count, seconds in predicted.rungs)

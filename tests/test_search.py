@@ -545,7 +545,7 @@ def test_a_search_by_blocks_alone_is_confirmed_by_a_fine_tuning(
     assert all(count < everything / 2 for count in trained[:-2])
 
 
-def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfig, finished: Outcome) -> None:
+def test_what_was_measured_predicts_what_is_over_the_budget(config: SearchConfig, finished: Outcome) -> None:
     """The second search knows the first one's latencies, and builds nothing that is surely too slow."""
     run(change(config, trials=8))
     times = sorted(record.timing.ms for record in finished.records if record.timing)
@@ -554,13 +554,13 @@ def test_what_was_measured_foretells_what_is_over_the_budget(config: SearchConfi
         records = run(second).records
     except NothingFeasibleError:
         records = list(trials_of(Journal(Path(second.output) / "trials.jsonl").read()).values())
-    foretold = [record for record in records if record.foretold_ms is not None and record.state != "duplicate"]
-    assert foretold
-    for record in foretold:
+    predicted = [record for record in records if record.predicted_ms is not None and record.state != "duplicate"]
+    assert predicted
+    for record in predicted:
         assert (record.state, record.timing) == ("over_budget", None)
-        assert record.foretold_ms is not None
+        assert record.predicted_ms is not None
         assert second.budget_ms is not None
-        assert record.foretold_ms > second.budget_ms
+        assert record.predicted_ms > second.budget_ms
 
 
 def test_every_trained_candidate_has_what_could_be_known_without_training(finished: Outcome) -> None:

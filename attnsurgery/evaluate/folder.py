@@ -88,6 +88,16 @@ def readable() -> frozenset[str]:
     return frozenset(ways - others | {".mpo"})  # several photos in one JPEG file
 
 
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow decodes by itself. A file is opened as one of these, whatever its name says.
+
+    Pillow recognises a format by content: EPS under the name of a JPEG would go to Ghostscript.
+    """
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in _NO_PHOTOS)
+
+
 def role_of(name: str) -> str | None:
     """The split that a folder's name means: 'Training Set' is train, 'val2017' is val; None of any other name."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())

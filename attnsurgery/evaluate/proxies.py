@@ -1,8 +1,8 @@
 """Scores that cost one batch and no training: what a trained score is held against, and never the last word.
 
 Both see a candidate before its first step. They are recorded for every trained candidate, and the report says how well
-they would have ordered the candidates: a search that a proxy foretells need not have been made by training, and one
-that none foretells had to be.
+they would have ordered the candidates: a search that a proxy predicts need not have been made by training, and one
+that none predicts had to be.
 """
 
 from __future__ import annotations

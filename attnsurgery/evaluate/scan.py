@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from attnsurgery.errors import SearchError
+from attnsurgery.evaluate.folder import formats
 from attnsurgery.evaluate.picture import Depth, Rendering, has_transparency, is_deep, is_turned, upright, values_of
 from attnsurgery.evaluate.source import Source
 
@@ -114,7 +115,7 @@ def depths_of(sources: Sequence[Source]) -> tuple[Depth | None, Depth | None]:
     found: list[tuple[str, Depth]] = []
     for path in (path for source in sources for path in source.paths if path.suffix.lower() in _MAYBE_DEEP):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats()) as image:
                 if is_deep(image):
                     found.append((image.mode, values_of(image)))
         except Exception:
@@ -163,7 +164,7 @@ def _look(source: Source, index: int) -> Look:
         if pointer := next((what for start, what in _POINTERS.items() if data.startswith(start)), None):
             return Look(problem=pointer)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             turned = is_turned(image)
             image.draft("L", (4 * THUMB, 4 * THUMB))  # a JPEG file is read to its end, but not computed in full size
             frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))  # a photo with a preview in it

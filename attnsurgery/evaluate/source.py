@@ -16,7 +16,7 @@ from PIL import Image
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate.contents import content_of, pixels_of
-from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, read_folder
+from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, formats, read_folder
 from attnsurgery.evaluate.picture import upright
 from attnsurgery.settings import Augment
 
@@ -136,7 +136,7 @@ def decoded(file: Any) -> Image.Image:
     Args:
         file: a path, or a binary file.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=formats()) as image:
         image.load()
         return upright(image.copy())
 

@@ -2,7 +2,7 @@
 
 The ratio of a candidate's time to the base's is taken as 1 plus what each of its blocks adds. What a block adds depends
 on its options and on the tensor it is put on, and not on where in the model that is: sites of equal shape share what is
-learned. Blocks never measured are foretold from those that were, by their number, multiply-accumulates and size of map;
+learned. Blocks never measured are predicted from those that were, by their number, multiply-accumulates and size of map;
 what each then differs by is learned as well (a Bayesian linear regression with two levels, after Lindley and Smith,
 "Bayes estimates for the linear model", JRSS B 1972). How large such differences are is unknown, too: all sizes that are
 likely count, so that a model which was told little does not believe that it knows much.
@@ -29,7 +29,7 @@ _LEVELS = (0.02, 2.0, 0.05)
 """How large the shared parts are thought to be: share of the base's time for a block as such, for as many
 multiply-accumulates as the base has, and for the largest map."""
 _OWN = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-"""What a kind may differ by from what its size foretells."""
+"""What a kind may differ by from what its size predicts."""
 _MISFIT = (0.003, 0.01, 0.03, 0.1)
 """How wrong a sum of parts may be, as a share of that sum."""
 _UNLIKELY = 0.01
@@ -59,7 +59,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Foretold:
+class Prediction:
     """What a candidate's ratio to the base will be."""
 
     ratio: float
@@ -108,7 +108,7 @@ class LatencyModel:
     def _width(self) -> int:
         return len(_LEVELS) + len(self._index)
 
-    def foretell(self, counts: Counts) -> Foretold:
+    def predict(self, counts: Counts) -> Prediction:
         """The ratio of a candidate with these blocks.
 
         Raises:
@@ -117,7 +117,7 @@ class LatencyModel:
         mean_S, doubt_S = self._by_setting(counts)
         mean = float(self._share_S @ mean_S)
         spread_S = doubt_S + (self._misfit_S * mean_S) ** 2 + (mean_S - mean) ** 2
-        return Foretold(1.0 + mean, math.sqrt(float(self._share_S @ spread_S)))
+        return Prediction(1.0 + mean, math.sqrt(float(self._share_S @ spread_S)))
 
     def added(self, counts: Counts) -> float:
         """What these blocks add, as a share of the base's time; such shares add up."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How well latencies are foretold: the model after a minute of calibration, against candidates measured afterwards.
+"""How well latencies are predicted: the model after a minute of calibration, against candidates measured afterwards.
 
     python scripts/bench/latency_model.py [--seconds 60] [--candidates 25] [--design alone] [--processes 10]
 
@@ -66,7 +66,7 @@ def alone(costs: Costs, places: Places, measure: Measure, seconds: float) -> lis
                 return found
 
 
-def foretold(
+def predicted(
     name: str, space_name: str, seconds: float, candidates: int, design: str, check_seconds: float = 4.0
 ) -> dict[str, Any]:
     base = timm.create_model(name).eval()
@@ -85,7 +85,7 @@ def foretold(
     drawn: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]
     careful = meter(base, Effort(tolerance=0.003, max_seconds=check_seconds))
     apart = [in_place(base, anatomy, space, costs, careful)(picks) for picks in drawn]
-    said = [model.foretell(one.counts) for one in apart]
+    said = [model.predict(one.counts) for one in apart]
     true, got = np.array([one.ratio for one in apart]), np.array([one.ratio for one in said])
     errors = np.abs(got / true - 1)
     return {
@@ -99,7 +99,7 @@ def foretold(
         "spearman": spearman(got, true),
         "within_99_bound": float(np.mean([t <= s.bound(2.326) for t, s in zip(true, said, strict=True)])),
         "ratios": [round(float(t), 4) for t in true],
-        "foretold": [round(float(g), 4) for g in got],
+        "predicted": [round(float(g), 4) for g in got],
     }
 
 
@@ -124,7 +124,7 @@ def main() -> None:
         return
     rows = []
     for name, space in MODELS.items():
-        rows.append(foretold(name, space, asked.seconds, asked.candidates, asked.design))
+        rows.append(predicted(name, space, asked.seconds, asked.candidates, asked.design))
         row = rows[-1]
         print(
             f"{name:28}{row['kinds']:4} kinds, told {row['told']:3}: mean error {row['mean_error']:.2%}, worst "
@@ -139,9 +139,9 @@ def main() -> None:
     spread = float(np.std(ratios) / np.mean(ratios)) if ratios else 0.0
     model = timm.create_model("test_resnet").eval()
     same = self_test(meter(model, Effort(max_seconds=1.5)), model, asked.self_tests)
-    errors = [abs(g / t - 1) for row in rows for g, t in zip(row["foretold"], row["ratios"], strict=True)]
+    errors = [abs(g / t - 1) for row in rows for g, t in zip(row["predicted"], row["ratios"], strict=True)]
     # over models as in each: ranks of ratios to four different bases
-    got, true = (np.array([value for row in rows for value in row[key]]) for key in ("foretold", "ratios"))
+    got, true = (np.array([value for row in rows for value in row[key]]) for key in ("predicted", "ratios"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     figures = {
         "seconds": asked.seconds,

@@ -214,7 +214,7 @@ def reliability(rows: list[dict[str, Any]], measure: str = "val_loss") -> dict[s
     }
 
 
-def foretells(rows: list[dict[str, Any]], measure: str) -> float:
+def predicts(rows: list[dict[str, Any]], measure: str) -> float:
     """Correlation of a measure of one training with the test top-1 of another training of the same candidate."""
     by_seed = {seed: {tuple(row["picks"]): row for row in rows if row["seed"] == seed} for seed in SEEDS}
     sign = -1.0 if measure.endswith("loss") else 1.0
@@ -271,7 +271,7 @@ def report(folder: Path) -> None:
     if missing:
         raise SystemExit(f"{len(missing)} of {len(candidates()) * len(SEEDS)} networks are not trained yet")
     kept = [every[pair] for pair in itertools.product(candidates(), SEEDS)]
-    figures = {measure: {**reliability(kept, measure), "foretells": foretells(kept, measure)} for measure in MEASURES}
+    figures = {measure: {**reliability(kept, measure), "predicts": predicts(kept, measure)} for measure in MEASURES}
     way = asdict(WAYS[CHOSEN])
     provenance = {"base": BASE, "size": SIZE, "sites": SITES, "options": OPTIONS, "way": way, **conditions()}
     measured = {tuple(row["picks"]) for row in rows_of(folder, "latency")}
@@ -283,7 +283,7 @@ def report(folder: Path) -> None:
         print(
             f"{measure}: {found['mean']:.4f} on average, sd {found['sd_between']:.4f} between candidates and "
             f"{found['sd_seeds']:.4f} between seeds, reliability of two seeds {found['reliability']:.2f}; "
-            f"correlation of one seed with the other's test top-1 {found['foretells']:+.2f}"
+            f"correlation of one seed with the other's test top-1 {found['predicts']:+.2f}"
         )
     print(f"{len(kept)} networks of {len(candidates())} candidates")
 

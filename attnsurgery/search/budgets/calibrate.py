@@ -55,7 +55,7 @@ class Quality:
     """Mean absolute error of the time, as a share of it."""
     worst: float
     spearman: float
-    """Rank correlation of foretold and measured times."""
+    """Rank correlation of predicted and measured times."""
     noise: float
     """Standard error of one measurement, as a share of it, the median; the errors have it in them."""
 
@@ -227,15 +227,15 @@ def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measur
     """The error on every candidate, of a model that was told three quarters of the others; None of fewer than 8."""
     if len(measured) < 2 * _FOLDS:
         return None
-    foretold = np.empty(len(measured))
+    predicted = np.empty(len(measured))
     for fold in range(_FOLDS):
         told = [one for index, one in enumerate(measured) if index % _FOLDS != fold]
         model = LatencyModel(base_macs, kinds, told)
-        foretold[fold::_FOLDS] = [model.foretell(one.counts).ratio for one in measured[fold::_FOLDS]]
+        predicted[fold::_FOLDS] = [model.predict(one.counts).ratio for one in measured[fold::_FOLDS]]
     true = np.array([one.ratio for one in measured])
-    errors = np.abs(foretold / true - 1.0)
+    errors = np.abs(predicted / true - 1.0)
     noise = float(np.median([one.sigma / one.ratio for one in measured]))
-    return Quality(len(measured), float(errors.mean()), float(errors.max()), spearman(foretold, true), noise)
+    return Quality(len(measured), float(errors.mean()), float(errors.max()), spearman(predicted, true), noise)
 
 
 def spearman(first: Floats, second: Floats) -> float:

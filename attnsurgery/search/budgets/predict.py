@@ -11,7 +11,7 @@ import numpy as np
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
-from attnsurgery.latency.model import Foretold, Kind, LatencyModel, Measured
+from attnsurgery.latency.model import Kind, LatencyModel, Measured, Prediction
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Picks, Places
 from attnsurgery.samplers.threads import on_one_thread
@@ -24,7 +24,7 @@ _SURE = 2.326
 """Standard deviations: what is over the budget with 99 % certainty need not be built."""
 
 
-class Foreteller:
+class LatencyPredictor:
     """The latency model of one search; it learns from every trial that was measured.
 
     Args:
@@ -67,17 +67,17 @@ class Foreteller:
                 shelf.add(measured(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
 
     @on_one_thread
-    def foretell(self, assignment: Mapping[str, str]) -> Foretold | None:
+    def predict(self, assignment: Mapping[str, str]) -> Prediction | None:
         """The ratio to the base's time; None while nothing is known."""
         model = self._fitted()
-        return None if model is None else model.foretell(self._costs.counts(_picks(self._places, assignment)))
+        return None if model is None else model.predict(self._costs.counts(_picks(self._places, assignment)))
 
     def over(self, assignment: Mapping[str, str]) -> float | None:
-        """The milliseconds foretold, if these are over the budget with 99 % certainty."""
-        most, foretold = self._budgets.most.get("latency"), self.foretell(assignment)
-        if most is None or foretold is None or foretold.bound(-_SURE) * self._reference_ms <= most:
+        """The milliseconds predicted, if these are over the budget with 99 % certainty."""
+        most, predicted = self._budgets.most.get("latency"), self.predict(assignment)
+        if most is None or predicted is None or predicted.bound(-_SURE) * self._reference_ms <= most:
             return None
-        return foretold.ratio * self._reference_ms
+        return predicted.ratio * self._reference_ms
 
     @on_one_thread
     def any_within(self, tried: Collection[Picks]) -> bool:

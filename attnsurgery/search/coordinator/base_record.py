@@ -12,12 +12,12 @@ from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.result.record import Promotion, Record, Timing
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.watching import StopAsked
-from attnsurgery.search.workers.pool import Crew
+from attnsurgery.search.workers.pool import WorkerPool
 
 _WAIT_S = 1.0
 
 
-def base_of(bench: Bench, crew: Crew, store: Store, stop: Callable[[], bool]) -> tuple[Latency, Record]:
+def base_of(bench: Bench, pool: WorkerPool, store: Store, stop: Callable[[], bool]) -> tuple[Latency, Record]:
     """What the store has of the base; what it lacks is made, by this search or by another at the same study.
 
     Raises:
@@ -25,11 +25,11 @@ def base_of(bench: Bench, crew: Crew, store: Store, stop: Callable[[], bool]) ->
     """
     kept = _made_by_others(store, stop)
     if kept is None:
-        (kept,) = crew.all([Job("base latency")])
+        (kept,) = pool.all([Job("base latency")])
         store.fix("base", dict(kept))
     reference = Latency(**kept["latency"])
     if "record" not in kept:
-        (scored,) = crew.all([Job("base scores")])
+        (scored,) = pool.all([Job("base scores")])
         scores = [Promotion(**score) for score in scored["scores"]]
         kept = {**kept, "record": _record(bench, reference, kept["peak_mb"], scores).as_dict()}
         store.fix("base", kept)

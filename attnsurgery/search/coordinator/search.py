@@ -1,6 +1,6 @@
 """Runs a search, or goes on with it: ask, measure, train what fits, tell; then confirm the winner.
 
-This is the coordinator: it alone asks and tells, and whatever needs a device is a job for a crew of workers. Everything
+This is the coordinator: it alone asks and tells, and whatever needs a device is a job for a pool of workers. Everything
 that is known is on the disk after each job, so the same command goes on wherever it was stopped, and the trials are
 those of a search that was never stopped: with one worker, or with several in step.
 """
@@ -19,7 +19,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import LatencyBackend
-from attnsurgery.search.budgets.predict import Foreteller
+from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.compatibility import VERSIONS
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.coordinator.base_record import base_of
@@ -59,8 +59,8 @@ from attnsurgery.search.storage.store import Asked, Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
 from attnsurgery.search.watching import StopAsked
 from attnsurgery.search.workers.launch import LAUNCHERS
-from attnsurgery.search.workers.pool import Crew, Done, Here
-from attnsurgery.search.workers.processes import Workers
+from attnsurgery.search.workers.pool import Done, InProcessPool, WorkerPool
+from attnsurgery.search.workers.processes import ProcessPool
 
 _MOST_ATTEMPTS = 3
 """A trial is begun so often, over all runs: what every process dies of is the trial's own fault."""
@@ -102,38 +102,38 @@ def run(
     with locked(folder):
         before = known(folder, config.storage)
         mark(folder)
-        with writing_errors(), _crew(config, listener, pulse, backend) as (bench, crew):
-            bench.weights = _weights(crew, bench, folder, before, listener)
+        with writing_errors(), _pool(config, listener, pulse, backend) as (bench, pool):
+            bench.weights = _weights(pool, bench, folder, before, listener)
             store, others = open_store(bench, folder, listener)
             keep_digests(bench, folder)
             write_own(folder, CONFIG, bench.config.as_yaml())
             pulse.beat = store.beat
             with closing(store):
-                outcome = _Search(bench, crew, store, folder, listener, pulse, command, others).go()
+                outcome = _Search(bench, pool, store, folder, listener, pulse, command, others).go()
     outcome.check_feasible()
     return outcome
 
 
 @contextmanager
-def _crew(
+def _pool(
     config: SearchConfig, listener: Listener, stop: Callable[[], bool], backend: LatencyBackend | None
-) -> Iterator[tuple[Bench, Crew]]:
+) -> Iterator[tuple[Bench, WorkerPool]]:
     """What the search decides on, and who works for it. A backend that was given is this process's own."""
     alone = config.workers == 0 or backend is not None
     launcher = LAUNCHERS[config.launcher]  # there is one of that name, before images are read
     bench = assemble(config, listener, backend, decode=alone)
-    crew: Crew
+    pool: WorkerPool
     if alone:
-        crew = Here(bench, listener, stop)
-    else:  # only now, for a launcher may hold a cluster until its crew is closed
-        crew = Workers(launcher(bench.config), listener, stop, versions=bench.found()[VERSIONS])
+        pool = InProcessPool(bench, listener, stop)
+    else:  # only now, for a launcher may hold a cluster until its pool is closed
+        pool = ProcessPool(launcher(bench.config), listener, stop, versions=bench.found()[VERSIONS])
     try:
-        yield bench, crew
+        yield bench, pool
     finally:
-        crew.close()
+        pool.close()
 
 
-def _weights(crew: Crew, bench: Bench, folder: Path, before: Mapping[str, Any], listener: Listener) -> str:
+def _weights(pool: WorkerPool, bench: Bench, folder: Path, before: Mapping[str, Any], listener: Listener) -> str:
     """The hash of the starting weights; whoever needs the weights themselves loads them where it is.
 
     Args:
@@ -154,9 +154,9 @@ def _weights(crew: Crew, bench: Bench, folder: Path, before: Mapping[str, Any], 
                 f"{there}. Put them back, or remove the file, and they are made again; or begin another search beside "
                 "this one with --new."
             )
-        if not isinstance(crew, Here):
+        if not isinstance(pool, InProcessPool):
             return there
-    (made,) = crew.all([Job("weights")])
+    (made,) = pool.all([Job("weights")])
     bench.fresh, bench.head = made["fresh"], made["head"]
     return str(made["weights"])
 
@@ -186,7 +186,7 @@ class _Search:
     def __init__(
         self,
         bench: Bench,
-        crew: Crew,
+        pool: WorkerPool,
         store: Store,
         folder: Path,
         listener: Listener,
@@ -194,7 +194,7 @@ class _Search:
         command: str,
         others: Sequence[str],
     ) -> None:
-        self.bench, self.crew, self.store, self.folder = bench, crew, store, folder
+        self.bench, self.pool, self.store, self.folder = bench, pool, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
         self._ready: deque[Asked] = deque(store.open())
@@ -204,13 +204,13 @@ class _Search:
         self._twins: list[Asked] = []
         """The same candidates as others that are going: what becomes of those is theirs."""
         self.records = store.records()
-        self.reference, self.base = base_of(bench, crew, store, stop)
+        self.reference, self.base = base_of(bench, pool, store, stop)
         self.about = remember(store, bench, self.reference, command, others)
         known = store.fixed("latencies")
         if known is None:
-            known = Foreteller.kept(bench.shelf)
+            known = LatencyPredictor.kept(bench.shelf)
             store.fix("latencies", known)
-        self.foreteller = Foreteller(bench.costs, bench.places, bench.budgets, self.reference, known)
+        self.predictor = LatencyPredictor(bench.costs, bench.places, bench.budgets, self.reference, known)
         self.confirmation: Confirmation | None = None
         self._unwritten = ""
         """Why the report could not be written the last time."""
@@ -241,8 +241,8 @@ class _Search:
             self._refresh()
             if not self.stop():
                 self._hand_out()
-            if self.crew.busy:
-                for done in self.crew.wait(_WAIT_S):
+            if self.pool.busy:
+                for done in self.pool.wait(_WAIT_S):
                     self._take_in(done)
             elif self.stop() or not self.store.elsewhere():
                 break
@@ -284,11 +284,11 @@ class _Search:
 
     def _hand_out(self) -> None:
         """Give every free worker a trial, as long as trials are wanted."""
-        while self.crew.busy < self.crew.size and self._wanted() > 0:
+        while self.pool.busy < self.pool.size and self._wanted() > 0:
             for _ in range(self._due()):
-                self.foreteller.learn(self.records)
+                self.predictor.learn(self.records)
                 if self._more():
-                    places = self.foreteller.places()
+                    places = self.predictor.places()
                     self._ready.append(self.store.ask(self.records, places, repeats=bool(self._twins)))
             if not self._ready:
                 return
@@ -311,29 +311,29 @@ class _Search:
             return 0 if self._ready else 1
         if self._going or self._twins:
             return 0
-        begun = self.store.slots() % self.crew.size
-        return self.crew.size - begun if begun or not self._ready else 0
+        begun = self.store.slots() % self.pool.size
+        return self.pool.size - begun if begun or not self._ready else 0
 
     def _more(self) -> bool:
         """True while there may be candidates within the budget that were not asked for."""
-        return any_left(self.bench, self.base, self.records, self._open_ones(), self._foretold)
+        return any_left(self.bench, self.base, self.records, self._open_ones(), self._predicted)
 
     def _open_ones(self) -> list[Mapping[str, str]]:
         return [asked.assignment for asked in [*self._ready, *self._going.values(), *self._twins]]
 
-    def _foretold(self) -> bool:
+    def _predicted(self) -> bool:
         """Whether a candidate that was not asked for may be within the budgets by what is known of latencies."""
         nothing = self.bench.picks(self.bench.space.nothing)
         asked = [*(record.assignment for record in self.records), *self._open_ones()]
-        return self.foreteller.any_within({nothing, *map(self.bench.picks, asked)})
+        return self.predictor.any_within({nothing, *map(self.bench.picks, asked)})
 
     def _begin(self, asked: Asked) -> None:
         """Settle what needs no work; give the rest to a worker."""
         if not self.store.take_up(asked.number):
             return  # another search was faster
-        over = self.foreteller.over(asked.assignment)
-        if over is not None and not trained(self.records) and not self._foretold():
-            over = None  # a search that ends without a result has measured, and not merely foretold, that none fits
+        over = self.predictor.over(asked.assignment)
+        if over is not None and not trained(self.records) and not self._predicted():
+            over = None  # a search that ends without a result has measured, and not merely predicted, that none fits
         record = outlined(self.bench, asked.number, asked.assignment, over)
         self.listener.asked(asked.number, record.recipe["name"] if record.recipe else "the base as it is")
         seen = {known.digest: known for known in self.records if known.digest and known.state in KNOWN}
@@ -353,7 +353,7 @@ class _Search:
         else:
             self._going[asked.number] = asked
             given = {"record": record.as_dict(), "reference": asdict(self.reference)}
-            self.crew.give(Job("trial", given, trial=asked.number, before=attempts - 1))
+            self.pool.give(Job("trial", given, trial=asked.number, before=attempts - 1))
 
     def _take_in(self, done: Done) -> None:
         """What became of a trial that was given to a worker."""
@@ -373,7 +373,7 @@ class _Search:
 
     def _told(self, record: Record) -> None:
         finished = self.store.finish(record)
-        self.foreteller.keep(record, self.bench.shelf)
+        self.predictor.keep(record, self.bench.shelf)
         if finished is None:
             self._refresh()
             return
@@ -398,7 +398,7 @@ class _Search:
         rungs, config = len(self.bench.rungs), self.config
         going: set[int] = set()
         while True:
-            while not self.stop() and self.crew.busy < self.crew.size:
+            while not self.stop() and self.pool.busy < self.pool.size:
                 found = next_promotion(
                     self.records, rungs, config.halving, shares(config), config.rank_by, frozenset(going)
                 )
@@ -407,10 +407,10 @@ class _Search:
                 lane = f"{rungs_of(config)[found.reached + 1]}"
                 self.listener.phase(f"trial {found.number} on rung {found.reached + 2} of {rungs}: {lane}")
                 going.add(found.number)
-                self.crew.give(Job("promotion", {"record": found.as_dict()}, trial=found.number))
-            if not self.crew.busy:
+                self.pool.give(Job("promotion", {"record": found.as_dict()}, trial=found.number))
+            if not self.pool.busy:
                 break
-            for done in self.crew.wait(_WAIT_S):
+            for done in self.pool.wait(_WAIT_S):
                 self._promoted(done)
                 going.discard(done.job.trial or 0)
         self._go_on()
@@ -465,7 +465,7 @@ class _Search:
             self.store.fix(CONFIRMING, known)
 
         self._go_on()
-        self.crew.all([Job(kind, given[at], trial=(given[at]["record"] or {}).get("number")) for at in lacking], keep)
+        self.pool.all([Job(kind, given[at], trial=(given[at]["record"] or {}).get("number")) for at in lacking], keep)
         return [known[key] for key in keys]
 
     def _kept(self, result: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:

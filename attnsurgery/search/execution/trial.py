@@ -52,7 +52,7 @@ def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
     return model.to(bench.config.device).eval()
 
 
-def outlined(bench: Bench, number: int, assignment: Mapping[str, str], foretold_ms: float | None = None) -> Record:
+def outlined(bench: Bench, number: int, assignment: Mapping[str, str], predicted_ms: float | None = None) -> Record:
     """All that is known of a candidate before it is built; it counts as failed until more is known."""
     recipe = bench.space.recipe_of(assignment)
     return Record(
@@ -64,7 +64,7 @@ def outlined(bench: Bench, number: int, assignment: Mapping[str, str], foretold_
         blocks=bench.space.blocks(assignment),
         parameters=bench.costs.of("parameters", bench.picks(assignment)),
         macs=bench.costs.of("macs", bench.picks(assignment)),
-        foretold_ms=foretold_ms,
+        predicted_ms=predicted_ms,
     )
 
 

@@ -1,4 +1,4 @@
-"""Does a short training foretell a longer one: each two neighbouring rungs against each other."""
+"""Does a short training predict a longer one: each two neighbouring rungs against each other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def section(outcome: Outcome) -> Section | None:
         said += f" The supernet, rung 1: {outcome.trust.sentence()}."
     return Section(
         "rungs",
-        "Rungs: does a short training foretell a longer one?",
+        "Rungs: does a short training predict a longer one?",
         figures=figures,
         below=f"<p>{said}</p>"
         '<p class="faint">Kendall\'s tau-b is 1 where both rungs order candidates alike, and 0 where they have nothing '

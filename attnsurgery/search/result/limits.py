@@ -25,7 +25,7 @@ class _Kind:
 
 
 _KINDS = {
-    "latency": _Kind("most_ms", lambda record: record.timing.ms if record.timing else record.foretold_ms, "ms"),
+    "latency": _Kind("most_ms", lambda record: record.timing.ms if record.timing else record.predicted_ms, "ms"),
     "parameters": _Kind("budget_params", lambda record: record.parameters, "parameters"),
     "macs": _Kind("budget_macs", lambda record: record.macs, "MACs"),
     "memory": _Kind("budget_mb", lambda record: record.peak_mb, "MB"),

@@ -63,7 +63,7 @@ class Record:
     digest: str | None = None
     blocks: int = 0
     timing: Timing | None = None
-    foretold_ms: float | None = None
+    predicted_ms: float | None = None
     """What the latency model said, where that was so far over the budget that nothing was measured."""
     top1: float | None = None
     """On the validation split, 0 to 1; on the lowest rung, which every trained candidate has been on."""
@@ -102,7 +102,10 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
         timing = data.get("timing")
-        promotions = tuple(Promotion(**given) for given in data.get("promotions", ()))
+        promotions = tuple(Promotion(**fields) for fields in data.get("promotions", ()))
+        if "foretold_ms" in data:  # its name in studies of version 0.1
+            data = {**data, "predicted_ms": data["foretold_ms"]}
+            del data["foretold_ms"]
         return cls(**{**data, "timing": Timing(**timing) if timing else None, "promotions": promotions})
 
     def what(self) -> str:

@@ -90,7 +90,7 @@ def _proxy_of(url: str) -> tuple[str, int] | None:
         return None
     host, _, port = rest.rstrip("/").rpartition(":")
     if not (host and port.isdecimal()):
-        raise UsageError(f"--storage {url}: a gRPC proxy is named as grpc://host:port.")
+        raise UsageError("--storage: a gRPC proxy is named as grpc://host:port, without user and password.")
     return host, int(port)
 
 
@@ -131,7 +131,7 @@ def storage_errors(url: str) -> Iterator[None]:
         yield
     except NoSuchModuleError:
         raise UsageError(f"--storage {without_password(url)} names no database that is known here. {_KINDS}") from None
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UsageError(_NO_URL) from None
     except ImportError as error:
         kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
@@ -177,7 +177,7 @@ def _parsed(url: str) -> tuple[URL, list[str]]:
 
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UsageError(_NO_URL) from None
     return parsed, [name for name in parsed.query if "pass" in name.lower()]
 

@@ -43,10 +43,10 @@ class Done:
     """The user asked for an end, and it was given up."""
 
 
-class Crew(ABC):
+class WorkerPool(ABC):
     """Workers, each at one job at a time.
 
-    Laws, which tests/contracts/test_crew.py checks of every crew: each job that was given comes back from `wait` once;
+    Laws, which tests/contracts/test_pool.py checks of every pool: each job that was given comes back from `wait` once;
     a result is what `perform` returns; what `perform` raises of attnsurgery's own errors comes back as `error`; a
     worker that breaks is replaced, and its job begun once more, or `wait` raises where none can be replaced; after
     `close` nothing runs.
@@ -117,7 +117,7 @@ class Crew(ABC):
 _A_WHILE = 1.0
 
 
-class Here(Crew):
+class InProcessPool(WorkerPool):
     """This process does everything itself: nothing to start, and nothing that could be replaced.
 
     Args:

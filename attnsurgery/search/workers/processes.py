@@ -16,8 +16,8 @@ from attnsurgery.search.compatibility import VERSIONS, differences
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
-from attnsurgery.search.workers.launch import Gone, Launcher, Link, Message
-from attnsurgery.search.workers.pool import GOES_ON, Crew, Done
+from attnsurgery.search.workers.launch import Launcher, Link, Message, WorkerExited
+from attnsurgery.search.workers.pool import GOES_ON, Done, WorkerPool
 
 _STOP_S = 30.0
 """A worker that was asked to give up its job has so long, then it is ended."""
@@ -29,7 +29,7 @@ _POLL_S = 0.25
 
 
 @dataclass(eq=False)
-class _Hand:
+class WorkerSlot:
     """One worker, or the place for one."""
 
     index: int
@@ -46,7 +46,7 @@ class _Hand:
     """How often it was started and gave none."""
 
 
-class Workers(Crew):
+class ProcessPool(WorkerPool):
     """So many workers, started as they are needed.
 
     Args:
@@ -68,9 +68,9 @@ class Workers(Crew):
         self._patience_s = patience_s or 60 * launcher.config.patience_minutes
         self._versions = versions
         size = launcher.size
-        self._hands = [_Hand(index, listener.lane(index) if size > 1 else listener) for index in range(size)]
+        self._hands = [WorkerSlot(index, listener.lane(index) if size > 1 else listener) for index in range(size)]
         self._waiting: deque[Job] = deque()
-        self._heard: queue.Queue[tuple[_Hand, object, Message | Gone]] = queue.Queue()
+        self._heard: queue.Queue[tuple[WorkerSlot, object, Message | WorkerExited]] = queue.Queue()
         self._stopped_at: float | None = None
 
     @property
@@ -121,13 +121,13 @@ class Workers(Crew):
                 hand.job, hand.signed = self._waiting.popleft(), time.monotonic()
                 hand.link.tell({"job": hand.job.as_dict()})
 
-    def _start(self, hand: _Hand) -> None:
+    def _start(self, hand: WorkerSlot) -> None:
         life = object()
         hand.life, hand.heard = life, False
         hand.link = self._launcher.start(hand.index, lambda message: self._heard.put((hand, life, message)))
 
-    def _hear(self, hand: _Hand, message: Message | Gone) -> list[Done]:
-        if isinstance(message, Gone):
+    def _hear(self, hand: WorkerSlot, message: Message | WorkerExited) -> list[Done]:
+        if isinstance(message, WorkerExited):
             self._end(hand)
             return self._lost(hand, message)
         hand.signed, hand.heard, hand.in_vain = time.monotonic(), True, 0
@@ -141,14 +141,14 @@ class Workers(Crew):
             return []
         if "broken" in message:
             self._end(hand)
-            return self._lost(hand, Gone(*message["broken"]))
+            return self._lost(hand, WorkerExited(*message["broken"]))
         job, hand.job = hand.job, None
         if "error" in message:
             name, text = message["error"]
             return [Done(job, error=getattr(errors, name, AttnSurgeryError)(text))]
         return [Done(job, stopped=True)] if "stopped" in message else [Done(job, message["result"])]
 
-    def _same_versions(self, hand: _Hand, node: str, found: Mapping[str, str]) -> None:
+    def _same_versions(self, hand: WorkerSlot, node: str, found: Mapping[str, str]) -> None:
         """
         Raises:
             SearchError: a worker has other software than this process, or sits on another machine.
@@ -171,7 +171,7 @@ class Workers(Crew):
             patience_s = self._patience_s if hand.heard else max(_START_S, self._patience_s)
             if time.monotonic() - hand.signed > patience_s:
                 self._end(hand)
-                done += self._lost(hand, Gone(f"its worker gave no sign of life for {patience_s:g} s"))
+                done += self._lost(hand, WorkerExited(f"its worker gave no sign of life for {patience_s:g} s"))
         return done
 
     def _stopping(self) -> list[Done]:
@@ -189,10 +189,10 @@ class Workers(Crew):
             for hand in self._hands:
                 if hand.job is not None:
                     self._end(hand)
-                    done += self._lost(hand, Gone(""))
+                    done += self._lost(hand, WorkerExited(""))
         return done
 
-    def _lost(self, hand: _Hand, how: Gone) -> list[Done]:
+    def _lost(self, hand: WorkerSlot, how: WorkerExited) -> list[Done]:
         """
         Raises:
             SearchError: workers end before they come to say anything, again and again.
@@ -216,7 +216,7 @@ class Workers(Crew):
         hand.listener.phase(f"begun again{half}: {how.reason}")
         return []
 
-    def _end(self, hand: _Hand) -> None:
+    def _end(self, hand: WorkerSlot) -> None:
         link, hand.link, hand.life = hand.link, None, None
         if link is not None:
             link.end()

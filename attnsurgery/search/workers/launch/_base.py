@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class WorkerExited:
     """The last that is heard of a worker."""
 
     reason: str
@@ -38,8 +38,8 @@ class Gone:
     """Half a batch may do what a whole one could not."""
 
 
-Heard = Callable[[Message | Gone], None]
-"""Told what a worker says, from any thread; Gone at last, and once."""
+OnMessage = Callable[[Message | WorkerExited], None]
+"""Told what a worker says, from any thread; WorkerExited at last, and once."""
 
 
 class Link(ABC):
@@ -60,9 +60,9 @@ class Link(ABC):
 class Launcher(ABC):
     """Starts workers of one search.
 
-    Laws, which tests/contracts/test_crew.py checks of every launcher: a worker is an interpreter of its own; it hears
-    messages in the order in which they were told; when it ends, however it does, Gone is heard; none outlives `close`,
-    or the end of the search's own process, by more than a moment.
+    Laws, which tests/contracts/test_pool.py checks of every launcher: a worker is an interpreter of its own; it hears
+    messages in the order in which they were told; when it ends, however it does, WorkerExited is heard; none outlives
+    `close`, or the end of the search's own process, by more than a moment.
 
     Args:
         config: of the search; `launcher_args` says what this launcher is asked for.
@@ -107,7 +107,7 @@ class Launcher(ABC):
         return Path(self.config.output) / f"worker-{index}.log"
 
     @abstractmethod
-    def start(self, index: int, heard: Heard) -> Link:
+    def start(self, index: int, heard: OnMessage) -> Link:
         """Start a worker, which then says that it lives.
 
         Raises:

@@ -21,11 +21,11 @@ from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.workers.launch._base import (
     COMMAND,
     LAUNCHERS,
-    Gone,
-    Heard,
     Launcher,
     Link,
     Message,
+    OnMessage,
+    WorkerExited,
     import_path,
     last_line,
 )
@@ -42,7 +42,7 @@ class Processes(Launcher):
             return f"cuda:{index % torch.cuda.device_count()}"
         return self.config.device
 
-    def start(self, index: int, heard: Heard) -> Link:
+    def start(self, index: int, heard: OnMessage) -> Link:
         log = self.log(index)
         try:
             process = spawn(log, import_path())
@@ -75,7 +75,7 @@ def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
         )
 
 
-def end_of(code: int, log: Path) -> Gone:
+def end_of(code: int, log: Path) -> WorkerExited:
     """What an exit code says.
 
     Args:
@@ -83,10 +83,10 @@ def end_of(code: int, log: Path) -> Gone:
         log: its last line is the reason where the code is none.
     """
     if code == -signal.SIGKILL:
-        return Gone("its worker was ended by SIGKILL, as a system short of memory does", out_of_memory=True)
+        return WorkerExited("its worker was ended by SIGKILL, as a system short of memory does", out_of_memory=True)
     reason = f"its worker was ended by {_signal(-code)}" if code < 0 else f"its worker ended with exit code {code}"
     last = last_line(log)
-    return Gone(f"{reason}: {last}" if last else reason, fault_of(RuntimeError(last)) is Fault.OUT_OF_MEMORY)
+    return WorkerExited(f"{reason}: {last}" if last else reason, fault_of(RuntimeError(last)) is Fault.OUT_OF_MEMORY)
 
 
 class _Process(Link):
@@ -107,7 +107,7 @@ class _Process(Link):
             self._process.stdin.close()
 
 
-def _listen(process: subprocess.Popen[bytes], log: Path, heard: Heard) -> None:
+def _listen(process: subprocess.Popen[bytes], log: Path, heard: OnMessage) -> None:
     assert process.stdout is not None
     with process.stdout as answers:
         for line in answers:

@@ -24,11 +24,11 @@ from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.workers.launch._base import (
     LAUNCHERS,
-    Gone,
-    Heard,
     Launcher,
     Link,
     Message,
+    OnMessage,
+    WorkerExited,
     import_path,
     missing,
 )
@@ -91,7 +91,7 @@ class Ray(Launcher):
     def _gpus(self) -> float:
         return float(self.asked.get("num_gpus", 0 if self._on_cpu else 1))
 
-    def start(self, index: int, heard: Heard) -> Link:
+    def start(self, index: int, heard: OnMessage) -> Link:
         options = {"num_cpus": self.threads, **self.asked, "num_gpus": self._gpus}
         begin = json.dumps({"begin": self.begin(index)})
         log = str(self.log(index).resolve())
@@ -162,7 +162,7 @@ class _Place:
 
 
 class _Actor(Link):
-    def __init__(self, ray: Any, actor: Any, heard: Heard) -> None:
+    def __init__(self, ray: Any, actor: Any, heard: OnMessage) -> None:
         self.queued = True
         self._ray, self._actor, self._heard = ray, actor, heard
         self._ended = False
@@ -173,14 +173,14 @@ class _Actor(Link):
             try:
                 lines, gone = self._ray.get(self._call("hear", _HEAR_S))
             except Exception as error:  # the actor, its node, or Ray itself has died
-                self._heard(Gone(f"its Ray actor is gone: {' '.join(str(error).split())[:300]}"))
+                self._heard(WorkerExited(f"its Ray actor is gone: {' '.join(str(error).split())[:300]}"))
                 return
             self.queued = False
             for line in lines:
                 with suppress(ValueError):  # a line that a dying worker has torn
                     self._heard(json.loads(line))
             if gone:
-                self._heard(Gone(*gone))
+                self._heard(WorkerExited(*gone))
                 return
 
     def _call(self, method: str, *given: Any) -> Any:

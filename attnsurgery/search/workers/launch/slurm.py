@@ -18,7 +18,16 @@ from typing import Any
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.workers.launch._base import LAUNCHERS, Gone, Heard, Launcher, Link, Message, last_line, missing
+from attnsurgery.search.workers.launch._base import (
+    LAUNCHERS,
+    Launcher,
+    Link,
+    Message,
+    OnMessage,
+    WorkerExited,
+    last_line,
+    missing,
+)
 from attnsurgery.search.workers.launch.mailbox import ANSWERS, BEAT, BEAT_S, ORDERS, POLL_S, Lines, add
 
 _JOBS = ".jobs"
@@ -63,7 +72,7 @@ class Submitit(Launcher):
     def threads(self) -> int:
         return int(self.asked.get("cpus_per_task", super().threads))
 
-    def start(self, index: int, heard: Heard) -> Link:
+    def start(self, index: int, heard: OnMessage) -> Link:
         from attnsurgery.search.workers.worker import serve_mailbox
 
         folder = self._folder / f"worker-{index}-{secrets.token_hex(4)}"
@@ -87,7 +96,7 @@ class Submitit(Launcher):
 
 
 class _Mail(Link):
-    def __init__(self, job: Any, folder: Path, heard: Heard, here: bool) -> None:
+    def __init__(self, job: Any, folder: Path, heard: OnMessage, here: bool) -> None:
         self.queued = True
         self._job, self._folder, self._heard, self._here = job, folder, heard, here
         self._ended = threading.Event()
@@ -135,8 +144,8 @@ class _Mail(Link):
             self.queued = False
             self._heard(json.loads(line))
 
-    def _gone(self) -> Gone:
+    def _gone(self) -> WorkerExited:
         state = str(self._job.state)
         said = last_line(Path(self._job.paths.stderr))
         lacking = "MEMORY" in state or fault_of(RuntimeError(said)) is Fault.OUT_OF_MEMORY
-        return Gone(f"its job {self._job.job_id} ended as {state}" + (f": {said}" if said else ""), lacking)
+        return WorkerExited(f"its job {self._job.job_id} ended as {state}" + (f": {said}" if said else ""), lacking)

@@ -1,0 +1,247 @@
+"""What every pool promises of its jobs, whoever does them: pool.py's laws."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from attnsurgery.errors import CheckpointError, SearchError, UsageError
+from attnsurgery.evaluate import EVALUATORS
+from attnsurgery.latency import Latency
+from attnsurgery.latency.fixed import FixedLatency
+from attnsurgery.search import Listener, SearchConfig
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.jobs import Job, perform
+from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.workers import worker
+from attnsurgery.search.workers.launch import LAUNCHERS
+from attnsurgery.search.workers.pool import Done, InProcessPool, WorkerPool
+from attnsurgery.search.workers.processes import ProcessPool
+from tests.plugins.attnsurgery_dummy import Dummy
+
+PLUGINS = str(Path(__file__).parents[1] / "plugins")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Known to this process as to workers."""
+    assert "finetune" in EVALUATORS, "all others are loaded"
+    EVALUATORS.register("dummy")(Dummy)
+    monkeypatch.setenv("PYTHONPATH", PLUGINS)
+    monkeypatch.setenv("DUMMY_MISHAPS", str(tmp_path / "mishaps"))
+    (tmp_path / "mishaps").mkdir()
+    yield
+    EVALUATORS._entries.pop("dummy")
+
+
+def config_in(folder: Path, pool: str) -> SearchConfig:
+    folder.mkdir(exist_ok=True)
+    return SearchConfig(
+        budget_ms=100.0,
+        latency="fixed",
+        evaluator="dummy",
+        input_size=32,
+        epochs=1,
+        base_epochs=1,
+        workers=0 if pool == "here" else 2,
+        launcher="local" if pool == "here" else pool,
+        launcher_args="cluster=local" if pool == "submitit" else "",
+        output=str(folder),
+    )
+
+
+class Asking:
+    """Says stop once it is told to."""
+
+    now = False
+
+    def __call__(self) -> bool:
+        return self.now
+
+
+@pytest.fixture(params=["here", "local", "submitit", "ray"])
+def which(request: pytest.FixtureRequest) -> str:
+    if request.param in ("submitit", "ray"):
+        pytest.importorskip(request.param)
+    return str(request.param)
+
+
+def crew_of(config: SearchConfig, stop: Asking | None = None) -> WorkerPool:
+    stop = stop or Asking()
+    if config.workers:
+        return ProcessPool(LAUNCHERS[config.launcher](config), Listener(), stop)
+    return InProcessPool(assemble(config, Listener()), Listener(), stop)
+
+
+def waited(pool: WorkerPool) -> list[Done]:
+    done: list[Done] = []
+    while pool.busy:
+        done += pool.wait(1.0)
+    return done
+
+
+def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
+    pool = crew_of(config)
+    try:
+        (weights,) = pool.all([Job("weights")])
+        jobs = [Job("base scores", tag=7), Job("base latency", tag=8), Job("base scores", tag=9)]
+        for job in jobs:
+            pool.give(job)
+        assert pool.busy == 3
+        done = waited(pool)
+        assert sorted(one.job.tag for one in done) == [7, 8, 9]
+        assert pool.wait(0.1) == []
+        found = {one.job.tag: one.result for one in done}
+        bench = assemble(config, Listener())
+        watch = Watching(Listener(), lambda: False)
+        assert perform(bench, Job("weights"), watch) == weights
+        for job in jobs:
+            expected, got = perform(bench, job, watch), found[job.tag]
+            assert got is not None
+            for one in (expected, got):
+                for score in one.get("scores", ()):
+                    score.pop("seconds")
+            assert got == expected
+        kept: list[int] = []
+        pool.all([Job("base latency"), Job("base latency")], lambda at, result: kept.append(at))
+        assert sorted(kept) == [0, 1]
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("which", ["here", "local"])  # for a launcher an error is a message like others
+def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
+    (tmp_path / "run" / "base.safetensors").write_bytes(b"no weights")
+    pool = crew_of(config)
+    try:
+        pool.give(Job("weights"))
+        (done,) = waited(pool)
+        assert isinstance(done.error, CheckpointError)
+        assert "base.safetensors" in str(done.error)
+        with pytest.raises(CheckpointError, match=r"base\.safetensors"):
+            pool.all([Job("weights")])
+    finally:
+        pool.close()
+
+
+def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_path: Path, which: str) -> None:
+    config = config_in(tmp_path / "run", which)
+    pool = crew_of(config)
+    try:
+        pool.all([Job("weights")])
+        (tmp_path / "mishaps" / "memory-1").touch()
+        pool.give(Job("base scores"))
+        (done,) = waited(pool)
+        assert done.result is not None
+        assert (done.job.attempt, done.job.pieces) == (2, 2)
+        if which != "here":  # which a kill would end
+            (tmp_path / "mishaps" / "kill-1").touch()
+            pool.give(Job("base scores"))
+            (done,) = waited(pool)
+            assert done.result is not None
+            assert done.job.attempt == 2
+            (tmp_path / "mishaps" / "device-1").touch()
+            pool.give(Job("base scores", most=1))
+            (done,) = waited(pool)
+            assert done.result is None
+            assert done.lost == "CUDA error: an illegal memory access was encountered"
+            return  # the rest is the same for all, and here at once
+        for index in range(4):
+            (tmp_path / "mishaps" / f"memory-{index}").touch()
+        with pytest.raises(SearchError, match="the base scores could not be done: a forced lack of memory"):
+            pool.all([Job("base scores")])
+        assert not list((tmp_path / "mishaps").iterdir()), "begun four times"
+    finally:
+        pool.close()
+
+
+def test_a_broken_device_ends_a_search_without_workers_at_once(tmp_path: Path) -> None:
+    """A CUDA context that is broken stays so: a second attempt in the same process is in vain."""
+    pool = crew_of(config_in(tmp_path / "run", "here"))
+    pool.all([Job("weights")])
+    for index in range(2):
+        (tmp_path / "mishaps" / f"device-{index}").touch()
+    pool.give(Job("base scores", trial=3))
+    said = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
+    with pytest.raises(SearchError, match=said):
+        pool.wait(1.0)
+    assert [left.name for left in (tmp_path / "mishaps").iterdir()] == ["device-1"], "begun once"
+
+
+class Breaking(FixedLatency):
+    """A meter that wraps what a device says, as the real ones do."""
+
+    def measure(self, model: nn.Module) -> Latency:
+        try:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        except RuntimeError as error:
+            raise UsageError("ResNet cannot run under the conditions of this measurement") from error
+
+
+def test_a_device_that_breaks_while_it_measures_is_no_mistake_of_the_users(tmp_path: Path) -> None:
+    config = config_in(tmp_path / "run", "here")
+    bench = assemble(config, Listener())
+    pool = InProcessPool(replace(bench, backend=Breaking(bench.backend.conditions)), Listener(), Asking())
+    with pytest.raises(SearchError, match="the base latency broke the device"):
+        pool.all([Job("base latency")])
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "answer"),
+    [
+        ("CUDA error: an illegal memory access was encountered", {"broken": ["ResNet cannot run", False]}),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", {"broken": ["ResNet cannot run", True]}),
+        ("sizes of tensors must match", {"error": ["UsageError", "ResNet cannot run"]}),
+    ],
+)
+def test_a_worker_tells_faults_of_the_device_from_mistakes(
+    monkeypatch: pytest.MonkeyPatch, wrapped: str, answer: dict[str, object]
+) -> None:
+    def fails(*given: object) -> None:
+        raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
+
+    monkeypatch.setattr(worker, "perform", fails)
+    monkeypatch.setattr(worker._Worker, "_ready", lambda self: None)
+    begin = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
+    made = worker._Worker(begin, worker.Wire(io.StringIO()), threading.Event())
+    made.assemble()  # in vain, for there are no images
+    assert made.answer(Job("base latency")) == answer
+
+
+def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
+    stop = Asking()
+    pool = crew_of(config_in(tmp_path / "run", which), stop)
+    try:
+        pool.all([Job("weights")])
+        stop.now = True
+        for tag in range(4):
+            pool.give(Job("base scores", tag=tag))
+        done = waited(pool)
+        assert sorted(one.job.tag for one in done) == [0, 1, 2, 3]
+        assert all(one.stopped for one in done)
+        with pytest.raises(StopAsked):
+            pool.all([Job("base scores")])
+    finally:
+        pool.close()
+
+
+def test_half_a_batch_at_a_time_trains_as_the_whole_does(tmp_path: Path) -> None:
+    """In what does not look at the batch: a model without batch norms, in this process."""
+    config = config_in(tmp_path / "run", "here").model_copy(update={"base": "test_convnext", "evaluator": "finetune"})
+    bench = assemble(config, Listener())
+    watch = Watching(Listener(), lambda: False)
+    perform(bench, Job("weights"), watch)
+    (whole,) = perform(bench, Job("base scores"), watch)["scores"]
+    (halves,) = perform(bench, Job("base scores", pieces=2), watch)["scores"]
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-3)
