@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from attnsurgery.samplers import AGAIN, SAMPLERS
+from attnsurgery.errors import SearchError
+from attnsurgery.samplers import AGAIN, SAMPLERS, Sampler
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.config import RankBy
@@ -207,11 +207,17 @@ class Store:
         fresh = self._unseen(places, digests, seed) if begins or stuck else None
         base = (self.fixed("base") or {}).get("record")
         base_score = Record.from_dict(base).score_on(0, self._rank_by) if base else None
-        sampler: Any = _Given(fresh) if fresh else self._sampler(places, seed, base_score)
+        sampler: BaseSampler = _Fixed(places, fresh) if fresh else self._sampler(places, seed, base_score)
         waiting = any(trial.state is TrialState.WAITING for trial in going)
-        chooses = hasattr(sampler, "choose") and not waiting
-        chosen = sampler.choose(self._study.direction, trials) if chooses else None
-        if chooses and not chosen and not getattr(sampler, "fell_back", False):
+        chosen: Mapping[str, str] | None = None
+        if isinstance(sampler, Sampler) and not waiting:
+            chosen = sampler.choose(self._study.direction, trials)
+            if chosen and places.picks(chosen) is None:
+                raise SearchError(
+                    f"The sampler {type(sampler).__qualname__} chose {dict(chosen)}, which is no candidate of this "
+                    "space: a choice has one label for every place (attnsurgery.samplers.Sampler)."
+                )
+        if isinstance(sampler, Sampler) and not (waiting or chosen or sampler.fell_back):
             # all that seems to be within the budgets was asked for: what a measurement might still find within them
             sure = replace(places, budgets={name: most for name, most in places.budgets.items() if name in EXACT})
             chosen = None if trained(records) else _fastest(places, sure, trials)
@@ -229,7 +235,7 @@ class Store:
         trial.set_user_attr(SLOT, slot)
         return Asked(trial.number, {name: str(trial.params[name]) for name in self._distributions}, slot)
 
-    def _how(self, sampler: Any, drawn: bool) -> dict[str, bool]:
+    def _how(self, sampler: BaseSampler, drawn: bool) -> dict[str, bool]:
         """Who chose a candidate. One that is drawn because the sampler is stuck does not count as drawn at random."""
         return {
             "drawn": getattr(self._sampler, "draws_uniformly", False) or drawn,
@@ -393,24 +399,13 @@ def _teaches(record: Record) -> bool:
     return record.state not in _EMPTY and (record.state != "over_budget" or record.timing is not None)
 
 
-class _Given(BaseSampler):
-    """Samples what it was given."""
+class _Fixed(Sampler):
+    """Chooses the candidate that it was made with."""
 
-    def __init__(self, assignment: Mapping[str, str]) -> None:
+    def __init__(self, places: Places, assignment: Mapping[str, str]) -> None:
+        super().__init__(places, seed=0)
         self._assignment = assignment
 
     def choose(self, direction: StudyDirection, trials: Sequence[FrozenTrial]) -> Mapping[str, str]:
+        """That candidate."""
         return self._assignment
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._assignment[param_name]
