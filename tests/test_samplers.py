@@ -1,4 +1,4 @@
-"""Samplers: the knapsack is exact, effects are found again, nothing is asked for twice, constraints are learned."""
+"""Samplers: the knapsack is exact, effects are recovered, no candidate is chosen twice, constraints are learned."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def all_of(places: Places) -> list[Picks]:
 
 @pytest.mark.parametrize("steps", [None, 1], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("seed", range(40))
-def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(
-    seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if steps:
         monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", steps)
     rng = np.random.default_rng(seed)
@@ -68,8 +66,8 @@ def test_the_knapsack_is_exact_with_budgets_counts_and_what_was_tried(
 
 
 @pytest.fixture
-def promised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for every look at what a partial candidate may come to."""
+def bound_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever the upper bound of a partial candidate is evaluated."""
     looks: list[int] = []
     at = _UpperBounds.at
 
@@ -92,25 +90,25 @@ def two_budgets(seed: int, dear: float) -> tuple[Places, list[np.ndarray], np.nd
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_over_one_of_two_budgets_by_itself_holds_nothing_up(seed: int, promised: list[int]) -> None:
+def test_knapsack_drops_infeasible_choices(seed: int, bound_evaluations: list[int]) -> None:
     """In the sum of both it seems to fit, which had made a search of seconds of some."""
     places, values, by_count, budgets = two_budgets(seed, dear=1.03)
     found = best(places, values, by_count, budgets)
     assert found is not None
     assert 2 not in found
-    assert len(promised) < 3 * len(CHOICES) * 200
+    assert len(bound_evaluations) < 3 * len(CHOICES) * 200
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_after_so_many_steps_the_most_promising_are_looked_at_together(
-    seed: int, promised: list[int], monkeypatch: pytest.MonkeyPatch
+def test_knapsack_beam_search_is_near_the_best(
+    seed: int, bound_evaluations: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places, values, by_count, budgets = two_budgets(seed, dear=0.4)
     exact = best(places, values, by_count, budgets)
     monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", 10)
-    promised.clear()
+    bound_evaluations.clear()
     found = best(places, values, by_count, budgets)
-    assert len(promised) <= 3 * (1 + len(CHOICES) * 10), "the walk ends there"
+    assert len(bound_evaluations) <= 3 * (1 + len(CHOICES) * 10), "the walk ends there"
     climbed, _ = _greedy(places, values, by_count, budgets, set())
     assert exact is not None
     assert found is not None
@@ -126,7 +124,7 @@ def test_after_so_many_steps_the_most_promising_are_looked_at_together(
 
 @pytest.mark.parametrize("worth", [np.zeros(4), np.arange(4.0)], ids=["nothing", "the same everywhere"])
 @pytest.mark.parametrize("step", [None, 1.0, 0.1])
-def test_candidates_that_are_worth_and_cost_the_same_count_once(worth: Picks, step: float | None) -> None:
+def test_knapsack_keeps_one_of_equal_states(worth: Picks, step: float | None) -> None:
     """Sixteen places have four billion candidates; of equals each place passes on one, and so there are few."""
     places = Places({f"p{place}": CHOICES for place in range(16)})
     budgets = [] if step is None else [Budget([step * np.arange(4.0)] * 16, 8 * step)]
@@ -143,7 +141,7 @@ def test_candidates_that_are_worth_and_cost_the_same_count_once(worth: Picks, st
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_knapsack_is_exact_among_equals(seed: int) -> None:
+def test_knapsack_is_exact_among_equals(seed: int) -> None:
     rng = np.random.default_rng(seed)
     places = Places({f"p{place}": CHOICES for place in range(4)}, most_blocks=int(rng.integers(1, 5)))
     values, costs = ([np.append(0.0, rng.integers(low, 3, 3)).astype(float) for _ in places.choices] for low in (-1, 0))
@@ -159,7 +157,7 @@ def test_the_knapsack_is_exact_among_equals(seed: int) -> None:
     assert best(places, values, None, [budget], tried) is None
 
 
-def test_candidates_are_drawn_uniformly_from_those_that_keep_to_the_number_of_blocks() -> None:
+def test_places_draw_uniformly() -> None:
     places = Places({f"p{n}": CHOICES[: 2 + n % 3] for n in range(4)}, blocks={"p1": 2}, most_blocks=2)
     legal = [picks for picks in all_of(places) if any(picks) and places.holds(picks)]
     assert len(legal) == places.size()
@@ -174,7 +172,7 @@ def test_candidates_are_drawn_uniformly_from_those_that_keep_to_the_number_of_bl
     assert places.drawn(rng, lambda _: False) is None
 
 
-def test_the_size_of_a_space_is_the_number_of_its_candidates() -> None:
+def test_places_size_counts_candidates() -> None:
     places = Places({"a": CHOICES, "b": CHOICES[:2], "c": CHOICES[:3]}, blocks={"b": 2}, most_blocks=3)
     fitting = [picks for picks in all_of(places) if 0 < places.count(picks) <= 3]
     assert places.size() == len(fitting)
@@ -205,7 +203,7 @@ def draw(count: int, seed: int) -> list[Picks]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_effects_that_add_up_are_found_again(seed: int) -> None:
+def test_surrogate_recovers_additive_effects(seed: int) -> None:
     candidates, score = draw(60, seed), adding(seed, noise=0.05)
     told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
     for found, true in zip(told.mean_effects().values, effects(seed), strict=True):
@@ -215,19 +213,19 @@ def test_effects_that_add_up_are_found_again(seed: int) -> None:
     assert not told.cross_validation().is_bad
 
 
-def test_draws_spread_around_the_mean_as_little_as_is_known_and_keep_to_the_scale_of_scores() -> None:
+def test_posterior_samples_narrow_with_data() -> None:
     score = adding(0, noise=0.05)
 
-    def spread(count: int) -> float:
+    def std(count: int) -> float:
         candidates = draw(count, 5)
         told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
         rng = np.random.default_rng(1)
         return float(np.std([np.concatenate(told.sample_effects(rng).values) for _ in range(200)], axis=0).mean())
 
-    assert spread(6) > 3 * spread(60)
+    assert std(6) > 3 * std(60)
 
 
-def test_one_training_that_broke_down_does_not_drown_the_rest() -> None:
+def test_surrogate_is_robust_to_an_outlier() -> None:
     candidates, score = draw(40, 3), adding(3, noise=0.05)
     scores = [score(picks) for picks in candidates]
     scores[7] = -1e6
@@ -241,7 +239,7 @@ def signs(picks: Picks) -> float:
     return float(sum((1 if p % 2 else -1) * (1 if q % 2 else -1) for p, q in itertools.pairwise(picks)))
 
 
-def test_scores_that_do_not_add_up_are_learned_as_the_candidates_own() -> None:
+def test_surrogate_learns_the_residual() -> None:
     places = Places({f"p{i}": CHOICES for i in range(3)})
     known = [picks[:3] for picks in draw(60, 4)]
     told = Surrogate(places).fit(known, [signs(picks) for picks in known], np.random.default_rng(0))
@@ -249,21 +247,21 @@ def test_scores_that_do_not_add_up_are_learned_as_the_candidates_own() -> None:
     assert fit.r2 > 0.5
     assert not fit.is_bad
     new = [picks for picks in all_of(places) if picks not in known]
-    expected, spread = told.predict(new)
+    expected, std = told.predict(new)
     assert len(new) > 15
     assert np.corrcoef(expected, [signs(picks) for picks in new])[0, 1] > 0.5
-    assert spread.min() > 2 * told.predict(known)[1].max()
+    assert std.min() > 2 * told.predict(known)[1].max()
 
 
-def test_what_was_told_is_known_better_than_what_is_left_out() -> None:
+def test_posterior_is_closer_than_leave_one_out() -> None:
     known, score = draw(30, 6), adding(6, noise=0.1)
     scores = [score(picks) for picks in known]
     told = Surrogate(PLACES).fit(known, scores, np.random.default_rng(0))
-    expected, spread = told.predict(known)
+    expected, std = told.predict(known)
     assert np.abs(expected - scores).mean() < 0.2
     errors = told.leave_one_out_errors()
     assert np.abs(errors).mean() > np.abs(expected - scores).mean()  # what was told is known better than what was not
-    assert np.all(spread < np.std(scores))
+    assert np.all(std < np.std(scores))
     summed = [
         told.mean_effects().base
         + sum(float(v[p]) for v, p in zip(told.mean_effects().values, picks, strict=True))
@@ -273,29 +271,29 @@ def test_what_was_told_is_known_better_than_what_is_left_out() -> None:
     assert np.corrcoef(summed, expected)[0, 1] > 0.97  # the rest is what does not add up
 
 
-def test_a_block_that_was_not_tried_at_a_place_may_be_worth_far_more_than_anything_seen() -> None:
+def test_surrogate_prior_is_heavy_tailed() -> None:
     rng = np.random.default_rng(0)
     seen = [picks for picks in all_of(PLACES) if picks[5] != 3]  # a non-local block anywhere but at the last place
     told = [seen[index] for index in rng.choice(len(seen), 24, replace=False)]
     scores = rng.normal(size=len(told)).tolist()
     tried, untried = (3, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 3)
     assert any(picks[0] == 3 for picks in told)
-    spreads = [
+    stds = [
         Surrogate(PLACES).fit(told, scores, np.random.default_rng(seed)).predict([tried, untried])[1]
         for seed in range(60)
     ]
-    far = np.array(spreads) > 4 * np.std(scores)
+    far = np.array(stds) > 4 * np.std(scores)
     assert not far[:, 0].any()
     assert 0.05 < far[:, 1].mean() < 0.5
 
 
-def test_a_fit_is_bad_if_a_model_that_knows_less_foretells_clearly_better() -> None:
+def test_cross_validation_is_bad() -> None:
     assert CrossValidation(r2=0.1, reference_r2=0.4).is_bad
     assert not CrossValidation(r2=0.3, reference_r2=0.4).is_bad
     assert not CrossValidation(r2=-3.0, reference_r2=0.1).is_bad  # that one knows nothing either
 
 
-def test_where_the_surrogate_does_not_fit_tpe_chooses_and_the_sampler_says_so(
+def test_additive_falls_back_to_tpe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study, _ = play("additive", adding(0), trained=18, budget=9.0)
@@ -337,13 +335,13 @@ def play(
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_every_sampler_searches_within_a_budget(name: str) -> None:
+def test_sampler_searches_within_a_budget(name: str) -> None:
     study, asked = play(name, adding(0), trained=6, budget=2.0)
     assert sum(t.state is TrialState.COMPLETE for t in study.trials) == 6
     assert all(len(picks) == len(PLACES.choices) for picks in asked)
 
 
-def test_the_additive_sampler_asks_nothing_twice_and_takes_a_small_space_to_its_end() -> None:
+def test_additive_exhausts_a_small_space() -> None:
     places = Places({"a": CHOICES, "b": CHOICES[:2]})
     study, asked = play("additive", lambda picks: 70.0 + sum(picks), trained=places.size(), budget=99, places=places)
     assert len(asked) == len(set(asked)) == places.size()
@@ -353,12 +351,12 @@ def test_the_additive_sampler_asks_nothing_twice_and_takes_a_small_space_to_its_
     assert set(trial.params) == {"a", "b"}  # nothing is left: then it is any of them, and no error
 
 
-def test_it_learns_what_fits_the_budget_from_candidates_that_were_only_measured() -> None:
+def test_additive_learns_costs_of_pruned_trials() -> None:
     _, asked = play("additive", adding(1), trained=20, budget=1.0)
     assert sum(cost(picks) > 1.0 for picks in asked[-12:]) <= 3
 
 
-def test_it_finds_the_best_sooner_than_chance() -> None:
+def test_additive_is_better_than_random() -> None:
     def reached(name: str, seed: int) -> float:
         score = adding(seed)
         fitting = [picks for picks in all_of(PLACES) if cost(picks) <= 2.0]
@@ -371,7 +369,7 @@ def test_it_finds_the_best_sooner_than_chance() -> None:
     assert np.mean(ours) > np.mean([reached("random", seed) for seed in range(4)]) + 0.1
 
 
-def test_the_same_study_and_seed_ask_the_same_and_an_interrupted_trial_is_asked_for_again() -> None:
+def test_additive_repeats_an_interrupted_trial() -> None:
     study, asked = play("additive", adding(2), trained=5, budget=2.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
 
@@ -388,7 +386,7 @@ def test_the_same_study_and_seed_ask_the_same_and_an_interrupted_trial_is_asked_
     assert first not in asked
 
 
-def test_candidates_that_run_elsewhere_are_left_alone() -> None:
+def test_additive_avoids_running_candidates() -> None:
     study, _ = play("additive", adding(2), trained=3, budget=2.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
     running = []

@@ -100,11 +100,11 @@ class Table:
 
     @classmethod
     def read(cls, measure: str, folder: Path = TABLE) -> Table:
-        found: dict[tuple[str, ...], dict[int, float]] = {}
+        by_picks: dict[tuple[str, ...], dict[int, float]] = {}
         for row in rows_of(folder, CHOSEN):
             score = -row[measure] if measure.endswith("loss") else row[measure]
-            found.setdefault(tuple(row["picks"]), {})[row["seed"]] = score
-        scores = {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in found.items()}
+            by_picks.setdefault(tuple(row["picks"]), {})[row["seed"]] = score
+        scores = {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in by_picks.items()}
         ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, "latency")}
         return cls(SITES, OPTIONS, scores, ms)
 
@@ -140,8 +140,8 @@ def played(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
         store.fix("base", {"record": Record(-1, "trained", top1=table.scaled(table.base, seed)).as_dict()})
         records: list[Record] = []
         while len(trained(records)) < TRAINED and len(records) < _ASKS * TRAINED:
-            asked = store.ask(records, table.space.places)
-            finished = store.finish(_looked_up(table, asked.number, asked.assignment, seed, records))
+            candidate = store.ask(records, table.space.places)
+            finished = store.finish(_looked_up(table, candidate.number, candidate.assignment, seed, records))
             assert finished is not None, "nobody else is at this study"
             records.append(finished)
     return [tuple(record.assignment[site] for site in table.sites) for record in trained(records)]
@@ -162,22 +162,22 @@ def _looked_up(table: Table, number: int, assignment: Mapping[str, str], seed: i
     return record
 
 
-def curve(table: Table, found: list[tuple[str, ...]], repeat: int) -> list[float]:
+def curve(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
     """After one, two, three ... trained: what the best so far by its own seed is worth by the other."""
     told, apart = repeat % 2, (repeat + 1) % 2
     worth, best = [], table.base
-    for picks in found:
+    for picks in candidates:
         best = max(best, picks, key=lambda one: table.scores[one][told])
         worth.append(table.scaled(best, apart))
     return worth + worth[-1:] * (TRAINED - len(worth))
 
 
-def missing(table: Table, found: list[tuple[str, ...]], repeat: int) -> list[float]:
+def missing(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
     """At each mark: the share of the whole table's hypervolume that the candidates trained so far lack."""
     apart = (repeat + 1) % 2
     within = [picks for picks, ms in table.ms.items() if ms <= table.budget]
     whole = _hypervolume(table, within, apart)
-    return [1.0 - _hypervolume(table, found[:mark], apart) / whole for mark in MARKS]
+    return [1.0 - _hypervolume(table, candidates[:mark], apart) / whole for mark in MARKS]
 
 
 def _hypervolume(table: Table, candidates: list[tuple[str, ...]], seed: int) -> float:
@@ -194,13 +194,13 @@ def _hypervolume(table: Table, candidates: list[tuple[str, ...]], seed: int) -> 
 def search(table: Table, task: tuple[str, int]) -> dict[str, Any]:
     sampler, repeat = task
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    found = played(table, sampler, repeat)
+    candidates = played(table, sampler, repeat)
     return {
         "sampler": sampler,
         "repeat": repeat,
-        "trained": len(found),
-        "worth": curve(table, found, repeat),
-        "missing": missing(table, found, repeat),
+        "trained": len(candidates),
+        "worth": curve(table, candidates, repeat),
+        "missing": missing(table, candidates, repeat),
     }
 
 
