@@ -8,13 +8,11 @@ import numpy as np
 import optuna
 import pytest
 import torch
-import typer
 from torch import nn
 from typer.testing import CliRunner
 
 import attnsurgery.search.execution.trial as trial_module
 from attnsurgery.cli import build_app
-from attnsurgery.cli.search import amount
 from attnsurgery.errors import NothingFeasibleError, UsageError
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, backend_for
@@ -155,19 +153,6 @@ def test_a_search_needs_a_budget() -> None:
     result = CliRunner().invoke(build_app(), ["search"])
     assert result.exit_code == 2
     assert "needs a budget" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("25600000", 25_600_000), ("25.6M", 25_600_000), ("4.1g", 4_100_000_000), ("1e3", 1000)]
-)
-def test_amounts_read_as_people_write_them(text: str, number: int) -> None:
-    assert amount(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "M", "many", "1MM", "nan", "inf"])
-def test_amounts_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no number such as"):
-        amount(text)
 
 
 def test_budgets_are_told_in_words_and_as_shares() -> None:

@@ -909,6 +909,28 @@ def test_a_named_classifier_is_put_into_the_order_of_the_images(tmp_path: Path, 
     assert "the outputs of the given classifier are put into the order of the images' classes" in said
 
 
+def test_mean_and_std_of_a_directory_are_those_of_its_config(tmp_path: Path, photos: Path) -> None:
+    """Images were normalised as the architecture's published weights want them."""
+    given = given_weights(tmp_path / "given", ["dark", "light"])
+    usual, _ = bench_of(tmp_path, photos, checkpoint=str(given))
+    config = json.loads((given / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.25]}
+    (given / "config.json").write_text(json.dumps(config))
+    for checkpoint in (given, given / "model.safetensors"):
+        bench, _ = bench_of(tmp_path, photos, checkpoint=str(checkpoint))
+        assert bench.base.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+        pixels, other = (next(one.data.val.eval_batches(2, "cpu"))[0] for one in (usual, bench))
+        of_usual = Preprocessing.of(usual.base)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (of_usual.mean, of_usual.std))
+        raw = pixels * std + mean
+        expected = (raw - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.4, 0.25]).view(3, 1, 1)
+        assert torch.allclose(other, expected, atol=1e-5)
+    loose = tmp_path / "loose.safetensors"
+    loose.write_bytes((given / "model.safetensors").read_bytes())
+    bench, _ = bench_of(tmp_path, photos, checkpoint=str(loose))
+    assert Preprocessing.of(bench.base) == of_usual
+
+
 def test_a_classifier_of_other_classes_is_fitted_anew(tmp_path: Path, photos: Path) -> None:
     """Its number of classes was the same, so it was kept."""
     given = given_weights(tmp_path / "given", ["cat", "dog"])

@@ -100,6 +100,7 @@ def test_what_says_nothing_of_its_search_is_refused_and_left_alone(damaged: Path
     (damaged / STUDY).unlink()
     entries = [line for line in (damaged / TRIALS).read_text().splitlines() if '"fact"' not in line]
     (damaged / TRIALS).write_text("\n".join(entries) + "\n")
+    (damaged / ".lock").unlink(missing_ok=True)
     there = sorted(path.name for path in damaged.iterdir())
     with pytest.raises(SearchError, match=r"neither study.db nor trials.jsonl says what the search was"):
         repair(damaged)

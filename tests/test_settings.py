@@ -154,14 +154,21 @@ def test_value_of_a_file_is_checked_strictly(command: Command, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("26M", 26_000_000), ("25.6m", 25_600_000), ("4.1G", 4_100_000_000), ("3B", 3_000_000_000), ("7", 7)],
+    [
+        ("26M", 26_000_000),
+        ("25.6m", 25_600_000),
+        ("4.1G", 4_100_000_000),
+        ("3B", 3_000_000_000),
+        ("7", 7),
+        ("1e3", 1000),
+    ],
 )
 def test_amounts_are_read_wherever_they_stand(text: str, number: int) -> None:
     assert SearchConfig(budget_params=text).budget_params == number  # type: ignore[arg-type]
     assert amount(number) == number
 
 
-@pytest.mark.parametrize("text", ["", "M", "1e", "12Q", "1M2", "inf"])
+@pytest.mark.parametrize("text", ["", "M", "many", "1MM", "1e", "12Q", "1M2", "nan", "inf"])
 def test_amount_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no number such as"):
         amount(text)

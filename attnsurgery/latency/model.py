@@ -2,7 +2,7 @@
 
 The ratio of a candidate's time to the base's is taken as 1 plus what each of its blocks adds. What a block adds depends
 on its options and on the tensor it is put on, and not on where in the model that is: sites of equal shape share what is
-learned. Blocks never measured are predicted from those that were, by their number, multiply-accumulates and size of map;
+learned. Blocks never measured are predicted from those that were, by number, multiply-accumulates and size of map;
 what each then differs by is learned as well (a Bayesian linear regression with two levels, after Lindley and Smith,
 "Bayes estimates for the linear model", JRSS B 1972). How large such differences are is unknown, too: all sizes that are
 likely count, so that a model which was told little does not believe that it knows much.

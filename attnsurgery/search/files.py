@@ -15,6 +15,9 @@ from torch import nn
 
 from attnsurgery.errors import SearchError
 
+LOCK = ".lock"
+"""File of a run directory that whoever works there holds locked."""
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside, flush to the disk, then rename: a reader sees the old file or the new one.
@@ -125,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # no such locks on this system
         yield
         return
-    with (folder / ".lock").open("a") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -232,7 +232,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--space", help="a space that ships, or a file; by default one that holds the designs by hand")
     parser.add_argument("--budget-ratio", type=float, help="to the base's latency; by default the slower design's")
-    parser.add_argument("--sampler", choices=("additive", "tpe", "nsga2"), default="additive")
+    parser.add_argument("--sampler", choices=("additive", "tpe", "gp", "nsga2"), default="additive")
     parser.add_argument("--trials", type=int, default=18)
     parser.add_argument("--rungs", default="blocks:1")
     parser.add_argument("--epochs", type=int, default=2, help="of the trials on the top rung")

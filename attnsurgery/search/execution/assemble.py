@@ -39,6 +39,7 @@ from attnsurgery.search.execution.bench import Bench, Fresh
 from attnsurgery.search.execution.given_base import (
     can_reorder,
     label_names,
+    normalization,
     other_classes,
     plain,
     reordered,
@@ -137,7 +138,8 @@ def assemble(
     if check:
         listener.phase(f"reading {config.data or 'the embedded digits'}")
     twin = weightless(config.base)
-    fitted = Preprocessing.of(twin, size)
+    normalized = normalization(config.checkpoint)
+    fitted = replace(Preprocessing.of(twin, size), **normalized)
     data = load_data(
         config.data,
         fitted,
@@ -162,6 +164,7 @@ def assemble(
         tf32=config.tf32,
     )
     base, fresh, given = _untrained(config, data.classes, weights, sized, listener if check else Listener())
+    base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)

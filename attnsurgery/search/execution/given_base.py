@@ -89,6 +89,18 @@ def label_names(checkpoint: str | None, model: nn.Module) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
+def normalization(checkpoint: str | None) -> dict[str, Any]:
+    """`mean` and `std` that the config.json of a timm directory gives for its images; nothing for other files."""
+    path = Path(checkpoint or "")
+    folder = path if path.is_dir() else path.parent
+    if checkpoint is None or not (path.is_dir() or path.stem in ("model", "pytorch_model")):
+        return {}
+    if not (folder / "config.json").is_file():
+        return {}
+    stored = _config_of(folder).get("pretrained_cfg") or {}
+    return {name: tuple(stored[name]) for name in ("mean", "std") if stored.get(name)}
+
+
 def reordered(model: nn.Module, names: Sequence[str], classes: Sequence[str]) -> None:
     """Put the outputs of the classifier, which are of `names`, into the order of `classes`, which are the same."""
     order = torch.tensor([list(names).index(name) for name in classes])

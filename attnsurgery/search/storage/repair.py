@@ -18,7 +18,7 @@ import optuna
 import pydantic
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.search.files import locked
+from attnsurgery.search.files import LOCK, locked
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.storage.rebuild import clocks_of, remake
 from attnsurgery.search.storage.schema import (
@@ -35,6 +35,9 @@ from attnsurgery.search.storage.schema import (
     trials_of,
 )
 from attnsurgery.search.storage.urls import study_name, url_of
+
+_Kept = tuple[dict[str, Any], dict[int, Record], str]
+"""Facts, trials and name of a study."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,12 @@ def repair(folder: Path) -> Repaired:
     """
     if not (folder / STUDY).exists() and not (folder / TRIALS).exists():
         raise UsageError(f"{folder} is no run directory: it has neither {STUDY} nor {TRIALS}.")
+    if not (folder / LOCK).exists():
+        _readable(folder)  # so that no lock file is left where nothing can be done
     with locked(folder):
-        entries, damaged = _readable_lines(folder / TRIALS)
-        kept = _kept(folder / STUDY)
-        facts, records, name = kept if kept else ({}, {}, folder.resolve().name)
-        facts = {**facts, **facts_of(entries)}
-        written = _trials(entries, folder)
+        entries, damaged, kept, facts, written = _readable(folder)
+        records, name = (kept[1], kept[2]) if kept else ({}, folder.resolve().name)
         everything = {**records, **written}
-        check_format(facts.get(FORMAT_KEY), str(folder))
-        if "config" not in facts:
-            raise SearchError(
-                f"{folder} cannot be repaired: neither {STUDY} nor {TRIALS} says what the search was. "
-                "Nothing was changed."
-            )
         clocks = clocks_of(entries)
         if clocks:
             facts = {SECONDS: max(clocks.values()), **facts}
@@ -88,6 +84,24 @@ def repair(folder: Path) -> Repaired:
         damaged_lines=damaged,
         kept=old,
     )
+
+
+def _readable(folder: Path) -> tuple[list[dict[str, Any]], int, _Kept | None, dict[str, Any], dict[int, Record]]:
+    """Lines of the journal, how many are damaged, what the study holds, the facts of both, trials of the journal.
+
+    Raises:
+        SearchError: neither tells what the search was.
+    """
+    entries, damaged = _readable_lines(folder / TRIALS)
+    kept = _kept(folder / STUDY)
+    facts = {**(kept[0] if kept else {}), **facts_of(entries)}
+    written = _trials(entries, folder)
+    check_format(facts.get(FORMAT_KEY), str(folder))
+    if "config" not in facts:
+        raise SearchError(
+            f"{folder} cannot be repaired: neither {STUDY} nor {TRIALS} says what the search was. Nothing was changed."
+        )
+    return entries, damaged, kept, facts, written
 
 
 def _readable_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -117,7 +131,7 @@ def _trials(entries: list[dict[str, Any]], folder: Path) -> dict[int, Record]:
         ) from None
 
 
-def _kept(path: Path) -> tuple[dict[str, Any], dict[int, Record], str] | None:
+def _kept(path: Path) -> _Kept | None:
     """Facts, trials and name of a study; None if it cannot be read."""
     if not path.is_file() or not path.stat().st_size:
         return None

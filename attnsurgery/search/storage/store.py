@@ -25,7 +25,6 @@ from attnsurgery.errors import SearchError
 from attnsurgery.samplers import AGAIN, SAMPLERS, Sampler
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.config import RankBy
 from attnsurgery.search.files import Journal
 from attnsurgery.search.result.limits import EXACT, Budgets
 from attnsurgery.search.result.record import Record, trained
@@ -52,7 +51,16 @@ from attnsurgery.search.storage.schema import (
     records_of,
     trials_of,
 )
-from attnsurgery.search.storage.urls import check_ours, close, opened, storage_errors, study_name, without_password
+from attnsurgery.search.storage.urls import (
+    check_ours,
+    close,
+    opened,
+    storage_errors,
+    study_name,
+    url_of,
+    without_password,
+)
+from attnsurgery.settings import RankBy
 
 _STARTUP = 6
 """So many candidates are drawn uniformly before the sampler is asked: to learn from, to judge a supernet by, and as a
@@ -100,7 +108,7 @@ class Store:
         lease_s: float = 60.0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        url = storage or f"sqlite:///{(folder / STUDY).resolve()}"
+        url = storage or url_of(folder / STUDY)
         shown = url if isinstance(url, str) else type(url).__name__
         self.journal = Journal(folder / TRIALS)
         self._space = space
@@ -376,7 +384,7 @@ class Store:
 
 
 def _fastest(places: Places, sure: Places, trials: Sequence[FrozenTrial]) -> dict[str, str] | None:
-    """Of the candidates that were not asked for, the one with the lowest latency that is foretold; None if none is.
+    """Of the candidates that were not asked for, the one with the lowest latency that is predicted; None if none is.
 
     Args:
         sure: `places` with the budgets that are known exactly.
