@@ -52,4 +52,4 @@ def crossover(rows: Rows, tiny: bool) -> None:
 
 def blocks(rows: Rows, tiny: bool) -> None:
     words = ["--rows", str(beside(rows, "blocks")), "--seconds", "0.02" if tiny else "0.5"]
-    make(rows, "blocks", words, 30.0 if tiny else rows.left_s() - _RESERVE_S, some=tiny)
+    make(rows, "blocks", words, 15.0 if tiny else rows.left_s() - _RESERVE_S, some=tiny)
