@@ -320,8 +320,8 @@ def print_self_test(model: str, found: SelfTest, conditions: str, versions: Mapp
     verdict = "the intervals can be trusted" if found.passed else "the intervals are TOO NARROW on this machine"
     print_lines(
         [
-            f"{model} against itself, {count} times: {found.held} of {count} intervals hold 1 ({found.coverage:.0%}; "
-            f"95 % are meant): {verdict}",
+            f"{model} against itself: {found.held} of {count} 95 % confidence intervals of the ratio contain 1.0 "
+            f"(nominal coverage 95 %): {verdict}",
             f"half an interval is {found.half_width:.2%} of the time; the largest difference seen is {found.worst:.2%}",
             f"conditions  {conditions}",
             f"on          {', '.join(f'{key} {value}' for key, value in versions.items())}",

@@ -1,11 +1,11 @@
 """The last word: winner and base, trained equally long from the same weights, on images that the search never saw.
 
-The best of many is the luckiest of many too, in its latency as in its accuracy. So the few best are measured again, and
-one whose interval is not wholly within the budget leaves its place to the next; they are trained again, from seeds that
-the search did not use; and the best of them on the validation images, all seeds together, is the winner. That choice
-favours lucky trainings once more. So the winner and the base are then trained from seeds that nothing was chosen by,
-and only these trainings see the test images. Where there is one finalist there is nothing to choose, and it is trained
-from these last seeds alone.
+Picking the best of many noisy measurements is biased (the winner's curse), in latency as in accuracy. So the few best
+are measured again, and one whose interval is not wholly within the budget leaves its place to the next; they are
+trained again, from seeds that the search did not use; and the best of them on the validation images, all seeds
+together, is the winner. That choice favours lucky trainings once more. So the winner and the base are then trained from
+seeds that nothing was chosen by, and only these trainings see the test images. Where there is one finalist there is
+nothing to choose, and it is trained from these last seeds alone.
 
 Both chance of images and chance of training are counted (`attnsurgery.search.result.statistics.gain_of`): the same
 model trained again may do half a point better, and a test of images alone would call that progress. With one seed

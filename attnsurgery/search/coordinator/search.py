@@ -349,7 +349,7 @@ class _Search:
             self._refresh()
         elif (attempts := self.store.begun(asked.number)) > _MOST_ATTEMPTS:
             reason = f"it was begun {_MOST_ATTEMPTS} times, and the search died each time"
-            self._told(replace(record, reason=reason, attempts=_MOST_ATTEMPTS))
+            self._told(replace(record, state="failed", reason=reason, attempts=_MOST_ATTEMPTS))
         else:
             self._going[asked.number] = asked
             given = {"record": record.as_dict(), "reference": asdict(self.reference)}

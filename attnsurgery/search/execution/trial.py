@@ -53,11 +53,11 @@ def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
 
 
 def outlined(bench: Bench, number: int, assignment: Mapping[str, str], predicted_ms: float | None = None) -> Record:
-    """All that is known of a candidate before it is built; it counts as failed until more is known."""
+    """All that is known of a candidate before it is built; it is pending until more is known."""
     recipe = bench.space.recipe_of(assignment)
     return Record(
         number=number,
-        state="failed",
+        state="pending",
         assignment=dict(assignment),
         recipe=recipe.as_dict() if recipe else None,
         digest=recipe.digest() if recipe else "",

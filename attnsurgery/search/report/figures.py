@@ -85,7 +85,7 @@ def hover(made: figure, renderers: Sequence[GlyphRenderer]) -> None:
     made.add_tools(HoverTool(renderers=list(renderers), tooltips=_HOVER))
 
 
-def spread(values: Sequence[float], margin: float = 0.06) -> Range1d:
+def padded_range(values: Sequence[float], margin: float = 0.06) -> Range1d:
     """A range that holds the values, and some room."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = margin * (high - low or abs(high) * 0.2 or 1.0)

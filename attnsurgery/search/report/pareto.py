@@ -10,7 +10,7 @@ from bokeh.models import BoxAnnotation, GlyphRenderer, Label, Span
 from bokeh.plotting import figure
 
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
-from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 from attnsurgery.search.result.record import Record, trained
@@ -31,8 +31,8 @@ def section(outcome: Outcome) -> Section:
     groups, best, by = _Groups.of(outcome), [outcome.best] if outcome.best else [], outcome.config.rank_by
     xs, ys = _shown(outcome, groups)
     floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # where those are drawn that have no score
-    y_range = spread([*ys, floor] if groups.over else ys, 0.04)
-    made = chart("latency, ms", scored_by(by), 460, x_range=spread(xs, 0.04), y_range=y_range)
+    y_range = padded_range([*ys, floor] if groups.over else ys, 0.04)
+    made = chart("latency, ms", scored_by(by), 460, x_range=padded_range(xs, 0.04), y_range=y_range)
     budget = outcome.config.most_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(made, budget)

@@ -10,7 +10,7 @@ from bokeh.models import BasicTicker, Span
 from bokeh.plotting import figure
 
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
-from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
 from attnsurgery.search.report.section import Mark, Section
 from attnsurgery.search.report.words import counted, score, scored_by
 from attnsurgery.search.result.record import trained
@@ -46,7 +46,7 @@ def section(outcome: Outcome, control: Control | None) -> Section | None:
         key.append(Mark("╍", ORANGE, "expected best of so many random candidates"))
     _draw_steps(made, best_so_far(scores), BLUE, 2.2)
     shown = [*without_outliers(scores), max(scores), base, *without_outliers(randoms)]
-    made.y_range = spread(shown)
+    made.y_range = padded_range(shown)
     if by == "loss":
         label_losses(made)
     made.x_range.start, made.x_range.end = 0.5, max(len(found), len(random)) + 0.5

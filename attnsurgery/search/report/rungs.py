@@ -9,7 +9,7 @@ from bokeh.models import Title
 from bokeh.plotting import figure
 
 from attnsurgery.search.report.colours import BLUE
-from attnsurgery.search.report.figures import chart, hover, label_losses, source, spread
+from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
 from attnsurgery.search.report.section import Section
 from attnsurgery.search.report.words import called, counted, score, scored_by
 from attnsurgery.search.result.record import Record, trained
@@ -51,8 +51,8 @@ def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
         f"{scored_by(by)}, {called(rung)}",
         called(rung + 1),
         340,
-        x_range=spread(lower, 0.1),
-        y_range=spread(higher, 0.1),
+        x_range=padded_range(lower, 0.1),
+        y_range=padded_range(higher, 0.1),
     )
     made.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
     marks = made.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)

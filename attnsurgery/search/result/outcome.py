@@ -65,7 +65,7 @@ class Outcome:
 
     @property
     def trust(self) -> Trust | None:
-        """How far a supernet could be believed; None if there was none, or that is not known yet."""
+        """How well a supernet ranks candidates; None if there was none, or that is not known yet."""
         return trust(self.records, self.config.rank_by) if shares(self.config) else None
 
     @property

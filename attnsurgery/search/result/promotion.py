@@ -1,4 +1,4 @@
-"""Successive halving: who goes on to the next rung, and whether a supernet is to be believed."""
+"""Successive halving: who goes on to the next rung, and whether the ranking of a supernet is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnsurgery.search.result.statistics import kendall_tau_b
 from attnsurgery.settings import RankBy
 
 CHECKED = 6
-"""So many candidates drawn at random tell whether the supernet is to be believed."""
+"""So many candidates drawn at random tell whether the supernet's ranking is used."""
 
 
 def places_on(rungs: int, candidates: int, halving: int) -> list[int]:
@@ -44,8 +44,8 @@ class Trust:
         tau = "undefined" if self.tau is None else f"{self.tau:.2f}"
         found = f"on {self.candidates} candidates drawn at random, supernet and training alone agree with tau-b {tau}"
         if self.holds:
-            return f"{found}; the best by the supernet went on"
-        return f"{found}: its order was not followed, and those asked for first went on"
+            return f"{found}, so its ranking was used"
+        return f"{found}, so its ranking was not used, and those asked for first went on"
 
 
 def checked(records: Sequence[Record]) -> list[Record]:

@@ -11,7 +11,8 @@ from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
 from attnsurgery.settings import RankBy
 
-State = Literal["trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
+State = Literal["pending", "trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
+"""What became of a candidate; it is pending until that is known, and no pending one is stored."""
 
 
 @dataclass(frozen=True, slots=True)
