@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -280,6 +281,36 @@ def test_steps_have_a_body_each_and_fit_their_call() -> None:
         module, _, function = step.body.partition(":")
         assert f"\ndef {function}(rows: Rows, tiny: bool)" in (BENCH / f"{module.replace('.', '/')}.py").read_text()
         assert step.least_s < step.limit_s
+
+
+def test_steps_take_of_other_scripts_what_these_define() -> None:
+    """As text too: a name that a script no longer has would be found out when a card is at hand."""
+    taken = set()
+    for path in (BENCH / "gpu_bench").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        aliases: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                aliases |= {one.asname or one.name: one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                taken |= {(node.module, one.name) for one in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                taken.add((aliases[node.value.id], node.attr))
+    ours = {(module, name) for module, name in taken if (BENCH / f"{module}.py").exists()}
+    assert {module for module, _ in ours} == {"budget", "latency", "latency_model"}
+    for module, name in sorted(ours):
+        assert name in defined(BENCH / f"{module}.py"), f"{module}.py has no {name}"
+
+
+def defined(script: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
 
 
 def test_table_says_not_yet_and_then_the_figure(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from attnsurgery.samplers import SAMPLERS, Places
 from attnsurgery.samplers.places import Budget
 from attnsurgery.search import Record, SearchConfig, Timing, run
 from attnsurgery.search.budgets.costs import Costs
-from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.limits import Budgets, Rule
 from attnsurgery.search.space import SearchSpace, bind, load
 from attnsurgery.surgery.operate import operate
 from attnsurgery.surgery.verify import count_macs
@@ -159,8 +159,28 @@ def test_budgets_are_told_in_words_and_as_shares() -> None:
     budgets = Budgets({"latency": 10.0, "parameters": 25.6e6, "macs": 4.1e9, "memory": 300.0})
     assert budgets.describe() == "10 ms and 25.6 M parameters and 4.1 G MACs and 300 MB"
     record = Record(0, "failed", timing=Timing(11.0, 11.0, 11.0, 1.0), parameters=25_600_000)
-    assert budgets.excess(record) == {"latency": pytest.approx(0.1), "parameters": 0.0}
-    assert budgets.over(record) == "11 ms"
+    check = budgets.check(record)
+    assert check.by == {"latency": pytest.approx(0.1), "parameters": 0.0}
+    assert check.words == "11 ms"
+    assert not check.within
+
+
+@pytest.mark.parametrize(
+    ("timing", "within"),
+    [
+        (None, {"estimate": True, "low": True, "high": True}),
+        (Timing(9.0, 8.0, 10.0, 1.0), {"estimate": True, "low": True, "high": True}),
+        (Timing(9.0, 8.0, 11.0, 1.0), {"estimate": True, "low": True, "high": False}),
+        (Timing(11.0, 10.0, 12.0, 1.0), {"estimate": False, "low": True, "high": False}),
+        (Timing(12.0, 11.0, 13.0, 1.0), {"estimate": False, "low": False, "high": False}),
+    ],
+)
+def test_budget_check_goes_by_the_end_that_is_asked_for(timing: Timing | None, within: dict[Rule, bool]) -> None:
+    budgets = Budgets({"latency": 10.0})
+    for rule, fits in within.items():
+        check = budgets.check(Record(0, "pending", timing=timing), rule)
+        assert check.within is fits, rule
+        assert bool(check.words) is not fits
 
 
 @pytest.mark.parametrize(
@@ -180,7 +200,7 @@ def test_budget_of_throughput_is_one_of_latency(given: dict[str, float], most_ms
     assert budgets.describe() == said
     for ms, over in ((most_ms * 0.99, False), (most_ms * 1.01, True)):
         record = Record(number=0, state="failed", timing=Timing(ms, ms, ms, 1.0))
-        assert bool(budgets.over(record)) is over
+        assert budgets.check(record).within is not over
 
 
 def test_mixed_precision_training_needs_cuda() -> None:

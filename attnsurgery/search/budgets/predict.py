@@ -72,7 +72,7 @@ class LatencyPredictor:
         model = self._fitted()
         return None if model is None else model.predict(self._costs.counts(_picks(self._places, assignment)))
 
-    def over(self, assignment: Mapping[str, str]) -> float | None:
+    def surely_over_ms(self, assignment: Mapping[str, str]) -> float | None:
         """The milliseconds predicted, if these are over the budget with 99 % certainty."""
         most, predicted = self._budgets.most.get("latency"), self.predict(assignment)
         if most is None or predicted is None or predicted.bound(-_SURE) * self._reference_ms <= most:

@@ -134,11 +134,12 @@ def _within_budget(
 
 def _doubt(budgets: Budgets, record: Record, timing: Timing) -> str:
     """Why a candidate is not surely within its budget; '' if it is."""
-    if over := budgets.over(replace(record, timing=timing)):
-        return f"{over} when measured again, over the budget"
-    together = _taken_together(record, timing)
-    if over := budgets.over(replace(record, timing=replace(together, ms=together.high_ms))):
-        return f"up to {over} when measured again, not surely within the budget"
+    again = budgets.check(replace(record, timing=timing))
+    if not again.within:
+        return f"{again.words} when measured again, over the budget"
+    together = budgets.check(replace(record, timing=_taken_together(record, timing)), "high")
+    if not together.within:
+        return f"up to {together.words} when measured again, not surely within the budget"
     return ""
 
 

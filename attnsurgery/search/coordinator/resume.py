@@ -61,8 +61,9 @@ def judged(record: Record, space: BoundSpace, budgets: Budgets) -> Record | None
         return record if space.max_blocks is not None and record.blocks > space.max_blocks else None
     if record.state not in ("trained", "over_budget"):
         return record
-    if over := budgets.over(record):
-        return replace(record, state="over_budget", reason=over)
+    check = budgets.check(record)
+    if not check.within:
+        return replace(record, state="over_budget", reason=check.words)
     return None if record.top1 is None else replace(record, state="trained", reason=None)
 
 

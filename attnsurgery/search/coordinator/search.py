@@ -331,7 +331,7 @@ class _Search:
         """Settle what needs no work; give the rest to a worker."""
         if not self.store.take_up(asked.number):
             return  # another search was faster
-        over = self.predictor.over(asked.assignment)
+        over = self.predictor.surely_over_ms(asked.assignment)
         if over is not None and not trained(self.records) and not self._predicted():
             over = None  # a search that ends without a result has measured, and not merely predicted, that none fits
         record = outlined(self.bench, asked.number, asked.assignment, over)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -60,15 +59,9 @@ def _hopeless(bench: Bench, base: Record, asked: Sequence[Record], predicted: Ca
     # those over an exact budget are no measure: others are known to keep to it; nor those that a wider one let in
     over = [record for record in asked if record.state == "over_budget" and record.top1 is None]
     measured = sum(record.timing is not None for record in over)
-    base_over = max(bench.budgets.excess(_as_fast_as_may_be(base)).values(), default=0.0) > 0
+    base_over = not bench.budgets.check(base, "low").within
     if base_over and measured:  # what is predicted to be over is no surprise then
         measured += sum(record.timing is None and record.predicted_ms is not None for record in over)
     if base_over or measured < _HOPELESS_PREDICTED:
         return base_over and measured >= _HOPELESS_BASE
     return measured >= HOPELESS or not predicted()
-
-
-def _as_fast_as_may_be(base: Record) -> Record:
-    """The base at the lower end of its interval."""
-    timing = base.timing
-    return base if timing is None else replace(base, timing=replace(timing, ms=timing.low_ms))

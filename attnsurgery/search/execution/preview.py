@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
-from attnsurgery.search.execution.trial import build, train_seed
+from attnsurgery.search.execution.trial import build, outlined, train_seed
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
 from attnsurgery.search.result.record import Timing
@@ -191,9 +191,9 @@ def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -
     recipe = bench.space.recipe_of(assignment)
     assert recipe is not None, "what is drawn has a block"
     model = build(bench, recipe)
-    ms = Timing.of(bench.backend.compare(bench.base, model, reference)).ms
-    most = bench.budgets.most
-    return model, ms <= most.get("latency", math.inf) and (bench.peak_mb(model) or 0.0) <= most.get("memory", math.inf)
+    timing = Timing.of(bench.backend.compare(bench.base, model, reference))
+    record = replace(outlined(bench, 0, assignment), timing=timing, peak_mb=bench.peak_mb(model))
+    return model, bench.budgets.check(record).within
 
 
 def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: int, stop: Callable[[], bool]) -> float:

@@ -78,8 +78,9 @@ def at_once(bench: Bench, record: Record, seen: Mapping[str, Record]) -> Record 
         return _again(record, earlier)
     if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
         return replace(record, state="too_many_blocks")
-    if over := bench.budgets.over(record):
-        return replace(record, state="over_budget", reason=over)
+    check = bench.budgets.check(record)
+    if not check.within:
+        return replace(record, state="over_budget", reason=check.words)
     return None
 
 
@@ -104,8 +105,9 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
     watch.listener.timed(record.number, timing)
     record = replace(record, timing=timing, peak_mb=bench.peak_mb(candidate))
-    if over := bench.budgets.over(record):
-        return replace(record, state="over_budget", reason=over)
+    check = bench.budgets.check(record)
+    if not check.within:
+        return replace(record, state="over_budget", reason=check.words)
     record = replace(record, proxies=proxies(bench, recipe, candidate, watch))
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(

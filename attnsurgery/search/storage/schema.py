@@ -59,15 +59,15 @@ class Terms:
 
     def settle(self, study: optuna.Study, trial: optuna.trial.Trial, record: Record) -> None:
         """Tell the study what became of a trial that runs."""
-        excess = self.budgets.excess(record)
-        for name, share in excess.items():
+        check = self.budgets.check(record)
+        for name, share in check.by.items():
             trial.set_constraint(name, share)
         if self.max_blocks is not None:
             trial.set_constraint(BLOCKS, float(record.blocks - self.max_blocks))
         score = record.score_on(0, self.rank_by)
         if record.state != "too_many_blocks" and score is not None:
             study.tell(trial, score)  # also of one that is over a budget which was wider when it was trained
-        elif record.state == "too_many_blocks" or max(excess.values(), default=0.0) > 0:
+        elif record.state == "too_many_blocks" or not check.within:
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, state=TrialState.FAIL)
