@@ -29,7 +29,7 @@ def run(rows: Rows, tiny: bool) -> None:
 
 
 def predicted(name: str, space: str, seconds: float, candidates: int, check_seconds: float, tiny: bool = False) -> Row:
-    found = latency_model.foretold(name, space, seconds, candidates, "candidates", check_seconds)
+    found = latency_model.predicted(name, space, seconds, candidates, "candidates", check_seconds)
     met = found["mean_error"] <= latency_model.TARGETS["cuda"]
     say = f"mean error {100 * found['mean_error']:.2f} %, worst {100 * found['worst_error']:.2f} %, rank correlation "
     say += f"{found['spearman']:.2f}"
