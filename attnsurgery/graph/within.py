@@ -6,7 +6,7 @@ end. In `nn.Sequential(vit, head)`, a LightningModule or a feature extractor the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,13 +25,23 @@ def said_above(modules: Mapping[str, nn.Module], path: str, name: str) -> Any:
 
 
 def models_within(modules: Mapping[str, nn.Module], run: Run) -> tuple[str, ...]:
-    """Paths of the models that say where their stages end; the whole, "", where none does."""
+    """Paths of the models that say where their stages end; of those that timm made where none does, such as a CoaT,
+    whose features are of modules that never run by themselves; the whole, "", where there is no such model either."""
+    said = _outermost(path for path, module in modules.items() if feature_modules(path, module, run))
+    return said or _outermost(path for path, module in modules.items() if _is_timms(module)) or ("",)
+
+
+def _outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """Of paths in the order of the modules, those that are inside of no other."""
     found: list[str] = []
-    for path, module in modules.items():
-        nested = any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in found)
-        if not nested and feature_modules(path, module, run):
+    for path in paths:
+        if not any(f"{path}.".startswith(f"{outer}." if outer else "") for outer in found):
             found.append(path)
-    return tuple(found) or ("",)
+    return tuple(found)
+
+
+def _is_timms(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg"))
 
 
 def feature_modules(path: str, model: nn.Module, run: Run) -> list[tuple[str, float]]:
@@ -64,7 +74,7 @@ def speakers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that say what images a model is made for, the outermost first; the model itself where none does."""
     silent = True
     for _, module in walk(model):
-        if any(getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg")) or feature_infos(module):
+        if _is_timms(module) or feature_infos(module):
             silent = False
             yield module
     if silent:
