@@ -53,6 +53,13 @@ def inspect(model: nn.Module | str, input_size: tuple[int, int, int] | None = No
 
     Raises:
         UnknownNameError: timm has no such model.
+
+    Example:
+        >>> anatomy = attnsurgery.inspect("test_resnet")
+        >>> [site.address for site in anatomy.blocks(3)]
+        ['layer3.0']
+        >>> anatomy.site("layer3.0").shape
+        (192, 10, 10)
     """
     if isinstance(model, str):
         return survey(_named(model, input_size), input_size, spend=True)
@@ -73,6 +80,12 @@ def plan(
 
     Raises:
         RecipeError, SiteError, OptionError, UnknownNameError: whatever `operate` would refuse.
+
+    Example:
+        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> forecast = attnsurgery.plan("test_resnet", recipe)
+        >>> forecast.params_added, forecast.macs_added
+        (6352, 6144)
     """
     made = registry.as_recipe(recipe)
     if not isinstance(model, str):
@@ -99,6 +112,14 @@ def operate(
     Raises:
         RecipeError, SiteError, OptionError, UnknownNameError: what cannot be meant, with the nearest that can.
         UsageError: a wrapper that does not allow it; says what to do.
+
+    Example:
+        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> model = timm.create_model("test_resnet")
+        >>> attnsurgery.operate(model, recipe) is model
+        True
+        >>> [path for path, module in model.named_modules() if isinstance(module, attnsurgery.BLOCKS["se"])][-1]
+        'layer3.0.se_2'
     """
     made = registry.as_recipe(recipe)
     host = _host(model, "operate")
@@ -129,6 +150,11 @@ def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | No
         SiteError: a name that means no block.
         SurgeryError: the blocks are there, but the record of how they came is not: the model was rebuilt since.
         UsageError: a wrapper that does not allow it; says what to do.
+
+    Example:
+        >>> model = timm.create_model("test_resnet_se_s3")
+        >>> sorted(attnsurgery.remove(model).state_dict()) == sorted(timm.create_model("test_resnet").state_dict())
+        True
     """
     host = _host(model, "remove")
     before = _kept_recipe(host)
@@ -151,6 +177,13 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     Raises:
         SurgeryError: a block is gone, the model was rebuilt since the operation, or its weights are not finite.
         UsageError: a model that cannot be compared as it is; says what to do.
+
+    Example:
+        >>> report = attnsurgery.verify(timm.create_model("test_resnet_nonlocal_s3"))
+        >>> report.alive, report.max_abs_diff
+        (True, 0.0)
+        >>> report.params_after - report.params_before
+        74592
     """
     _kept_recipe(_host(model, "verify"))
     return verify_model(model, input_size)

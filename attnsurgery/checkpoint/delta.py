@@ -87,6 +87,15 @@ def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path,
     Raises:
         UsageError: `output` exists, or the directory is no timm directory.
         CheckpointError: weights that cannot be read or are of another model, or an output that cannot be written.
+
+    Example:
+        >>> base = timm.create_model("test_resnet")
+        >>> torch.save(base.state_dict(), folder / "base.pth")
+        >>> model = timm.create_model("test_resnet_se_s3")
+        >>> _ = model.load_state_dict(base.state_dict(), strict=False)
+        >>> saved = attnsurgery.save_delta(model, folder / "base.pth", folder / "delta")
+        >>> sorted(file.name for file in (folder / "delta").iterdir())
+        ['config.json', 'recipe.yaml', 'weights.delta']
     """
     refuse_existing(Path(output))
     if isinstance(model, nn.Module):
@@ -142,6 +151,16 @@ def load_delta(directory: str | Path, base: Weights, layout: Layout = AS_FOUND) 
     Raises:
         UsageError: no delta directory.
         CheckpointError: damaged, or not the base that the delta was made against; says which that was.
+
+    Example: of a delta that `save_delta` wrote
+        >>> base = timm.create_model("test_resnet")
+        >>> torch.save(base.state_dict(), folder / "weights.pth")
+        >>> model = timm.create_model("test_resnet_se_s3")
+        >>> _ = model.load_state_dict(base.state_dict(), strict=False)
+        >>> _ = attnsurgery.save_delta(model, folder / "weights.pth", folder / "blocks")
+        >>> again = attnsurgery.load_delta(folder / "blocks", folder / "weights.pth")
+        >>> all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+        True
     """
     directory = Path(directory)
     whole = _whole(directory, base, layout)

@@ -97,6 +97,13 @@ def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
 
     Raises:
         RecipeError: not a recipe; or the name is one of timm's own, or was given to a different recipe before.
+
+    Example:
+        >>> recipe = {"version": 1, "name": "my_resnet", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> attnsurgery.register(recipe)
+        'my_resnet'
+        >>> timm.is_model("my_resnet")
+        True
     """
     made = as_recipe(recipe)
     name = made.name

@@ -88,6 +88,17 @@ def run(
         SearchError: the run directory or the study holds another search, or is in use; or the data is no good.
         UsageError and its kin: the configuration names what does not exist or does not fit; or the run directory holds
             files and is none.
+
+    Example: one trial of SE on the embedded digits
+        >>> config = SearchConfig(
+        ...     budget_params=1_000_000, space="se", trials=1, finalists=1, confirm_seeds=1, epochs=1, base_epochs=1,
+        ...     input_size=16, workers=0, output=str(folder / "run"),
+        ... )
+        >>> outcome = run(config)
+        >>> outcome.best.state, outcome.confirmation.seeds
+        ('trained', 1)
+        >>> (outcome.folder / "report.html").is_file()
+        True
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
     folder = Path(config.output)
