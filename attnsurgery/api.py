@@ -82,7 +82,8 @@ def plan(
         RecipeError, SiteError, OptionError, UnknownNameError: whatever `operate` would refuse.
 
     Example:
-        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> edits = [{"at": "stage:3 last", "block": "se"}]
+        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": edits}
         >>> forecast = attnsurgery.plan("test_resnet", recipe)
         >>> forecast.params_added, forecast.macs_added
         (6352, 6144)
@@ -114,7 +115,8 @@ def operate(
         UsageError: a wrapper that does not allow it; says what to do.
 
     Example:
-        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> edits = [{"at": "stage:3 last", "block": "se"}]
+        >>> recipe = {"version": 1, "name": "mine", "base": "test_resnet", "edits": edits}
         >>> model = timm.create_model("test_resnet")
         >>> attnsurgery.operate(model, recipe) is model
         True

@@ -99,7 +99,8 @@ def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
         RecipeError: not a recipe; or the name is one of timm's own, or was given to a different recipe before.
 
     Example:
-        >>> recipe = {"version": 1, "name": "my_resnet", "base": "test_resnet", "edits": [{"at": "stage:3 last", "block": "se"}]}
+        >>> edits = [{"at": "stage:3 last", "block": "se"}]
+        >>> recipe = {"version": 1, "name": "my_resnet", "base": "test_resnet", "edits": edits}
         >>> attnsurgery.register(recipe)
         'my_resnet'
         >>> timm.is_model("my_resnet")
