@@ -171,7 +171,9 @@ def test_several_kinds_of_tokens_are_counted_where_the_grid_confirms_them() -> N
 
 
 @every_whole
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "hiera_tiny_224", "coat_tiny"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "test_convnext", "hiera_tiny_224", "coat_tiny", "iformer_t"]
+)
 def test_places_in_a_whole_are_those_of_the_model(name: str, whole: str) -> None:
     """Stages, roles, layouts, grids; and tokens of a Hiera are reordered also where it is not the root."""
     small = {"img_size": 64} if name == "test_vit" else {}

@@ -101,7 +101,7 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
     run = record(twin, modules, size)
     within = models_within(modules, run)
     rows = Rows(modules, run, within)
-    hosts = dict(_hosts(modules))
+    hosts = dict(_hosts(modules, within))
     reader = Reader(twin, size[1:], modules, run, hosts, within)
     units = rows.units()
     strides = {path: _stride(reader, path, size) for path in units}
@@ -184,17 +184,20 @@ def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _hosts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def _hosts(modules: dict[str, nn.Module], within: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     """Those that can hold a block: not the root, and none that will be rebuilt.
 
     Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result,
-    if that is another.
+    if that is another. A whole model's `fuse` has its modules do so, and says nothing of those that do not.
+
+    Args:
+        within: paths of the models.
     """
     hidden: tuple[str, ...] = ()
     for path, module in modules.items():
         if hidden and path.startswith(hidden):
             continue
-        if path and rebuilds(type(module)):
+        if path not in ("", *within) and rebuilds(type(module)):
             hidden = (*hidden, f"{path}.")
         # a torch.fx graph writes its forward anew whenever it is recompiled or copied
         if path and not replaces_itself(uncut_class(module)) and not isinstance(module, fx.GraphModule):
