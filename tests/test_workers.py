@@ -9,14 +9,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
 from attnsurgery.evaluate import EVALUATORS
+from attnsurgery.latency import Latency
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
+from attnsurgery.search.execution.jobs import Job, result_from_data, result_to_data
 from attnsurgery.search.execution.trial import reason_of
-from attnsurgery.search.result.record import trained
+from attnsurgery.search.result.record import Promotion, Timing, trained
 from attnsurgery.search.workers.launch.processes import end_of
 from tests._searches import change, small_search, write_images, write_space
 from tests.plugins.attnsurgery_dummy import Dummy
@@ -211,3 +214,44 @@ def test_a_worker_ends_when_its_search_is_gone() -> None:
     process.stdin.close()
     assert process.wait(timeout=20) == 0
     process.stdout.close()
+
+
+@pytest.mark.parametrize("kind", ["trial", "promotion"])
+def test_job_of_a_record_is_the_same_on_the_other_side(kind: str) -> None:
+    """Records become JSON data only where they leave the process."""
+    promotions = (Promotion(0.5, 1.0, 3.0, 2),)
+    record = Record(3, "pending", {"layer1.0": "se"}, timing=Timing(1.0, 0.9, 1.1, 1.2), promotions=promotions)
+    reference = Latency(1.0, 1.1, 20, 0.01, "cpu", "float32", 1, "eager")
+    job = Job(kind, {"record": record, "reference": reference}, trial=3, before=2)
+    assert Job.from_dict(json.loads(json.dumps(job.as_dict()))) == job
+    assert result_from_data(job, json.loads(json.dumps(result_to_data(record)))) == record
+
+
+def test_trial_is_converted_for_the_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without workers: two forms for study and journal, and none to hand a trial on."""
+    calls: Counter[str] = Counter()
+    to_dict, from_dict = Record.as_dict, Record.from_dict.__func__  # type: ignore[attr-defined]
+
+    def counted_to(self: Record) -> dict[str, Any]:
+        calls["as_dict"] += self.number >= 0
+        return to_dict(self)
+
+    def counted_from(cls: type[Record], data: dict[str, Any]) -> Record:
+        calls["from_dict"] += data["number"] >= 0
+        return from_dict(cls, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Record, "as_dict", counted_to)
+    monkeypatch.setattr(Record, "from_dict", classmethod(counted_from))
+    monkeypatch.setattr("attnsurgery.search.coordinator.search._Search._confirm", lambda self: None)
+    config = SearchConfig(
+        budget_params=1_000_000,
+        trials=4,
+        epochs=1,
+        base_epochs=1,
+        input_size=32,
+        workers=0,
+        output=str(tmp_path / "run"),
+    )
+    asked = len(run(config).records)
+    assert calls["as_dict"] <= 2 * asked
+    assert calls["from_dict"] <= asked

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 from typing import Any, Protocol
@@ -53,7 +53,7 @@ def confirm(
         StopAsked: the user asked for an end.
         SearchError: the base, or every finalist, cannot be trained.
     """
-    measured = {"reference": asdict(reference)}
+    measured = {"reference": reference}
     kept = _within_budget(config, budgets, order, measured, work)
     finalists = _trained_to_choose(config, kept, work)
     records = {record.digest: record for record, _ in kept}

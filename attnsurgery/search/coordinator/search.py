@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +363,7 @@ class _Search:
             self._told(replace(record, state="failed", reason=reason, attempts=_MOST_ATTEMPTS))
         else:
             self._going[asked.number] = asked
-            given = {"record": record.as_dict(), "reference": asdict(self.reference)}
+            given = {"record": record, "reference": self.reference}
             self.pool.give(Job("trial", given, trial=asked.number, before=attempts - 1))
 
     def _take_in(self, done: Done) -> None:
@@ -376,10 +376,10 @@ class _Search:
             self._ready.append(asked)
             return
         attempts = done.job.before + done.job.attempt
-        if done.result is None:
-            record = replace(Record.from_dict(done.job.given["record"]), reason=done.lost)
+        if isinstance(done.result, Record):
+            record = done.result
         else:
-            record = Record.from_dict(done.result)
+            record = replace(done.job.given["record"], state="failed", reason=done.lost)
         self._told(replace(record, attempts=attempts))
 
     def _told(self, record: Record) -> None:
@@ -418,7 +418,7 @@ class _Search:
                 lane = f"{rungs_of(config)[found.reached + 1]}"
                 self.listener.phase(f"trial {found.number} on rung {found.reached + 2} of {rungs}: {lane}")
                 going.add(found.number)
-                self.pool.give(Job("promotion", {"record": found.as_dict()}, trial=found.number))
+                self.pool.give(Job("promotion", {"record": found}, trial=found.number))
             if not self.pool.busy:
                 break
             for done in self.pool.wait(_WAIT_S):
@@ -431,10 +431,7 @@ class _Search:
             raise done.error
         if done.stopped:
             return
-        if done.result is None:
-            record = replace(Record.from_dict(done.job.given["record"]), halted=done.lost)
-        else:
-            record = Record.from_dict(done.result)
+        record = done.result if isinstance(done.result, Record) else replace(done.job.given["record"], halted=done.lost)
         self.store.promote(record)
         self.records = [record if other.number == record.number else other for other in self.records]
         self.listener.promoted(record, len(self.bench.rungs))

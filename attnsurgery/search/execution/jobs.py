@@ -1,4 +1,7 @@
-"""What of a search needs a device, in pieces that a worker can be given: from JSON data to JSON data.
+"""What of a search needs a device, in pieces that a worker can be given.
+
+Within a process, a trial and its result are records. They become JSON data only where they leave it (`as_dict`,
+`from_dict`, `result_to_data`, `result_from_data`).
 
 A job stands by itself. It depends on the search's configuration, on the files of the run directory and on what it is
 given, never on the jobs before it, so any worker can do any job, and one that was lost can be done again.
@@ -7,7 +10,7 @@ given, never on the jobs before it, so any worker can do any job, and one that w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from attnsurgery.latency import Latency
@@ -19,6 +22,9 @@ from attnsurgery.search.result.record import Promotion, Record
 from attnsurgery.search.watching import Watching
 
 Data = dict[str, Any]
+Result = Record | Data
+_OF_RECORDS = ("trial", "promotion")
+"""Kinds of jobs that are given a record and return one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +48,45 @@ class Job:
     """Tells it from others; of no meaning to a worker."""
 
     def as_dict(self) -> Data:
-        """JSON data from which `Job(**data)` is an equal job."""
-        return asdict(self)
+        """JSON data from which `from_dict` makes an equal job."""
+        data = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**data, "given": {name: _to_data(value) for name, value in self.given.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        given = dict(data["given"])
+        if data["kind"] in _OF_RECORDS:
+            given["record"] = Record.from_dict(given["record"])
+        if "reference" in given:
+            given["reference"] = Latency(**given["reference"])
+        return cls(**{**data, "given": given})
 
     def again(self, out_of_memory: bool) -> Job:
         """The next attempt."""
         return replace(self, attempt=self.attempt + 1, pieces=self.pieces * (2 if out_of_memory else 1))
 
 
-def perform(bench: Bench, job: Job, watch: Watching) -> Data:
+def result_to_data(result: Result) -> Data:
+    """JSON data from which `result_from_data` makes an equal result."""
+    return _to_data(result)  # type: ignore[no-any-return]
+
+
+def result_from_data(job: Job, data: Data) -> Result:
+    """The result of a job that was done in another process."""
+    return Record.from_dict(data) if job.kind in _OF_RECORDS else data
+
+
+def _to_data(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.as_dict()
+    return asdict(value) if isinstance(value, Latency) else value
+
+
+def perform(bench: Bench, job: Job, watch: Watching) -> Result:
     """Do a job.
+
+    Returns:
+        The record of a trial or a promotion; of the other jobs, JSON data.
 
     Raises:
         StopAsked: the user asked for an end.
@@ -74,18 +109,16 @@ def _base_scores(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Dat
     return {"scores": [asdict(Promotion.of(score)) for score in scores]}
 
 
-def _trial(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    record, reference = Record.from_dict(given["record"]), Latency(**given["reference"])
-    return run_trial(bench, record, reference, watch).as_dict()
+def _trial(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Record:
+    return run_trial(bench, given["record"], given["reference"], watch)
 
 
-def _promotion(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return promote(bench, Record.from_dict(given["record"]), watch).as_dict()
+def _promotion(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Record:
+    return promote(bench, given["record"], watch)
 
 
 def _timing(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    record, reference = Record.from_dict(given["record"]), Latency(**given["reference"])
-    return asdict(measured_again(bench, record, reference, watch))
+    return asdict(measured_again(bench, Record.from_dict(given["record"]), given["reference"], watch))
 
 
 def _training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
@@ -97,11 +130,10 @@ def _final_training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> 
 
 
 def _verdict(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    record, reference = Record.from_dict(given["record"]), Latency(**given["reference"])
-    return judged(bench, record, reference, watch).as_dict()
+    return judged(bench, Record.from_dict(given["record"]), given["reference"], watch).as_dict()
 
 
-KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Data]] = {
+KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "weights": _weights,
     "base latency": _base_latency,
     "base scores": _base_scores,

@@ -276,8 +276,9 @@ class Store:
         attributes = trial.user_attrs
         record = replace(record, slot=attributes.get(SLOT), **attributes.get(HOW, {}))
         # first where whoever takes up what this process leaves behind looks for it
-        self._storage.set_trial_user_attr(trial._trial_id, RECORD, record.as_dict())
-        self.journal.append({**record.as_dict(), CLOCK: self._seconds()})
+        data = record.as_dict()
+        self._storage.set_trial_user_attr(trial._trial_id, RECORD, data)
+        self.journal.append({**data, CLOCK: self._seconds()})
         self._settle(record)
         self._note_time()
         return record
@@ -352,8 +353,10 @@ class Store:
     def _settle(self, record: Record) -> None:
         if self._trial(record.number).state is TrialState.WAITING:
             self.take_up(record.number)  # only what runs can be told
-        trial = optuna.trial.Trial(self._study, self._trial(record.number)._trial_id)
-        trial.set_user_attr(RECORD, record.as_dict())
+        frozen = self._trial(record.number)
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        if RECORD not in frozen.user_attrs:
+            trial.set_user_attr(RECORD, record.as_dict())
         self._terms.settle(self._study, trial, record)
         if self.sharing:
             self.sharing.release(record.number)

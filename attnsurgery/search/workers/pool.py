@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from attnsurgery.errors import AttnSurgeryError, SearchError
 from attnsurgery.evaluate.memory import free_memory
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.device_lock import device_lock
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.jobs import Job, perform
+from attnsurgery.search.execution.jobs import Data, Job, Result, perform
 from attnsurgery.search.execution.trial import reason_of
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.watching import StopAsked, Watching
@@ -34,7 +33,7 @@ class Done:
     """What became of a job: one of the four."""
 
     job: Job
-    result: Mapping[str, Any] | None = None
+    result: Result | None = None
     error: AttnSurgeryError | None = None
     """It cannot be done."""
     lost: str = ""
@@ -82,10 +81,8 @@ class WorkerPool(ABC):
     def close(self) -> None:
         """End all workers, whatever they do."""
 
-    def all(
-        self, jobs: list[Job], keep: Callable[[int, Mapping[str, Any]], None] | None = None
-    ) -> list[Mapping[str, Any]]:
-        """Have jobs done that the search cannot do without; their results, in the same order.
+    def all(self, jobs: list[Job], keep: Callable[[int, Data], None] | None = None) -> list[Data]:
+        """Have jobs done that the search cannot do without; their results, JSON data, in the same order.
 
         Args:
             keep: told the place of each job and its result, as soon as that is there.
@@ -100,7 +97,7 @@ class WorkerPool(ABC):
         while self.busy:
             for one in self.wait(_A_WHILE):
                 done.append(one)
-                if keep and one.result is not None:
+                if keep and isinstance(one.result, dict):
                     keep(one.job.tag, one.result)
         for one in done:
             if one.error:
@@ -110,8 +107,8 @@ class WorkerPool(ABC):
                 raise SearchError(f"{_name(one.job)} could not be done: {one.lost} ({times}). {GOES_ON}")
         if any(one.stopped for one in done):
             raise StopAsked
-        found = {one.job.tag: one.result or {} for one in done}
-        return [found[tag] for tag in range(len(jobs))]
+        results = {one.job.tag: one.result for one in done if isinstance(one.result, dict)}
+        return [results[tag] for tag in range(len(jobs))]
 
 
 _A_WHILE = 1.0

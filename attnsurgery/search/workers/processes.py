@@ -13,7 +13,7 @@ from attnsurgery import errors
 from attnsurgery.errors import AttnSurgeryError, SearchError
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search.compatibility import VERSIONS, differences
-from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.execution.jobs import Job, result_from_data
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.workers.launch import Launcher, Link, Message, WorkerExited
@@ -146,7 +146,9 @@ class ProcessPool(WorkerPool):
         if "error" in message:
             name, text = message["error"]
             return [Done(job, error=getattr(errors, name, AttnSurgeryError)(text))]
-        return [Done(job, stopped=True)] if "stopped" in message else [Done(job, message["result"])]
+        return (
+            [Done(job, stopped=True)] if "stopped" in message else [Done(job, result_from_data(job, message["result"]))]
+        )
 
     def _same_versions(self, hand: WorkerSlot, node: str, found: Mapping[str, str]) -> None:
         """

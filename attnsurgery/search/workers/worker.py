@@ -30,7 +30,7 @@ from attnsurgery.search.device_lock import DeviceLock, device_lock
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.jobs import Job, perform
+from attnsurgery.search.execution.jobs import Job, perform, result_to_data
 from attnsurgery.search.execution.trial import reason_of
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
@@ -120,7 +120,7 @@ class _Worker:
         try:
             bench = self._ready()
             with self._lock.shared():
-                return {"result": perform(bench, job, self._watch)}
+                return {"result": result_to_data(perform(bench, job, self._watch))}
         except StopAsked:
             return {"stopped": True}
         except Exception as error:
@@ -183,7 +183,7 @@ def serve(orders: Iterable[str], out: Out) -> None:
     worker = _Worker(waiting.get()["begin"], wire, stop)
     worker.assemble()
     while True:
-        job = Job(**waiting.get()["job"])
+        job = Job.from_dict(waiting.get()["job"])
         answer = worker.answer(job)
         wire.send(answer)
         if "broken" in answer:
