@@ -1099,9 +1099,9 @@ def test_workers_are_told_what_was_settled(arrows: Path, tmp_path: Path, monkeyp
     """The search asks whether images may be mirrored; its workers do not ask again."""
     given: list[SearchConfig] = []
     monkeypatch.setattr(study, "LAUNCHERS", {"local": given.append})
-    monkeypatch.setattr(study, "Workers", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(study, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
     config = small_search(arrows, write_space(tmp_path), tmp_path / "run").model_copy(update={"workers": 1})
-    with study._crew(config, Listener(), lambda: False, None) as (bench, _):
+    with study._pool(config, Listener(), lambda: False, None) as (bench, _):
         assert bench.config.augment == "shift"
     assert [one.augment for one in given] == ["shift"]
 

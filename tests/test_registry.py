@@ -392,7 +392,9 @@ def test_a_private_name_of_timm_or_torch_is_where_it_was(name: str) -> None:
 
 def test_a_name_that_has_moved_is_told_with_its_users_and_what_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(_builder, "resolve_pretrained_cfg")
-    message = r"resolve_pretrained_cfg has moved .* used by registry.py; without it: surgical names have no conf"
+    message = (
+        r"resolve_pretrained_cfg has moved .* used by timm_plugin/registry.py; without it: surgical names have no conf"
+    )
     with pytest.raises(pytest.fail.Exception, match=message):
         test_a_private_name_of_timm_or_torch_is_where_it_was("timm.models._builder.resolve_pretrained_cfg")
 
@@ -403,7 +405,7 @@ def test_every_private_name_that_the_package_takes_is_on_that_list_and_no_other(
     assert {name: users for name, users in taken.items() if name not in PRIVATE} == {}
     assert set(PRIVATE) <= set(taken)
     beyond = {name for name in taken if name.startswith("timm.") and ".models._registry._" in name}
-    assert all(taken[name] == {"registry.py"} for name in beyond), "timm's tables are for registry.py alone"
+    assert all(taken[name] == {"timm_plugin/registry.py"} for name in beyond), "timm's tables are for registry.py alone"
 
 
 def is_module(name: str) -> bool:

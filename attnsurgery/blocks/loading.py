@@ -51,8 +51,9 @@ class AsBuilt:
     def differs(self, block: nn.Module) -> bool:
         """True if the block was changed since. Conversion to another dtype, there and back, is no change."""
         now = {name: p for name, p in block.named_parameters() if not p.is_meta}
+        has_values = not any(p.is_meta for p in block.parameters())
         return (
-            self.without_values
+            (self.without_values and has_values)
             or any(bool(_whole(now[name]).any()) for name in self.zeros if name in now)
             or any(
                 not _same(_sample(now[name]), then, now[name].dtype)
