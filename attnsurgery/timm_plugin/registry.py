@@ -100,10 +100,10 @@ def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
 
     Example:
         >>> edits = [{"at": "stage:3 last", "block": "se"}]
-        >>> recipe = {"version": 1, "name": "my_resnet", "base": "test_resnet", "edits": edits}
+        >>> recipe = {"version": 1, "name": "test_resnet_gated", "base": "test_resnet", "edits": edits}
         >>> attnsurgery.register(recipe)
-        'my_resnet'
-        >>> timm.is_model("my_resnet")
+        'test_resnet_gated'
+        >>> timm.is_model("test_resnet_gated")
         True
     """
     made = as_recipe(recipe)
