@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds workers i
 
 
 def test_kills_torn_lines_and_a_full_disk_lose_nothing(tmp_path: Path) -> None:
-    words = "--kills 5 --memory 2 --hangs 1 --trials 6 --nap 1 --every 16 --json"
+    words = "--kills 5 --memory 2 --hangs 1 --trials 6 --training 1 --every 16 --json"
     process = subprocess.run(
         [sys.executable, "scripts/bench/crash.py", *words.split(), str(tmp_path / "figures.json")],
         cwd=ROOT,
@@ -75,12 +75,12 @@ def test_ctrl_c_once_ends_cleanly_and_twice_at_once(search: list[str], tmp_path:
     assert "RUNNING" not in {trial.state.name for trial in study.trials}
     first.stderr.close()
 
-    (tmp_path / "mishaps").mkdir()
-    (tmp_path / "mishaps" / "hang").touch()
-    hanging = environment(DUMMY_MISHAPS=str(tmp_path / "mishaps"))
+    (tmp_path / "injected_faults").mkdir()
+    (tmp_path / "injected_faults" / "hang").touch()
+    hanging = environment(DUMMY_FAULTS=str(tmp_path / "injected_faults"))
     second = subprocess.Popen(search, env=hanging, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while (tmp_path / "mishaps" / "hang").exists():
+    while (tmp_path / "injected_faults" / "hang").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     for _ in range(2):

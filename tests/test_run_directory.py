@@ -35,6 +35,7 @@ from attnsurgery.evaluate.contents import kept_in
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
+from attnsurgery.recipe.strict_yaml import reads
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.compatibility import check_same
@@ -51,6 +52,7 @@ from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.statistics import gain_of
 from attnsurgery.search.storage.known import known
 from attnsurgery.search.storage.run_directory import (
+    CONFIG,
     MARK,
     WEIGHTS,
     check_free,
@@ -647,6 +649,13 @@ def test_a_full_disk_lets_the_report_wait_and_the_search_goes_on(
     result = CliRunner().invoke(build_app(), ["report", config.output])
     assert result.exit_code == 0
     assert (done.folder / "report.html").is_file()
+
+
+def test_settings_in_a_run_directory_make_the_same_search(finished: Outcome) -> None:
+    """They are what the search ran with, without leave to resume in spite of differences."""
+    values, _ = reads((finished.folder / CONFIG).read_text(), CONFIG)
+    assert values["extend"] is False
+    assert SearchConfig(**values) == finished.config.model_copy(update={"extend": False, "storage": None})
 
 
 def test_the_line_that_builds_the_winner_runs_as_it_is(finished: Outcome, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_options_go_before_the_environment_and_that_before_the_file(command: Com
     assert command.settings == {"tricks": 2, "epochs": 3, "seed": 4, "bold": False}
 
 
-def test_setting_that_changed_is_no_reason_to_resume() -> None:
+def test_changed_setting_is_refused_on_resume() -> None:
     before, now = (fixed_part(Tricky(budget_ms=2.0, tricks=tricks), {}) for tricks in (1, 2))
     with pytest.raises(SearchError, match=r"tricks: was 1, is now 2"):
         check_same(before, now, "here")

@@ -41,11 +41,11 @@ def dummy() -> Iterator[None]:
 
 
 @pytest.fixture
-def mishaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "mishaps"
+def injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "injected_faults"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", PLUGINS)
-    monkeypatch.setenv("DUMMY_MISHAPS", str(folder))
+    monkeypatch.setenv("DUMMY_FAULTS", str(folder))
     monkeypatch.setenv("DUMMY_LOG", str(tmp_path / "scores.jsonl"))
     return folder
 
@@ -57,16 +57,16 @@ def config(tmp_path: Path) -> SearchConfig:
 
 
 class Hearing(Listener):
-    """Has mishaps happen once the trials begin, and keeps what it was told."""
+    """Has injected faults happen once the trials begin, and keeps what it was told."""
 
-    def __init__(self, mishaps: Path | None = None, planned: tuple[str, ...] = ()) -> None:
+    def __init__(self, injected_faults: Path | None = None, planned: tuple[str, ...] = ()) -> None:
         self.heard: list[str] = []
-        self._mishaps, self._planned = mishaps, planned
+        self._faults, self._planned = injected_faults, planned
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
         for one in self._planned:
-            assert self._mishaps is not None
-            (self._mishaps / one).touch()
+            assert self._faults is not None
+            (self._faults / one).touch()
 
     def phase(self, text: str) -> None:
         self.heard.append(text)
@@ -107,10 +107,10 @@ def test_a_worker_comes_to_the_same_trials_as_this_process(config: SearchConfig,
     ],
 )
 def test_a_mishap_costs_its_trial_one_more_attempt_and_two_cost_the_trial(
-    config: SearchConfig, mishaps: Path, tmp_path: Path, kind: str, reason: str
+    config: SearchConfig, injected_faults: Path, tmp_path: Path, kind: str, reason: str
 ) -> None:
     """Three in a row: two for the first trial, one for the second, none for the third."""
-    hearing = Hearing(mishaps, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
+    hearing = Hearing(injected_faults, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
     outcome = run(change(config, patience_minutes=4 / 60, trials=2), hearing)
     failed, *rest = outcome.records
     assert (failed.state, failed.reason, failed.attempts) == ("failed", reason, 2)
@@ -119,11 +119,11 @@ def test_a_mishap_costs_its_trial_one_more_attempt_and_two_cost_the_trial(
     assert hearing.heard.count(f"begun again{half}: {reason}") == 2
     _, again, whole, *_ = scores(tmp_path)  # the base is the first
     assert (again["pieces"], whole["pieces"]) == (2 if half else 1, 1)
-    assert not list(mishaps.iterdir())
+    assert not list(injected_faults.iterdir())
 
 
 def test_in_step_two_workers_come_to_the_same_trials_in_one_run_or_in_two(
-    config: SearchConfig, mishaps: Path, tmp_path: Path
+    config: SearchConfig, injected_faults: Path, tmp_path: Path
 ) -> None:
     stepping = change(config, workers=2, in_step=True, trials=5)
     straight = run(change(stepping, output=str(tmp_path / "straight")))
@@ -138,7 +138,7 @@ def test_in_step_two_workers_come_to_the_same_trials_in_one_run_or_in_two(
 
 
 def test_several_workers_train_exactly_as_many_as_were_asked_for_and_none_twice(
-    config: SearchConfig, mishaps: Path
+    config: SearchConfig, injected_faults: Path
 ) -> None:
     outcome = run(change(config, workers=3, trials=8, sampler="tpe"))
     assert outcome.trained == 8
@@ -147,9 +147,11 @@ def test_several_workers_train_exactly_as_many_as_were_asked_for_and_none_twice(
     assert [record.number for record in outcome.records] == sorted(record.number for record in outcome.records)
 
 
-def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(config: SearchConfig, mishaps: Path) -> None:
+def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(
+    config: SearchConfig, injected_faults: Path
+) -> None:
     straight = run(change(config, trials=3, output=f"{config.output}-straight"))
-    mishap = Hearing()
+    hearing = Hearing()
     begun: list[int] = []
 
     class Asked(Hearing):
@@ -165,7 +167,7 @@ def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(config: Sear
     assert stopped.trained == 1
     assert states(stopped) == ["COMPLETE", "WAITING"]
     assert (stopped.folder / "report.html").is_file()
-    assert essence(run(change(config, trials=3), mishap)) == essence(straight)
+    assert essence(run(change(config, trials=3), hearing)) == essence(straight)
 
 
 def test_what_a_worker_cannot_do_ends_the_search_with_its_reason(config: SearchConfig, tmp_path: Path) -> None:

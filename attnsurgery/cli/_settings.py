@@ -193,6 +193,6 @@ def _settings_in(path: Path, model: type[pydantic.BaseModel]) -> dict[str, Any]:
         if name not in known:
             raise UsageError(
                 f"{path}:{lines.get(name, 1)}: there is no setting {name!r}."
-                f"{did_you_mean(name, known)} attnsurgery search --print-config lists all."
+                f"{did_you_mean(name, known)} attnsurgery search --help lists all."
             )
     return {name: value for name, value in values.items() if value is not None}

@@ -40,4 +40,9 @@ class Listener:
         """A candidate was trained on a higher one of so many rungs, or could not be."""
 
     def told(self, record: Record, trained: int, wanted: int) -> None:
-        """A trial is over; so many of the wanted ones are trained now."""
+        """A trial is over.
+
+        Args:
+            trained: candidates that are trained by now.
+            wanted: candidates that the search is to train.
+        """

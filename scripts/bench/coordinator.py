@@ -5,9 +5,9 @@
 
 * An ask: the additive sampler's, in a space with 16 places of 10 blocks each, and in a study in SQLite that holds 300
   trials (target: at most 100 ms, the median of the last asks).
-* Four workers whose trainings are naps of 5 s (tests/plugins): the share of their time, from the first trial asked for
-  to the last one told, that they nap (target: at least 90 %).
-* One worker, 200 trials without a nap: how much memory coordinator and worker have gained since the 40th (target: at
+* Four workers whose trainings are dummy jobs of 5 s (tests/plugins): the share of their time, from the first trial
+  asked for to the last one told, that they spend in them (target: at least 90 %).
+* One worker, 200 trials of no time: how much memory coordinator and worker have gained since the 40th (target: at
   most 50 MB each).
 
 Linux only. Writes docs/benchmarks/coordinator.json.
@@ -32,9 +32,9 @@ PLACES, BLOCKS, KNOWN = 16, 10, 300
 NAP_S, WORKERS, NAPS = 5.0, 4, 80
 
 
-def environment(cache: Path, nap_s: float) -> None:
+def environment(cache: Path, training_s: float) -> None:
     paths = [str(ROOT), str(ROOT / "tests" / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "DUMMY_SECONDS": str(nap_s), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "DUMMY_SECONDS": str(training_s), "OMP_NUM_THREADS": "1"}
     os.environ["ATTNSURGERY_CACHE"] = str(cache)
 
 
@@ -91,13 +91,13 @@ def asking(folder: Path, asks: int) -> list[float]:
     return seconds[-asks:]
 
 
-def searched(folder: Path, workers: int, trials: int, nap_s: float) -> dict[str, Any]:
+def searched(folder: Path, workers: int, trials: int, training_s: float) -> dict[str, Any]:
     """A search with made-up scores: when its trials began and ended, and the memory of its processes on the way."""
     from attnsurgery.evaluate import EVALUATORS
     from attnsurgery.search import Listener, Record, SearchConfig, run
     from tests.plugins.attnsurgery_dummy import Dummy
 
-    environment(folder / "cache", nap_s)
+    environment(folder / "cache", training_s)
     if "dummy" not in EVALUATORS:
         EVALUATORS.register("dummy")(Dummy)
     begun: list[float] = []
@@ -158,7 +158,7 @@ def main() -> None:
         print(f"an ask among {KNOWN} trials: {figures['ask_ms']:.0f} ms", flush=True)
         four = searched(scratch / "four", WORKERS, NAPS, NAP_S)
         figures["efficiency"] = NAPS * NAP_S / WORKERS / four["seconds"]
-        print(f"{WORKERS} workers nap {figures['efficiency']:.1%} of their time", flush=True)
+        print(f"{WORKERS} workers spend {figures['efficiency']:.1%} of their time in dummy jobs", flush=True)
         memory = searched(scratch / "many", 1, asked.trials, 0.0)["memory"]
         early = asked.trials // 5
         for index, name in enumerate(("coordinator", "worker")):

@@ -3,11 +3,12 @@
 
     python scripts/bench/crash.py [--kills 100] [--memory 20] [--hangs 5]
 
-One search by two workers, whose candidates get a made-up score after a nap (tests/plugins), is begun by its command and
+One search by two workers, whose candidates get a made-up score after a dummy training (tests/plugins), is begun by its
+command and
 begun again whenever it ends, for more trials as long as there are kills left. At random moments its coordinator or one
 of its workers gets SIGKILL; some trainings are out of memory, some hang. After every kill the run directory is read.
 A piece of work of the confirmation that died too often in one run ends that run with an error that says how to go on;
-such ends are counted, and are an error of this script unless so many kills and mishaps had come before.
+such ends are counted, and are an error of this script unless so many kills and injected faults had come before.
 Then:
 
 * every trial that was ever in the journal is there in the end, as it was; none was trained twice; none is left running
@@ -55,9 +56,9 @@ def command(output: Path, trials: int) -> list[str]:
     return [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(output)]
 
 
-def environment(mishaps: Path, nap_s: float) -> dict[str, str]:
+def environment(injected_faults: Path, training_s: float) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "tests" / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "DUMMY_MISHAPS": str(mishaps), "DUMMY_SECONDS": str(nap_s)}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "DUMMY_FAULTS": str(injected_faults), "DUMMY_SECONDS": str(training_s)}
     return {**os.environ, "OMP_NUM_THREADS": "1", **own}
 
 
@@ -70,8 +71,8 @@ def workers_of(pid: int) -> list[int]:
 
 def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The search, killed as often as asked, then let to its end."""
-    mishaps, rng = scratch / "mishaps", random.Random(asked.seed)
-    mishaps.mkdir()
+    injected_faults, rng = scratch / "injected_faults", random.Random(asked.seed)
+    injected_faults.mkdir()
     planned = ["memory"] * asked.memory + ["hang"] * asked.hangs
     rng.shuffle(planned)
     kills: Counter[str] = Counter()
@@ -81,14 +82,16 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
     with (scratch / "log").open("w") as log:
         while code != 0 or kills.total() < asked.kills:
             trials += asked.trials if code == 0 else 0
-            run = subprocess.Popen(command(output, trials), env=environment(mishaps, asked.nap), stdout=log, stderr=log)
+            run = subprocess.Popen(
+                command(output, trials), env=environment(injected_faults, asked.training), stdout=log, stderr=log
+            )
             runs += 1
             while run.poll() is None and kills.total() < asked.kills:
                 until = time.monotonic() + rng.uniform(0.0, asked.every)
                 while run.poll() is None and time.monotonic() < until:
-                    if planned and has_trials(output):  # before that, a mishap would be the base's
+                    if planned and has_trials(output):  # before that, an injected fault would be the base's
                         for index, kind in enumerate(planned):
-                            (mishaps / f"{kind}-{index:03}").touch()
+                            (injected_faults / f"{kind}-{index:03}").touch()
                         planned = []
                     time.sleep(0.1)
                 workers = workers_of(run.pid)
@@ -109,7 +112,9 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
             if code in (0, -signal.SIGKILL):
                 continue
             given_up += 1  # one piece of work has had all the bad luck; the user begins the command again
-            suffered = kills.total() + (0 if planned else asked.memory + asked.hangs - len(list(mishaps.iterdir())))
+            suffered = kills.total() + (
+                0 if planned else asked.memory + asked.hangs - len(list(injected_faults.iterdir()))
+            )
             said = (scratch / "log").read_text()
             if GOES_ON not in said[-200:] or suffered < given_up * ESSENTIAL:
                 raise SystemExit(f"the search ended with {code}: {said[-2000:]}")
@@ -123,7 +128,7 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
         "kills": dict(kills),
         "out_of_memory": asked.memory,
         "hung": asked.hangs,
-        "mishaps_left": len(list(mishaps.iterdir())),
+        "faults_left": len(list(injected_faults.iterdir())),
         "finished_trials_lost": len(lost),
         "trained_twice": sum(count > 1 for count in digests.values()),
         "left_running": found["open"],
@@ -249,7 +254,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=20, help="trainings that run out of memory")
     parser.add_argument("--hangs", type=int, default=5, help="trainings that hang")
     parser.add_argument("--trials", type=int, default=60, help="at first, and more each time they are done too soon")
-    parser.add_argument("--nap", type=float, default=4.0, help="seconds of one training")
+    parser.add_argument("--training", type=float, default=4.0, help="seconds of one training")
     parser.add_argument("--every", type=float, default=30.0, help="seconds from one kill to the next, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, and not to docs/benchmarks")

@@ -36,8 +36,8 @@ def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert "finetune" in EVALUATORS, "all others are loaded"
     EVALUATORS.register("dummy")(Dummy)
     monkeypatch.setenv("PYTHONPATH", PLUGINS)
-    monkeypatch.setenv("DUMMY_MISHAPS", str(tmp_path / "mishaps"))
-    (tmp_path / "mishaps").mkdir()
+    monkeypatch.setenv("DUMMY_FAULTS", str(tmp_path / "injected_faults"))
+    (tmp_path / "injected_faults").mkdir()
     yield
     EVALUATORS._entries.pop("dummy")
 
@@ -139,28 +139,28 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
     pool = crew_of(config)
     try:
         pool.all([Job("weights")])
-        (tmp_path / "mishaps" / "memory-1").touch()
+        (tmp_path / "injected_faults" / "memory-1").touch()
         pool.give(Job("base scores"))
         (done,) = waited(pool)
         assert done.result is not None
         assert (done.job.attempt, done.job.pieces) == (2, 2)
         if which != "here":  # which a kill would end
-            (tmp_path / "mishaps" / "kill-1").touch()
+            (tmp_path / "injected_faults" / "kill-1").touch()
             pool.give(Job("base scores"))
             (done,) = waited(pool)
             assert done.result is not None
             assert done.job.attempt == 2
-            (tmp_path / "mishaps" / "device-1").touch()
+            (tmp_path / "injected_faults" / "device-1").touch()
             pool.give(Job("base scores", most=1))
             (done,) = waited(pool)
             assert done.result is None
             assert done.lost == "CUDA error: an illegal memory access was encountered"
             return  # the rest is the same for all, and here at once
         for index in range(4):
-            (tmp_path / "mishaps" / f"memory-{index}").touch()
+            (tmp_path / "injected_faults" / f"memory-{index}").touch()
         with pytest.raises(SearchError, match="the base scores could not be done: a forced lack of memory"):
             pool.all([Job("base scores")])
-        assert not list((tmp_path / "mishaps").iterdir()), "begun four times"
+        assert not list((tmp_path / "injected_faults").iterdir()), "begun four times"
     finally:
         pool.close()
 
@@ -170,12 +170,12 @@ def test_a_broken_device_ends_a_search_without_workers_at_once(tmp_path: Path) -
     pool = crew_of(config_in(tmp_path / "run", "here"))
     pool.all([Job("weights")])
     for index in range(2):
-        (tmp_path / "mishaps" / f"device-{index}").touch()
+        (tmp_path / "injected_faults" / f"device-{index}").touch()
     pool.give(Job("base scores", trial=3))
     said = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
     with pytest.raises(SearchError, match=said):
         pool.wait(1.0)
-    assert [left.name for left in (tmp_path / "mishaps").iterdir()] == ["device-1"], "begun once"
+    assert [left.name for left in (tmp_path / "injected_faults").iterdir()] == ["device-1"], "begun once"
 
 
 class Breaking(FixedLatency):

@@ -1,10 +1,10 @@
-"""An evaluator for tests that trains nothing, and has mishaps when it is told to.
+"""An evaluator for tests that trains nothing, and has injected faults when it is told to.
 
 Its folder on PYTHONPATH makes it known to workers, as an installed package would be. From the environment:
 
     DUMMY_SECONDS   how long a score takes; 0 by default
-    DUMMY_MISHAPS   a folder; each file in it is one mishap, named by its kind and anything behind a dash:
-                    kill, hang, memory, device, exit. Whoever removes the file has the mishap.
+    DUMMY_FAULTS   a folder; each file in it is one injected fault, named by its kind and anything behind a dash:
+                    kill, hang, memory, device, exit. Whoever removes the file has the fault.
     DUMMY_LOG       a file; each score adds a line of JSON: who it was, and in how many pieces
 """
 
@@ -46,7 +46,7 @@ class Dummy(Evaluator):
 
 
 def _mishap() -> None:
-    folder = os.environ.get("DUMMY_MISHAPS")
+    folder = os.environ.get("DUMMY_FAULTS")
     for planned in sorted(Path(folder).iterdir()) if folder else ():
         try:
             planned.unlink()

@@ -30,6 +30,13 @@ def _kind(insertion: Insertion) -> str:
     return f"{insertion.block}({options}) on {shape} {insertion.site.layout}"
 
 
+def picks_of(places: Places, assignment: Mapping[str, str]) -> Picks:
+    """A candidate as samplers see it."""
+    picks = places.picks(assignment)
+    assert picks is not None, "an assignment has a choice for each place"
+    return picks
+
+
 @dataclass(frozen=True)
 class Costs:
     """The exact costs of every candidate of a space.

@@ -16,7 +16,7 @@ from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Picks, Places
 from attnsurgery.samplers.threads import on_one_thread
 from attnsurgery.search.budgets.calibrate import Z_INTERVAL, Shelf
-from attnsurgery.search.budgets.costs import Costs
+from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
 
@@ -70,7 +70,7 @@ class LatencyPredictor:
     def predict(self, assignment: Mapping[str, str]) -> Prediction | None:
         """The ratio to the base's time; None while nothing is known."""
         model = self._fitted()
-        return None if model is None else model.predict(self._costs.counts(_picks(self._places, assignment)))
+        return None if model is None else model.predict(self._costs.counts(picks_of(self._places, assignment)))
 
     def surely_over_ms(self, assignment: Mapping[str, str]) -> float | None:
         """The milliseconds predicted, if these are over the budget with 99 % certainty."""
@@ -119,11 +119,5 @@ def measured(costs: Costs, places: Places, record: Record, reference_ms: float) 
     """
     timing = record.timing
     assert timing is not None
-    counts = dict(costs.counts(_picks(places, record.assignment)))
+    counts = dict(costs.counts(picks_of(places, record.assignment)))
     return Measured(counts, timing.ratio, (timing.high_ms - timing.low_ms) / reference_ms / Z_INTERVAL)
-
-
-def _picks(places: Places, assignment: Mapping[str, str]) -> Picks:
-    picks = places.picks(assignment)
-    assert picks is not None, "an assignment has a choice for each place"
-    return picks

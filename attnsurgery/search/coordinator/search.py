@@ -117,7 +117,8 @@ def run(
             bench.weights = _weights(pool, bench, folder, before, listener)
             store, others = open_store(bench, folder, listener)
             keep_digests(bench, folder)
-            write_own(folder, CONFIG, bench.config.as_yaml())
+            # to resume in spite of a difference is allowed for one run, and not for all that read this file
+            write_own(folder, CONFIG, bench.config.model_copy(update={"extend": False}).as_yaml())
             pulse.beat = store.beat
             with closing(store):
                 outcome = _Search(bench, pool, store, folder, listener, pulse, command, others).go()

@@ -19,7 +19,7 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.samplers.places import Picks, Places
 from attnsurgery.search.budgets.calibrate import Shelf
-from attnsurgery.search.budgets.costs import Costs
+from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.compatibility import VERSIONS, WEIGHTS_GIVEN
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.scorers import Scorer
@@ -78,9 +78,7 @@ class Bench:
 
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""
-        picks = self.places.picks(assignment)
-        assert picks is not None, "an assignment has a choice for each place"
-        return picks
+        return picks_of(self.places, assignment)
 
     def peak_mb(self, model: nn.Module) -> float | None:
         """Memory of a forward, where there is a budget for it."""

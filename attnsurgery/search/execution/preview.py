@@ -60,9 +60,9 @@ class Preview:
     base_parameters: int
     base_macs: int
     fitting: int
-    """So many of `drawn`, drawn uniformly among those within the exact budgets, are within the others too."""
+    """The number of the candidates drawn that are within all budgets."""
     drawn: int
-    """0 where so few are within the exact budgets that chance finds none."""
+    """The number drawn uniformly among those within the exact budgets; 0 where these are so few that chance finds none."""
     exact_share: float
     """Of the space, within the budgets for parameters and multiply-accumulates."""
     low: float
