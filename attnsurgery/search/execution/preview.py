@@ -62,7 +62,7 @@ class Preview:
     fitting: int
     """The number of the candidates drawn that are within all budgets."""
     drawn: int
-    """The number drawn uniformly among those within the exact budgets; 0 where these are so few that chance finds none."""
+    """The number drawn uniformly among those within the exact budgets; 0 where chance finds none."""
     exact_share: float
     """Of the space, within the budgets for parameters and multiply-accumulates."""
     low: float
