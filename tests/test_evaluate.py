@@ -26,7 +26,7 @@ from attnsurgery.evaluate import (
     train,
 )
 from attnsurgery.evaluate.batches import augmented, drawn, shifted
-from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.memory import room_for
 from attnsurgery.evaluate.precision import float32_as
 
@@ -457,7 +457,7 @@ def test_a_cpu_trains_and_judges_with_channels_last_where_the_model_allows_it(
         assert [index for index, last in enumerate(model.last) if last] == [0, len(model.last) - 2]
     else:
         assert all(model.last)
-    monkeypatch.setattr(ChannelsLast, "_lay", lambda self, layout: None)
+    monkeypatch.setattr(ChannelsLast, "_convert", lambda self, memory_format: None)
     plain, (_, plain_loss, _) = trained()
     assert not any(plain.last)
     assert torch.allclose(model.second.weight, plain.second.weight, atol=1e-5)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
-from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.memory import free_memory, halving
 from attnsurgery.evaluate.precision import autocast, float32_as
 from attnsurgery.faults import Fault, fault_of

@@ -16,7 +16,7 @@ import torch
 from _common import interleaved, write
 from torch.nn import functional as F
 
-from attnsurgery.evaluate.layout import ChannelsLast
+from attnsurgery.evaluate.channels_last import ChannelsLast
 
 MODELS = {
     "tf_efficientnet_lite0": 64,
