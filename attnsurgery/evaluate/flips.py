@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from attnsurgery.evaluate.picture import Rendering
@@ -78,6 +77,8 @@ def check_flips(source: Source, rendering: Rendering) -> FlipCheck:
         right_N2 = _judged(plain_ND, mirrored_ND, labels_N)
     plain_N, mirrored_N = right_N2[:, 0], right_N2[:, 1]
     lost, won = int((plain_N & ~mirrored_N).sum()), int((~plain_N & mirrored_N).sum())
+    from scipy.stats import binomtest  # takes a second to import
+
     p_value = float(binomtest(lost, lost + won, alternative="greater").pvalue) if lost + won else 1.0
     return FlipCheck(len(labels_N), float(plain_N.mean()), float(mirrored_N.mean()), p_value)
 

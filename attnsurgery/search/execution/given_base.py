@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
 from timm.models import split_model_name_tag
 from torch import nn
 
@@ -133,6 +131,8 @@ class HeadCheck:
     def fits(self) -> bool:
         """Whether its outputs are the images' classes in their order."""
         count = round(self.right * self.images)
+        from scipy.stats import binomtest  # takes a second to import
+
         better = binomtest(count, self.images, self.chance, alternative="greater").pvalue < _CHANCE
         return bool(better) and self.best_order - self.right <= _ORDER
 
@@ -152,6 +152,8 @@ def check_head(model: nn.Module, data: Data, settings: TrainSettings, watch: Wat
     labels_N = data.val.labels.numpy()
     counts_KK = np.zeros((data.num_classes, data.num_classes), int)
     np.add.at(counts_KK, (found_N, labels_N), 1)
+    from scipy.optimize import linear_sum_assignment
+
     best = counts_KK[linear_sum_assignment(counts_KK, maximize=True)].sum()
     chance = counts_KK.sum(axis=0).max() / len(labels_N)
     return HeadCheck(len(labels_N), float((found_N == labels_N).mean()), float(chance), float(best / len(labels_N)))
