@@ -34,9 +34,9 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             "_224_nonlocal_s3-by_directory",
             "test_loading.py::test_what_save_for_hf_writes_is_built_again_and_adapts",
             "test_loading.py::test_a_repository_of_the_hub_loads_offline_from_its_cache",
-            "test_block_kinds.py::test_a_model_saved_at_one_size_loads_at_another",
-            "test_block_kinds.py::test_what_auto_came_to_is_kept_with_a_model_of_any_description",
-            "test_block_kinds.py::test_a_recipe_without_auto_travels_as_it_is",
+            "test_block_kinds.py::test_saved_model_loads_at_another_size",
+            "test_block_kinds.py::test_auto_options_are_saved_with_model",
+            "test_block_kinds.py::test_no_auto_options_saves_no_settled",
             "test_memory_guard.py::test_limit_and_auto_are_saved_with_the_model_and_build_it_again",
             "test_memory_guard.py::test_what_was_settled_for_other_images_is_kept_in_numbers",
             "test_memory_guard.py::test_two_operations_keep_what_each_has_settled_under_its_own_limit",
@@ -85,7 +85,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
         TIMM < (1, 0, 31),
         "timm 1.0.20 does not have these models, or does not build them so small",
         tuple(
-            f"test_block_kinds.py::test_the_tokens_of_short_vits_lie_as_in_the_image[{depth}-vit_small_patch16_dinov3"
+            f"test_block_kinds.py::test_tokens_of_short_vits_are_in_order[{depth}-vit_small_patch16_dinov3"
             for depth in (1, 2)
         ),
     ),
@@ -103,8 +103,8 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
         TORCH < (2, 7),
         "torch 2.6 exports no lerp, addcmul or resizing of maps of any size to ONNX, and guards on what it need not",
         (
-            "contracts/test_block_contract.py::test_block_compiles_exports_and_scripts_to_the_same_numbers[residual",
-            "contracts/test_block_deployment.py::test_onnx_gives_the_same_numbers_at_other_sizes",
+            "contracts/test_block_contract.py::test_block_compiles_exports_and_scripts[residual",
+            "contracts/test_block_deployment.py::test_block_onnx_equal_at_other_sizes",
             "test_dual.py::test_options_compile_export_for_any_size_and_go_on_to_onnx",
             "test_non_local.py::test_options_export_for_any_batch_height_and_width_and_on_to_onnx",
             "test_non_local.py::test_compiled_for_any_size_a_block_does_not_compile_again_when_its_form_would_change",

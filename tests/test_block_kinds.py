@@ -67,10 +67,8 @@ def moved(name: str, options: dict[str, Any]) -> Block:
 
 @every_kind
 @torch.no_grad()
-def test_a_symbolic_trace_of_a_surgical_resnet_computes_the_same_at_every_size(
-    name: str, options: dict[str, Any]
-) -> None:
-    """torch.fx.symbolic_trace goes into blocks; non_local in every mode, dual and timm:ge asked it for sizes."""
+def test_fx_trace_is_equal_at_every_size(name: str, options: dict[str, Any]) -> None:
+    """A torch.fx trace computes the same at every size; non_local, dual and timm:ge asked it for sizes."""
     model = operated(name, options)
     traced = fx.symbolic_trace(model)
     assert torch.equal(traced(images(64)), model(images(64)))
@@ -81,7 +79,8 @@ def test_a_symbolic_trace_of_a_surgical_resnet_computes_the_same_at_every_size(
 
 @every_kind
 @torch.no_grad()
-def test_a_symbolic_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) -> None:
+def test_fx_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) -> None:
+    """A traced model can be fused, cut for its features and copied."""
     from torch.fx.experimental.optimization import fuse
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -133,10 +132,8 @@ def quantised(model: nn.Module) -> float:
     ],
     ids=str,
 )
-def test_fx_quantisation_converts_a_surgical_model(
-    name: str, options: dict[str, Any], error_of_the_base: float
-) -> None:
-    """And it loses about what a model without blocks loses; what torch cannot quantise stays in full precision."""
+def test_fx_quantisation_error_near_base(name: str, options: dict[str, Any], error_of_the_base: float) -> None:
+    """Quantised by torch.fx, a model with blocks loses about as much as one without."""
     assert quantised(operated(name, options)) < 2 * error_of_the_base + 0.02
 
 
@@ -149,8 +146,8 @@ class Around(fx.Tracer):
 
 @pytest.mark.parametrize("base", ["test_vit", "swin_tiny_patch4_window7_224"])
 @torch.no_grad()
-def test_a_block_on_the_grid_of_tokens_is_traced(base: str) -> None:
-    """The check of how many tokens there are is no part of a graph: the swin here has no grid, the ViT has one."""
+def test_fx_traces_block_on_token_grid(base: str) -> None:
+    """The check of the number of tokens is no part of a graph: the swin here has no grid, the ViT has one."""
     place = "blocks.1" if base == "test_vit" else "layers.1.blocks.0"
     model = operated("non_local", {"subsample": 2}, base, place)
     owner = model.get_submodule(place)
@@ -169,8 +166,8 @@ def _taken(model: nn.Module, path: str) -> torch.Tensor:
 
 
 @every_kind
-def test_no_parameter_lacks_a_dimension(name: str, options: dict[str, Any]) -> None:
-    """FSDP takes none: alpha of residual_attention, timm:bat, bottleneck, halo, lambda, sk, splat had no dimension."""
+def test_block_parameters_have_dimensions(name: str, options: dict[str, Any]) -> None:
+    """FSDP takes no parameter without a dimension; alpha of residual_attention and of six timm blocks had none."""
     for start in ("identity", "paper"):
         parameters = build_block(name, 16, options, start, torch.device("meta")).named_parameters()
         assert [key for key, parameter in parameters if parameter.ndim == 0] == []
@@ -179,8 +176,8 @@ def test_no_parameter_lacks_a_dimension(name: str, options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "name", ["residual_attention", "timm:bat", "timm:halo", "timm:lambda", "timm:sk", "timm:splat"]
 )
-def test_a_checkpoint_whose_gate_has_no_dimension_loads(name: str) -> None:
-    """As they were written before; strictly, alone and inside a model."""
+def test_checkpoint_of_zero_dim_gate_loads(name: str) -> None:
+    """Checkpoints in which a gate had no dimension load strictly, alone and inside a model."""
     options = dict(getattr(BLOCKS[name], "example", {}))
     block, other = moved(name, options), build_block(name, 16, options, "identity").eval()
     old = {key: value.reshape(()) if key == "alpha" else value for key, value in block.state_dict().items()}
@@ -197,7 +194,8 @@ def test_a_checkpoint_whose_gate_has_no_dimension_loads(name: str) -> None:
     assert again.state_dict()[gate].shape == (1,)
 
 
-def test_gates_without_a_dimension_pass_the_check_of_shapes_and_nothing_else_does() -> None:
+def test_check_weights_admits_zero_dim_gates() -> None:
+    """The check of shapes admits gates without a dimension, and no other tensor of another shape."""
     model = timm.create_model("test_resnet_resattn_s3").eval()
     whole = model.state_dict()
     gate = next(key for key in whole if key.endswith(".alpha"))
@@ -207,7 +205,8 @@ def test_gates_without_a_dimension_pass_the_check_of_shapes_and_nothing_else_doe
         check_weights(model, {**whole, "bn1.weight": torch.tensor(0.5)}, "a file")
 
 
-def test_a_gate_of_another_size_is_still_refused() -> None:
+def test_checkpoint_of_wider_gate_is_refused() -> None:
+    """A gate of two elements is refused."""
     block = build_block("residual_attention", 16, {}, "identity")
     with pytest.raises(RuntimeError, match="size mismatch for alpha"):
         block.load_state_dict({**block.state_dict(), "alpha": torch.zeros(2)})
@@ -260,8 +259,8 @@ sys.exit(bool(failed))
 """
 
 
-def test_every_block_trains_under_fsdp_whole_and_module_by_module(tmp_path: Path) -> None:
-    """fully_shard of the block, fully_shard of each module in it, and FSDP1: one process, gloo on the CPU."""
+def test_blocks_train_under_fsdp(tmp_path: Path) -> None:
+    """Blocks train under fully_shard, under fully_shard of each module, and under FSDP1, with gloo on the CPU."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "meeting")]
@@ -270,8 +269,8 @@ def test_every_block_trains_under_fsdp_whole_and_module_by_module(tmp_path: Path
 
 
 @every_kind
-def test_parameters_are_read_in_the_forward_of_the_module_that_holds_them(name: str, options: dict[str, Any]) -> None:
-    """Sharding deeper than the root and offloading (accelerate's hooks) rely on it; dual read its children's gates."""
+def test_block_modules_read_own_parameters(name: str, options: dict[str, Any]) -> None:
+    """Sharding deeper than the root and offloading rely on modules that read their own parameters alone."""
     block = moved(name, options)
     for module in block.modules():
         if type(module).__module__.startswith("attnsurgery") and next(module.parameters(), None) is not None:
@@ -290,8 +289,8 @@ def test_parameters_are_read_in_the_forward_of_the_module_that_holds_them(name: 
     ],
 )
 @torch.no_grad()
-def test_a_block_placed_at_224_pixels_runs_wherever_its_base_runs(name: str, options: dict[str, Any], at: str) -> None:
-    """At 32 pixels the map is 1 x 1: the window of subsample: 2 is clipped to it, and a mask stops halving."""
+def test_block_runs_at_every_size_of_base(name: str, options: dict[str, Any], at: str) -> None:
+    """A block placed at 224 pixels runs at 32, where its map is 1 x 1, and at sizes that are not square."""
     model = attnsurgery.operate(timm.create_model("resnet18"), recipe("resnet18", at, name, options)).eval()
     base = attnsurgery.remove(copy.deepcopy(model))
     for size in ((32, 32), (64, 32), (96, 160)):
@@ -303,9 +302,8 @@ def test_a_block_placed_at_224_pixels_runs_wherever_its_base_runs(name: str, opt
     ("height", "width", "expected"), [(1, 1, (1, 1)), (1, 5, (1, 2)), (3, 1, (1, 1)), (5, 4, (2, 2))]
 )
 @pytest.mark.parametrize("average", [True, False])
-def test_a_pooling_window_is_clipped_to_the_map(
-    height: int, width: int, expected: tuple[int, int], average: bool
-) -> None:
+def test_pool_window_is_clipped_to_map(height: int, width: int, expected: tuple[int, int], average: bool) -> None:
+    """A pooling window is no larger than the map, also in a scripted function."""
     from attnsurgery.blocks.sizes import Pool, pooled
 
     x = torch.randn(2, 3, height, width)
@@ -348,10 +346,10 @@ def through_a_directory(model: nn.Module, directory: Path, **arguments: Any) -> 
     ],
 )
 @torch.no_grad()
-def test_a_model_saved_at_one_size_loads_at_another(
+def test_saved_model_loads_at_another_size(
     name: str, made: dict[str, Any], loaded: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The depth of a mask is decided where the model is first built, and is kept with it."""
+    """The depth of a mask is decided where the model is first built, and is saved with it."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **made).eval()
     for parameter in model.parameters():
@@ -371,8 +369,8 @@ def test_a_model_saved_at_one_size_loads_at_another(
     assert all("depth" in edit.options for edit in kept.edits)
 
 
-def test_what_auto_came_to_is_kept_with_a_model_of_any_description(tmp_path: Path) -> None:
-    """By the verb on a built model, by the generic architecture and by a name of one's own, with sub-sampling."""
+def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
+    """The value of an `auto` option is saved for a built model, the generic architecture and a registered name."""
     made = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
     of_verb = attnsurgery.operate(timm.create_model("test_resnet"), made)
     generic = timm.create_model("surgery", base="test_resnet", recipe=made)
@@ -385,7 +383,8 @@ def test_what_auto_came_to_is_kept_with_a_model_of_any_description(tmp_path: Pat
         assert all(isinstance(edit.options["subsample"], int) for edit in kept.edits)
 
 
-def test_a_recipe_without_auto_travels_as_it_is(tmp_path: Path) -> None:
+def test_no_auto_options_saves_no_settled(tmp_path: Path) -> None:
+    """A model whose recipe has no `auto` is saved without settled options."""
     model = timm.create_model("test_resnet_se", in_chans=5)
     save_for_hf(model, tmp_path)
     assert "settled" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
@@ -403,18 +402,18 @@ def in_another_shape(name: str, size: tuple[int, int], other: tuple[int, int], *
     assert {site.address: site.layout for site in alike} == {site.address: plain[site.address] for site in alike}
 
 
-def test_layouts_where_convnext_has_as_many_channels_as_rows_and_columns() -> None:
-    """As convnext_tiny at 384 pixels, 96 x 96 x 96, in little: the permuted maps are channels last, the others not."""
+def test_layout_of_convnext_with_cubic_maps() -> None:
+    """A small convnext with maps of 16 x 16 x 16: its permuted maps are channels last, the others channels first."""
     in_another_shape("convnext_tiny", (64, 64), (64, 128), depths=(2, 1, 1, 1), dims=(16, 24, 32, 48))
 
 
-def test_layouts_where_maxvit_has_as_many_channels_as_rows_and_columns() -> None:
-    """As maxvit_nano_rw_256, 64 x 64 x 64, in little: its convolutions are channels first, its attention last."""
+def test_layout_of_maxvit_with_cubic_maps() -> None:
+    """In a small maxvit with cubic maps, convolutions are channels first and attention is channels last."""
     in_another_shape("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
 
 
-def test_layouts_of_a_model_that_has_to_be_told_another_size() -> None:
-    """As swinv2_cr_tiny_384, which takes no other images: its copy without weights is told by set_input_size."""
+def test_layout_of_model_with_set_input_size() -> None:
+    """The weightless copy of a swinv2_cr, which takes images of one size, gets another size by set_input_size."""
     model = timm.create_model(
         "swinv2_cr_tiny_224", img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)
     )
@@ -430,7 +429,8 @@ def test_layouts_of_a_model_that_has_to_be_told_another_size() -> None:
 
 @pytest.mark.parametrize("at", ["stages.0.blocks.0.norm", "stages.0.blocks.0:permute", "stages.0.blocks.0:add"])
 @torch.no_grad()
-def test_a_block_put_where_all_sizes_are_alike_works_on_the_channels(at: str) -> None:
+def test_block_on_cubic_map_takes_channels(at: str) -> None:
+    """Where channels, height and width are equal, a block still works on the channels."""
     small = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
     model = timm.create_model("convnext_tiny", **small).eval()
     assert attnsurgery.inspect(model, (3, 64, 64)).site(at).shape == (16, 16, 16)
@@ -469,8 +469,8 @@ class Turning(nn.Module):
         return y + 1
 
 
-def test_a_place_whose_layout_cannot_be_known_is_refused_with_the_reason() -> None:
-    """What a layer gives tells; behind it, in a model that takes images of one size, nothing does."""
+def test_layout_unknown_site_is_refused() -> None:
+    """A layer tells the layout; behind it, in a model that takes images of one size, nothing does."""
     told = attnsurgery.inspect(OneSize(last=True), (3, 32, 32))
     assert told.site("body.fc").layout == "NHWC"
     assert told.site("body:mul").layout == "NHWC"  # what the layer takes
@@ -495,8 +495,8 @@ def test_a_place_whose_layout_cannot_be_known_is_refused_with_the_reason() -> No
 )
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
-def test_the_tokens_of_short_vits_lie_as_in_the_image(name: str, size: int, fixed: dict[str, Any], depth: int) -> None:
-    """A mask goes on them bare and inside another module; there it was refused as if their order were not known."""
+def test_tokens_of_short_vits_are_in_order(name: str, size: int, fixed: dict[str, Any], depth: int) -> None:
+    """A mask goes on the tokens of a short ViT, bare and inside another module; it was refused as unordered."""
     model = timm.create_model(
         name, img_size=size, depth=depth, embed_dim=48, num_heads=2, num_classes=3, **fixed
     ).eval()
@@ -518,7 +518,8 @@ def test_the_tokens_of_short_vits_lie_as_in_the_image(name: str, size: int, fixe
 
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_pt2e_quantisation_converts_residual_attention() -> None:
+def test_pt2e_quantises_residual_attention() -> None:
+    """pt2e quantisation converts residual attention and loses less than a tenth of the output."""
     pytest.importorskip("torchao", reason="pt2e quantisation is torchao's")
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -536,7 +537,8 @@ def test_pt2e_quantisation_converts_residual_attention() -> None:
 
 @pytest.mark.parametrize("name", ["dual", "non_local"])
 @torch.no_grad()
-def test_accelerate_offloads_a_surgical_model(name: str) -> None:
+def test_accelerate_offloads_surgical_model(name: str) -> None:
+    """A model with blocks computes the same when accelerate offloads it to the CPU."""
     accelerate = pytest.importorskip("accelerate", reason="its hooks load each module's own parameters, and no others")
     model, x = operated(name, {"mode": "concatenation"} if name == "non_local" else {}), images(64)
     expected = model(x)
@@ -544,8 +546,8 @@ def test_accelerate_offloads_a_surgical_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_adaptive_gradient_clipping_holds_a_gate_of_zero_back_under_sgd(optimizer: str) -> None:
-    """As Block says: a gradient may be no longer than a share of its parameter, which here begins at 0."""
+def test_agc_holds_back_zero_gate_under_sgd(optimizer: str) -> None:
+    """Adaptive clipping bounds a gradient by a share of its parameter, so a gate at 0 hardly moves under SGD."""
     from timm.utils.agc import adaptive_clip_grad
 
     moved_by: list[float] = []

@@ -14,7 +14,8 @@ from tests.conftest import LargestTensor
 
 
 @pytest.mark.parametrize("channels", [16, 64, 96, 256])
-def test_paper_se_is_timms_se_with_its_weights_bit_for_bit(channels: int) -> None:
+def test_se_paper_start_equals_timm_se(channels: int) -> None:
+    """With start: paper and the weights of timm's SEModule the outputs are equal bit for bit."""
     theirs, ours = SEModule(channels), SqueezeExcite(channels, start="paper")
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, channels, 7, 7)
@@ -29,7 +30,8 @@ def test_se_width_is_never_zero() -> None:
 
 
 @pytest.mark.parametrize(("channels", "params"), [(256, 132_224), (512, 526_592), (1024, 2_101_760), (2048, 8_397_824)])
-def test_non_local_has_the_published_number_of_parameters(channels: int, params: int) -> None:
+def test_non_local_has_published_parameters(channels: int, params: int) -> None:
+    """The number of parameters is the published one at four widths."""
     assert sum(p.numel() for p in NonLocal(channels, device="meta").parameters()) == params
 
 
@@ -44,7 +46,8 @@ def naive_non_local(block: NonLocal, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"reduction": 4}, {"subsample": 2}, {"subsample": 2, "subsample_op": "avg"}])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
-def test_non_local_computes_the_papers_formula(options: dict[str, object], size: tuple[int, int]) -> None:
+def test_non_local_computes_paper_formula(options: dict[str, object], size: tuple[int, int]) -> None:
+    """Outputs and gradients are those of the paper's formula with the matrix written out."""
     torch.manual_seed(0)
     block = NonLocal(16, dtype=torch.float64, **options).eval()
     torch.nn.init.normal_(block.norm.weight)
@@ -57,7 +60,8 @@ def test_non_local_computes_the_papers_formula(options: dict[str, object], size:
         assert torch.allclose(got, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_non_local_never_builds_the_matrix_of_weights() -> None:
+def test_non_local_builds_no_weight_matrix() -> None:
+    """The forward pass builds no tensor of positions by positions, which the plain formula does."""
     block, x = NonLocal(16).eval(), torch.randn(1, 16, 56, 56)
     positions = 56 * 56
     with LargestTensor() as ours, torch.no_grad():
@@ -68,7 +72,8 @@ def test_non_local_never_builds_the_matrix_of_weights() -> None:
     assert ours.largest <= 16 * positions
 
 
-def test_non_local_does_not_scale_the_product_as_transformers_do() -> None:
+def test_non_local_product_is_not_scaled() -> None:
+    """The product is not divided by the root of the width, as transformers do."""
     torch.manual_seed(0)
     block, x = NonLocal(16).eval(), torch.randn(1, 16, 5, 5)
     torch.nn.init.ones_(block.norm.weight)
@@ -77,12 +82,14 @@ def test_non_local_does_not_scale_the_product_as_transformers_do() -> None:
     assert not torch.allclose(block(x), x + block.norm(block.w_z(scaled)), atol=1e-5)
 
 
-def test_non_local_refuses_a_map_smaller_than_its_pool_and_says_what_fits() -> None:
+def test_non_local_map_below_pool_is_refused() -> None:
+    """A map smaller than the pooling window is refused with the subsample that fits."""
     with pytest.raises(OptionError, match=r"at least 4 x 4, and this one is 3 x 7: use subsample: 3 or less"):
         NonLocal(16, subsample=4).check_map(3, 7)
     NonLocal(16, subsample=3).check_map(3, 7)
 
 
-def test_non_local_refuses_a_reduction_that_leaves_no_channel() -> None:
+def test_non_local_zero_width_is_refused() -> None:
+    """A reduction that leaves no channel is refused with the largest one that works."""
     with pytest.raises(OptionError, match=r"no channel is left\. The largest that works here is 8"):
         NonLocal(8, reduction=16)

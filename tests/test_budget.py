@@ -60,7 +60,8 @@ def config(tmp_path: Path) -> SearchConfig:
 
 
 @pytest.mark.parametrize(("name", "shipped"), [("test_resnet", "se"), ("test_vit", "se"), ("test_resnet", "non_local")])
-def test_costs_of_a_candidate_are_those_of_the_model_that_is_built(name: str, shipped: str) -> None:
+def test_costs_equal_those_of_built_model(name: str, shipped: str) -> None:
+    """Parameters and MACs of a candidate are those of the model that is built from its recipe."""
     model = weightless(name)
     anatomy = survey(model)
     space = bind(load(shipped), anatomy, name)
@@ -76,7 +77,8 @@ def test_costs_of_a_candidate_are_those_of_the_model_that_is_built(name: str, sh
         assert costs.of("macs", picks) == count_macs(built, anatomy.input_size)
 
 
-def test_what_is_known_to_be_over_is_not_even_built(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_pruned_before_building(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate whose parameters are known to be over the budget is pruned and never built."""
     model = build("test_resnet")
     model.reset_classifier(10)
     most = sum(parameter.numel() for parameter in model.parameters()) + 2500  # some of 80 candidates add no more
@@ -105,7 +107,8 @@ def test_what_is_known_to_be_over_is_not_even_built(config: SearchConfig, monkey
 
 
 @pytest.mark.parametrize("sampler", ["random", "additive"])
-def test_a_search_ends_when_all_that_keeps_to_an_exact_budget_was_tried(config: SearchConfig, sampler: str) -> None:
+def test_search_ends_when_all_were_tried(config: SearchConfig, sampler: str) -> None:
+    """A search ends when every candidate within an exact budget was tried."""
     model = build("test_resnet")
     model.reset_classifier(10)
     most = sum(parameter.numel() for parameter in model.parameters()) + 1500
@@ -113,7 +116,8 @@ def test_a_search_ends_when_all_that_keeps_to_an_exact_budget_was_tried(config: 
     assert [record.state for record in outcome.records] == ["trained"] * 4, "of 80 candidates 4 add no more"
 
 
-def test_a_budget_that_no_candidate_can_keep_is_refused_before_anything_is_made(config: SearchConfig) -> None:
+def test_budget_below_base_is_refused_early(config: SearchConfig) -> None:
+    """A budget below the base's own parameters is refused before a file is written."""
     with pytest.raises(
         NothingFeasibleError, match=r"keeps to 100 k parameters: the base alone has .*Raise --budget-params"
     ):
@@ -122,7 +126,8 @@ def test_a_budget_that_no_candidate_can_keep_is_refused_before_anything_is_made(
     assert not (Path(config.output) / "study.db").exists()
 
 
-def test_memory_is_measured_before_training_and_kept_to(config: SearchConfig) -> None:
+def test_budget_of_memory_is_held(config: SearchConfig) -> None:
+    """Memory is measured before training, and no trained candidate exceeds its budget."""
     with pytest.raises(NothingFeasibleError, match=r"no candidate fits 0.5 MB .*The base alone takes .* ms and \d"):
         run(change(config, budget_ms=None, budget_mb=0.5))
     outcome = run(change(config, budget_mb=500.0, output=f"{config.output}2", trials=2))
@@ -140,14 +145,16 @@ class Widening(nn.Module):
         return torch.as_tensor(self.last(torch.relu(self.first(x))))
 
 
-def test_memory_of_a_forward_is_weights_input_and_what_lives_at_a_time() -> None:
+def test_peak_bytes_count_what_lives_at_once() -> None:
+    """The peak of a forward is weights, input and the activations that live at the same time."""
     backend = backend_for(Conditions(batch_size=4, input_size=(1, 5, 10)), "cpu")
     weights, inputs = 2 * 10_000, 4 * 50
     # the mean of 4 x 10 lives on in its caller's name; the widest moment is 4 x 1000 before and after the relu
     assert backend.peak_bytes(Widening()) == 4 * (weights + inputs + 40 + 2 * 4000)
 
 
-def test_a_search_needs_a_budget() -> None:
+def test_search_config_needs_a_budget() -> None:
+    """A search without any budget is refused."""
     with pytest.raises(UsageError, match=r"a search needs a budget: --budget-ms"):
         SearchConfig()
     result = CliRunner().invoke(build_app(), ["search"])
@@ -155,7 +162,8 @@ def test_a_search_needs_a_budget() -> None:
     assert "needs a budget" in result.stderr
 
 
-def test_budgets_are_told_in_words_and_as_shares() -> None:
+def test_budgets_describe_words_and_shares() -> None:
+    """Budgets are described in words, and a check gives the excess as a share."""
     budgets = Budgets({"latency": 10.0, "parameters": 25.6e6, "macs": 4.1e9, "memory": 300.0})
     assert budgets.describe() == "10 ms and 25.6 M parameters and 4.1 G MACs and 300 MB"
     record = Record(0, "failed", timing=Timing(11.0, 11.0, 11.0, 1.0), parameters=25_600_000)
@@ -175,7 +183,8 @@ def test_budgets_are_told_in_words_and_as_shares() -> None:
         (Timing(12.0, 11.0, 13.0, 1.0), {"estimate": False, "low": False, "high": False}),
     ],
 )
-def test_budget_check_goes_by_the_end_that_is_asked_for(timing: Timing | None, within: dict[Rule, bool]) -> None:
+def test_budget_check_follows_its_rule(timing: Timing | None, within: dict[Rule, bool]) -> None:
+    """A check compares the end of the confidence interval that its rule names."""
     budgets = Budgets({"latency": 10.0})
     for rule, fits in within.items():
         check = budgets.check(Record(0, "pending", timing=timing), rule)
@@ -192,8 +201,8 @@ def test_budget_check_goes_by_the_end_that_is_asked_for(timing: Timing | None, w
         ({"budget_ms": 5.0}, 5.0, "5 ms"),
     ],
 )
-def test_budget_of_throughput_is_one_of_latency(given: dict[str, float], most_ms: float, said: str) -> None:
-    """Images per second of forwards of 8 images; the tighter of two budgets holds."""
+def test_budget_of_throughput_is_latency(given: dict[str, float], most_ms: float, said: str) -> None:
+    """A throughput in images per second becomes a latency of 8 images; the tighter of two budgets holds."""
     config = SearchConfig(batch_size=8, **given)  # type: ignore[arg-type]
     budgets = Budgets.of(config)
     assert config.most_ms == most_ms
@@ -204,13 +213,15 @@ def test_budget_of_throughput_is_one_of_latency(given: dict[str, float], most_ms
 
 
 def test_mixed_precision_training_needs_cuda() -> None:
+    """Training in bfloat16 is refused on a CPU."""
     with pytest.raises(UsageError, match="--train-dtype bfloat16 needs a CUDA device"):
         SearchConfig(budget_ms=1.0, train_dtype="bfloat16")
     assert SearchConfig(budget_ms=1.0, device="cuda").train_dtype == "bfloat16"
     assert SearchConfig(budget_ms=1.0, device="cuda", train_dtype="float32").train_dtype == "float32"
 
 
-def test_the_additive_sampler_keeps_to_known_budgets_from_the_first_candidate_on() -> None:
+def test_additive_sampler_holds_budgets() -> None:
+    """From the first candidate on, the additive sampler proposes nothing over a known budget."""
     costs = [np.array([0.0, 1.0, 3.0])] * 5
     places = Places({f"p{n}": ("none", "se", "non_local") for n in range(5)}, budgets={"cost": Budget(costs, 4.0)})
     study = optuna.create_study(direction="maximize")
@@ -224,7 +235,8 @@ def test_the_additive_sampler_keeps_to_known_budgets_from_the_first_candidate_on
         study.tell(trial, float(sum(picks)))
 
 
-def test_a_space_without_any_block_within_budget_is_found_out(tmp_path: Path) -> None:
+def test_costs_refuse_infeasible_space(tmp_path: Path) -> None:
+    """A space in which no block fits the budget is refused; one parameter more and it is accepted."""
     model = weightless("test_resnet")
     anatomy = survey(model)
     decisions = [{"at": "stage:1 branches", "choices": [{"block": "se", "options": {"reduction": 2}}]}]

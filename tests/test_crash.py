@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
 
 
-def test_kills_torn_lines_and_a_full_disk_lose_nothing(tmp_path: Path) -> None:
+def test_crash_script_loses_no_trial(tmp_path: Path) -> None:
+    """Kills, a lack of memory, hangs, torn lines and a full disk lose no finished trial."""
     words = "--kills 5 --memory 2 --hangs 1 --trials 6 --training 1 --every 16 --json"
     process = subprocess.run(
         [sys.executable, "scripts/bench/crash.py", *words.split(), str(tmp_path / "figures.json")],
@@ -59,7 +60,8 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def test_ctrl_c_once_ends_cleanly_and_twice_at_once(search: list[str], tmp_path: Path) -> None:
+def test_search_ctrl_c_once_and_twice(search: list[str], tmp_path: Path) -> None:
+    """Ctrl-C once ends a search cleanly, twice at once, and the same command then resumes it."""
     first = subprocess.Popen(search, env=environment(DUMMY_SECONDS="2"), stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
     for line in first.stderr:  # the first trial has begun once the base is told

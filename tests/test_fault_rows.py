@@ -39,10 +39,8 @@ def recipe(at: str, block: str = "se", base: str = "test_resnet") -> dict[str, A
 )
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # of torchvision, as for the base
 @torch.no_grad()
-def test_features_by_trace_at_a_size_that_is_not_square(
-    name: str, small: dict[str, Any], size: tuple[int, int], family: str
-) -> None:
-    """torch.fx meets the windows' assertions of shape where images are not square; the base traces all the same."""
+def test_fx_features_at_oblong_size(name: str, small: dict[str, Any], size: tuple[int, int], family: str) -> None:
+    """torch.fx meets the windows' assertions of shape where images are not square; the base is traced all the same."""
     torch.manual_seed(0)
     base = timm.create_model(name, features_only=True, feature_cls="fx", **small).eval()
     model = timm.create_model(f"{name}_{family}", features_only=True, feature_cls="fx", **small).eval()
@@ -60,9 +58,8 @@ def test_features_by_trace_at_a_size_that_is_not_square(
 
 
 @pytest.mark.parametrize(("name", "options"), [kind for kind in KINDS if not kind[0].startswith("timm:")], ids=str)
-def test_an_activation_of_our_blocks_is_called_once(name: str, options: dict[str, Any]) -> None:
-    """pt2e quantisation refused residual attention: "Input partition has more than one output node". It takes all that
-    one module computes for one place in the graph, and a ReLU was called at two or three."""
+def test_block_calls_each_activation_once(name: str, options: dict[str, Any]) -> None:
+    """pt2e quantisation takes all outputs of one module as one partition, and refuses a ReLU that is called twice."""
     block, calls = moved(name, options), Counter[str]()
     for path, module in block.named_modules():
         if type(module).__module__ == "torch.nn.modules.activation":
@@ -74,8 +71,8 @@ def test_an_activation_of_our_blocks_is_called_once(name: str, options: dict[str
 # ---- models without values, and what they are called
 
 
-def test_verify_of_a_model_on_the_meta_device() -> None:
-    """It said "Tensor.item() cannot be called on meta tensors"; what needs no values works there."""
+def test_verify_on_meta_device_is_refused() -> None:
+    """Verifying a model on the meta device is refused with the reason; what needs no values works there."""
     with torch.device("meta"):
         model = timm.create_model("test_resnet_se").eval()
     with pytest.raises(UsageError, match=r"cannot verify 'conv1\.0': .* on the meta device: build the model on a real"):
@@ -86,8 +83,8 @@ def test_verify_of_a_model_on_the_meta_device() -> None:
     assert not grafted_blocks(attnsurgery.remove(model))
 
 
-def test_a_surgical_directory_is_called_by_its_base_in_errors(tmp_path: Path) -> None:
-    """It said "surgery has no stage 7 ... attnsurgery inspect surgery", and timm has no such model."""
+def test_errors_name_base_of_directory(tmp_path: Path) -> None:
+    """Errors about a model from a surgical directory name its base, not "surgery", which timm does not have."""
     save_for_hf(attnsurgery.operate(timm.create_model("test_resnet"), recipe("layer3.0")), tmp_path)
     for more in ({}, {"features_only": True, "feature_cls": "fx"}):
         model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **more)

@@ -80,13 +80,15 @@ def perturbed(block: Block) -> Block:
 @every_block
 @every_size
 @pytest.mark.parametrize("training", [True, False])
-def test_identity_start_returns_its_input_bit_for_bit(name: str, size: tuple[int, int], training: bool) -> None:
+def test_block_identity_start_is_bit_exact(name: str, size: tuple[int, int], training: bool) -> None:
+    """At an identity start the output equals the input bit for bit, in training and in evaluation, at odd sizes too."""
     block, x = made_for(name, size).train(training), images(*size)
     assert torch.equal(block(x), neutral(block, x))
 
 
 @every_block
-def test_output_differs_from_the_input_once_the_gate_has_moved(name: str) -> None:
+def test_block_output_differs_once_moved(name: str) -> None:
+    """After one optimiser step the output differs from the input."""
     block, x = perturbed(make(name)).eval(), images(8, 8)
     assert not torch.equal(block(x), neutral(block, x))
 
@@ -94,9 +96,8 @@ def test_output_differs_from_the_input_once_the_gate_has_moved(name: str) -> Non
 @every_block
 @every_start
 @every_size
-def test_shape_dtype_and_memory_format_are_kept_and_the_tensor_is_new(
-    name: str, start: str, size: tuple[int, int]
-) -> None:
+def test_block_output_keeps_form_of_input(name: str, start: str, size: tuple[int, int]) -> None:
+    """The output has the shape, dtype and memory format of the input, and shares no memory with it."""
     block = made_for(name, size, start).eval()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = images(*size, batch=3).to(memory_format=memory_format)
@@ -108,7 +109,8 @@ def test_shape_dtype_and_memory_format_are_kept_and_the_tensor_is_new(
 
 
 @every_block
-def test_adding_to_the_output_in_place_leaves_input_and_gradients_alone(name: str) -> None:
+def test_block_output_allows_in_place_add(name: str) -> None:
+    """Adding to the output in place gives the same gradients as adding out of place."""
     block, x = perturbed(make(name)).eval(), images(8, 8).requires_grad_()
     (expected,) = torch.autograd.grad((block(x) + 1).square().sum(), x)
     (got,) = torch.autograd.grad(block(x).add_(1).square().sum(), x)
@@ -117,7 +119,8 @@ def test_adding_to_the_output_in_place_leaves_input_and_gradients_alone(name: st
 
 @every_block
 @every_start
-def test_every_parameter_gets_a_gradient_after_one_step(name: str, start: str) -> None:
+def test_block_parameters_all_get_gradients(name: str, start: str) -> None:
+    """After one step every parameter gets a gradient that is not zero, some biases excepted."""
     block = perturbed(make(name, start)).train()
     block(images(8, 8)).square().mean().backward()
     without = [key for key, p in block.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -127,7 +130,8 @@ def test_every_parameter_gets_a_gradient_after_one_step(name: str, start: str) -
 
 @every_block
 @every_start
-def test_state_dict_makes_the_round_trip(name: str, start: str) -> None:
+def test_block_state_dict_round_trip(name: str, start: str) -> None:
+    """A state dict that is saved and loaded gives another instance the same outputs."""
     block, other = perturbed(make(name, start)).eval(), make(name, start).eval()
     file = io.BytesIO()
     torch.save(block.state_dict(), file)
@@ -140,7 +144,8 @@ def test_state_dict_makes_the_round_trip(name: str, start: str) -> None:
 
 @every_block
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_stays_finite_and_near_full_precision(name: str, dtype: torch.dtype) -> None:
+def test_block_autocast_near_full_precision(name: str, dtype: torch.dtype) -> None:
+    """Under autocast the outputs are finite and close to those in full precision."""
     block, x = perturbed(make(name)).eval(), images(8, 8)
     with torch.autocast("cpu", dtype=dtype):
         y = block(x)
@@ -149,14 +154,16 @@ def test_autocast_stays_finite_and_near_full_precision(name: str, dtype: torch.d
 
 
 @every_block
-def test_half_precision_weights_take_half_precision_maps(name: str) -> None:
+def test_block_bfloat16_identity_is_exact(name: str) -> None:
+    """A block with bfloat16 weights takes bfloat16 maps, and its identity start is exact."""
     block = make(name, dtype=torch.bfloat16).eval()
     x = images(8, 8).bfloat16()
     assert torch.equal(block(x), neutral(block, x))
 
 
 @every_block
-def test_block_compiles_exports_and_scripts_to_the_same_numbers(name: str) -> None:
+def test_block_compiles_exports_and_scripts(name: str) -> None:
+    """A compiled, an exported and a scripted block compute what the eager one computes."""
     block = perturbed(make(name)).eval()
     one_size = "any_size" in unsupported(block)
     x = images(8, 8) if one_size else images(8, 9)
@@ -185,7 +192,8 @@ def test_block_compiles_exports_and_scripts_to_the_same_numbers(name: str) -> No
 
 
 @every_block
-def test_cost_counts_what_torch_counts(name: str) -> None:
+def test_block_cost_counts_what_torch_counts(name: str) -> None:
+    """The multiply-accumulates of `cost` are those that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     block, x = make(name).eval(), images(8, 8, batch=1)
@@ -196,7 +204,8 @@ def test_cost_counts_what_torch_counts(name: str) -> None:
 
 
 @every_block
-def test_options_are_strict_and_the_message_lists_what_is_allowed(name: str) -> None:
+def test_block_options_are_strict(name: str) -> None:
+    """A misspelt option, a wrong type and a value out of bounds are refused with what is allowed."""
     fields = options_model(BLOCKS[name]).model_fields
     counts = [option for option, info in fields.items() if type(info.default) is int] or list(fields)
     option = counts[0]
@@ -211,7 +220,8 @@ def test_options_are_strict_and_the_message_lists_what_is_allowed(name: str) -> 
 
 
 @every_block
-def test_every_option_is_documented(name: str) -> None:
+def test_block_options_are_all_documented(name: str) -> None:
+    """The docstring of a block has an entry for each of its options."""
     undocumented = [
         option for option in options_model(BLOCKS[name]).model_fields if f"{option}:" not in BLOCKS[name].__doc__
     ]
@@ -219,7 +229,9 @@ def test_every_option_is_documented(name: str) -> None:
 
 
 @every_block
-def test_a_grafted_block_takes_a_base_checkpoint_whole_but_not_in_part(name: str) -> None:
+def test_block_loads_whole_or_not_at_all(name: str) -> None:
+    """A grafted block loads a checkpoint without its own keys or with all of them, but not with a part."""
+
     class Host(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -242,7 +254,8 @@ def test_a_grafted_block_takes_a_base_checkpoint_whole_but_not_in_part(name: str
             host.load_state_dict(half, strict=strict)
 
 
-def test_an_unknown_block_is_refused_with_the_nearest_name() -> None:
+def test_block_unknown_name_suggests_nearest() -> None:
+    """An unknown name of a block is refused with the nearest one."""
     with pytest.raises(UnknownNameError, match=r"no block 'nonlocal'. Did you mean 'non_local'\?"):
         build_block("nonlocal", CHANNELS, {}, "identity")
 
@@ -252,8 +265,8 @@ def test_an_unknown_block_is_refused_with_the_nearest_name() -> None:
 @pytest.mark.usefixtures("no_tf32")
 @every_block
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
-def test_gpu_errs_no_more_than_the_cpu_and_holds_the_identity_start(name: str, dtype: torch.dtype) -> None:
-    """||y - y64|| / ||y64|| of a moved block, y64 computed in fp64 from the same rounded weights and inputs."""
+def test_block_gpu_error_within_cpu_error(name: str, dtype: torch.dtype) -> None:
+    """||y - y64|| / ||y64|| is no larger than on the CPU, y64 from the same rounded values; the start is exact."""
     image = gpu_image(name)
     block, x = make(name).to("cuda", dtype), image.to("cuda", dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -272,8 +285,8 @@ def test_gpu_errs_no_more_than_the_cpu_and_holds_the_identity_start(name: str, d
 
 @every_block
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
-def test_tolerance_of_the_gpu_is_small_and_made_by_the_cpu(name: str, dtype: torch.dtype) -> None:
-    """What the test above compares with, on every machine: the fp64 reference exists, and is no excuse for anything."""
+def test_block_gpu_tolerance_is_small(name: str, dtype: torch.dtype) -> None:
+    """The tolerance of the GPU test is the error of the CPU, which is small against what the block does."""
     moved, image = far_from_start(name), gpu_image(name)
     expected, on_cpu = reference(moved, image, dtype), copy.deepcopy(moved).to(dtype)
     error = relative_error(on_cpu(image.to(dtype)), expected)

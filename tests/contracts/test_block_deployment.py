@@ -19,7 +19,8 @@ every_block = pytest.mark.parametrize("name", list(BLOCKS))
 
 @every_block
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_onnx_gives_the_same_numbers_at_other_sizes(name: str) -> None:
+def test_block_onnx_equal_at_other_sizes(name: str) -> None:
+    """ONNX Runtime computes the same outputs, also at another size and batch."""
     block = perturbed(make(name)).eval()
     one_size = "any_size" in unsupported(block)
     batch, side = torch.export.Dim("batch", min=1), smallest_side(block)
@@ -50,7 +51,8 @@ def _deterministic() -> Iterator[None]:
 
 @every_block
 @pytest.mark.usefixtures("_deterministic")
-def test_training_runs_under_deterministic_algorithms_and_repeats(name: str) -> None:
+def test_block_training_is_deterministic(name: str) -> None:
+    """Under deterministic algorithms a training step runs, and gives the same gradients twice."""
     block = perturbed(make(name)).train()
     found = []
     for _ in range(2):
@@ -62,7 +64,8 @@ def test_training_runs_under_deterministic_algorithms_and_repeats(name: str) -> 
 
 @every_block
 @pytest.mark.parametrize("training", [False, True])
-def test_one_image_alone_is_enough(name: str, training: bool) -> None:
+def test_block_takes_batch_of_one(name: str, training: bool) -> None:
+    """One image alone runs forward and backward, but for blocks whose norms need more in training."""
     block = perturbed(make(name)).train(training)
     x = images(8, 8, batch=1).requires_grad_()
     if training and "one_image" in unsupported(block):
@@ -76,7 +79,8 @@ def test_one_image_alone_is_enough(name: str, training: bool) -> None:
 
 
 @every_block
-def test_in_eval_each_image_is_on_its_own(name: str) -> None:
+def test_block_eval_images_are_independent(name: str) -> None:
+    """In evaluation mode the output of an image does not depend on the others of its batch."""
     block = perturbed(make(name)).eval()
     x = images(8, 8, batch=3)
     assert torch.allclose(block(x)[1:2], block(x[1:2]), atol=1e-5)
@@ -92,8 +96,8 @@ def refused(block: Block, height: int, width: int) -> str:
 
 
 @every_block
-def test_a_single_position_is_served_or_refused_with_the_reason(name: str) -> None:
-    """No block divides by the zero spread of one position, or takes a softmax over one thing, in silence."""
+def test_block_single_position_never_silent(name: str) -> None:
+    """No block divides by the zero variance of one position, or takes a softmax over one value, in silence."""
     block = perturbed(make(name)).eval()
     x = images(1, 1)
     if refusal := refused(block, 1, 1):
@@ -106,7 +110,8 @@ def test_a_single_position_is_served_or_refused_with_the_reason(name: str) -> No
 
 
 @every_block
-def test_no_tensor_of_positions_by_positions_is_ever_made(name: str) -> None:
+def test_block_memory_is_linear_in_positions(name: str) -> None:
+    """No tensor of positions by positions is built, in the forward or the backward pass."""
     block = perturbed(make(name)).train()
     if "any_size" in unsupported(block):
         pytest.skip(unsupported(block)["any_size"])

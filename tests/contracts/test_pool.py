@@ -88,7 +88,8 @@ def waited(pool: WorkerPool) -> list[Done]:
     return done
 
 
-def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path, which: str) -> None:
+def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
+    """Each job comes back once, with the result that a call in this process gives."""
     config = config_in(tmp_path / "run", which)
     pool = crew_of(config)
     try:
@@ -119,7 +120,8 @@ def test_each_job_comes_back_once_with_what_it_comes_to_anywhere(tmp_path: Path,
 
 
 @pytest.mark.parametrize("which", ["here", "local"])  # for a launcher an error is a message like others
-def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp_path: Path, which: str) -> None:
+def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
+    """An error of the package comes back with its class and text, and `all` raises it."""
     config = config_in(tmp_path / "run", which)
     (tmp_path / "run" / "base.safetensors").write_bytes(b"no weights")
     pool = crew_of(config)
@@ -134,7 +136,8 @@ def test_errors_of_ours_come_back_as_they_are_and_end_what_cannot_do_without(tmp
         pool.close()
 
 
-def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_path: Path, which: str) -> None:
+def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
+    """A job whose worker runs out of memory is repeated in pieces, and is lost after the last attempt."""
     config = config_in(tmp_path / "run", which)
     pool = crew_of(config)
     try:
@@ -165,8 +168,8 @@ def test_a_job_whose_worker_breaks_is_begun_again_in_pieces_and_then_lost(tmp_pa
         pool.close()
 
 
-def test_a_broken_device_ends_a_search_without_workers_at_once(tmp_path: Path) -> None:
-    """A CUDA context that is broken stays so: a second attempt in the same process is in vain."""
+def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
+    """A CUDA context that is broken stays broken, so a second attempt in the same process would be in vain."""
     pool = crew_of(config_in(tmp_path / "run", "here"))
     pool.all([Job("weights")])
     for index in range(2):
@@ -188,7 +191,8 @@ class Breaking(FixedLatency):
             raise UsageError("ResNet cannot run under the conditions of this measurement") from error
 
 
-def test_a_device_that_breaks_while_it_measures_is_no_mistake_of_the_users(tmp_path: Path) -> None:
+def test_pool_measurement_fault_is_of_device(tmp_path: Path) -> None:
+    """A device that breaks during a measurement is reported as such, not as a mistake of the user."""
     config = config_in(tmp_path / "run", "here")
     bench = assemble(config, Listener())
     pool = InProcessPool(replace(bench, backend=Breaking(bench.backend.conditions)), Listener(), Asking())
@@ -204,9 +208,11 @@ def test_a_device_that_breaks_while_it_measures_is_no_mistake_of_the_users(tmp_p
         ("sizes of tensors must match", {"error": ["UsageError", "ResNet cannot run"]}),
     ],
 )
-def test_a_worker_tells_faults_of_the_device_from_mistakes(
+def test_worker_tells_faults_from_mistakes(
     monkeypatch: pytest.MonkeyPatch, wrapped: str, answer: dict[str, object]
 ) -> None:
+    """A worker tells faults of the device from mistakes of the user, also where an error wraps another."""
+
     def fails(*given: object) -> None:
         raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
 
@@ -218,7 +224,8 @@ def test_a_worker_tells_faults_of_the_device_from_mistakes(
     assert made.answer(Job("base latency")) == answer
 
 
-def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop ends the jobs that run and those that wait, and no new ones start."""
     monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
     stop = Asking()
     pool = crew_of(config_in(tmp_path / "run", which), stop)
@@ -236,8 +243,8 @@ def test_a_stop_gives_up_what_runs_and_what_waits(tmp_path: Path, which: str, mo
         pool.close()
 
 
-def test_half_a_batch_at_a_time_trains_as_the_whole_does(tmp_path: Path) -> None:
-    """In what does not look at the batch: a model without batch norms, in this process."""
+def test_pool_half_batches_train_as_whole(tmp_path: Path) -> None:
+    """Two halves of a batch train a model without batch norms as the whole batch does."""
     config = config_in(tmp_path / "run", "here").model_copy(update={"base": "test_convnext", "evaluator": "finetune"})
     bench = assemble(config, Listener())
     watch = Watching(Listener(), lambda: False)
