@@ -183,7 +183,8 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_are_found_in_what_wrappers_and_trainers_write(name: str, base: nn.Module, tmp_path: Path) -> None:
+def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: Path) -> None:
+    """Weights are found in the files that wrappers and trainers write."""
     make, told = LAYOUTS[name]
     torch.save(make(copy.deepcopy(base)), tmp_path / "file.ckpt")
     done = operated_base(recipe(), tmp_path / "file.ckpt")
@@ -208,7 +209,8 @@ def test_the_command_says_what_was_taken_off(base: nn.Module, tmp_path: Path) ->
     assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
 
 
-def test_entry_and_prefix_may_be_given_by_hand(base: nn.Module, tmp_path: Path) -> None:
+def test_layout_entry_and_prefix_by_hand(base: nn.Module, tmp_path: Path) -> None:
+    """The entry and the prefix of weights may be passed by hand, and a wrong one is refused with the nearest."""
     content = {"nets": {"student": under("net.")(base), "teacher": under("x.")(base)}, "step": 1}
     torch.save(content, tmp_path / "own.pth")
     with pytest.raises(CheckpointError, match="holds no tensors, but 'nets', 'step'"):
@@ -228,8 +230,8 @@ def test_entry_and_prefix_may_be_given_by_hand(base: nn.Module, tmp_path: Path) 
         operated_base(recipe(), tmp_path / "w.safetensors", layout=Layout("model"))
 
 
-def test_adapters_that_were_not_merged_are_no_weights(base: nn.Module, tmp_path: Path) -> None:
-    """PEFT's own state dict has them beside the layers they change; they would be lost."""
+def test_layout_refuses_unmerged_adapters(base: nn.Module, tmp_path: Path) -> None:
+    """PEFT's state dict has adapters beside the layers that they change; unmerged ones would be lost."""
     found = under("base_model.model.")(base)
     found["base_model.model.fc.base_layer.weight"] = found.pop("base_model.model.fc.weight")
     found["base_model.model.fc.lora_A.default.weight"] = torch.ones(2, 96)
@@ -238,15 +240,15 @@ def test_adapters_that_were_not_merged_are_no_weights(base: nn.Module, tmp_path:
         operated_base(recipe(), tmp_path / "peft.pth")
 
 
-def test_two_tensors_that_come_to_one_name_are_refused(base: nn.Module, tmp_path: Path) -> None:
-    """A file with weights twice, once of a wrapper; the last one won."""
+def test_layout_refuses_weights_twice(base: nn.Module, tmp_path: Path) -> None:
+    """A file that holds weights twice, once with the prefix of a wrapper, is refused."""
     torch.save({**under("")(base), **under("module.")(base)}, tmp_path / "twice.pth")
     with pytest.raises(CheckpointError, match=r"holds 'conv1\.0\.weight' twice"):
         read_state_dict(tmp_path / "twice.pth")
 
 
-def test_authors_names_under_a_prefix_go_through_the_familys_filter(tmp_path: Path) -> None:
-    """Mmpretrain's prefix around a layout that timm converts."""
+def test_layout_prefix_of_authors_names(tmp_path: Path) -> None:
+    """Under mmpretrain's prefix, the authors' names go through timm's filter of the family."""
     model = build("test_convnext", num_classes=7)
     original = {f"backbone.{key}": value for key, value in convnext_of_its_authors(model.state_dict()).items()}
     torch.save({"state_dict": original}, tmp_path / "mm.pth")
@@ -254,8 +256,8 @@ def test_authors_names_under_a_prefix_go_through_the_familys_filter(tmp_path: Pa
     assert torch.equal(done.model(images(64)), model(images(64)))
 
 
-def test_a_delta_takes_the_same_and_knows_the_same_weights(base: nn.Module, weights: Path, tmp_path: Path) -> None:
-    """The digest is of weights and not of files: any layout of the base's weights puts the delta together."""
+def test_delta_accepts_every_layout_of_base(base: nn.Module, weights: Path, tmp_path: Path) -> None:
+    """The digest is of weights and not of files, so any layout of the base's weights completes the delta."""
     torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
     torch.save({"mine": under("net.")(base)}, tmp_path / "own.pth")
     _, saved = apply_as_delta(recipe(), tmp_path / "last.ckpt", tmp_path / "delta")
@@ -278,8 +280,8 @@ def test_a_delta_takes_the_same_and_knows_the_same_weights(base: nn.Module, weig
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_numbers_of_numpy_and_other_harmless_things_are_read(legacy: bool, tensors: Tensors, tmp_path: Path) -> None:
-    """A numpy scalar beside the weights was "pickled code"; so were states of random generators, and paths."""
+def test_read_accepts_harmless_pickles(legacy: bool, tensors: Tensors, tmp_path: Path) -> None:
+    """NumPy scalars, states of random generators and paths beside the weights are no pickled code."""
     content = {
         "state_dict": tensors,
         "best_acc": np.float64(0.5),
@@ -292,8 +294,8 @@ def test_numbers_of_numpy_and_other_harmless_things_are_read(legacy: bool, tenso
     assert read(tmp_path / "last.ckpt").key == "state_dict"
 
 
-def test_what_a_user_has_allowed_to_be_read_stays_allowed(weights: Path) -> None:
-    """Torch forgets a function that was allowed for one file, whoever allowed it before."""
+def test_read_keeps_safe_globals_of_user(weights: Path) -> None:
+    """What a user has allowed torch to load stays allowed after a file was read."""
     with torch.serialization.safe_globals([np.dtype]):
         read_state_dict(weights)
         assert np.dtype in torch.serialization.get_safe_globals()
@@ -305,7 +307,8 @@ class Evil:
         return np.load, ("/nowhere",)
 
 
-def test_other_functions_of_numpy_are_still_code(tensors: Tensors, tmp_path: Path) -> None:
+def test_read_refuses_functions_of_numpy(tensors: Tensors, tmp_path: Path) -> None:
+    """Other functions of NumPy, and other classes, are refused as pickled code."""
     torch.save({"state_dict": tensors, "evil": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"holds pickled code \(numpy\.load\)"):
         read_state_dict(tmp_path / "evil.pth")
@@ -314,8 +317,8 @@ def test_other_functions_of_numpy_are_still_code(tensors: Tensors, tmp_path: Pat
         read_state_dict(tmp_path / "other.pth")
 
 
-def test_weights_that_are_no_numbers_are_named(tensors: Tensors, tmp_path: Path) -> None:
-    """It said that outputs differ by nan."""
+def test_apply_names_weights_that_are_nan(tensors: Tensors, tmp_path: Path) -> None:
+    """Weights that are NaN are counted and named, and nothing is written."""
     broken = {key: value.clone() for key, value in tensors.items()}
     for key in ("fc.weight", "layer1.0.bn1.running_var"):
         broken[key].flatten()[0] = float("nan")
@@ -328,8 +331,8 @@ def test_weights_that_are_no_numbers_are_named(tensors: Tensors, tmp_path: Path)
 # ---- a base that is surgical itself
 
 
-def test_a_recipe_on_a_surgical_name_builds_in_a_new_process(tmp_path: Path, in_a_new_process: Fresh) -> None:
-    """`base: test_resnet_se` was written with exit code 0, and was an unknown name to every other process."""
+def test_apply_flattens_surgical_base(tmp_path: Path, in_a_new_process: Fresh) -> None:
+    """A recipe on a surgical name is written on its plain base, so that another process can build it."""
     trained = move_gates(timm.create_model("test_resnet_se", num_classes=5).eval())
     torch.save(trained.state_dict(), tmp_path / "se.pth")
     report = apply(recipe(ECA, base="test_resnet_se"), tmp_path / "se.pth", tmp_path / "out")
@@ -342,15 +345,16 @@ def test_a_recipe_on_a_surgical_name_builds_in_a_new_process(tmp_path: Path, in_
     assert (written.base, [edit.block for edit in written.edits]) == ("test_resnet", ["se", "timm:eca"])
 
 
-def test_so_does_one_on_the_bases_own_weights(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+def test_apply_surgical_base_plain_weights(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+    """A recipe on a surgical name also takes the weights of the plain base."""
     apply(recipe(ECA, base="test_resnet_se"), weights, tmp_path / "out")
     assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
 
 
-def test_names_that_only_this_process_knows_are_written_out(
+def test_apply_flattens_registered_names(
     weights: Path, base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
-    """A recipe on a registered name, two levels deep."""
+    """A recipe on a registered name, two levels deep, is written out for other processes."""
     registry.register(recipe(SE, name="mine_with_se"))
     registry.register(recipe(ECA, base="mine_with_se", name="mine_with_both"))
     last = Edit(at="layer3.0", block="non_local")
@@ -362,10 +366,8 @@ def test_names_that_only_this_process_knows_are_written_out(
     assert len(grafted_blocks(model)) == 5
 
 
-def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(
-    weights: Path, tmp_path: Path, in_a_new_process: Fresh
-) -> None:
-    """A registered name in config.json means nothing to a process that has not registered it."""
+def test_written_registered_model_has_recipe(weights: Path, tmp_path: Path, in_a_new_process: Fresh) -> None:
+    """A registered name means nothing to another process, so the directory holds the recipe."""
     name = registry.register(recipe(SE, name="only_here"))
     model = move_gates(timm.create_model(name, num_classes=10).eval())
     write_directory(model, tmp_path / "out")
@@ -376,9 +378,8 @@ def test_a_model_by_a_name_of_this_process_is_written_with_its_recipe(
     assert torch.equal(output, model(images(64)))
 
 
-def test_directories_of_before_that_name_a_surgical_base_build_too(
-    base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
-) -> None:
+def test_old_directory_surgical_base_builds(base: nn.Module, tmp_path: Path, in_a_new_process: Fresh) -> None:
+    """A directory of an earlier version, which names a surgical base, builds as well."""
     made = recipe(ECA, base="test_resnet_se").as_dict()
     model = timm.create_model("surgery", base="test_resnet_se", recipe=made, num_classes=10).eval()
     write_directory(model, tmp_path / "out")
@@ -390,7 +391,8 @@ def test_directories_of_before_that_name_a_surgical_base_build_too(
     assert torch.equal(output, model(images(64)))
 
 
-def test_a_recipe_that_is_its_own_base_is_refused() -> None:
+def test_recipe_as_its_own_base_is_refused() -> None:
+    """A recipe that has itself as its base is refused."""
     registry.register(recipe(SE, base="round_about_se", name="round_about"))
     with pytest.raises(RecipeError, match="has itself as its base"):
         registry.flattened(recipe(SE, base="round_about"))
@@ -417,10 +419,10 @@ def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["the new edit alone", "old and new edits"])
-def test_apply_goes_on_from_a_directory_that_it_wrote(
+def test_apply_continues_from_own_directory(
     both: bool, surgical: tuple[Path, nn.Module], tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
-    """Its blocks keep their weights; it was refused, for names that the plain base does not have."""
+    """`apply` continues from a directory that it wrote; the blocks that stand there keep their weights."""
     directory, model = surgical
     edits = (SE, ECA) if both else (ECA,)
     done = operated_base(recipe(*edits), directory)
@@ -434,9 +436,8 @@ def test_apply_goes_on_from_a_directory_that_it_wrote(
     assert load(tmp_path / "second" / "recipe.yaml").edits == [SE, ECA]
 
 
-def test_a_delta_on_top_of_a_directory_holds_the_new_block_alone(
-    surgical: tuple[Path, nn.Module], tmp_path: Path
-) -> None:
+def test_delta_on_directory_holds_new_block(surgical: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """A delta on top of a surgical directory holds the new block alone."""
     directory, model = surgical
     _, saved = apply_as_delta(recipe(ECA), directory, tmp_path / "delta")
     assert saved.changed == ()
@@ -445,8 +446,8 @@ def test_a_delta_on_top_of_a_directory_holds_the_new_block_alone(
     assert torch.equal(built(tmp_path / "whole")(images(64)), model(images(64)))
 
 
-def test_what_was_saved_by_a_surgical_name_goes_on_too(tmp_path: Path) -> None:
-    """Save_for_hf of `test_resnet_se`, whose config.json has a name and no recipe."""
+def test_apply_continues_from_surgical_name(tmp_path: Path) -> None:
+    """A directory of save_for_hf, whose config.json has a surgical name and no recipe, is accepted."""
     model = move_gates(timm.create_model("test_resnet_se", num_classes=3).eval())
     save_for_hf(model, tmp_path / "named", safe_serialization=True)
     for made in (recipe(ECA), recipe(ECA, base="test_resnet_se")):
@@ -456,7 +457,8 @@ def test_what_was_saved_by_a_surgical_name_goes_on_too(tmp_path: Path) -> None:
         assert [edit.block for edit in done.recipe.edits] == ["se", "timm:eca"]
 
 
-def test_a_directory_of_another_base_or_with_all_of_the_edits_is_refused(surgical: tuple[Path, nn.Module]) -> None:
+def test_apply_refuses_unfit_directory(surgical: tuple[Path, nn.Module]) -> None:
+    """A directory of another base, or one that has every edit already, is refused."""
     directory, _ = surgical
     with pytest.raises(UsageError, match=r"the recipe is for test_vit, and the model in .* is test_resnet with blocks"):
         operated_base(recipe(base="test_vit"), directory)
@@ -466,9 +468,8 @@ def test_a_directory_of_another_base_or_with_all_of_the_edits_is_refused(surgica
         operated_base(recipe(ECA), directory / "model.safetensors")
 
 
-def test_a_delta_and_a_broken_directory_say_what_they_are(
-    surgical: tuple[Path, nn.Module], weights: Path, tmp_path: Path
-) -> None:
+def test_apply_names_delta_or_broken_files(surgical: tuple[Path, nn.Module], weights: Path, tmp_path: Path) -> None:
+    """A delta, a directory that cannot be built and one with NaN are refused with what they are."""
     directory, model = surgical
     save_delta(model, weights, tmp_path / "delta")
     with pytest.raises(CheckpointError, match=r"is a delta: .* 'attnsurgery merge DELTA"):
@@ -487,17 +488,18 @@ def test_a_delta_and_a_broken_directory_say_what_they_are(
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_what_is_written_is_what_a_new_process_builds(
+def test_written_model_builds_in_new_process(
     start: Any, weights: Path, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
+    """A new process builds the model that was written."""
     apply(recipe(SE, Edit(at="layer3.0", block="non_local")), weights, tmp_path / "out", start=start)
     output, found = in_a_new_process(tmp_path / "out")
     assert torch.equal(output, built(tmp_path / "out")(images(64)))
     assert same(found, dict(built(tmp_path / "out").state_dict()))
 
 
-def test_a_model_that_was_changed_by_other_means_is_not_written(base: nn.Module, tmp_path: Path) -> None:
-    """timm would build something else from it; each of these was written, and found out when it was loaded."""
+def test_write_refuses_unbuildable_model(base: nn.Module, tmp_path: Path) -> None:
+    """A model that timm would build otherwise from its directory is not written."""
     layer = attnsurgery.operate(copy.deepcopy(base), recipe().as_dict())
     layer.fc = nn.Sequential(nn.Linear(96, 10), nn.Linear(10, 10))
     with pytest.raises(CheckpointError, match=r"out was not written: a new process could not build .*fc\.0"):
@@ -509,7 +511,8 @@ def test_a_model_that_was_changed_by_other_means_is_not_written(base: nn.Module,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_that_says_something_else_is_not_written(base: nn.Module, tmp_path: Path) -> None:
+def test_write_refuses_recipe_of_other_model(base: nn.Module, tmp_path: Path) -> None:
+    """A recipe that does not describe the model is not written with it."""
     model = attnsurgery.operate(copy.deepcopy(base), recipe(Edit(at="layer3.0", block="non_local")).as_dict())
     other = recipe(Edit(at="layer3.0", block="non_local", options={"mode": "dot_product"}))
     with pytest.raises(CheckpointError, match="its blocks have other options, or stand at other places"):
@@ -517,7 +520,8 @@ def test_a_recipe_that_says_something_else_is_not_written(base: nn.Module, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_directory_is_told_from_its_model(base: nn.Module, tmp_path: Path) -> None:
+def test_prove_directory_finds_other_numbers(base: nn.Module, tmp_path: Path) -> None:
+    """A directory whose weights differ from those of the model is told apart."""
     write_directory(base, tmp_path / "out")
     prove_directory(tmp_path / "out", base)
     moved = copy.deepcopy(base)
@@ -527,9 +531,10 @@ def test_a_damaged_directory_is_told_from_its_model(base: nn.Module, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["apply", "delta", "merge", "stock"])
-def test_nothing_is_left_where_the_check_fails(
+def test_failed_check_leaves_nothing_behind(
     command: str, weights: Path, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the check of the written directory fails, no command leaves a file behind."""
     apply_as_delta(recipe(), weights, tmp_path / "delta")
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(attnsurgery.checkpoint.directory, "_difference", lambda model, again: "it is odd")
@@ -545,8 +550,8 @@ def test_nothing_is_left_where_the_check_fails(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_the_check_neither_draws_random_numbers_nor_changes_the_model(base: nn.Module, tmp_path: Path) -> None:
-    """A search that writes its winner goes on with the same numbers."""
+def test_check_leaves_rng_and_model_alone(base: nn.Module, tmp_path: Path) -> None:
+    """Writing draws no random numbers and leaves the model unchanged, so that a search goes on with the same ones."""
     model = copy.deepcopy(base).train()
     before = copy.deepcopy(dict(model.state_dict()))
     torch.manual_seed(3)
@@ -558,7 +563,8 @@ def test_the_check_neither_draws_random_numbers_nor_changes_the_model(base: nn.M
     assert same(dict(model.state_dict()), before)
 
 
-def test_half_precision_and_other_memory_formats_are_compared_too(base: nn.Module, tmp_path: Path) -> None:
+def test_write_compares_bfloat16_model(base: nn.Module, tmp_path: Path) -> None:
+    """A model in half precision and channels last is compared in what its directory holds."""
     model = copy.deepcopy(base).to(torch.bfloat16).to(memory_format=torch.channels_last)
     write_directory(model, tmp_path / "out")
     assert torch.equal(built(tmp_path / "out").fc.weight, model.fc.weight.float())
@@ -574,8 +580,8 @@ def as_transformers_builds(directory: Path) -> nn.Module:
     return timm.create_model(config["architecture"], pretrained=False, num_classes=labels, **config["model_args"])
 
 
-def test_what_blocks_took_from_the_size_of_their_maps_is_written_out(tmp_path: Path) -> None:
-    """A mask of automatic depth, which another size of images would make another block."""
+def test_written_config_has_settled_options(tmp_path: Path) -> None:
+    """A mask of automatic depth is written with its depth, which another size of images would change."""
     model = build("test_resnet", num_classes=10)
     torch.save(model.state_dict(), tmp_path / "base.pth")
     apply(recipe(Edit(at="layer1.0 .. layer1.0", block="residual_attention")), tmp_path / "base.pth", tmp_path / "out")
@@ -586,8 +592,8 @@ def test_what_blocks_took_from_the_size_of_their_maps_is_written_out(tmp_path: P
     assert "settled" not in json.loads((tmp_path / "plain" / "config.json").read_text())["model_args"]
 
 
-def test_the_number_of_classes_stands_in_one_place(weights: Path, base: nn.Module, tmp_path: Path) -> None:
-    """It stood in model_args too, and transformers gave it twice: "multiple values for keyword argument"."""
+def test_written_config_has_classes_once(weights: Path, base: nn.Module, tmp_path: Path) -> None:
+    """The number of classes stands in config.json once; transformers passed it twice."""
     apply(recipe(), weights, tmp_path / "out")
     model = as_transformers_builds(tmp_path / "out").eval()
     model.load_state_dict(read_state_dict(tmp_path / "out"))
@@ -601,7 +607,8 @@ def test_the_number_of_classes_stands_in_one_place(weights: Path, base: nn.Modul
     assert built(tmp_path / "again").num_classes == 4
 
 
-def test_directories_of_before_with_the_classes_in_both_places_load(weights: Path, tmp_path: Path) -> None:
+def test_old_directory_classes_twice_loads(weights: Path, tmp_path: Path) -> None:
+    """A directory of an earlier version, with the number of classes in both places, loads."""
     apply(recipe(), weights, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["model_args"]["num_classes"] = 10
@@ -609,8 +616,8 @@ def test_directories_of_before_with_the_classes_in_both_places_load(weights: Pat
     assert built(tmp_path / "out").num_classes == 10
 
 
-def test_a_first_convolution_of_other_channels_is_written_down(tmp_path: Path) -> None:
-    """A model whose first convolution was replaced did not build from its own directory."""
+def test_written_config_has_new_in_chans(tmp_path: Path) -> None:
+    """The channels of a replaced first convolution are written down; one with a bias is refused."""
     model = build("test_resnet", num_classes=10)
     first = model.conv1[0]
     model.conv1[0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1, bias=False)
@@ -624,14 +631,16 @@ def test_a_first_convolution_of_other_channels_is_written_down(tmp_path: Path) -
         write_directory(model, tmp_path / "biased")
 
 
-def test_a_checkpoint_of_four_channels_is_written_down_too(tmp_path: Path) -> None:
+def test_written_config_has_weights_in_chans(tmp_path: Path) -> None:
+    """The channels of a checkpoint for four channels are written down."""
     model = build("test_resnet", num_classes=10, in_chans=4)
     torch.save(model.state_dict(), tmp_path / "four.pth")
     apply(recipe(), tmp_path / "four.pth", tmp_path / "out")
     assert torch.equal(built(tmp_path / "out")(images(64, channels=4)), model(images(64, channels=4)))
 
 
-def test_where_an_error_is_said_to_be_stays_right_on_top_of_a_directory(surgical: tuple[Path, nn.Module]) -> None:
+def test_apply_error_line_right_on_directory(surgical: tuple[Path, nn.Module]) -> None:
+    """On top of a directory, an error names the right line of the recipe."""
     text = "version: 1\nname: x\nbase: test_resnet\nedits:\n  - at: layer9.*\n    block: se\n"
     with pytest.raises(UsageError, match=r"recipe\.yaml:5: edits\[0\]\.at"):
         operated_base(loads(text, "recipe.yaml"), surgical[0])

@@ -119,17 +119,19 @@ def test_imports_point_one_way_between_rooms() -> None:
     assert wrong_ways(imports(), "attnsurgery.search", ROOMS) == []
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_imports_of_modules_have_no_circle() -> None:
+    """No module imports itself through others."""
     assert circle(imports()) == []
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-def test_no_package_imports_itself_through_others(depth: int) -> None:
+def test_imports_of_packages_have_no_circle(depth: int) -> None:
+    """No package imports itself through others."""
     assert circle(by_part(imports(), depth)) == []
 
 
-def test_an_import_that_is_turned_round_is_found(tmp_path: Path) -> None:
-    """Of a package of two rooms, the lower imports the higher, for type checkers alone."""
+def test_reversed_import_is_found(tmp_path: Path) -> None:
+    """A lower room that imports a higher one is found, also where it does so for type checkers alone."""
     lower, higher = tmp_path / "p" / "lower", tmp_path / "p" / "higher"
     for folder in (lower, higher):
         folder.mkdir(parents=True)
@@ -146,7 +148,8 @@ def test_an_import_that_is_turned_round_is_found(tmp_path: Path) -> None:
     assert set(circle(by_part(imports(tmp_path / "p"), 2))) == {"p.lower", "p.higher"}
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_public_names_are_documented() -> None:
+    """Every public name is there and documented."""
     for name in attnsurgery.__all__:
         value = getattr(attnsurgery, name)
         assert name == "__version__" or value.__doc__ or name == "BLOCKS"
@@ -164,12 +167,14 @@ def test_every_public_name_is_there_and_documented() -> None:
         "import attnsurgery.timm_plugin.registry; import timm",
     ],
 )
-def test_names_are_known_whichever_is_imported_first(program: str) -> None:
+def test_import_order_does_not_matter(program: str) -> None:
+    """timm knows the surgical names, whichever of timm and attnsurgery is imported first."""
     ask = "assert timm.is_model('resnet18_se_s3') and 'resnet50_se' in timm.list_models('resnet50_*')"
     assert subprocess.run([sys.executable, "-c", f"{program}; {ask}"]).returncode == 0
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
+def test_import_loads_nothing_heavy() -> None:
+    """`import attnsurgery` imports no other package."""
     program = (
         "import timm, sys; before = set(sys.modules); import attnsurgery; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
@@ -179,6 +184,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_files_open_with_a_sentence() -> None:
+    """Every file of the package has a docstring."""
     for file in PACKAGE.rglob("*.py"):
         docstring = ast.get_docstring(ast.parse(file.read_text()))
         assert docstring or not file.read_text().strip(), file

@@ -44,7 +44,8 @@ def in_and_out(model: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor]
     ids=str,
 )
 @torch.no_grad()
-def test_weights_of_a_non_local_block_explain_its_output_at_the_query(options: dict[str, Any]) -> None:
+def test_non_local_weights_explain_output(options: dict[str, Any]) -> None:
+    """The weights of a non-local block and its values give its output at the query."""
     model = operated("non_local", options)
     block: Any = model.get_submodule("layer2.0.non_local")
     x, y = in_and_out(model, "layer2.0.non_local")
@@ -60,7 +61,8 @@ def test_weights_of_a_non_local_block_explain_its_output_at_the_query(options: d
 
 
 @torch.no_grad()
-def test_weights_of_dual_attention_explain_its_output_at_the_query() -> None:
+def test_dual_weights_explain_output() -> None:
+    """The weights of dual attention and its values give its output at the query."""
     model = operated("dual", {"parts": "position", "subsample": 2})
     block: Any = model.get_submodule("layer2.0.dual")
     x, y = in_and_out(model, "layer2.0.dual")
@@ -70,7 +72,8 @@ def test_weights_of_dual_attention_explain_its_output_at_the_query() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "sse"}, {"kind": "scse"}, {"kind": "scse", "fusion": "max"}], ids=str)
-def test_gates_of_squeeze_and_excitation_are_what_it_multiplies_with(options: dict[str, Any]) -> None:
+def test_se_gates_are_the_factors(options: dict[str, Any]) -> None:
+    """The gates of squeeze-and-excitation are the factors that it multiplies its input with."""
     model = operated("se", options)
     x, y = in_and_out(model, next(iter(grafted_blocks(model))))
     gates = torch.from_numpy(attnsurgery.attention_map(model, IMAGE))
@@ -79,7 +82,8 @@ def test_gates_of_squeeze_and_excitation_are_what_it_multiplies_with(options: di
     assert torch.allclose(y[0], x[0] * (gates[:, None, None] if kind == "cse" else gates), atol=1e-6)
 
 
-def test_mask_of_residual_attention_is_the_factor_without_alpha() -> None:
+def test_residual_attention_mask_is_factor() -> None:
+    """The mask of residual attention is its factor without alpha."""
     model = operated("residual_attention", {})
     path = next(path for path, module in model.named_modules() if path.endswith("residual_attention"))
     mask = torch.from_numpy(attnsurgery.attention_map(model, IMAGE))
@@ -87,8 +91,8 @@ def test_mask_of_residual_attention_is_the_factor_without_alpha() -> None:
     assert torch.allclose(in_and_out(model, path)[1][0], 1 + alpha * mask, atol=1e-6)
 
 
-def test_in_the_image_each_pixel_has_the_weight_of_its_place() -> None:
-    """8 x 8 positions, pooled by windows of 3 to 2 x 2: two rows and columns of the map are summed over by nobody."""
+def test_attention_map_fills_image_windows() -> None:
+    """Each pixel has the weight of its window: 8 x 8 positions are pooled by 3 to 2 x 2, and two rows are unused."""
     model = operated("non_local", {"subsample": 3})
     own = attnsurgery.attention_map(model, IMAGE, (0, 0))
     image = attnsurgery.attention_map(model, IMAGE, (0, 0), in_image=True)
@@ -101,7 +105,8 @@ def test_in_the_image_each_pixel_has_the_weight_of_its_place() -> None:
 
 
 @pytest.mark.parametrize("start", ["test_vit", "swin_tiny_patch4_window7_224"])
-def test_tokens_are_shown_where_they_lie_in_the_image(start: str) -> None:
+def test_attention_map_of_tokens_in_image(start: str) -> None:
+    """Weights of tokens are shown at the place of the tokens in the image."""
     at = "blocks.1" if start == "test_vit" else "layers.1.blocks.0"
     model = operated("non_local", {}, start, at)
     weights = attnsurgery.attention_map(model, IMAGE, (5, 60), in_image=True)
@@ -110,7 +115,8 @@ def test_tokens_are_shown_where_they_lie_in_the_image(start: str) -> None:
     assert attnsurgery.attention_map(model, IMAGE, (5, 60)).shape == (side, side)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_attention_map_leaves_model_alone() -> None:
+    """Training modes are restored and no hook stays."""
     model = operated("non_local", {}).train()
     model.layer1.eval()
     modes = [module.training for module in model.modules()]
@@ -119,7 +125,8 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_cannot_be_shown_is_refused() -> None:
+def test_attention_map_refusals_say_why() -> None:
+    """A missing or wrong query, an unknown block, and a block without weights are refused with what would work."""
     model = operated("non_local", {})
     with pytest.raises(UsageError, match=r"give query=\(row, column\)"):
         attnsurgery.attention_map(model, IMAGE)
@@ -155,6 +162,7 @@ class Idle(nn.Module):
         return y
 
 
-def test_a_block_that_does_not_run_is_named() -> None:
+def test_attention_map_names_idle_block() -> None:
+    """A block that the forward does not call is named."""
     with pytest.raises(SurgeryError, match="the block 'se' does not run"):
         attnsurgery.attention_map(Idle(), IMAGE)

@@ -103,14 +103,16 @@ def made(tmp_path: Path) -> list[str]:
     return (tmp_path / "made.txt").read_text().split()
 
 
-def test_rows_carry_conditions_and_prints_go_to_the_log(run: Callable[..., object], tmp_path: Path) -> None:
+def test_rows_carry_conditions_not_prints(run: Callable[..., object], tmp_path: Path) -> None:
+    """Rows carry their conditions, and what a step prints goes to the log."""
     assert run("three")[0] == 0  # type: ignore[index]
     assert list(rows(tmp_path)) == ["a", "b", "c"]
     assert rows(tmp_path)["a"]["conditions"].items() >= {"card": "h100"}.items()  # type: ignore[attr-defined]
     assert "printed, and no row" in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_time_limit_kills_the_step_and_its_children(run: Callable[..., object], tmp_path: Path) -> None:
+def test_time_limit_kills_step_and_children(run: Callable[..., object], tmp_path: Path) -> None:
+    """At its limit a step and its children are killed, and the next step runs."""
     code, results = run("slow", "three", limit_s=4.0)  # type: ignore[misc]
     assert code == 1
     assert results["slow"]["how"] == "timed out"
@@ -143,7 +145,8 @@ def test_second_run_makes_only_the_rest(run: Callable[..., object], tmp_path: Pa
     assert rows(tmp_path)["bad"]["say"] == "mended"
 
 
-def test_error_is_a_red_row_and_a_refusal_is_not(run: Callable[..., object], tmp_path: Path) -> None:
+def test_error_is_red_and_refusal_is_not(run: Callable[..., object], tmp_path: Path) -> None:
+    """An error makes a red row; a refusal does not."""
     code, results = run("mixed")  # type: ignore[misc]
     assert (code, results["mixed"]["how"], results["mixed"]["why"]) == (1, "red", "bad")
     found = rows(tmp_path)
@@ -158,7 +161,8 @@ def test_dead_process_costs_one_row(run: Callable[..., object], tmp_path: Path) 
     assert "SIGKILL" in str(rows(tmp_path)["deadly"]["say"])
 
 
-def test_no_time_is_not_red(run: Callable[..., object], tmp_path: Path) -> None:
+def test_step_without_time_is_not_red(run: Callable[..., object], tmp_path: Path) -> None:
+    """A step that runs out of time is partial, one without time is skipped, and neither is red."""
     code, results = run("hasty")  # type: ignore[misc]
     assert (code, results["hasty"]["how"]) == (0, "part")
     code, results = run("three", minutes=0.01)  # type: ignore[misc]
@@ -175,7 +179,8 @@ def test_no_time_is_not_red(run: Callable[..., object], tmp_path: Path) -> None:
         ("import nothing_of_this_name\n@pytest.mark.gpu\ndef test_it(): ...", "red"),
     ],
 )
-def test_pytest_run_that_proves_nothing_is_red(run: Callable[..., object], tmp_path: Path, body: str, how: str) -> None:
+def test_pytest_run_proving_nothing_is_red(run: Callable[..., object], tmp_path: Path, body: str, how: str) -> None:
+    """A pytest run that fails, cannot be collected or runs no GPU test is red."""
     suite = tmp_path / "suite"
     suite.mkdir()
     (suite / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -186,9 +191,8 @@ def test_pytest_run_that_proves_nothing_is_red(run: Callable[..., object], tmp_p
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_tiny_run_has_one_case_of_each_test_and_reasons_for_the_rest(
-    run: Callable[..., object], tmp_path: Path, tiny: bool
-) -> None:
+def test_tiny_run_has_one_case_of_each_test(run: Callable[..., object], tmp_path: Path, tiny: bool) -> None:
+    """A tiny run takes one case of each test, and gives a reason for the rest."""
     suite = tmp_path / "suite"
     suite.mkdir()
     (suite / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -205,9 +209,10 @@ def test_tiny_run_has_one_case_of_each_test_and_reasons_for_the_rest(
 
 
 @pytest.mark.parametrize(("some", "state"), [(True, "done"), (False, None)])
-def test_rows_of_a_script_that_had_no_time_are_enough_only_in_a_tiny_run(
+def test_partial_rows_suffice_in_tiny_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, some: bool, state: str | None
 ) -> None:
+    """Some rows of a script that ran out of time are enough in a tiny run alone."""
     from gpu_bench import blocks_step
     from gpu_bench.rows import Rows
 
@@ -272,8 +277,8 @@ def test_results_are_named_by_the_card(card: str, name: str) -> None:
     assert short(card) == name
 
 
-def test_steps_have_a_body_each_and_fit_their_call() -> None:
-    """Bodies are looked for as text: what they import needs no card, but seconds."""
+def test_steps_have_bodies_and_fit_a_call() -> None:
+    """Each step has a body, looked for as text because importing takes seconds, and fits its call."""
     from gpu_bench.plan import STEPS
 
     assert len({step.name for step in STEPS}) == len(STEPS)
@@ -283,8 +288,8 @@ def test_steps_have_a_body_each_and_fit_their_call() -> None:
         assert step.least_s < step.limit_s
 
 
-def test_steps_take_of_other_scripts_what_these_define() -> None:
-    """As text too: a name that a script no longer has would be found out when a card is at hand."""
+def test_steps_import_names_that_exist() -> None:
+    """The names that steps import from other scripts exist there, which would otherwise show on a card alone."""
     taken = set()
     for path in (BENCH / "gpu_bench").glob("*.py"):
         tree = ast.parse(path.read_text())
@@ -313,7 +318,8 @@ def defined(script: Path) -> set[str]:
     return names
 
 
-def test_table_says_not_yet_and_then_the_figure(tmp_path: Path) -> None:
+def test_table_says_not_yet_then_figure(tmp_path: Path) -> None:
+    """The table says "not yet" until a row with the figure is there."""
     from gpu_bench import table
     from gpu_bench.rows import append
 
@@ -327,7 +333,8 @@ def test_table_says_not_yet_and_then_the_figure(tmp_path: Path) -> None:
     assert "| resnet50_se | 1.042 ± 0.001 | not yet |" in found
 
 
-def test_wheels_are_closed_under_what_they_need(tmp_path: Path) -> None:
+def test_wheels_include_their_requirements(tmp_path: Path) -> None:
+    """A folder of wheels holds everything that they require, and a version that does not fit is refused."""
     from gpu_bench.wheels import missing
     from packaging.requirements import Requirement
 

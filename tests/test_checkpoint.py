@@ -88,7 +88,8 @@ WRITERS: dict[str, Callable[[Tensors, Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_honest_kind_of_file_gives_the_same_tensors(name: str, tmp_path: Path, tensors: Tensors):
+def test_read_equal_tensors_of_every_format(name: str, tmp_path: Path, tensors: Tensors):
+    """Every supported format of weights gives the same tensors."""
     WRITERS[name](tensors, tmp_path / name)
     found = read_state_dict(tmp_path / name)
     assert list(found) == list(tensors) or set(found) == set(tensors)
@@ -177,9 +178,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_whatever_bytes_are_broken_there_is_nothing_but_tensors_or_an_error(
-    small: dict[str, bytes], data: st.DataObject
-):
+def test_read_of_broken_bytes_gives_an_error(small: dict[str, bytes], data: st.DataObject):
+    """Whichever bytes are broken, reading gives tensors or an error that names the file."""
     name = data.draw(st.sampled_from(sorted(small)))
     content = bytearray(small[name])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -228,13 +228,15 @@ def test_a_file_of_another_kind_is_named(content: bytes, message: str, tmp_path:
         ({"a": torch.ones(1), "epoch": 1}, r"1 entries that are no tensors among its 2: 'epoch' \(int\)"),
     ],
 )
-def test_a_torch_file_without_a_state_dict_says_what_it_holds(content: object, message: str, tmp_path: Path):
+def test_read_says_what_torch_file_holds(content: object, message: str, tmp_path: Path):
+    """A torch file without a state dict is refused with what it holds."""
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=message):
         read_state_dict(tmp_path / "weights.pth")
 
 
-def test_numpy_files_and_misnamed_torch_files_are_told_apart(tmp_path: Path, weights: Path):
+def test_read_names_numpy_and_misnamed_files(tmp_path: Path, weights: Path):
+    """A NumPy archive and a torch file with a wrong suffix are refused as what they are."""
     np.savez(tmp_path / "w.npz", a=np.ones(3))
     assert "a NumPy archive" in refusal(tmp_path / "w.npz")
     weights.rename(tmp_path / "w.safetensors")
@@ -247,7 +249,8 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path, weights: Path):
     assert "no regular file" in refusal(Path("/dev/null"))
 
 
-def test_a_directory_is_read_by_what_is_in_it(tmp_path: Path, tensors: Tensors):
+def test_read_of_directory_by_its_content(tmp_path: Path, tensors: Tensors):
+    """A directory is read by its content: one weights file, or model.safetensors before others."""
     assert "holds no weights, but nothing" in refusal(tmp_path)
     torch.save(tensors, tmp_path / "one.pth")
     assert set(read_state_dict(tmp_path)) == set(tensors)
@@ -260,27 +263,31 @@ def test_a_directory_is_read_by_what_is_in_it(tmp_path: Path, tensors: Tensors):
 # ---- the base
 
 
-def test_classes_and_channels_are_read_off_the_weights(model: nn.Module, tensors: Tensors):
+def test_build_base_takes_classes_of_weights(model: nn.Module, tensors: Tensors):
+    """The numbers of classes and channels are those of the weights."""
     built = build_base(BASE, dict(tensors))
     assert built.num_classes == 10
     assert torch.equal(built(images()), model(images()))
 
 
-def test_weights_without_a_classifier_build_a_model_without_one(tensors: Tensors):
+def test_build_base_without_classifier(tensors: Tensors):
+    """Weights without a classifier build a model without one."""
     built = build_base(BASE, {key: value for key, value in tensors.items() if not key.startswith("fc.")})
     assert built.num_classes == 0
     assert built(images()).shape == (2, built.num_features)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext"])
-def test_every_family_is_built_to_fit_its_weights(name: str):
+def test_build_base_fits_weights_of_families(name: str):
+    """Models of other families are built with the classes and channels of their weights."""
     trained = awake(timm.create_model(name, num_classes=7, in_chans=1))
     built = build_base(name, trained.state_dict())
     size = trained.pretrained_cfg["input_size"][1]
     assert torch.equal(built(images(size)), trained(images(size)))
 
 
-def test_weights_under_the_authors_names_go_through_the_familys_filter():
+def test_build_base_accepts_authors_names():
+    """Weights under the authors' names go through timm's filter of the family."""
     trained = awake(timm.create_model("test_convnext", num_classes=7))
     names = [("norm_pre", "norm"), ("head.norm", "norm"), ("head.fc", "head")]
     original = {}
@@ -297,7 +304,8 @@ def test_weights_under_the_authors_names_go_through_the_familys_filter():
     assert all(torch.equal(built.state_dict()[key], value) for key, value in trained.state_dict().items())
 
 
-def test_weights_from_before_batch_norms_counted_are_taken(model: nn.Module, tensors: Tensors):
+def test_build_base_accepts_old_batch_norms(model: nn.Module, tensors: Tensors):
+    """Weights without num_batches_tracked are accepted; any other missing key is refused."""
     old = {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
     assert len(old) < len(tensors)
     assert torch.equal(build_base(BASE, old)(images()), model(images()))
@@ -305,7 +313,8 @@ def test_weights_from_before_batch_norms_counted_are_taken(model: nn.Module, ten
         build_base(BASE, {key: value for key, value in old.items() if key != "layer1.0.bn1.running_mean"})
 
 
-def test_weights_of_another_model_are_counted_and_named(tensors: Tensors):
+def test_build_base_counts_misfit_weights(tensors: Tensors):
+    """Weights of another model are refused with counts, names and the likely reason."""
     with pytest.raises(
         CheckpointError, match=r"w\.pth does not hold the weights of test_vit: 80 of 80 missing \(cls_token"
     ):
@@ -319,7 +328,8 @@ def test_weights_of_another_model_are_counted_and_named(tensors: Tensors):
         build_base(BASE, renamed)
 
 
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(tensors: Tensors):
+def test_build_base_names_both_shapes(tensors: Tensors):
+    """A tensor of another shape is named with both shapes."""
     with pytest.raises(CheckpointError, match=r"1 of another shape \(layer1\.0\.bn1\.weight is 3 and not \d+\)"):
         build_base(BASE, {**tensors, "layer1.0.bn1.weight": torch.ones(3)})
 
@@ -335,7 +345,8 @@ def test_an_unknown_base_names_the_nearest():
 # ---- writing
 
 
-def test_a_written_directory_builds_the_model_again(model: nn.Module, tmp_path: Path):
+def test_written_directory_builds_the_model(model: nn.Module, tmp_path: Path):
+    """A written directory builds the same model, and holds the texts and no temporary file."""
     write_directory(model, tmp_path / "new" / "out", texts={"note.txt": "hello"})
     again = timm.create_model(f"local-dir:{tmp_path / 'new' / 'out'}", pretrained=True).eval()
     assert torch.equal(again(images()), model(images()))
@@ -344,7 +355,8 @@ def test_a_written_directory_builds_the_model_again(model: nn.Module, tmp_path: 
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["out"]
 
 
-def test_channels_last_and_tied_weights_are_written(tmp_path: Path):
+def test_write_channels_last_tied_weights(tmp_path: Path):
+    """Weights in channels last, and tied ones, are written."""
     tied = awake(timm.create_model(BASE)).to(memory_format=torch.channels_last)
     tied.layer1[0].bn1.bias = tied.layer1[0].bn1.weight
     write_directory(tied, tmp_path / "out")
@@ -381,7 +393,8 @@ def test_a_failure_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_named(model: nn.Module, tmp_path: Path):
+def test_write_names_unwritable_path(model: nn.Module, tmp_path: Path):
+    """A path that cannot be written is named."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write .*file/out"):
         write_directory(model, tmp_path / "file" / "out")
@@ -390,7 +403,8 @@ def test_a_place_that_cannot_be_written_is_named(model: nn.Module, tmp_path: Pat
 # ---- apply
 
 
-def test_apply_writes_a_model_that_computes_what_the_base_computed(model: nn.Module, weights: Path, tmp_path: Path):
+def test_apply_preserves_base_outputs(model: nn.Module, weights: Path, tmp_path: Path):
+    """The written model computes what the base does until its blocks move, and holds the recipe."""
     report = apply(RECIPE, weights, tmp_path / "out")
     assert report.max_abs_diff == 0
     assert report.params_after > report.params_before
@@ -406,9 +420,8 @@ def test_apply_writes_a_model_that_computes_what_the_base_computed(model: nn.Mod
     assert load(tmp_path / "out" / "recipe.yaml") == RECIPE
 
 
-def test_apply_with_the_papers_start_changes_the_outputs_and_is_remembered(
-    model: nn.Module, weights: Path, tmp_path: Path
-):
+def test_apply_paper_start_changes_outputs(model: nn.Module, weights: Path, tmp_path: Path):
+    """The paper's start changes the outputs, and stands in the written recipe."""
     report = apply(RECIPE, weights, tmp_path / "out", start="paper")
     assert report.max_abs_diff > 0
     assert load(tmp_path / "out" / "recipe.yaml").edits[0].start == "paper"
@@ -416,13 +429,15 @@ def test_apply_with_the_papers_start_changes_the_outputs_and_is_remembered(
     assert not torch.equal(again(images()), model(images()))
 
 
-def test_apply_accepts_what_apply_of_the_base_wrote(model: nn.Module, tmp_path: Path):
+def test_apply_accepts_directory_of_base(model: nn.Module, tmp_path: Path):
+    """`apply` accepts a directory of the base."""
     write_directory(model, tmp_path / "base")
     report = apply(RECIPE, tmp_path / "base", tmp_path / "out")
     assert report.max_abs_diff == 0
 
 
-def test_apply_names_file_line_and_field_of_a_selector_that_matches_nothing(weights: Path, tmp_path: Path):
+def test_apply_error_names_line_and_field(weights: Path, tmp_path: Path):
+    """An error names the file, line and field of the recipe, and nothing is written."""
     text = "version: 1\nname: x\nbase: test_resnet\nedits:\n  - at: layer9.*\n    block: se\n"
     with pytest.raises(SiteError, match=r"recipe\.yaml:5: edits\[0\]\.at"):
         apply(loads(text, "recipe.yaml"), weights, tmp_path / "out")
@@ -431,14 +446,17 @@ def test_apply_names_file_line_and_field_of_a_selector_that_matches_nothing(weig
     assert not (tmp_path / "out").exists()
 
 
-def test_apply_wants_exactly_one_source_of_weights(weights: Path, tmp_path: Path):
+def test_apply_needs_one_source_of_weights(weights: Path, tmp_path: Path):
+    """Either a checkpoint or published weights are needed, and not both."""
     with pytest.raises(UsageError, match=r"either a checkpoint .* or --pretrained"):
         apply(RECIPE, None, tmp_path / "out")
     with pytest.raises(UsageError, match="and not both"):
         apply(RECIPE, weights, tmp_path / "out", pretrained=True)
 
 
-def test_published_weights_without_a_network_are_a_readable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_apply_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a network, an error says that the published weights cannot be loaded and what to do."""
+
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 

@@ -193,7 +193,8 @@ def must(ok: bool, otherwise: str) -> None:
 
 
 @each_pair(0)
-def test_every_pair_has_a_place_for_the_block(host: str, family: str) -> None:
+def test_surgical_model_has_blocks(host: str, family: str) -> None:
+    """Every pair of host and family has a place for the block."""
     assert grafted_blocks(surgical(host, family))
 
 
@@ -300,7 +301,8 @@ def _answer(host: str, way: int) -> Outputs | str:
     ids=[f"{WAYS[way].__name__}-{'-'.join(pair)}" for way in range(len(WAYS)) for pair in pairs(way)],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
-def test_what_the_base_computes_is_computed_and_what_blocks_change_shows(host: str, family: str, way: int) -> None:
+def test_outputs_equal_base_at_start(host: str, family: str, way: int) -> None:
+    """At the identity start every way of calling gives the base's outputs, and moved blocks change them."""
     model, other = surgical(host, family), moved(host, family)
     expected = _answer(host, way)
     if isinstance(expected, str):
@@ -338,7 +340,8 @@ def _features(how: str | None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "host", "family"), [(how, *pair) for turn, how in enumerate(FEATURE_CLASSES) for pair in pairs(turn)]
 )
-def test_features_of_every_class_are_the_bases_until_a_block_moves(how: str | None, host: str, family: str) -> None:
+def test_features_equal_base_at_start(how: str | None, host: str, family: str) -> None:
+    """The features of every class of timm are the base's until a block moves."""
     surgical(host, family)
     found = _features_of_base(host, how)
     if isinstance(found, str):
@@ -367,7 +370,8 @@ def test_features_of_every_class_are_the_bases_until_a_block_moves(how: str | No
 
 
 @each_pair(0)
-def test_what_a_model_says_of_itself_stays_true(host: str, family: str) -> None:
+def test_surgical_model_attributes_stay_true(host: str, family: str) -> None:
+    """The attributes and configuration by which a model describes itself are the base's."""
     model, base = surgical(host, family), base_of(host)
     for name in ("num_classes", "num_features", "head_hidden_size"):
         assert getattr(model, name) == getattr(base, name)
@@ -382,7 +386,9 @@ def test_what_a_model_says_of_itself_stays_true(host: str, family: str) -> None:
 
 
 @each_pair(1)
-def test_layer_decay_gives_each_parameter_one_group_and_blocks_that_of_their_host(host: str, family: str) -> None:
+def test_layer_decay_puts_blocks_with_host(host: str, family: str) -> None:
+    """Layer decay gives each parameter one group, and a block that of its host."""
+
     def groups(model: nn.Module) -> dict[str, float]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found: dict[str, float] = {}
@@ -421,7 +427,8 @@ def gradients(model: nn.Module, host: str, checkpointing: bool) -> Outputs:
 
 @each_pair(2)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_gradients_are_the_same_with_and_without_checkpointing(host: str, family: str) -> None:
+def test_gradients_equal_under_checkpointing(host: str, family: str) -> None:
+    """Gradients are the same with and without gradient checkpointing."""
     of_base(host, lambda base: gradients(base, host, True))
     model = moved(host, family)
     plain, saved = gradients(copy.deepcopy(model), host, False), gradients(model, host, True)
@@ -435,7 +442,8 @@ def test_gradients_are_the_same_with_and_without_checkpointing(host: str, family
 
 
 @each_pair(3)
-def test_drop_path_and_dropout_live_and_follow_a_change(host: str, family: str) -> None:
+def test_dropout_works_and_follows_a_change(host: str, family: str) -> None:
+    """Drop path and dropout work, and follow a change of their rate."""
     rates = {"drop_path_rate": 0.5} if "densenet" not in host and "hrnet" not in host else {"drop_rate": 0.5}
     of_base(host, lambda _: make(host, host, **rates)(photo(host)))
     surgical(host, family)
@@ -490,9 +498,8 @@ def averaged(model: nn.Module) -> nn.Module:
         for pair in pairs(turn)
     ],
 )
-def test_a_copy_computes_the_same_and_shares_nothing(
-    twin_of: Callable[[nn.Module], nn.Module], host: str, family: str
-) -> None:
+def test_copy_is_equal_and_shares_no_memory(twin_of: Callable[[nn.Module], nn.Module], host: str, family: str) -> None:
+    """A copy of a model computes the same and shares no memory with it."""
     model = moved(host, family)
     twin = twin_of(model)
     with torch.no_grad():
@@ -508,7 +515,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(
 
 @each_pair(1)
 @pytest.mark.parametrize("arguments", [{"in_chans": 1}, {"exportable": True}], ids=str)
-def test_other_builds_of_the_base_are_builds_of_ours(host: str, family: str, arguments: dict[str, Any]) -> None:
+def test_surgical_model_takes_base_arguments(host: str, family: str, arguments: dict[str, Any]) -> None:
+    """Arguments with which timm builds the base build the surgical model too."""
     surgical(host, family)
     x = photo(host, channels=arguments.get("in_chans", 3))
     base = woken(host, **arguments)
@@ -546,7 +554,8 @@ def scripted(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], Any]
         if FULL or how is scripted or list(HOSTS).index(pair[0]) % 2 == turn
     ],
 )
-def test_what_compiles_the_base_compiles_ours(how: Any, host: str, family: str) -> None:
+def test_surgical_model_compiles_as_base(how: Any, host: str, family: str) -> None:
+    """Whatever compiles the base compiles the surgical model, or refuses a span with the reason."""
     x = photo(host)
     model = moved(host, family)
     scripting = timm.layers.set_scriptable(True) if how is scripted else contextlib.nullcontext()

@@ -34,7 +34,8 @@ def row(pairs: int, product: float, fused: float, one_head: float | None = None,
     return {"key": str(pairs), **facts, "value_width": 512, "positions": pairs, "summed": 1, "ms": ms, **changes}
 
 
-def test_the_rule_is_the_crossover_that_was_measured(bench: Any) -> None:
+def test_rule_is_the_measured_crossover(bench: Any) -> None:
+    """The rule of a table is the crossover that the rows measured."""
     rules = bench.rules_of([row(100, 1.0, 2.0, 3.0), row(10_000, 5.0, 4.0, 4.5), row(1000, 3.0, 3.2, 4.0)])
     assert rules == (
         ("half", "both", 1, 64, 512, 0, 0, True),
@@ -42,22 +43,26 @@ def test_the_rule_is_the_crossover_that_was_measured(bench: Any) -> None:
     )
 
 
-def test_the_product_may_win_on_large_maps_only_and_then_beyond_them(bench: Any) -> None:
+def test_rule_extends_product_to_large_maps(bench: Any) -> None:
+    """The product may win on large maps alone, and then wins beyond the largest measured one too."""
     forward = bench.rules_of([row(100, 2.0, 1.0), row(1000, 3.0, 3.2), row(10_000, 1.0, 9.0)])[1]
     assert forward == ("half", "forward", 1, 64, 512, 100, bench.cuda_attention.LARGEST_MATRIX, True)
 
 
-def test_the_product_has_to_win_by_more_than_noise(bench: Any) -> None:
+def test_rule_needs_win_beyond_noise(bench: Any) -> None:
+    """The product has to win by more than noise."""
     assert bench.rules_of([row(100, 1.0, 1.01), row(200, 9.0, 1.0)])[1][5:7] == (0, 0)
     assert bench.rules_of([row(100, 1.0, 1.1), row(200, 9.0, 1.0)])[1][5:7] == (0, 100)
 
 
-def test_one_head_is_taken_where_it_is_the_faster_kernel(bench: Any) -> None:
+def test_rule_takes_one_head_where_faster(bench: Any) -> None:
+    """One head is taken where its kernel is the faster one."""
     forward = bench.rules_of([row(100, 9.0, 2.0, 1.0), row(1000, 9.0, 3.0, 2.0)])[1]
     assert forward[5:] == (0, 0, False)
 
 
-def test_the_table_is_written_into_the_module_and_read_again(bench: Any, tmp_path: Path) -> None:
+def test_table_round_trips_through_module(bench: Any, tmp_path: Path) -> None:
+    """The table is written into the module and read again, and other cards keep theirs."""
     path = tmp_path / "crossover.py"
     path.write_text(Path(crossover.__file__).read_text())
     failed = {**row(5, 1.0, 1.0), "error": "no kernel"}
@@ -74,7 +79,8 @@ def test_the_table_is_written_into_the_module_and_read_again(bench: Any, tmp_pat
     assert path.read_text() == once
 
 
-def test_the_written_table_is_formatted(bench: Any, tmp_path: Path) -> None:
+def test_table_written_is_formatted(bench: Any, tmp_path: Path) -> None:
+    """The written table passes `ruff format --check`."""
     pytest.importorskip("ruff")
     path = tmp_path / "crossover.py"
     path.write_text(Path(crossover.__file__).read_text())
@@ -84,14 +90,16 @@ def test_the_written_table_is_formatted(bench: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_rows_of_a_cpu_or_of_two_cards_make_no_table(bench: Any, tmp_path: Path) -> None:
+def test_table_needs_rows_of_one_card(bench: Any, tmp_path: Path) -> None:
+    """Rows of a CPU, or of two cards, make no table."""
     with pytest.raises(SystemExit, match="no row of a CUDA device"):
         bench.write_table([row(1, 1.0, 1.0, card="cpu")], tmp_path / "none.py")
     with pytest.raises(SystemExit, match="rows of some-card and of other-card"):
         bench.write_table([row(1, 1.0, 1.0), row(1, 1.0, 1.0, card="other-card")], tmp_path / "none.py")
 
 
-def test_rows_are_kept_as_they_come_and_a_torn_one_is_dropped(bench: Any, tmp_path: Path) -> None:
+def test_row_file_drops_a_torn_row(bench: Any, tmp_path: Path) -> None:
+    """Rows are saved as they come, and a torn last row is dropped."""
     path = tmp_path / "rows.jsonl"
     rows = bench.RowFile(path)
     rows.add({"key": "one"})
@@ -104,7 +112,8 @@ def test_rows_are_kept_as_they_come_and_a_torn_one_is_dropped(bench: Any, tmp_pa
     assert [one["key"] for one in bench.RowFile(path).rows] == ["one", "two"]
 
 
-def test_no_case_holds_a_matrix_that_the_product_form_may_not_hold(bench: Any) -> None:
+def test_cases_fit_the_largest_matrix(bench: Any) -> None:
+    """No case needs a matrix that is larger than the product form may hold."""
     cases = list(bench.cases(False))
     assert len({case.key for case in cases}) == len(cases)
     assert all(case.batch * case.positions * case.summed <= LARGEST_MATRIX for case in cases)

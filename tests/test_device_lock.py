@@ -67,8 +67,8 @@ def started(kind: str, name: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(quiet.__file__), kind, name, str(folder)])
 
 
-def test_measurements_of_processes_overlap_with_no_step_and_are_not_starved(tmp_path: Path) -> None:
-    """Two that train, whose steps leave no time in between, and two that measure; each knows the others by a file."""
+def test_lock_measurements_exclude_steps(tmp_path: Path) -> None:
+    """Measurements of two processes overlap with no step of two trainings, and are not starved by them."""
     (tmp_path / "log").touch()
     training = [started("train", f"train{number}", tmp_path) for number in range(2)]
     measuring = [started("measure", f"measure{number}", tmp_path) for number in range(2)]
@@ -104,7 +104,8 @@ def test_measurements_of_processes_overlap_with_no_step_and_are_not_starved(tmp_
                 steps[name] += 1
 
 
-def test_a_lock_goes_with_the_process_that_holds_it(tmp_path: Path) -> None:
+def test_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """A lock is released when the process that holds it is killed."""
     (tmp_path / "log").touch()
     process = started("train", "train0", tmp_path)
     try:
@@ -141,7 +142,8 @@ def refuse() -> None:
     raise Refused
 
 
-def test_a_measurement_within_a_job_waits_for_others_and_never_for_itself(locks: Path) -> None:
+def test_lock_never_waits_for_itself(locks: Path) -> None:
+    """A measurement within a job waits for other processes and never for itself."""
     lock, other = device_lock("cpu"), another(locks)
     assert device_lock("cpu") is lock
     other.waiting = lock.waiting = refuse
@@ -165,7 +167,8 @@ def test_a_measurement_within_a_job_waits_for_others_and_never_for_itself(locks:
         pass
 
 
-def test_who_gives_up_waiting_leaves_no_gate_closed(locks: Path) -> None:
+def test_lock_abandoned_wait_opens_the_gate(locks: Path) -> None:
+    """A process that gives up waiting leaves no gate closed."""
     lock, other = device_lock("cpu"), another(locks)
     other.waiting = lock.waiting = refuse
     with lock.shared():
@@ -176,7 +179,8 @@ def test_who_gives_up_waiting_leaves_no_gate_closed(locks: Path) -> None:
             pass
 
 
-def test_a_step_of_a_training_lets_a_measurement_in_and_its_stop_is_heard_while_it_waits(locks: Path) -> None:
+def test_step_yields_to_measurement_and_stop(locks: Path) -> None:
+    """A training step lets a measurement in, and a stop ends it while it waits."""
     done = threading.Event()
 
     def measure() -> None:
@@ -197,8 +201,8 @@ def test_a_step_of_a_training_lets_a_measurement_in_and_its_stop_is_heard_while_
         watch.step()
 
 
-def test_the_device_has_finished_before_it_is_left(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or else what was launched in the step would run in the measurement."""
+def test_lock_synchronizes_before_release(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is synchronized before it is released, or its queued work would run during the measurement."""
     order: list[str] = []
     lock, other = device_lock("cpu"), another(locks)
     monkeypatch.setattr(lock, "_synchronize", lambda: order.append("finished"))
@@ -219,7 +223,8 @@ def test_the_device_has_finished_before_it_is_left(locks: Path, monkeypatch: pyt
         assert order == ["finished", "left", "finished", "finished"]
 
 
-def test_a_card_is_known_by_its_uuid_and_not_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_names_card_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is named by its UUID and not by its number, where it has one."""
     cards = {0: "6f9e0b1c-0000-4c4e-8a50-000000000001", 1: "6f9e0b1c-0000-4c4e-8a50-000000000002"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=cards[index]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -232,7 +237,8 @@ def test_a_card_is_known_by_its_uuid_and_not_by_its_number(monkeypatch: pytest.M
     assert quiet._name("cuda:0") == "cuda-0-1", "by what is left"
 
 
-def test_all_searches_of_a_user_meet_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_folder_ignores_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All searches of a user share one folder of locks, whatever TMPDIR is."""
     monkeypatch.delenv("ATTNSURGERY_LOCKS")
     folder = quiet._folder()
     monkeypatch.setenv("TMPDIR", "/somewhere/else")
@@ -240,14 +246,16 @@ def test_all_searches_of_a_user_meet_in_one_folder(monkeypatch: pytest.MonkeyPat
     assert folder.stat().st_uid == os.getuid()
 
 
-def test_a_folder_that_cannot_be_written_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_works_without_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be written locks nobody out."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path / "file"))
     with device_lock("cpu").exclusive(), device_lock("cpu").shared():
         device_lock("cpu").yield_to_measurements()
 
 
-def test_a_worker_takes_its_card_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sets_its_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker sets its CUDA device before anything else, and sets none for "cuda" or "cpu"."""
     order: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
@@ -266,7 +274,9 @@ def test_a_worker_takes_its_card_before_anything_else(monkeypatch: pytest.Monkey
     assert order == []
 
 
-def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_reports_missing_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA device that is not there is reported with the number of those that are."""
+
     def no_such(device: torch.device) -> None:
         raise RuntimeError("CUDA error: invalid device ordinal")
 
@@ -278,8 +288,8 @@ def test_a_card_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         worker.use_device("cuda:1")
 
 
-def test_lock_forgets_a_search_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock of a thread outlives its searches, and asks none of the past whether to stop."""
+def test_lock_forgets_finished_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a thread outlives its searches and asks none of the past whether to stop."""
     from attnsurgery.search.workers.pool import InProcessPool
 
     monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path))

@@ -90,7 +90,8 @@ def naive(block: DualAttention, x: Tensor, options: dict[str, Any]) -> Tensor:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
-def test_every_option_computes_the_papers_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
+def test_dual_options_compute_paper_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
+    """Outputs and gradients of every option are those of the paper's formulas."""
     block = made(options, awake=True, dtype=torch.float64)
     x = images(2, 16, *size, dtype=torch.float64).requires_grad_()
     ours, expected = block(x), naive(block, x, options)
@@ -101,13 +102,15 @@ def test_every_option_computes_the_papers_formula(options: dict[str, Any], size:
         assert torch.allclose(got, wanted, atol=1e-10, rtol=1e-10)
 
 
-def test_large_maps_compute_the_same_formula_in_their_other_form() -> None:
+def test_dual_large_maps_compute_formula() -> None:
+    """Large maps, which take the other form of the computation, compute the same formula."""
     block, x = made({}, awake=True, dtype=torch.float64), images(2, 16, 28, 38, dtype=torch.float64)
     assert (block(x) - naive(block, x, {})).abs().max() <= 1e-12
 
 
 @every_option
-def test_every_option_starts_as_the_identity_but_for_the_papers_sum(options: dict[str, Any]) -> None:
+def test_dual_options_start_at_identity(options: dict[str, Any]) -> None:
+    """Every option starts as the identity, except the paper's sum of two parts, which starts as 2 x."""
     block, x = made(options), images(2, 16, 7, 9)
     twice = options.get("fusion") == "paper_sum" and options["parts"] == "both"
     for training in (True, False):
@@ -115,13 +118,15 @@ def test_every_option_starts_as_the_identity_but_for_the_papers_sum(options: dic
         assert block(x).data_ptr() != x.data_ptr()
 
 
-def test_the_papers_sum_is_refused_as_an_identity_start_and_the_message_says_why() -> None:
+def test_dual_paper_sum_refuses_identity() -> None:
+    """The paper's sum is refused with an identity start, and the message says why."""
     with pytest.raises(OptionError, match=r"2 x at gamma = 0.*Use fusion: shared_residual .* or start: paper"):
         DualAttention(16, fusion="paper_sum")
 
 
 @every_option
-def test_every_option_keeps_the_memory_format_and_the_dtype(options: dict[str, Any]) -> None:
+def test_dual_options_keep_format_and_dtype(options: dict[str, Any]) -> None:
+    """Every option keeps the memory format and the dtype."""
     block, x = made(options, awake=True), images(3, 16, 7, 9)
     got = block(x.contiguous(memory_format=torch.channels_last))
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -131,7 +136,8 @@ def test_every_option_keeps_the_memory_format_and_the_dtype(options: dict[str, A
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_option_stays_finite_and_near_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_dual_options_finite_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Under autocast outputs are close to full precision, and outputs and gradients are finite."""
     block, x = made(options, awake=True), images(2, 16, 8, 8).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         got = block(x)
@@ -141,7 +147,8 @@ def test_every_option_stays_finite_and_near_under_autocast(options: dict[str, An
         assert torch.isfinite(gradient).all()
 
 
-def test_channel_attention_of_large_fp16_maps_is_finite() -> None:
+def test_dual_fp16_channel_attention_finite() -> None:
+    """Channel attention of large fp16 maps is finite, though their product in fp16 is not."""
     block = made({"parts": "channel"}, awake=True)
     x = 40 * images(1, 16, 56, 56)
     assert not torch.isfinite(x.half().flatten(2) @ x.half().flatten(2).transpose(1, 2)).all()
@@ -151,7 +158,8 @@ def test_channel_attention_of_large_fp16_maps_is_finite() -> None:
 
 
 @every_option
-def test_every_option_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
+def test_dual_options_script_to_same_outputs(options: dict[str, Any]) -> None:
+    """Every option gives the same outputs when scripted."""
     block, x = made(options, awake=True), images(2, 16, 8, 9)
     assert torch.equal(torch.jit.script(block)(x), block(x))
 
@@ -163,7 +171,8 @@ def dynamic(block: DualAttention) -> dict[str, Any]:
 
 
 @few_options
-def test_options_compile_export_for_any_size_and_go_on_to_onnx(options: dict[str, Any]) -> None:
+def test_dual_options_compile_and_export(options: dict[str, Any]) -> None:
+    """Options compile, export for any size, and go on to ONNX."""
     block, x, file = made(options, awake=True), images(2, 16, 8, 9), io.BytesIO()
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
     exported = torch.export.export(block, (x,), dynamic_shapes=dynamic(block))
@@ -182,7 +191,8 @@ def test_options_compile_export_for_any_size_and_go_on_to_onnx(options: dict[str
 
 
 @few_options
-def test_options_are_deterministic(options: dict[str, Any]) -> None:
+def test_dual_options_are_deterministic(options: dict[str, Any]) -> None:
+    """Under deterministic algorithms gradients repeat."""
     block = made(options, awake=True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -196,7 +206,8 @@ def test_options_are_deterministic(options: dict[str, Any]) -> None:
 
 
 @every_option
-def test_every_option_costs_what_torch_counts(options: dict[str, Any]) -> None:
+def test_dual_options_cost_what_torch_counts(options: dict[str, Any]) -> None:
+    """The multiply-accumulates of every option are those that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     block = made(options)
@@ -208,7 +219,8 @@ def test_every_option_costs_what_torch_counts(options: dict[str, Any]) -> None:
         assert block.cost(*size).macs == counter.get_total_flops() // 2
 
 
-def test_no_matrix_of_positions_is_built_on_large_maps() -> None:
+def test_dual_builds_no_matrix_on_large_maps() -> None:
+    """On large maps no matrix of positions by positions is built, which the plain formula does."""
     block, x = made({}, awake=True), images(1, 16, 56, 56).requires_grad_()
     with LargestTensor() as watched:
         block(x).square().sum().backward()
@@ -218,7 +230,8 @@ def test_no_matrix_of_positions_is_built_on_large_maps() -> None:
     assert of_naive.largest == 3136**2
 
 
-def test_parameters_are_the_published_ones() -> None:
+def test_dual_has_published_parameters() -> None:
+    """The numbers of parameters are the published ones."""
     assert sum(p.numel() for p in PositionAttention(512, device="meta").parameters()) == 328_321
     assert sum(p.numel() for p in ChannelAttention(device="meta").parameters()) == 1
     assert sum(p.numel() for p in DualAttention(512, device="meta").parameters()) == 328_322
@@ -226,7 +239,8 @@ def test_parameters_are_the_published_ones() -> None:
         assert sum(p.numel() for p in DANetHead(2048, 19).parameters()) == 23_954_619
 
 
-def test_the_head_gives_three_maps_of_scores_and_learns_from_zero_gammas() -> None:
+def test_danet_head_learns_from_zero_gammas() -> None:
+    """The head gives three maps of scores, and its gammas get gradients at 0."""
     torch.manual_seed(0)
     head, x = DANetHead(64, 5).train(), images(2, 64, 6, 7)
     outputs = head(x)
@@ -238,12 +252,14 @@ def test_the_head_gives_three_maps_of_scores_and_learns_from_zero_gammas() -> No
     assert all(torch.equal(got, expected) for got, expected in zip(scripted(x), head(x), strict=True))
 
 
-def test_a_head_too_narrow_for_position_attention_is_refused() -> None:
+def test_danet_head_too_narrow_is_refused() -> None:
+    """A head too narrow for position attention is refused."""
     with pytest.raises(ValueError, match=r"needs 32 channels at least, and was given 28"):
         DANetHead(28, 5)
 
 
-def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> None:
+def test_dual_empty_maps_and_widths_refused() -> None:
+    """Maps and widths that leave no position or channel are refused with what would work."""
     with pytest.raises(OptionError, match=r"no channel is left. The largest that works here is 4"):
         DualAttention(4)
     with pytest.raises(OptionError, match=r"1 x 1. Use parts: channel"):
@@ -254,7 +270,8 @@ def test_maps_and_widths_that_leave_nothing_are_refused_with_what_would_do() -> 
     DualAttention(16, subsample=3).check_map(3, 7)
 
 
-def test_what_a_plan_predicts_is_what_verify_counts() -> None:
+def test_plan_macs_equal_those_of_verify() -> None:
+    """The MACs that `plan` predicts are those that `verify` counts."""
     recipe = {"version": 1, "name": "n", "base": "test_resnet", "edits": [{"at": "stage:23 last", "block": "dual"}]}
     told = attnsurgery.plan("test_resnet", recipe, (3, 64, 64))
     report = attnsurgery.verify(attnsurgery.operate(timm.create_model("test_resnet"), recipe), (3, 64, 64))

@@ -66,7 +66,8 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_tighter_budget_keeps_what_was_trained_and_judges_it_anew(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchConfig) -> None:
+    """A tighter budget reuses what was trained, judges it anew, and confirms the winner again."""
     most = tighter_than(finished)
     tighter = run(change(config, budget_ms=most, extend=True))
     held = {r.number for r in trained(finished.records) if r.timing and r.timing.ms <= most}
@@ -91,7 +92,8 @@ def test_a_tighter_budget_keeps_what_was_trained_and_judges_it_anew(finished: Ou
     assert (again.records, again.confirmation) == (tighter.records, tighter.confirmation), "now it is that search"
 
 
-def test_the_study_knows_the_scores_of_what_is_over_the_budget_now(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_study_keeps_all_scores(finished: Outcome, config: SearchConfig) -> None:
+    """The study keeps the scores of candidates that are over the new budget, with their constraints."""
     most = tighter_than(finished)
     done = run(change(config, budget_ms=most, extend=True))
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{done.folder / STUDY}")
@@ -103,7 +105,8 @@ def test_the_study_knows_the_scores_of_what_is_over_the_budget_now(finished: Out
     assert study.best_trial.constraints["latency"] <= 0
 
 
-def test_back_to_the_wider_budget_counts_the_same_trials_again(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_back_to_wider_budget(finished: Outcome, config: SearchConfig) -> None:
+    """Going back to the wider budget counts the same trials again and trains nothing."""
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
     back = run(change(config, extend=True))
     known = scores(finished.records) | scores(tighter.records)
@@ -113,7 +116,8 @@ def test_back_to_the_wider_budget_counts_the_same_trials_again(finished: Outcome
     assert back.confirmation.looks == 3
 
 
-def test_what_was_over_the_budget_may_be_tried_under_a_wider_one(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_wider_budget_retries_pruned(finished: Outcome, config: SearchConfig) -> None:
+    """A candidate that was over the budget may be tried under a wider one."""
     shutil.rmtree(config.output)
     narrow = run(change(config, budget_ms=tighter_than(finished, rank=1), trials=4))
     untrained = {r.digest for r in narrow.records if r.state == "over_budget"}
@@ -127,7 +131,8 @@ def test_what_was_over_the_budget_may_be_tried_under_a_wider_one(finished: Outco
     assert len(trained(wide.records)) == 12
 
 
-def test_a_space_that_offers_more_goes_on_with_what_was_trained(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchConfig) -> None:
+    """A search space that offers more reuses what was trained."""
     Path(config.space).write_text(MORE)
     more = run(change(config, extend=True, trials=12))
     assert scores(finished.records).items() <= scores(more.records).items()
@@ -167,9 +172,8 @@ def test_a_space_that_offers_more_goes_on_with_what_was_trained(finished: Outcom
         ),
     ],
 )
-def test_another_search_is_refused_with_the_difference_and_nothing_is_changed(
-    config: SearchConfig, space: str, fields: dict[str, object], said: str
-) -> None:
+def test_extend_refuses_another_search(config: SearchConfig, space: str, fields: dict[str, object], said: str) -> None:
+    """Another search is refused with the difference, and no file changes."""
     Path(config.space).write_text(space)
     before = hashes(Path(config.output))
     with pytest.raises(SearchError, match=said):
@@ -177,14 +181,16 @@ def test_another_search_is_refused_with_the_difference_and_nothing_is_changed(
     assert hashes(Path(config.output)) == before
 
 
-def test_a_long_difference_is_cut_short() -> None:
+def test_check_same_shortens_long_lists() -> None:
+    """A long list of differences is cut short, and its remainder counted."""
     before, now = ({"budget_mb": None, "versions": {f"package {n}": part for n in range(11)}} for part in (1, 2))
     with pytest.raises(SearchError, match=r"package 0: was 1, is now 2; .*; and 3 more\. Go on all the same"):
         check_same(before, now, "there")
     assert len(check_same(before, now, "there", extend=True)) == 11
 
 
-def test_the_command_names_the_search_that_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extend_suggests_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a run directory to extend, the command names the one that may be meant."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "test_resnet-digits-tiny-10ms").mkdir(parents=True)
     (tmp_path / "runs" / "test_resnet-digits-tiny-10ms" / STUDY).touch()
@@ -194,13 +200,15 @@ def test_the_command_names_the_search_that_may_be_meant(tmp_path: Path, monkeypa
     assert not (tmp_path / "runs" / "test_resnet-digits-tiny-8ms").exists()
 
 
-def test_a_study_that_others_may_share_keeps_its_terms(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_refuses_shared_study(finished: Outcome, config: SearchConfig) -> None:
+    """A study that others may share keeps its budget."""
     shared = change(config, storage=f"sqlite:///{Path(config.output) / STUDY}", budget_ms=50.0, extend=True)
     with pytest.raises(SearchError, match=r"others may be at its study, .* budget_ms: was 100\.0, is now 50\.0\. Rep"):
         run(shared)
 
 
-def test_the_old_study_stays_and_can_be_gone_on_with(finished: Outcome, config: SearchConfig) -> None:
+def test_extend_keeps_resumable_old_study(finished: Outcome, config: SearchConfig) -> None:
+    """The old study stays beside the new one and can be resumed."""
     run(change(config, budget_ms=tighter_than(finished), extend=True))
     folder = Path(config.output)
     for name in (STUDY, TRIALS):
@@ -209,9 +217,10 @@ def test_the_old_study_stays_and_can_be_gone_on_with(finished: Outcome, config: 
     assert (folder / "best.before-extend-1").is_dir()
 
 
-def test_a_run_that_dies_on_the_way_is_extended_by_the_same_command(
+def test_extend_resumes_after_interrupt(
     finished: Outcome, config: SearchConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """A run that is interrupted while it is extended goes on by the same command."""
     other = change(config, output=str(tmp_path / "straight" / "run"), budget_ms=tighter_than(finished), extend=True)
     shutil.copytree(config.output, other.output)
 
@@ -226,7 +235,8 @@ def test_a_run_that_dies_on_the_way_is_extended_by_the_same_command(
     assert [told(record) for record in dead.records] == [told(record) for record in run(other).records]
 
 
-def test_an_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig) -> None:
+def test_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig) -> None:
+    """The study of an extended search can be repaired from its journal."""
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
     (tighter.folder / STUDY).unlink()
     repair(tighter.folder)
@@ -237,8 +247,8 @@ def test_an_extended_study_can_be_repaired(finished: Outcome, config: SearchConf
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("cuda", "float32")])
-def test_search_from_before_a_setting_existed_goes_on(device: str, dtype: str) -> None:
-    """It did what the setting now says, so it is the same search; and another one where it did something else."""
+def test_search_before_new_setting_resumes(device: str, dtype: str) -> None:
+    """A search from before a setting existed resumes if it did what the setting now says, and is refused otherwise."""
     given = {"budget_ms": 10.0, "device": device, "dtype": dtype, "mode": "eager", "channels_last": False}
     train_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     now = fixed_part(SearchConfig(**given, train_dtype=train_dtype), {})  # type: ignore[arg-type]

@@ -80,12 +80,14 @@ OF_THE_MODEL = [
         *((message, None) for message in OF_THE_MODEL),
     ],
 )
-def test_a_message_tells_the_fault(message: str, fault: Fault | None) -> None:
+def test_fault_is_told_by_the_message(message: str, fault: Fault | None) -> None:
+    """The message of an error says whether memory was lacking, the device broke, or the model is at fault."""
     assert fault_of(RuntimeError(message)) is fault
 
 
 @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch before 2.8 raises RuntimeError")
-def test_an_accelerator_error_is_of_the_device_unless_it_says_memory() -> None:
+def test_fault_of_accelerator_error() -> None:
+    """An AcceleratorError is a fault of the device unless its message says memory or a wrong configuration."""
     assert fault_of(torch.AcceleratorError("something new")) is Fault.DEVICE
     assert fault_of(torch.AcceleratorError(f"CUDA error: out of memory{HINT}")) is Fault.OUT_OF_MEMORY
     assert fault_of(torch.AcceleratorError("CUDA error: invalid configuration argument")) is None
@@ -96,7 +98,8 @@ def test_an_accelerator_error_is_of_the_device_unless_it_says_memory() -> None:
     [torch.OutOfMemoryError("a forced lack of memory"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")],
     ids=lambda error: type(error).__name__,
 )
-def test_types_that_mean_memory_need_no_message(error: Exception) -> None:
+def test_fault_of_memory_error_types(error: Exception) -> None:
+    """Types of errors that mean a lack of memory need no message."""
     assert fault_of(error) is Fault.OUT_OF_MEMORY
 
 
@@ -116,20 +119,23 @@ def wrapped(how: str, inner: Exception) -> Exception:
 
 
 @pytest.mark.parametrize("how", ["cause", "context", "hidden"])
-def test_a_wrapped_fault_is_found(how: str) -> None:
+def test_fault_of_wrapped_error(how: str) -> None:
+    """A fault is recognised through the cause, the context and a hidden context of an error."""
     assert fault_of(wrapped(how, torch.OutOfMemoryError("CUDA out of memory."))) is Fault.OUT_OF_MEMORY
     assert fault_of(wrapped(how, RuntimeError(DEVICE[0]))) is Fault.DEVICE
     assert fault_of(wrapped(how, RuntimeError(OF_THE_MODEL[0]))) is None
 
 
-def test_the_fault_nearest_to_the_surface_holds() -> None:
+def test_fault_nearest_to_surface_holds() -> None:
     """The device that broke while memory was being freed is broken."""
     outer = RuntimeError(DEVICE[0])
     outer.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
     assert fault_of(outer) is Fault.DEVICE
 
 
-def test_a_fault_in_a_compiler_backend_is_found() -> None:
+def test_fault_in_compiler_backend_is_found() -> None:
+    """A lack of memory is recognised inside the error of a compiler backend."""
+
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -140,7 +146,8 @@ def test_a_fault_in_a_compiler_backend_is_found() -> None:
     assert fault_of(caught.value) is Fault.OUT_OF_MEMORY
 
 
-def test_errors_that_name_each_other_end() -> None:
+def test_fault_of_circular_causes_terminates() -> None:
+    """Errors that are each other's cause do not loop for ever."""
     one, other = RuntimeError("one"), RuntimeError("other")
     one.__cause__, other.__cause__ = other, one
     assert fault_of(one) is None
