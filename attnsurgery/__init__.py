@@ -3,7 +3,7 @@
     import timm, attnsurgery
     model = timm.create_model("resnet50_nonlocal_s3", pretrained=True, num_classes=10)
 
-Importing this package makes the names known to timm; everything else is loaded when it is first used.
+Importing this package registers the names with timm. Everything else is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
     from attnsurgery.graph.site import Site
     from attnsurgery.optimizer import carry_optimizer_state, optimizer_names
-    from attnsurgery.recipe.forecast import Forecast
+    from attnsurgery.recipe.plan import Plan
     from attnsurgery.recipe.schema import Edit, Recipe
     from attnsurgery.surgery.verify import Report
     from attnsurgery.timm_plugin.registry import register
@@ -46,8 +46,8 @@ __all__ = [
     "AttnSurgeryError",
     "Block",
     "Edit",
-    "Forecast",
     "LoadReport",
+    "Plan",
     "Recipe",
     "Report",
     "Site",
@@ -71,14 +71,14 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "BLOCKS": "blocks",
     "Anatomy": "graph.anatomy",
     "AttnSurgeryError": "errors",
     "Block": "blocks",
     "Edit": "recipe.schema",
-    "Forecast": "recipe.forecast",
     "LoadReport": "blocks.loading",
+    "Plan": "recipe.plan",
     "Recipe": "recipe.schema",
     "Report": "surgery.verify",
     "Site": "graph.site",
@@ -105,9 +105,9 @@ install_names()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

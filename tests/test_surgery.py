@@ -18,8 +18,8 @@ from attnsurgery.blocks._base import check_options
 from attnsurgery.errors import SiteError, SurgeryError
 from attnsurgery.graph.find import survey
 from attnsurgery.graph.select import select
+from attnsurgery.surgery.insertion import Insertion, Insertions
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated, remove
-from attnsurgery.surgery.plan import Insertion, Plan
 from attnsurgery.surgery.verify import verify
 from tests.conftest import HOSTS, build, images, move_gates
 
@@ -27,7 +27,7 @@ every_host = pytest.mark.parametrize("host", HOSTS)
 EVERYWHERE = (("stage:* branches", "se"), ("stage:3 before_last_block", "non_local"))
 
 
-def plan_for(model: nn.Module, size: int, *edits: tuple[str, str]) -> Plan:
+def plan_for(model: nn.Module, size: int, *edits: tuple[str, str]) -> Insertions:
     anatomy = survey(model, (3, size, size))
     return tuple(
         Insertion(site, block, check_options(block, {})) for at, block in edits for site in select(at, anatomy)

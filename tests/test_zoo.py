@@ -14,7 +14,7 @@ import attnsurgery
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe import text
 from attnsurgery.recipe.build import resolve
-from attnsurgery.recipe.forecast import forecast
+from attnsurgery.recipe.plan import plan_recipe
 from attnsurgery.surgery.operate import grafted_blocks, operate
 from attnsurgery.timm_plugin import registry, zoo
 from attnsurgery.timm_plugin.architectures import weightless
@@ -84,7 +84,7 @@ def test_what_ships_builds_verifies_and_is_alive(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_ships_is_planned_at_full_size(name: str) -> None:
     recipe = registry.recipe_of(name)
-    found = forecast(recipe, weightless(recipe.base))
+    found = plan_recipe(recipe, weightless(recipe.base))
     assert len(found.blocks) == MADE[name][0]
     assert found.input_size == (3, 224, 224)
     assert 0 < found.params_added < found.params_before / 3

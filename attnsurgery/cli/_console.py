@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from attnsurgery.graph.site import Site
     from attnsurgery.latency import Comparison, Latency, Singles
     from attnsurgery.latency.self_test import SelfTest
-    from attnsurgery.recipe.forecast import Forecast, PlannedBlock, Priced
+    from attnsurgery.recipe.plan import Plan, PlannedBlock, Priced
     from attnsurgery.surgery.verify import Report
 
 _UNWRAPPED = 100_000
@@ -204,12 +204,10 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def print_forecast(forecast: Forecast) -> None:
+def print_plan(plan: Plan) -> None:
     """Each block of a recipe at its place, with what it costs, and all of them against the base."""
-    size = _times(forecast.input_size)
-    print_lines(
-        [f"{forecast.name}: {_counted(len(forecast.blocks), 'block')} into {forecast.base}, images of {size}", ""]
-    )
+    size = _times(plan.input_size)
+    print_lines([f"{plan.name}: {_counted(len(plan.blocks), 'block')} into {plan.base}, images of {size}", ""])
     print_table(
         ["site", "block", "options", "shape", "parameters", "multiply-accumulates", "bytes of attention"],
         [
@@ -222,25 +220,25 @@ def print_forecast(forecast: Forecast) -> None:
                 f"{planned.cost.macs:,}",
                 f"{planned.cost.attention_bytes:,}",
             )
-            for planned in forecast.blocks
+            for planned in plan.blocks
         ],
         words=3,
     )
     print_lines([""])
-    params, macs = forecast.params_before, forecast.macs_before
+    params, macs = plan.params_before, plan.macs_before
     print_table(
         ["", "base", "operated", "added"],
         [
-            _change("parameters", params, params + forecast.params_added),
-            _change("multiply-accumulates", macs, macs + forecast.macs_added),
+            _change("parameters", params, params + plan.params_added),
+            _change("multiply-accumulates", macs, macs + plan.macs_added),
         ],
     )
-    limit = forecast.max_attention_mb
+    limit = plan.max_attention_mb
     within = "the recipe sets no limit" if limit is None else f"within the recipe's {limit * 1e6:,.0f}"
     print_lines(
         [
             "",
-            f"attention  {forecast.attention_bytes:,} bytes if written out, one image in fp32, all blocks; {within}",
+            f"attention  {plan.attention_bytes:,} bytes if written out, one image in fp32, all blocks; {within}",
         ]
     )
 

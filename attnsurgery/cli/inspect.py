@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from attnsurgery.graph.anatomy import Anatomy
-    from attnsurgery.recipe.forecast import Priced
+    from attnsurgery.recipe.plan import Priced
 
 
 def inspect(
@@ -52,7 +52,7 @@ def _prices(anatomy: Anatomy, addresses: list[str], block: str | None, pairs: li
         UnknownNameError, OptionError, UsageError: no such block or option, or an option without a block.
     """
     from attnsurgery.errors import UsageError
-    from attnsurgery.recipe.forecast import prices
+    from attnsurgery.recipe.plan import prices
     from attnsurgery.recipe.strict_yaml import reads
 
     if block is None:

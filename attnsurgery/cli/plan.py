@@ -21,8 +21,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show each block of a recipe with its place, parameters, multiply-accumulates and attention; nothing is built."""
-    from attnsurgery.api import plan as forecast
-    from attnsurgery.cli._console import busy, print_forecast, print_json
+    from attnsurgery.api import plan as plan_recipe
+    from attnsurgery.cli._console import busy, print_json, print_plan
     from attnsurgery.graph.find import input_size_of
     from attnsurgery.recipe.text import where
     from attnsurgery.timm_plugin.architectures import check_base, weightless
@@ -32,11 +32,11 @@ def plan(
     check_base(name, "--base" if base else where(read, "base"))
     with busy(f"planning {read.name} on {name}"):
         model = weightless(name, image_size)
-        found = forecast(model, read, image_size and (input_size_of(model)[0], *image_size))
+        found = plan_recipe(model, read, image_size and (input_size_of(model)[0], *image_size))
     if as_json:
         print_json(found.as_dict())
     else:
-        print_forecast(found)
+        print_plan(found)
 
 
 def _recipe(named: str) -> Recipe:

@@ -1,4 +1,7 @@
-"""Recipe to Plan: selectors become sites, options are checked against shapes. Every error is raised here."""
+"""Resolve a recipe: its selectors become sites, and its options are checked against shapes.
+
+All errors that follow from recipe and model are raised here, before the model is changed.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,29 @@ from attnsurgery.graph.site import Site
 from attnsurgery.recipe.guard import within_limit
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.plan import Insertion, Plan
+from attnsurgery.surgery.insertion import Insertion, Insertions
 
 
-def resolve(recipe: Recipe, anatomy: Anatomy) -> Plan:
-    """The plan that the recipe means in a model of this anatomy.
+def resolve(recipe: Recipe, anatomy: Anatomy) -> Insertions:
+    """The insertions that the recipe makes in a model of this anatomy, in order.
 
     Raises:
-        SiteError: a selector that matches nothing.
-        UnknownNameError, OptionError: a block or option that does not exist, or has no meaning at that site; or more
-            attention than the recipe's `max_attention_mb`.
-        RecipeError: the same block twice at one site.
+        SiteError: a selector matches nothing, or a site cannot hold the block.
+        UnknownNameError, OptionError: a block or option does not exist or is invalid at that site, or the blocks need
+            more attention than the recipe's `max_attention_mb`.
+        RecipeError: the same block goes to one site twice.
     """
     return tuple(chain.from_iterable(resolve_edits(recipe, anatomy)))
 
 
 def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
-    """The same plan, edit by edit; raises as `resolve`."""
+    """The insertions of each edit; raises the errors of `resolve`."""
     edits = [_resolve_edit(recipe, index, edit, anatomy) for index, edit in enumerate(recipe.edits)]
-    taken: dict[tuple[str, str], int] = {}
-    for index, made in enumerate(edits):
-        for insertion in made:
+    first_edits: dict[tuple[str, str], int] = {}
+    for index, insertions in enumerate(edits):
+        for insertion in insertions:
             key = insertion.site.address, insertion.block
-            first = taken.setdefault(key, index)
+            first = first_edits.setdefault(key, index)
             if first != index:
                 at = recipe.edits[index].at
                 raise RecipeError(
@@ -45,31 +48,33 @@ def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
                     f"edits[{first}] ({recipe.edits[first].at!r}) has put it already. Narrow one of the two selectors."
                 )
     limited = within_limit(recipe, edits, anatomy)
-    for index, made in enumerate(limited):
-        for insertion in made:
+    for index, insertions in enumerate(limited):
+        for insertion in insertions:
             _check_order(recipe, index, insertion)
     return limited
 
 
 def settled(recipe: Recipe, anatomy: Anatomy) -> Recipe:
-    """The recipe with every option written out that a block has taken from the size of its map.
+    """The recipe with a value for each option that it leaves at 'auto', which depends on the size of the map.
 
-    It makes the same model whatever image size that is built for; what it makes of a model of this anatomy is the same.
+    It makes the same blocks at every image size, and on a model of this anatomy the blocks of the original recipe.
     """
-    return written_out(recipe, resolve_edits(recipe, anatomy))
+    return with_explicit_options(recipe, resolve_edits(recipe, anatomy))
 
 
-def written_out(recipe: Recipe, resolved: list[list[Insertion]]) -> Recipe:
-    """`settled`, from what `resolve_edits` gave."""
+def with_explicit_options(recipe: Recipe, resolved: list[list[Insertion]]) -> Recipe:
+    """`settled`, from the result of `resolve_edits`."""
     edits: list[Edit] = []
-    for edit, plan in zip(recipe.edits, resolved, strict=True):
-        asked = check_options(edit.block, edit.options)
-        if all(insertion.options == asked for insertion in plan):
+    for edit, insertions in zip(recipe.edits, resolved, strict=True):
+        requested = check_options(edit.block, edit.options)
+        if all(insertion.options == requested for insertion in insertions):
             edits.append(edit)
             continue
-        for insertion in plan:
-            taken = {option: value for option, value in insertion.options.items() if value != asked[option]}
-            options = {**edit.options, **taken}
+        for insertion in insertions:
+            resolved_options = {
+                option: value for option, value in insertion.options.items() if value != requested[option]
+            }
+            options = {**edit.options, **resolved_options}
             edits.append(edit.model_copy(update={"at": insertion.site.address, "options": options}))
     return recipe.model_copy(update={"edits": edits})
 
@@ -90,24 +95,29 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
             raise SiteError(f"{place}: {site.address!r} can hold no block: {site.refused}.")
     block = BLOCKS[edit.block]
     places = [_fitting(recipe, index, edit, site, anatomy) for site in sites]
-    plan = [Insertion(site, edit.block, block.fittings(options, *site.map_size)[0], edit.start) for site in places]
+    insertions = [
+        Insertion(site, edit.block, block.fittings(options, *site.map_size)[0], edit.start) for site in places
+    ]
     checked: set[tuple[int, tuple[int, int]]] = set()
-    for insertion in plan:
+    for insertion in insertions:
         size = insertion.site.channels, insertion.site.map_size
         if size not in checked:
             checked.add(size)
             _check_fit(recipe, index, insertion, insertion.site)
-    return plan
+    return insertions
 
 
 def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatomy) -> Site:
-    """The place as the block takes it: one that gates a span takes a single module as a span of one, if the module
-    keeps the size of its map; any other place it gates by itself."""
+    """The site in the form that the block needs.
+
+    A block that gates a span treats a single module as a span of one, if the module keeps the size of its map. Any
+    other site is gated by itself.
+    """
     gates = BLOCKS[edit.block].gates
     try:
         if site.span and not gates:
             raise SiteError(
-                f"block {edit.block!r} goes to one place and not on a span. What the span returns is "
+                f"block {edit.block!r} goes to one site and not on a span. The module that the span returns from is "
                 f"{site.span[-1]!r}; blocks for spans: {', '.join(name for name in BLOCKS if BLOCKS[name].gates)}."
             )
         return anatomy.span(site, site) if gates and anatomy.keeps_size(site) and not site.span else site
@@ -116,20 +126,20 @@ def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatom
 
 
 def _check_order(recipe: Recipe, index: int, insertion: Insertion) -> None:
-    """Refuse a block that asks who is next to whom where the positions do not say."""
+    """Refuse a block that depends on neighbouring positions where positions are not in the order of the image."""
     site = insertion.site
     if not site.ordered and not BLOCKS[insertion.block].order_free(insertion.options):
         free = ", ".join(name for name in BLOCKS if BLOCKS[name].order_free(check_options(name, {})))
         raise SiteError(
             f"{where(recipe, f'edits[{index}].at')}: at {site.address!r}, {'x'.join(map(str, site.shape))} "
             f"{site.layout}, positions do not lie as in the image (windows cut apart, a reordered sequence, or one "
-            f"of any length), and block {insertion.block!r} needs to know who is next to whom. "
-            f"Blocks that work there, as they are by default: {free}."
+            f"of any length), and block {insertion.block!r} needs to know which positions are neighbours. "
+            f"Blocks that work there with their default options: {free}."
         )
 
 
 def _check_fit(recipe: Recipe, index: int, insertion: Insertion, site: Site) -> None:
-    """Build the block without weights and ask it about the map it would see."""
+    """Build the block without weights and check that it accepts the size of the map."""
     try:
         block = build_block(insertion.block, site.channels, insertion.options, insertion.start, torch.device("meta"))
         block.check_map(*site.map_size)

@@ -10,7 +10,7 @@ import torch
 
 from attnsurgery.blocks import Start
 from attnsurgery.blocks._base import build_block
-from attnsurgery.surgery.plan import Insertion
+from attnsurgery.surgery.insertion import Insertion
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from attnsurgery.graph.site import Site
 from attnsurgery.recipe.costs import cost_of
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.plan import Insertion
+from attnsurgery.surgery.insertion import Insertion
 
 MB = 1_000_000
 """Bytes of a megabyte in `max_attention_mb`."""

@@ -32,7 +32,7 @@ from attnsurgery.errors import OptionError, SiteError, UnknownNameError, did_you
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.recipe.build import resolve
-from attnsurgery.recipe.forecast import reason
+from attnsurgery.recipe.plan import reason
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places

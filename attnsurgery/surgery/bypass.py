@@ -1,4 +1,4 @@
-"""Blocks switched off for a while: the host computes what it would without them, and nothing else changes."""
+"""Bypass: switch blocks off temporarily, so that the model computes what it would without them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import nn
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.wrappers import check_uncompiled, unwrapped
 from attnsurgery.surgery.owners import grafted_blocks
-from attnsurgery.surgery.select_blocks import named_blocks
+from attnsurgery.surgery.select_blocks import select_blocks
 
 
 @contextmanager
 def bypass(model: nn.Module, *blocks: str) -> Iterator[tuple[str, ...]]:
-    """Inside the `with`, these blocks are the identity, so that the model computes what it would without them.
+    """Inside the `with` statement, these blocks are the identity, so the model computes what it would without them.
 
-    Their parameters stay where they are and get no gradient meanwhile.
+    Their parameters stay in the model and get no gradient meanwhile.
 
     Args:
         model: a surgical model, in a wrapper or not.
-        blocks: paths, patterns or selectors, as `remove` takes them; by default all blocks.
+        blocks: paths, patterns or selectors, as for `remove`; by default all blocks.
 
     Yields:
         The paths of the blocks that are bypassed.
 
     Raises:
-        SiteError: a name that means no block.
+        SiteError: an entry of `blocks` matches no block.
         SurgeryError: the model has no blocks.
-        UsageError: a compiled or scripted model, whose forward is fixed; says what to do.
+        UsageError: the model is compiled or scripted, so its forward is fixed; the message says what to do.
     """
     model = unwrapped(model, "bypass")
-    there = grafted_blocks(model)
-    if not there:
-        raise SurgeryError("there is no block of ours in this model to bypass.")
-    meant = named_blocks(model, blocks) if blocks else list(there)
-    check_uncompiled(model, meant, "bypass")
-    own = {path: vars(there[path]).get("forward") for path in meant}
+    grafted = grafted_blocks(model)
+    if not grafted:
+        raise SurgeryError("this model has no inserted block to bypass.")
+    paths = select_blocks(model, blocks) if blocks else list(grafted)
+    check_uncompiled(model, paths, "bypass")
+    instance_forwards = {path: vars(grafted[path]).get("forward") for path in paths}
     try:
-        for path in meant:
-            # hosts add in place to what a block returns, so it must be a tensor of its own
-            there[path].__dict__["forward"] = torch.ones_like if there[path].gates else torch.clone
-        yield tuple(meant)
+        for path in paths:
+            # hosts add in place to the result of a block, so it must not share memory with the input
+            grafted[path].__dict__["forward"] = torch.ones_like if grafted[path].gates else torch.clone
+        yield tuple(paths)
     finally:
-        for path, forward in own.items():
-            there[path].__dict__.pop("forward", None)
+        for path, forward in instance_forwards.items():
+            grafted[path].__dict__.pop("forward", None)
             if forward is not None:
-                there[path].__dict__["forward"] = forward
+                grafted[path].__dict__["forward"] = forward

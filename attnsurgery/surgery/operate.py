@@ -1,4 +1,4 @@
-"""The operation: everything is decided and built first, then the model is changed; after an error it is as it was."""
+"""Operate on a model: all blocks are checked and built first, so an error leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ from attnsurgery.graph.twin import meta_twin
 from attnsurgery.graph.within import feature_infos
 from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
+from attnsurgery.surgery.insertion import Insertion, Insertions
 from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
-from attnsurgery.surgery.plan import Insertion, Plan
 from attnsurgery.surgery.remove import remove
 from attnsurgery.surgery.rewrite import surgical_class
 
 __all__ = ["PATHS", "grafted_blocks", "operate", "operated", "remove"]
 
 
-def operate(model: nn.Module, plan: Plan) -> nn.Module:
-    """Insert every block of the plan into the model, in place, in the order written.
+def operate(model: nn.Module, insertions: Insertions) -> nn.Module:
+    """Insert blocks into the model, in place and in order.
 
     Args:
-        model: the model the plan was made for, in a wrapper or not; it may have been operated on before.
+        model: the model whose sites the insertions name, in a wrapper or not; it may have been operated on before.
+        insertions: the blocks and their sites.
 
     Returns:
         The same object.
 
     Raises:
-        SiteError: a site's owner is not in this model, or its forward cannot be cut there. The model is unchanged.
-        UsageError: a wrapper that does not allow it; says what to do. The model is unchanged.
+        SiteError: a site's owner is not in this model, or a block cannot be inserted into its forward there. The model
+            is unchanged.
+        UsageError: the model is in a wrapper that does not allow this; the message says what to do. The model is
+            unchanged.
     """
     original, model = model, unwrapped(model, "operate")
     owners: dict[str, _Owner] = {}
-    with torch.inference_mode(False):  # a parameter made in that mode could never be trained
-        for insertion in plan:
+    with torch.inference_mode(False):  # a parameter that is created in that mode can never be trained
+        for insertion in insertions:
             _prepare(model, insertion, owners)
         check_uncompiled(model, owners, "operate")
         prepared = [owner.finished() for owner in owners.values()]
@@ -64,17 +67,17 @@ def operate(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _resized(model: nn.Module, path: str) -> nn.Module | None:
-    """The timm model around an owner that is told of another size of images: the whole, or one inside it."""
+    """The model around an owner whose `set_input_size` changes the image size: the root or a timm model in it."""
     while path:
         path = path.rpartition(".")[0]
-        around = submodule(model, path)
-        if hasattr(type(around), "set_input_size") and (not path or feature_infos(around)):
-            return around
+        enclosing = submodule(model, path)
+        if hasattr(type(enclosing), "set_input_size") and (not path or feature_infos(enclosing)):
+            return enclosing
     return None
 
 
 def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The model's own `set_input_size`, after which the blocks that work on a grid of tokens are told the new one."""
+    """Call the model's own `set_input_size` and update the grid of blocks that work on a grid of tokens."""
     cls: Any = type(model)
     cls.set_input_size(model, *args, **kwargs)
     anatomy = survey(remove(meta_twin(model)))
@@ -82,19 +85,19 @@ def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     for path, owner, grafts in operated(model):
 
         def resized(graft: Graft, path: str = path) -> Graft:
-            # a span has the paths of the whole that the model may stand in
-            last = (
-                next((own for own in paths if f".{graft.span[-1]}".endswith(f".{own}")), path) if graft.span else path
-            )
+            if not graft.span:
+                last = path
+            else:  # the span's paths may begin at a larger module that holds this model
+                last = next((owner for owner in paths if f".{graft.span[-1]}".endswith(f".{owner}")), path)
             return dataclasses.replace(graft, grid=anatomy.grid_at(last, graft.node, graft.element))
 
-        told = tuple(resized(graft) if graft.fixed else graft for graft in grafts)
-        owner.__dict__[RECORD] = told
-        owner.__class__ = surgical_class(owner, told)
+        updated = tuple(resized(graft) if graft.fixed else graft for graft in grafts)
+        owner.__dict__[RECORD] = updated
+        owner.__class__ = surgical_class(owner, updated)
 
 
 class _Owner:
-    """A module to be operated on: what will be grafted onto it, tried on a copy; the module is not touched."""
+    """A module to be operated on, with its grafts and blocks; they are tried on a copy, and the module is unchanged."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.path = path
@@ -105,7 +108,11 @@ class _Owner:
         self.blocks: dict[str, Block] = {}
 
     def finished(self) -> Prepared:
-        """The new class with all that goes with it."""
+        """The module with its new class, grafts and blocks.
+
+        Raises:
+            SiteError: the blocks cannot be inserted into its forward.
+        """
         grafts = tuple(self.grafts)
         try:
             return self.path, self.module, grafts, self.blocks, surgical_class(self.trial, grafts)
@@ -114,10 +121,15 @@ class _Owner:
 
 
 Prepared = tuple[str, nn.Module, tuple[Graft, ...], dict[str, Block], type[nn.Module]]
+"""Path of an owner, the owner, its grafts, its new blocks by name, and its new class."""
 
 
 def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) -> None:
-    """Build the block and note on every owner concerned what becomes of it."""
+    """Build the block and add a graft to each owner concerned.
+
+    Raises:
+        SiteError: the site cannot hold the block, or holds one of that name already.
+    """
     site = insertion.site
     if site.refused:
         raise SiteError(f"{site.address!r} can hold no block: {site.refused}.")
@@ -129,7 +141,7 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
     place = site.node, site.users, site.span, site.element
     if any((g.node, g.users, g.span, g.element) == place and g.block == insertion.block for g in first.grafts):
         raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
-    device, dtype = _home(first.module, model)
+    device, dtype = _device_and_dtype(first.module, model)
     block = build_block(insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype)
     if site.span and not block.gates:
         raise SiteError(f"{insertion.block!r} takes no span: {site.address!r}.")
@@ -157,23 +169,23 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
                 span=site.span,
                 part=("point" if block.gates else "place") if not site.span else "whole" if len(span) == 1 else part,
                 element=site.element,
-                # a block that does not ask how positions lie takes images of any size
+                # a block that does not depend on the order of positions works at any image size
                 grid=None if free else site.grid,
                 grid_names=() if free else site.grid_names,
                 grid_source="" if free else site.grid_source,
             )
         )
     if site.grid_source and not free:
-        _ask(model, site, owners)
+        _report_map_size(model, site, owners)
 
 
-def _ask(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:
-    """Let the module that makes the map say how large it is."""
+def _report_map_size(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:
+    """Make the module that produces the map publish its size in each forward."""
     source = site.grid_source
     if source not in owners:
         owners[source] = _Owner(model, source)
     if not any(graft.part == "tells" for graft in owners[source].grafts):
-        teller = Graft(
+        reporter = Graft(
             child="",
             node=None,
             layout=site.source_layout,
@@ -186,11 +198,11 @@ def _ask(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:
             grid=site.grid,
             grid_source=source,
         )
-        owners[source].grafts.append(teller)
+        owners[source].grafts.append(reporter)
 
 
-def _home(owner: nn.Module, model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and dtype of the tensors around the cut."""
+def _device_and_dtype(owner: nn.Module, model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of the owner's parameters, or of the model's where it has none."""
     for module in (owner, model):
         for parameter in module.parameters():
             if parameter.is_floating_point():

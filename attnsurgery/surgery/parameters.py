@@ -1,4 +1,4 @@
-"""What a surgical model has that is new: the parameters of its blocks, and everything else frozen."""
+"""The parameters of inserted blocks, and freezing of all other parameters."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from attnsurgery.surgery.owners import grafted_blocks
 
 
 def block_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of all inserted blocks by their names in `model.named_parameters()`; empty without surgery.
+    """The parameters of all inserted blocks, by their names in `model.named_parameters()`; empty without surgery.
 
-    Nothing is run. An optimizer for the blocks alone: `torch.optim.AdamW(block_parameters(model).values())`.
+    The model is not run. An optimizer for the blocks alone is `torch.optim.AdamW(block_parameters(model).values())`.
     """
-    own = {id(parameter) for block in grafted_blocks(model).values() for parameter in block.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
+    block_ids = {id(parameter) for block in grafted_blocks(model).values() for parameter in block.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in block_ids}
 
 
 def freeze_base(model: nn.Module) -> int:
-    """Train the inserted blocks alone: no other parameter of the model asks for a gradient any more.
+    """Freeze all parameters except those of the inserted blocks, by `requires_grad_(False)`.
 
-    Buffers are no parameters: the running statistics of the base's batch norms still move while those are in train
-    mode. Call `eval()` on them after `model.train()` if they shall stay.
+    Buffers are not parameters: the running statistics of the base's batch norms still change in train mode. To keep
+    them, call `eval()` on those modules after `model.train()`.
 
     Returns:
-        How many parameters (tensors) of the base are frozen now.
+        The number of parameter tensors of the base, which are frozen now.
 
     Raises:
-        SurgeryError: the model has no blocks, and all of it would be frozen.
-        UsageError: a wrapper that has taken note of what is trained; says what to do.
+        SurgeryError: the model has no blocks, so all of it would be frozen.
+        UsageError: a wrapper has recorded which parameters are trained; the message says what to do.
     """
     unwrapped(model, "freeze")
-    own = {id(parameter) for parameter in block_parameters(model).values()}
-    if not own:
+    block_ids = {id(parameter) for parameter in block_parameters(model).values()}
+    if not block_ids:
         raise SurgeryError(
             "this model has no block with parameters, so all of it would be frozen: operate on it first, or use "
             "model.requires_grad_(False)."
         )
-    base = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    base = [parameter for parameter in model.parameters() if id(parameter) not in block_ids]
     for parameter in base:
         parameter.requires_grad_(False)
     return len(base)

@@ -450,12 +450,12 @@ def _adapting(*args: Any, **kwargs: Any) -> Any:
 def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> Recipe:
     """Operate; returns the recipe with every option written out that a block has taken from the size of its map."""
     from attnsurgery.graph.find import survey
-    from attnsurgery.recipe.build import resolve_edits, written_out
+    from attnsurgery.recipe.build import resolve_edits, with_explicit_options
     from attnsurgery.surgery.operate import operate
 
     resolved = resolve_edits(recipe, survey(model, input_size))
     operate(model, tuple(insertion for made in resolved for insertion in made))
-    return written_out(recipe, resolved)
+    return with_explicit_options(recipe, resolved)
 
 
 install()

@@ -19,7 +19,7 @@ from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 from attnsurgery.search.result.limits import _KINDS, EXACT, Budgets, _amount
 from attnsurgery.search.space import BoundSpace
-from attnsurgery.surgery.plan import Insertion
+from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.verify import count_macs
 
 

@@ -37,8 +37,8 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.search.files import write_weights
 from attnsurgery.search.space import BoundSpace, Variable
+from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.operate import PATHS, operate
-from attnsurgery.surgery.plan import Insertion
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 PASSES = 3

@@ -1,7 +1,7 @@
-"""Forecast: what a recipe would do to a model, before anything is cut.
+"""Plan: what a recipe would do to a model, computed before the model is changed.
 
-Nothing is allocated: blocks are counted without weights, and the cut is tried on a weightless copy of the model, so
-that whatever `operate` would refuse is refused here.
+Nothing is allocated. Blocks are counted without weights, and the operation is tried on a copy of the model without
+weights, so whatever `operate` would refuse is refused here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -22,73 +23,84 @@ from attnsurgery.graph.twin import meta_twin
 from attnsurgery.recipe.build import resolve, resolve_edits
 from attnsurgery.recipe.costs import BlockCost, cost_of
 from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.operate import operate
-from attnsurgery.surgery.plan import Insertion
 from attnsurgery.surgery.verify import count_macs
 
 Priced = BlockCost | str
-"""What a block would cost at a place; or why it cannot stand there."""
+"""What a block would cost at a site, or the reason why it cannot stand there."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBlock:
-    """One block of a recipe at the place where it would stand."""
+    """One block of a recipe at its site."""
 
     address: str
+    """Address of the site."""
     block: str
+    """The block's name in the catalog."""
     start: Start
+    """How the block is initialized."""
     shape: tuple[int, ...]
-    """Of the tensor there, without the batch."""
+    """Shape of the site's tensor, without the batch."""
     map_size: tuple[int, int]
     """Height and width as the block sees them."""
     options: Mapping[str, Any]
-    """Every option, defaults filled in."""
+    """All options, with defaults filled in."""
     chosen: Mapping[str, Any]
-    """Those of the options that the recipe gives itself."""
+    """The options that the recipe sets explicitly."""
     settled: Mapping[str, Any]
-    """Those of the options that the recipe leaves to 'auto', and what they come to here."""
+    """The options that the recipe leaves at 'auto', with the values that they resolve to at this site."""
     cost: BlockCost
+    """What the block adds to the model."""
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """A recipe on a model, before anything is cut."""
+class Plan:
+    """What a recipe would do to a model."""
 
     name: str
+    """Name of the recipe."""
     base: str
+    """Name of the model."""
     input_size: tuple[int, int, int]
-    """(C, H, W) of the images that it holds for."""
+    """(C, H, W) of the images that the plan holds for."""
     blocks: tuple[PlannedBlock, ...]
-    """In the order of the recipe."""
+    """The blocks in the order of the recipe."""
     params_before: int
+    """Number of parameters of the model without the blocks."""
     macs_before: int
-    """Multiply-accumulates of one image through convolutions, matrix products and attention."""
+    """Multiply-accumulates of one image through convolutions, matrix products and attention, without the blocks."""
     max_attention_mb: float | None
-    """The limit that the recipe sets on `attention_bytes`; a forecast is within it."""
+    """The recipe's limit on `attention_bytes`, in megabytes; every plan is within it."""
 
     @property
     def params_added(self) -> int:
+        """Number of parameters of all blocks."""
         return sum(planned.cost.params for planned in self.blocks)
 
     @property
     def macs_added(self) -> int:
+        """Multiply-accumulates of all blocks, for one image."""
         return sum(planned.cost.macs for planned in self.blocks)
 
     @property
     def attention_bytes(self) -> int:
-        """Summed over the blocks: training holds all of them at once."""
+        """Bytes of attention of all blocks together, since training holds all of them at once."""
         return sum(planned.cost.attention_bytes for planned in self.blocks)
 
     def as_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON data, totals included."""
         totals = ("params_added", "macs_added", "attention_bytes")
         return asdict(self) | {total: getattr(self, total) for total in totals}
 
 
-def forecast(recipe: Recipe, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Forecast:
-    """The recipe on this model, which is left as it is.
+def plan_recipe(recipe: Recipe, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Plan:
+    """Plan the recipe for this model, which is not changed.
 
     Args:
-        model: a built timm model on any device, the meta device too.
+        recipe: the recipe.
+        model: a built timm model on any device, also on the meta device.
         input_size: (C, H, W) of one image; by default what the model is built for.
 
     Raises:
@@ -96,13 +108,15 @@ def forecast(recipe: Recipe, model: nn.Module, input_size: tuple[int, int, int] 
     """
     anatomy = survey(model, input_size)
     edits = resolve_edits(recipe, anatomy)
-    operate(meta_twin(model), tuple(insertion for made in edits for insertion in made))
-    return Forecast(
+    operate(meta_twin(model), tuple(chain.from_iterable(edits)))
+    return Plan(
         name=recipe.name,
         base=anatomy.name,
         input_size=anatomy.input_size,
         blocks=tuple(
-            _planned(edit, insertion) for edit, made in zip(recipe.edits, edits, strict=True) for insertion in made
+            _planned(edit, insertion)
+            for edit, insertions in zip(recipe.edits, edits, strict=True)
+            for insertion in insertions
         ),
         params_before=sum(parameter.numel() for parameter in model.parameters()),
         macs_before=count_macs(model, anatomy.input_size),
@@ -111,10 +125,10 @@ def forecast(recipe: Recipe, model: nn.Module, input_size: tuple[int, int, int] 
 
 
 def prices(anatomy: Anatomy, addresses: Iterable[str], block: str, options: Mapping[str, Any]) -> dict[str, Priced]:
-    """What the block would add at each of the addresses, if it stood there alone.
+    """What the block would add at each of the addresses if it were the only block, by address.
 
     Raises:
-        UnknownNameError, OptionError: no such block, or an option that it has nowhere.
+        UnknownNameError, OptionError: there is no such block, or an option is invalid at any site.
     """
     check_options(block, options)
     return {address: _price(anatomy, Edit(at=address, block=block, options=dict(options))) for address in addresses}
@@ -129,13 +143,13 @@ def _price(anatomy: Anatomy, edit: Edit) -> Priced:
 
 
 def reason(error: UsageError) -> str:
-    """Why an edit that stands alone was refused, without where it stood."""
+    """Why the only edit of a recipe was refused, without the location in the message."""
     return re.sub(r"^edits\[0\]\.\w+: (at '[^']*': )?", "", str(error))
 
 
 def _planned(edit: Edit, insertion: Insertion) -> PlannedBlock:
     site = insertion.site
-    asked = check_options(edit.block, edit.options)
+    requested = check_options(edit.block, edit.options)
     return PlannedBlock(
         address=site.address,
         block=insertion.block,
@@ -144,6 +158,6 @@ def _planned(edit: Edit, insertion: Insertion) -> PlannedBlock:
         map_size=site.map_size,
         options=dict(insertion.options),
         chosen={option: value for option, value in insertion.options.items() if option in edit.options},
-        settled={option: value for option, value in insertion.options.items() if asked[option] == "auto"},
+        settled={option: value for option, value in insertion.options.items() if requested[option] == "auto"},
         cost=cost_of(insertion),
     )

@@ -1,4 +1,4 @@
-"""Plan: every cut decided, nothing done. Data without tensors."""
+"""Insertion: one block at one site, decided but not carried out. It is data without tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ class Insertion:
     """One block at one site."""
 
     site: Site
+    """Where the block goes."""
     block: str
+    """The block's name in the catalog."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Every option, defaults filled in."""
+    """All options of the block, with defaults filled in."""
     start: Start = "identity"
+    """How the block is initialized."""
 
 
-Plan = tuple[Insertion, ...]
+Insertions = tuple[Insertion, ...]
+"""The insertions of one operation, in the order in which they are carried out."""
