@@ -186,7 +186,7 @@ def test_prefix_tokens_pass_a_span_untouched() -> None:
         ("layer2.1.bn3 .. layer2.2", "residual_attention", "'layer2.1.bn3' is inside one"),
         ("layer2.1 .. layer2.9", "residual_attention", "'layer2.9' matches none of the"),
         ("layer2.1 ..", "residual_attention", "is not a span. It reads: FIRST .. LAST"),
-        ("layer2.1 .. layer2.2", "se", "to one site and not on a span. The module that the span returns from is 'layer2.2'"),
+        ("layer2.1 .. layer2.2", "se", "goes to one site and not on a span. The span's output is the site 'layer2.2'"),
     ],
 )
 def test_what_cannot_be_a_span_is_refused_with_the_reason(at: str, block: str, message: str) -> None:

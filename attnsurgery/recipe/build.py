@@ -117,7 +117,7 @@ def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatom
     try:
         if site.span and not gates:
             raise SiteError(
-                f"block {edit.block!r} goes to one site and not on a span. The module that the span returns from is "
+                f"block {edit.block!r} goes to one site and not on a span. The span's output is the site "
                 f"{site.span[-1]!r}; blocks for spans: {', '.join(name for name in BLOCKS if BLOCKS[name].gates)}."
             )
         return anatomy.span(site, site) if gates and anatomy.keeps_size(site) and not site.span else site
