@@ -48,7 +48,8 @@ def backend(request: pytest.FixtureRequest) -> LatencyBackend:
     return backend_for(SMALL, request.param, QUICK)
 
 
-def test_measuring_leaves_training_flags_and_weights_as_they_were(backend: LatencyBackend) -> None:
+def test_measuring_leaves_model_as_it_was(backend: LatencyBackend) -> None:
+    """Measuring and comparing leave training flags, weights and buffers as they were."""
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval()).train(True)
     model[1].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -58,7 +59,8 @@ def test_measuring_leaves_training_flags_and_weights_as_they_were(backend: Laten
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_the_number_carries_its_conditions(backend: LatencyBackend) -> None:
+def test_latency_carries_its_conditions(backend: LatencyBackend) -> None:
+    """A latency carries device, dtype, batch size, mode, versions and the number of runs."""
     latency = backend.measure(convs(1))
     assert (latency.device, latency.dtype, latency.batch_size, latency.mode) == ("cpu", "float32", 1, "eager")
     assert latency.versions
@@ -66,14 +68,16 @@ def test_the_number_carries_its_conditions(backend: LatencyBackend) -> None:
     assert latency.p90_ms >= latency.p50_ms > 0
 
 
-def test_more_of_the_same_work_takes_longer(backend: LatencyBackend) -> None:
+def test_compare_more_work_takes_longer(backend: LatencyBackend) -> None:
+    """A model with forty times as many layers is slower, and the ratio lies in its interval."""
     comparison = backend.compare(convs(1), convs(40))
     assert comparison.ratio_low <= comparison.ratio <= comparison.ratio_high
     assert comparison.ratio_low > 0
     assert comparison.ratio > 4  # also where the machine is busy, and the interval wide
 
 
-def test_variant_ms_is_the_ratio_on_the_scale_of_the_reference() -> None:
+def test_variant_ms_scaled_by_reference() -> None:
+    """`variant_ms` is the ratio of the comparison times the latency of the reference."""
     backend = FixedLatency(SMALL, milliseconds=lambda model: float(len(list(model.children()))))
     reference = backend.measure(convs(10))
     comparison = backend.compare(convs(2), convs(3), reference)
@@ -81,7 +85,8 @@ def test_variant_ms_is_the_ratio_on_the_scale_of_the_reference() -> None:
     assert backend.compare(convs(2), convs(3)).variant_ms == pytest.approx(3.0)
 
 
-def test_fixed_latency_is_the_same_twice_and_differs_with_the_model() -> None:
+def test_fixed_latency_is_deterministic() -> None:
+    """The fixed latency is the same twice for one model and differs between models."""
     backend = backend_for(SMALL, "fixed")
     assert backend.measure(convs(2)) == backend.measure(convs(2))
     assert backend.measure(convs(2)) != backend.measure(convs(3))
@@ -93,28 +98,29 @@ def named(*names: str) -> Iterator[list[Callable[[], str]]]:
     yield [lambda name=name: name for name in names]  # type: ignore[misc]
 
 
-def test_subjects_alternate_and_the_slow_round_is_left_out() -> None:
-    seen: list[str] = []
+def test_sample_alternates_drops_slow_rounds() -> None:
+    """The subjects alternate in both orders, and the round that was disturbed is left out."""
+    names_called: list[str] = []
 
     def time_block(call: Callable[[], str], repeats: int) -> float:
         name = call()
-        seen.append(name)
-        disturbed = len(seen) in range(41, 49)
+        names_called.append(name)
+        disturbed = len(names_called) in range(41, 49)
         return repeats * (100.0 if disturbed else {"base": 3.0, "variant": 6.0}[name])
 
     effort = Effort(tolerance=0.0, max_seconds=0.05, rounds=1000, placements=1)
-    found = sample(time_block, lambda _: named("base", "variant"), effort)
-    rounds = [tuple(seen[-8 * number - 8 :][:8]) for number in range(6)]
+    samples = sample(time_block, lambda _: named("base", "variant"), effort)
+    rounds = [tuple(names_called[-8 * number - 8 :][:8]) for number in range(6)]
     once, turned = ("base", "variant"), ("variant", "base")
     assert set(rounds) == {(*once, *turned, *turned, *once), (*turned, *once, *once, *turned)}
-    assert set(found.times[0]) == {3.0}
-    assert set(found.times[1]) == {6.0}
-    assert found.runs[0] == found.runs[1] > len(found.times[0])
-    assert 0 < found.left_out < 0.5
-    assert found.drift == 0.0
+    assert set(samples.times[0]) == {3.0}
+    assert set(samples.times[1]) == {6.0}
+    assert samples.runs[0] == samples.runs[1] > len(samples.times[0])
+    assert 0 < samples.left_out < 0.5
+    assert samples.drift == 0.0
 
 
-def test_all_subjects_are_called_as_often_in_a_block() -> None:
+def test_sample_calls_subjects_equally_often() -> None:
     """The first call after another subject's is a slow one; it would weigh more where a block has fewer calls."""
     counts: dict[str, set[int]] = {"base": set(), "variant": set()}
 
@@ -122,13 +128,14 @@ def test_all_subjects_are_called_as_often_in_a_block() -> None:
         counts[call()].add(repeats)
         return repeats * {"base": 0.5, "variant": 3.0}[call()]
 
-    found = sample(time_block, lambda _: named("base", "variant"), Effort(max_seconds=0.0, max_warmup_seconds=0.0))
+    samples = sample(time_block, lambda _: named("base", "variant"), Effort(max_seconds=0.0, max_warmup_seconds=0.0))
     assert max(counts["base"]) == max(counts["variant"]) >= 4
-    assert found.runs[0] == found.runs[1]
+    assert samples.runs[0] == samples.runs[1]
 
 
-@pytest.mark.parametrize(("again", "made"), [(True, 5), (False, 1)])
-def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -> None:
+@pytest.mark.parametrize(("again", "placement_count"), [(True, 5), (False, 1)])
+def test_sample_places_fresh_warm_copies(again: bool, placement_count: int) -> None:
+    """Every placement is of fresh copies, which are warmed up before they are timed."""
     places: list[bool] = []
     cold: set[str] = set()
 
@@ -145,48 +152,52 @@ def test_every_placement_is_of_fresh_copies_and_warmed(again: bool, made: int) -
         return repeats * 3.0 * slow
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, placements=5, min_rounds=10)
-    found = sample(time_block, place, effort, again=lambda: again)
-    assert places == [False, True, False, True, False][:made]
-    assert found.reverse == [way for way in (places if again else places * 5) for _ in range(2)]
-    assert found.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert found.times == [[3.0] * 10] * 2
+    samples = sample(time_block, place, effort, again=lambda: again)
+    assert places == [False, True, False, True, False][:placement_count]
+    assert samples.reverse == [way for way in (places if again else places * 5) for _ in range(2)]
+    assert samples.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert samples.times == [[3.0] * 10] * 2
 
 
-def test_a_machine_that_slows_down_is_noticed() -> None:
+def test_latency_drift_is_not_steady() -> None:
+    """A machine that slows down during the measurement is noticed: the latency is not steady."""
     calls = itertools.count()
 
     def time_block(call: object, repeats: int) -> float:
         return repeats * 3.0 * (1 + 0.002 * min(next(calls), 100))
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, min_rounds=90, rounds=90, placements=1)
-    found = sample(time_block, lambda _: named("base"), effort)
-    assert 0.05 < found.drift < 0.25
+    samples = sample(time_block, lambda _: named("base"), effort)
+    assert 0.05 < samples.drift < 0.25
     latency = backend_for(SMALL, "fixed").measure(convs(1))
     assert latency.steady
-    assert not replace(latency, drift=found.drift).steady
+    assert not replace(latency, drift=samples.drift).steady
     assert not replace(latency, drift=-0.2).steady
     assert not replace(latency, left_out=0.3).steady
 
 
-def test_the_self_test_counts_intervals_that_hold_one() -> None:
+def test_self_test_counts_intervals_of_one() -> None:
+    """The self-test counts the confidence intervals that contain 1, and reports its progress."""
     backend = backend_for(Conditions(input_size=(3, 16, 16), threads=1), "cpu", QUICK)
-    done: list[int] = []
-    found = self_test(backend, convs(2), 3, done.append)
-    assert done == [1, 2, 3]
-    assert len(found.ratios) == 3
-    assert found.worst == max(abs(ratio - 1) for ratio in found.ratios)
+    progress: list[int] = []
+    result = self_test(backend, convs(2), 3, progress.append)
+    assert progress == [1, 2, 3]
+    assert len(result.ratios) == 3
+    assert result.worst == max(abs(ratio - 1) for ratio in result.ratios)
     exact = self_test(backend_for(SMALL, "fixed"), convs(2), 5)
     assert (exact.coverage, exact.worst, exact.passed) == (1.0, 0.0, True)
 
 
 @pytest.mark.parametrize(
-    ("held", "of", "passed"), [(20, 20, True), (17, 20, True), (16, 20, False), (0, 1, True), (85, 100, False)]
+    ("containing", "of", "passed"), [(20, 20, True), (17, 20, True), (16, 20, False), (0, 1, True), (85, 100, False)]
 )
-def test_too_narrow_is_what_chance_does_not_explain(held: int, of: int, passed: bool) -> None:
-    assert SelfTest((1.0,) * of, held, 0.01, 0).passed is passed
+def test_self_test_allows_for_chance(containing: int, of: int, passed: bool) -> None:
+    """The self-test fails only when fewer intervals contain 1 than chance explains."""
+    assert SelfTest((1.0,) * of, containing, 0.01, 0).passed is passed
 
 
-def test_interval_is_narrow_for_steady_times_and_wide_for_wild_ones() -> None:
+def test_ratio_interval_follows_noise() -> None:
+    """The interval of a ratio is a point for steady times and wide for noisy ones."""
     placement = [0] * 10 + [1] * 10
     reverse = [False] * 10 + [True] * 10
     exact = ratio_of([1.0] * 20, [2.0] * 20, placement, reverse)
@@ -197,25 +208,26 @@ def test_interval_is_narrow_for_steady_times_and_wide_for_wild_ones() -> None:
     assert relative_noise([1.0, 2.0, 3.0] * 3, [0] * 9) > 0.0
 
 
-def test_the_ratio_is_of_times_that_met_the_same_machine() -> None:
+def test_ratio_is_of_paired_rounds() -> None:
+    """A ratio compares times of one round, during which the machine was the same."""
     assert ratio_of([1.0, 10.0, 2.0], [2.0, 20.0, 4.0], [0] * 3, [False] * 3).value == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("placements", [5, 6])
-def test_what_is_made_first_is_not_what_is_slow(placements: int) -> None:
-    """Whoever is made first is 4 % slower: with an odd number of placements the variant would seem 4 % faster."""
-    made: dict[str, float] = {}
+def test_ratio_free_of_placement_order(placements: int) -> None:
+    """The copy that is made first is 4 % slower; the ratio does not depend on which one that is."""
+    block_ms: dict[str, float] = {}
 
     @contextmanager
     def place(backwards: bool) -> Iterator[list[Callable[[], str]]]:
-        made.update(base=3.0 if backwards else 3.12, variant=6.24 if backwards else 6.0)
+        block_ms.update(base=3.0 if backwards else 3.12, variant=6.24 if backwards else 6.0)
         with named("base", "variant") as calls:
             yield calls
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, placements=placements, min_rounds=2 * placements)
-    found = sample(lambda call, repeats: repeats * made[call()], place, effort)
-    assert found.placement[-1] == placements - 1
-    ratio = ratio_of(*found.times, found.placement, found.reverse)
+    samples = sample(lambda call, repeats: repeats * block_ms[call()], place, effort)
+    assert samples.placement[-1] == placements - 1
+    ratio = ratio_of(*samples.times, samples.placement, samples.reverse)
     assert ratio.value == pytest.approx(2.0)
     assert ratio.high - ratio.low < 1e-6
 
@@ -223,48 +235,52 @@ def test_what_is_made_first_is_not_what_is_slow(placements: int) -> None:
 @pytest.mark.parametrize(
     ("placements", "offset"), [(2, 0.0), *((count, offset) for count in (4, 12) for offset in (0.0, 1.0, 5.0))]
 )
-def test_the_interval_covers_where_the_copies_differ(placements: int, offset: float) -> None:
+def test_interval_covers_offsets_of_copies(placements: int, offset: float) -> None:
     """Offsets of copies `offset` times as large as what the rounds of a copy differ by; two copies cannot tell."""
     draw = np.random.default_rng(placements)
-    held = 0
+    hits = 0
     for _ in range(300):
         centre_G = offset * draw.standard_normal(placements)
         values_GR = centre_G[:, None] + draw.standard_normal((placements, 6))
         low, high = interval_of_median(values_GR.ravel(), np.repeat(np.arange(placements), 6))
-        held += low <= 0 <= high
-    assert held / 300 >= 0.92
+        hits += low <= 0 <= high
+    assert hits / 300 >= 0.92
 
 
-def test_threads_are_fixed_during_the_measurement_and_restored() -> None:
-    seen: set[int] = set()
+def test_measuring_sets_threads_for_a_while() -> None:
+    """The number of threads is that of the conditions during a measurement, and is restored afterwards."""
+    thread_counts: set[int] = set()
 
     class Spy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.add(torch.get_num_threads())
+            thread_counts.add(torch.get_num_threads())
             return x
 
     before = torch.get_num_threads()
     backend_for(Conditions(input_size=(3, 8, 8), threads=1), "cpu", QUICK).measure(Spy())
-    assert seen == {1}
+    assert thread_counts == {1}
     assert torch.get_num_threads() == before
 
 
-def test_batch_dtype_and_layout_reach_the_model() -> None:
-    seen: list[torch.Tensor] = []
+def test_conditions_reach_the_model() -> None:
+    """The model is called with the batch size, dtype and memory layout of the conditions."""
+    inputs: list[torch.Tensor] = []
 
     class Spy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(x)
+            inputs.append(x)
             return x
 
     conditions = Conditions(dtype="bfloat16", batch_size=2, input_size=(3, 8, 8), channels_last=True)
     backend_for(conditions, "fixed").measure(Spy())
-    assert seen[0].shape == (2, 3, 8, 8)
-    assert seen[0].dtype is torch.bfloat16
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert inputs[0].shape == (2, 3, 8, 8)
+    assert inputs[0].dtype is torch.bfloat16
+    assert inputs[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_channels_last_leaves_weights_of_five_dimensions_alone() -> None:
+def test_channels_last_skips_5d_weights() -> None:
+    """channels_last changes weights of four dimensions and leaves those of five alone."""
+
     class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -277,7 +293,8 @@ def test_channels_last_leaves_weights_of_five_dimensions_alone() -> None:
     assert backend_for(Conditions(input_size=(3, 8, 8), channels_last=True), "cpu", QUICK).measure(Deep()).p50_ms > 0
 
 
-def test_a_model_that_cannot_take_the_input_is_named_with_the_conditions() -> None:
+def test_measuring_names_unfit_model() -> None:
+    """A model that cannot take the input is named in the error, with the conditions."""
     with pytest.raises(UsageError, match=r"Conv2d cannot run .* input 3x8x8"):
         backend_for(Conditions(input_size=(3, 8, 8)), "cpu", QUICK).measure(nn.Conv2d(4, 4, 1))
 
@@ -292,43 +309,49 @@ def test_a_model_that_cannot_take_the_input_is_named_with_the_conditions() -> No
         ({"mode": "fast"}, "no mode 'fast'.* eager, cudagraph, compile"),
     ],
 )
-def test_conditions_that_mean_nothing_are_refused(field: dict[str, object], message: str) -> None:
+def test_conditions_refuse_nonsense(field: dict[str, object], message: str) -> None:
+    """Conditions that mean nothing are refused with the values that are allowed."""
     with pytest.raises(UsageError, match=message):
         Conditions(**field)  # type: ignore[arg-type]
 
 
-def test_unknown_backend_lists_the_known_ones() -> None:
+def test_backend_unknown_name_lists_known() -> None:
+    """The error for an unknown latency backend lists the known ones."""
     with pytest.raises(UnknownNameError, match="cpu, cuda, fixed, onnxruntime, openvino, tensorrt"):
         backend_for(Conditions(device="xpu"))
     assert list(LATENCY) == ["cpu", "cuda", "fixed", "onnxruntime", "openvino", "tensorrt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
-def test_cuda_backend_without_cuda_says_so() -> None:
+def test_cuda_backend_needs_cuda() -> None:
+    """The CUDA backend says that there is no CUDA device."""
     with pytest.raises(UsageError, match="no CUDA device here"):
         backend_for(Conditions(device="cuda"))
 
 
-@pytest.mark.parametrize("done", [True, False])
-def test_a_time_taken_while_the_device_still_works_is_no_latency(done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("idle", [True, False])
+def test_timed_needs_an_idle_device(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time that was taken while the device was still at work is refused."""
+
     class Hasty(FixedLatency):
         def time_block(self, call: Callable[[], object], repeats: int) -> float:
             return 1.0
 
     class Stream:
         def query(self) -> bool:
-            return done
+            return idle
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     backend = Hasty(Conditions(device="cuda"))
-    if done:
+    if idle:
         assert backend.timed(lambda: None, 1) == 1.0
     else:
         with pytest.raises(UsageError, match="Hasty gave a time while cuda was still at work"):
             backend.timed(lambda: None, 1)
 
 
-def test_the_wall_clock_is_refused_where_calls_return_early() -> None:
+def test_cpu_backend_refuses_cuda_device() -> None:
+    """The wall clock is refused on a device whose calls return before they are done."""
     with pytest.raises(UsageError, match=r"'cpu' cannot time 'cuda:0'.* --latency cuda"):
         backend_for(Conditions(device="cuda:0"), "cpu")
 
@@ -364,14 +387,14 @@ class Pieces(nn.Module):
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.fx.node.Argument]]:
     """The shapes of the inputs of every graph that is compiled, by a compiler that takes no time."""
-    compile_, found = torch.compile, []
+    compile_, shapes = torch.compile, []
 
     def marked(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
-        found.append([tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs])
+        shapes.append([tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs])
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda model, **given: compile_(model, backend=marked, **given))
-    return found
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=marked, **options))
+    return shapes
 
 
 def compile_meter(batch_size: int = 1) -> LatencyBackend:
@@ -379,53 +402,59 @@ def compile_meter(batch_size: int = 1) -> LatencyBackend:
     return backend_for(conditions, "cpu", Effort(max_seconds=0.0, max_warmup_seconds=0.0, min_rounds=1, placements=1))
 
 
-def test_compile_compiles_twenty_candidates_and_their_bases(graphs: list[object]) -> None:
+def test_compile_handles_twenty_candidates(graphs: list[object]) -> None:
+    """Twenty candidates and their bases are each compiled, without reaching the limit of recompilations."""
     for number in range(20):
         compile_meter().compare(Scaled(1), Scaled(number + 2))
         assert len(graphs) == 2 * (number + 1)
 
 
-def test_compile_of_a_model_beside_its_twin_is_no_error(graphs: list[object]) -> None:
+def test_compile_of_model_beside_its_twin(graphs: list[object]) -> None:
+    """A compiled model can be compared with itself."""
     model = convs(2)
     assert compile_meter().compare(model, model).ratio > 0
     assert graphs
 
 
 @pytest.mark.parametrize(("recompiles", "copies"), [(False, 3), (True, 2)])
-def test_compile_places_fresh_copies_unless_each_is_compiled_anew(
-    graphs: list[object], recompiles: bool, copies: int
-) -> None:
-    made: list[int] = []
+def test_compile_reuses_or_places_copies(graphs: list[object], recompiles: bool, copies: int) -> None:
+    """Fresh copies are placed unless each of them would be compiled again."""
+    deepcopies: list[int] = []
 
     class Copied(Scaled):
         def __deepcopy__(self, memo: object) -> Scaled:
-            made.append(1)
-            return Copied(len(made) if recompiles else 1)
+            deepcopies.append(1)
+            return Copied(len(deepcopies) if recompiles else 1)
 
     effort = Effort(max_seconds=0.0, max_warmup_seconds=0.0, min_rounds=3, placements=3, rounds=1)
     backend_for(Conditions(mode="compile", input_size=(3, 4, 4)), "cpu", effort).measure(Copied(1))
-    assert (len(made), len(graphs)) == (copies, copies if recompiles else 1)
+    assert (len(deepcopies), len(graphs)) == (copies, copies if recompiles else 1)
 
 
-def test_compile_has_static_shapes_at_any_batch_size(graphs: list[list[object]]) -> None:
+def test_compile_has_static_shapes(graphs: list[list[object]]) -> None:
+    """The graph is compiled once for each batch size, with static shapes."""
     for batch_size in (2, 3, 4):
         compile_meter(batch_size).measure(Scaled(1))
         assert graphs[-1] == [(batch_size, 3, 4, 4)]
     assert len(graphs) == 3
 
 
-def test_compile_of_many_pieces_compiles_each(graphs: list[object]) -> None:
+def test_compile_of_many_pieces(graphs: list[object]) -> None:
+    """A model that Dynamo splits into twenty pieces has each of them compiled."""
     compile_meter().measure(Pieces(20))
     assert len(graphs) >= 20
 
 
-def test_compile_that_falls_back_to_eager_is_an_error(graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_refuses_eager_fallback(graphs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error when torch.compile falls back to eager mode."""
     monkeypatch.setattr(compiled, "_LIMIT", 2)
     with pytest.raises(UsageError, match=r"Pieces cannot run .* Use --mode eager"):
         compile_meter().measure(Pieces(5))
 
 
-def test_compile_of_nothing_is_an_error() -> None:
+def test_compile_of_nothing_is_error() -> None:
+    """It is an error when torch.compile compiles nothing of the model."""
+
     class Opaque(nn.Module):
         @torch._dynamo.disable
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -438,7 +467,9 @@ def test_compile_of_nothing_is_an_error() -> None:
 # ---- devices
 
 
-def test_device_fault_in_the_first_forward_is_not_the_users() -> None:
+def test_device_fault_is_no_usage_error() -> None:
+    """A device fault in the first forward pass is not reported as a mistake of the user."""
+
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -473,35 +504,33 @@ class Capture:
 
 
 @pytest.mark.parametrize(
-    ("says", "refused"),
+    ("message", "refused"),
     [
         ("Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned.", True),
         ("CUDA error: operation not permitted when stream is capturing", True),
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
-def test_model_that_no_graph_can_hold_is_refused_with_advice(
-    monkeypatch: pytest.MonkeyPatch, says: str, refused: bool
-) -> None:
+def test_cudagraph_refusal_gives_advice(monkeypatch: pytest.MonkeyPatch, message: str, refused: bool) -> None:
     """As timm's EdgeNeXt, which makes a tensor on the host in its forward; a broken device is no matter of graphs."""
     capture = Capture(monkeypatch)
 
     class OnHost(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if capture.active:
-                raise RuntimeError(says)
+                raise RuntimeError(message)
             return x
 
     backend = backend_for(Conditions(device="cuda", mode="cudagraph", input_size=(3, 4, 4)), effort=QUICK)
     monkeypatch.setattr(backend, "_subject", lambda model: (model, torch.zeros(1, 3, 4, 4)))
     with pytest.raises(UsageError if refused else RuntimeError) as caught:
         backend.measure(OnHost())
-    said = "no CUDA graph can hold the forward of OnHost: .* --mode eager or --mode compile"
-    assert bool(re.search(said, str(caught.value))) == refused
+    pattern = "no CUDA graph can hold the forward of OnHost: .* --mode eager or --mode compile"
+    assert bool(re.search(pattern, str(caught.value))) == refused
     assert refused or fault_of(caught.value) is Fault.DEVICE
 
 
-def test_memory_for_one_placement_at_a_time_is_enough() -> None:
+def test_sample_holds_one_placement_a_time() -> None:
     """Copies of an earlier placement are gone before the next is made, once memory has run out."""
     alive: set[int] = set()
 
@@ -509,10 +538,10 @@ def test_memory_for_one_placement_at_a_time_is_enough() -> None:
         def __deepcopy__(self, memo: object) -> Large:
             if alive:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            made = Large()
-            alive.add(id(made))
-            weakref.finalize(made, alive.discard, id(made))
-            return made
+            duplicate = Large()
+            alive.add(id(duplicate))
+            weakref.finalize(duplicate, alive.discard, id(duplicate))
+            return duplicate
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
@@ -532,10 +561,11 @@ def test_memory_for_one_placement_at_a_time_is_enough() -> None:
         ("cuda", "float32", "cudagraph", False),
     ],
 )
-def test_defaults_are_how_a_device_is_deployed(device: str, dtype: str, mode: str, channels_last: bool) -> None:
-    found = Conditions.on(device, dtype=dtype, channels_last=None)
-    assert (found.mode, found.channels_last) == (mode, channels_last)
-    assert found.dtype == device_defaults(device, dtype)["dtype"]
+def test_conditions_default_to_deployment(device: str, dtype: str, mode: str, channels_last: bool) -> None:
+    """The defaults of the conditions are how the device is used in deployment."""
+    conditions = Conditions.on(device, dtype=dtype, channels_last=None)
+    assert (conditions.mode, conditions.channels_last) == (mode, channels_last)
+    assert conditions.dtype == device_defaults(device, dtype)["dtype"]
     assert Conditions.on(device, mode="eager", channels_last=False).mode == "eager"
 
 
@@ -548,19 +578,21 @@ def test_defaults_are_how_a_device_is_deployed(device: str, dtype: str, mode: st
         ("fixed", "cuda", "bfloat16", "eager"),
     ],
 )
-def test_defaults_are_what_a_backend_can_measure(backend: str, device: str, dtype: str, mode: str) -> None:
-    found = LATENCY[backend].defaults(device)
-    assert (found["dtype"], found["mode"]) == (dtype, mode)
-    assert found["mode"] in LATENCY[backend].modes
+def test_defaults_suit_the_backend(backend: str, device: str, dtype: str, mode: str) -> None:
+    """The default dtype and mode are ones that the backend can measure."""
+    defaults = LATENCY[backend].defaults(device)
+    assert (defaults["dtype"], defaults["mode"]) == (dtype, mode)
+    assert defaults["mode"] in LATENCY[backend].modes
     assert LATENCY[backend].defaults(device, "float32")["dtype"] == "float32"
 
 
-def test_conditions_say_what_rounds_and_what_is_flushed() -> None:
+def test_conditions_describe_rounding_flush() -> None:
+    """The description names TF32, the cuDNN benchmark and the cold cache where they matter."""
     assert "TF32" not in SMALL.describe()
     assert "no TF32" in Conditions(device="cuda").describe()
     assert "TF32" not in Conditions(device="cuda", dtype="bfloat16").describe()
-    said = Conditions(device="cuda", tf32=True, cudnn_benchmark=True, cold_cache=True).describe()
-    assert said.endswith("eager, TF32, cuDNN benchmark, cold cache")
+    description = Conditions(device="cuda", tf32=True, cudnn_benchmark=True, cold_cache=True).describe()
+    assert description.endswith("eager, TF32, cuDNN benchmark, cold cache")
 
 
 def test_throttle_reasons_have_names() -> None:
@@ -576,10 +608,11 @@ def test_card_without_nvml_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- more than one number
 
 
-def test_singles_are_timed_one_at_a_time(backend: LatencyBackend) -> None:
-    found = backend.singles(convs(2), calls=30)
-    assert found.p50_ms <= found.p90_ms <= found.p99_ms
-    assert found.calls == 30
+def test_singles_time_one_call_each(backend: LatencyBackend) -> None:
+    """Single calls are timed one at a time, at most as many as were ordered."""
+    singles = backend.singles(convs(2), calls=30)
+    assert singles.p50_ms <= singles.p90_ms <= singles.p99_ms
+    assert singles.calls == 30
     assert backend.singles(convs(2), calls=30, max_seconds=0.0).calls == 20
 
 
@@ -588,7 +621,8 @@ def test_throughput_is_of_the_whole_batch() -> None:
     assert latency.images_per_second == pytest.approx(8000 / latency.p50_ms)
 
 
-def test_cold_cache_is_flushed_before_every_call_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_cache_flush_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is flushed before every call, and the flush is not timed."""
     meter = backend_for(replace(SMALL, cold_cache=True), "cpu", QUICK)
     events: list[str] = []
 
@@ -603,7 +637,7 @@ def test_cold_cache_is_flushed_before_every_call_and_not_timed(monkeypatch: pyte
     assert spent_ms < 5 * 10
 
 
-def test_cold_cache_times_one_call_after_each_flush() -> None:
+def test_cold_cache_times_single_calls() -> None:
     """Blocks of 2 ms of calls would flush, and not time, for many times as long."""
     assert backend_for(replace(SMALL, cold_cache=True), "cpu").effort.block_ms == 0.0
     assert backend_for(SMALL, "cpu").effort.block_ms > 0.0
@@ -627,17 +661,20 @@ def test_tf32_is_switched_and_put_back(precision: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 brought it")
-def test_tf32_is_switched_beside_the_newer_switches() -> None:
+def test_tf32_works_beside_newer_switches() -> None:
+    """TF32 is switched and restored also where torch's newer precision switches are in use."""
     script = (
         "import torch; from attnsurgery.tf32 import tf32; m = torch.backends.cuda.matmul; m.fp32_precision = 'tf32'\n"
         "with tf32(False): inside = m.fp32_precision\n"
         "print(inside, m.fp32_precision)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ieee", "tf32"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["ieee", "tf32"]
 
 
-def test_backend_refuses_a_mode_that_it_has_not() -> None:
+def test_backend_refuses_unknown_mode() -> None:
+    """A backend refuses a mode that it does not have and names one that it has."""
+
     class Runtime(FixedLatency):
         modes = ("eager",)
 
@@ -648,6 +685,7 @@ def test_backend_refuses_a_mode_that_it_has_not() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["eager", "cudagraph"])
-def test_cuda_events_see_more_work_as_more_time(mode: str) -> None:
+def test_cuda_events_time_more_work_longer(mode: str) -> None:
+    """CUDA events measure more time for more work."""
     conditions = Conditions(device="cuda", input_size=(3, 64, 64), mode=mode)  # type: ignore[arg-type]
     assert backend_for(conditions, effort=QUICK).compare(convs(1), convs(40)).ratio_low > 1

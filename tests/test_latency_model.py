@@ -48,16 +48,17 @@ class World:
         return 1.0 + sum(count * self.adds[key] for key, count in counts.items())
 
     def measured(self, number: int, sigma: float = 0.003) -> list[Measured]:
-        drawn = [self.candidate() for _ in range(number)]
-        return [Measured(c, self.ratio(c) + sigma * float(self.rng.normal()), sigma) for c in drawn]
+        candidates = [self.candidate() for _ in range(number)]
+        return [Measured(c, self.ratio(c) + sigma * float(self.rng.normal()), sigma) for c in candidates]
 
 
-@pytest.mark.parametrize(("told", "error"), [(8, 0.02), (32, 0.01), (128, 0.003)])
-def test_it_predicts_candidates_it_was_not_told_and_knows_how_well(told: int, error: float) -> None:
+@pytest.mark.parametrize(("training_size", "error"), [(8, 0.02), (32, 0.01), (128, 0.003)])
+def test_latency_model_predicts_unmeasured(training_size: int, error: float) -> None:
+    """The model predicts candidates that it was not fitted to, and its bounds cover the true ratios."""
     errors, below = [], []
     for seed in range(12):
         world = World(seed)
-        model = LatencyModel(BASE_MACS, world.kinds, world.measured(told))
+        model = LatencyModel(BASE_MACS, world.kinds, world.measured(training_size))
         for _ in range(50):
             counts = world.candidate()
             true, predicted = world.ratio(counts), model.predict(counts)
@@ -68,10 +69,11 @@ def test_it_predicts_candidates_it_was_not_told_and_knows_how_well(told: int, er
     assert np.mean(below) > 0.97  # 0.99 is meant; of one world's candidates many are wrong together
 
 
-def test_a_kind_that_was_never_measured_is_predicted_by_its_size_and_with_doubt() -> None:
+def test_latency_model_infers_from_size() -> None:
+    """A kind that was never measured is predicted by its size, with a larger sigma."""
     kinds = {f"size {n}": Kind(n * 10**8, 1000) for n in (1, 2, 3, 4)}
-    told = [Measured({f"size {n}": 2}, 1 + 2 * 0.03 * n, 0.001) for n in (1, 2, 4)]
-    model = LatencyModel(BASE_MACS, kinds, told)
+    measurements = [Measured({f"size {n}": 2}, 1 + 2 * 0.03 * n, 0.001) for n in (1, 2, 4)]
+    model = LatencyModel(BASE_MACS, kinds, measurements)
     known, unknown = model.predict({"size 2": 1}), model.predict({"size 3": 1})
     assert known.ratio == pytest.approx(1.06, abs=0.004)
     assert unknown.ratio == pytest.approx(1.09, abs=0.012)
@@ -81,23 +83,25 @@ def test_a_kind_that_was_never_measured_is_predicted_by_its_size_and_with_doubt(
         model.predict({"size 5": 1})
 
 
-def test_told_nothing_it_is_unsure() -> None:
+def test_latency_model_unsure_without_data() -> None:
+    """Without measurements the model predicts the base exactly and every block with a large sigma."""
     model = LatencyModel(BASE_MACS, {"a": Kind(10**8, 10**5)}, [])
     assert model.predict({}).ratio == 1.0
     assert model.predict({}).sigma == 0.0
     assert model.predict({"a": 1}).sigma > 0.02
 
 
-def test_quality_is_that_on_candidates_left_out() -> None:
+def test_quality_is_by_cross_validation() -> None:
+    """The quality is that of predictions for candidates that were left out of the fit."""
     world = World(0)
     measured = world.measured(40)
-    found = quality(BASE_MACS, world.kinds, measured)
-    assert found is not None
-    assert found.candidates == 40
-    assert found.noise == pytest.approx(np.median([one.sigma / one.ratio for one in measured]))
-    assert found.mean < 0.012
-    assert found.worst >= found.mean
-    assert found.spearman > 0.9
+    accuracy = quality(BASE_MACS, world.kinds, measured)
+    assert accuracy is not None
+    assert accuracy.candidates == 40
+    assert accuracy.noise == pytest.approx(np.median([one.sigma / one.ratio for one in measured]))
+    assert accuracy.mean < 0.012
+    assert accuracy.worst >= accuracy.mean
+    assert accuracy.spearman > 0.9
     spoiled = [Measured(one.counts, one.ratio + (index % 4 == 3), one.sigma) for index, one in enumerate(measured)]
     worse = quality(BASE_MACS, world.kinds, spoiled)
     assert worse is not None
@@ -121,11 +125,12 @@ def calibrated(seconds: float = 2.0, model: str = "test_resnet", batch_size: int
     return calibrate(model, load("tiny"), conditions, seconds, backend="fixed", **more)
 
 
-def test_calibrating_measures_and_keeps_and_goes_on_from_there(cache: Path) -> None:
-    told: list[int] = []
-    first = calibrated(on_measured=told.append)
-    assert (first.before, first.measured) == (0, len(told))
-    assert told == list(range(1, len(told) + 1))
+def test_calibrate_resumes_from_its_cache(cache: Path) -> None:
+    """Calibration measures, saves, and resumes from what it saved; other conditions have another file."""
+    progress: list[int] = []
+    first = calibrated(on_measured=progress.append)
+    assert (first.before, first.measured) == (0, len(progress))
+    assert progress == list(range(1, len(progress) + 1))
     again = calibrated(0.0)
     assert (again.before, again.measured, again.path) == (first.measured, first.measured, first.path)
     assert again.quality == first.quality
@@ -140,9 +145,8 @@ def test_calibrating_measures_and_keeps_and_goes_on_from_there(cache: Path) -> N
     assert (classes.before, classes.path == first.path) == (0, False)
 
 
-def test_a_damaged_cache_is_as_good_as_none_and_one_that_cannot_be_written_says_so(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_survives_a_damaged_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged cache counts as none, and one that cannot be written is an error that names the variable."""
     path = Path(calibrated(0.5).path)
     path.write_bytes(b"\x00nonsense\n{}\n" + path.read_bytes())
     assert calibrated(0.0).before == 0
@@ -151,16 +155,18 @@ def test_a_damaged_cache_is_as_good_as_none_and_one_that_cannot_be_written_says_
         calibrated(0.5)
 
 
-def test_a_model_that_is_none_is_refused_with_the_nearest(cache: Path) -> None:
+def test_calibrate_unknown_model_suggests(cache: Path) -> None:
+    """An unknown model is refused with the nearest name."""
     with pytest.raises(UnknownNameError, match="test_resnet"):
         calibrated(model="test_resnett")
 
 
-def test_the_command_says_what_was_measured_and_how_wrong_it_is(cache: Path) -> None:
+def test_calibrate_command_reports_quality(cache: Path) -> None:
+    """The command says how many candidates were measured and how well the model predicts them."""
     arguments = ["calibrate", "test_resnet", "--space", "tiny", "--device", "cpu", "--latency", "fixed", "--seconds"]
-    shown = CliRunner().invoke(build_app(), [*arguments, "2"])
-    assert shown.exit_code == 0, shown.output
-    assert "tiny: 11 kinds of blocks" in shown.stdout
-    assert "rank correlation" in shown.stdout or "too few candidates" in shown.stdout
+    result = CliRunner().invoke(build_app(), [*arguments, "2"])
+    assert result.exit_code == 0, result.output
+    assert "tiny: 11 kinds of blocks" in result.stdout
+    assert "rank correlation" in result.stdout or "too few candidates" in result.stdout
     data = json.loads(CliRunner().invoke(build_app(), [*arguments, "0", "--json"]).stdout)
     assert data["before"] == data["measured"] > 0

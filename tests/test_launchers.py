@@ -42,18 +42,20 @@ def essence(outcome: Outcome) -> list[tuple[object, ...]]:
     return [(r.number, r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in outcome.records]
 
 
-@pytest.mark.parametrize(("launcher", "asked"), [("ray", ""), ("submitit", "cluster=local timeout_min=10")])
-def test_the_same_trials_wherever_workers_run(
-    config: SearchConfig, straight: Outcome, launcher: str, asked: str
+@pytest.mark.parametrize(("launcher", "launcher_args"), [("ray", ""), ("submitit", "cluster=local timeout_min=10")])
+def test_launchers_give_the_same_trials(
+    config: SearchConfig, straight: Outcome, launcher: str, launcher_args: str
 ) -> None:
+    """The trials are the same whichever launcher starts the workers."""
     pytest.importorskip(launcher)
-    there = run(change(config, launcher=launcher, launcher_args=asked))
+    there = run(change(config, launcher=launcher, launcher_args=launcher_args))
     assert essence(there) == essence(straight)
     assert there.confirmation == straight.confirmation
     assert not (there.folder / ".jobs").exists(), "mailboxes go with the search"
 
 
-def test_a_launcher_without_its_package_names_the_extra(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_names_its_missing_extra(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher whose package is missing names the extra that installs it."""
     for package, extra in (("ray", "ray"), ("submitit", "slurm")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UsageError, match=rf"--launcher {package} needs a package.*attnsurgery\[{extra}\]"):
@@ -63,7 +65,7 @@ def test_a_launcher_without_its_package_names_the_extra(config: SearchConfig, mo
 
 
 @pytest.mark.parametrize(
-    ("launcher", "asked", "said"),
+    ("launcher", "launcher_args", "message"),
     [
         ("local", "gpus=2", "local does not take gpus. It takes nothing"),
         ("local", "gpus", "does not read as NAME=VALUE"),
@@ -73,11 +75,14 @@ def test_a_launcher_without_its_package_names_the_extra(config: SearchConfig, mo
         ("submitit", "cluster=moon", "submitit says: .*moon"),
     ],
 )
-def test_what_a_launcher_cannot_be_asked_for(config: SearchConfig, launcher: str, asked: str, said: str) -> None:
+def test_launcher_refuses_unknown_arguments(
+    config: SearchConfig, launcher: str, launcher_args: str, message: str
+) -> None:
+    """What a launcher cannot be asked for."""
     if launcher != "local":
         pytest.importorskip(launcher)
-    with pytest.raises(UsageError, match=said):
-        run(change(config, launcher=launcher, launcher_args=asked))
+    with pytest.raises(UsageError, match=message):
+        run(change(config, launcher=launcher, launcher_args=launcher_args))
 
 
 def test_workers_of_none_cannot_be_launched() -> None:
@@ -85,7 +90,8 @@ def test_workers_of_none_cannot_be_launched() -> None:
         SearchConfig(budget_ms=1.0, workers=0, launcher="ray")
 
 
-def test_a_worker_on_another_machine_or_torch_is_refused(config: SearchConfig) -> None:
+def test_worker_with_other_torch_is_refused(config: SearchConfig) -> None:
+    """A worker with other versions of the software is refused, unless the search may be extended."""
     for extend in (False, True):
         launcher = LAUNCHERS["local"](change(config, extend=extend))
         Path(config.output).mkdir(exist_ok=True)
@@ -100,9 +106,8 @@ def test_a_worker_on_another_machine_or_torch_is_refused(config: SearchConfig) -
             pool.close()
 
 
-def test_a_worker_that_never_begins_ends_the_search_and_costs_no_trial(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that never starts ends the search with its last words, and costs no trial."""
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
     with pytest.raises(SearchError, match=r"started 3 times in vain: .* exit code 1: no torch there\. What"):
         run(change(config, workers=1))
@@ -128,7 +133,8 @@ class Box:
         return not self._thread.is_alive()
 
 
-def test_a_mailbox_passes_whole_lines_in_order(tmp_path: Path) -> None:
+def test_mailbox_passes_lines_in_order(tmp_path: Path) -> None:
+    """A mailbox passes whole lines in order, and a removed one ends the reading."""
     box = Box(tmp_path / "box", 60.0)
     add(box.folder / ORDERS, '{"a": 1}\n{"b": ')
     deadline = time.monotonic() + 20
@@ -149,7 +155,8 @@ def test_a_mailbox_passes_whole_lines_in_order(tmp_path: Path) -> None:
     assert box.has_ended(20), "the search has taken it away"
 
 
-def test_a_worker_with_a_mailbox_ends_when_nobody_counts(tmp_path: Path) -> None:
+def test_mailbox_worker_needs_a_heartbeat(tmp_path: Path) -> None:
+    """A worker with a mailbox ends when the heartbeat of the search stops."""
     box = Box(tmp_path / "box", 6.0)
     for count in range(4):
         (box.folder / BEAT).write_text(f"{count}")
@@ -170,7 +177,8 @@ def mailbox(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     process.wait()
 
 
-def test_a_worker_ends_with_its_mailbox(mailbox: tuple[Path, subprocess.Popen[bytes]]) -> None:
+def test_worker_ends_with_its_mailbox(mailbox: tuple[Path, subprocess.Popen[bytes]]) -> None:
+    """A worker ends when its mailbox is removed, and does not start on one that was already used."""
     folder, process = mailbox
     deadline = time.monotonic() + 60
     while not (folder / ANSWERS).read_text() and time.monotonic() < deadline:

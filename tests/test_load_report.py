@@ -60,8 +60,8 @@ def weights() -> Tensors:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_that_has_lost_one_whole_block_is_refused(strict: bool, weights: Tensors) -> None:
-    """It said "All keys matched", and the block stayed at the identity."""
+def test_load_refuses_a_missing_block(strict: bool, weights: Tensors) -> None:
+    """A checkpoint that lacks one whole block is refused, strict or not, and the model stays as it was."""
     model = make()
     before = bits(model)
     with pytest.raises(LoadError, match=r"holds 3 of 4 blocks of this model and not layer2\.0\.se"):
@@ -70,16 +70,16 @@ def test_a_checkpoint_that_has_lost_one_whole_block_is_refused(strict: bool, wei
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_of_another_recipe_is_refused(strict: bool) -> None:
-    """Squeeze-and-excitation on stage 3, into a model that has it everywhere: "All keys matched"."""
+def test_load_refuses_another_recipe(strict: bool) -> None:
+    """A checkpoint of a recipe with fewer blocks is refused, strict or not."""
     other = bits(trained("test_resnet_se_s3"))
     with pytest.raises(LoadError, match=r"holds 1 of 4 blocks .* not layer1\.0\.se, layer2\.0\.se, layer4\.0\.se"):
         make().load_state_dict(other, strict=strict)
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_base_checkpoint_does_not_go_under_trained_blocks(strict: bool, base: Tensors) -> None:
-    """The blocks kept what they had been trained to on another base: "All keys matched"."""
+def test_load_refuses_base_under_trained(strict: bool, base: Tensors) -> None:
+    """A base checkpoint is not loaded under trained blocks; merged with their state dict it is."""
     model = trained()
     before = bits(model)
     with pytest.raises(LoadError, match=r"the base alone, and 4 blocks .*layer1\.0\.se.* are not as they were built"):
@@ -90,8 +90,8 @@ def test_a_base_checkpoint_does_not_go_under_trained_blocks(strict: bool, base: 
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before if ".se." in key)
 
 
-def test_blocks_that_the_model_does_not_have_are_not_dropped(weights: Tensors) -> None:
-    """With strict=False, as timm loads for another number of classes, they were lost without a word."""
+def test_load_refuses_foreign_blocks(weights: Tensors) -> None:
+    """Blocks that the model does not have are refused also with strict=False."""
     with pytest.raises(LoadError, match=r"3 blocks that this model does not have \(layer1\.0\.se, layer2\.0\.se, lay"):
         make("test_resnet_se_s3").load_state_dict(weights, strict=False)
     of_stage_3 = bits(trained("test_resnet_se_s3"))
@@ -99,16 +99,16 @@ def test_blocks_that_the_model_does_not_have_are_not_dropped(weights: Tensors) -
         make("test_resnet_se_s2").load_state_dict(of_stage_3, strict=False)
 
 
-def test_two_blocks_in_one_host_are_told_apart(base: Tensors) -> None:
-    """The second of two blocks at the same place is the one that is missing."""
+def test_load_tells_blocks_of_a_host_apart(base: Tensors) -> None:
+    """The error names the block that is missing when two stand in one host."""
     model = trained("test_resnet_se_nonlocal_s3")
-    lost = [path for path in grafted_blocks(model) if "non_local" in path]
-    with pytest.raises(LoadError, match=rf"holds 4 of 5 blocks .* not {lost[0]}"):
-        make("test_resnet_se_nonlocal_s3").load_state_dict(without(bits(model), *lost))
+    absent_paths = [path for path in grafted_blocks(model) if "non_local" in path]
+    with pytest.raises(LoadError, match=rf"holds 4 of 5 blocks .* not {absent_paths[0]}"):
+        make("test_resnet_se_nonlocal_s3").load_state_dict(without(bits(model), *absent_paths))
 
 
-def test_blocks_without_values_are_not_filled_by_a_base_checkpoint(base: Tensors) -> None:
-    """A model on the meta device, filled by assignment, kept blocks of no values."""
+def test_load_refuses_blocks_on_meta(base: Tensors) -> None:
+    """A base checkpoint is refused when it would leave blocks without values on the meta device."""
     with torch.device("meta"):
         model = make()
     with pytest.raises(LoadError, match=r"have no values: they are on the meta device"):
@@ -121,7 +121,8 @@ def test_blocks_without_values_are_not_filled_by_a_base_checkpoint(base: Tensors
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_a_base_checkpoint_goes_into_blocks_that_are_as_they_were_built(start: str, base: Tensors) -> None:
+def test_load_base_into_untrained_blocks(start: str, base: Tensors) -> None:
+    """A base checkpoint is loaded into blocks that are as they were built, as often as one likes."""
     model = make(start=start)
     before = bits(model)
     model.load_state_dict(base)
@@ -132,8 +133,8 @@ def test_a_base_checkpoint_goes_into_blocks_that_are_as_they_were_built(start: s
         model.load_state_dict(base)
 
 
-def test_gates_that_never_moved_take_another_base_wherever_they_were_loaded_from(base: Tensors) -> None:
-    """A block that starts as the identity computes nothing until a gate moves: nothing can be lost with it."""
+def test_load_base_under_unmoved_gates(base: Tensors) -> None:
+    """Blocks whose gates never moved accept another base wherever they were loaded from."""
     model = make()
     model.load_state_dict(bits(make()))
     model.load_state_dict(base)
@@ -141,7 +142,8 @@ def test_gates_that_never_moved_take_another_base_wherever_they_were_loaded_from
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_half_precision_and_back_is_no_training(start: str, base: Tensors) -> None:
+def test_load_ignores_half_precision(start: str, base: Tensors) -> None:
+    """Conversion to half precision and back does not count as training."""
     model = make(start=start)
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float32):
         model.to(dtype).load_state_dict(base)
@@ -150,8 +152,8 @@ def test_half_precision_and_back_is_no_training(start: str, base: Tensors) -> No
 
 @pytest.mark.parametrize("name", sorted(attnsurgery.BLOCKS))
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_every_block_knows_whether_it_was_trained(name: str, start: str) -> None:
-    """One step of an optimizer that moves what has a gradient."""
+def test_changed_detects_training_per_block(name: str, start: str) -> None:
+    """Every block tells whether it was trained, also after a copy or a pickle."""
     from attnsurgery.blocks.loading import changed
 
     torch.manual_seed(0)
@@ -166,7 +168,8 @@ def test_every_block_knows_whether_it_was_trained(name: str, start: str) -> None
     assert changed(pickle.loads(pickle.dumps(copy.deepcopy(block))))
 
 
-def test_a_base_without_its_classifier_and_old_counters_is_still_the_base(base: Tensors) -> None:
+def test_load_base_without_classifier(base: Tensors) -> None:
+    """A base checkpoint without its classifier and counters is still judged as the base."""
     lacking = {key: value for key, value in base.items() if not key.startswith("fc.") and "num_batches" not in key}
     model = make()
     report = attnsurgery.load_report(model, lacking)
@@ -179,8 +182,8 @@ def test_a_base_without_its_classifier_and_old_counters_is_still_the_base(base: 
 # ---- a few tensors
 
 
-def test_an_adapter_of_a_few_tensors_is_the_callers_own_business() -> None:
-    """LoRA inside a block, loaded with strict=False, was "only a part of the block"."""
+def test_load_allows_an_adapter() -> None:
+    """A LoRA adapter of a few tensors inside a block is loaded with strict=False."""
     model = make("test_resnet_resattn_s3")
     (path,) = grafted_blocks(model)
     block = grafted_blocks(model)[path]
@@ -191,17 +194,17 @@ def test_an_adapter_of_a_few_tensors_is_the_callers_own_business() -> None:
     setattr(model.get_submodule(parent), last, wrapped)
     adapter = {key: torch.full_like(value, 3.0) for key, value in model.state_dict().items() if "lora_" in key}
     assert len(adapter) == 4
-    found = model.load_state_dict(adapter, strict=False)
-    assert not found.unexpected_keys
+    result = model.load_state_dict(adapter, strict=False)
+    assert not result.unexpected_keys
     counters = [key for key in model.state_dict() if key.endswith("num_batches_tracked")]
-    assert len(found.missing_keys) == len(model.state_dict()) - len(counters) - 4
+    assert len(result.missing_keys) == len(model.state_dict()) - len(counters) - 4
     assert all(torch.equal(model.state_dict()[key], value) for key, value in adapter.items())
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
         model.load_state_dict(adapter)
 
 
-def test_one_tensor_of_one_block_may_be_set(weights: Tensors) -> None:
-    """A few keys of the model itself."""
+def test_load_allows_one_tensor_of_a_block(weights: Tensors) -> None:
+    """A few keys of the model itself may be set with strict=False."""
     model, key = make(), "layer2.0.se.fc1.weight"
     model.load_state_dict({key: weights[key]}, strict=False)
     assert torch.equal(model.state_dict()[key], weights[key])
@@ -211,21 +214,22 @@ def test_one_tensor_of_one_block_may_be_set(weights: Tensors) -> None:
 # ---- the roads
 
 
-def test_timm_refuses_too_when_the_number_of_classes_changes(weights: Tensors, tmp_path: Path) -> None:
-    """timm loads with strict=False then, and only logs what is missing."""
-    lost = without(weights, "layer3.0.se")
-    torch.save({"state_dict": lost}, tmp_path / "lost.pth")
+def test_load_by_timm_refuses_missing_block(weights: Tensors, tmp_path: Path) -> None:
+    """timm's own loaders refuse a missing block, also when the number of classes changes."""
+    incomplete = without(weights, "layer3.0.se")
+    torch.save({"state_dict": incomplete}, tmp_path / "lost.pth")
     overlay = {"file": str(tmp_path / "lost.pth"), "num_classes": 10}
     with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
         timm.create_model("test_resnet_se", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7)
     model = make(num_classes=7)
     with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
-        load_pretrained(model, {**model.pretrained_cfg, "state_dict": lost, "num_classes": 10}, num_classes=7)
+        load_pretrained(model, {**model.pretrained_cfg, "state_dict": incomplete, "num_classes": 10}, num_classes=7)
     with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
         load_checkpoint(make(), str(tmp_path / "lost.pth"))
 
 
-def test_a_saved_directory_that_has_lost_a_block_says_so_in_one_sentence(weights: Tensors, tmp_path: Path) -> None:
+def test_load_of_directory_names_lost_block(weights: Tensors, tmp_path: Path) -> None:
+    """A saved directory that lacks a block is refused with an error that names the block."""
     save_for_hf(trained(), tmp_path, safe_serialization=True)
     safetensors.torch.save_file(without(weights, "layer3.0.se"), tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
@@ -246,13 +250,14 @@ class Wrapper(nn.Module):
     [Wrapper, nn.Sequential, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.compile],
     ids=["module", "sequential", "copy", "pickle", "compile"],
 )
-def test_a_wrapper_does_not_hide_the_blocks(wrap: Callable[[nn.Module], nn.Module], base: Tensors) -> None:
+def test_load_sees_blocks_in_wrappers(wrap: Callable[[nn.Module], nn.Module], base: Tensors) -> None:
+    """Blocks inside a wrapper, a copy, a pickle or a compiled model are judged as well."""
     fresh, moved = wrap(make()), wrap(trained())
     weights = bits(moved)
     (prefix,) = {key[: key.index("layer1")] for key in weights if "layer1" in key}
-    lost = without(weights, f"{prefix}layer3.0.se")
+    incomplete = without(weights, f"{prefix}layer3.0.se")
     with pytest.raises(LoadError, match=r"not layer3\.0\.se"):
-        fresh.load_state_dict(lost)
+        fresh.load_state_dict(incomplete)
     around = {key: value for key, value in weights.items() if key == "scale"}
     only_base = {**{f"{prefix}{key}": value for key, value in base.items()}, **around}
     with pytest.raises(LoadError, match="not as they were built"):
@@ -262,8 +267,8 @@ def test_a_wrapper_does_not_hide_the_blocks(wrap: Callable[[nn.Module], nn.Modul
     assert same(bits(fresh), weights)
 
 
-def test_blocks_inside_a_wrapped_layer_keep_their_names(weights: Tensors, base: Tensors) -> None:
-    """Activation checkpointing puts a module between host and block that no checkpoint knows."""
+def test_load_under_checkpoint_wrapper(weights: Tensors, base: Tensors) -> None:
+    """Blocks inside a layer that activation checkpointing wraps keep their names."""
     wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     model = make()
     model.layer3[0] = wrapper.checkpoint_wrapper(model.layer3[0])
@@ -274,8 +279,8 @@ def test_blocks_inside_a_wrapped_layer_keep_their_names(weights: Tensors, base: 
         model.load_state_dict(without(weights, "layer3.0.se"))
 
 
-def test_a_model_operated_on_in_two_steps_and_inside_another_is_judged_once(base: Tensors) -> None:
-    """The outer module knows of blocks that the inner one does not have."""
+def test_load_judges_nested_models_once(base: Tensors) -> None:
+    """A model with operations of its own inside another one is judged once, as a whole."""
     inner = attnsurgery.operate(make("test_resnet"), recipe("layer3.0.bn2"))
     outer = nn.Sequential(inner)
     weights = bits(outer)
@@ -288,7 +293,8 @@ def recipe(at: str) -> dict[str, object]:
     return {"version": 1, "name": "x", "base": "test_resnet", "edits": [{"at": at, "block": "se"}]}
 
 
-def test_after_removal_nothing_is_judged(weights: Tensors, base: Tensors) -> None:
+def test_load_after_removal_judges_nothing(weights: Tensors, base: Tensors) -> None:
+    """After `remove` no hook is left, and a load is judged by torch alone."""
     model = attnsurgery.remove(trained())
     assert not model._load_state_dict_pre_hooks
     assert len(model.load_state_dict(weights, strict=False).unexpected_keys) == 16
@@ -298,7 +304,8 @@ def test_after_removal_nothing_is_judged(weights: Tensors, base: Tensors) -> Non
 # ---- the report
 
 
-def test_the_report_names_every_block(weights: Tensors) -> None:
+def test_load_report_names_every_block(weights: Tensors) -> None:
+    """The report lists the blocks that are held, partial, absent and foreign."""
     there = without(weights, "layer4.0.se")
     del there["layer2.0.se.fc1.weight"]
     report = attnsurgery.load_report(make(), {**there, "layer4.0.non_local.g.weight": torch.ones(1)})
@@ -314,10 +321,11 @@ def test_the_report_names_every_block(weights: Tensors) -> None:
     assert attnsurgery.load_report(make(), under, "model.").kind == "whole"
 
 
-def test_a_surgical_base_takes_the_weights_of_its_own_base_and_no_mixture(base: Tensors, weights: Tensors) -> None:
-    built = build_base("test_resnet_se", dict(base))
-    assert set(grafted_blocks(built)) == set(SE)
-    assert torch.equal(built.state_dict()["fc.weight"], base["fc.weight"])
+def test_base_build_refuses_mixed_weights(base: Tensors, weights: Tensors) -> None:
+    """A surgical base takes the weights of its own base, and no mixture of base and blocks."""
+    model = build_base("test_resnet_se", dict(base))
+    assert set(grafted_blocks(model)) == set(SE)
+    assert torch.equal(model.state_dict()["fc.weight"], base["fc.weight"])
     with pytest.raises(CheckpointError, match=r"w\.pth: the checkpoint holds 3 of 4 blocks .* not layer1\.0\.se"):
         build_base("test_resnet_se", without(weights, "layer1.0.se"), "w.pth")
 
@@ -343,8 +351,8 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> nn.
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_training_goes_on_after_surgery_as_if_there_had_been_none(kind: str) -> None:
-    """As long as the blocks are frozen; then the moments and the count of steps are those of before, bit for bit."""
+def test_optimizer_state_survives_surgery(kind: str) -> None:
+    """Training with frozen blocks goes on after surgery bit for bit as if there had been none."""
     make_optimizer = OPTIMIZERS[kind]
     torch.manual_seed(0)
     model = make("test_resnet")
@@ -362,13 +370,14 @@ def test_training_goes_on_after_surgery_as_if_there_had_been_none(kind: str) -> 
     )
     moved = attnsurgery.carry_optimizer_state(state, names, fresh, operated)
     assert (set(moved.carried), moved.fresh, moved.dropped) == (set(names), (), ())
-    found, other = bits(steps(operated, fresh, 3)), bits(steps(forgetful, forgetting, 3))
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    result, other = bits(steps(operated, fresh, 3)), bits(steps(forgetful, forgetting, 3))
+    assert all(torch.equal(result[key], value) for key, value in expected.items())
     assert not torch.equal(other["fc.weight"], expected["fc.weight"])
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_parameters_of_new_blocks_begin_without_moments(kind: str) -> None:
+def test_optimizer_new_blocks_start_fresh(kind: str) -> None:
+    """Parameters of new blocks start without moments; those of a new classifier as well."""
     torch.manual_seed(0)
     model = make("test_resnet")
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -386,15 +395,16 @@ def test_parameters_of_new_blocks_begin_without_moments(kind: str) -> None:
     for name, parameter in model.named_parameters():
         assert (parameter in new.state) == (name in moved.carried)
         if name in moved.carried:
-            kept = optimizer.state[dict(zip(names, optimizer.param_groups[0]["params"], strict=True))[name]]
+            old_state = optimizer.state[dict(zip(names, optimizer.param_groups[0]["params"], strict=True))[name]]
             assert all(
-                torch.equal(torch.as_tensor(new.state[parameter][key]), torch.as_tensor(kept[key])) for key in kept
+                torch.equal(torch.as_tensor(new.state[parameter][key]), torch.as_tensor(old_state[key]))
+                for key in old_state
             )
     steps(model, new, 1)
 
 
-def test_groups_and_orders_may_differ_for_names_decide() -> None:
-    """Timm's groups with and without weight decay, which number parameters in another order."""
+def test_optimizer_state_goes_by_names() -> None:
+    """Moments are carried by parameter names, whatever the groups and the order are."""
     torch.manual_seed(0)
     model = make("test_resnet")
     before = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
@@ -410,7 +420,8 @@ def test_groups_and_orders_may_differ_for_names_decide() -> None:
             assert after.state[parameter]["exp_avg"].shape == parameter.shape
 
 
-def test_a_state_with_names_of_its_own_needs_no_others() -> None:
+def test_optimizer_state_with_own_names() -> None:
+    """A state that holds parameter names needs no others."""
     model = make("test_resnet")
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
     steps(model, optimizer, 1)
@@ -420,7 +431,8 @@ def test_a_state_with_names_of_its_own_needs_no_others() -> None:
     assert len(attnsurgery.carry_optimizer_state(state, None, new, model).carried) == len(state["state"])
 
 
-def test_states_that_mean_something_else_are_refused() -> None:
+def test_optimizer_refuses_foreign_state() -> None:
+    """A state of another optimizer, of too few names or of another model is refused."""
     model, other = make("test_resnet"), make("test_resnet")
     optimizer = torch.optim.AdamW(model.parameters())
     steps(model, optimizer, 1)

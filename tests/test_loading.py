@@ -65,8 +65,8 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, nn.Module]:
 def half(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights less one tensor of one block."""
     path, block = list(grafted_blocks(model).items())[-1]
-    lost = f"{path}.{next(iter(block.state_dict()))}"
-    return {key: value for key, value in model.state_dict().items() if key != lost}
+    missing_key = f"{path}.{next(iter(block.state_dict()))}"
+    return {key: value for key, value in model.state_dict().items() if key != missing_key}
 
 
 # ---- the roads
@@ -127,9 +127,10 @@ def saved(weights: dict[str, torch.Tensor], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
-def test_each_road_takes_both_kinds_of_weights_and_refuses_half_a_block(
+def test_loaders_take_base_and_surgical(
     road: Callable[..., nn.Module], case: tuple[str, nn.Module, nn.Module], tmp_path: Path
 ) -> None:
+    """Each loader takes weights of the base and of the surgical model, and refuses part of a block."""
     name, base, model = case
     x = images(64)
     assert torch.equal(road(name, saved(base.state_dict(), tmp_path / "base.pth"))(x), base(x))
@@ -146,12 +147,13 @@ def test_each_road_takes_both_kinds_of_weights_and_refuses_half_a_block(
 
 @pytest.mark.parametrize("road", ADAPTING, ids=lambda road: road.__name__)
 @pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"in_chans": 1}], ids=str)
-def test_classes_and_channels_change_while_loading_as_they_do_for_the_base(
+def test_loaders_adapt_classes_and_channels(
     road: Callable[..., nn.Module],
     kwargs: dict[str, int],
     case: tuple[str, nn.Module, nn.Module],
     tmp_path: Path,
 ) -> None:
+    """The number of classes and channels changes while loading as it does for the base."""
     name, base, model = case
     x = images(64, channels=kwargs.get("in_chans", 3))
     file = saved(base.state_dict(), tmp_path / "base.pth")
@@ -168,9 +170,8 @@ def test_classes_and_channels_change_while_loading_as_they_do_for_the_base(
 
 @pytest.mark.parametrize("name", ["test_vit_se", "test_vit_nonlocal_s3", f"{SWIN}_se"])
 @pytest.mark.parametrize("road", ADAPTING, ids=lambda road: road.__name__)
-def test_positions_are_resampled_for_another_size_of_images(
-    road: Callable[..., nn.Module], name: str, tmp_path: Path
-) -> None:
+def test_loaders_resample_positions(road: Callable[..., nn.Module], name: str, tmp_path: Path) -> None:
+    """Position embeddings are resampled for another image size."""
     base = base_of(name)
     model = make(name)
     model.load_state_dict(base.state_dict())
@@ -189,12 +190,12 @@ def test_positions_are_resampled_for_another_size_of_images(
 
 
 def swin_of_its_authors(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {}
+    original = {}
     for key, value in weights.items():
         for index in range(1, 4):
             key = key.replace(f"layers.{index}.downsample", f"layers.{index - 1}.downsample")
-        found[key.replace("head.fc.", "head.")] = value
-    return {"model": found}
+        original[key.replace("head.fc.", "head.")] = value
+    return {"model": original}
 
 
 def vit_under_a_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,9 +210,10 @@ def vit_under_a_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         ("test_vit_nonlocal_s3", vit_under_a_prefix),
     ],
 )
-def test_weights_under_their_authors_names_go_through_timms_filters(
+def test_loaders_filter_original_names(
     name: str, original: Callable[[dict[str, torch.Tensor]], Any], tmp_path: Path
 ) -> None:
+    """Weights under the names of their authors go through timm's filters."""
     base = base_of(name)
     torch.save(original(base.state_dict()), tmp_path / "original.pth")
     keys = set(original(base.state_dict())["model"])
@@ -229,7 +231,8 @@ def test_weights_under_their_authors_names_go_through_timms_filters(
 @pytest.mark.parametrize(
     ("name", "safe"), [(NAMES[0], False), (NAMES[0], "both"), *((name, True) for name in NAMES)], ids=str
 )
-def test_what_save_for_hf_writes_is_built_again_and_adapts(name: str, safe: Any, tmp_path: Path) -> None:
+def test_save_for_hf_round_trip_adapts(name: str, safe: Any, tmp_path: Path) -> None:
+    """A directory that save_for_hf wrote is built again and adapts to other classes and features."""
     model = move_gates(make(name, in_chans=1))
     save_for_hf(model, tmp_path, safe_serialization=safe)
     x = images(64, channels=1)
@@ -248,13 +251,13 @@ OFFLINE = """
 import sys, timm, torch, attnsurgery
 torch.set_num_threads(1)
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-found = {}
+outputs = {}
 for repository in sys.argv[2:]:
     model = timm.create_model(f"hf-hub:{repository}", pretrained=True).eval()
-    found[repository] = model(x)
+    outputs[repository] = model(x)
     assert attnsurgery.verify(model).alive
-    found[repository + ":7"] = timm.create_model(f"hf-hub:{repository}", pretrained=True, num_classes=7).eval()(x)
-torch.save(found, sys.argv[1])
+    outputs[repository + ":7"] = timm.create_model(f"hf-hub:{repository}", pretrained=True, num_classes=7).eval()(x)
+torch.save(outputs, sys.argv[1])
 try:
     timm.create_model("hf-hub:somebody/half", pretrained=True)
 except RuntimeError as error:
@@ -274,7 +277,8 @@ def laid_out(home: Path, repository: str, model: nn.Module) -> Path:
     return root / "snapshots" / commit
 
 
-def test_a_repository_of_the_hub_loads_offline_from_its_cache(tmp_path: Path) -> None:
+def test_hub_repository_loads_offline(tmp_path: Path) -> None:
+    """A repository of the hub loads offline from its cache, and part of a block is refused."""
     named = move_gates(make("test_resnet_se"))
     recipe = {"version": 1, "name": "mine", "base": "test_vit", "edits": [{"at": "stage:* branches", "block": "se"}]}
     operated = move_gates(attnsurgery.operate(build("test_vit", img_size=64, num_classes=10), recipe))
@@ -286,9 +290,9 @@ def test_a_repository_of_the_hub_loads_offline_from_its_cache(tmp_path: Path) ->
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {key: value for key, value in environment.items() if key not in ("HF_HUB_CACHE", "TORCH_HOME")}
     command = [sys.executable, "-c", OFFLINE, str(tmp_path / "found.pt"), "somebody/named", "somebody/operated"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "found.pt")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    outputs = torch.load(tmp_path / "found.pt")
     for repository, model in (("somebody/named", named), ("somebody/operated", operated)):
-        assert torch.equal(found[repository], model(images(64)))
-        assert found[f"{repository}:7"].shape == (2, 7)
+        assert torch.equal(outputs[repository], model(images(64)))
+        assert outputs[f"{repository}:7"].shape == (2, 7)

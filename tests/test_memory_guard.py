@@ -52,8 +52,8 @@ def auto(at: str, block: str = "non_local", **options: Any) -> dict[str, Any]:
     return {"at": at, "block": block, "options": {"subsample": "auto", **options}}
 
 
-def subsamples(made: Recipe, name: str = "test_resnet") -> list[int]:
-    return [cut.options["subsample"] for cut in resolve(made, anatomy(name))]
+def subsamples(spec: Recipe, name: str = "test_resnet") -> list[int]:
+    return [cut.options["subsample"] for cut in resolve(spec, anatomy(name))]
 
 
 def attention_bytes(side: int, subsample: int) -> int:
@@ -76,9 +76,9 @@ def by_brute_force(rows: list[list[int]], limit: int) -> list[int] | None:
     fitting = []
     for steps in itertools.product(*(range(len(row)) for row in rows)):
         pairs = list(zip(rows, steps, strict=True))
-        taken = [key(row, earlier) for row, step in pairs for earlier in range(step)]
+        taken_keys = [key(row, earlier) for row, step in pairs for earlier in range(step)]
         open_ = [key(row, step) for row, step in pairs if step + 1 < len(row)]
-        in_order = not taken or not open_ or min(taken) > max(open_)
+        in_order = not taken_keys or not open_ or min(taken_keys) > max(open_)
         total = sum(row[step] for row, step in pairs)
         if in_order and total <= limit:
             fitting.append((total, list(steps)))
@@ -87,46 +87,48 @@ def by_brute_force(rows: list[list[int]], limit: int) -> list[int] | None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(falling, min_size=1, max_size=4), st.integers(0, 200))
-def test_settling_is_the_first_that_fits_when_the_largest_goes_first(rows: list[list[int]], limit: int) -> None:
+def test_settle_matches_brute_force(rows: list[list[int]], limit: int) -> None:
+    """Settling lowers the largest first and stops at the first choice that fits, as brute force does."""
     assert settle(rows, limit) == by_brute_force(rows, limit)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(falling, min_size=1, max_size=6), st.integers(0, 200), st.integers(0, 100), st.randoms())
-def test_settling_heeds_no_order_treats_equals_alike_and_only_loosens_with_the_limit(
-    rows: list[list[int]], limit: int, more: int, chance: random.Random
-) -> None:
-    found = settle(rows, limit)
+def test_settle_ignores_order_is_monotone(rows: list[list[int]], limit: int, more: int, chance: random.Random) -> None:
+    """Settling ignores order, treats equals alike, and a higher limit never costs more sub-sampling."""
+    steps = settle(rows, limit)
     order = chance.sample(range(len(rows)), len(rows))
     shuffled = settle([rows[index] for index in order], limit)
-    assert shuffled == (None if found is None else [found[index] for index in order])
+    assert shuffled == (None if steps is None else [steps[index] for index in order])
     looser = settle(rows, limit + more)
-    if found is None:
+    if steps is None:
         assert sum(row[-1] for row in rows) > limit
         return
-    assert all(a == b for (r, a), (s, b) in itertools.combinations(zip(rows, found, strict=True), 2) if r == s)
+    assert all(a == b for (r, a), (s, b) in itertools.combinations(zip(rows, steps, strict=True), 2) if r == s)
     assert looser is not None
-    assert all(after <= before for after, before in zip(looser, found, strict=True))
+    assert all(after <= before for after, before in zip(looser, steps, strict=True))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4, unique=True), st.integers(1, 12_000_000))
-def test_auto_settles_a_whole_recipe_by_that_rule(stages: list[int], limit: int) -> None:
-    made = recipe(*(auto(f"stage:{stage} last") for stage in stages), limit=limit / 1e6)
+def test_auto_settles_a_whole_recipe(stages: list[int], limit: int) -> None:
+    """'auto' settles all blocks of a recipe by the rule of `settle`."""
+    spec = recipe(*(auto(f"stage:{stage} last") for stage in stages), limit=limit / 1e6)
     windows = [[2**power for power in range(SIDES[stage].bit_length())] for stage in stages]
     rows = [[attention_bytes(SIDES[s], w) for w in ws] for s, ws in zip(stages, windows, strict=True)]
     expected = by_brute_force(rows, limit)
     if expected is None:
         with pytest.raises(OptionError, match="max_attention_mb"):
-            resolve(made, anatomy())
+            resolve(spec, anatomy())
     else:
-        assert subsamples(made) == [ws[step] for ws, step in zip(windows, expected, strict=True)]
+        assert subsamples(spec) == [ws[step] for ws, step in zip(windows, expected, strict=True)]
 
 
 # ---- what auto comes to
 
 
-def test_auto_without_a_limit_is_one_and_with_one_the_smallest_that_fits() -> None:
+def test_auto_is_smallest_that_fits() -> None:
+    """'auto' is 1 without a limit, and with one the smallest sub-sampling that fits."""
     assert subsamples(recipe(auto("stage:1 last"))) == [1]
     for window in (1, 2, 4, 8, 16, 32):
         just = attention_bytes(40, window) / 1e6
@@ -135,14 +137,16 @@ def test_auto_without_a_limit_is_one_and_with_one_the_smallest_that_fits() -> No
             assert subsamples(recipe(auto("stage:1 last"), limit=just * 0.999)) == [2 * window]
 
 
-def test_blocks_with_a_number_count_for_the_limit_and_keep_their_number() -> None:
+def test_limit_counts_fixed_blocks() -> None:
+    """Blocks with a fixed sub-sampling count for the limit and keep their number."""
     fixed = {"at": "stage:1 last", "block": "non_local", "options": {"subsample": 2}}
     room = attention_bytes(40, 2)
     assert subsamples(recipe(fixed, auto("stage:2 last"), limit=(room + attention_bytes(20, 1)) / 1e6)) == [2, 1]
     assert subsamples(recipe(fixed, auto("stage:2 last"), limit=(room + attention_bytes(20, 4)) / 1e6)) == [2, 4]
 
 
-def test_auto_of_dual_attention_stops_where_its_channels_are_what_is_left() -> None:
+def test_auto_of_dual_counts_its_channels() -> None:
+    """'auto' of dual attention is refused where the channel attention alone is over the limit."""
     channels = 4 * 48 * 48
     assert subsamples(recipe(auto("stage:2 last", "dual"), limit=1)) == [1]
     assert subsamples(recipe(auto("stage:2 last", "dual"), limit=0.05)) == [4]
@@ -151,7 +155,8 @@ def test_auto_of_dual_attention_stops_where_its_channels_are_what_is_left() -> N
     assert subsamples(recipe(auto("stage:2 last", "dual", parts="channel"), limit=channels / 1e6)) == [1]
 
 
-def test_a_block_built_by_hand_takes_auto_for_one() -> None:
+def test_auto_is_one_without_a_recipe() -> None:
+    """A block that is built without a recipe takes 'auto' as 1."""
     x = torch.randn(2, 8, 6, 6)
     for block in ("non_local", "dual"):
         torch.manual_seed(0)
@@ -172,10 +177,11 @@ def move_gates_of(block: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("block", ["non_local", "dual"])
 @pytest.mark.parametrize("size", [(1, 2), (2, 2), (3, 9), (7, 7), (196, 1), (40, 33)])
-def test_every_fitting_is_legal_and_takes_no_more_than_the_one_before(block: str, size: tuple[int, int]) -> None:
-    asked = check_options(block, {"subsample": "auto", "reduction": 1})
-    ways = BLOCKS[block].fittings(asked, *size)
-    assert ways[0] == {**asked, "subsample": 1}
+def test_fittings_are_legal_and_fall(block: str, size: tuple[int, int]) -> None:
+    """Every fitting of a block is legal and takes no more memory than the one before."""
+    options = check_options(block, {"subsample": "auto", "reduction": 1})
+    ways = BLOCKS[block].fittings(options, *size)
+    assert ways[0] == {**options, "subsample": 1}
     sizes = []
     for way in ways:
         built = build_block(block, 8, way, "identity", "meta")
@@ -185,7 +191,8 @@ def test_every_fitting_is_legal_and_takes_no_more_than_the_one_before(block: str
     assert 2 * ways[-1]["subsample"] > min(size)
 
 
-def test_tokens_on_a_grid_are_subsampled_in_both_directions() -> None:
+def test_auto_subsamples_tokens_on_a_grid() -> None:
+    """Tokens on a grid are sub-sampled in both directions."""
     side = 14
     for window in (1, 2, 4):
         just = attention_bytes(side, window) / 1e6
@@ -195,15 +202,16 @@ def test_tokens_on_a_grid_are_subsampled_in_both_directions() -> None:
 # ---- what is refused, and by whom
 
 
-def test_a_refusal_names_the_largest_place_and_the_subsampling_that_would_fit() -> None:
+def test_limit_error_names_largest_and_fix() -> None:
+    """The error names the largest place, and the sub-sampling and the limit that would fit."""
     plain = {"at": "stage:12 last", "block": "non_local"}
-    made = text.loads(text.dumps(recipe(plain, limit=2)), "recipe.yaml")
+    spec = text.loads(text.dumps(recipe(plain, limit=2)), "recipe.yaml")
     with pytest.raises(OptionError) as caught:
-        resolve(made, anatomy())
-    said = str(caught.value)
-    assert said.startswith("recipe.yaml:4: max_attention_mb = 2: the attention of the 2 blocks comes to 10.88 MB")
-    assert "10.24 MB of it at 'layer1.0' (non_local with subsample: 1, on 32 x 40 x 40)" in said
-    assert "There, subsample: 4 would fit (0.64 MB). Or allow it: max_attention_mb: 10.88." in said
+        resolve(spec, anatomy())
+    message = str(caught.value)
+    assert message.startswith("recipe.yaml:4: max_attention_mb = 2: the attention of the 2 blocks comes to 10.88 MB")
+    assert "10.24 MB of it at 'layer1.0' (non_local with subsample: 1, on 32 x 40 x 40)" in message
+    assert "There, subsample: 4 would fit (0.64 MB). Or allow it: max_attention_mb: 10.88." in message
     assert subsamples(recipe({"at": "layer1.0", **auto("")} | {"at": "layer1.0"}, plain | {"at": "layer2.0"}, limit=2))
     assert subsamples(recipe(plain, limit=10.88)) == [1, 1]
 
@@ -216,22 +224,23 @@ def test_a_refusal_names_the_largest_place_and_the_subsampling_that_would_fit() 
         ([{"at": "stage:4 last", "block": "dual"}], 0.01, "Neither sub-sampling nor a later place"),
     ],
 )
-def test_a_refusal_finds_another_way_where_the_largest_place_has_none(
-    edits: list[dict[str, Any]], limit: float, advice: str
-) -> None:
+def test_limit_error_advice_works(edits: list[dict[str, Any]], limit: float, advice: str) -> None:
+    """The error gives other advice where the largest place cannot be reduced, and its limit fits."""
     with pytest.raises(OptionError, match=advice) as caught:
         resolve(recipe(*edits, limit=limit), anatomy())
     allowed = float(str(caught.value).rpartition("max_attention_mb: ")[2].rstrip("."))
     assert resolve(recipe(*edits, limit=allowed), anatomy())
 
 
-def test_tokens_without_a_grid_are_refused_honestly() -> None:
+def test_limit_error_tokens_without_a_grid() -> None:
+    """The error does not advise sub-sampling for tokens without a grid."""
     with pytest.raises(OptionError, match="Neither sub-sampling nor a later place"):
         resolve(recipe(auto("stage:3 last"), limit=0.001), anatomy("hiera_tiny_224"))
     assert resolve(recipe(auto("stage:3 last"), limit=1), anatomy("hiera_tiny_224"))
 
 
-def test_every_road_refuses_a_recipe_over_its_limit_and_changes_nothing(tmp_path: Path) -> None:
+def test_limit_is_refused_before_any_change(tmp_path: Path) -> None:
+    """Every entry point refuses a recipe over its limit, and changes and writes nothing."""
     edit = {"at": "stage:1 last", "block": "non_local"}
     over, within = recipe(edit, limit=10.2), recipe(edit, limit=10.24)
     model = build("test_resnet")
@@ -275,36 +284,39 @@ def windows(model: nn.Module) -> list[int]:
     return [block.subsample for block in grafted_blocks(model).values()]
 
 
-def test_limit_and_auto_are_saved_with_the_model_and_build_it_again(tmp_path: Path) -> None:
-    made = recipe(auto("stage:12 last"), limit=1)
-    model = move_gates(attnsurgery.operate(build("test_resnet"), made))
+def test_limit_and_auto_are_saved_with_model(tmp_path: Path) -> None:
+    """The limit and 'auto' are saved with the model and build it again."""
+    spec = recipe(auto("stage:12 last"), limit=1)
+    model = move_gates(attnsurgery.operate(build("test_resnet"), spec))
     assert windows(model) == [4, 2]
     again = saved(model, tmp_path / "saved")
-    kept = json.loads((tmp_path / "saved" / "config.json").read_text())["model_args"]["recipe"]
-    assert kept == made.as_dict()
-    assert kept["max_attention_mb"] == 1
+    recipe_data = json.loads((tmp_path / "saved" / "config.json").read_text())["model_args"]["recipe"]
+    assert recipe_data == spec.as_dict()
+    assert recipe_data["max_attention_mb"] == 1
     assert windows(again) == [4, 2]
     assert torch.equal(again(images(160)), model(images(160)))
     assert attnsurgery.recipe_of(again).max_attention_mb == 1
 
 
-def test_what_was_settled_for_other_images_is_kept_in_numbers(tmp_path: Path) -> None:
-    made = recipe(auto("stage:12 last"), limit=1)
-    model = attnsurgery.operate(build("test_resnet"), made, input_size=(3, 64, 64))
+def test_settled_numbers_saved_at_other_size(tmp_path: Path) -> None:
+    """What 'auto' settled for another image size is saved as numbers."""
+    spec = recipe(auto("stage:12 last"), limit=1)
+    model = attnsurgery.operate(build("test_resnet"), spec, input_size=(3, 64, 64))
     assert windows(model) == [1, 1]
     with pytest.raises(OptionError, match="max_attention_mb = 1"):
         saved(model, tmp_path / "small")  # at the model's own 160 pixels these numbers are over the limit
-    model = attnsurgery.operate(build("test_resnet"), made, input_size=(3, 256, 256))
+    model = attnsurgery.operate(build("test_resnet"), spec, input_size=(3, 256, 256))
     assert windows(model) == [16, 4]
     assert windows(saved(model, tmp_path / "large")) == [16, 4]
 
 
-def test_two_operations_keep_what_each_has_settled_under_its_own_limit(tmp_path: Path) -> None:
+def test_settled_numbers_of_two_operations(tmp_path: Path) -> None:
+    """Two operations save what each has settled under its own limit, and the limits add up."""
     model = attnsurgery.operate(build("test_resnet"), recipe(auto("stage:1 last"), limit=0.7))
     attnsurgery.operate(model, recipe(auto("stage:2 last"), limit=0.2))
-    kept = attnsurgery.recipe_of(model)
-    assert kept.max_attention_mb == pytest.approx(0.9)
-    assert [edit.options["subsample"] for edit in kept.edits] == windows(model) == [4, 2]
+    combined = attnsurgery.recipe_of(model)
+    assert combined.max_attention_mb == pytest.approx(0.9)
+    assert [edit.options["subsample"] for edit in combined.edits] == windows(model) == [4, 2]
     assert windows(saved(model, tmp_path / "both")) == [4, 2]
     attnsurgery.operate(model, recipe({"at": "stage:3 last", "block": "non_local"}))
     assert attnsurgery.recipe_of(model).max_attention_mb is None
@@ -338,23 +350,25 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_predicts_what_the_operated_model_has_and_allocates_nothing(name: str) -> None:
-    made = recipe(*PLANS[name], base=name)
+def test_plan_matches_the_operated_model(name: str) -> None:
+    """A plan has the parameters, MACs and attention memory of the operated model, and allocates nothing."""
+    spec = recipe(*PLANS[name], base=name)
     with LargestReal() as watch:
-        found = attnsurgery.plan(name, made)
+        forecast = attnsurgery.plan(name, spec)
     assert watch.largest < 1000
     model = timm.create_model(name)
-    assert found.params_before == sum(p.numel() for p in model.parameters())
-    attnsurgery.operate(model, made)
+    assert forecast.params_before == sum(p.numel() for p in model.parameters())
+    attnsurgery.operate(model, spec)
     blocks = grafted_blocks(model)
-    assert found.params_before + found.params_added == sum(p.numel() for p in model.parameters())
-    assert found.macs_before + found.macs_added == count_macs(model, found.input_size) > found.macs_before
-    assert found.attention_bytes == attnsurgery.verify(model).attention_bytes
-    assert len(found.blocks) == len(blocks)
-    assert json.loads(json.dumps(found.as_dict()))["params_added"] == found.params_added
+    assert forecast.params_before + forecast.params_added == sum(p.numel() for p in model.parameters())
+    assert forecast.macs_before + forecast.macs_added == count_macs(model, forecast.input_size) > forecast.macs_before
+    assert forecast.attention_bytes == attnsurgery.verify(model).attention_bytes
+    assert len(forecast.blocks) == len(blocks)
+    assert json.loads(json.dumps(forecast.as_dict()))["params_added"] == forecast.params_added
 
 
-def test_a_plan_tells_what_was_settled_and_what_was_chosen() -> None:
+def test_plan_lists_settled_and_chosen() -> None:
+    """A plan lists the options that 'auto' settled and those that the recipe chose."""
     (planned,) = attnsurgery.plan("test_resnet", recipe(auto("stage:1 last", reduction=4), limit=1)).blocks
     assert (planned.address, planned.block, planned.map_size) == ("layer1.0", "non_local", (40, 40))
     assert planned.settled == {"subsample": 4}
@@ -364,9 +378,10 @@ def test_a_plan_tells_what_was_settled_and_what_was_chosen() -> None:
     assert planned.settled == planned.chosen == {}
 
 
-def test_a_plan_for_other_images_scales_with_them() -> None:
-    made = recipe({"at": "stage:3 last", "block": "non_local"}, base="test_vit")
-    small, large = (attnsurgery.plan("test_vit", made, (3, side, side)) for side in (64, 128))
+def test_plan_scales_with_image_size() -> None:
+    """The shapes and the attention memory of a plan follow the image size."""
+    spec = recipe({"at": "stage:3 last", "block": "non_local"}, base="test_vit")
+    small, large = (attnsurgery.plan("test_vit", spec, (3, side, side)) for side in (64, 128))
     assert small.blocks[0].shape[0] - 1 == (large.blocks[0].shape[0] - 1) // 4
     assert small.attention_bytes < large.attention_bytes
 
@@ -381,17 +396,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_plan_refuses_in_the_words_of_the_operation(case: str) -> None:
+def test_plan_refuses_as_operate_does(case: str) -> None:
+    """`plan` refuses with the same message as `operate` and changes nothing."""
     edit, kind = REFUSED[case]
     model = build("test_resnet")
     attnsurgery.operate(model, recipe({"at": "layer2.0", "block": "se"}))
     keys = list(model.state_dict())
-    said = []
+    messages = []
     for road in (attnsurgery.plan, attnsurgery.operate):
         with pytest.raises(kind) as caught:
             road(model, recipe(edit))
-        said.append(str(caught.value))
-    assert said[0] == said[1]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
     assert list(model.state_dict()) == keys
     assert attnsurgery.plan(model, recipe({"at": "layer1.0", "block": "se"})).params_added > 0
     assert list(model.state_dict()) == keys
@@ -407,7 +423,8 @@ def test_a_plan_refuses_in_the_words_of_the_operation(case: str) -> None:
         ("se", {"reduction": 0}, "input should be greater than or equal to 1. Options"),
     ],
 )
-def test_a_wrong_option_names_auto_where_that_would_do(block: str, options: dict[str, Any], message: str) -> None:
+def test_option_error_names_auto(block: str, options: dict[str, Any], message: str) -> None:
+    """The error for a wrong option names 'auto' where it is allowed."""
     with pytest.raises(OptionError) as caught:
         check_options(block, options)
     assert message in str(caught.value)

@@ -35,7 +35,8 @@ def images(*size: int, batch: int = 2) -> torch.Tensor:
     ("name", "params", "gmacs"),
     [("residual_attention_56", 31_810_728, 6.27), ("residual_attention_92", 52_466_344, 10.53)],
 )
-def test_networks_have_the_papers_parameters_and_macs(name: str, params: int, gmacs: float) -> None:
+def test_networks_cost_as_in_the_paper(name: str, params: int, gmacs: float) -> None:
+    """The networks have the parameters and multiply-adds of the paper."""
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     with FlopCounterMode(display=False) as counter:
@@ -45,7 +46,8 @@ def test_networks_have_the_papers_parameters_and_macs(name: str, params: int, gm
 
 
 @pytest.mark.parametrize(("name", "layers", "modules"), [(NAMES[0], 56, [1, 1, 1]), (NAMES[1], 92, [1, 2, 3])])
-def test_networks_have_the_depth_in_their_name(name: str, layers: int, modules: list[int]) -> None:
+def test_networks_have_depth_of_their_name(name: str, layers: int, modules: list[int]) -> None:
+    """The networks have as many layers as their name says, and masks of the paper's depths."""
     with torch.device("meta"):
         model = timm.create_model(name)
     trunk = [m for path, m in model.named_modules() if isinstance(m, PreActUnit) and "mask" not in path]
@@ -56,20 +58,22 @@ def test_networks_have_the_depth_in_their_name(name: str, layers: int, modules: 
     assert all(mask.alpha is None for mask in masks)
 
 
-def test_attention_module_multiplies_the_trunk_by_1_plus_a_mask_that_never_sees_it() -> None:
+def test_attention_module_scales_its_trunk() -> None:
+    """The module multiplies the trunk by 1 plus a mask that does not depend on the trunk."""
     torch.manual_seed(0)
     module = wake(AttentionModule(16, mask_depth=2, t=3)).double().eval()
     x = torch.randn(2, 16, 12, 9, dtype=torch.float64)
-    given = module.before(x)
-    mask = module.mask(given) - 1
-    assert torch.allclose(module(x), module.after((1 + mask) * module.trunk(given)), atol=1e-12)
+    trunk_input = module.before(x)
+    mask = module.mask(trunk_input) - 1
+    assert torch.allclose(module(x), module.after((1 + mask) * module.trunk(trunk_input)), atol=1e-12)
     wake(module.trunk, seed=1)
-    assert torch.allclose(module(x), module.after((1 + mask) * module.trunk(given)), atol=1e-12)
+    assert torch.allclose(module(x), module.after((1 + mask) * module.trunk(trunk_input)), atol=1e-12)
     assert (mask > 0).all()
     assert (mask < 1).all()
 
 
-def test_names_are_known_to_timm_and_cost_no_import_before_they_are_built() -> None:
+def test_networks_registered_without_import() -> None:
+    """timm knows the names, and nothing of the models is imported before one is built."""
     assert timm.list_models("residual_attention*") == NAMES
     assert timm.list_models(module="models") == NAMES
     assert timm.list_pretrained("residual_attention*") == []
@@ -81,7 +85,8 @@ def test_names_are_known_to_timm_and_cost_no_import_before_they_are_built() -> N
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_no_weights_are_promised() -> None:
+def test_networks_promise_no_weights() -> None:
+    """The networks have no pretrained weights and say so."""
     cfg = timm.get_pretrained_cfg("residual_attention_56")
     assert cfg is not None
     assert cfg.input_size == (3, 224, 224)
@@ -91,14 +96,16 @@ def test_no_weights_are_promised() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 65), (96, 70)])
-def test_images_of_any_size_from_32_pixels_go_in(net: Any, size: tuple[int, int]) -> None:
+def test_network_takes_sizes_from_32_pixels(net: Any, size: tuple[int, int]) -> None:
+    """Images of any size from 32 pixels go in."""
     features = net.forward_features(images(*size))
     assert features.shape == (2, 2048, *(-(-side // 32) for side in size))
     assert torch.equal(net.forward_head(features), net(images(*size)))
     assert torch.isfinite(features).all()
 
 
-def test_maps_on_the_way_are_the_ones_that_features_only_gives(net: Any) -> None:
+def test_intermediates_equal_features_only(net: Any) -> None:
+    """The intermediate maps are the ones that `features_only` gives."""
     x = images(64, 64)
     backbone = timm.create_model("residual_attention_56", features_only=True).eval()
     assert backbone.feature_info.channels() == [64, 256, 512, 1024, 2048]
@@ -106,12 +113,12 @@ def test_maps_on_the_way_are_the_ones_that_features_only_gives(net: Any) -> None
     state = {k.replace("stages.", "stages_").replace("stem.", "stem_"): v for k, v in net.state_dict().items()}
     backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith(("norm", "head"))})
     maps = backbone(x)
-    last, taken = net.forward_intermediates(x)
+    last, intermediates = net.forward_intermediates(x)
     assert [tuple(t.shape[1:]) for t in maps] == [(64, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
-    assert all(torch.equal(a, b) for a, b in zip(maps, taken, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(maps, intermediates, strict=True))
     assert torch.equal(last, net.forward_features(x))
     (second,) = net.forward_intermediates(x, indices=[2], stop_early=True, intermediates_only=True)
-    assert torch.equal(second, taken[2])
+    assert torch.equal(second, intermediates[2])
     (normalised,) = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     assert torch.equal(normalised, last)
     with pytest.raises(ValueError, match="output_fmt is 'NCHW', and not 'NLC'"):
@@ -119,7 +126,8 @@ def test_maps_on_the_way_are_the_ones_that_features_only_gives(net: Any) -> None
 
 
 @pytest.mark.parametrize(("stride", "sides"), [(8, [16, 8, 8, 8]), (16, [16, 8, 4, 4])])
-def test_output_stride_is_kept_by_dilation(stride: int, sides: list[int]) -> None:
+def test_output_stride_sets_dilation(stride: int, sides: list[int]) -> None:
+    """An output stride of 8 or 16 is reached by dilation, and another one is refused."""
     with torch.device("meta"):
         backbone = timm.create_model(
             "residual_attention_56", features_only=True, output_stride=stride, out_indices=(1, 2, 3, 4)
@@ -130,7 +138,8 @@ def test_output_stride_is_kept_by_dilation(stride: int, sides: list[int]) -> Non
         timm.create_model("residual_attention_56", output_stride=4)
 
 
-def test_dilated_network_computes_the_same_features_at_more_places() -> None:
+def test_dilated_network_computes_densely() -> None:
+    """The dilated network computes the same features at more positions."""
     torch.manual_seed(0)
     plain = wake(ResidualAttentionNet((0, 0, 0))).double().eval()
     dilated = ResidualAttentionNet((0, 0, 0), output_stride=16).double().eval()
@@ -139,7 +148,8 @@ def test_dilated_network_computes_the_same_features_at_more_places() -> None:
     assert torch.allclose(dilated.forward_features(x)[:, :, ::2, ::2], plain.forward_features(x), atol=1e-10)
 
 
-def test_classifier_can_be_changed_and_left_out() -> None:
+def test_classifier_is_exchangeable() -> None:
+    """The classifier can be replaced and left out, and layers can be pruned."""
     with torch.device("meta"):
         model = timm.create_model("residual_attention_56", in_chans=1, drop_rate=0.25)
     x = torch.empty(2, 1, 64, 64, device="meta")
@@ -155,17 +165,19 @@ def test_classifier_can_be_changed_and_left_out() -> None:
     assert len(model.stages) == 1
 
 
-def test_every_parameter_belongs_to_a_group_and_layers_are_in_order(net: Any) -> None:
+def test_group_matcher_covers_parameters(net: Any) -> None:
+    """Every parameter belongs to one group of layers."""
     from timm.models import group_parameters
 
     for coarse, groups in ((True, 6), (False, 11)):
-        found = group_parameters(net, net.group_matcher(coarse=coarse))
-        names = [name for group in found.values() for name in group]
+        groups_by_layer = group_parameters(net, net.group_matcher(coarse=coarse))
+        names = [name for group in groups_by_layer.values() for name in group]
         assert sorted(names) == sorted(name for name, _ in net.named_parameters())
-        assert len(found) == groups
+        assert len(groups_by_layer) == groups
 
 
-def test_checkpointing_gives_the_same_gradients(net: Any) -> None:
+def test_checkpointing_keeps_gradients(net: Any) -> None:
+    """Activation checkpointing gives the same gradients, bit for bit."""
     x = images(32, 32)
     expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
     net.set_grad_checkpointing()
@@ -178,7 +190,8 @@ def test_checkpointing_gives_the_same_gradients(net: Any) -> None:
     net.zero_grad(set_to_none=True)
 
 
-def test_network_scripts_and_keeps_channels_last(net: Any) -> None:
+def test_network_scripts_in_channels_last(net: Any) -> None:
+    """The network can be scripted and keeps the memory format."""
     x = images(64, 64)
     assert torch.equal(torch.jit.script(net)(x), net(x))
     expected = net.forward_features(x)
@@ -188,7 +201,8 @@ def test_network_scripts_and_keeps_channels_last(net: Any) -> None:
     assert (features - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_surgery_finds_the_trunk_and_leaves_the_masks_alone() -> None:
+def test_surgery_enters_trunk_not_masks() -> None:
+    """Surgery finds the units of the trunk and leaves the masks alone."""
     anatomy = attnsurgery.inspect("residual_attention_56")
     blocks = [site.address for site in anatomy.sites if site.role == "block" and site.stage == 1]
     assert blocks == [f"stages.0.{unit}" for unit in ("0", "1.before.0", "1.trunk.0", "1.trunk.1", "1.after.0")]
@@ -198,7 +212,8 @@ def test_surgery_finds_the_trunk_and_leaves_the_masks_alone() -> None:
     assert added == {f"stages.2.{unit}" for unit in ("0", "1.before.0", "1.trunk.0", "1.trunk.1", "1.after.0")}
 
 
-def test_surgery_on_the_network_changes_nothing_until_its_gates_move() -> None:
+def test_surgery_on_network_is_identity() -> None:
+    """Surgery on the network changes no output until a gate moves."""
     torch.manual_seed(0)
     model = wake(timm.create_model("residual_attention_56", num_classes=4)).eval()
     x = images(64, 64)
@@ -211,7 +226,8 @@ def test_surgery_on_the_network_changes_nothing_until_its_gates_move() -> None:
     assert not torch.equal(model(x), expected)
 
 
-def test_pruned_to_an_earlier_map_the_network_still_runs() -> None:
+def test_pruned_network_still_runs() -> None:
+    """A network that is pruned to an earlier map still runs and computes the same maps."""
     model = timm.create_model("residual_attention_56", num_classes=3).eval()
     x = torch.randn(1, 3, 64, 64)
     before = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)

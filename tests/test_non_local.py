@@ -51,7 +51,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=of)
 few_options = pytest.mark.parametrize("options", FEW, ids=of)
 
 
-def made(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> NonLocal:
+def build_block(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> NonLocal:
     torch.manual_seed(0)
     block = NonLocal(16, **options, dtype=dtype).eval()
     if awake:
@@ -90,27 +90,30 @@ def naive(block: NonLocal, x: Tensor, options: dict[str, Any]) -> Tensor:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
-def test_every_option_computes_the_papers_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
-    block = made(options, awake=True, dtype=torch.float64)
+def test_non_local_computes_the_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
+    """Every option computes the paper's formula, values and gradients."""
+    block = build_block(options, awake=True, dtype=torch.float64)
     x = images(2, 16, *size, dtype=torch.float64).requires_grad_()
     ours, expected = block(x), naive(block, x, options)
     assert (ours - x).abs().max() > 1e-3
     assert (ours - expected).abs().max() <= 1e-12
     gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, expected)]
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, atol=1e-10, rtol=1e-10)
+    for ours_gradient, expected_gradient in zip(*gradients, strict=True):
+        assert torch.allclose(ours_gradient, expected_gradient, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(28, 38), (1, 1100)])
-def test_large_maps_compute_the_same_formula_in_their_other_form(mode: str, size: tuple[int, int]) -> None:
-    block, x = made({"mode": mode}, awake=True, dtype=torch.float64), images(2, 16, *size, dtype=torch.float64)
+def test_non_local_formula_on_large_maps(mode: str, size: tuple[int, int]) -> None:
+    """Large maps compute the same formula in their other form."""
+    block, x = build_block({"mode": mode}, awake=True, dtype=torch.float64), images(2, 16, *size, dtype=torch.float64)
     assert (block(x) - naive(block, x, {"mode": mode})).abs().max() <= 1e-12
 
 
 @every_option
-def test_every_option_starts_as_the_identity_and_leaves_it(options: dict[str, Any]) -> None:
-    block, x = made(options), images(2, 16, 7, 9)
+def test_non_local_starts_at_identity(options: dict[str, Any]) -> None:
+    """Every option starts as the identity and leaves it with the first step."""
+    block, x = build_block(options), images(2, 16, 7, 9)
     for training in (True, False):
         assert torch.equal(block.train(training)(x), x)
     optimiser = torch.optim.SGD(block.parameters(), 0.5)
@@ -120,48 +123,52 @@ def test_every_option_starts_as_the_identity_and_leaves_it(options: dict[str, An
 
 
 @every_option
-def test_every_option_keeps_the_memory_format_and_the_dtype(options: dict[str, Any]) -> None:
-    block = made(options, awake=True)
+def test_non_local_keeps_format_and_dtype(options: dict[str, Any]) -> None:
+    """Every option keeps the memory format and the dtype."""
+    block = build_block(options, awake=True)
     expected = block(images(3, 16, 7, 9))
     x = images(3, 16, 7, 9).contiguous(memory_format=torch.channels_last)
-    got = block(x)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(got, expected, atol=1e-5)
-    half = made(options, dtype=torch.bfloat16)
+    output = block(x)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(output, expected, atol=1e-5)
+    half = build_block(options, dtype=torch.bfloat16)
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_option_stays_finite_and_near_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
-    block, x = made(options, awake=True), images(2, 16, 8, 8).requires_grad_()
+def test_non_local_is_finite_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Every option stays finite and near the result in fp32 under autocast."""
+    block, x = build_block(options, awake=True), images(2, 16, 8, 8).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        got = block(x)
-    assert torch.isfinite(got).all()
-    assert torch.allclose(got, block(x), atol=0.1, rtol=0.1)
-    for gradient in torch.autograd.grad(got.square().mean(), [x, *block.parameters()]):
+        output = block(x)
+    assert torch.isfinite(output).all()
+    assert torch.allclose(output, block(x), atol=0.1, rtol=0.1)
+    for gradient in torch.autograd.grad(output.square().mean(), [x, *block.parameters()]):
         assert torch.isfinite(gradient).all()
 
 
 @every_option
-def test_every_option_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
-    block = made(options, awake=True)
+def test_non_local_scripts_exactly(options: dict[str, Any]) -> None:
+    """Every option computes the same numbers when it is scripted."""
+    block = build_block(options, awake=True)
     scripted = torch.jit.script(block)
     assert torch.equal(scripted(images(1, 16, 8, 9)), block(images(1, 16, 8, 9)))
     large = images(1, 16, 4, 270)
-    got, expected = scripted(large), block(large)
+    output, expected = scripted(large), block(large)
     # the widths of Gaussian keys and values differ, and what can be scripted pads them
-    assert torch.allclose(got, expected, atol=1e-5) if block.mode == "gaussian" else torch.equal(got, expected)
+    assert torch.allclose(output, expected, atol=1e-5) if block.mode == "gaussian" else torch.equal(output, expected)
 
 
 @few_options
 def test_options_compile_to_the_same_numbers(options: dict[str, Any]) -> None:
-    block, x = made(options, awake=True), images(2, 16, 8, 9)
+    block, x = build_block(options, awake=True), images(2, 16, 8, 9)
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
 
-def test_compiled_for_any_size_a_block_does_not_compile_again_when_its_form_would_change() -> None:
-    block = made({"mode": "concatenation"}, awake=True)
+def test_non_local_compiles_once_for_sizes() -> None:
+    """A block that is compiled for any size does not compile again where its form would change."""
+    block = build_block({"mode": "concatenation"}, awake=True)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.compiler.set_stance("default"):
         compiled(images(2, 16, 8, 9))
@@ -177,8 +184,9 @@ def dynamic(block: NonLocal) -> dict[str, Any]:
 
 
 @few_options
-def test_options_export_for_any_batch_height_and_width_and_on_to_onnx(options: dict[str, Any]) -> None:
-    block, file = made(options, awake=True), io.BytesIO()
+def test_non_local_exports_with_any_size(options: dict[str, Any]) -> None:
+    """The options export for any batch size, height and width, and on to ONNX."""
+    block, file = build_block(options, awake=True), io.BytesIO()
     exported = torch.export.export(block, (images(2, 16, 8, 9),), dynamic_shapes=dynamic(block))
     for size in [(4, 16, 5, 6), (1, 16, 40, 30)]:
         assert torch.allclose(exported.module()(images(*size)), block(images(*size)), atol=1e-5)
@@ -190,13 +198,13 @@ def test_options_export_for_any_batch_height_and_width_and_on_to_onnx(options: d
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())
     for size in [(2, 16, 8, 9), (3, 16, 5, 6), (1, 16, 40, 30)]:
-        (got,) = session.run(None, {name: images(*size).numpy()})
-        assert torch.allclose(torch.from_numpy(got), block(images(*size)), atol=1e-4)
+        (output,) = session.run(None, {name: images(*size).numpy()})
+        assert torch.allclose(torch.from_numpy(output), block(images(*size)), atol=1e-4)
 
 
 @few_options
 def test_options_are_deterministic(options: dict[str, Any]) -> None:
-    block = made(options, awake=True).train()
+    block = build_block(options, awake=True).train()
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
@@ -209,10 +217,11 @@ def test_options_are_deterministic(options: dict[str, Any]) -> None:
 
 
 @every_option
-def test_every_option_costs_what_torch_counts(options: dict[str, Any]) -> None:
+def test_non_local_cost_equals_torch_count(options: dict[str, Any]) -> None:
+    """The cost of every option is what torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    block = made(options)
+    block = build_block(options)
     twin = copy.deepcopy(block).to("meta")  # on a CPU some versions of torch count no fused attention
     for size in [(8, 8), (6, 9), (40, 30)]:
         counter = FlopCounterMode(display=False)
@@ -244,37 +253,41 @@ def test_parameters_of_the_papers_models(name: str, params: int) -> None:
 @pytest.mark.parametrize(
     ("channels", "side", "percent"), [(1024, 14, (2, 9)), (512, 28, (16, 43)), (256, 56, (60, 86))]
 )
-def test_share_of_the_pairs_in_a_blocks_cost_at_224_pixels(channels: int, side: int, percent: tuple[int, int]) -> None:
-    """With sub-sampling by 2 and without; the projections alone are what is left when there are no pairs."""
+def test_non_local_share_of_pairs_in_cost(channels: int, side: int, percent: tuple[int, int]) -> None:
+    """The share of the pairs in the cost at 224 pixels, with sub-sampling by 2 and without it."""
     for subsample, expected in zip((2, 1), percent, strict=True):
         block = NonLocal(channels, subsample=subsample, device="meta")
         pairs = side**2 * (side // subsample) ** 2 * channels
         assert round(100 * pairs / block.cost(side, side).macs) == expected
 
 
-def test_a_checkpoint_of_the_default_block_has_the_keys_it_always_had() -> None:
+def test_non_local_keys_are_stable() -> None:
+    """A checkpoint of the default block has the keys that it always had."""
     embeddings = [f"{name}.{kind}" for name in ("theta", "phi", "g", "w_z") for kind in ("weight", "bias")]
     of_norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     assert list(NonLocal(16).state_dict()) == [*embeddings, *(f"norm.{name}" for name in of_norm)]
 
 
 @pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian"])
-def test_large_maps_run_the_fused_kernel_and_never_its_fallback(mode: str) -> None:
-    block = made({"mode": mode, "reduction": 1}, awake=True)
+def test_non_local_runs_fused_kernel(mode: str) -> None:
+    """Large maps run the fused attention kernel and never its fallback."""
+    block = build_block({"mode": mode, "reduction": 1}, awake=True)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = images(1, 16, 33, 33).contiguous(memory_format=memory_format)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            got = block(x)
-        assert torch.allclose(got, naive(block, x, {"mode": mode}), atol=1e-4)
+            output = block(x)
+        assert torch.allclose(output, naive(block, x, {"mode": mode}), atol=1e-4)
 
 
-def test_a_map_of_one_position_is_refused() -> None:
+def test_non_local_refuses_one_position() -> None:
+    """A map of one position is refused."""
     with pytest.raises(OptionError, match=r"no meaning on a map of 1 x 1.*Use an earlier stage"):
         NonLocal(16).check_map(1, 1)
     NonLocal(16).check_map(1, 2)
 
 
-def test_a_scale_is_refused_where_the_mode_has_none() -> None:
+def test_non_local_refuses_foreign_scale() -> None:
+    """A scale is refused in a mode that has none."""
     for mode in ("gaussian", "dot_product", "concatenation"):
         with pytest.raises(OptionError, match=f"mode='{mode}'.*Use scale: none"):
             NonLocal(16, mode=mode, scale="inner")

@@ -28,13 +28,15 @@ BY_STOCK = {pair.stock: pair for pair in (*PAIRS, *FALSE_FRIENDS)}
 
 
 @pytest.mark.parametrize("stock", SMALL)
-def test_surgery_computes_what_timms_attention_model_computes_bit_for_bit(stock: str) -> None:
+def test_surgery_equals_timms_model(stock: str) -> None:
+    """Surgery computes what timm's attention model computes, bit for bit."""
     result = compare(BY_STOCK[stock])
     assert (result.eval_equal, result.train_equal, result.gradients_equal) == (True, True, True)
     assert result.blocks >= 7
 
 
-def test_a_pair_with_one_option_wrong_loads_just_as_strictly_and_differs() -> None:
+def test_pair_with_wrong_option_differs() -> None:
+    """A pair with one wrong option loads as strictly and computes something else."""
     pair = BY_STOCK["sedarknet21"]
     edits = tuple(edit.model_copy(update={"options": {"act": "relu"}}) for edit in pair.edits)
     result = compare(dataclasses.replace(pair, edits=edits))
@@ -42,25 +44,29 @@ def test_a_pair_with_one_option_wrong_loads_just_as_strictly_and_differs() -> No
     assert not result.gradients_equal
 
 
-def test_false_friends_load_strictly_and_compute_something_else() -> None:
+def test_false_friends_differ() -> None:
+    """False friends load strictly and compute something else."""
     result = compare(FALSE_FRIENDS[0])
     assert not result.eval_equal
     assert not result.train_equal
 
 
 @pytest.mark.parametrize("pair", [*PAIRS, *FALSE_FRIENDS], ids=lambda pair: pair.stock)
-def test_every_pair_has_the_same_names_and_shapes(pair: object) -> None:
+def test_pairs_share_names_and_shapes(pair: object) -> None:
+    """The two models of every pair have the same names and shapes of weights."""
     ours = attnsurgery.operate(weightless(pair.base), paper(pair)).state_dict()
     theirs = weightless(pair.stock).state_dict()
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-def test_every_pair_is_a_recipe_that_can_be_written_down() -> None:
+def test_pairs_are_recipes_in_yaml() -> None:
+    """Every pair is a recipe that can be written and read again."""
     for pair in PAIRS:
         assert loads(dumps(pair.recipe("identity")), "pair") == pair.recipe("identity")
 
 
-def test_the_table_holds_every_pair_and_says_which_are_equal() -> None:
+def test_table_lists_every_pair() -> None:
+    """The table in docs/parity.md lists every pair and says which are equal."""
     line = r"^\| (\w+) → (\w+) \|.*\| (\w+) \| (\w+) \| (\w+) \| \d+ s \| (\w+) \|$"
     rows = re.findall(line, TABLE.read_text(), re.MULTILINE)
     assert [row[:2] for row in rows] == [(pair.base, pair.stock) for pair in (*PAIRS, *FALSE_FRIENDS)]

@@ -19,9 +19,9 @@ from tests.conftest import wake
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def surgical(base: str, at: str, block: str = "se", **made: int) -> nn.Module:
+def surgical(base: str, at: str, block: str = "se", **model_args: int) -> nn.Module:
     recipe = {"version": 1, "name": "test", "base": base, "edits": [{"at": at, "block": block, "start": "paper"}]}
-    model = timm.create_model(base, **made)
+    model = timm.create_model(base, **model_args)
     return wake(attnsurgery.operate(model, recipe)).eval()
 
 
@@ -39,7 +39,8 @@ def surgical(base: str, at: str, block: str = "se", **made: int) -> nn.Module:
     ],
 )
 @torch.no_grad()
-def test_a_forward_from_kept_features_is_the_whole_forward(base: str, at: str, size: int, last: str) -> None:
+def test_prefix_forward_equals_whole(base: str, at: str, size: int, last: str) -> None:
+    """A forward pass from stored features equals the whole one, calls less, and leaves no hook."""
     model = surgical(base, at)
     x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     prefix = Prefix.find(model, x)
@@ -77,7 +78,8 @@ class Skipping(nn.Module):
 
 
 @torch.no_grad()
-def test_an_earlier_module_is_taken_where_the_last_one_is_not_all_that_is_read() -> None:
+def test_prefix_steps_back_to_all_inputs() -> None:
+    """An earlier module is chosen where the last one is not all that the blocks read."""
     model = Skipping().eval()
     prefix = Prefix.find(model, torch.randn(4, 3, 5, 5))
     assert prefix is not None
@@ -85,7 +87,8 @@ def test_an_earlier_module_is_taken_where_the_last_one_is_not_all_that_is_read()
 
 
 @torch.no_grad()
-def test_a_model_that_begins_with_a_block_or_has_none_keeps_nothing() -> None:
+def test_prefix_is_none_before_first_block() -> None:
+    """A model that begins with a block, or has none, has no features to store."""
     first = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     first[0].grafted = True  # type: ignore[assignment]
     assert Prefix.find(first.eval(), torch.randn(3, 3, 5, 5)) is None
@@ -103,9 +106,10 @@ def digits() -> Data:
     return load_data(None, Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_only_blocks_and_norms_learn(digits: Data, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not kept:
+@pytest.mark.parametrize("stored", [True, False])
+def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only blocks and norms learn, whether features are stored or not."""
+    if not stored:
         monkeypatch.setattr("attnsurgery.evaluate.blocks_only.KEPT_BYTES", 0)
     model = surgical("test_resnet", "stage:4 branches", num_classes=10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -121,12 +125,12 @@ def test_only_blocks_and_norms_learn(digits: Data, kept: bool, monkeypatch: pyte
     assert not torch.equal(model.layer4[0].bn1.weight, before["layer4.0.bn1.weight"])
     assert all(parameter.requires_grad for parameter in parameters.values())
     in_front = "layer2.0.bn1.running_mean"
-    assert torch.equal(model.state_dict()[in_front], before[in_front]) is kept
+    assert torch.equal(model.state_dict()[in_front], before[in_front]) is stored
     assert score.correct.shape == (len(digits.val),)
 
 
-def test_blocks_that_learn_raise_the_score_of_a_trained_base(digits: Data) -> None:
-    """What is told is of some use: a block in a base whose head is ruined cannot help, one in a sound base can."""
+def test_blocks_evaluator_improves_loss(digits: Data) -> None:
+    """Blocks that learn lower the loss of a trained base."""
     base = timm.create_model("test_resnet", num_classes=10)
     EVALUATORS["finetune"](digits, TrainSettings(epochs=2, lr=3e-3)).score(base, seed=0)
     recipe = {"version": 1, "name": "t", "base": "test_resnet", "edits": [{"at": "stage:34 branches", "block": "se"}]}
@@ -138,10 +142,10 @@ def test_blocks_that_learn_raise_the_score_of_a_trained_base(digits: Data) -> No
 
 
 @torch.no_grad()
-def test_features_that_memory_does_not_hold_at_once_are_computed_in_halves(
-    digits: Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Heard(Watch):
+def test_features_are_halved_to_fit_memory(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that do not fit into memory at once are computed in halves."""
+
+    class Recorder(Watch):
         def __init__(self) -> None:
             self.steps, self.halves = 0, list[int]()
 
@@ -153,7 +157,7 @@ def test_features_that_memory_does_not_hold_at_once_are_computed_in_halves(
 
     prefix = Prefix.find(surgical("test_resnet", "stage:4 branches"), torch.randn(4, 3, 32, 32))
     assert prefix is not None
-    whole, heard = Kept(digits.val, prefix, TrainSettings()), Heard()
+    whole, recorder = Kept(digits.val, prefix, TrainSettings()), Recorder()
     features = prefix.features
 
     def cramped(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -162,15 +166,16 @@ def test_features_that_memory_does_not_hold_at_once_are_computed_in_halves(
         return features(x_BCHW)
 
     monkeypatch.setattr(prefix, "features", cramped)
-    halves = Kept(digits.val, prefix, TrainSettings(), heard)
-    assert heard.halves == [32, 16, 8, 4]
-    assert heard.steps >= len(digits.val) / 4
+    halves = Kept(digits.val, prefix, TrainSettings(), recorder)
+    assert recorder.halves == [32, 16, 8, 4]
+    assert recorder.steps >= len(digits.val) / 4
     for (one, labels), (other, same) in zip(whole.eval_batches(50, "cpu"), halves.eval_batches(50, "cpu"), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
         assert torch.equal(labels, same)
 
 
-def test_a_broken_device_is_not_taken_for_a_module_that_cannot_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_passes_device_faults_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device fault is not mistaken for a module that cannot be split off."""
     model = Skipping().eval()
 
     def breaks(self: Prefix, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -58,9 +58,10 @@ def photographs() -> dict[str, torch.Tensor]:
     }
 
 
-def test_surgery_by_the_command_line_keeps_every_logit_on_real_photographs(
+def test_apply_keeps_logits_on_photographs(
     checkpoint: Path, photographs: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Surgery by the command line keeps every logit of real weights on real photographs."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     output = tmp_path / "out"
     with pytest.raises(SystemExit, match="0"):
@@ -83,9 +84,8 @@ def test_surgery_by_the_command_line_keeps_every_logit_on_real_photographs(
     assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
 
 
-def test_the_gates_of_a_pretrained_model_move_its_logits(
-    checkpoint: Path, photographs: dict[str, torch.Tensor]
-) -> None:
+def test_gates_move_pretrained_logits(checkpoint: Path, photographs: dict[str, torch.Tensor]) -> None:
+    """The gates of a pretrained model move its logits."""
     model = timm.create_model("tf_efficientnet_lite0_se", checkpoint_path=str(checkpoint)).eval()
     x = torch.stack(list(photographs.values()))
     before = model(x)

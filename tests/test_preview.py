@@ -37,7 +37,8 @@ def previewed(config: SearchConfig, **fields: object) -> Preview:
     return preview(config.model_copy(update=fields))
 
 
-def test_it_tells_the_size_of_the_space_and_how_much_of_it_fits(config: SearchConfig) -> None:
+def test_preview_counts_space_and_share(config: SearchConfig) -> None:
+    """The preview tells the size of the space and how much of it fits the budgets."""
     everything = previewed(config)
     assert (everything.candidates, everything.places, everything.most_blocks) == (181, 6, 3)
     assert (everything.fitting, everything.drawn, everything.exact_share, everything.share) == (DRAWN, DRAWN, 1.0, 1.0)
@@ -51,21 +52,26 @@ def test_it_tells_the_size_of_the_space_and_how_much_of_it_fits(config: SearchCo
         previewed(config, budget_params=everything.base_parameters)
 
 
-def test_nothing_is_written_and_the_search_can_begin_afterwards(config: SearchConfig) -> None:
+def test_preview_writes_nothing(config: SearchConfig) -> None:
+    """Nothing is written, so that the search can begin afterwards."""
     previewed(config)
     assert not Path(config.output).exists()
 
 
-def test_the_time_it_predicts_is_near_the_time_it_takes(config: SearchConfig) -> None:
+def test_preview_predicts_the_time(config: SearchConfig) -> None:
+    """The predicted seconds of a trial are near those that trials take."""
     predicted = previewed(config)
     outcome = run(config)
-    taken = [record.seconds for record in outcome.records if record.state == "trained"]
-    assert 0.25 < predicted.rungs[0][2] / (sum(taken) / len(taken)) < 4  # other programs share the machine
+    trial_seconds = [record.seconds for record in outcome.records if record.state == "trained"]
+    assert (
+        0.25 < predicted.rungs[0][2] / (sum(trial_seconds) / len(trial_seconds)) < 4
+    )  # other programs share the machine
     more = previewed(config, trials=20)
     assert more.seconds > 3 * predicted.rungs[0][2]
 
 
-def test_a_stop_ends_it(config: SearchConfig) -> None:
+def test_preview_ends_on_a_stop(config: SearchConfig) -> None:
+    """A request to stop ends the preview."""
     with pytest.raises(StopAsked):
         preview(config, stop=lambda: True)
 
@@ -74,11 +80,13 @@ def test_a_stop_ends_it(config: SearchConfig) -> None:
     ("hits", "count", "low", "high"),
     [(0, 0, 0.0, 0.0), (0, 12, 0.0, 0.2425), (12, 12, 0.7575, 1.0), (5, 10, 0.2366, 0.7634)],
 )
-def test_the_interval_of_a_share_is_wilsons(hits: int, count: int, low: float, high: float) -> None:
+def test_share_interval_is_wilsons(hits: int, count: int, low: float, high: float) -> None:
+    """The interval of a share is that of Wilson."""
     assert _wilson(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_the_command_prints_it_for_people_and_as_json(config: SearchConfig) -> None:
+def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
+    """The command prints the preview for people and as JSON, and writes nothing."""
     arguments = [
         "search",
         "--budget-ms",
@@ -91,28 +99,28 @@ def test_the_command_prints_it_for_people_and_as_json(config: SearchConfig) -> N
         "fixed",
         "--dry-run",
     ]
-    shown = CliRunner().invoke(build_app(), [*arguments, "--output", config.output])
-    assert shown.exit_code == 0
-    assert "181 candidates, 6 places, at most 3 blocks in one" in shown.stdout
-    assert f"{DRAWN} of {DRAWN} drawn at random fit, so 76 to 100 % of the space" in shown.stdout
+    result = CliRunner().invoke(build_app(), [*arguments, "--output", config.output])
+    assert result.exit_code == 0
+    assert "181 candidates, 6 places, at most 3 blocks in one" in result.stdout
+    assert f"{DRAWN} of {DRAWN} drawn at random fit, so 76 to 100 % of the space" in result.stdout
     data = json.loads(CliRunner().invoke(build_app(), [*arguments, "--output", config.output, "--json"]).stdout)
     assert data["candidates"] == 181
     assert data["share"] == 1.0
     assert not Path(config.output).exists()
 
 
-def test_where_chance_finds_nothing_within_the_budget_it_says_so(config: SearchConfig) -> None:
+def test_preview_reports_empty_sample(config: SearchConfig) -> None:
     """Of 48 variables with two blocks each, all but a few candidates have far too many."""
     space = Path(config.output).parent / "wide.yaml"
     decision = '  - at: "stage:* branches"\n    choices:\n      - block: se\n        options: {{reduction: [{}, {}]}}\n'
     places = "".join(decision.format(4 + number, 30 + number) for number in range(12))
     space.write_text(f"version: 1\nname: wide\ndecisions:\n{places}")
     params = previewed(config, trials=2).base_parameters
-    found = previewed(config, space=str(space), budget_ms=None, budget_params=params + 2000, trials=2)
-    assert (found.drawn, found.exact_share) == (0, 0.0)
-    assert found.seconds < 600
+    sparse = previewed(config, space=str(space), budget_ms=None, budget_params=params + 2000, trials=2)
+    assert (sparse.drawn, sparse.exact_share) == (0, 0.0)
+    assert sparse.seconds < 600
     with pytest.MonkeyPatch.context() as patched:
         lines: list[str] = []
         patched.setattr("attnsurgery.cli._search_view.print_lines", lines.extend)
-        print_preview(found, config)
+        print_preview(sparse, config)
     assert "than chance would find; the search makes no others" in "\n".join(lines)

@@ -63,7 +63,7 @@ class Around(nn.Module):
 
 def noting(model: nn.Module) -> nn.Module:
     """With a hook of the user's that cannot do with tensors without values."""
-    model.register_forward_hook(lambda module, given, out: float(out.flatten()[0].item()) and None)
+    model.register_forward_hook(lambda module, inputs, out: float(out.flatten()[0].item()) and None)
     return model
 
 
@@ -100,7 +100,8 @@ def recipe(name: str, at: str, block: str) -> dict[str, Any]:
 
 @drawn
 @given(st.data())
-def test_a_block_in_a_whole_does_what_it_does_in_the_bare_model_or_is_refused_in_both(data: st.DataObject) -> None:
+def test_block_in_whole_acts_as_in_bare(data: st.DataObject) -> None:
+    """A block in a wrapped model does what it does in the bare one, or is refused in both."""
     name = data.draw(st.sampled_from(sorted(HOSTS)))
     model, addresses, size = host(name)
     at, block = data.draw(st.sampled_from(addresses)), data.draw(st.sampled_from(BLOCKS))
@@ -127,8 +128,8 @@ def test_a_block_in_a_whole_does_what_it_does_in_the_bare_model_or_is_refused_in
         for parameter, value in zip(attnsurgery.block_parameters(bare).values(), values, strict=True):
             parameter.copy_(value)
     assert torch.equal(whole(x), bare(x))
-    found = attnsurgery.verify(whole, size)
-    assert found.alive == attnsurgery.verify(bare, size).alive
+    report = attnsurgery.verify(whole, size)
+    assert report.alive == attnsurgery.verify(bare, size).alive
     with attnsurgery.bypass(whole):
         assert torch.equal(whole(x), model(x))
     attnsurgery.remove(whole)
@@ -142,29 +143,30 @@ def test_a_block_in_a_whole_does_what_it_does_in_the_bare_model_or_is_refused_in
 def surgical() -> nn.Module:
     torch.manual_seed(0)
     edits = [{"at": f"stage:{stage} last", "block": block} for stage, block in enumerate(BLOCKS[:4], start=1)]
-    given = {"version": 1, "name": "m", "base": "test_resnet", "edits": edits}
-    return attnsurgery.operate(build("test_resnet"), given, SIZE)
+    recipe_data = {"version": 1, "name": "m", "base": "test_resnet", "edits": edits}
+    return attnsurgery.operate(build("test_resnet"), recipe_data, SIZE)
 
 
 @drawn
-@given(lost=st.sets(st.integers(0, 3)), trained=st.booleans(), strict=st.booleans())
-def test_a_load_holds_all_blocks_or_none_of_untouched_ones(lost: set[int], trained: bool, strict: bool) -> None:
+@given(absent=st.sets(st.integers(0, 3)), trained=st.booleans(), strict=st.booleans())
+def test_load_holds_all_blocks_or_none(absent: set[int], trained: bool, strict: bool) -> None:
+    """A load holds all blocks, or none where the blocks are untouched; all else is refused."""
     model, other = copy.deepcopy(surgical()), move_gates(copy.deepcopy(surgical()))
     if trained:
         move_gates(model)
     blocks = list(attnsurgery.load_report(model, model.state_dict()).held)
     assert len(blocks) == 4
-    gone = tuple(f"{blocks[index]}." for index in lost)
-    given = {key: value for key, value in other.state_dict().items() if not (gone and key.startswith(gone))}
+    prefixes = tuple(f"{blocks[index]}." for index in absent)
+    weights = {key: value for key, value in other.state_dict().items() if not (prefixes and key.startswith(prefixes))}
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    if not lost or (len(lost) == 4 and not trained):
-        model.load_state_dict(given, strict=strict)
-        wanted = {**before, **given}
-        assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+    if not absent or (len(absent) == 4 and not trained):
+        model.load_state_dict(weights, strict=strict)
+        expected = {**before, **weights}
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
         return
     with pytest.raises(LoadError) as caught:
-        model.load_state_dict(given, strict=strict)
-    assert all(path[:-1] in str(caught.value) for path in gone)
+        model.load_state_dict(weights, strict=strict)
+    assert all(path[:-1] in str(caught.value) for path in prefixes)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -182,9 +184,10 @@ STEPS = st.one_of(
 
 @settings(drawn, max_examples=5 * EXAMPLES)
 @given(st.lists(STEPS, max_size=12))
-def test_a_run_directory_keeps_every_file_of_its_user(steps: list[tuple[str, str]]) -> None:
-    with TemporaryDirectory() as made:
-        folder = Path(made)
+def test_run_directory_keeps_users_files(steps: list[tuple[str, str]]) -> None:
+    """The search never overwrites or removes a file of its user in the run directory."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         mark(folder)
         mine: set[bytes] = set()
         for number, (what, name) in enumerate(steps):
@@ -208,43 +211,44 @@ def test_a_run_directory_keeps_every_file_of_its_user(steps: list[tuple[str, str
                 assert (folder / name / "recipe.yaml").read_text() == f"the search's, {number}"
             elif what == "search removes":
                 remove_own(folder, name)
-            held = {entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()}
-            assert mine <= held
+            contents = {entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()}
+            assert mine <= contents
 
 
 # ---- every image is read, or its loss is told
 
 PLACES = st.sampled_from(["", "a/", "b/", "a/deep/", "c/", ".hidden/", "a/.ipynb_checkpoints/", "b/__MACOSX/"])
 ROOTS = st.sampled_from(["", "", "train/", "Training Set/", "val/", "valid_data/", "test-images/", "other/"])
-GIVEN = {"a folder of classes": [""], "with splits": ["train/"], "with three": ["Training Set/", "val/", "tst/"]}
+LAYOUTS = {"a folder of classes": [""], "with splits": ["train/"], "with three": ["Training Set/", "val/", "tst/"]}
 ENDINGS = st.sampled_from([".png", ".JPG", ".webp", ".tiff", ".txt", ".heic", ""])
 
 
 @settings(drawn, max_examples=20 * EXAMPLES)
-@given(st.sampled_from(sorted(GIVEN)), st.sets(st.tuples(ROOTS, PLACES, st.integers(0, 2), ENDINGS), max_size=8))
-def test_no_image_of_a_folder_is_left_out_without_a_word(base: str, files: set[tuple[str, str, int, str]]) -> None:
-    files |= {(top, place, 9, ".png") for top in GIVEN[base] for place in ("a/", "b/")}
-    with TemporaryDirectory() as made:
-        root = Path(made) / "data"
+@given(st.sampled_from(sorted(LAYOUTS)), st.sets(st.tuples(ROOTS, PLACES, st.integers(0, 2), ENDINGS), max_size=8))
+def test_folder_leaves_no_image_out_silently(base: str, files: set[tuple[str, str, int, str]]) -> None:
+    """Every image of a folder is read, or a note says that it was left out."""
+    files |= {(top, place, 9, ".png") for top in LAYOUTS[base] for place in ("a/", "b/")}
+    with TemporaryDirectory() as temporary:
+        root = Path(temporary) / "data"
         for top, place, number, ending in files:
             path = root / top / place / f"{number}{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         try:
-            found = read_folder(root)
+            images = read_folder(root)
         except SearchError:
             event("refused")
             return
-        event(f"{len(found.parts)} splits")
-        used = [path for part in found.parts.values() for path, _ in part]
+        event(f"{len(images.parts)} splits")
+        used = [path for part in images.parts.values() for path, _ in part]
         assert len(used) == len(set(used))
-        told = " ".join(found.notes)
+        notes = " ".join(images.notes)
         for top, place, number, ending in files:
             path = root / top / place / f"{number}{ending}"
             hidden = any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
             if path in used or hidden:
                 assert not (path in used and hidden)
             elif ending.lower() in readable():
-                assert "not used" in told, path
+                assert "not used" in notes, path
             elif ending == ".heic" or any(path.parent == one.parent for one in used):
-                assert (ending or "without an ending") in told, path
+                assert (ending or "without an ending") in notes, path

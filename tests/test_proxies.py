@@ -33,7 +33,8 @@ def operated(start: str = "identity") -> nn.Module:
     return operate(model, resolve(Recipe(version=1, name="x", base="test_resnet", edits=edits), survey(model, SIZE)))
 
 
-def test_the_gradient_norm_of_a_linear_model_is_that_of_the_textbook() -> None:
+def test_grad_norm_of_linear_model_is_exact() -> None:
+    """The gradient norm of a linear model is that of the closed formula."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     x_BCHW, labels_B = torch.randn(5, 3, 1, 1), torch.tensor([0, 1, 1, 0, 1])
     with torch.no_grad():
@@ -43,7 +44,8 @@ def test_the_gradient_norm_of_a_linear_model_is_that_of_the_textbook() -> None:
     assert grad_norm(model, x_BCHW, labels_B) == pytest.approx(expected)
 
 
-def test_the_gradient_norm_leaves_the_model_as_it_was() -> None:
+def test_grad_norm_leaves_model_unchanged() -> None:
+    """The gradient norm leaves mode, gradients and values of the model as they were."""
     model = operated().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     grad_norm(model, torch.randn(2, *SIZE), torch.tensor([0, 1]))
@@ -69,16 +71,16 @@ class Cramped(nn.Module):
 
 
 @pytest.mark.parametrize("room", [5, 2, 1])
-def test_the_gradient_norm_of_a_batch_that_memory_does_not_hold_is_that_of_the_whole(room: int) -> None:
+def test_grad_norm_in_parts_equals_whole(room: int) -> None:
+    """The gradient norm of a batch that does not fit into memory is that of the whole batch."""
     x_BCHW, labels_B = torch.randn(11, 3, 8, 8), torch.arange(11) % 3
     whole = grad_norm(Cramped(11), x_BCHW, labels_B)
     assert grad_norm(Cramped(room), x_BCHW, labels_B) == pytest.approx(whole, rel=1e-5)
     assert grad_norm(Cramped(11), x_BCHW[:room], labels_B[:room]) != pytest.approx(whole, rel=1e-2)
 
 
-def test_proxies_that_memory_does_not_hold_are_left_out_and_a_broken_device_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_skip_no_memory_raise_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that runs out of memory is left out, and a device fault is raised."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
     bench = assemble(small_search(images, space, tmp_path / "run"), Listener())
     edits = [Edit.model_validate({"at": "layer3.0", "block": "se"})]
@@ -88,7 +90,7 @@ def test_proxies_that_memory_does_not_hold_are_left_out_and_a_broken_device_is_t
     assert set(proxies(bench, recipe, model, watch)) == {"grad_norm", "synflow"}
 
     def fails(message: str) -> Callable[..., float]:
-        def fail(*given: object, **named: object) -> float:
+        def fail(*args: object, **named: object) -> float:
             raise RuntimeError(message)
 
         return fail
@@ -102,21 +104,25 @@ def test_proxies_that_memory_does_not_hold_are_left_out_and_a_broken_device_is_t
         proxies(bench, recipe, model, watch)
 
 
-def test_a_block_that_is_still_shut_adds_its_gates_gradient_and_takes_nothing() -> None:
+def test_grad_norm_sees_a_shut_gate() -> None:
+    """A block whose gate is still zero adds the gradient of its gate."""
     torch.manual_seed(0)
     base = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
     x_BCHW, labels_B = torch.randn(4, *SIZE), torch.arange(4)
     assert grad_norm(operated(), x_BCHW, labels_B) > grad_norm(base, x_BCHW, labels_B)
 
 
-def test_synaptic_flow_of_a_chain_is_the_sum_over_its_paths_for_every_layer() -> None:
+def test_synflow_of_chain_sums_paths() -> None:
+    """The synaptic flow of a chain is the sum over its paths, once for every layer."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
     paths = (model[3].weight.abs() @ model[1].weight.abs()).detach()
     assert synflow(model, (3, 1, 1)) == pytest.approx(math.log(2 * float(paths.sum())), rel=1e-6)
 
 
-def test_synaptic_flow_passes_norms_and_signs_by() -> None:
-    def made(sign: float, norm: nn.Module) -> nn.Module:
+def test_synflow_ignores_norms_and_signs() -> None:
+    """Synaptic flow is blind to norms and to signs of weights."""
+
+    def chain(sign: float, norm: nn.Module) -> nn.Module:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 2))
         with torch.no_grad():
@@ -124,19 +130,21 @@ def test_synaptic_flow_passes_norms_and_signs_by() -> None:
                 parameter.mul_(sign)
         return model
 
-    plain = synflow(made(1.0, nn.Identity()), (3, 8, 8))
-    assert synflow(made(-1.0, nn.BatchNorm2d(4)), (3, 8, 8)) == pytest.approx(plain)
+    plain = synflow(chain(1.0, nn.Identity()), (3, 8, 8))
+    assert synflow(chain(-1.0, nn.BatchNorm2d(4)), (3, 8, 8)) == pytest.approx(plain)
 
 
-def test_synaptic_flow_sees_a_block_that_is_open() -> None:
+def test_synflow_sees_an_open_block() -> None:
+    """A block that is open changes the synaptic flow."""
     torch.manual_seed(0)
     base = timm.create_model("test_resnet", num_classes=4, zero_init_last=False)
     assert synflow(operated("paper"), SIZE) > synflow(base, SIZE)
 
 
-def test_the_report_says_how_proxies_order_the_candidates(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    made = section(outcome(tmp_path, search(20)))
-    assert made is not None
-    assert "parameters" in made.below
-    assert "gradient norm" not in made.below, "nobody has one"
+def test_report_correlates_proxies(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The report says how well each proxy orders the candidates."""
+    proxy_section = section(outcome(tmp_path, search(20)))
+    assert proxy_section is not None
+    assert "parameters" in proxy_section.below
+    assert "gradient norm" not in proxy_section.below, "nobody has one"
     assert section(outcome(tmp_path, search(3), judged=False)) is None

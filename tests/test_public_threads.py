@@ -278,7 +278,7 @@ def test_report_with_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "dunkelgr\\udcfcn, gr\u00fcn"
 
 
-def test_class_folders_renamed_into_each_other(tmp_path: Path) -> None:
+def test_class_folders_exchanged(tmp_path: Path) -> None:
     """pytorch/vision#1674: to have the classes in another order, people rename their folders.
 
     Every image is the same, byte for byte, and every label another one: it is other data, and no search resumes on it.
@@ -295,7 +295,7 @@ def test_class_folders_renamed_into_each_other(tmp_path: Path) -> None:
 # F. Images as people have them.
 
 
-def test_links_to_images_that_were_never_fetched(tmp_path: Path) -> None:
+def test_links_to_images_never_fetched(tmp_path: Path) -> None:
     """treeverse/dvc#9891: images are links into a cache that is gone.
 
     They were passed over without a word, and a whole class of them. They are counted; a class of nothing else is an
@@ -328,7 +328,7 @@ def test_pointers_in_place_of_images(tmp_path: Path, content: bytes, words: str)
         load_data(str(tmp_path), SMALL)
 
 
-def test_one_class_in_two_spellings_of_unicode(tmp_path: Path) -> None:
+def test_one_class_in_two_unicode_forms(tmp_path: Path) -> None:
     """TheLastGimbus/GooglePhotosTakeoutHelper#247: macOS writes names decomposed, Linux composed.
 
     One class was two, or a class of the validation split was one "that training does not have".
@@ -390,7 +390,7 @@ class Added(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["a[0]", "b*", "c d", "[34]"])
-def test_module_names_with_characters_of_patterns(name: str) -> None:
+def test_module_names_with_pattern_signs(name: str) -> None:
     """huggingface/peft#1263: names of modules may hold any character but a dot. The place 'parts.a[0]' of a ModuleDict
     "matches none of the 12 sites. Did you mean 'parts.a[0]'?". An address means itself before it is a pattern."""
     model = cut(Keyed(name, "z", "3"), f"parts.{name}", "se")

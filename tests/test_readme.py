@@ -24,7 +24,8 @@ COMMANDS = [
 ]
 
 
-def test_code_that_runs_stands_on_the_first_screen() -> None:
+def test_readme_begins_with_code() -> None:
+    """Code that runs stands on the first screen."""
     assert "```python" in "\n".join(README.splitlines()[:10])
 
 
@@ -36,21 +37,22 @@ def test_python_blocks_run_in_order() -> None:
     assert "report" in namespace
 
 
-def test_the_recipe_and_its_commands_work(
+def test_readme_recipe_and_commands_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The recipe and its commands work as they stand."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(next(block for language, block in BLOCKS if language == "yaml"))
     torch.save(timm.create_model("resnet18").state_dict(), "weights.pth")
-    ran = 0
+    count = 0
     for command in COMMANDS:
         verb = shlex.split(command)[1]
         if verb in ("inspect", "plan", "apply", "verify"):
             with pytest.raises(SystemExit) as ended:
                 main(shlex.split(command)[1:])
             assert ended.value.code == 0, capsys.readouterr().err
-            ran += 1
-    assert ran == 4
+            count += 1
+    assert count == 4
     assert "layer3.1" in capsys.readouterr().out
     timm.create_model("local-dir:resnet18_se_nl", pretrained=True)
 
@@ -66,5 +68,5 @@ def test_every_option_in_readme_exists() -> None:
         words = shlex.split(command)
         if words[1] == "exec":
             words = words[:3]  # what follows belongs to the script
-        known = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known
+        options = {option for parameter in commands.commands[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options

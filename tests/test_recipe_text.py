@@ -59,15 +59,17 @@ def test_a_recipe_reads_as_it_is_written():
     assert recipe != text.loads(changed("reduction: 16", "reduction: 8"))
 
 
-def test_dumping_a_loaded_recipe_and_loading_that_changes_nothing():
+def test_dumps_and_loads_are_inverse():
+    """Dumping a loaded recipe and loading that changes nothing, and adds no default."""
     recipe = text.loads(GOOD)
-    written = text.dumps(recipe)
-    assert text.loads(written) == recipe
-    assert text.dumps(text.loads(written)) == written
-    assert "start" not in written  # a default that nobody wrote stays unwritten
+    dumped = text.dumps(recipe)
+    assert text.loads(dumped) == recipe
+    assert text.dumps(text.loads(dumped)) == dumped
+    assert "start" not in dumped  # a default that nobody wrote stays unwritten
 
 
-def test_load_reads_a_file_and_names_it_in_errors(tmp_path: Path):
+def test_load_names_its_file_in_errors(tmp_path: Path):
+    """A recipe is read from a file, and errors name that file."""
     path = tmp_path / "recipe.yaml"
     path.write_text(GOOD, encoding="utf-8")
     assert text.load(path) == text.loads(GOOD)
@@ -105,7 +107,8 @@ recipes = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(recipes)
-def test_every_recipe_survives_the_round_trip_with_its_types(recipe: Recipe):
+def test_round_trip_keeps_types(recipe: Recipe):
+    """Every recipe survives the round trip with its types and its digest."""
     again = text.loads(text.dumps(recipe))
     assert again == recipe
     assert repr(again) == repr(recipe)
@@ -114,7 +117,8 @@ def test_every_recipe_survives_the_round_trip_with_its_types(recipe: Recipe):
 
 @settings(max_examples=60, deadline=None)
 @given(recipes)
-def test_a_yaml_1_1_reader_understands_what_is_written_alike(recipe: Recipe):
+def test_dumps_suits_yaml_1_1_readers(recipe: Recipe):
+    """A reader of YAML 1.1 understands the text alike."""
     assert repr(yaml.safe_load(text.dumps(recipe))) == repr(recipe.as_dict())
 
 
@@ -124,7 +128,8 @@ def test_a_yaml_1_1_reader_understands_what_is_written_alike(recipe: Recipe):
     st.integers(0, 12),
     st.text(st.sampled_from(list(":-[]{}&*!|>'\"%@,#?\n \t.0159aeinfrux\0\x85\ud800\ufeff~")), max_size=6),
 )
-def test_mutated_text_gives_a_recipe_or_a_recipe_error(start: int, length: int, inserted: str):
+def test_mutated_text_is_recipe_or_error(start: int, length: int, inserted: str):
+    """Any changed text is a recipe or a RecipeError of one line that names the file."""
     try:
         recipe = text.loads(GOOD[:start] + inserted + GOOD[start + length :], "recipe.yaml")
     except RecipeError as error:
@@ -135,7 +140,8 @@ def test_mutated_text_gives_a_recipe_or_a_recipe_error(start: int, length: int, 
     assert "\n" not in message
 
 
-def test_dumps_refuses_what_no_recipe_file_may_hold():
+def test_dumps_refuses_unreadable_values():
+    """Values that no recipe file may hold are refused when it is written."""
     with pytest.raises(RecipeError, match="too large"):
         text.dumps(recipe_with({"a": 10**5000}))
     with pytest.raises(RecipeError, match=r"holds what could not be read back.*Unicode"):
@@ -148,7 +154,8 @@ def test_dumps_refuses_what_no_recipe_file_may_hold():
 
 
 @pytest.mark.parametrize("word", ["on", "off", "yes", "no", "Yes", "NO", "y", "n", "2020-01-01", "1:30", "1_000"])
-def test_words_that_yaml_1_1_turns_into_something_else_stay_text(word: str):
+def test_yaml_1_1_words_stay_text(word: str):
+    """Words that YAML 1.1 turns into something else stay text."""
     recipe = text.loads(changed("{reduction: 16}", f"{{{word}: {word}}}"))
     assert recipe.edits[0].options == {word: word}
 
@@ -158,13 +165,15 @@ def test_words_that_yaml_1_1_turns_into_something_else_stay_text(word: str):
     [("true", True), ("FALSE", False), ("~", None), ("", None), ("010", 10), ("0x10", 16), ("0o10", 8), ("-3", -3),
      ("1e3", 1000.0), ("1.", 1.0), (".5", 0.5), ("'1'", "1"), ('"true"', "true"), ("true story", "true story")],
 )  # fmt: skip
-def test_plain_values_follow_the_core_schema_of_yaml_1_2(word: str, value: object):
-    read = text.loads(changed("{reduction: 16}", f"{{x: {word}}}")).edits[0].options["x"]
-    assert read == value
-    assert type(read) is type(value)
+def test_plain_values_follow_yaml_1_2(word: str, value: object):
+    """Plain values follow the core schema of YAML 1.2."""
+    value_read = text.loads(changed("{reduction: 16}", f"{{x: {word}}}")).edits[0].options["x"]
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
-def test_a_number_where_text_is_wanted_says_to_quote_it():
+def test_number_for_text_says_to_quote():
+    """A number where text is expected is refused with the advice to quote it."""
     assert "recipe.yaml:2: name: must be a valid string, not 12. If text is meant, put it in quotes." in refusal(
         changed("resnet50_se_nl", "12")
     )
@@ -214,22 +223,26 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case: str):
+def test_loads_refuses_with_a_position(case: str):
+    """Each mistake is refused with its line, its field and what is allowed."""
     old, new, message = REFUSED[case]
     assert message in refusal(changed(old, new))
 
 
 @pytest.mark.parametrize("empty", ["", "# only a comment\n", "---\n", "\n\n"])
-def test_an_empty_text_says_how_a_recipe_begins(empty: str):
+def test_empty_text_says_how_to_begin(empty: str):
+    """The error for an empty text says how a recipe begins."""
     assert "is empty; the first line is 'version: 1'." in refusal(empty)
 
 
 @pytest.mark.parametrize("other", ["- a\n", "[]", "word", "12"])
-def test_a_text_that_is_no_mapping_says_what_it_begins_with(other: str):
+def test_no_mapping_says_what_it_is(other: str):
+    """The error for a text that is no mapping says what it begins with."""
     assert "begins with" in refusal(other)
 
 
-def test_a_billion_laughs_are_refused_at_the_first_anchor():
+def test_billion_laughs_refused_at_anchor():
+    """A document of nested aliases is refused at its first anchor."""
     bomb = "a: &a [x, x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True))
     assert "recipe.yaml:1: a: the anchor &a is refused" in refusal(bomb)
 
@@ -255,7 +268,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_megabyte_of_malice_is_refused_shortly(case: str):
+def test_hostile_megabyte_refused_quickly(case: str):
+    """A megabyte of hostile text is refused in a short message and without quadratic time."""
     begin = time.process_time()
     message = refusal(HOSTILE[case])
     assert len(message) < 1000
@@ -266,14 +280,16 @@ def test_a_megabyte_of_malice_is_refused_shortly(case: str):
     ("content", "message"),
     [(b"\xff\xfe\x00", "not UTF-8 text"), (b"a: b\n\xff", ":2: is not UTF-8"), (b"x" * 1_000_001, "more than 1,000")],
 )  # fmt: skip
-def test_a_file_that_is_no_small_text_is_refused(tmp_path: Path, content: bytes, message: str):
+def test_file_of_no_small_text_is_refused(tmp_path: Path, content: bytes, message: str):
+    """A file that is too large or is not UTF-8 is refused."""
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         text.load(path)
 
 
-def test_a_file_that_is_not_there_names_the_nearest_one(tmp_path: Path):
+def test_missing_file_suggests_nearest(tmp_path: Path):
+    """The error for a missing file names the nearest one."""
     (tmp_path / "resnet50_se.yaml").write_text(GOOD)
     with pytest.raises(
         RecipeError, match=r"there is no file .*resnet50_es\.yaml'\. Did you mean 'resnet50_se\.yaml'\?"
@@ -299,11 +315,13 @@ def test_where_names_file_line_and_field():
     assert text.where(recipe, "edits[1].start") == "recipe.yaml:8: edits[1].start"  # not written: the edit's line
 
 
-def test_where_falls_back_to_the_field_for_a_recipe_that_was_not_read():
+def test_where_falls_back_to_the_field():
+    """Without a file, a place in a recipe is its field alone."""
     assert text.where(recipe_with({}), "edits[0].at") == "edits[0].at"
 
 
-def test_where_a_recipe_was_read_does_not_show_in_the_recipe():
+def test_origin_is_no_part_of_recipe():
+    """Where a recipe was read does not show in its equality or its pickle."""
     one, other = text.loads(GOOD, "one.yaml"), text.loads("\n\n" + GOOD, "other.yaml")
     assert one == other
     assert pickle.dumps(one) == pickle.dumps(other)
@@ -311,18 +329,20 @@ def test_where_a_recipe_was_read_does_not_show_in_the_recipe():
     assert text.where(one, "name") != text.where(other, "name")
 
 
-def test_a_recipe_made_from_another_can_keep_its_places():
+def test_keep_origin_hands_places_on():
+    """A recipe made from another can keep its places."""
     recipe = text.loads(GOOD, "recipe.yaml")
     renamed = text.keep_origin(recipe.model_copy(update={"name": "new"}), recipe)
     assert text.where(renamed, "edits[0].at") == "recipe.yaml:5: edits[0].at"
 
 
-def test_places_are_forgotten_with_their_recipe():
+def test_origins_freed_with_their_recipe():
+    """The places of a recipe are freed with it."""
     recipe = text.loads(GOOD, "recipe.yaml")
-    held = len(text._ORIGINS)
+    origin_count = len(text._ORIGINS)
     del recipe
     gc.collect()
-    assert len(text._ORIGINS) < held
+    assert len(text._ORIGINS) < origin_count
 
 
 # ---- other models, and the schema
@@ -339,9 +359,10 @@ class Outer(pydantic.BaseModel):
     parts: dict[str, list[Inner] | None]
 
 
-def test_read_strict_serves_any_model_and_names_its_nested_fields():
-    read = text.read_strict("parts: {a: [{width: 1}], b: null}", "space.yaml", Outer)
-    assert read == Outer(parts={"a": [Inner(width=1)], "b": None})
+def test_read_strict_names_nested_fields():
+    """`read_strict` serves any model and names its nested fields."""
+    value = text.read_strict("parts: {a: [{width: 1}], b: null}", "space.yaml", Outer)
+    assert value == Outer(parts={"a": [Inner(width=1)], "b": None})
     with pytest.raises(RecipeError, match=r"space\.yaml:2: parts\.a\[0\]: has no field 'widht'\. Did you mean 'width'"):
         text.read_strict("parts:\n  a: [{widht: 1}]", "space.yaml", Outer)
     with pytest.raises(
@@ -350,15 +371,17 @@ def test_read_strict_serves_any_model_and_names_its_nested_fields():
         text.read_strict("parts:\n  a: [{width: 1, deep: yes}]", "space.yaml", Outer)
 
 
-def test_a_limit_comes_back_as_it_was_written():
-    for written in ("64", "2.5", "0.001"):
-        recipe = text.loads(GOOD.replace("edits:", f"max_attention_mb: {written}\nedits:"))
-        assert f"\nmax_attention_mb: {written}\nedits:" in text.dumps(recipe)
-        assert recipe.as_dict()["max_attention_mb"] == float(written)
+def test_limit_round_trips_as_written():
+    """A limit comes back as it was written, and none is added."""
+    for limit_text in ("64", "2.5", "0.001"):
+        recipe = text.loads(GOOD.replace("edits:", f"max_attention_mb: {limit_text}\nedits:"))
+        assert f"\nmax_attention_mb: {limit_text}\nedits:" in text.dumps(recipe)
+        assert recipe.as_dict()["max_attention_mb"] == float(limit_text)
     assert "max_attention_mb" not in text.loads(GOOD).as_dict()
 
 
-def test_the_digest_of_a_recipe_without_a_limit_is_what_it_was_before_there_were_limits():
+def test_digest_without_limit_is_stable():
+    """The digest of a recipe without a limit is what it was before there were limits."""
     edit = Edit(at="stage:3 last", block="non_local", options={"subsample": 2})
     recipe = Recipe(version=1, name="any", base="resnet50", edits=[edit])
     assert recipe.digest().startswith("522bf9b161f898bd")
@@ -366,7 +389,8 @@ def test_the_digest_of_a_recipe_without_a_limit_is_what_it_was_before_there_were
     assert len({recipe.digest(), limited.digest(), limited.model_copy(update={"max_attention_mb": 5.0}).digest()}) == 3
 
 
-def test_the_json_schema_enumerates_blocks_and_their_options():
+def test_json_schema_lists_blocks_options():
+    """The JSON schema enumerates the blocks and their options."""
     schema = json_schema()
     assert {"se", "non_local"} <= set(schema["$defs"]["Edit"]["properties"]["block"]["enum"])
     assert schema["$defs"]["se.options"]["properties"]["reduction"]["default"] == 16
