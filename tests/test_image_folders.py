@@ -641,7 +641,7 @@ def test_unbalanced_classes_are_told(tmp_path: Path) -> None:
     write(tmp_path / "few", 4, 160)
     data = load_data(str(tmp_path), SMALL)
     assert data.unbalanced
-    assert "unbalanced: 120 training images of many, 2 of few. Whoever always says many gets 97.6 %" in said(data)
+    assert "unbalanced: 120 training images of many, 2 of few. Always predicting many is right for 97.6 %" in said(data)
 
 
 def test_two_photos_in_one_file_are_one_photo(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from attnsurgery.cli._console import building
 from attnsurgery.cli._search_view import files_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, UsageError
 from attnsurgery.evaluate import Preprocessing, Score, load_data
-from attnsurgery.evaluate.contents import kept_in
+from attnsurgery.evaluate.contents import load_digests
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
@@ -338,7 +338,7 @@ def test_weights_are_those_that_the_study_was_begun_with_or_an_error(tmp_path: P
     )
     assert pool.made == 0
     weights(tmp_path / WEIGHTS, 6)
-    with pytest.raises(SearchError, match=r"does not hold the weights that the search was begun with"):
+    with pytest.raises(SearchError, match=r"does not hold the weights that the search began with"):
         _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
     assert (tmp_path / WEIGHTS).is_file()
 
@@ -407,13 +407,13 @@ def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypa
     read: list[str] = []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name))
-    assert prints(folder, kept_in(kept)) == first
+    assert prints(folder, load_digests(kept)) == first
     assert read == []
     os.utime(folder / "dark" / "3.png", (1_000_000_001, 1_000_000_001))
-    assert prints(folder, kept_in(kept)) == first
+    assert prints(folder, load_digests(kept)) == first
     assert [Path(name).name for name in read] == ["3.png"]
     kept.write_text("[torn")
-    assert kept_in(kept) == {}
+    assert load_digests(kept) == {}
     fresh: dict[str, list[Any]] = {}
     (folder / "dark" / "3.png").touch()
     prints(folder, fresh)
@@ -643,7 +643,7 @@ def test_a_full_disk_lets_the_report_wait_and_the_search_goes_on(
     assert done.trained == 1
     assert done.confirmation is not None
     assert "No space left on device" in done.unwritten
-    assert sum(text.startswith("the report waits: cannot write") for text in hearing.heard) == 1
+    assert sum(text.startswith("the report is not written yet: cannot write") for text in hearing.heard) == 1
     assert any("attnsurgery report" in line and "All trials are safe" in line for line in files_of(done))
     monkeypatch.setattr(run_directory, "write_whole", real)
     result = CliRunner().invoke(build_app(), ["report", config.output])

@@ -6,20 +6,20 @@ from attnsurgery.settings import Augment
 
 SHIFT = 8
 """A training image is shifted by at most 1/8 of its side, as is usual for small images."""
-_WORDS: dict[Augment, str] = {
+_DESCRIPTIONS: dict[Augment, str] = {
     "none": "as they are",
     "shift": f"shifted by up to 1/{SHIFT} of a side",
     "light": f"shifted by up to 1/{SHIFT} of a side, half of them mirrored left to right",
     "timm": "timm's random resized crops, half of them mirrored left to right",
 }
-NAMES: tuple[Augment, ...] = tuple(_WORDS)
+NAMES: tuple[Augment, ...] = tuple(_DESCRIPTIONS)
 
 
 def mirrors(augment: Augment) -> bool:
-    """Whether left may become right."""
+    """Whether this augmentation mirrors images left to right."""
     return augment in ("light", "timm")
 
 
-def words(augment: Augment) -> str:
-    """For people."""
-    return _WORDS[augment]
+def describe(augment: Augment) -> str:
+    """What the augmentation does to training images, in words."""
+    return _DESCRIPTIONS[augment]

@@ -23,7 +23,7 @@ from attnsurgery.evaluate.augment import SHIFT, mirrors
 from attnsurgery.evaluate.memory import current, moved, room_for
 from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
-from attnsurgery.evaluate.scan import refuse_unreadable, why
+from attnsurgery.evaluate.scan import brief, refuse_unreadable
 from attnsurgery.evaluate.source import Source
 from attnsurgery.settings import Augment
 
@@ -194,7 +194,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         try:
             image = self._rendering(self._source.open(index))
         except Exception as error:
-            raise SearchError(f"cannot read the image {self._source.ids[index]}: {why(error)}") from None
+            raise SearchError(f"cannot read the image {self._source.ids[index]}: {brief(error)}") from None
         return torch.as_tensor(self._fitted(image, index)), self._source.labels[index]
 
     def _fitted(self, image: Image.Image, index: int) -> Any:
@@ -236,7 +236,7 @@ def decode_all(
         try:
             pixels_NCHW[index] = torch.as_tensor(fit(rendering(source.open(index))))
         except Exception as error:  # whatever a decoder throws at a damaged file
-            return f"{source.ids[index]} ({why(error)})"
+            return f"{source.ids[index]} ({brief(error)})"
         return None
 
     bad: list[str] = []

@@ -14,9 +14,9 @@ from torch import nn
 
 from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Batch, Split
+from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.finetune import accuracy, train
 from attnsurgery.evaluate.frozen import only
-from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.memory import halving, moved, room_for
 from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.prefix import Prefix

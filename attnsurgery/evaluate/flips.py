@@ -1,13 +1,13 @@
-"""Whether a mirrored image keeps its label, asked of the images themselves before anything is trained on mirrored ones.
+"""Tests whether mirrored images have the same labels, before anything is trained on mirrored images.
 
-A model that has seen mirrored images under their old labels cannot tell any more: where left and right are the classes,
-it guesses. So the question goes to a classifier that has seen none: ridge regression on what small patches of the
-images, as filters, find in them (A. Coates, A. Ng and H. Lee, "An analysis of single-layer networks in unsupervised
-feature learning", AISTATS 2011). Each image is judged by one fitted to others, as it is and mirrored. Where mirroring
-makes right answers wrong, by more than chance does, labels depend on the side.
+A model that was trained on mirrored images under their old labels cannot answer this: where left and right are the
+classes, it guesses. So the test uses a classifier that has seen none: ridge regression on the responses of filters that
+are small patches of the images (A. Coates, A. Ng and H. Lee, "An analysis of single-layer networks in unsupervised
+feature learning", AISTATS 2011). By cross-validation, each image is classified as it is and mirrored. Where mirroring
+makes significantly more correct predictions wrong than wrong ones correct, labels depend on the side.
 
-It need not be a good classifier. Photos it gets right a little more often than chance, mirrored or not; arrows, letters
-and left and right hands it gets right and, mirrored, wrong.
+The classifier need not be good. On photos it is a little better than chance, mirrored or not; on arrows, letters, and
+left and right hands it is correct, and wrong once they are mirrored.
 """
 
 from __future__ import annotations
@@ -24,67 +24,77 @@ from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.source import Source
 
 _SIDE = 32
+"""Height and width that images are resized to, in pixels."""
 _PATCH = 6
+"""Height and width of a filter, in pixels."""
 _FILTERS = 128
+"""Number of filters."""
 _STRIDE = 2
-_LEAST = 0.5
-"""A filter is met where its product with a patch is larger."""
+_THRESHOLD = 0.5
+"""Responses of a filter below it count as 0."""
 _CELLS = 3
-"""What filters find is added up in so many parts of height and of width."""
+"""Responses are averaged over a grid of so many cells in height and in width."""
 _IMAGES = 900
+"""Number of images that are classified at most."""
 _FOLDS = 3
+"""Number of folds of the cross-validation."""
 _RIDGE = 0.1
-"""Of the mean of the diagonal."""
+"""Ridge penalty, as a share of the mean of the Gram matrix's diagonal."""
 _BATCH = 100
 _DROP = 0.1
+"""Smallest drop of the accuracy by mirroring that counts."""
 _CHANCE = 1e-3
+"""Largest p-value that counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlipCheck:
-    """What became of right answers when the images were mirrored."""
+    """The accuracy of a simple classifier on images as they are, and mirrored."""
 
     images: int
+    """Number of images that were classified."""
     plain: float
-    """Share of right answers, 0 to 1."""
+    """Accuracy on the images as they are, 0 to 1."""
     mirrored: float
+    """Accuracy on the mirrored images, 0 to 1."""
     p_value: float
-    """That chance alone makes so many right answers wrong (McNemar, one-sided)."""
+    """Of McNemar's test, one-sided: that mirroring makes no more predictions wrong than right."""
 
     @property
     def changes_labels(self) -> bool:
+        """Whether mirroring lowers the accuracy much and significantly."""
         return self.p_value < _CHANCE and self.plain - self.mirrored > _DROP
 
-    def words(self) -> str:
-        """For people."""
+    def describe(self) -> str:
+        """Both accuracies, in words."""
         return (
-            f"a simple classifier gets {100 * self.plain:.0f} % of {self.images:,} images right, and mirrored left to "
-            f"right {100 * self.mirrored:.0f} %"
+            f"a simple classifier is right for {100 * self.plain:.0f} % of {self.images:,} images, and for "
+            f"{100 * self.mirrored:.0f} % of them mirrored left to right"
         )
 
 
 def check_flips(source: Source, rendering: Rendering) -> FlipCheck:
-    """Judge at most some hundred images of all classes by a classifier fitted to others of them.
+    """Classify at most 900 images, as they are and mirrored, by classifiers fitted to others of them.
 
-    Images that cannot be read are left out; whoever trains on them names them.
+    Images that cannot be read are skipped; decoding reports them.
     """
-    picks = _spread(source.labels)
-    pixels_NCHW, labels_N = _read(source, picks, Rendering("L", rendering.whole, rendering.real))
+    picks = _balanced_sample(source.labels)
+    pixels_NCHW, labels_N = _read_images(source, picks, Rendering("L", rendering.whole, rendering.real))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         filters = _filters(pixels_NCHW, generator)
         plain_ND, mirrored_ND = (_features(x_NCHW, filters) for x_NCHW in (pixels_NCHW, pixels_NCHW.flip(3)))
-        right_N2 = _judged(plain_ND, mirrored_ND, labels_N)
+        right_N2 = _cross_validated(plain_ND, mirrored_ND, labels_N)
     plain_N, mirrored_N = right_N2[:, 0], right_N2[:, 1]
-    lost, won = int((plain_N & ~mirrored_N).sum()), int((~plain_N & mirrored_N).sum())
+    worse, better = int((plain_N & ~mirrored_N).sum()), int((~plain_N & mirrored_N).sum())
     from scipy.stats import binomtest  # takes a second to import
 
-    p_value = float(binomtest(lost, lost + won, alternative="greater").pvalue) if lost + won else 1.0
+    p_value = float(binomtest(worse, worse + better, alternative="greater").pvalue) if worse + better else 1.0
     return FlipCheck(len(labels_N), float(plain_N.mean()), float(mirrored_N.mean()), p_value)
 
 
-def _spread(labels: Sequence[int]) -> list[int]:
-    """Positions of as many of each class as there is room for, drawn at random, in a random order."""
+def _balanced_sample(labels: Sequence[int]) -> list[int]:
+    """Positions of at most `_IMAGES` random images, as evenly over the classes as possible, in a random order."""
     rng = np.random.default_rng(0)
     order = rng.permutation(len(labels))
     labels_N = np.asarray(labels)[order]
@@ -92,11 +102,12 @@ def _spread(labels: Sequence[int]) -> list[int]:
     for label in np.unique(labels_N):
         of_class = np.flatnonzero(labels_N == label)
         rank_N[of_class] = np.arange(len(of_class))
-    chosen = np.sort(np.argsort(rank_N, kind="stable")[:_IMAGES])
-    return [int(index) for index in order[chosen]]
+    selected = np.sort(np.argsort(rank_N, kind="stable")[:_IMAGES])
+    return [int(index) for index in order[selected]]
 
 
-def _read(source: Source, picks: Sequence[int], rendering: Rendering) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_images(source: Source, picks: Sequence[int], rendering: Rendering) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standardised grey images, (N, 1, H, W), and their labels, (N,), without those that cannot be read."""
     pixels, labels = [], []
     for index in picks:
         try:
@@ -111,7 +122,7 @@ def _read(source: Source, picks: Sequence[int], rendering: Rendering) -> tuple[t
 
 
 def _filters(x_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Patches of the images themselves, without their mean and of length 1, those that are not flat: (K, 1, P, P)."""
+    """Random patches of high contrast, without their mean and scaled to length 1: (K, 1, P, P)."""
     numbers = torch.randint(len(x_NCHW), (8 * _FILTERS,), generator=generator)
     corners = torch.randint(_SIDE - _PATCH + 1, (8 * _FILTERS, 2), generator=generator).tolist()
     patches_KPP = torch.stack(
@@ -120,35 +131,35 @@ def _filters(x_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     patches_KPP = patches_KPP - patches_KPP.mean(dim=(1, 2), keepdim=True)
     length_K = patches_KPP.flatten(1).norm(dim=1)
     strongest = length_K.argsort(descending=True)[: 4 * _FILTERS]
-    some = strongest[torch.randperm(len(strongest), generator=generator)[:_FILTERS]]
-    unit_KPP: torch.Tensor = patches_KPP[some] / length_K[some, None, None].clamp_min(1e-6)
+    sample = strongest[torch.randperm(len(strongest), generator=generator)[:_FILTERS]]
+    unit_KPP: torch.Tensor = patches_KPP[sample] / length_K[sample, None, None].clamp_min(1e-6)
     return unit_KPP[:, None]
 
 
 def _features(x_NCHW: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """(N, D): where, roughly, and how strongly each filter is met."""
+    """Responses of the filters: their means over a coarse grid, and their maxima, (N, D)."""
     weight_PK, side = filters.flatten(1).T.contiguous(), (_SIDE - _PATCH) // _STRIDE + 1
     cell = side // _CELLS
-    found = []
+    features = []
     for x_BCHW in torch.split(x_NCHW, _BATCH):
-        met_BSSK = (F.unfold(x_BCHW, _PATCH, stride=_STRIDE).mT @ weight_PK).reshape(len(x_BCHW), side, side, -1)
-        met_BSSK = met_BSSK[:, : _CELLS * cell, : _CELLS * cell]
+        response_BSSK = (F.unfold(x_BCHW, _PATCH, stride=_STRIDE).mT @ weight_PK).reshape(len(x_BCHW), side, side, -1)
+        response_BSSK = response_BSSK[:, : _CELLS * cell, : _CELLS * cell]
         for sign in (1, -1):
-            strong_BSSK = F.relu(sign * met_BSSK - _LEAST)
+            strong_BSSK = F.relu(sign * response_BSSK - _THRESHOLD)
             cells = strong_BSSK.reshape(len(x_BCHW), _CELLS, cell, _CELLS, cell, -1).mean(dim=(2, 4))
-            found.append(torch.cat([cells.flatten(1), strong_BSSK.amax(dim=(1, 2))], dim=1))
-    both = [torch.cat(pair, dim=1) for pair in zip(found[::2], found[1::2], strict=True)]
-    return torch.cat(both).double()
+            features.append(torch.cat([cells.flatten(1), strong_BSSK.amax(dim=(1, 2))], dim=1))
+    by_batch = [torch.cat(pair, dim=1) for pair in zip(features[::2], features[1::2], strict=True)]
+    return torch.cat(by_batch).double()
 
 
-def _judged(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.Tensor) -> Any:
-    """(N, 2) booleans: right as it is, right when mirrored; each by a classifier that was fitted to other images."""
+def _cross_validated(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.Tensor) -> Any:
+    """Whether each image is classified correctly as it is, and mirrored, by cross-validation: booleans, (N, 2)."""
     fold_N = torch.arange(len(labels_N)) % _FOLDS
     right_N2 = torch.zeros(len(labels_N), 2, dtype=torch.bool)
     target_NK = F.one_hot(labels_N).double()
     for fold in range(_FOLDS):
-        fit_N, held_N = fold_N != fold, fold_N == fold
-        if not (fit_N.any() and held_N.any()):
+        fit_N, held_out_N = fold_N != fold, fold_N == fold
+        if not (fit_N.any() and held_out_N.any()):
             continue
         mean_D, std_D = plain_ND[fit_N].mean(dim=0), plain_ND[fit_N].std(dim=0, unbiased=False) + 1e-6
         fitted_MD = (plain_ND[fit_N] - mean_D) / std_D
@@ -157,6 +168,6 @@ def _judged(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.T
         gram_MM += torch.eye(len(gram_MM), dtype=torch.double) * (_RIDGE * gram_MM.diagonal().mean() + 1e-9)
         dual_MK = torch.linalg.solve(gram_MM, target_NK[fit_N] - centre_K)
         for column, features_ND in enumerate((plain_ND, mirrored_ND)):
-            scores_HK = ((features_ND[held_N] - mean_D) / std_D) @ fitted_MD.T @ dual_MK + centre_K
-            right_N2[held_N, column] = scores_HK.argmax(dim=1) == labels_N[held_N]
+            scores_HK = ((features_ND[held_out_N] - mean_D) / std_D) @ fitted_MD.T @ dual_MK + centre_K
+            right_N2[held_out_N, column] = scores_HK.argmax(dim=1) == labels_N[held_out_N]
     return right_N2.numpy()

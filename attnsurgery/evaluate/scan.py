@@ -1,7 +1,7 @@
-"""Every image opened once, before anything is trained: what cannot be read, and what is not as it seems.
+"""Opens every image once before anything is trained, and says which are unreadable and which have to be converted.
 
-A damaged file is found in the first minute and not after the last trial; and of each image a digest of its bytes and a
-small picture are kept, by which copies in other splits are found (`attnsurgery.evaluate.doubles`).
+A damaged file is found in the first minute and not after the last trial. A digest of each image's bytes and a thumbnail
+serve to find copies in other splits (`attnsurgery.evaluate.doubles`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from attnsurgery.evaluate.source import Source
 OnProgress = Callable[[int, int], None]
 
 THUMB = 16
-"""Pixels a side of the small pictures."""
+"""Pixels a side of the thumbnails."""
 _THREADS = 4
-_NAMED = 3
+_LISTED = 3
+"""Number of unreadable images that the message lists."""
 _MAYBE_DEEP = (".png", ".apng", ".tif", ".tiff", ".pgm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".fits", ".fit", ".im")
+"""Endings of files that may have more than 8 bits a channel."""
 _THUMB_RENDERING = Rendering("L")
 _POINTERS = {
     b"version https://git-lfs": "a Git LFS pointer and not the image itself; fetch it with 'git lfs pull'",
@@ -39,32 +41,36 @@ Thumbs = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is known of one image after it was opened."""
+    """Properties of one image, found by opening it."""
 
     digest: str = ""
-    """Of the file's bytes; '' where there is no file."""
+    """Digest of the file's bytes; '' where there is no file."""
     thumb: bytes = b""
-    """THUMB x THUMB pixels in grey."""
+    """The thumbnail: THUMB x THUMB pixels in grey."""
     mode: str = ""
-    """PIL's name of its colours."""
+    """PIL's name of the colours."""
     turned: bool = False
+    """Whether its EXIF data asks for another orientation than that of the pixels."""
     transparent: bool = False
+    """Whether any pixel is transparent."""
     frames: int = 1
+    """Number of frames of an animation."""
     values: Depth | None = None
-    """Of an image of more than 8 bits."""
+    """The range of values of an image of more than 8 bits a channel."""
     problem: str = ""
-    """Why it cannot be read."""
+    """Why it cannot be read; '' if it can."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of all images of a source, in its order."""
+    """Properties of all images of a source, in its order."""
 
     ids: tuple[str, ...]
+    """Their names, as in the source."""
     looks: tuple[Look, ...]
 
     def thumbs(self) -> Thumbs:
-        """(N, THUMB * THUMB) pixels."""
+        """The thumbnails as pixels, (N, THUMB * THUMB)."""
         flat = np.frombuffer(b"".join(look.thumb for look in self.looks), np.uint8)
         return flat.reshape(len(self.looks), -1)
 
@@ -81,87 +87,95 @@ def scan(source: Source, on_progress: OnProgress | None = None) -> Scan:
             looks.append(look)
             if on_progress and (done % 256 == 0 or done == len(source.ids)):
                 on_progress(done, len(source.ids))
-    named = zip(source.ids, looks, strict=True)
-    refuse_unreadable([f"{name} ({look.problem})" for name, look in named if look.problem], len(looks))
+    outcomes = zip(source.ids, looks, strict=True)
+    refuse_unreadable([f"{name} ({look.problem})" for name, look in outcomes if look.problem], len(looks))
     return Scan(source.ids, tuple(looks))
 
 
-def refuse_unreadable(bad: Sequence[str], of: int) -> None:
+def refuse_unreadable(unreadable: Sequence[str], total: int) -> None:
     """
+    Args:
+        unreadable: names of images, with the reasons.
+        total: number of images, for the message.
+
     Raises:
-        SearchError: there is one.
+        SearchError: there is an unreadable image; the message counts them and lists the first.
     """
-    if bad:
-        listed = "; ".join(bad[:_NAMED]) + (" ..." if len(bad) > _NAMED else "")
-        raise SearchError(f"{len(bad)} of {of} images cannot be read: {listed}. Remove or replace them.")
+    if unreadable:
+        listed = "; ".join(unreadable[:_LISTED]) + (" ..." if len(unreadable) > _LISTED else "")
+        raise SearchError(f"{len(unreadable)} of {total} images cannot be read: {listed}. Remove or replace them.")
 
 
-def why(error: Exception) -> str:
-    """What a decoder says, in one line."""
+def brief(error: Exception) -> str:
+    """The first line of a decoder's message, or else the class of the exception."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def depths(scans: Sequence[Scan]) -> tuple[Depth | None, Depth | None]:
-    """The ranges of images of whole and of real numbers of more than 8 bits, over all scans."""
-    looks = [look for one in scans for look in one.looks]
+    """The ranges of values of images of more than 8 bits, over all scans: of integers, and of floating-point numbers.
+
+    Each is None where there are no such images.
+    """
+    looks = [look for scan in scans for look in scan.looks]
     return _depths((look.mode, look.values) for look in looks if look.values is not None)
 
 
 def depths_of(sources: Sequence[Source]) -> tuple[Depth | None, Depth | None]:
-    """The same without a scan: only files that may have more than 8 bits are opened, and only those that have decoded.
+    """As `depths`, without a scan: only files that may have more than 8 bits a channel are opened.
 
-    What cannot be read is left to whoever decodes it.
+    Files that cannot be read are skipped; decoding reports them.
     """
-    found: list[tuple[str, Depth]] = []
+    ranges: list[tuple[str, Depth]] = []
     for path in (path for source in sources for path in source.paths if path.suffix.lower() in _MAYBE_DEEP):
         try:
             with Image.open(path, formats=formats()) as image:
                 if is_deep(image):
-                    found.append((image.mode, values_of(image)))
+                    ranges.append((image.mode, values_of(image)))
         except Exception:
             continue
-    return _depths(found)
+    return _depths(ranges)
 
 
-def _depths(found: Any) -> tuple[Depth | None, Depth | None]:
+def _depths(ranges: Any) -> tuple[Depth | None, Depth | None]:
     whole: list[Depth] = []
     real: list[Depth] = []
-    for mode, values in found:
+    for mode, values in ranges:
         (real if mode == "F" else whole).append(values)
     return Depth.over(whole), Depth.over(real, whole=False)
 
 
-def told(scans: Sequence[Scan]) -> list[str]:
-    """What happens to images on the way to the model's input, a line each; nothing of images that are as they seem."""
-    looks = [look for one in scans for look in one.looks]
+def conversion_notes(scans: Sequence[Scan]) -> list[str]:
+    """How images are converted on the way to the model's input, a line for each conversion; [] where there is none."""
+    looks = [look for scan in scans for look in scan.looks]
     lines = []
     if turned := sum(look.turned for look in looks):
-        lines.append(f"turned upright: {_some(turned, looks)}, as their EXIF data says")
-    for depth, what, real in zip(depths(scans), ("whole", "floating-point"), (False, True), strict=True):
+        lines.append(f"turned upright: {_image_count(turned, looks)}, as their EXIF data says")
+    for depth, kind, real in zip(depths(scans), ("whole", "floating-point"), (False, True), strict=True):
         if depth is not None:
             count = sum(look.values is not None and (look.mode == "F") == real for look in looks)
             lines.append(
-                f"scaled to 8 bits: {_some(count, looks)} of {what} numbers, {depth.describe()} becoming 0 to 255"
+                f"scaled to 8 bits: {_image_count(count, looks)} of {kind} numbers, "
+                f"{depth.describe()} becoming 0 to 255"
             )
     if transparent := sum(look.transparent for look in looks):
-        lines.append(f"laid on white: {_some(transparent, looks)} with transparency")
-    others = Counter(look.mode for look in looks if look.mode in ("CMYK", "LAB", "YCbCr", "HSV"))
-    lines += [f"converted to RGB: {_some(count, looks)} in {mode}" for mode, count in others.items()]
+        lines.append(f"laid on white: {_image_count(transparent, looks)} with transparency")
+    modes = Counter(look.mode for look in looks if look.mode in ("CMYK", "LAB", "YCbCr", "HSV"))
+    lines += [f"converted to RGB: {_image_count(count, looks)} in {mode}" for mode, count in modes.items()]
     if several := sum(look.frames > 1 for look in looks):
-        lines.append(f"first frame only: {_some(several, looks)} with several frames")
+        lines.append(f"first frame only: {_image_count(several, looks)} with several frames")
     return lines
 
 
-def _some(count: int, looks: Sequence[Look]) -> str:
+def _image_count(count: int, looks: Sequence[Look]) -> str:
     return "all images" if count == len(looks) else f"{count:,} image{'s' if count > 1 else ''}"
 
 
 def _look(source: Source, index: int) -> Look:
     try:
         if not source.paths:
-            return _seen(source.open(index), "", turned=False)
+            return _look_at(source.open(index), "", turned=False)
         data = source.paths[index].read_bytes()
-        if pointer := next((what for start, what in _POINTERS.items() if data.startswith(start)), None):
+        if pointer := next((problem for start, problem in _POINTERS.items() if data.startswith(start)), None):
             return Look(problem=pointer)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         with Image.open(io.BytesIO(data), formats=formats()) as image:
@@ -169,14 +183,14 @@ def _look(source: Source, index: int) -> Look:
             image.draft("L", (4 * THUMB, 4 * THUMB))  # a JPEG file is read to its end, but not computed in full size
             frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))  # a photo with a preview in it
             image.load()
-            return _seen(upright(image), digest, turned, frames)
+            return _look_at(upright(image), digest, turned, frames)
     except UnidentifiedImageError:
         return Look(problem="its bytes are no image that PIL knows, whatever it is called")
     except Exception as error:  # whatever a decoder throws at a damaged file
-        return Look(problem=why(error))
+        return Look(problem=brief(error))
 
 
-def _seen(image: Image.Image, digest: str, turned: bool, frames: int = 1) -> Look:
+def _look_at(image: Image.Image, digest: str, turned: bool, frames: int = 1) -> Look:
     small = _THUMB_RENDERING(image).resize((THUMB, THUMB), Image.Resampling.BOX)
     values = values_of(image) if is_deep(image) else None
     transparent = has_transparency(image) and _shows_through(image)
@@ -184,5 +198,5 @@ def _seen(image: Image.Image, digest: str, turned: bool, frames: int = 1) -> Loo
 
 
 def _shows_through(image: Image.Image) -> bool:
-    """Whether any pixel is transparent in fact."""
+    """Whether any pixel is transparent; an image may have an alpha channel that is opaque everywhere."""
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)

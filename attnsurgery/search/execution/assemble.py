@@ -25,7 +25,7 @@ from attnsurgery.evaluate import (
     load_data,
     native_size,
 )
-from attnsurgery.evaluate.contents import kept_in
+from attnsurgery.evaluate.contents import load_digests
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
@@ -60,7 +60,7 @@ _DEFAULT_SIZE = 48
 
 def keep_digests(bench: Bench, folder: Path) -> None:
     """Keep in the run directory what was found of image files; where that cannot be, they are read again."""
-    if bench.digests and bench.digests != kept_in(folder / IMAGES):
+    if bench.digests and bench.digests != load_digests(folder / IMAGES):
         with suppress(SearchError):
             write_own(folder, IMAGES, json.dumps(bench.digests))
 
@@ -149,7 +149,7 @@ def assemble(
         on_load=listener.loading,
         decode=decode,
         check=check,
-        known=(digests := kept_in(Path(config.output) / IMAGES)),
+        known=(digests := load_digests(Path(config.output) / IMAGES)),
     )
     config = config.model_copy(update={"augment": data.augment})
     if check:
