@@ -47,12 +47,14 @@ def params(model: torch.nn.Module) -> int:
         ("resnet50_nonlocal5", 25_557_032 + 7_358_464),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name: str, expected: int) -> None:
+def test_surgical_models_have_paper_params(name: str, expected: int) -> None:
+    """The surgical models have the published numbers of parameters."""
     with torch.device("meta"):
         assert params(timm.create_model(name)) == expected
 
 
-def test_children_are_named_as_timm_names_them() -> None:
+def test_surgical_keys_equal_timms() -> None:
+    """The keys of a surgical model are those of timm's own attention model."""
     with torch.device("meta"):
         ours, theirs = timm.create_model("resnet50_se"), timm.create_model("seresnet50")
     assert set(ours.state_dict()) == set(theirs.state_dict())
@@ -60,7 +62,8 @@ def test_children_are_named_as_timm_names_them() -> None:
 
 
 @pytest.mark.parametrize("pair", [("resnet18_se", "seresnet18"), ("resnet50_se", "seresnet50")])
-def test_paper_start_takes_timms_weights_strictly_and_computes_the_same_bits(pair: tuple[str, str]) -> None:
+def test_paper_start_loads_timms_weights(pair: tuple[str, str]) -> None:
+    """With the paper's start, timm's weights load strictly and give the same bits."""
     ours = timm.create_model(pair[0], start="paper").eval()
     theirs = wake(timm.create_model(pair[1])).eval()
     x = images(64)
@@ -74,7 +77,8 @@ def test_paper_start_takes_timms_weights_strictly_and_computes_the_same_bits(pai
     assert not torch.equal(identity(x), theirs.eval()(x))
 
 
-def test_is_model_and_list_models_tell_the_truth() -> None:
+def test_is_model_and_list_models_agree() -> None:
+    """timm knows and lists the surgical names, and no names that cannot be built."""
     assert {"resnet50_se", "resnet50_nonlocal_s3", "resnet50_nonlocal5"} <= set(timm.list_models("resnet50_*"))
     assert timm.is_model("test_resnet_se_s12")
     assert timm.is_model("test_resnet_nonlocal_s3.r160_in1k")
@@ -94,7 +98,8 @@ def test_is_model_and_list_models_tell_the_truth() -> None:
     assert all(timm.is_model(name) for name in timm.list_models(module="zoo"))
 
 
-def test_no_name_of_timms_own_changes_its_meaning() -> None:
+def test_timms_own_names_keep_their_meaning() -> None:
+    """No name of timm's own changes its meaning when attnsurgery is imported."""
     theirs = subprocess.run(
         [sys.executable, "-c", "import timm; print(*timm.list_models())"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -106,7 +111,8 @@ def test_no_name_of_timms_own_changes_its_meaning() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "resnet18"])
 @pytest.mark.parametrize("suffix", ["se", "nonlocal_s3", "se_s34", "nonlocal"])
-def test_names_work_with_the_arguments_of_timm(name: str, suffix: str) -> None:
+def test_names_take_timms_arguments(name: str, suffix: str) -> None:
+    """Surgical names work with the arguments of timm's create_model."""
     model = timm.create_model(f"{name}_{suffix}", num_classes=5, in_chans=1).eval()
     assert model(images(64, channels=1)).shape == (2, 5)
     assert grafted_blocks(model)
@@ -137,7 +143,8 @@ def test_names_stack_in_the_order_spelled() -> None:
     assert recipe.base == "test_resnet"
 
 
-def test_checkpoint_path_takes_base_and_surgical_checkpoints_but_not_half_a_block(tmp_path: Path) -> None:
+def test_checkpoint_path_takes_both_kinds(tmp_path: Path) -> None:
+    """checkpoint_path takes base and surgical checkpoints, and not part of a block."""
     base = build("test_resnet")
     torch.save(base.state_dict(), tmp_path / "base.pth")
     x = images(64)
@@ -153,7 +160,7 @@ def test_checkpoint_path_takes_base_and_surgical_checkpoints_but_not_half_a_bloc
         timm.create_model("test_resnet_se", checkpoint_path=str(tmp_path / "half.pth"))
 
 
-def test_pretrained_weights_go_through_timms_own_loading(tmp_path: Path) -> None:
+def test_pretrained_uses_timms_own_loading(tmp_path: Path) -> None:
     """Another number of classes and channels, a file instead of the hub: timm adapts head and stem, blocks stay."""
     base = build("test_resnet")
     torch.save(base.state_dict(), tmp_path / "weights.pth")
@@ -177,7 +184,8 @@ def test_a_tag_selects_the_bases_weights() -> None:
         timm.create_model("resnet18_se.no_such_tag")
 
 
-def test_a_recipe_becomes_a_name_and_saves_under_it(tmp_path: Path) -> None:
+def test_registered_recipe_saves_as_name(tmp_path: Path) -> None:
+    """A recipe becomes a name of timm, and a model is saved and built again under it."""
     from timm.models import save_for_hf
 
     assert attnsurgery.register(RECIPE) == "my_model"
@@ -201,7 +209,8 @@ def test_a_taken_name_is_refused() -> None:
             attnsurgery.register(other)
 
 
-def test_the_generic_architecture_needs_only_base_and_recipe(tmp_path: Path) -> None:
+def test_surgery_name_needs_base_and_recipe(tmp_path: Path) -> None:
+    """The architecture 'surgery' needs only a base and a recipe, also in a new process."""
     from timm.models import save_for_hf
 
     recipe = {**RECIPE, "name": "unregistered"}
@@ -221,7 +230,8 @@ def test_the_generic_architecture_needs_only_base_and_recipe(tmp_path: Path) -> 
         timm.create_model("surgery", base="test_resnet")
 
 
-def test_whole_models_pickle_across_processes(tmp_path: Path) -> None:
+def test_models_pickle_across_processes(tmp_path: Path) -> None:
+    """A whole model can be unpickled in another process."""
     model = wake(timm.create_model("test_convnext_se")).eval()
     file = io.BytesIO()
     torch.save(model, file)
@@ -247,14 +257,14 @@ def test_whole_models_pickle_across_processes(tmp_path: Path) -> None:
         ({"edits": 3}, RecipeError, "edits"),
     ],
 )
-def test_bad_recipes_are_refused_with_the_nearest_right_thing(
-    change: dict[str, object], error: type[Exception], message: str
-) -> None:
+def test_bad_recipe_names_nearest_right_one(change: dict[str, object], error: type[Exception], message: str) -> None:
+    """A bad recipe is refused with the nearest right thing."""
     with pytest.raises(error, match=message):
         timm.create_model("surgery", recipe={**RECIPE, **change})
 
 
-def test_the_same_block_twice_at_one_site_is_refused_and_names_both_edits() -> None:
+def test_same_block_twice_names_both_edits() -> None:
+    """The same block twice at one site is refused, and the error names both edits."""
     twice = [{"at": "layer3.*.bn3", "block": "se"}, {"at": "stage:3 branches", "block": "se"}]
     with pytest.raises(
         RecipeError, match=r"edits\[1\].at = 'stage:3 branches' puts 'se' at 'layer3.0.bn3'.*edits\[0\]"
@@ -262,7 +272,8 @@ def test_the_same_block_twice_at_one_site_is_refused_and_names_both_edits() -> N
         timm.create_model("surgery", recipe={**RECIPE, "edits": twice})
 
 
-def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> None:
+def test_pool_larger_than_map_is_refused() -> None:
+    """A pool that is larger than the map is refused before anything is built."""
     edits = [{"at": "stage:4 last", "block": "non_local", "options": {"subsample": 8}}]
     with pytest.raises(
         attnsurgery.AttnSurgeryError, match=r"at 'layer4.0'.*needs a map of at least 8 x 8, and this one"
@@ -270,7 +281,8 @@ def test_a_pool_larger_than_the_map_is_refused_before_anything_is_built() -> Non
         timm.create_model("surgery", recipe={**RECIPE, "edits": edits})
 
 
-def test_pruned_architectures_are_cut_after_their_layers_have_been_narrowed() -> None:
+def test_pruned_bases_are_cut_when_narrowed() -> None:
+    """Surgery on a pruned architecture comes after its layers have been narrowed."""
     base = wake(timm.create_model("efficientnet_b1_pruned", num_classes=3)).eval()
     plain = timm.create_model("efficientnet_b1", num_classes=3)
     assert sum(p.numel() for p in base.parameters()) < sum(p.numel() for p in plain.parameters())
@@ -283,11 +295,13 @@ def test_pruned_architectures_are_cut_after_their_layers_have_been_narrowed() ->
 
 
 @pytest.mark.parametrize("name", ["resnet18" + "_se" * 70, "resnet18" + "_se" * 5000, "модель_se", "", "_se", "a b_se"])
-def test_odd_names_are_simply_no_models(name: str) -> None:
+def test_odd_names_are_no_models(name: str) -> None:
+    """Odd names are no models, and no errors."""
     assert not timm.is_model(name)
 
 
-def test_a_name_that_a_user_registers_is_the_users() -> None:
+def test_users_model_keeps_its_name() -> None:
+    """A model that a user registers under a surgical name stays the user's."""
     from timm.models import register_model
 
     def mynet(pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
@@ -302,7 +316,8 @@ def test_a_name_that_a_user_registers_is_the_users() -> None:
     assert not grafted_blocks(timm.create_model("mynet_se"))
 
 
-def test_blocks_are_found_by_threads_that_all_ask_first() -> None:
+def test_blocks_catalog_is_thread_safe() -> None:
+    """Threads that all ask for a block first get it."""
     program = (
         "import threading, attnsurgery\n"
         "barrier, missing = threading.Barrier(6), []\n"
@@ -317,7 +332,8 @@ def test_blocks_are_found_by_threads_that_all_ask_first() -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_every_recipe_that_ships_resolves_under_its_file_name_with_its_bases_weights() -> None:
+def test_zoo_recipes_resolve_by_file_name() -> None:
+    """Every recipe that ships resolves under its file name, with the weights of its base."""
     files = sorted(Path(registry.zoo.__file__).parent.glob("*.yaml"))
     assert files
     for file in files:
@@ -329,12 +345,14 @@ def test_every_recipe_that_ships_resolves_under_its_file_name_with_its_bases_wei
         assert model.pretrained_cfg["hf_hub_id"].startswith(f"timm/{recipe.base}.")
 
 
-def test_a_start_that_does_not_exist_is_refused() -> None:
+def test_unknown_start_is_refused() -> None:
+    """A start that does not exist is refused."""
     with pytest.raises(RecipeError, match="start='papr'"):
         timm.create_model("test_resnet_se", start="papr")
 
 
-def test_plain_models_built_meanwhile_on_another_thread_stay_plain() -> None:
+def test_plain_models_stay_plain_in_threads() -> None:
+    """Plain models that another thread builds at the same time stay plain."""
     from concurrent.futures import ThreadPoolExecutor
 
     names = ["test_resnet_se", "test_resnet"] * 8
@@ -379,31 +397,35 @@ PRIVATE: dict[str, tuple[type | str, str]] = {
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-def test_a_private_name_of_timm_or_torch_is_where_it_was(name: str) -> None:
+def test_private_name_is_where_it_was(name: str) -> None:
+    """A private name of timm or torch that the package uses is where it was, and of the same kind."""
     kind, broken = PRIVATE[name]
-    users = ", ".join(sorted(private_names_taken().get(name, {"nobody any more: take it off this list"})))
+    users = ", ".join(sorted(private_names_used().get(name, {"nobody any more: take it off this list"})))
     moved = f"{name} has moved or changed its kind. It is used by {users}; without it: {broken}."
     try:
-        found = pkgutil.resolve_name(name)
+        value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
         pytest.fail(moved)
-    assert type(found).__name__ == kind if isinstance(kind, str) else isinstance(found, kind), moved
+    assert type(value).__name__ == kind if isinstance(kind, str) else isinstance(value, kind), moved
 
 
-def test_a_name_that_has_moved_is_told_with_its_users_and_what_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_private_name_tells_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message for a name that has moved tells who uses it and what breaks."""
     monkeypatch.delattr(_builder, "resolve_pretrained_cfg")
     message = r"resolve_pretrained_cfg has moved .* used by timm_plugin/registry.py; without it: surgical names have"
     with pytest.raises(pytest.fail.Exception, match=message):
-        test_a_private_name_of_timm_or_torch_is_where_it_was("timm.models._builder.resolve_pretrained_cfg")
+        test_private_name_is_where_it_was("timm.models._builder.resolve_pretrained_cfg")
 
 
-def test_every_private_name_that_the_package_takes_is_on_that_list_and_no_other() -> None:
+def test_private_names_are_all_listed() -> None:
     """Modules that names are taken from (`from timm.models import _registry`) are covered by those names."""
-    taken = {name: users for name, users in private_names_taken().items() if not is_module(name)}
-    assert {name: users for name, users in taken.items() if name not in PRIVATE} == {}
-    assert set(PRIVATE) <= set(taken)
-    beyond = {name for name in taken if name.startswith("timm.") and ".models._registry._" in name}
-    assert all(taken[name] == {"timm_plugin/registry.py"} for name in beyond), "timm's tables are for registry.py alone"
+    users_by_name = {name: users for name, users in private_names_used().items() if not is_module(name)}
+    assert {name: users for name, users in users_by_name.items() if name not in PRIVATE} == {}
+    assert set(PRIVATE) <= set(users_by_name)
+    beyond = {name for name in users_by_name if name.startswith("timm.") and ".models._registry._" in name}
+    assert all(users_by_name[name] == {"timm_plugin/registry.py"} for name in beyond), (
+        "timm's tables are for registry.py alone"
+    )
 
 
 def is_module(name: str) -> bool:
@@ -411,10 +433,10 @@ def is_module(name: str) -> bool:
 
 
 @functools.cache
-def private_names_taken() -> dict[str, set[str]]:
+def private_names_used() -> dict[str, set[str]]:
     """Names of timm and torch with a part that begins with an underscore, and the files of the package they are in."""
     package = Path(attnsurgery.__file__).parent
-    taken: dict[str, set[str]] = {}
+    users_by_name: dict[str, set[str]] = {}
     for file in sorted(package.rglob("*.py")):
         tree = ast.parse(file.read_text())
         imported: dict[str, str] = {}
@@ -426,19 +448,20 @@ def private_names_taken() -> dict[str, set[str]]:
                     root = alias.name.partition(".")[0]
                     if root in ("timm", "torch"):
                         imported[alias.asname or root] = alias.name if alias.asname else root
-        found = list(imported.values())
+        names = list(imported.values())
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 root, _, rest = ast.unparse(node).partition(".")
                 if root in imported and re.fullmatch(r"[\w.]+", rest):
-                    found.append(f"{imported[root]}.{rest}")
-        for name in found:
+                    names.append(f"{imported[root]}.{rest}")
+        for name in names:
             if re.search(r"\._(?!_)", name) or "__code__" in name:
-                taken.setdefault(name, set()).add(str(file.relative_to(package)))
-    return taken
+                users_by_name.setdefault(name, set()).add(str(file.relative_to(package)))
+    return users_by_name
 
 
-def test_timms_families_build_through_a_global_of_their_file() -> None:
+def test_timm_families_build_by_a_global() -> None:
+    """timm's families build through a global of their file, which surgery replaces."""
     families = [module for name, module in sys.modules.items() if name.startswith("timm.models.")]
     of_models = {_registry._model_to_module[name] for name in timm.list_models()}
     building = {module.__name__.rpartition(".")[2] for module in families if "build_model_with_cfg" in vars(module)}

@@ -40,7 +40,7 @@ def config_in(finished: Outcome, folder: Path) -> SearchConfig:
     return change(finished.config, output=str(folder))
 
 
-def told(folder: Path) -> list[tuple[str, dict[str, object], object, dict[str, object]]]:
+def trials_in(folder: Path) -> list[tuple[str, dict[str, object], object, dict[str, object]]]:
     """What samplers see of a study."""
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{folder / STUDY}")
     return [(trial.state.name, trial.params, trial.values, trial.constraints) for trial in study.trials]
@@ -53,14 +53,13 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, overwrite, lambda path: path.write_bytes(b"")])
-def test_a_study_is_made_again_from_the_journal_and_the_search_goes_on(
-    finished: Outcome, damaged: Path, damage: object
-) -> None:
-    before = told(damaged)
+def test_repair_rebuilds_study_from_journal(finished: Outcome, damaged: Path, damage: object) -> None:
+    """A study is rebuilt from the journal, and the search goes on as if nothing had happened."""
+    before = trials_in(damaged)
     damage(damaged / STUDY)  # type: ignore[operator]
-    done = repair(damaged)
-    assert (done.from_study, done.from_journal, done.damaged_lines) == (None, len(finished.records), 0)
-    assert told(damaged) == before
+    result = repair(damaged)
+    assert (result.from_study, result.from_journal, result.damaged_lines) == (None, len(finished.records), 0)
+    assert trials_in(damaged) == before
     assert read(damaged).outcome.records == finished.records
     again = run(config_in(finished, damaged))
     assert again.records == finished.records
@@ -71,32 +70,35 @@ def test_a_study_is_made_again_from_the_journal_and_the_search_goes_on(
 
 
 @pytest.mark.parametrize("cut", ["a line in the middle", "everything"])
-def test_a_journal_is_made_again_from_the_study(finished: Outcome, damaged: Path, cut: str) -> None:
+def test_repair_rebuilds_journal_from_study(finished: Outcome, damaged: Path, cut: str) -> None:
+    """A journal is rebuilt from the study, and the search goes on."""
     lines = (damaged / TRIALS).read_bytes().splitlines(keepends=True)
     lines = [] if cut == "everything" else [*lines[:3], lines[3][:40] + b"\n", *lines[4:]]
     (damaged / TRIALS).write_bytes(b"".join(lines))
     if lines:
         with pytest.raises(SearchError, match=r"is damaged and is not the last line\. Of a search, attnsurgery repair"):
             run(config_in(finished, damaged))
-    done = repair(damaged)
-    assert done.damaged_lines == (1 if lines else 0)
+    result = repair(damaged)
+    assert result.damaged_lines == (1 if lines else 0)
     entries = Journal(damaged / TRIALS).read()
     assert list(trials_of(entries).values()) == finished.records
     assert facts_of(entries)["config"]["budget_ms"] == 100.0
     assert run(config_in(finished, damaged)).records == finished.records
 
 
-def test_the_old_files_are_kept_and_a_repair_of_what_is_whole_changes_nothing(finished: Outcome, damaged: Path) -> None:
-    before, journal = told(damaged), (damaged / TRIALS).read_bytes()
-    done = repair(damaged)
-    assert done.kept == (f"{STUDY}.before-repair-1", f"{TRIALS}.before-repair-1")
+def test_repair_of_sound_files_keeps_both(finished: Outcome, damaged: Path) -> None:
+    """The old files are kept, and the repair of a sound directory changes nothing."""
+    before, journal = trials_in(damaged), (damaged / TRIALS).read_bytes()
+    result = repair(damaged)
+    assert result.kept == (f"{STUDY}.before-repair-1", f"{TRIALS}.before-repair-1")
     assert (damaged / f"{TRIALS}.before-repair-1").read_bytes() == journal
-    assert told(damaged) == before
+    assert trials_in(damaged) == before
     assert repair(damaged).kept == (f"{STUDY}.before-repair-2", f"{TRIALS}.before-repair-2")
     assert read(damaged).outcome.records == finished.records
 
 
-def test_what_says_nothing_of_its_search_is_refused_and_left_alone(damaged: Path, tmp_path: Path) -> None:
+def test_repair_refuses_unknown_searches(damaged: Path, tmp_path: Path) -> None:
+    """A directory that says nothing of its search is refused and left alone."""
     (damaged / STUDY).unlink()
     entries = [line for line in (damaged / TRIALS).read_text().splitlines() if '"fact"' not in line]
     (damaged / TRIALS).write_text("\n".join(entries) + "\n")
@@ -111,7 +113,8 @@ def test_what_says_nothing_of_its_search_is_refused_and_left_alone(damaged: Path
         repair(damaged)
 
 
-def test_what_a_newer_version_has_written_is_refused_clearly(finished: Outcome, damaged: Path) -> None:
+def test_newer_format_is_refused(finished: Outcome, damaged: Path) -> None:
+    """A directory that a newer version has written is refused by run, read and repair."""
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{damaged / STUDY}")
     study.set_user_attr("format", 2)
     with (damaged / TRIALS).open("a") as file:
@@ -132,9 +135,8 @@ def test_the_command_says_what_it_found(damaged: Path) -> None:
     assert "of these 3 trained" in result.stdout
 
 
-def test_other_software_is_refused_with_the_difference_and_extend_goes_on(
-    finished: Outcome, damaged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_versions_need_extend(finished: Outcome, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other versions of the software are refused with the difference, and extend goes on."""
     monkeypatch.setattr("attnsurgery.search.execution.bench.timm.__version__", "9.9.9")
     config = config_in(finished, damaged)
     with pytest.raises(
@@ -147,7 +149,8 @@ def test_other_software_is_refused_with_the_difference_and_extend_goes_on(
     assert run(config).records == finished.records, "now it is that of before"
 
 
-def test_new_begins_another_search_beside_the_old_one(damaged: Path) -> None:
+def test_new_output_gets_the_next_number(damaged: Path) -> None:
+    """--new begins another search beside the old one, under the next free name."""
     from attnsurgery.cli.search import _free
 
     assert _free(str(damaged)) == f"{damaged}-2"

@@ -99,16 +99,18 @@ def paper_mask(block: ResidualAttention, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("training", [False, True])
 def test_mask_is_the_papers_figure(size: tuple[int, int], r: int, training: bool) -> None:
+    """The mask is figure 3 of the paper, values and gradients."""
     block = woken(dtype=torch.float64, depth=2, r=r, start="paper").train(training)
     x = images(*size, dtype=torch.float64).requires_grad_()
     ours, paper = block(x), 1 + torch.sigmoid(paper_mask(block, x))
     assert torch.allclose(ours, paper, atol=1e-12, rtol=0)
     gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, paper)]
-    for got, expected in zip(*gradients, strict=True):
-        assert torch.allclose(got, expected, atol=1e-10, rtol=1e-10)
+    for ours_gradient, expected in zip(*gradients, strict=True):
+        assert torch.allclose(ours_gradient, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_masks_are_normalised_as_equations_4_to_6_say() -> None:
+def test_masks_follow_equations_4_to_6() -> None:
+    """Masks are normalised as equations 4 to 6 of the paper say."""
     logits = images(6, 7, dtype=torch.float64)
     mean, std = logits.mean((2, 3), keepdim=True), logits.std((2, 3), keepdim=True, correction=0)
     formulas = {
@@ -124,9 +126,8 @@ def test_masks_are_normalised_as_equations_4_to_6_say() -> None:
 @pytest.mark.parametrize("norm", ["mixed", "channel", "spatial"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 1e-7, 300.0, 3e4])
-def test_zero_constant_and_large_logits_stay_finite_with_their_gradients(
-    norm: str, dtype: torch.dtype, value: float
-) -> None:
+def test_masks_of_extreme_logits_are_finite(norm: str, dtype: torch.dtype, value: float) -> None:
+    """Masks of zero, constant and large logits are finite, and so are their gradients."""
     logits = torch.full((2, 16, 3, 3), value, dtype=dtype, requires_grad=True)
     mask = ResidualAttention(16, norm=norm)._normalised(logits)
     (gradient,) = torch.autograd.grad(mask.float().sum(), logits)
@@ -145,7 +146,8 @@ def test_number_of_units_is_the_papers(depth: int, r: int) -> None:
         assert len(units) == 3 * (depth - 1) + 2
 
 
-def test_mask_of_the_paper_has_its_number_of_parameters() -> None:
+def test_mask_has_the_papers_parameters() -> None:
+    """The mask has the paper's number of parameters, and one more with the identity start."""
     # a unit: 2C + C^2/4 + 2C/4 + 9 C^2/16 + 2C/4 + C^2/4; two norms and two 1x1 convolutions at the end
     for channels, depth in ((256, 3), (512, 2), (1024, 1)):
         one = 3 * channels + channels**2 * 17 // 16
@@ -158,9 +160,8 @@ def test_mask_of_the_paper_has_its_number_of_parameters() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), depth=st.integers(0, 6))
-def test_what_check_map_lets_through_trains_at_batch_1_and_what_it_advises_is_let_through(
-    height: int, width: int, depth: int
-) -> None:
+def test_check_map_accepts_what_trains(height: int, width: int, depth: int) -> None:
+    """A map that check_map accepts trains at batch 1, and the depth that it advises is accepted."""
     block = ResidualAttention(4, depth=depth)
     try:
         block.check_map(height, width)
@@ -179,7 +180,8 @@ def test_what_check_map_lets_through_trains_at_batch_1_and_what_it_advises_is_le
     assert torch.equal(block.train()(x), torch.ones_like(x))
 
 
-def test_a_map_too_small_is_refused_with_the_depth_that_would_do() -> None:
+def test_small_map_error_names_a_depth() -> None:
+    """A map that is too small is refused with the depth that would do."""
     with pytest.raises(OptionError, match=r"depth=4 halves a map of 14 x 14 to 0 x 0.*use depth: 2 or an earlier"):
         ResidualAttention(16, depth=4).check_map(14, 14)
     with pytest.raises(OptionError, match="use an earlier stage"):
@@ -189,12 +191,14 @@ def test_a_map_too_small_is_refused_with_the_depth_that_would_do() -> None:
 @pytest.mark.parametrize(
     ("side", "depth"), [(56, 3), (28, 2), (14, 1), (7, 0), (32, 3), (16, 2), (8, 1), (4, 0), (3, 0), (1, 0)]
 )
-def test_depth_follows_the_map_as_in_the_paper(side: int, depth: int) -> None:
+def test_depth_follows_map_as_in_the_paper(side: int, depth: int) -> None:
+    """Depth follows the map as in the paper."""
     assert ResidualAttention.fittings({"r": 2}, side, side + 5) == ({"r": 2, "depth": depth},)
     assert ResidualAttention.fittings({"depth": 5}, side, side) == ({"depth": 5},)
 
 
-def test_masks_of_a_model_name_are_as_deep_as_the_papers() -> None:
+def test_masks_of_named_model_are_papers() -> None:
+    """The masks of a named model are as deep as the paper's, and an explicit depth is kept."""
     with torch.device("meta"):
         model = timm.create_model("resnet50_resattn")
     masks = [module for module in model.modules() if isinstance(module, ResidualAttention)]
@@ -212,7 +216,8 @@ def test_masks_of_a_model_name_are_as_deep_as_the_papers() -> None:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (16, 11)])
-def test_every_option_starts_at_exactly_1_and_moves(options: dict[str, Any], size: tuple[int, int]) -> None:
+def test_mask_starts_at_1_and_moves(options: dict[str, Any], size: tuple[int, int]) -> None:
+    """Every option starts at exactly 1 and moves."""
     x = images(*size)
     for training in (True, False):
         fresh = build_block("residual_attention", 16, options, "identity").train(training)
@@ -222,7 +227,8 @@ def test_every_option_starts_at_exactly_1_and_moves(options: dict[str, Any], siz
 
 @every_option
 @pytest.mark.parametrize("start", ["identity", "paper"])
-def test_every_option_keeps_layout_and_costs_what_torch_counts(options: dict[str, Any], start: str) -> None:
+def test_mask_keeps_layout_and_counts_macs(options: dict[str, Any], start: str) -> None:
+    """Every option keeps the memory layout and costs what torch counts."""
     block = woken(start=start, **options)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = images(16, 9).to(memory_format=memory_format)
@@ -247,7 +253,8 @@ def test_every_option_trains_in_autocast(options: dict[str, Any], dtype: torch.d
 
 
 @pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
-def test_every_kind_of_mask_compiles_exports_scripts_and_goes_to_onnx(options: dict[str, Any], tmp_path: Path) -> None:
+def test_mask_exports_by_every_exporter(options: dict[str, Any], tmp_path: Path) -> None:
+    """Every kind of mask can be scripted, compiled, and exported to torch.export and ONNX."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
     block, x = woken(**options), images(16, 18)
@@ -288,15 +295,17 @@ class _FullSize(TorchDispatchMode):
         return out
 
 
-def test_few_operations_touch_a_tensor_of_full_size() -> None:
+def test_mask_runs_few_full_size_operations() -> None:
+    """At most ten operations touch a tensor of full size."""
     block, x = woken(depth=2, r=2), images(32, 32)
-    with torch.no_grad(), _FullSize(x.numel()) as seen:
+    with torch.no_grad(), _FullSize(x.numel()) as operations:
         block(x)
     # up, norm, relu, 1x1, norm, relu, 1x1, sigmoid, times alpha, plus 1
-    assert len(seen.names) == 10, seen.names
+    assert len(operations.names) == 10, operations.names
 
 
-def test_forward_and_backward_repeat_bit_for_bit() -> None:
+def test_mask_repeats_bit_for_bit() -> None:
+    """Forward and backward pass repeat bit for bit."""
     block = woken(depth=2).train()
     x = images(15, 12).requires_grad_()
     runs = [torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]) for _ in range(2)]
@@ -308,29 +317,28 @@ def test_forward_and_backward_repeat_bit_for_bit() -> None:
 @pytest.mark.usefixtures("no_tf32")
 @every_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_outputs_and_gradients_err_no_more_than_on_the_cpu(
-    options: dict[str, Any], dtype: torch.dtype
-) -> None:
-    """Against fp64, which starts from the same rounded weights and images."""
+def test_mask_errs_on_gpu_as_on_cpu(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Outputs and gradients err on a GPU no more than on the CPU, against fp64."""
     rounded = woken(**options).to(dtype)
 
-    def found(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    def output_and_gradients(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         x = x.requires_grad_()
         y = block(x)
         of_image, *of_weights = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
         return [y, of_image, torch.cat([gradient.flatten() for gradient in of_weights])]
 
     image = images(16, 16).to(dtype)
-    expected = found(copy.deepcopy(rounded).double(), image.double())
-    on_cpu = found(copy.deepcopy(rounded), image.clone())
-    on_gpu = found(copy.deepcopy(rounded).cuda(), image.cuda())
+    expected = output_and_gradients(copy.deepcopy(rounded).double(), image.double())
+    on_cpu = output_and_gradients(copy.deepcopy(rounded), image.clone())
+    on_gpu = output_and_gradients(copy.deepcopy(rounded).cuda(), image.cuda())
     for exact, cpu, gpu in zip(expected, on_cpu, on_gpu, strict=True):
         assert relative_error(gpu, exact) <= error_tolerated(relative_error(cpu, exact), dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_gradients_repeat_bit_for_bit_when_torch_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_repeats_on_gpu_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients on a GPU repeat bit for bit with torch's deterministic algorithms."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     block = woken(depth=2).train().cuda()
     x = images(15, 12).cuda().requires_grad_()
@@ -342,13 +350,14 @@ def test_on_a_gpu_gradients_repeat_bit_for_bit_when_torch_is_told_so(monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_unit_changes_width_and_stride_through_its_shortcut() -> None:
+def test_unit_shortcut_changes_shape() -> None:
+    """A unit changes width and stride through its shortcut."""
     one = PreActUnit(8, 16, stride=2).eval()
     x = images(9, 7)[:, :8]
-    shown = torch.relu(one.norm1(x))
-    y = shown
+    activated = torch.relu(one.norm1(x))
+    y = activated
     for norm, conv in ((nn.Identity(), one.conv1), (one.norm2, one.conv2), (one.norm3, one.conv3)):
         y = conv(y if isinstance(norm, nn.Identity) else torch.relu(norm(y)))
-    shortcut = F.conv2d(shown, one.downsample.weight, stride=2)
+    shortcut = F.conv2d(activated, one.downsample.weight, stride=2)
     assert torch.allclose(one(x), y + shortcut, atol=1e-6)
     assert one(x).shape == (2, 16, 5, 4)
