@@ -155,10 +155,8 @@ OTHERS = [_winners, _recipe, _stray_base, _journal, _study, _database]
 
 
 @pytest.mark.parametrize("fill", OTHERS)
-def test_a_directory_with_files_of_others_is_refused_and_stays_as_it_is(
-    config: SearchConfig, no_images: None, fill: Any
-) -> None:
-    """`search --output` into a directory with the user's best/my_weights.pth, best.yaml, base.safetensors ..."""
+def test_directory_of_others_is_refused(config: SearchConfig, no_images: None, fill: Any) -> None:
+    """A directory with files of others is refused and stays as it is."""
     folder = Path(config.output)
     folder.mkdir()
     fill(folder)
@@ -169,7 +167,8 @@ def test_a_directory_with_files_of_others_is_refused_and_stays_as_it_is(
     assert hashes(folder) == before
 
 
-def test_a_file_is_no_directory_and_an_empty_or_new_one_is_fine(tmp_path: Path) -> None:
+def test_check_free_takes_empty_or_new(tmp_path: Path) -> None:
+    """A file is no directory; an empty or a new directory is accepted."""
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         check_free(tmp_path / "file")
@@ -181,26 +180,23 @@ def test_a_file_is_no_directory_and_an_empty_or_new_one_is_fine(tmp_path: Path) 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("kept", ["study.db", TRIALS, MARK])
-def test_a_run_directory_is_known_by_its_mark_or_from_before_by_its_study_or_journal(
-    copied: SearchConfig, kept: str
-) -> None:
+@pytest.mark.parametrize("file_name", ["study.db", TRIALS, MARK])
+def test_directory_known_by_mark_or_files(copied: SearchConfig, file_name: str) -> None:
+    """A run directory is known by its mark, or by its study or journal where it has none."""
     folder = Path(copied.output)
     for path in folder.iterdir():
-        if path.is_file() and path.name not in (kept, WEIGHTS):
+        if path.is_file() and path.name not in (file_name, WEIGHTS):
             path.unlink()
     check_free(folder)
     mark(folder)
     assert (folder / MARK).is_file()
-    if kept != MARK:
+    if file_name != MARK:
         remove_own(folder, WEIGHTS)
         assert not (folder / WEIGHTS).exists(), "weights from before there were notes are the search's own"
 
 
-def test_a_report_of_a_study_elsewhere_is_not_written_among_files_of_others(
-    copied: SearchConfig, tmp_path: Path
-) -> None:
-    """`report --storage` takes the only study there is for any folder."""
+def test_report_is_not_written_among_others(copied: SearchConfig, tmp_path: Path) -> None:
+    """The report of a study in another storage is not written into a folder of others."""
     folder = tmp_path / "project"
     folder.mkdir()
     _recipe(folder)
@@ -211,10 +207,10 @@ def test_a_report_of_a_study_elsewhere_is_not_written_among_files_of_others(
     assert [path.name for path in folder.iterdir()] == ["best.yaml"]
 
 
-def test_the_current_directory_is_refused_like_any_other(
+def test_current_directory_is_refused_too(
     config: SearchConfig, no_images: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--output .` in a project, as in huggingface/community-events issue 77, whose script emptied it."""
+    """The current directory is refused like any other that is not empty."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.sh").touch()
     with pytest.raises(UsageError, match=r"it holds run\.sh"):
@@ -225,7 +221,8 @@ def test_the_current_directory_is_refused_like_any_other(
 # What is written there
 
 
-def test_only_what_the_search_has_written_is_replaced(tmp_path: Path) -> None:
+def test_write_own_replaces_only_its_own(tmp_path: Path) -> None:
+    """Only files that the search has written are replaced; others are kept under another name."""
     assert write_own(tmp_path, "best.yaml", "one") == ""
     assert write_own(tmp_path, "best.yaml", "two") == "", "its own"
     (tmp_path / "best.yaml").write_text("two, and a note of mine")
@@ -242,15 +239,15 @@ def test_only_what_the_search_has_written_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change_it", [None, "add", "edit", "folder"])
-def test_a_directory_of_the_search_is_replaced_and_kept_if_anything_in_it_is_not_its_own(
-    tmp_path: Path, change_it: str | None
-) -> None:
-    def made(text: str) -> Path:
+def test_replace_own_keeps_a_changed_one(tmp_path: Path, change_it: str | None) -> None:
+    """A directory of the search is replaced, and kept if anything in it is not its own."""
+
+    def new_folder(text: str) -> Path:
         (tmp_path / ".new").mkdir()
         (tmp_path / ".new" / "model.safetensors").write_text(text)
         return tmp_path / ".new"
 
-    assert replace_own(tmp_path, "best", made("one")) == ""
+    assert replace_own(tmp_path, "best", new_folder("one")) == ""
     if change_it == "add":
         (tmp_path / "best" / "my_weights.pth").write_text("w")
     elif change_it == "edit":
@@ -258,14 +255,15 @@ def test_a_directory_of_the_search_is_replaced_and_kept_if_anything_in_it_is_not
     elif change_it == "folder":
         (tmp_path / "best" / "notes").mkdir()
     before = {path.name for path in (tmp_path / "best").iterdir()}
-    kept = replace_own(tmp_path, "best", made("two"))
-    assert kept == ("best.kept-1" if change_it else "")
+    kept_name = replace_own(tmp_path, "best", new_folder("two"))
+    assert kept_name == ("best.kept-1" if change_it else "")
     assert (tmp_path / "best" / "model.safetensors").read_text() == "two"
     if change_it:
-        assert {path.name for path in (tmp_path / kept).iterdir()} == before
+        assert {path.name for path in (tmp_path / kept_name).iterdir()} == before
 
 
-def test_a_folder_of_the_search_is_emptied_of_its_own_files_alone(tmp_path: Path) -> None:
+def test_remove_own_leaves_files_of_others(tmp_path: Path) -> None:
+    """A folder of the search is emptied of its own files alone."""
     (tmp_path / "confirming").mkdir()
     write_own(tmp_path, "confirming/base-0.safetensors", b"x")
     (tmp_path / "confirming" / "mine.txt").write_text("m")
@@ -276,10 +274,10 @@ def test_a_folder_of_the_search_is_emptied_of_its_own_files_alone(tmp_path: Path
     assert not (tmp_path / "confirming").exists()
 
 
-def test_what_a_user_puts_into_a_run_directory_survives_and_a_second_look_is_told_everywhere(
+def test_users_files_survive_second_verdict(
     copied: SearchConfig,
 ) -> None:
-    """A search that goes on to another verdict: files of others stay, and verdict and best.yaml tell of the look."""
+    """A search that goes on to another verdict keeps files of its user and tells of the second look."""
     folder = Path(copied.output)
     (folder / "best" / "my_weights.pth").write_text("w")
     with (folder / "best.yaml").open("a") as file:
@@ -295,10 +293,10 @@ def test_what_a_user_puts_into_a_run_directory_survives_and_a_second_look_is_tol
         "recipe.yaml",
     ]
     assert again.confirmation is not None
-    said = "This is look 2 of this search at the test images"
-    assert said in again.confirmation.sentence()
-    assert said in " ".join((folder / "best.yaml").read_text().replace("\n# ", " ").split())
-    assert said in (folder / "report.html").read_text()
+    sentence = "This is look 2 of this search at the test images"
+    assert sentence in again.confirmation.sentence()
+    assert sentence in " ".join((folder / "best.yaml").read_text().replace("\n# ", " ").split())
+    assert sentence in (folder / "report.html").read_text()
     assert load(folder / "best.yaml").digest() == again.confirmation.digest
 
 
@@ -317,8 +315,8 @@ class NoCrew:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "supernet.safetensors"])
-def test_stray_weights_are_not_believed_and_kept(tmp_path: Path, name: str) -> None:
-    """A base.safetensors that no study knows became the base."""
+def test_stray_weights_are_not_believed(tmp_path: Path, name: str) -> None:
+    """Weights that no study knows are not used, and are kept."""
     weights(tmp_path / name, 5)
     pool, hearing = NoCrew(), Hearing()
     assert _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, hearing) == "made"
@@ -328,45 +326,45 @@ def test_stray_weights_are_not_believed_and_kept(tmp_path: Path, name: str) -> N
     assert f"{name} was not made by this search" in hearing.heard[0]
 
 
-def test_weights_are_those_that_the_study_was_begun_with_or_an_error(tmp_path: Path) -> None:
+def test_weights_must_be_those_of_the_study(tmp_path: Path) -> None:
+    """The weights are those that the study began with, or it is an error."""
     weights(tmp_path / WEIGHTS, 5)
-    begun = {"config": {"weights": hash_of(tmp_path / WEIGHTS)}, "base": {"latency": {}}}
+    attributes = {"config": {"weights": hash_of(tmp_path / WEIGHTS)}, "base": {"latency": {}}}
     pool = NoCrew()
     assert (
-        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
-        == begun["config"]["weights"]
+        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
+        == attributes["config"]["weights"]
     )
     assert pool.made == 0
     weights(tmp_path / WEIGHTS, 6)
     with pytest.raises(SearchError, match=r"does not hold the weights that the search began with"):
-        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, begun, Listener())
+        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
     assert (tmp_path / WEIGHTS).is_file()
 
 
 @pytest.mark.parametrize("other", ["b", None])
-def test_other_weights_are_refused_when_a_search_goes_on(
-    copied: SearchConfig, tmp_path: Path, other: str | None
-) -> None:
-    """`--checkpoint B.pth`, or none, at a search that began with A."""
+def test_resume_refuses_other_weights(copied: SearchConfig, tmp_path: Path, other: str | None) -> None:
+    """Other weights are refused when a search goes on."""
     before = hashes(Path(copied.output))
-    given = None if other is None else str(weights(tmp_path / "b.safetensors", 2))
+    checkpoint = None if other is None else str(weights(tmp_path / "b.safetensors", 2))
     with pytest.raises(SearchError, match=r"weights_given: was '[0-9a-f]{16}', is now .*begin another beside it"):
-        run(change(copied, checkpoint=given, trials=2))
+        run(change(copied, checkpoint=checkpoint, trials=2))
     assert hashes(Path(copied.output)) == before
 
 
-def test_the_same_weights_in_another_file_are_the_same(finished: Outcome, tmp_path: Path) -> None:
+def test_weights_are_known_by_their_content(finished: Outcome, tmp_path: Path) -> None:
+    """The same weights in another file are the same."""
     torch.save(safetensors.torch.load_file(str(finished.config.checkpoint)), tmp_path / "same.pth")
-    given = {assemble(change(finished.config, checkpoint=name), Listener()).given for name in (
+    digests = {assemble(change(finished.config, checkpoint=name), Listener()).given for name in (
         finished.config.checkpoint, str(tmp_path / "same.pth")
     )}  # fmt: skip
-    assert len(given) == 1
-    assert None not in given
+    assert len(digests) == 1
+    assert None not in digests
     assert assemble(change(finished.config, checkpoint=None), Listener()).given is None
 
 
-def test_a_search_from_before_weights_were_noted_goes_on() -> None:
-    """It kept the spelling of its data, and no digest of the weights it was given."""
+def test_older_search_without_digest_resumes() -> None:
+    """A search from before digests of weights were recorded goes on."""
     assert check_same({"data": "d/plain", "seed": 0}, {"seed": 0, "weights_given": "a"}, "there") == {}
 
 
@@ -377,7 +375,7 @@ def prints(folder: Path, known: dict[str, list[Any]] | None = None) -> str:
     return load_data(str(folder), SMALL, decode=False, check=False, known=known).fingerprint
 
 
-def test_data_is_known_by_what_it_holds_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`d/plain/` for `d/plain`, an absolute path, a moved copy: the same; other pixels under the same names: others."""
     write_images(tmp_path / "d" / "plain")
     monkeypatch.chdir(tmp_path)
@@ -387,43 +385,42 @@ def test_data_is_known_by_what_it_holds_and_not_by_its_name(tmp_path: Path, monk
     ways = ["d/plain/", str(tmp_path / "d" / "plain"), "moved/elsewhere", "link", "d/../d/plain"]
     assert {prints(Path(way)) for way in ways} == {first}
     image = tmp_path / "moved" / "elsewhere" / "dark" / "3.png"
-    content = bytearray(image.read_bytes())
-    content[-20] ^= 1
-    image.write_bytes(content)
+    image_bytes = bytearray(image.read_bytes())
+    image_bytes[-20] ^= 1
+    image.write_bytes(image_bytes)
     assert prints(tmp_path / "moved" / "elsewhere") != first, "one bit, in as many bytes"
     image.rename(image.with_name("99.png"))
     assert prints(tmp_path / "moved" / "elsewhere") != first
 
 
-def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that have not changed are not read again."""
     folder = write_images(tmp_path / "images")
     for path in folder.rglob("*.png"):
         os.utime(path, (1_000_000_000, 1_000_000_000))
-    known: dict[str, list[Any]] = {}
-    first = prints(folder, known)
-    assert len(known) == 40
-    kept = tmp_path / "kept.json"
-    kept.write_text(json.dumps(known))
-    read: list[str] = []
+    digests: dict[str, list[Any]] = {}
+    first = prints(folder, digests)
+    assert len(digests) == 40
+    cache = tmp_path / "kept.json"
+    cache.write_text(json.dumps(digests))
+    names_read: list[str] = []
     real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name))
-    assert prints(folder, load_digests(kept)) == first
-    assert read == []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: names_read.append(file.name) or real(file, name))
+    assert prints(folder, load_digests(cache)) == first
+    assert names_read == []
     os.utime(folder / "dark" / "3.png", (1_000_000_001, 1_000_000_001))
-    assert prints(folder, load_digests(kept)) == first
-    assert [Path(name).name for name in read] == ["3.png"]
-    kept.write_text("[torn")
-    assert load_digests(kept) == {}
+    assert prints(folder, load_digests(cache)) == first
+    assert [Path(name).name for name in names_read] == ["3.png"]
+    cache.write_text("[torn")
+    assert load_digests(cache) == {}
     fresh: dict[str, list[Any]] = {}
     (folder / "dark" / "3.png").touch()
     prints(folder, fresh)
     assert len(fresh) == 39, "what was written just now may be written again in the same instant"
 
 
-def test_a_search_goes_on_with_its_images_under_another_name_and_not_with_others(
-    copied: SearchConfig, tmp_path: Path
-) -> None:
-    """All pixels replaced under the same names was taken for the same data; a moved folder was refused."""
+def test_resume_takes_moved_same_images(copied: SearchConfig, tmp_path: Path) -> None:
+    """A search goes on with its images under another name, and not with other images."""
     shutil.copytree(str(copied.data), tmp_path / "moved")
     moved = change(copied, data=f"{tmp_path / 'moved'}/")
     before = run(moved).records
@@ -440,7 +437,7 @@ def test_a_search_goes_on_with_its_images_under_another_name_and_not_with_others
 
 
 @pytest.mark.parametrize("fill", ["trial", "attribute", "minimize"])
-def test_a_study_of_somebody_else_is_not_written_into(config: SearchConfig, no_images: None, fill: str) -> None:
+def test_study_of_others_is_not_written(config: SearchConfig, no_images: None, fill: str) -> None:
     """The last part of --output names a study that another program has made in the same database."""
     url = f"sqlite:///{Path(config.output).parent / 'shared.db'}"
     direction = "minimize" if fill == "minimize" else "maximize"
@@ -451,11 +448,15 @@ def test_a_study_of_somebody_else_is_not_written_into(config: SearchConfig, no_i
         study.set_user_attr("format", "csv")
     with pytest.raises(SearchError, match=r"has a study 'run' that no search has made: .* Nothing was written"):
         run(change(config, storage=url))
-    left = optuna.load_study(storage=url, study_name="run")
-    assert (len(left.trials), left.user_attrs) == (fill == "trial", {"format": "csv"} if fill == "attribute" else {})
+    untouched = optuna.load_study(storage=url, study_name="run")
+    assert (len(untouched.trials), untouched.user_attrs) == (
+        fill == "trial",
+        {"format": "csv"} if fill == "attribute" else {},
+    )
 
 
-def test_an_empty_study_is_taken_and_one_of_a_search_is_known(copied: SearchConfig, tmp_path: Path) -> None:
+def test_empty_study_is_taken_over(copied: SearchConfig, tmp_path: Path) -> None:
+    """An empty study is taken over, and one of a search is known."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     optuna.create_study(storage=url, study_name="run", direction="maximize")
     assert known(tmp_path / "run", url) == {}
@@ -464,7 +465,7 @@ def test_an_empty_study_is_taken_and_one_of_a_search_is_known(copied: SearchConf
 
 
 @pytest.mark.parametrize(
-    ("url", "error", "said"),
+    ("url", "error", "message"),
     [
         ("postgresql+psycopg2x://me@127.0.0.1:1/db", UsageError, "names no database that is known here"),
         ("oracel://me:secret@host/db", UsageError, r"oracel://me:\*\*\*@host/db names no database that is known here"),
@@ -474,26 +475,26 @@ def test_an_empty_study_is_taken_and_one_of_a_search_is_known(copied: SearchConf
         ("postgres://me@127.0.0.1:1/db", (SearchError, UsageError), r"cannot be opened|attnsurgery\[postgres\]"),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_refused_before_anything_is_read(
-    config: SearchConfig, no_images: None, url: str, error: Any, said: str
+def test_unusable_storage_is_refused_first(
+    config: SearchConfig, no_images: None, url: str, error: Any, message: str
 ) -> None:
-    """An unreachable database, or a missing driver, was said after the base had been trained."""
-    with pytest.raises(error, match=said):
+    """A storage that cannot be used is refused before anything is read or trained."""
+    with pytest.raises(error, match=message):
         run(change(config, storage=url))
     assert not (Path(config.output) / WEIGHTS).exists()
     if error is UsageError:
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             preview(change(config, storage=url))
 
 
-def test_postgres_is_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postgres_means_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLAlchemy 1.4 dropped the spelling that hosts of databases still hand out (sqlalchemy issue 5799)."""
-    seen: list[str] = []
-    monkeypatch.setattr("sqlalchemy.create_engine", lambda url: seen.append(url) or pytest.skip())
+    urls: list[str] = []
+    monkeypatch.setattr("sqlalchemy.create_engine", lambda url: urls.append(url) or pytest.skip())
     for url in ("postgres://me@host/db", "postgres+psycopg2://me@host/db"):
         with pytest.raises(pytest.skip.Exception):
             check_url(url)
-    assert seen == ["postgresql+psycopg://me@host/db", "postgresql+psycopg2://me@host/db"]
+    assert urls == ["postgresql+psycopg://me@host/db", "postgresql+psycopg2://me@host/db"]
 
 
 # The verdict
@@ -508,27 +509,27 @@ def simulated(
     Args:
         diverging: the candidate whose training for the verdict fails.
     """
-    known: dict[tuple[str, str, int], float] = {}
+    top1s: dict[tuple[str, str, int], float] = {}
 
-    def work(kind: str, *given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def work(kind: str, *requests: Mapping[str, Any]) -> list[dict[str, Any]]:
         if kind == "verdict":
-            (one,) = given
+            (one,) = requests
             digest = one["record"]["digest"]
-            shares = [np.mean([known["final training", who, index] for index in range(2)]) for who in (digest, "base")]
-            made = outcome(Path("there"), [trial(0, 0.9, 1.0)]).confirmation
-            assert made is not None
-            return [replace(made, digest=digest, winner_top1=shares[0], base_top1=shares[1]).as_dict()]
-        found: list[dict[str, Any]] = []
-        for one in given:
+            shares = [np.mean([top1s["final training", who, index] for index in range(2)]) for who in (digest, "base")]
+            confirmation = outcome(Path("there"), [trial(0, 0.9, 1.0)]).confirmation
+            assert confirmation is not None
+            return [replace(confirmation, digest=digest, winner_top1=shares[0], base_top1=shares[1]).as_dict()]
+        results: list[dict[str, Any]] = []
+        for one in requests:
             key = kind, one["record"]["digest"] if one["record"] else "base", one["index"]
-            top1 = known.setdefault(key, 0.8 + float(luck.normal(0.0, 0.01)))
+            top1 = top1s.setdefault(key, 0.8 + float(luck.normal(0.0, 0.01)))
             fails = key[:2] == ("final training", diverging)
-            found.append({"failed": "the loss became infinite."} if fails else {"top1": top1, "loss": 1 - top1})
-        return found
+            results.append({"failed": "the loss became infinite."} if fails else {"top1": top1, "loss": 1 - top1})
+        return results
 
     order = [trial(number, 0.9 - number / 100, 1.0) for number in range(finalists)]
     config = SearchConfig(budget_params=10**9, finalists=finalists, confirm_seeds=2)
-    return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(known)
+    return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(top1s)
 
 
 @cache
@@ -537,26 +538,28 @@ def _latency() -> dict[str, Any]:
     return asdict(backend.measure(timm.create_model("test_resnet").eval()))
 
 
-def test_the_shown_gain_is_not_that_of_the_luckiest_training() -> None:
-    """With three finalists the winner's own lucky trainings were tested, which shows too large a gain."""
+def test_gain_is_not_of_luckiest_training() -> None:
+    """The reported gain is not that of the luckiest training, which would be too large."""
     luck = np.random.default_rng(0)
     verdicts = [simulated(3, luck)[0] for _ in range(200)]
-    gains = [done.winner_top1 - done.base_top1 for done in verdicts]
+    gains = [verdict.winner_top1 - verdict.base_top1 for verdict in verdicts]
     error = float(np.std(gains)) / len(gains) ** 0.5
     assert abs(float(np.mean(gains))) < 3 * error
     assert 3 * error < 0.0035, "a winner by choice would show more: 0.846 standard deviations of a mean of two"
 
 
-def test_as_many_trainings_as_needed_and_one_finalist_is_not_trained_to_be_chosen() -> None:
+def test_confirmation_trains_as_needed() -> None:
+    """There are as many trainings as needed, and a single finalist is not trained to be chosen."""
     _, trainings = simulated(3, np.random.default_rng(1))
     assert Counter(kind for kind, _, _ in trainings) == {"training": 6, "final training": 4}
     assert {who for kind, who, _ in trainings if kind == "training"} == {trial(n, 0.9, 1.0).digest for n in range(3)}
-    done, trainings = simulated(1, np.random.default_rng(1))
+    single, trainings = simulated(1, np.random.default_rng(1))
     assert Counter(kind for kind, _, _ in trainings) == {"final training": 4}
-    assert len(done.finalists[0].top1s) == 2
+    assert len(single.finalists[0].top1s) == 2
 
 
-def test_a_winner_whose_training_for_the_verdict_fails_leaves_its_place_to_the_next() -> None:
+def test_failed_winner_is_replaced_by_next() -> None:
+    """A winner whose training for the verdict fails is replaced by the next finalist."""
     best, _ = simulated(3, np.random.default_rng(1))
     other, trainings = simulated(3, np.random.default_rng(1), diverging=best.digest)
     assert other.digest != best.digest
@@ -567,16 +570,15 @@ def test_a_winner_whose_training_for_the_verdict_fails_leaves_its_place_to_the_n
 
 
 @pytest.mark.parametrize(("finalists", "trainings"), [(1, 2 * 2), (3, 5 * 2), (9, 7 * 2)])
-def test_a_preview_counts_the_trainings_of_the_verdict(finalists: int, trainings: int) -> None:
+def test_preview_counts_verdict_trainings(finalists: int, trainings: int) -> None:
     """Two seeds each of winner and base, and of as many finalists as there are candidates to choose from, here 5."""
     config = SearchConfig(budget_params=10**9, trials=5, finalists=finalists, confirm_seeds=2, latency_seconds=1e-9)
     bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing"))
     assert _seconds(bench, [(5, 1.0)], 1.0) == pytest.approx(5 + 1 + trainings, abs=1e-3)
 
 
-def test_no_training_of_the_verdict_has_the_seed_of_another(
-    copied: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verdict_trains_from_fresh_seeds(copied: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No training of the verdict has the seed of another one."""
     seeds: list[int] = []
 
     def score(self: FineTune, model: torch.nn.Module, seed: int, **named: Any) -> Score:
@@ -584,20 +586,18 @@ def test_no_training_of_the_verdict_has_the_seed_of_another(
         return Score(0.5, 0.5, 0.1, 1, torch.ones(8, dtype=torch.bool))
 
     monkeypatch.setattr(FineTune, "score", score)
-    done = run(change(copied, trials=2, finalists=2, confirm_seeds=1))
+    outcome = run(change(copied, trials=2, finalists=2, confirm_seeds=1))
     trial_seed, one, other, winner, base = seeds
     assert one == other, "finalists are compared under the same seed"
     assert winner == base, "so are winner and base"
     assert len({trial_seed, one, winner}) == 3
-    assert done.confirmation is not None
-    assert done.confirmation.anew
-    assert done.confirmation.choice().endswith("trained once more for the verdict, from fresh seeds")
+    assert outcome.confirmation is not None
+    assert outcome.confirmation.anew
+    assert outcome.confirmation.choice().endswith("trained once more for the verdict, from fresh seeds")
 
 
-def test_weights_of_the_confirmation_that_were_changed_are_trained_again(
-    copied: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stop between training and verdict, and a file of another training put in its place."""
+def test_changed_weights_are_trained_again(copied: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the confirmation that were changed after a stop are trained again."""
     seeds: list[int] = []
     real = FineTune.score
 
@@ -605,7 +605,7 @@ def test_weights_of_the_confirmation_that_were_changed_are_trained_again(
         seeds.append(seed)
         return real(self, model, seed, **named)
 
-    def dies(*given: Any) -> Confirmation:
+    def dies(*args: Any) -> Confirmation:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FineTune, "score", score)
@@ -625,9 +625,10 @@ def test_weights_of_the_confirmation_that_were_changed_are_trained_again(
 # What is said at the end
 
 
-def test_a_full_disk_lets_the_report_wait_and_the_search_goes_on(
+def test_full_disk_lets_the_report_wait(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A full disk lets the report wait, and the search goes on."""
     from attnsurgery.search.storage import run_directory
 
     real = run_directory.write_whole
@@ -639,16 +640,16 @@ def test_a_full_disk_lets_the_report_wait_and_the_search_goes_on(
 
     monkeypatch.setattr(run_directory, "write_whole", full)
     hearing = Hearing()
-    done = run(config, hearing)
-    assert done.trained == 1
-    assert done.confirmation is not None
-    assert "No space left on device" in done.unwritten
+    outcome = run(config, hearing)
+    assert outcome.trained == 1
+    assert outcome.confirmation is not None
+    assert "No space left on device" in outcome.unwritten
     assert sum(text.startswith("the report is not written yet: cannot write") for text in hearing.heard) == 1
-    assert any("attnsurgery report" in line and "All trials are safe" in line for line in files_of(done))
+    assert any("attnsurgery report" in line and "All trials are safe" in line for line in files_of(outcome))
     monkeypatch.setattr(run_directory, "write_whole", real)
     result = CliRunner().invoke(build_app(), ["report", config.output])
     assert result.exit_code == 0
-    assert (done.folder / "report.html").is_file()
+    assert (outcome.folder / "report.html").is_file()
 
 
 def test_settings_in_a_run_directory_make_the_same_search(finished: Outcome) -> None:
@@ -658,45 +659,45 @@ def test_settings_in_a_run_directory_make_the_same_search(finished: Outcome) -> 
     assert SearchConfig(**values) == finished.config.model_copy(update={"extend": False, "storage": None})
 
 
-def test_the_line_that_builds_the_winner_runs_as_it_is(finished: Outcome, tmp_path: Path) -> None:
-    """In a fresh interpreter, which does not know the names of this package yet; also where a quote is in the path."""
+def test_build_line_of_winner_runs(finished: Outcome, tmp_path: Path) -> None:
+    """The line that builds the winner runs as it is, in a new process and with a quote in the path."""
     line = next(line for line in files_of(finished) if line.startswith("build it"))
     shutil.copytree(finished.folder / "best", tmp_path / "the winner's")
     program = f"{line.removeprefix('build it').strip()}; {building(tmp_path / chr(39).join(['the winner', 's']))}"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
 
 
-def test_a_budget_that_nothing_keeps_to_ends_after_a_few_measurements_though_latencies_are_known(
+def test_budget_that_none_keeps_ends_soon(
     config: SearchConfig,
 ) -> None:
-    """With a filled cache all 80 candidates were asked for, and none was measured."""
-    known = run(change(config, trials=2))
-    assert known.base.timing is not None
-    asked = change(config, budget_ms=known.base.timing.ms * 1.00001, output=f"{config.output}-2", trials=4)
+    """A budget that nothing keeps to ends after a few measurements, also with latencies in the cache."""
+    earlier = run(change(config, trials=2))
+    assert earlier.base.timing is not None
+    tight = change(config, budget_ms=earlier.base.timing.ms * 1.00001, output=f"{config.output}-2", trials=4)
     with pytest.raises(NothingFeasibleError, match=r"The fastest of \d+ measured"):
-        run(asked)
-    records = list(trials_of(Journal(Path(asked.output) / TRIALS).read()).values())
+        run(tight)
+    records = list(trials_of(Journal(Path(tight.output) / TRIALS).read()).values())
     assert 4 <= sum(record.timing is not None for record in records) <= 12
     assert len(records) <= 24
     fastest = min(record.timing.ms for record in records if record.timing)
-    assert fastest <= min(record.timing.ms for record in known.records if record.timing)
+    assert fastest <= min(record.timing.ms for record in earlier.records if record.timing)
 
 
-def test_a_preview_in_which_nothing_fits_predicts_no_trials(config: SearchConfig) -> None:
-    """'about 21 min for 64 trained trials', with 0 of 12 within the budget."""
+def test_preview_without_fit_has_no_trials(config: SearchConfig) -> None:
+    """A preview in which nothing fits predicts no trials."""
     from attnsurgery.cli import _search_view
 
-    found = preview(change(config, budget_ms=1e-6, trials=64))
-    assert found.none_fits
+    tight = preview(change(config, budget_ms=1e-6, trials=64))
+    assert tight.none_fits
     few = preview(change(config, trials=64))
     assert not few.none_fits
-    assert found.seconds < few.seconds
+    assert tight.seconds < few.seconds
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_search_view, "print_lines", lines.extend)
-        _search_view.print_preview(found, change(config, budget_ms=1e-6, trials=64))
+        _search_view.print_preview(tight, change(config, budget_ms=1e-6, trials=64))
     assert "the search none of the 12 drawn fits, and the base alone takes" in lines[-1]
     assert "64 trained trials" not in lines[-1]
 
@@ -705,50 +706,51 @@ def test_a_preview_in_which_nothing_fits_predicts_no_trials(config: SearchConfig
 
 
 @pytest.mark.parametrize("trainings", [1, 2])
-def test_models_that_no_image_tells_apart_may_differ_all_the_same(trainings: int) -> None:
-    """'+0.00 points, 95 % interval +0.00 to +0.00' on 80 images with one seed."""
+def test_interval_of_equal_models_has_width(trainings: int) -> None:
+    """Two models that no image tells apart may differ all the same, the less the more images there are."""
     right = np.ones((trainings, 80), dtype=bool)
-    found = gain_of(right, right)
-    assert (found.mean, found.p_value) == (0.0, 1.0)
-    assert 0.02 < found.high < 0.05, "three in 80 may differ without one of them being seen"
-    assert found.low == pytest.approx(-found.high)
+    gain = gain_of(right, right)
+    assert (gain.mean, gain.p_value) == (0.0, 1.0)
+    assert 0.02 < gain.high < 0.05, "three in 80 may differ without one of them being seen"
+    assert gain.low == pytest.approx(-gain.high)
     fewer = gain_of(right[:, :20], right[:, :20])
-    assert fewer.high > 2 * found.high
+    assert fewer.high > 2 * gain.high
 
 
-def test_trainings_that_err_on_other_images_do_not_make_an_interval_of_no_width() -> None:
-    """Equal accuracies, and no image on which the means of both models differ by what trainings do."""
+def test_interval_sees_trainings_differ() -> None:
+    """Trainings that err on other images make an interval of some width at equal accuracies."""
     first, second = np.ones((2, 60), dtype=bool), np.ones((2, 60), dtype=bool)
     first[0, 0] = first[1, 1] = second[0, 2] = second[1, 3] = False
-    found = gain_of(first, second)
-    assert found.high - found.low > 0.05
+    gain = gain_of(first, second)
+    assert gain.high - gain.low > 0.05
 
 
 @pytest.mark.parametrize(
     ("images", "one", "other"), [(20, 0.1, 0.0), (40, 0.03, 0.01), (80, 0.02, 0.0), (80, 0.2, 0.1)]
 )
-def test_the_interval_of_few_images_holds_the_gain_as_often_as_it_says(images: int, one: float, other: float) -> None:
-    """One training a model; `one` and `other` are shares of images that only the first, or the second gets right."""
+def test_interval_covers_gain_on_few_images(images: int, one: float, other: float) -> None:
+    """The interval of few images contains the true gain as often as it says, and the test is no looser."""
     rng = np.random.default_rng(images)
-    held = alarms = 0
+    covering = alarms = 0
     for _ in range(600):
         draw_N = rng.random(images)
         first, second = draw_N >= other, ~((draw_N >= other) & (draw_N < other + one))
-        found = gain_of(first[None], second[None])
-        held += found.low <= one - other <= found.high
+        gain = gain_of(first[None], second[None])
+        covering += gain.low <= one - other <= gain.high
         same = gain_of(rng.random((1, images)) < 0.9, rng.random((1, images)) < 0.9)
         alarms += same.p_value < 0.05
-    assert held / 600 > 0.93
+    assert covering / 600 > 0.93
     assert alarms / 600 < 0.06
 
 
 @pytest.mark.parametrize("luck", [0.0, 0.3])
-def test_the_interval_of_few_images_and_trainings_holds_too(luck: float) -> None:
+def test_interval_covers_zero_by_trainings(luck: float) -> None:
+    """The interval of few images and two trainings contains 0 as often as it says."""
     rng = np.random.default_rng(3)
-    held = 0
+    covering = 0
     for _ in range(400):
         ease_N = rng.normal(1.5, 1.0, 40)
         first, second = ease_N + rng.normal(0, luck, (2, 2, 1)) + rng.normal(0, 0.5, (2, 2, 40)) > 0
-        found = gain_of(first, second)
-        held += found.low <= 0.0 <= found.high
-    assert held / 400 > 0.93
+        gain = gain_of(first, second)
+        covering += gain.low <= 0.0 <= gain.high
+    assert covering / 400 > 0.93

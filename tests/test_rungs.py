@@ -38,41 +38,48 @@ def climbed(records: list[Record], rungs: int, halving: int, scores: dict[int, f
     return order
 
 
-def test_rungs_hold_a_third_each_and_never_none() -> None:
+def test_places_on_rungs_shrink_by_eta() -> None:
+    """Each rung has a third of the places of the one below, and never none."""
     assert places_on(3, 64, 3) == [64, 22, 8]
     assert places_on(3, 2, 3) == [2, 1, 1]
     assert places_on(1, 5, 2) == [5]
 
 
-def test_the_best_of_a_rung_go_on_and_the_best_of_those_again() -> None:
+def test_promotion_takes_the_best_of_a_rung() -> None:
+    """The best of a rung go on, and the best of those again."""
     records = [candidate(number, 0.1 * number) for number in range(9)]
     scores = {8: 0.1, 7: 0.3, 6: 0.2}
     assert climbed(records, 3, 3, scores) == [8, 7, 6, 7]
 
 
-def test_equals_are_promoted_in_the_order_they_were_asked_in() -> None:
+def test_promotion_of_equals_goes_by_order() -> None:
+    """Equal candidates are promoted in the order of their trials."""
     assert climbed([candidate(number, 0.5) for number in range(4)], 2, 2, dict.fromkeys(range(4), 0.5)) == [0, 1]
 
 
-def test_who_cannot_be_trained_leaves_its_place_to_the_next() -> None:
+def test_promotion_skips_the_halted() -> None:
+    """A candidate that cannot be trained leaves its place to the next."""
     records = [candidate(0, 0.9, halted="out of memory"), candidate(1, 0.8), candidate(2, 0.7)]
     assert climbed(records, 2, 3, {1: 0.5}) == [1]
     stuck = [candidate(number, 0.5, halted="out of memory") for number in range(3)]
     assert climbed(stuck, 2, 3, {}) == []
 
 
-def test_only_trained_candidates_are_promoted() -> None:
+def test_promotion_needs_a_trained_candidate() -> None:
+    """Only trained candidates are promoted."""
     records = [replace(candidate(0, 0.9), state="duplicate"), candidate(1, 0.1)]
     assert climbed(records, 2, 3, {1: 0.2}) == [1]
 
 
-def test_more_trials_later_promote_more_and_nobody_twice() -> None:
-    done = [candidate(0, 0.9, 0.5), candidate(1, 0.1), candidate(2, 0.2)]
-    assert climbed(done, 2, 3, {}) == []
-    assert climbed([*done, candidate(3, 0.95)], 2, 3, {3: 0.4}) == [3]
+def test_promotion_grows_with_trials() -> None:
+    """More trials later promote more candidates, and none twice."""
+    records = [candidate(0, 0.9, 0.5), candidate(1, 0.1), candidate(2, 0.2)]
+    assert climbed(records, 2, 3, {}) == []
+    assert climbed([*records, candidate(3, 0.95)], 2, 3, {3: 0.4}) == [3]
 
 
-def test_the_highest_rung_decides_and_rungs_are_never_compared() -> None:
+def test_best_is_of_the_highest_rung() -> None:
+    """The highest rung decides, and scores of different rungs are never compared."""
     records = [candidate(0, 0.99), candidate(1, 0.5, 0.6, ms=2.0), candidate(2, 0.6, 0.5, ms=1.5), candidate(3, 0.7)]
     winner = best(records, "top1")
     assert winner is not None
@@ -81,12 +88,14 @@ def test_the_highest_rung_decides_and_rungs_are_never_compared() -> None:
 
 
 @pytest.mark.parametrize("text", ["blocks", "blocks:0", "blocks:x", "blocks:", "blocks:-1"])
-def test_a_rung_that_does_not_read_is_refused(text: str) -> None:
+def test_rung_that_cannot_be_read_is_refused(text: str) -> None:
+    """A rung that does not read is refused."""
     with pytest.raises(UsageError, match="no evaluator with epochs"):
         Rung.read(text)
 
 
-def test_an_evaluator_that_does_not_exist_is_refused_with_those_that_do() -> None:
+def test_rung_unknown_evaluator_lists_known() -> None:
+    """An evaluator that does not exist is refused with those that do."""
     with pytest.raises(UnknownNameError, match=r"block.*blocks"):
         rungs_of(SearchConfig(budget_ms=1.0, rungs="block:1"))
 
@@ -110,28 +119,27 @@ def climbers(outcome: Outcome) -> dict[int, tuple[float | None, float | None]]:
     return {r.number: (r.top1, r.final_top1) for r in outcome.records if r.reached}
 
 
-def test_all_are_trained_on_the_lowest_rung_and_the_best_two_of_four_on_the_top(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_trains_rungs_by_their_places(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are trained on the lowest rung and the best two of four on the highest."""
     calls: list[str] = []
     for evaluator in (BlocksOnly, FineTune):
         score = evaluator.score
 
-        def counted(self, *given, _score=score, **named):  # type: ignore[no-untyped-def]
+        def count_and_score(self, *args, _score=score, **named):  # type: ignore[no-untyped-def]
             calls.append(type(self).__name__)
-            return _score(self, *given, **named)
+            return _score(self, *args, **named)
 
-        monkeypatch.setattr(evaluator, "score", counted)
-    heard = Counting()
-    outcome = run(config, heard)
+        monkeypatch.setattr(evaluator, "score", count_and_score)
+    listener = Counting()
+    outcome = run(config, listener)
     assert calls[:2] == ["BlocksOnly", "FineTune"], "the base is scored on each rung"
     assert calls[2:] == ["BlocksOnly"] * 4 + ["FineTune"] * (2 + 2), "four trials, two promotions, winner and base"
-    assert sorted(heard.promotions) == sorted(climbers(outcome))
-    assert len(heard.promotions) == 2
+    assert sorted(listener.promotions) == sorted(climbers(outcome))
+    assert len(listener.promotions) == 2
     assert outcome.best is not None
     assert outcome.best.reached == 1
-    told = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
-    assert told == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
+    values = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
+    assert values == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
 
 
 def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]
@@ -141,9 +149,8 @@ def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]
     return optuna.load_study(study_name=None, storage=storage).get_trials()
 
 
-def test_an_interrupted_ladder_goes_on_without_training_anything_twice(
-    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_promotions_resume(config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted search resumes its promotions without training anything twice."""
     whole = run(config.model_copy(update={"output": str(tmp_path / "whole")}))
 
     class Dying(Listener):
@@ -152,13 +159,15 @@ def test_an_interrupted_ladder_goes_on_without_training_anything_twice(
 
     with pytest.raises(KeyboardInterrupt):
         run(config, Dying())
-    heard = Counting()
-    outcome = run(config, heard)
-    assert len(heard.promotions) == 1, "the first was kept"
+    listener = Counting()
+    outcome = run(config, listener)
+    assert len(listener.promotions) == 1, "the first was kept"
     assert climbers(outcome) == climbers(whole)
 
 
-def test_a_promotion_that_only_the_journal_holds_is_not_lost(config: SearchConfig) -> None:
+def test_promotion_in_journal_is_not_lost(config: SearchConfig) -> None:
+    """A promotion that only the journal holds is not lost."""
+
     class Torn(Store):
         def promote(self, record: Record) -> None:
             self.journal.append(record.as_dict())
@@ -168,23 +177,22 @@ def test_a_promotion_that_only_the_journal_holds_is_not_lost(config: SearchConfi
         patch.setattr("attnsurgery.search.coordinator.resume.Store", Torn)
         with pytest.raises(KeyboardInterrupt):
             run(config)
-    heard = Counting()
-    outcome = run(config, heard)
-    assert len(heard.promotions) == 1
+    listener = Counting()
+    outcome = run(config, listener)
+    assert len(listener.promotions) == 1
     assert len(climbers(outcome)) == 2
 
 
-def test_a_promotion_that_fails_says_why_and_the_next_takes_its_place(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_promotion_goes_to_the_next(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promotion that fails records the reason, and the next candidate takes its place."""
     score = FineTune.score
     calls: list[int] = []
 
-    def fails_once(self, *given, **named):  # type: ignore[no-untyped-def]
+    def fails_once(self, *args, **named):  # type: ignore[no-untyped-def]
         calls.append(0)
         if len(calls) == 2:  # the first is the base's
             raise SearchError("training diverged in epoch 1 of 3 (loss is nan)")
-        return score(self, *given, **named)
+        return score(self, *args, **named)
 
     monkeypatch.setattr(FineTune, "score", fails_once)
     outcome = run(config)

@@ -72,15 +72,15 @@ def study_of(
         params, kind = places.params(picks), state(index)
         over = {"ms": 0.1 * sum(picks) - 1.0}
         attributes = {AGAIN: True} if kind == "interrupted" else {}
-        given: dict[str, Any] = {"params": params, "distributions": space, "user_attrs": attributes}
+        fields: dict[str, Any] = {"params": params, "distributions": space, "user_attrs": attributes}
         if kind == "trained":
-            study.add_trial(create_trial(value=score(picks), constraints=over, **given))
+            study.add_trial(create_trial(value=score(picks), constraints=over, **fields))
         elif kind == "pruned":
-            study.add_trial(create_trial(state=TrialState.PRUNED, constraints={"ms": 0.2}, **given))
+            study.add_trial(create_trial(state=TrialState.PRUNED, constraints={"ms": 0.2}, **fields))
         elif kind == "open":
-            study.add_trial(create_trial(state=TrialState.RUNNING, **given))
+            study.add_trial(create_trial(state=TrialState.RUNNING, **fields))
         else:
-            study.add_trial(create_trial(state=TrialState.FAIL, **given))
+            study.add_trial(create_trial(state=TrialState.FAIL, **fields))
     return study
 
 
@@ -104,7 +104,7 @@ def history_of(places: Places, history: str) -> optuna.Study:
     return study_of(places, order[:count], by_index.__getitem__)
 
 
-def chosen(name: str, places: Places, study: optuna.Study, seed: int) -> Mapping[str, str] | None:
+def next_choice(name: str, places: Places, study: optuna.Study, seed: int) -> Mapping[str, str] | None:
     """The next candidate as a search asks for it."""
     sampler = SAMPLERS[name](places, seed, 70.0)
     if isinstance(sampler, Sampler):
@@ -119,65 +119,69 @@ def chosen(name: str, places: Places, study: optuna.Study, seed: int) -> Mapping
 @every_sampler
 def test_sampler_gives_labels_of_the_space(name: str, history: str, space: str) -> None:
     places = SPACES[space]
-    picks = places.picks(chosen(name, places, history_of(places, history), seed=3) or {})
+    picks = places.picks(next_choice(name, places, history_of(places, history), seed=3) or {})
     assert picks is not None
 
 
 @every_space
 @every_history
 @every_sampler
-def test_sampler_repeats_itself_with_the_same_seed(name: str, history: str, space: str) -> None:
+def test_sampler_repeats_with_same_seed(name: str, history: str, space: str) -> None:
+    """A sampler repeats its choice with the same seed, and leaves the study as it was."""
     places = SPACES[space]
     study = history_of(places, history)
     before = [(t.state, dict(t.params), t.value, dict(t.user_attrs)) for t in study.trials]
-    assert chosen(name, places, study, seed=5) == chosen(name, places, study, seed=5)
+    assert next_choice(name, places, study, seed=5) == next_choice(name, places, study, seed=5)
     assert [(t.state, dict(t.params), t.value, dict(t.user_attrs)) for t in study.trials] == before
 
 
 @every_sampler
 def test_sampler_depends_on_the_seed(name: str) -> None:
     study = optuna.create_study(direction="maximize")
-    picks = {ROOMY.picks(chosen(name, ROOMY, study, seed) or {}) for seed in range(8)}
+    picks = {ROOMY.picks(next_choice(name, ROOMY, study, seed) or {}) for seed in range(8)}
     assert len(picks) > 1
 
 
 @every_space
 @every_history
 @choosing
-def test_choice_is_untried_and_within_all_limits(name: str, history: str, space: str) -> None:
+def test_choice_is_untried_within_limits(name: str, history: str, space: str) -> None:
+    """A choice is untried and within all limits."""
     places = SPACES[space]
     study = history_of(places, history)
-    tried = {places.picks(t.params) for t in study.trials if not t.user_attrs.get(AGAIN)}
+    past = {places.picks(t.params) for t in study.trials if not t.user_attrs.get(AGAIN)}
     for seed in range(3):
-        picks = places.picks(chosen(name, places, study, seed) or {})
+        picks = places.picks(next_choice(name, places, study, seed) or {})
         assert picks is not None
         assert any(picks)
         assert places.holds(picks)
-        assert picks not in tried
+        assert picks not in past
 
 
 @pytest.mark.parametrize("space", ["tight", "one place", "two budgets"])
 @choosing
-def test_choice_finds_the_last_candidate_then_none(name: str, space: str) -> None:
+def test_choice_finds_last_one_and_then_none(name: str, space: str) -> None:
+    """The last candidate that is left is found, and after it there is none."""
     places = SPACES[space]
     legal = all_of(places)
     study = study_of(places, legal[:-1])
-    assert places.picks(chosen(name, places, study, seed=1) or {}) == legal[-1]
+    assert places.picks(next_choice(name, places, study, seed=1) or {}) == legal[-1]
     study = study_of(places, legal)
-    assert not chosen(name, places, study, seed=1)
+    assert not next_choice(name, places, study, seed=1)
 
 
 @choosing
-def test_choice_may_be_an_interrupted_candidate(name: str) -> None:
+def test_choice_may_be_an_interrupted_one(name: str) -> None:
+    """A choice may be a candidate whose trial was interrupted, and not one that failed."""
     legal = all_of(TIGHT)
     interrupted = study_of(TIGHT, legal, lambda index: "interrupted" if index == 2 else "trained")
-    assert TIGHT.picks(chosen(name, TIGHT, interrupted, seed=1) or {}) == legal[2]
+    assert TIGHT.picks(next_choice(name, TIGHT, interrupted, seed=1) or {}) == legal[2]
     failed = study_of(TIGHT, legal, lambda index: "failed" if index == 2 else "trained")
-    assert not chosen(name, TIGHT, failed, seed=1)
+    assert not next_choice(name, TIGHT, failed, seed=1)
 
 
 @choosing
-def test_choice_follows_the_direction_of_the_study(name: str) -> None:
+def test_choice_follows_study_direction(name: str) -> None:
     """The same scores lead to better candidates where more is better, and to worse ones where less is."""
     study = study_of(ROOMY, all_of(ROOMY)[::43])
     trials = study.get_trials(deepcopy=False)
@@ -190,10 +194,11 @@ def test_choice_follows_the_direction_of_the_study(name: str) -> None:
 
 
 @choosing
-def test_choice_ignores_trials_of_another_space(name: str) -> None:
+def test_choice_ignores_other_spaces(name: str) -> None:
+    """A choice ignores trials of another space."""
     other = Places({**ROOMY.choices, "layer1": ("none", "dual")})
     study = study_of(other, [(0, 1, 0, 0, 0)] * 9)
-    picks = ROOMY.picks(chosen(name, ROOMY, study, seed=0) or {})
+    picks = ROOMY.picks(next_choice(name, ROOMY, study, seed=0) or {})
     assert picks is not None
     assert ROOMY.holds(picks)
 
@@ -205,12 +210,12 @@ def test_sampler_is_asked_by_optuna_too(name: str) -> None:
     assert ROOMY.picks(study.ask(distributions(ROOMY)).params) is not None
 
 
-def test_gp_improves_on_what_it_was_told() -> None:
+def test_gp_improves_on_its_trials() -> None:
     """Its own optimum of the acquisition function is over the budget; the choice is good, and within it."""
     places = Places(ROOMY.choices, budgets={"params": Budget([COSTS] * 5, 2.0)})
     legal = all_of(places)
-    told = [legal[index] for index in np.random.default_rng(1).permutation(len(legal))[:32]]
-    trials = study_of(places, told).get_trials(deepcopy=False)
+    candidates = [legal[index] for index in np.random.default_rng(1).permutation(len(legal))[:32]]
+    trials = study_of(places, candidates).get_trials(deepcopy=False)
     choice = SAMPLERS["gp"](places, 0, 70.0).choose(StudyDirection.MAXIMIZE, trials)
     picks = places.picks(choice)
     assert picks is not None
@@ -218,7 +223,7 @@ def test_gp_improves_on_what_it_was_told() -> None:
     assert max(map(score, all_of(ROOMY))) > score(picks) + 1, "without the budget there is better"
 
 
-def test_gp_leaves_out_scores_over_a_reduced_budget() -> None:
+def test_gp_drops_scores_over_new_budget() -> None:
     """A search that was resumed within a smaller budget has scores of candidates that are over it now."""
     legal = all_of(ROOMY)
     trials = study_of(ROOMY, legal[::40]).get_trials(deepcopy=False)
@@ -302,7 +307,8 @@ def installed(cls: Any, monkeypatch: pytest.MonkeyPatch) -> SamplerCatalog:
 
 
 @pytest.mark.parametrize("cls", VIOLATIONS, ids=lambda cls: cls.__name__)
-def test_catalog_refuses_a_violation_at_lookup(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_refuses_broken_samplers(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that does not keep the contract is refused when it is looked up, and harms no other."""
     catalog = installed(cls, monkeypatch)
     assert catalog["tpe"] is SAMPLERS["tpe"], "what others install does no harm to the rest"
     with pytest.raises(UsageError, match=VIOLATIONS[cls]) as refusal:
@@ -311,14 +317,16 @@ def test_catalog_refuses_a_violation_at_lookup(cls: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("cls", [ByAgreement, Plain])
-def test_catalog_gives_samplers_that_keep_the_contract(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_gives_sound_samplers(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers of other packages that keep the contract can be looked up."""
     assert installed(cls, monkeypatch)["theirs"] is cls
     with pytest.raises(UnknownNameError, match=r"there is no sampler 'their'\. Did you mean 'theirs'\?"):
         installed(cls, monkeypatch)["their"]
 
 
 @every_sampler
-def test_sampler_of_the_catalog_has_no_violation(name: str) -> None:
+def test_catalog_samplers_keep_the_contract(name: str) -> None:
+    """The samplers of the catalog have no violation."""
     assert contract_violation(SAMPLERS[name]) is None
 
 
@@ -336,7 +344,7 @@ def store_with(cls: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     return Store(folder, InMemoryStorage(), space, Budgets({}), seed=0, sampler="theirs"), space
 
 
-def asked(store: Store, space: BoundSpace, count: int) -> list[Mapping[str, str]]:
+def assignments_of(store: Store, space: BoundSpace, count: int) -> list[Mapping[str, str]]:
     records: list[Record] = []
     for _ in range(count):
         candidate = store.ask(records, space.places)
@@ -349,20 +357,22 @@ def asked(store: Store, space: BoundSpace, count: int) -> list[Mapping[str, str]
     return [record.assignment for record in records]
 
 
-def test_search_asks_a_sampler_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_asks_a_foreign_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first candidates of a search are drawn at random; then the sampler is asked, as its docstring says."""
     store, space = store_with(ByAgreement, tmp_path, monkeypatch)
-    assert asked(store, space, 7)[-1] == dict.fromkeys(space.places.choices, "se")
+    assert assignments_of(store, space, 7)[-1] == dict.fromkeys(space.places.choices, "se")
 
 
-def test_search_refuses_a_choice_outside_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_refuses_foreign_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice outside the space is an error of the search."""
     store, space = store_with(ChoosesUnknown, tmp_path, monkeypatch)
-    asked(store, space, 6)
+    assignments_of(store, space, 6)
     with pytest.raises(SearchError, match=r"ChoosesUnknown chose .*unknown.*, which is no candidate of this space"):
-        asked(store, space, 1)
+        assignments_of(store, space, 1)
 
 
-def test_search_refuses_a_violation_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_refuses_broken_sampler_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A violation of the contract is refused before anything is trained."""
     with pytest.raises(UsageError, match=r"choose is called as choose\(direction, trials\)"):
         store_with(TakesStudy, tmp_path, monkeypatch)
 

@@ -53,16 +53,16 @@ def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.Mon
     def worth(picks: Picks) -> float:
         return sum(float(v[pick]) for v, pick in zip(values, picks, strict=True)) + float(by_count[places.count(picks)])
 
-    left = [p for p in all_of(places) if places.count(p) <= places.limit and all(b.holds(p) for b in budgets)]
-    tried: list[Picks] = []
-    for _ in range(min(6, len(left))):
-        found = best(places, values, by_count, budgets, tried)
-        assert found in left
-        assert worth(found) == pytest.approx(max(map(worth, left)))
-        left.remove(found)
-        tried.append(found)
-    if not left:
-        assert best(places, values, by_count, budgets, tried) is None
+    remaining = [p for p in all_of(places) if places.count(p) <= places.limit and all(b.holds(p) for b in budgets)]
+    exclusions: list[Picks] = []
+    for _ in range(min(6, len(remaining))):
+        choice = best(places, values, by_count, budgets, exclusions)
+        assert choice in remaining
+        assert worth(choice) == pytest.approx(max(map(worth, remaining)))
+        remaining.remove(choice)
+        exclusions.append(choice)
+    if not remaining:
+        assert best(places, values, by_count, budgets, exclusions) is None
 
 
 @pytest.fixture
@@ -71,11 +71,11 @@ def bound_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     looks: list[int] = []
     at = _UpperBounds.at
 
-    def counted(self: _UpperBounds, place: int, count: int, left: float) -> float:
+    def count_and_evaluate(self: _UpperBounds, place: int, count: int, left: float) -> float:
         looks.append(place)
         return at(self, place, count, left)
 
-    monkeypatch.setattr(_UpperBounds, "at", counted)
+    monkeypatch.setattr(_UpperBounds, "at", count_and_evaluate)
     return looks
 
 
@@ -93,33 +93,34 @@ def two_budgets(seed: int, dear: float) -> tuple[Places, list[np.ndarray], np.nd
 def test_knapsack_drops_infeasible_choices(seed: int, bound_evaluations: list[int]) -> None:
     """In the sum of both it seems to fit, which had made a search of seconds of some."""
     places, values, by_count, budgets = two_budgets(seed, dear=1.03)
-    found = best(places, values, by_count, budgets)
-    assert found is not None
-    assert 2 not in found
+    picks = best(places, values, by_count, budgets)
+    assert picks is not None
+    assert 2 not in picks
     assert len(bound_evaluations) < 3 * len(CHOICES) * 200
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_knapsack_beam_search_is_near_the_best(
+def test_knapsack_beam_search_is_near_best(
     seed: int, bound_evaluations: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The beam search takes no more steps than its limit, and its result is near the best."""
     places, values, by_count, budgets = two_budgets(seed, dear=0.4)
     exact = best(places, values, by_count, budgets)
     monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", 10)
     bound_evaluations.clear()
-    found = best(places, values, by_count, budgets)
+    approximate = best(places, values, by_count, budgets)
     assert len(bound_evaluations) <= 3 * (1 + len(CHOICES) * 10), "the walk ends there"
     climbed, _ = _greedy(places, values, by_count, budgets, set())
     assert exact is not None
-    assert found is not None
+    assert approximate is not None
     assert climbed is not None
-    assert all(budget.holds(found) for budget in budgets)
+    assert all(budget.holds(approximate) for budget in budgets)
 
     def worth(picks: Picks) -> float:
         return sum(float(v[pick]) for v, pick in zip(values, picks, strict=True)) + float(by_count[places.count(picks)])
 
-    assert worth(climbed) <= worth(found) <= worth(exact)
-    assert worth(found) == pytest.approx(worth(exact), rel=0.01)
+    assert worth(climbed) <= worth(approximate) <= worth(exact)
+    assert worth(approximate) == pytest.approx(worth(exact), rel=0.01)
 
 
 @pytest.mark.parametrize("worth", [np.zeros(4), np.arange(4.0)], ids=["nothing", "the same everywhere"])
@@ -135,9 +136,9 @@ def test_knapsack_keeps_one_of_equal_states(worth: Picks, step: float | None) ->
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("attnsurgery.samplers.knapsack._undominated", few)
-        found = best(places, [worth] * 16, None, budgets, {(0,) * 16})
-    assert found is not None
-    assert sum(worth[pick] for pick in found) == (sum(worth) and (8 if budgets else 48))
+        picks = best(places, [worth] * 16, None, budgets, {(0,) * 16})
+    assert picks is not None
+    assert sum(worth[pick] for pick in picks) == (sum(worth) and (8 if budgets else 48))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -205,12 +206,12 @@ def draw(count: int, seed: int) -> list[Picks]:
 @pytest.mark.parametrize("seed", range(3))
 def test_surrogate_recovers_additive_effects(seed: int) -> None:
     candidates, score = draw(60, seed), adding(seed, noise=0.05)
-    told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
-    for found, true in zip(told.mean_effects().values, effects(seed), strict=True):
-        assert np.allclose(found, true, atol=0.3)
-    assert told.mean_effects().base == pytest.approx(70, abs=0.6)
-    assert told.cross_validation().r2 > 0.95
-    assert not told.cross_validation().is_bad
+    posterior = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+    for values, true in zip(posterior.mean_effects().values, effects(seed), strict=True):
+        assert np.allclose(values, true, atol=0.3)
+    assert posterior.mean_effects().base == pytest.approx(70, abs=0.6)
+    assert posterior.cross_validation().r2 > 0.95
+    assert not posterior.cross_validation().is_bad
 
 
 def test_posterior_samples_narrow_with_data() -> None:
@@ -218,9 +219,9 @@ def test_posterior_samples_narrow_with_data() -> None:
 
     def std(count: int) -> float:
         candidates = draw(count, 5)
-        told = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
+        posterior = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
         rng = np.random.default_rng(1)
-        return float(np.std([np.concatenate(told.sample_effects(rng).values) for _ in range(200)], axis=0).mean())
+        return float(np.std([np.concatenate(posterior.sample_effects(rng).values) for _ in range(200)], axis=0).mean())
 
     assert std(6) > 3 * std(60)
 
@@ -229,9 +230,9 @@ def test_surrogate_is_robust_to_an_outlier() -> None:
     candidates, score = draw(40, 3), adding(3, noise=0.05)
     scores = [score(picks) for picks in candidates]
     scores[7] = -1e6
-    told = Surrogate(PLACES).fit(candidates, scores, np.random.default_rng(0))
-    found, true = np.concatenate(told.mean_effects().values), np.concatenate(effects(3))
-    assert np.corrcoef(found, true)[0, 1] > 0.8
+    posterior = Surrogate(PLACES).fit(candidates, scores, np.random.default_rng(0))
+    estimates, true = np.concatenate(posterior.mean_effects().values), np.concatenate(effects(3))
+    assert np.corrcoef(estimates, true)[0, 1] > 0.8
 
 
 def signs(picks: Picks) -> float:
@@ -241,45 +242,46 @@ def signs(picks: Picks) -> float:
 
 def test_surrogate_learns_the_residual() -> None:
     places = Places({f"p{i}": CHOICES for i in range(3)})
-    known = [picks[:3] for picks in draw(60, 4)]
-    told = Surrogate(places).fit(known, [signs(picks) for picks in known], np.random.default_rng(0))
-    fit = told.cross_validation()
+    candidates = [picks[:3] for picks in draw(60, 4)]
+    posterior = Surrogate(places).fit(candidates, [signs(picks) for picks in candidates], np.random.default_rng(0))
+    fit = posterior.cross_validation()
     assert fit.r2 > 0.5
     assert not fit.is_bad
-    new = [picks for picks in all_of(places) if picks not in known]
-    expected, std = told.predict(new)
+    new = [picks for picks in all_of(places) if picks not in candidates]
+    expected, std = posterior.predict(new)
     assert len(new) > 15
     assert np.corrcoef(expected, [signs(picks) for picks in new])[0, 1] > 0.5
-    assert std.min() > 2 * told.predict(known)[1].max()
+    assert std.min() > 2 * posterior.predict(candidates)[1].max()
 
 
-def test_posterior_is_closer_than_leave_one_out() -> None:
-    known, score = draw(30, 6), adding(6, noise=0.1)
-    scores = [score(picks) for picks in known]
-    told = Surrogate(PLACES).fit(known, scores, np.random.default_rng(0))
-    expected, std = told.predict(known)
+def test_posterior_beats_leave_one_out() -> None:
+    """The posterior is closer to scores that it was fitted to than its leave-one-out predictions are."""
+    candidates, score = draw(30, 6), adding(6, noise=0.1)
+    scores = [score(picks) for picks in candidates]
+    posterior = Surrogate(PLACES).fit(candidates, scores, np.random.default_rng(0))
+    expected, std = posterior.predict(candidates)
     assert np.abs(expected - scores).mean() < 0.2
-    errors = told.leave_one_out_errors()
+    errors = posterior.leave_one_out_errors()
     assert np.abs(errors).mean() > np.abs(expected - scores).mean()  # what was told is known better than what was not
     assert np.all(std < np.std(scores))
     summed = [
-        told.mean_effects().base
-        + sum(float(v[p]) for v, p in zip(told.mean_effects().values, picks, strict=True))
-        + float(told.mean_effects().by_count[PLACES.count(picks)])
-        for picks in known
+        posterior.mean_effects().base
+        + sum(float(v[p]) for v, p in zip(posterior.mean_effects().values, picks, strict=True))
+        + float(posterior.mean_effects().by_count[PLACES.count(picks)])
+        for picks in candidates
     ]
     assert np.corrcoef(summed, expected)[0, 1] > 0.97  # the rest is what does not add up
 
 
 def test_surrogate_prior_is_heavy_tailed() -> None:
     rng = np.random.default_rng(0)
-    seen = [picks for picks in all_of(PLACES) if picks[5] != 3]  # a non-local block anywhere but at the last place
-    told = [seen[index] for index in rng.choice(len(seen), 24, replace=False)]
-    scores = rng.normal(size=len(told)).tolist()
-    tried, untried = (3, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 3)
-    assert any(picks[0] == 3 for picks in told)
+    covered = [picks for picks in all_of(PLACES) if picks[5] != 3]  # a non-local block anywhere but at the last place
+    candidates = [covered[index] for index in rng.choice(len(covered), 24, replace=False)]
+    scores = rng.normal(size=len(candidates)).tolist()
+    familiar, unfamiliar = (3, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 3)
+    assert any(picks[0] == 3 for picks in candidates)
     stds = [
-        Surrogate(PLACES).fit(told, scores, np.random.default_rng(seed)).predict([tried, untried])[1]
+        Surrogate(PLACES).fit(candidates, scores, np.random.default_rng(seed)).predict([familiar, unfamiliar])[1]
         for seed in range(60)
     ]
     far = np.array(stds) > 4 * np.std(scores)
@@ -298,13 +300,13 @@ def test_additive_falls_back_to_tpe(
 ) -> None:
     study, _ = play("additive", adding(0), trained=18, budget=9.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
-    asked = []
+    next_picks = []
     for bad in (False, True):
         monkeypatch.setattr(CrossValidation, "is_bad", bad)
         study.sampler = SAMPLERS["additive"](PLACES, 5, 70.0)
-        asked.append(PLACES.picks(study.ask(space).params))
+        next_picks.append(PLACES.picks(study.ask(space).params))
         assert study.sampler.fell_back is bad
-    assert asked[0] != asked[1]
+    assert next_picks[0] != next_picks[1]
 
 
 def play(
@@ -319,58 +321,60 @@ def play(
     """A search without training: what does not fit is pruned with its constraint, and does not count."""
     study = study or optuna.create_study(direction="maximize")
     space = {name: CategoricalDistribution(choices) for name, choices in places.choices.items()}
-    asked: list[Picks] = []
-    while sum(t.state is TrialState.COMPLETE for t in study.trials) < trained and len(asked) < 20 * trained:
+    sequence: list[Picks] = []
+    while sum(t.state is TrialState.COMPLETE for t in study.trials) < trained and len(sequence) < 20 * trained:
         study.sampler = SAMPLERS[name](places, 1000 * seed + len(study.trials), 70.0)
         trial = study.ask(space)
         picks = places.picks(trial.params)
         assert picks is not None
-        asked.append(picks)
+        sequence.append(picks)
         trial.set_constraint("ms", cost(picks) - budget)
         if cost(picks) > budget:
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, score(picks))
-    return study, asked
+    return study, sequence
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_sampler_searches_within_a_budget(name: str) -> None:
-    study, asked = play(name, adding(0), trained=6, budget=2.0)
+    study, sequence = play(name, adding(0), trained=6, budget=2.0)
     assert sum(t.state is TrialState.COMPLETE for t in study.trials) == 6
-    assert all(len(picks) == len(PLACES.choices) for picks in asked)
+    assert all(len(picks) == len(PLACES.choices) for picks in sequence)
 
 
 def test_additive_exhausts_a_small_space() -> None:
     places = Places({"a": CHOICES, "b": CHOICES[:2]})
-    study, asked = play("additive", lambda picks: 70.0 + sum(picks), trained=places.size(), budget=99, places=places)
-    assert len(asked) == len(set(asked)) == places.size()
-    assert (0, 0) not in asked
+    study, sequence = play("additive", lambda picks: 70.0 + sum(picks), trained=places.size(), budget=99, places=places)
+    assert len(sequence) == len(set(sequence)) == places.size()
+    assert (0, 0) not in sequence
     study.sampler = SAMPLERS["additive"](places, 0, 70.0)
     trial = study.ask({name: CategoricalDistribution(choices) for name, choices in places.choices.items()})
     assert set(trial.params) == {"a", "b"}  # nothing is left: then it is any of them, and no error
 
 
-def test_additive_learns_costs_of_pruned_trials() -> None:
-    _, asked = play("additive", adding(1), trained=20, budget=1.0)
-    assert sum(cost(picks) > 1.0 for picks in asked[-12:]) <= 3
+def test_additive_learns_pruned_trials_cost() -> None:
+    """The additive sampler learns costs from pruned trials."""
+    _, sequence = play("additive", adding(1), trained=20, budget=1.0)
+    assert sum(cost(picks) > 1.0 for picks in sequence[-12:]) <= 3
 
 
 def test_additive_is_better_than_random() -> None:
     def reached(name: str, seed: int) -> float:
         score = adding(seed)
         fitting = [picks for picks in all_of(PLACES) if cost(picks) <= 2.0]
-        _, asked = play(name, adding(seed, noise=0.2), trained=16, budget=2.0, seed=seed)
-        tried = [score(picks) for picks in asked if cost(picks) <= 2.0]
-        return (max(tried) - 70) / (max(map(score, fitting)) - 70)
+        _, sequence = play(name, adding(seed, noise=0.2), trained=16, budget=2.0, seed=seed)
+        fitting_scores = [score(picks) for picks in sequence if cost(picks) <= 2.0]
+        return (max(fitting_scores) - 70) / (max(map(score, fitting)) - 70)
 
     ours = [reached("additive", seed) for seed in range(4)]
     assert np.mean(ours) > 0.9
     assert np.mean(ours) > np.mean([reached("random", seed) for seed in range(4)]) + 0.1
 
 
-def test_additive_repeats_an_interrupted_trial() -> None:
-    study, asked = play("additive", adding(2), trained=5, budget=2.0)
+def test_additive_repeats_interrupted_trial() -> None:
+    """The additive sampler repeats an interrupted trial."""
+    study, sequence = play("additive", adding(2), trained=5, budget=2.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
 
     def next_one() -> Picks | None:
@@ -383,7 +387,7 @@ def test_additive_repeats_an_interrupted_trial() -> None:
 
     first = next_one()
     assert first == next_one()
-    assert first not in asked
+    assert first not in sequence
 
 
 def test_additive_avoids_running_candidates() -> None:
