@@ -44,14 +44,16 @@ def assignments(space: BoundSpace) -> list[dict[str, str]]:
     ]
 
 
-def test_the_spaces_that_ship_are_those_in_the_folder() -> None:
+def test_shipped_spaces_are_those_in_folder() -> None:
+    """The spaces that ship are those in the folder."""
     folder = Path(__file__).parent.parent / "search_spaces"
     assert set(shipped()) == {path.stem for path in folder.glob("*.yaml")} >= {"tiny", "se", "non_local"}
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 @pytest.mark.parametrize("model", ["test_resnet", "resnet26", "test_efficientnet"])
-def test_every_space_that_ships_fits_models_of_different_families(name: str, model: str) -> None:
+def test_shipped_space_fits_model_families(name: str, model: str) -> None:
+    """Every space that ships fits models of different families."""
     space = load(name)
     assert space.name == name
     bound = bind(space, survey(timm.create_model(model), (3, 64, 64)), model)
@@ -73,7 +75,7 @@ def test_the_sizes_in_their_readme_are_so() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_a_search_in_every_space_that_ships_can_begin(name: str) -> None:
+def test_shipped_space_has_feasible_costs(name: str) -> None:
     """With a budget that is known by measuring alone, and with one that half of what a block may add keeps to."""
     model = weightless("resnet50")
     anatomy = survey(model)
@@ -85,7 +87,8 @@ def test_a_search_in_every_space_that_ships_can_begin(name: str) -> None:
     costs.check_feasible(bound.places, Budgets({"latency": 10.0, "parameters": most, "macs": 1e12}))
 
 
-def test_each_place_decides_for_itself_or_all_together(anatomy: Anatomy) -> None:
+def test_each_decides_place_by_place(anatomy: Anatomy) -> None:
+    """With `each` every place decides for itself, and without it all decide together."""
     alone = bind(read(SE.format(each="true")), anatomy, "test_resnet")
     together = bind(read(SE.format(each="false")), anatomy, "test_resnet")
     assert [variable.sites for variable in alone.variables] == [("layer1.0.bn2",), ("layer2.0.bn2",)]
@@ -93,12 +96,14 @@ def test_each_place_decides_for_itself_or_all_together(anatomy: Anatomy) -> None
     assert (alone.size(), together.size()) == (8, 2)
 
 
-def test_a_list_of_values_is_one_choice_each_after_none(anatomy: Anatomy) -> None:
+def test_option_values_are_single_choices(anatomy: Anatomy) -> None:
+    """A list of values is one choice for each, after none."""
     bound = bind(read(SE.format(each="true")), anatomy, "test_resnet")
     assert list(bound.variables[0].choices) == [NONE, "se(reduction=4)", "se(reduction=8)"]
 
 
-def test_every_assignment_but_none_is_a_recipe_that_resolves(anatomy: Anatomy) -> None:
+def test_assignments_are_resolvable_recipes(anatomy: Anatomy) -> None:
+    """Every assignment but the empty one is a recipe of its own that resolves."""
     bound = bind(read(SE.format(each="true")), anatomy, "test_resnet")
     digests = set()
     for assignment in assignments(bound):
@@ -113,19 +118,22 @@ def test_every_assignment_but_none_is_a_recipe_that_resolves(anatomy: Anatomy) -
     assert len(digests) == bound.size()
 
 
-def test_size_counts_exactly_what_max_blocks_leaves(anatomy: Anatomy) -> None:
+def test_size_counts_within_max_blocks(anatomy: Anatomy) -> None:
+    """The size counts exactly the candidates that max_blocks leaves."""
     bound = bind(read(SE.format(each="true"), "max_blocks: 1\n"), anatomy, "test_resnet")
     few = [assignment for assignment in assignments(bound) if 0 < bound.blocks(assignment) <= 1]
     assert bound.size() == len(few) == 4
 
 
-def test_two_decisions_about_one_place_stay_apart(anatomy: Anatomy) -> None:
+def test_decisions_on_one_place_stay_apart(anatomy: Anatomy) -> None:
+    """Two decisions about one place are two variables."""
     both = SE.format(each="true") + SE.format(each="true").replace("block: se", "block: se")
     bound = bind(read(both), anatomy, "test_resnet")
     assert len({variable.name for variable in bound.variables}) == 4
 
 
-def test_a_decision_that_matches_nothing_is_refused_unless_it_is_optional(anatomy: Anatomy) -> None:
+def test_unmatched_decision_must_be_optional(anatomy: Anatomy) -> None:
+    """A decision that matches nothing is refused unless it is optional."""
     text = SE.format(each="true").replace("layer[12]", "layer9")
     with pytest.raises(SiteError, match=r"space.yaml:5: decisions\[0\].at: 'layer9.0.bn2' matches none"):
         bind(read(text), anatomy, "test_resnet")
@@ -136,17 +144,20 @@ def test_a_decision_that_matches_nothing_is_refused_unless_it_is_optional(anatom
         bind(read(optional), anatomy, "test_resnet")
 
 
-def test_a_choice_that_is_illegal_everywhere_is_named(anatomy: Anatomy) -> None:
+def test_choice_illegal_everywhere_is_named(anatomy: Anatomy) -> None:
+    """A choice that is illegal everywhere is refused by name."""
     with pytest.raises(OptionError, match="redaction"):
         bind(read(SE.format(each="true").replace("reduction", "redaction")), anatomy, "test_resnet")
 
 
-def test_a_value_that_is_illegal_anywhere_is_refused(anatomy: Anatomy) -> None:
+def test_value_illegal_anywhere_is_refused(anatomy: Anatomy) -> None:
+    """A value that is illegal anywhere is refused."""
     with pytest.raises(OptionError, match="reduction=0"):
         bind(read(SE.format(each="true").replace("[4, 8]", "[4, 0]")), anatomy, "test_resnet")
 
 
-def test_a_choice_that_only_this_place_cannot_take_is_left_out_and_told(anatomy: Anatomy) -> None:
+def test_choice_illegal_here_is_left_out(anatomy: Anatomy) -> None:
+    """A choice that only one place cannot take is left out there, with a note."""
     text = SE.format(each="true").replace("block: se", "block: non_local").replace("[4, 8]", "[4, 40]")
     bound = bind(read(text), anatomy, "test_resnet")
     assert list(bound.variables[0].choices) == [NONE, "non_local(reduction=4)"]
@@ -160,19 +171,22 @@ def test_an_unknown_block_is_named(anatomy: Anatomy) -> None:
         bind(read(SE.format(each="true").replace("block: se", "block: sea")), anatomy, "test_resnet")
 
 
-def test_an_unknown_field_is_named_with_its_line() -> None:
+def test_unknown_field_is_named_with_line() -> None:
+    """An unknown field is named with its line."""
     with pytest.raises(RecipeError, match=r"space.yaml:3: .*max_block"):
         read(SE.format(each="true"), "max_block: 3\n")
 
 
-def test_spaces_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+def test_spaces_found_by_name_or_path(tmp_path: Path) -> None:
+    """Spaces are found by name and by path."""
     own = tmp_path / "own.yaml"
     own.write_text("version: 1\nname: own\ndecisions:" + SE.format(each="true"))
     assert load(str(own)).name == "own"
     assert find("tiny").name == "tiny.yaml"
 
 
-def test_a_misspelled_space_names_the_nearest(tmp_path: Path) -> None:
+def test_misspelled_space_names_nearest(tmp_path: Path) -> None:
+    """A misspelled space is refused with the nearest name and all names."""
     with pytest.raises(UnknownNameError, match=r"Did you mean 'tiny'\? .* non_local, residual, se, tiny"):
         find("tinny")
     with pytest.raises(UnknownNameError, match="no such file"):

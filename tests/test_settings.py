@@ -54,12 +54,13 @@ def command() -> Command:
     return Command(Tricky, file=True)
 
 
-def test_setting_is_an_option_under_its_heading(command: Command) -> None:
-    shown = command("--help")
-    heading = shown.index(f"\n{TRAINING}:")
-    assert heading < shown.index("--tricks") < shown.index(f"\n{MEASURING}:")
-    assert "How many tricks are tried." in shown
-    assert "[default: 1]" in shown[shown.index("--tricks") :]
+def test_setting_is_option_under_heading(command: Command) -> None:
+    """A setting is an option under its heading, with its description and default."""
+    help_text = command("--help")
+    heading = help_text.index(f"\n{TRAINING}:")
+    assert heading < help_text.index("--tricks") < help_text.index(f"\n{MEASURING}:")
+    assert "How many tricks are tried." in help_text
+    assert "[default: 1]" in help_text[help_text.index("--tricks") :]
 
 
 def test_setting_is_read_from_options(command: Command) -> None:
@@ -67,12 +68,14 @@ def test_setting_is_read_from_options(command: Command) -> None:
     assert command.settings == {"tricks": 4, "bold": True}
 
 
-def test_setting_that_is_not_chosen_is_left_to_the_model(command: Command) -> None:
+def test_setting_unset_is_left_to_the_model(command: Command) -> None:
+    """A setting that is not chosen is left to the model."""
     command("name", "--loud")
     assert command.settings == {}
 
 
-def test_setting_is_in_the_file_and_read_again(command: Command, tmp_path: Path) -> None:
+def test_setting_round_trips_through_file(command: Command, tmp_path: Path) -> None:
+    """A setting is written to the file and read again."""
     config = Tricky(budget_ms=2.0, tricks=7, device="cpu")
     file = tmp_path / "search.yaml"
     file.write_text(config.as_yaml())
@@ -80,28 +83,32 @@ def test_setting_is_in_the_file_and_read_again(command: Command, tmp_path: Path)
     assert Tricky(**command.settings) == config
 
 
-def test_options_go_before_the_environment_and_that_before_the_file(command: Command, tmp_path: Path) -> None:
+def test_options_precede_environment_file(command: Command, tmp_path: Path) -> None:
+    """Options go before the environment, and the environment before the file."""
     file = tmp_path / "search.yaml"
     file.write_text("tricks: 2\nepochs: 2\nseed: 2\nbold: true\n")
     command("--config", str(file), "--seed", "4", "--no-bold", ATTNSURGERY_EPOCHS="3", ATTNSURGERY_SEED="3")
     assert command.settings == {"tricks": 2, "epochs": 3, "seed": 4, "bold": False}
 
 
-def test_changed_setting_is_refused_on_resume() -> None:
+def test_changed_setting_refused_on_resume() -> None:
+    """A changed setting is refused when a search resumes."""
     before, now = (fixed_part(Tricky(budget_ms=2.0, tricks=tricks), {}) for tricks in (1, 2))
     with pytest.raises(SearchError, match=r"tricks: was 1, is now 2"):
         check_same(before, now, "here")
     check_same(before, before, "here")
 
 
-def test_setting_that_may_change_is_not_compared() -> None:
+def test_setting_may_change_is_not_compared() -> None:
+    """A setting that may change is not compared."""
     config = SearchConfig(budget_ms=2.0)
     free = [name for name, setting in settings_of(SearchConfig).items() if setting.may_change]
     changed = config.model_copy(update=dict.fromkeys(free, "other"))
     assert fixed_part(config, {}) == fixed_part(changed, {})
 
 
-def test_search_from_before_the_setting_has_its_default() -> None:
+def test_setting_newer_than_search_defaults() -> None:
+    """A search from before a setting existed has its default."""
     now = fixed_part(SearchConfig(budget_ms=2.0), {})
     before = {name: value for name, value in now.items() if name != "cold_cache"}
     assert check_same(before, now, "here") == {}
@@ -113,7 +120,8 @@ def test_setting_is_in_the_report() -> None:
     assert _settings(Tricky(budget_ms=2.0, tricks=7)) == "budget_ms 2.0, tricks 7"
 
 
-def test_settings_all_have_a_heading_and_a_description() -> None:
+def test_settings_have_heading_and_text() -> None:
+    """All settings have a heading and a description."""
     settings = settings_of(SearchConfig)
     assert settings.keys() == SearchConfig.model_fields.keys()
     for name, info in SearchConfig.model_fields.items():
@@ -122,7 +130,7 @@ def test_settings_all_have_a_heading_and_a_description() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("tricsk: 2\n", "search.yaml:1: there is no setting 'tricsk'. Did you mean 'tricks'"),
         ("a: 1\na: 2\n", "search.yaml:2: "),
@@ -130,15 +138,17 @@ def test_settings_all_have_a_heading_and_a_description() -> None:
         ("", "."),
     ],
 )
-def test_file_of_settings_that_is_wrong_is_refused(command: Command, tmp_path: Path, text: str, says: str) -> None:
+def test_wrong_file_of_settings_is_refused(command: Command, tmp_path: Path, text: str, message: str) -> None:
+    """A wrong file of settings is refused with its line."""
     file = tmp_path / "search.yaml"
     file.write_text(text)
-    with pytest.raises(Exception, match=says) as caught:
+    with pytest.raises(Exception, match=message) as caught:
         command("--config", str(file))
     assert type(caught.value).__name__ in ("UsageError", "RecipeError")
 
 
-def test_file_of_settings_that_is_not_there_is_refused(command: Command, tmp_path: Path) -> None:
+def test_missing_file_of_settings_is_refused(command: Command, tmp_path: Path) -> None:
+    """A file of settings that is not there is refused."""
     with pytest.raises(Exception, match=r"--config .*missing\.yaml: No such file"):
         command("--config", str(tmp_path / "missing.yaml"))
 
@@ -163,7 +173,8 @@ def test_value_of_a_file_is_checked_strictly(command: Command, tmp_path: Path) -
         ("1e3", 1000),
     ],
 )
-def test_amounts_are_read_wherever_they_stand(text: str, number: int) -> None:
+def test_amounts_are_read_with_suffixes(text: str, number: int) -> None:
+    """Amounts are read with their suffixes, wherever they stand."""
     assert SearchConfig(budget_params=text).budget_params == number  # type: ignore[arg-type]
     assert amount(number) == number
 
@@ -174,12 +185,13 @@ def test_amount_that_is_none_is_refused(text: str) -> None:
         amount(text)
 
 
-def test_settings_are_printed_and_give_the_same_search(
+def test_printed_settings_repeat_the_search(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The printed settings give the same search."""
     monkeypatch.chdir(tmp_path)
-    told = ["search", "test_vit", "--budget-macs", "1G", "--device", "cpu", "--augment", "none", "--tf32"]
-    for arguments in (told, ["search", "--config", "search.yaml"]):
+    first_arguments = ["search", "test_vit", "--budget-macs", "1G", "--device", "cpu", "--augment", "none", "--tf32"]
+    for arguments in (first_arguments, ["search", "--config", "search.yaml"]):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--print-config"])
         assert stopped.value.code == 0

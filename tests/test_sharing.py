@@ -42,46 +42,49 @@ def storage(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'shared.db'}"
 
 
-def asked(study: optuna.Study) -> int:
+def next_number(study: optuna.Study) -> int:
     return study.ask(LETTERS).number
 
 
-def test_of_two_with_the_same_candidate_the_later_one_gives_way(storage: str, tmp_path: Path) -> None:
+def test_claim_of_a_twin_goes_to_the_first(storage: str, tmp_path: Path) -> None:
+    """Of two searches with the same candidate the later one gives way."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
-    first, second, third = asked(study), asked(study), asked(study)
+    first, second, third = next_number(study), next_number(study), next_number(study)
     assert one.claim(first, "x", lambda: 9, set) == "mine"
     assert other.claim(second, "x", lambda: 9, set) == "twin"
     assert other.claim(third, "y", lambda: 9, set) == "mine"
     assert study.trials[second].user_attrs[CLAIM] is None
 
 
-def test_the_last_place_is_given_once_and_a_finished_candidate_is_no_place(storage: str, tmp_path: Path) -> None:
+def test_last_place_is_claimed_once(storage: str, tmp_path: Path) -> None:
+    """The last place is given once, and a finished candidate takes no place."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
-    first, second, third = asked(study), asked(study), asked(study)
+    first, second, third = next_number(study), next_number(study), next_number(study)
     assert one.claim(second, "x", lambda: 1, set) == "mine", "nobody else was there"
     assert other.claim(first, "y", lambda: 1, set) == "full", "though its number is lower"
     assert other.claim(third, "z", lambda: 2, lambda: {"z"}) == "twin"
 
 
-def test_the_lower_number_waits_until_the_higher_one_has_given_way(storage: str, tmp_path: Path) -> None:
+def test_lower_number_waits_for_the_higher(storage: str, tmp_path: Path) -> None:
+    """The lower number waits until the higher one has given way."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
-    low, high = asked(study), asked(study)
+    low, high = next_number(study), next_number(study)
     other.lease(study.trials[high])
     study._storage.set_trial_user_attr(study.trials[high]._trial_id, CLAIM, {"digest": "x", "sure": False})
-    got: list[str] = []
-    waiting = threading.Thread(target=lambda: got.append(one.claim(low, "x", lambda: 9, set)))
+    answers: list[str] = []
+    waiting = threading.Thread(target=lambda: answers.append(one.claim(low, "x", lambda: 9, set)))
     waiting.start()
     time.sleep(0.6)
-    assert got == []
+    assert answers == []
     assert other.claim(high, "x", lambda: 9, set) == "twin"
     waiting.join(10)
-    assert got == ["mine"]
+    assert answers == ["mine"]
 
 
-def test_what_is_not_renewed_is_lost_and_goes_back_once(storage: str, tmp_path: Path) -> None:
-    """By a lease of another host; that of a dead process here needs no waiting."""
+def test_expired_lease_returns_trial_once(storage: str, tmp_path: Path) -> None:
+    """An expired lease is lost and its trial returns once; that of a dead local process needs no waiting."""
     (study, one), (_, other) = member(storage, tmp_path / "1", 1.0), member(storage, tmp_path / "2", 1.0)
-    number = asked(study)
+    number = next_number(study)
     elsewhere = {"owner": "0", "host": "elsewhere", "pid": 1, "until": 0.0}
     study._storage.set_trial_user_attr(study.trials[number]._trial_id, LEASE, elsewhere)
     assert [trial.number for trial in one.elsewhere()] == [number]
@@ -90,24 +93,25 @@ def test_what_is_not_renewed_is_lost_and_goes_back_once(storage: str, tmp_path: 
     study._storage.set_trial_user_attr(study.trials[number]._trial_id, LEASE, {**elsewhere, "until": 1.0})
     assert one.lost() == [], "it was renewed"
     time.sleep(1.1)
-    (lost,) = one.lost()
+    (expired,) = one.lost()
     assert one.elsewhere() == []
     for taker in (one, other):
-        taker.inherit(lost, {"slot": 0})
+        taker.inherit(expired, {"slot": 0})
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     assert study.trials[1].params == study.trials[0].params
     assert study.trials[1].user_attrs == {"slot": 0}
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    gone = asked(study)  # the one that was put back
-    assert gone == 1
+    reissued = next_number(study)  # the one that was put back
+    assert reissued == 1
     here = one._lease()
-    study._storage.set_trial_user_attr(study.trials[gone]._trial_id, LEASE, {**here, "owner": "0", "pid": dead.pid})
-    assert [trial.number for trial in one.lost()] == [gone]
+    study._storage.set_trial_user_attr(study.trials[reissued]._trial_id, LEASE, {**here, "owner": "0", "pid": dead.pid})
+    assert [trial.number for trial in one.lost()] == [reissued]
 
 
-def test_one_member_leads_and_the_next_one_when_it_is_gone(storage: str, tmp_path: Path) -> None:
+def test_one_member_leads_at_a_time(storage: str, tmp_path: Path) -> None:
+    """One member leads, and the next one when it has left."""
     _, one = member(storage, tmp_path / "1")
     _, other = member(storage, tmp_path / "2")
     assert not one.leads(), "others may have joined at the same moment"
@@ -118,7 +122,8 @@ def test_one_member_leads_and_the_next_one_when_it_is_gone(storage: str, tmp_pat
     assert other.leads()
 
 
-def test_secrets_stay_out_and_missing_drivers_are_named(tmp_path: Path) -> None:
+def test_storage_errors_hide_secrets(tmp_path: Path) -> None:
+    """Secrets stay out of errors, and missing drivers are named."""
     with pytest.raises(UsageError, match=r"grpc://host:port"):
         Store(tmp_path, "grpc://nowhere", *[None] * 3)  # type: ignore[arg-type]
     if importlib.util.find_spec("pymysql") is None:
@@ -160,10 +165,10 @@ def _proxy(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 def _postgres(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A real server on loopback, with a data directory of its own; under another user where we are root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not found:
+    servers = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not servers:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
-    bin, data = found[-1].parent, tmp_path / "data"
+    bin, data = servers[-1].parent, tmp_path / "data"
     as_user: list[str] = []
     if os.geteuid() == 0:
         data = Path(
@@ -194,8 +199,8 @@ def _postgres(tmp_path: Path) -> Iterator[tuple[str, str]]:
         shutil.rmtree(data, ignore_errors=True)
 
 
-def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], tmp_path: Path) -> None:
-    """Two workers each; exactly as many trials as asked for, none twice, nothing left, no password anywhere."""
+def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: Path) -> None:
+    """Two searches share a study and one is killed: all trials, none twice, no password anywhere."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DUMMY_SECONDS": "3"}
     words = (
@@ -204,16 +209,16 @@ def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], t
     words += " --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10"
     environment["ATTNSURGERY_STORAGE"] = server[0]
     folders = [tmp_path / name / "shared" for name in ("one", "other")]
-    begun = []
+    processes = []
     for folder in folders:
         with (tmp_path / f"{folder.parent.name}.log").open("w") as log:
             command = [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(folder)]
-            begun.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    kept = optuna.storages.RDBStorage(server[1])
-    one, other = begun
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    database = optuna.storages.RDBStorage(server[1])
+    one, other = processes
     name = folders[0] / ".owner"
     deadline = time.monotonic() + 200
-    while not (name.exists() and any(lease["owner"] == name.read_text() for lease in leases(kept, "RUNNING"))):
+    while not (name.exists() and any(lease["owner"] == name.read_text() for lease in leases(database, "RUNNING"))):
         assert one.poll() is None, (tmp_path / "one.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -223,15 +228,15 @@ def test_two_searches_share_a_study_and_one_is_killed(server: tuple[str, str], t
     one.kill()
     one.wait()
     assert other.wait(timeout=240) == 0, (tmp_path / "other.log").read_text()
-    study = optuna.load_study(study_name="shared", storage=kept)
+    study = optuna.load_study(study_name="shared", storage=database)
     records = [trial.user_attrs["record"] for trial in study.trials if "record" in trial.user_attrs]
     trained = [record["digest"] for record in records if record["state"] == "trained"]
     assert len(trained) == 12
     assert Counter(trained).most_common(1)[0][1] == 1
-    assert not leases(kept, "RUNNING")
-    assert len({lease["owner"] for lease in leases(kept)}) == 2, "both have worked"
-    kept.remove_session()
-    kept.engine.dispose()
+    assert not leases(database, "RUNNING")
+    assert len({lease["owner"] for lease in leases(database)}) == 2, "both have worked"
+    database.remove_session()
+    database.engine.dispose()
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.suffix in {".log", ".html", ".jsonl", ".yaml", ".csv", ".json"}:
             assert "secret" not in path.read_text(errors="replace"), path
@@ -245,7 +250,8 @@ def leases(storage: optuna.storages.RDBStorage, *states: str) -> list[dict[str, 
     return [t.user_attrs[LEASE] for t in trials if LEASE in t.user_attrs and (not states or t.state.name in states)]
 
 
-def test_a_shared_study_goes_on_in_the_same_directory(storage: str, tmp_path: Path) -> None:
+def test_shared_study_resumes_in_directory(storage: str, tmp_path: Path) -> None:
+    """A shared study goes on in the same directory with the same trials."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
     config = change(small_search(images, space, tmp_path / "run"), storage=storage, evaluator="blocks")
     first = run(change(config, trials=2))
@@ -256,18 +262,18 @@ def test_a_shared_study_goes_on_in_the_same_directory(storage: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("moment", ["asked", "timed"])
-def test_a_search_that_seemed_dead_lets_go_of_what_was_taken_over(storage: str, tmp_path: Path, moment: str) -> None:
+def test_search_lets_go_of_trials_taken_over(storage: str, tmp_path: Path, moment: str) -> None:
     """A laptop that slept: its first trial is another's before it has begun it, or by the time it is trained."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
     config = change(small_search(images, space, tmp_path / "run"), storage=storage, evaluator="blocks", trials=2)
 
     def sleeps(number: int, _: object) -> None:
         if number == 0:
-            kept = optuna.storages.RDBStorage(storage)
-            study = optuna.load_study(study_name="run", storage=kept)
-            kept.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
-            kept.remove_session()
-            kept.engine.dispose()
+            database = optuna.storages.RDBStorage(storage)
+            study = optuna.load_study(study_name="run", storage=database)
+            database.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
+            database.remove_session()
+            database.engine.dispose()
 
     laptop = Listener()
     setattr(laptop, moment, sleeps)

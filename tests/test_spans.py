@@ -41,7 +41,8 @@ def with_mask(model: nn.Module, at: str = SPAN) -> nn.Module:
     return operated(model, (at, "residual_attention", {"depth": 1}))
 
 
-def test_the_span_computes_its_trunk_times_the_gate_of_its_input() -> None:
+def test_span_is_trunk_times_gate() -> None:
+    """A span computes its trunk times the gate of its input."""
     base = build("test_convnext")
     model = move_gates(with_mask(copy.deepcopy(base)))
     block = model.stages[2].blocks[0].residual_attention
@@ -63,7 +64,8 @@ def test_the_span_computes_its_trunk_times_the_gate_of_its_input() -> None:
         ("swin_tiny_patch4_window7_224", "layers.1.blocks.0 .. layers.1.blocks.1"),  # channels last
     ],
 )
-def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, at: str, training: bool) -> None:
+def test_span_identity_start_changes_no_bit(host: str, at: str, training: bool) -> None:
+    """The identity start changes no bit, and a moved gate does."""
     base = build(host)
     model = operated(copy.deepcopy(base), (at, "residual_attention", {"depth": 0}))
     x = images(64)
@@ -80,7 +82,8 @@ def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, at: str,
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
 
 
-def test_a_spanned_model_compiles_exports_copies_and_pickles() -> None:
+def test_span_compiles_exports_and_pickles() -> None:
+    """A model with a span can be compiled, exported, copied and pickled."""
     model = move_gates(with_mask(build("test_convnext")))
     x = images(64)
     expected = model(x)
@@ -91,7 +94,8 @@ def test_a_spanned_model_compiles_exports_copies_and_pickles() -> None:
         assert torch.equal(twin(x), expected)
 
 
-def test_compiling_module_by_module_hands_the_gate_on() -> None:
+def test_span_gate_passes_compiled_modules() -> None:
+    """The gate is handed on when each module is compiled by itself."""
     model = move_gates(with_mask(build("test_convnext")))
     x = images(64)
     expected = model(x)
@@ -101,7 +105,8 @@ def test_compiling_module_by_module_hands_the_gate_on() -> None:
         assert torch.equal(model(x), expected)
 
 
-def test_a_span_of_one_module_scripts_and_a_longer_one_says_why_it_cannot() -> None:
+def test_span_of_one_module_scripts() -> None:
+    """A span of one module can be scripted, and a longer one says why it cannot."""
     model = move_gates(with_mask(build("test_convnext"), "stages.2.blocks.1"))
     x = images(64)
     assert torch.allclose(torch.jit.script(model)(x), model(x), atol=1e-5)
@@ -115,18 +120,20 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def test_gradients_are_the_same_with_checkpointing_even_with_two_forwards_before_one_backward() -> None:
+def test_span_gradients_with_checkpointing() -> None:
+    """Gradients with checkpointing are the same, even with two forward passes before one backward pass."""
     model = move_gates(with_mask(build("test_convnext"))).train()
     x, other = images(64), images(64).flip(0) * 2
     expected = gradients(model, model(x).square().sum())
     model.set_grad_checkpointing(True)
     first = model(x)
     model(other)  # a second forward must not change what the first one recomputes
-    got = gradients(model, first.square().sum())
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
+    recomputed = gradients(model, first.square().sum())
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, recomputed, strict=True))
 
 
-def test_a_gate_lost_on_the_way_is_an_error_and_never_a_wrong_number() -> None:
+def test_span_lost_gate_is_an_error() -> None:
+    """A gate that was lost on the way is an error and never a wrong number."""
     model = with_mask(build("test_convnext")).train()
     blocks = model.stages[2].blocks
     x = torch.randn(2, blocks[0].conv_dw.in_channels, 8, 8, requires_grad=True)
@@ -136,7 +143,8 @@ def test_a_gate_lost_on_the_way_is_an_error_and_never_a_wrong_number() -> None:
         loss.backward()
 
 
-def test_spans_may_nest_and_overlap_and_share_an_end_with_other_blocks() -> None:
+def test_spans_nest_overlap_and_share_ends() -> None:
+    """Spans may nest, overlap, and share an end with other blocks."""
     base = build("test_convnext")
     outer, inner, single = SPAN, "stages.2.blocks.1 .. stages.2.blocks.3", "stages.2.blocks.2"
     model = operated(
@@ -158,10 +166,10 @@ def test_spans_may_nest_and_overlap_and_share_an_end_with_other_blocks() -> None
     third = b2(second) - second + m2.se_2(second)
     third = m2.se(third * gate_outer)
     expected = b3(third) * gate_inner
-    got = x
+    output = x
     for block in model.stages[2].blocks:
-        got = block(got)
-    assert torch.allclose(got, expected, atol=1e-5)
+        output = block(output)
+    assert torch.allclose(output, expected, atol=1e-5)
     assert verify(model, (3, 64, 64)).alive
 
 
@@ -172,9 +180,9 @@ def test_prefix_tokens_pass_a_span_untouched() -> None:
     assert torch.equal(model(images(64)), base(images(64)))
     move_gates(model)
     expected = base.blocks[2](base.blocks[1](x))
-    got = model.blocks[2](model.blocks[1](x))
-    assert torch.equal(got[:, :1], expected[:, :1])
-    assert not torch.equal(got[:, 1:], expected[:, 1:])
+    output = model.blocks[2](model.blocks[1](x))
+    assert torch.equal(output[:, :1], expected[:, :1])
+    assert not torch.equal(output[:, 1:], expected[:, 1:])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,8 @@ def test_prefix_tokens_pass_a_span_untouched() -> None:
         ("layer2.1 .. layer2.2", "se", "goes to one site and not on a span. The span's output is the site 'layer2.2'"),
     ],
 )
-def test_what_cannot_be_a_span_is_refused_with_the_reason(at: str, block: str, message: str) -> None:
+def test_span_refusal_gives_the_reason(at: str, block: str, message: str) -> None:
+    """A span that cannot be is refused with the reason, and nothing is changed."""
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     recipe = {"version": 1, "name": "n", "base": "resnet50", "edits": [{"at": at, "block": block}]}
@@ -198,7 +207,8 @@ def test_what_cannot_be_a_span_is_refused_with_the_reason(at: str, block: str, m
     assert not any(type(module).__name__.startswith("Surgical") for module in model.modules())
 
 
-def test_span_rules_cover_the_blocks_that_keep_the_size() -> None:
+def test_span_rules_cover_equal_sizes() -> None:
+    """The span rules cover the blocks that keep the size."""
     anatomy = attnsurgery.inspect("resnet50")
     at = {rule: [site.address for site in select(f"stage:3 {rule}", anatomy)] for rule in ("span", "spans:2", "spans")}
     assert at["span"] == ["layer3.1 .. layer3.5"]
@@ -224,7 +234,8 @@ def by_hand(block: nn.Module, se: nn.Module, place: str, x: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_squeeze_excite_in_all_five_places_of_its_paper(place: str) -> None:
+def test_se_in_all_places_of_its_paper(place: str) -> None:
+    """Squeeze-and-excitation computes the paper's formula in all five places of its paper."""
     base = build("resnet50", in_chans=3)
     model = operated(copy.deepcopy(base), (f"stage:1 {place}", "se", {}))
     x = images(64)
@@ -240,14 +251,15 @@ def test_squeeze_excite_in_all_five_places_of_its_paper(place: str) -> None:
         assert not torch.allclose(model.layer1[index](x), host(x), rtol=1e-4, atol=1e-4)
 
 
-def test_both_sides_of_an_addition_have_addresses_in_every_kind_of_host() -> None:
+def test_addition_sides_have_addresses() -> None:
+    """Both sides of an addition have addresses in every kind of host."""
     for host, inputs in (("test_convnext", "stages.2.blocks.0:add"), ("test_vit", "blocks.1:add_1")):
         anatomy = survey(build(host), (3, 64, 64))
         assert anatomy.site(f"{inputs}.input").role == "branch_input"
         assert anatomy.site(f"{inputs}.shortcut").role == "shortcut"
 
 
-def test_what_a_mask_took_from_the_size_of_its_map_is_written_down(tmp_path: Path) -> None:
+def test_mask_depth_is_saved_with_the_model(tmp_path: Path) -> None:
     """At 64 pixels the mask of stage 1 is one scale deep, at the 160 that timm has for the model it would be two."""
     recipe = {
         "version": 1,
@@ -267,7 +279,8 @@ def depth_in(name: str) -> int:
     return int(block.depth)
 
 
-def test_a_new_input_size_reaches_a_block_on_the_grid_of_tokens() -> None:
+def test_new_input_size_reaches_token_blocks() -> None:
+    """A new input size reaches a block on the grid of tokens."""
     base = build("test_vit", dynamic_img_size=False)
     model = attnsurgery.operate(copy.deepcopy(base), recipe_of("blocks.1 .. blocks.2", "residual_attention"))
     with pytest.raises(AssertionError, match="height"):
@@ -283,7 +296,8 @@ def test_a_new_input_size_reaches_a_block_on_the_grid_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("at", ["layer2.0", "layer2.1.bn3", "layer2.1:add.input"])
-def test_a_mask_at_a_place_that_is_no_span_multiplies_what_it_reads(at: str) -> None:
+def test_mask_without_span_multiplies_input(at: str) -> None:
+    """A mask at a place that is no span multiplies what it reads."""
     base = build("resnet50")
     model = operated(copy.deepcopy(base), (at, "residual_attention", {"depth": 1}))
     assert torch.equal(model(images(64)), base(images(64)))

@@ -33,36 +33,38 @@ every_kind = pytest.mark.parametrize("options", KINDS, ids=str)
 def naive(block: SqueezeExcite, x: torch.Tensor, options: dict[str, object]) -> torch.Tensor:
     """Equations 2 to 4 of Hu et al. and 2 to 6 of Roy et al., the two results of the second written out."""
     gate = torch.nn.functional.hardsigmoid if options.get("gate") == "hardsigmoid" else torch.sigmoid
-    found = []
+    results = []
     if options["kind"] != "sse":
         z = x.flatten(2).mean(2)
         if options.get("max_pool"):
             z = (z + x.flatten(2).max(2).values) / 2
         w1, w2 = block.fc1.weight[:, :, 0, 0], block.fc2.weight[:, :, 0, 0]
         b1, b2 = (0 if fc.bias is None else fc.bias for fc in (block.fc1, block.fc2))
-        found.append(x * gate((z @ w1.T + b1).relu() @ w2.T + b2)[:, :, None, None])
+        results.append(x * gate((z @ w1.T + b1).relu() @ w2.T + b2)[:, :, None, None])
     if options["kind"] != "cse":
         q = torch.einsum("c,bchw->bhw", block.spatial.weight[0, :, 0, 0], x)
-        found.append(x * gate(q + (0 if block.spatial.bias is None else block.spatial.bias))[:, None])
-    if len(found) == 1:
-        return found[0]
-    return torch.maximum(*found) if options.get("fusion") == "max" else found[0] + found[1]
+        results.append(x * gate(q + (0 if block.spatial.bias is None else block.spatial.bias))[:, None])
+    if len(results) == 1:
+        return results[0]
+    return torch.maximum(*results) if options.get("fusion") == "max" else results[0] + results[1]
 
 
 @every_kind
-def test_paper_start_computes_the_papers_formula(options: dict[str, object]) -> None:
+def test_se_computes_the_papers_formula(options: dict[str, object]) -> None:
+    """The paper's start computes the paper's formula, values and gradients."""
     torch.manual_seed(0)
     block = SqueezeExcite(16, start="paper", dtype=torch.float64, **options)
     x = torch.randn(3, 16, 5, 7, dtype=torch.float64, requires_grad=True)
     ours, theirs = block(x), naive(block, x, options)
     assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
     gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, theirs)]
-    for got, expected in zip(*gradients, strict=True):
-        assert torch.allclose(got, expected, atol=1e-11, rtol=1e-11)
+    for ours_gradient, expected in zip(*gradients, strict=True):
+        assert torch.allclose(ours_gradient, expected, atol=1e-11, rtol=1e-11)
 
 
 @every_kind
-def test_every_kind_starts_as_the_identity_in_every_precision_and_learns(options: dict[str, object]) -> None:
+def test_se_gate_starts_at_identity(options: dict[str, object]) -> None:
+    """Every kind starts as the identity in every precision, and learns."""
     torch.manual_seed(0)
     x = torch.randn(2, 16, 7, 9)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -88,7 +90,8 @@ def test_every_kind_starts_as_the_identity_in_every_precision_and_learns(options
 @pytest.mark.parametrize("act", ["relu", "leaky_relu", "silu", "gelu", "hard_swish"])
 @pytest.mark.parametrize(("gate", "of_timm"), [("sigmoid", "sigmoid"), ("hardsigmoid", "hard_sigmoid")])
 @pytest.mark.parametrize("max_pool", [False, True])
-def test_every_option_of_timms_module_is_here_bit_for_bit(act: str, gate: str, of_timm: str, max_pool: bool) -> None:
+def test_se_has_options_of_timms_module(act: str, gate: str, of_timm: str, max_pool: bool) -> None:
+    """Every option of timm's module is here, bit for bit."""
     torch.manual_seed(0)
     theirs = SEModule(24, rd_channels=6, add_maxpool=max_pool, act_layer=act, gate_layer=of_timm)
     ours = SqueezeExcite(24, width=6, act=act, gate=gate, max_pool=max_pool, start="paper")
@@ -100,7 +103,8 @@ def test_every_option_of_timms_module_is_here_bit_for_bit(act: str, gate: str, o
     assert not torch.equal(other(x), theirs(x))
 
 
-def test_the_exact_width_replaces_reduction_and_rounding() -> None:
+def test_se_width_replaces_reduction() -> None:
+    """The exact width replaces reduction and rounding."""
     assert SqueezeExcite(24, width=6).fc1.out_channels == 6
     for reduction, rounding in itertools.product((2, 16), ("timm", "floor")):
         assert SqueezeExcite(24, width=6, reduction=reduction, rounding=rounding).fc1.out_channels == 6
@@ -114,7 +118,8 @@ def test_the_exact_width_replaces_reduction_and_rounding() -> None:
         ({"kind": "sse", "width": 4}, r"width is that of the two layers .* kind='sse' has none"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(options: dict[str, object], message: str) -> None:
+def test_se_option_without_effect_is_refused(options: dict[str, object], message: str) -> None:
+    """An option that would do nothing is refused."""
     with pytest.raises(OptionError, match=message):
         SqueezeExcite(16, **options)
 
@@ -139,21 +144,23 @@ def parameters_of(model: torch.nn.Module) -> int:
         ("resnext101_32x4d", 48_955_416),
     ],
 )
-def test_models_of_the_paper_have_the_published_number_of_parameters(base: str, parameters: int) -> None:
+def test_se_models_have_paper_parameters(base: str, parameters: int) -> None:
+    """Models of the paper have the published number of parameters."""
     assert parameters_of(with_se(base)) == parameters
 
 
-def test_without_biases_resnet50_has_that_many_parameters() -> None:
+def test_se_resnet50_without_biases() -> None:
+    """Without biases SE-ResNet-50 has 28,071,976 parameters."""
     assert parameters_of(with_se("resnet50", bias=False)) == 28_071_976
 
 
 @pytest.mark.parametrize(("reduction", "millions"), [(2, 45.7), (4, 35.7), (8, 30.7), (16, 28.1), (32, 26.9)])
-def test_table_10_of_the_paper_parameters_by_reduction(reduction: int, millions: float) -> None:
+def test_se_parameters_follow_table_10(reduction: int, millions: float) -> None:
     """The paper rounds up: its plain ResNet-50 of 25,557,032 parameters has 25.6 million there."""
     assert math.ceil(parameters_of(with_se("resnet50", reduction=reduction)) / 1e5) / 10 == millions
 
 
-def test_the_papers_resnet50_grows_from_3_86_to_3_87_gmacs() -> None:
+def test_se_resnet50_has_the_papers_gmacs() -> None:
     """The paper's model takes strides in the first 1x1 convolution, and it counts pooling and scaling as well."""
     base = weightless("resnet50")
     for number in (2, 3, 4):
@@ -180,8 +187,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_placement_of_the_paper_leaves_the_outputs_alone_and_differs_when_moved(place: str) -> None:
-    """Figure 5 of the paper and its SE_3x3, tables 14 and 15."""
+def test_se_paper_places_start_at_identity(place: str) -> None:
+    """Every place of the paper's tables 14 and 15 starts as the identity and differs when moved."""
     model = build("resnet50", num_classes=3, layers=(2, 2, 2, 2), channels=(8, 16, 24, 32))
     x = images(64)
     before = model(x)
@@ -200,7 +207,8 @@ def test_every_placement_of_the_paper_leaves_the_outputs_alone_and_differs_when_
     assert not torch.allclose(model(x), before)
 
 
-def test_a_free_place_of_the_host_is_filled_under_its_own_name() -> None:
+def test_se_fills_a_free_place_of_its_host() -> None:
+    """A free place of the host is filled under its own name."""
     model = timm.create_model("darknet21", num_classes=3)
     edits = [{"at": "stages.*.blocks.*.conv1", "block": "se"}]
     attnsurgery.operate(model, {"version": 1, "name": "se", "base": "darknet21", "edits": edits})

@@ -43,8 +43,8 @@ def operated(name: str, edits: list[dict[str, Any]], **kwargs: Any) -> nn.Module
     return attnsurgery.operate(base_model(name, **kwargs), {"version": 1, "name": "s", "base": name, "edits": edits})
 
 
-def paired(base: str, made: str, start: str = "identity") -> nn.Module:
-    (pair,) = [pair for pair in PAIRS if (pair.base, pair.stock) == (base, made)]
+def paired(base: str, stock_name: str, start: str = "identity") -> nn.Module:
+    (pair,) = [pair for pair in PAIRS if (pair.base, pair.stock) == (base, stock_name)]
     return attnsurgery.operate(base_model(base), pair.recipe(start))
 
 
@@ -69,16 +69,16 @@ def outputs(model: nn.Module, channels: int = 3) -> list[torch.Tensor]:
     """In eval and in train mode."""
     images = torch.randn(3, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        found = [model.eval()(images), model.train()(images)]
+        results = [model.eval()(images), model.train()(images)]
     model.eval()
-    return found
+    return results
 
 
 SE = [{"at": "stage:* branches", "block": "se"}]
 
 
 @pytest.mark.parametrize(
-    ("base", "made", "start", "train"),
+    ("base", "stock_name", "start", "train"),
     [
         ("resnet18", "seresnet18", "identity", False),  # a norm in front
         ("resnet18", "seresnet18", "identity", True),
@@ -91,27 +91,30 @@ SE = [{"at": "stage:* branches", "block": "se"}]
         ("resnext26ts", "gcresnext26ts", "identity", True),  # no gate, no factor
     ],
 )
-def test_the_stock_model_computes_the_same_bits(base: str, made: str, train: bool, start: str) -> None:
-    model = paired(base, made, start)
+def test_stock_model_computes_same_bits(base: str, stock_name: str, train: bool, start: str) -> None:
+    """The exported stock model computes the same bits, and the surgical model is not changed."""
+    model = paired(base, stock_name, start)
     if train:
         model = trained(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    found = to_stock(model)
-    assert found.pretrained_cfg["architecture"] == made
-    assert not any(type(module).__module__.startswith("attnsurgery") for module in found.modules())
+    exported = to_stock(model)
+    assert exported.pretrained_cfg["architecture"] == stock_name
+    assert not any(type(module).__module__.startswith("attnsurgery") for module in exported.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    for ours, theirs in zip(outputs(model), outputs(found), strict=True):
+    for ours, theirs in zip(outputs(model), outputs(exported), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_without_the_fold_the_same_weights_compute_something_else() -> None:
+def test_stock_weights_need_the_fold() -> None:
+    """Without the fold the same weights compute something else."""
     model = trained(operated("resnet18", SE))
     plain = timm.create_model("seresnet18", num_classes=5, channels=(16, 24, 32, 48)).eval()
     plain.load_state_dict(model.state_dict(), strict=True)
     assert not torch.allclose(outputs(model)[0], outputs(plain)[0], atol=1e-2)
 
 
-def test_only_the_norm_in_front_and_the_layer_that_reads_it_change() -> None:
+def test_fold_changes_norm_and_reader_alone() -> None:
+    """Only the norm in front and the layer that reads it change."""
     model = operated("resnet18", SE)
     before, after = model.state_dict(), fold(model)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -143,15 +146,16 @@ def run(*argv: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "channels"), [("surgical", 1), ("trained", 3)])
-def test_the_command_writes_a_directory_that_timm_alone_builds(
+def test_export_loads_by_timm_alone(
     written: Path, name: str, channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The command writes a directory that timm alone builds."""
     output = tmp_path / "out"
     assert run("export", written / name, "--stock", "--output", output) == 0
-    said = capsys.readouterr().out
-    assert "architecture  seresnet18" in said
-    assert "equal bit for bit" in said
-    assert f"local-dir:{output}" in said
+    printed = capsys.readouterr().out
+    assert "architecture  seresnet18" in printed
+    assert "equal bit for bit" in printed
+    assert f"local-dir:{output}" in printed
     model = timm.create_model(f"local-dir:{written / name}", pretrained=True).eval()
     torch.save(outputs(model, channels), tmp_path / "expected.pt")
     narrow = {"channels": (16, 24, 32, 48)} if name == "trained" else {}
@@ -165,23 +169,24 @@ plain = timm.create_model(
 )
 images = torch.randn(3, {channels}, {SIDE}, {SIDE}, generator=torch.Generator().manual_seed(9))
 torch.set_num_threads(1)
-for found in (model, plain):
+for stock in (model, plain):
     with torch.no_grad():
-        got = [found.eval()(images), found.train()(images)]
-    assert all(map(torch.equal, got, torch.load("{tmp_path}/expected.pt"))), "other bits"
+        pair = [stock.eval()(images), stock.train()(images)]
+    assert all(map(torch.equal, pair, torch.load("{tmp_path}/expected.pt"))), "other bits"
 assert not any(name.startswith("attnsurgery") for name in sys.modules), "the plugin was needed"
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
     config = json.loads((output / "config.json").read_text())
     assert config["architecture"] == "seresnet18"
     assert not {"base", "recipe", "start"} & config["model_args"].keys()
 
 
-def test_the_default_output_is_named_after_the_architecture(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_is_named_by_architecture(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default output is named after the architecture and is never overwritten."""
     assert run("export", written / "trained", "--stock", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == {"architecture": "seresnet18", "output": f"{written}/trained-seresnet18", "bit_equal": True}
+    report = json.loads(capsys.readouterr().out)
+    assert report == {"architecture": "seresnet18", "output": f"{written}/trained-seresnet18", "bit_equal": True}
     assert run("export", written / "trained", "--stock") == 2
     assert "exists and is never overwritten" in capsys.readouterr().err
 
@@ -216,7 +221,8 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_timm_does_not_have_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+def test_export_refuses_what_timm_lacks(case: str, tmp_path: Path) -> None:
+    """What timm does not have is refused before anything is written."""
     base, edits, message = REFUSED[case]
     model = operated(base, edits)
     write_directory(model, tmp_path / "model")
@@ -227,9 +233,7 @@ def test_what_timm_does_not_have_is_refused_before_anything_is_written(case: str
 
 @pytest.mark.parametrize("options", [{"act": "silu"}, {"gate": "hardsigmoid"}, {"max_pool": True}])
 @pytest.mark.parametrize("start", ["fresh", "woken"])
-def test_another_option_shows_behind_norms_that_start_at_zero_and_in_a_trained_block(
-    options: dict[str, Any], start: str
-) -> None:
+def test_export_detects_other_options(options: dict[str, Any], start: str) -> None:
     """timm starts the last norm of a branch at 0: whatever the block does there, the outputs are the same."""
     torch.manual_seed(0)
     size = {"num_classes": 5, "pretrained_cfg_overlay": {"input_size": (3, SIDE, SIDE)}, "channels": (16, 24, 32, 48)}
@@ -242,26 +246,29 @@ def test_another_option_shows_behind_norms_that_start_at_zero_and_in_a_trained_b
         to_stock(model.eval())
 
 
-def test_the_default_output_stands_beside_the_directory_that_one_is_in(
-    written: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_default_stands_beside_source(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default output stands beside the directory, also where that is the current one."""
     monkeypatch.chdir(written / "surgical")
     name, target = stock.export_stock(Path("."))
     assert target == Path(f"{Path.cwd()}-{name}")
 
 
-def test_models_in_other_precision_and_memory_format_export() -> None:
+def test_export_in_other_precision_format() -> None:
+    """Models in another precision or memory format can be exported."""
     for change in ({"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}):
         assert to_stock(paired("resnet18", "seresnet18").to(**change)).pretrained_cfg["architecture"] == "seresnet18"
 
 
-def test_a_gate_that_nothing_around_it_can_take_is_refused() -> None:
+def test_fold_refuses_a_gate_without_taker() -> None:
+    """A gate whose factor nothing around it can take is refused."""
     model = operated("resnext26ts", [{"at": "stages.0.*.conv1_1x1", "block": "se"}])
     with pytest.raises(UsageError, match="neither a batch norm directly in front nor a convolution"):
         fold(model)
 
 
-def test_a_norm_that_others_read_too_does_not_take_the_factor() -> None:
+def test_fold_skips_a_shared_norm() -> None:
+    """A norm whose output is read elsewhere too does not take the factor."""
+
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -275,9 +282,8 @@ def test_a_norm_that_others_read_too_does_not_take_the_factor() -> None:
     assert stock._norm_in_front(Shared(), stock._call_of(graph, "se")) is None
 
 
-def test_a_plain_model_and_a_folder_that_is_none_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_refuses_plain_models_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plain model, and a folder that is none, are refused."""
     write_directory(base_model("resnet18"), tmp_path / "plain")
     with pytest.raises(UsageError, match="no surgery in this model"):
         stock.export_stock(tmp_path / "plain")
@@ -290,9 +296,10 @@ def test_a_plain_model_and_a_folder_that_is_none_are_refused(
         stock.export_stock(tmp_path / "plain")
 
 
-def test_other_bits_stop_the_export(
+def test_export_stops_at_other_bits(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An export whose model would compute other bits is stopped, and nothing is written."""
     monkeypatch.setitem(stock.READS, "se", "fc2")  # a wrong fold
     assert run("export", written / "trained", "--stock", "--output", tmp_path / "out") == 2
     assert "compute something else" in capsys.readouterr().err

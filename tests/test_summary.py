@@ -34,12 +34,13 @@ def pytest_run(folder: Path, *words: str, skipped: bool = True) -> tuple[int, st
     (folder / "test_tiny.py").write_text(TESTS.format(skipped=skipped))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    return done.returncode, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    return process.returncode, process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("quiet", [(), ("-q",), ("-v",)])
-def test_gpu_tests_that_were_all_skipped_say_so_and_fail(tmp_path: Path, quiet: tuple[str, ...]) -> None:
+def test_gpu_run_of_skips_says_so_and_fails(tmp_path: Path, quiet: tuple[str, ...]) -> None:
+    """A run of GPU tests that were all skipped says so and fails."""
     code, output = pytest_run(tmp_path, "-m", "gpu", *quiet)
     assert code == 1
     assert NOTHING_RAN in output
@@ -54,7 +55,8 @@ def test_one_gpu_test_that_ran_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "not gpu"), ("-m", "gpu", "--collect-only")])
-def test_skipped_gpu_tests_are_no_failure_where_they_were_not_asked_for(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_skips_pass_where_gpu_was_not_asked(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Skipped GPU tests are no failure in a run that did not ask for them."""
     code, output = pytest_run(tmp_path, *words)
     assert code == 0, output
     assert NOTHING_RAN not in output
