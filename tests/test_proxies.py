@@ -18,7 +18,7 @@ from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.search import Listener
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.trial import proxies
-from attnsurgery.search.report.proxies import section
+from attnsurgery.search.report.sections.proxies import section
 from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
 from tests._searches import outcome, search, small_search, write_images, write_space

@@ -28,10 +28,11 @@ from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
-from attnsurgery.search.report import checklist, heat_map, pareto, progress, render, rungs
-from attnsurgery.search.report.checklist import Item
+from attnsurgery.search.report import render
 from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.control import Control, control_of
+from attnsurgery.search.report.sections import checklist, heat_map, pareto, progress, rungs
+from attnsurgery.search.report.sections.checklist import Item
 from attnsurgery.search.report.write import write_outcome
 from attnsurgery.search.result.about import About, Place
 from attnsurgery.search.result.record import Promotion
@@ -664,7 +665,7 @@ def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
 def test_candidates_that_were_drawn_are_known_and_those_that_were_chosen_too(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnsurgery.search.storage.store._STARTUP", 1)
+    monkeypatch.setattr("attnsurgery.search.storage.propose._STARTUP", 1)
     config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
     assert [record.drawn for record in run(config).records][:2] == [True, False]
     blind = config.model_copy(update={"output": str(tmp_path / "blind"), "sampler": "random"})

@@ -16,7 +16,7 @@ from attnsurgery.errors import SearchError
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same, fixed_part
 from attnsurgery.search.config import MEASURING, TRAINING
-from attnsurgery.search.report.conditions import _settings
+from attnsurgery.search.report.sections.conditions import _settings
 from attnsurgery.settings import Setting, amount, settings_of
 
 

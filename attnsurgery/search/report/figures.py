@@ -16,7 +16,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from attnsurgery.search.report.colours import AXIS, GREY, INK, LINE, PAPER
-from attnsurgery.search.report.words import loss, ms, percent, who
+from attnsurgery.search.report.words import loss, ms, percent, record_name
 from attnsurgery.search.result.record import Record
 
 _HOVER = """
@@ -29,7 +29,7 @@ _HOVER = """
 def chart(x: str, y: str, height: int, **more: Any) -> figure:
     """An empty picture as wide as the page, with the names of its axes."""
     tools = "pan,box_zoom,reset,save"
-    made = figure(
+    plot = figure(
         height=height,
         sizing_mode="stretch_width",
         tools=tools,
@@ -40,29 +40,29 @@ def chart(x: str, y: str, height: int, **more: Any) -> figure:
         outline_line_color=None,
         **more,
     )
-    made.toolbar.logo = None
-    made.toolbar.autohide = True
-    made.grid.grid_line_color = LINE
-    made.axis.axis_label_text_font_style = "normal"
-    made.axis.axis_label_text_color = INK
-    made.axis.major_label_text_color = GREY
-    made.axis.axis_line_color = made.axis.major_tick_line_color = AXIS
-    made.axis.minor_tick_line_color = None
-    made.axis.axis_label_text_font_size = "13px"
-    made.axis.major_label_text_font_size = "12px"
-    return made
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.grid.grid_line_color = LINE
+    plot.axis.axis_label_text_font_style = "normal"
+    plot.axis.axis_label_text_color = INK
+    plot.axis.major_label_text_color = GREY
+    plot.axis.axis_line_color = plot.axis.major_tick_line_color = AXIS
+    plot.axis.minor_tick_line_color = None
+    plot.axis.axis_label_text_font_size = "13px"
+    plot.axis.major_label_text_font_size = "12px"
+    return plot
 
 
 def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataSource:
     """Records as the columns that the hover reads, beside those that say where each is drawn."""
-    shown = list(records)
+    rows = list(records)
     words = {
-        "who": [who(record) for record in shown],
-        "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in shown],
-        "blocks": [record.what() for record in shown],
-        "latency": [ms(record.timing) for record in shown],
-        "score": [_scores(record) for record in shown],
-        "parameters": [f"{record.parameters:,} parameters" if record.parameters else "" for record in shown],
+        "who": [record_name(record) for record in rows],
+        "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in rows],
+        "blocks": [record.what() for record in rows],
+        "latency": [ms(record.timing) for record in rows],
+        "score": [_scores(record) for record in rows],
+        "parameters": [f"{record.parameters:,} parameters" if record.parameters else "" for record in rows],
     }
     return ColumnDataSource({**words, **columns})
 
@@ -80,9 +80,9 @@ def _top1(record: Record, rung: int) -> str:
     return percent(record.top1_on(rung))
 
 
-def hover(made: figure, renderers: Sequence[GlyphRenderer]) -> None:
+def hover(plot: figure, renderers: Sequence[GlyphRenderer]) -> None:
     """What the pointer tells of a mark that stands for a record."""
-    made.add_tools(HoverTool(renderers=list(renderers), tooltips=_HOVER))
+    plot.add_tools(HoverTool(renderers=list(renderers), tooltips=_HOVER))
 
 
 def padded_range(values: Sequence[float], margin: float = 0.06) -> Range1d:
@@ -92,17 +92,17 @@ def padded_range(values: Sequence[float], margin: float = 0.06) -> Range1d:
     return Range1d(low - room, high + room)
 
 
-def label_losses(made: figure, *, x: bool = False) -> None:
+def label_losses(plot: figure, *, x: bool = False) -> None:
     """Write losses on the axes where scores are losses with their sign turned, so that better stays up (and right).
 
     Call it when the ranges are final. The second range moves along when the first is dragged or zoomed.
     """
-    up = made.y_range
-    made.extra_y_ranges = {"loss": Range1d(-up.start, -up.end)}
-    made.add_layout(_instead(made.yaxis[0], y_range_name="loss"), "left")
+    up = plot.y_range
+    plot.extra_y_ranges = {"loss": Range1d(-up.start, -up.end)}
+    plot.add_layout(_instead(plot.yaxis[0], y_range_name="loss"), "left")
     if x:
-        made.extra_x_ranges = {"loss": Range1d(-made.x_range.start, -made.x_range.end)}
-        made.add_layout(_instead(made.xaxis[0], x_range_name="loss"), "below")
+        plot.extra_x_ranges = {"loss": Range1d(-plot.x_range.start, -plot.x_range.end)}
+        plot.add_layout(_instead(plot.xaxis[0], x_range_name="loss"), "below")
 
 
 def _instead(axis: Axis, **ranges: str) -> LinearAxis:
@@ -136,8 +136,8 @@ def embedded(figures: Mapping[str, figure]) -> tuple[dict[str, str], str]:
         return {}, ""
     document = Document()
     with document.models.freeze():  # once for all, instead of looking for all models again with each picture
-        for made in figures.values():
-            document.add_root(made)
+        for plot in figures.values():
+            document.add_root(plot)
     script, places = components(dict(figures), wrap_script=False)
     return places, script
 

@@ -1,4 +1,4 @@
-"""The page: what was found in a few sentences, then section after section, and one script that draws the pictures.
+"""The page: the result in a few sentences, then section after section, and one script that draws the pictures.
 
 Nothing is ever fetched: the page forbids itself any connection, and any script but its own two, known by their hashes.
 Without scripts everything but the pictures is there.
@@ -8,146 +8,115 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import called, ms, percent
-from attnsurgery.search.result.record import Record
+from markupsafe import Markup
+
+from attnsurgery.search.report.section import builders
+from attnsurgery.search.report.template import html, html_file
+from attnsurgery.search.report.words import ms, percent, rung_name
+from attnsurgery.search.result.record import Record, Timing
 
 if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
-_STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-
-_NO_SCRIPT = '<noscript><p class="note">Pictures need JavaScript, which is off; all the rest is here.</p></noscript>'
-
 
 def render(outcome: Outcome, control: Control | None = None) -> str:
-    """The whole page."""
+    """The whole page as HTML."""
     from attnsurgery.search.report.figures import embedded, library  # Bokeh takes a while to import
 
-    sections = list(_sections(outcome, control))
-    pictures = {_name(section, index): made for section in sections for index, made in enumerate(section.figures)}
-    places, script = embedded(pictures)
+    sections = [section for build in builders() if (section := build(outcome, control)) is not None]
+    figures = {f"{section.anchor}-{i}": figure for section in sections for i, figure in enumerate(section.figures)}
+    divs, script = embedded(figures)
     scripts = [library(), script]
-    title = f"{outcome.config.base}, {Path(outcome.config.space).stem}, {outcome.budgets.describe()}"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
-            '<meta name="viewport" content="width=device-width">',
-            f"<title>attnsurgery: {escape(title)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            *_summary(outcome),
-            _contents(sections),
-            _NO_SCRIPT,
-            *(_shown(section, places) for section in sections),
-            *(f"<script>{text}</script>" for text in scripts),
-            "</body></html>\n",
-        ]
+    return html_file(
+        "page.html",
+        policy=_policy(scripts),
+        title=f"{outcome.config.base}, {Path(outcome.config.space).stem}, {outcome.budgets.describe()}",
+        summary=_summary(outcome),
+        sections=sections,
+        divs={name: Markup(div) for name, div in divs.items()},
+        scripts=[Markup(script) for script in scripts],
     )
 
 
-def _sections(outcome: Outcome, control: Control | None) -> Iterator[Section]:
-    """What there is to show, in order."""
-    from attnsurgery.search.report import (
-        checklist,
-        conditions,
-        heat_map,
-        pareto,
-        progress,
-        proxies,
-        rungs,
-        trials,
-        winner,
-    )
-
-    found = (
-        pareto.section(outcome),
-        progress.section(outcome, control),
-        heat_map.section(outcome),
-        rungs.section(outcome),
-        proxies.section(outcome),
-        winner.section(outcome),
-        trials.section(outcome),
-        conditions.section(outcome),
-        checklist.section(outcome, control),
-    )
-    yield from (section for section in found if section is not None)
+_SUMMARY = """\
+{% for text in verdicts %}
+<p class="verdict">{{ text }}</p>
+{% endfor %}
+{% if best %}
+<p>{{ role }}: <b>{{ best }}</b> (trial {{ number }}, <code>{{ name }}</code>), {{ result }}.</p>
+{% if choice %}
+<p>Chosen among {{ choice }}.</p>
+{% endif %}
+{% if again %}
+<p>Measured again after the search: {{ again }}.</p>
+{% endif %}
+{% else %}
+<p>No candidate was trained within {{ budgets }} so far.</p>
+{% endif %}
+"""
 
 
-def _summary(outcome: Outcome) -> Iterator[str]:
-    best, base = outcome.best, outcome.base
-    if outcome.interrupted:
-        yield f'<p class="verdict">Interrupted: the same command goes on from here. {_so_far(outcome)}</p>'
-    elif outcome.confirmation is None and best is not None:
-        yield f'<p class="verdict">Not finished: {_so_far(outcome)}</p>'
-    if outcome.confirmation:
-        yield f'<p class="verdict">{escape(outcome.confirmation.sentence())}</p>'
+def _summary(outcome: Outcome) -> Markup:
+    """The verdict if there is one, the best candidate, and its latency measured again."""
+    best, confirmation = outcome.best, outcome.confirmation
     if best is None or best.timing is None:
-        yield f"<p>No candidate was trained within {outcome.budgets.describe()} so far.</p>"
-        return
-    name = str(best.recipe["name"]) if best.recipe else ""
-    called_best = "The winner" if outcome.confirmation else "Best on validation"
-    yield (
-        f"<p>{called_best}: <b>{escape(best.what())}</b> (trial {best.number}, <code>{escape(name)}</code>), "
-        f"{percent(best.final_top1)} on validation at {ms(best.timing)}; {_against(best, base)}"
-        f"{f' at {base.timing.ms:.3g} ms' if base.timing else ''}.</p>"
+        return html(_SUMMARY, verdicts=_verdicts(outcome), best="", budgets=outcome.budgets.describe())
+    return html(
+        _SUMMARY,
+        verdicts=_verdicts(outcome),
+        best=best.what(),
+        role="The winner" if confirmation else "Best on validation",
+        number=best.number,
+        name=best.recipe["name"] if best.recipe else "",
+        result=f"{percent(best.final_top1)} on validation at {ms(best.timing)}; {_against(best, outcome.base)}",
+        choice=confirmation.choice() if confirmation else "",
+        again=_again(confirmation.timing, outcome.config.most_ms) if confirmation else "",
     )
-    if outcome.confirmation:
-        if choice := outcome.confirmation.choice():
-            yield f"<p>Chosen among {escape(choice)}.</p>"
-        again, budget = outcome.confirmation.timing, outcome.config.most_ms
-        words = ""
-        if budget is not None:
-            over = again.ms > budget
-            words = f", which is over the budget of {budget:g} ms" if over else ", within the budget"
-        yield f"<p>Measured again after the search: {ms(again)}{words}.</p>"
 
 
-def _so_far(outcome: Outcome) -> str:
-    return (
+def _verdicts(outcome: Outcome) -> list[str]:
+    """The state of a search that has not ended, and the verdict of one that was confirmed."""
+    so_far = (
         f"{outcome.trained} of {outcome.config.trials} wanted candidates are trained, and the best has not been judged "
         "on test images."
     )
+    verdicts = []
+    if outcome.interrupted:
+        verdicts.append(f"Interrupted: the same command goes on from here. {so_far}")
+    elif outcome.confirmation is None and outcome.best is not None:
+        verdicts.append(f"Not finished: {so_far}")
+    if outcome.confirmation:
+        verdicts.append(outcome.confirmation.sentence())
+    return verdicts
 
 
 def _against(best: Record, base: Record) -> str:
-    """The base's accuracy to hold the best's against: of an equally long training."""
+    """The base's accuracy after an equally long training, and its latency."""
     rung = min(best.reached, base.reached)
+    latency = f" at {base.timing.ms:.3g} ms" if base.timing else ""
     if rung == best.reached:
-        return f"the base trained equally long: {percent(base.top1_on(rung))}"
+        return f"the base trained equally long: {percent(base.top1_on(rung))}{latency}"
     return (
-        f"the base was not trained that long; on {called(rung)}, which both were on, {percent(best.top1_on(rung))} "
-        f"against its {percent(base.top1_on(rung))}"
+        f"the base was not trained that long; on {rung_name(rung)}, which both were on, {percent(best.top1_on(rung))} "
+        f"against its {percent(base.top1_on(rung))}{latency}"
     )
 
 
-def _contents(sections: list[Section]) -> str:
-    links = (f'<a href="#{section.anchor}">{escape(section.title.partition(":")[0])}</a>' for section in sections)
-    return f"<nav>{' · '.join(links)}</nav>"
-
-
-def _shown(section: Section, places: dict[str, str]) -> str:
-    key = "".join(f'<span><b style="color: {mark.colour}">{mark.sign}</b> {mark.words}</span>' for mark in section.key)
-    key = f'<p class="key">{key}</p>' if key else ""
-    drawn = "".join(f'<div class="paper">{key}{places[_name(section, i)]}</div>' for i in range(len(section.figures)))
-    pictures = f'<div class="pictures">{drawn}</div>' if drawn else ""
-    head = f'<h2 id="{section.anchor}">{escape(section.title)}</h2>'
-    return f"<section>{head}{section.above}{pictures}{section.below}</section>"
-
-
-def _name(section: Section, index: int) -> str:
-    return f"{section.anchor}-{index}"
+def _again(timing: Timing, budget_ms: float | None) -> str:
+    """The latency measured after the search, against its budget."""
+    if budget_ms is None:
+        return ms(timing)
+    if timing.ms > budget_ms:
+        return f"{ms(timing)}, which is over the budget of {budget_ms:g} ms"
+    return f"{ms(timing)}, within the budget"
 
 
 def _policy(scripts: list[str]) -> str:
-    """What a browser may do with the page: draw it."""
+    """The Content-Security-Policy that lets a browser draw the page and do nothing else."""
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
 

@@ -1,12 +1,20 @@
-"""Section: one part of the page, as words and the pictures between them."""
+"""Section: one part of the page, as words and the pictures between them, and how a section registers itself."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure
+
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
+
+_PACKAGE = "attnsurgery.search.report.sections"
 
 
 @dataclass(frozen=True)
@@ -14,20 +22,59 @@ class Mark:
     """A line of a key."""
 
     sign: str
-    """As HTML: a letter that looks like the mark."""
+    """A letter that looks like the mark."""
     colour: str
     words: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """Words are HTML: whatever came from outside is escaped by who wrote the section."""
+    """One part of the page. Strings in it are text and get escaped, unless `template.html()` made them."""
 
     anchor: str
+    """What a link to the section ends with; unique on the page."""
     title: str
+    """The part before a colon stands in the table of contents."""
     above: str = ""
+    """Shown above the pictures."""
     figures: tuple[figure, ...] = ()
-    """Side by side where they are several."""
+    """Drawn side by side if there are several."""
     key: tuple[Mark, ...] = ()
-    """What stands for what in the pictures."""
+    """The meaning of the marks in the pictures."""
     below: str = ""
+    """Shown below the pictures."""
+
+
+if TYPE_CHECKING:
+    Build = Callable[[Outcome, Control | None], Section | None]
+    B = TypeVar("B", bound=Build)
+else:
+    B = TypeVar("B")
+
+_builders: dict[int, Build] = {}
+
+
+def register(order: int) -> Callable[[B], B]:
+    """A decorator for the function that builds a section from an outcome and its random control, or returns None.
+
+    Args:
+        order: sections stand on the page in ascending order.
+
+    Raises:
+        ValueError: another section has this order.
+    """
+
+    def enter(build: B) -> B:
+        if _builders.setdefault(order, build) is not build:
+            raise ValueError(f"two sections of the report have order {order}: {_builders[order]} and {build}")
+        return build
+
+    return enter
+
+
+def builders() -> list[Build]:
+    """The functions that build sections, in the order of the page."""
+    package = importlib.import_module(_PACKAGE)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{_PACKAGE}.{module.name}")
+    return [_builders[order] for order in sorted(_builders)]

@@ -16,30 +16,30 @@ STATES = {
 
 
 def state(record: Record) -> str:
-    """The key in STATES that says most of a trial."""
+    """The key in STATES that says most about a trial."""
     return "outgrown" if record.state == "over_budget" and record.top1 is not None else record.state
 
 
 def percent(share: float | None) -> str:
-    """'95.82 %', or '' of nothing."""
+    """'95.82 %', or '' if there is no share."""
     return "" if share is None else f"{100 * share:.2f} %"
 
 
-def scored_by(by: RankBy) -> str:
-    """What candidates are ranked by, as the name of an axis on which higher is better."""
+def score_label(by: RankBy) -> str:
+    """The label of an axis of scores, on which higher is better."""
     return "validation top-1, %" if by == "top1" else "validation loss, up is better"
 
 
 def score(record: Record, rung: int, by: RankBy) -> float:
-    """That of one candidate, 0 where it has none."""
-    found = record.score_on(rung, by)
-    return 0.0 if found is None else 100 * found if by == "top1" else found
+    """The score of a candidate after a rung: top-1 in %, or the negated loss; 0 if it has none."""
+    value = record.score_on(rung, by)
+    return 0.0 if value is None else 100 * value if by == "top1" else value
 
 
 def loss(record: Record, rung: int) -> str:
-    """'0.4821', or '' where there is none."""
-    found = record.score_on(rung, "loss")
-    return "" if found is None else f"{-found:.4f}"
+    """'0.4821', or '' if there is no loss."""
+    value = record.score_on(rung, "loss")
+    return "" if value is None else f"{-value:.4f}"
 
 
 def points(share: float) -> str:
@@ -55,18 +55,18 @@ def ms(timing: Timing | None, unit: str = " ms") -> str:
     return f"{timing.ms:.3f} ± {half:.3f}{unit}"
 
 
-def counted(count: int, what: str) -> str:
+def quantity(count: int, noun: str) -> str:
     """'1 candidate', '2,000 candidates'."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def who(record: Record) -> str:
-    """What a trial is called."""
+def record_name(record: Record) -> str:
+    """'the base' or 'trial 3'."""
     return "the base" if record.number < 0 else f"trial {record.number}"
 
 
-def called(rung: int) -> str:
-    """What a rung is called: people count from 1, the lowest."""
+def rung_name(rung: int) -> str:
+    """'rung 1' for the lowest, which is 0 inside."""
     return f"rung {rung + 1}"
 
 

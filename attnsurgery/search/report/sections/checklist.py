@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Literal
 
-from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import counted, duration, ms, points
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import duration, ms, points, quantity
 from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation
 from attnsurgery.search.result.record import Record
 
@@ -36,25 +36,28 @@ class Item:
     fact: str
 
 
-def section(outcome: Outcome, control: Control | None) -> Section:
+@register(order=90)
+def section(outcome: Outcome, control: Control | None = None) -> Section:
     """All questions as a table."""
     items = checklist(outcome, control)
     counts = Counter(item.answer for item in items)
-    rows = "".join(
-        f'<tr><td>{escape(item.question)}</td><td class="{item.answer}">{item.answer}</td>'
-        f"<td>{escape(item.fact)}</td></tr>"
-        for item in items
-    )
-    return Section(
-        "checklist",
-        "Checklist",
-        above=f"<p>{counts['yes']} yes, {counts['partly']} partly, {counts['no']} no; filled in from what this search "
-        "has written down.</p>",
-        below=f"<table><tbody>{rows}</tbody></table>"
-        '<p class="faint">The questions follow M. Lindauer and F. Hutter, “Best Practices for Scientific Research on '
-        "Neural Architecture Search”, Journal of Machine Learning Research 21(243), 2020 (arXiv 1909.02453), as far as "
-        "they can be asked of a single search.</p>",
-    )
+    return Section("checklist", "Checklist", above=html(_ABOVE, counts=counts), below=html(_BELOW, items=items))
+
+
+_ABOVE = """\
+<p>{{ counts["yes"] }} yes, {{ counts["partly"] }} partly, {{ counts["no"] }} no; filled in from what this search has
+written down.</p>
+"""
+_BELOW = """\
+<table><tbody>
+{% for item in items %}
+<tr><td>{{ item.question }}</td><td class="{{ item.answer }}">{{ item.answer }}</td><td>{{ item.fact }}</td></tr>
+{% endfor %}
+</tbody></table>
+<p class="faint">The questions follow M. Lindauer and F. Hutter, “Best Practices for Scientific Research on Neural
+Architecture Search”, Journal of Machine Learning Research 21(243), 2020 (arXiv 1909.02453), as far as they can be asked
+of a single search.</p>
+"""
 
 
 def checklist(outcome: Outcome, control: Control | None = None) -> list[Item]:
@@ -73,7 +76,7 @@ def _settings(outcome: Outcome) -> Item:
     return Item(
         "Are training settings and seeds stated exactly?",
         "yes" if training else "no",
-        f"{counted(config.epochs, 'epoch')} of {training.get('optimizer', '?')} at {config.lr:g}, batch "
+        f"{quantity(config.epochs, 'epoch')} of {training.get('optimizer', '?')} at {config.lr:g}, batch "
         f"{config.train_batch_size}, seed {config.seed}; the rest is under Conditions.",
     )
 
@@ -118,7 +121,7 @@ def _same_epochs(outcome: Outcome) -> Item:
     if best is None:
         return Item(question, "no", "Nothing was trained to hold beside the base.")
     ours, theirs = _epochs(best), _epochs(base)
-    fact = f"The best candidate was trained for {counted(ours, 'epoch')} when it was chosen, the base for {theirs}"
+    fact = f"The best candidate was trained for {quantity(ours, 'epoch')} when it was chosen, the base for {theirs}"
     if outcome.confirmation:
         fact += f"; in the confirmation both for {outcome.confirmation.epochs}"
     answer: Answer = "yes" if ours == theirs else "partly" if outcome.confirmation else "no"
@@ -162,7 +165,7 @@ def _seeds(outcome: Outcome) -> Item:
         return Item(question, "no", "There is no verdict yet.")
     seeds = outcome.confirmation.seeds
     answer: Answer = "yes" if seeds >= _SEEDS else "partly" if seeds > 1 else "no"
-    return Item(question, answer, f"{counted(seeds, 'seed')} each; images, and not seeds, are what is counted.")
+    return Item(question, answer, f"{quantity(seeds, 'seed')} each; images, and not seeds, are what is counted.")
 
 
 def _enough_images(outcome: Outcome) -> Item:
@@ -180,8 +183,8 @@ def _enough_images(outcome: Outcome) -> Item:
         question,
         answer,
         f"On {images:,} images a standard error is {100 * error:.2f} points, and the best of "
-        f"{counted(count, 'candidate')} no better than the base would lead by up to {100 * luck:.2f} by luck; it leads "
-        f"by {points(lead)}.",
+        f"{quantity(count, 'candidate')} no better than the base would lead by up to {100 * luck:.2f} by luck; it "
+        f"leads by {points(lead)}.",
     )
 
 
@@ -189,11 +192,11 @@ def _many_candidates(outcome: Outcome) -> Item:
     question = "Is the verdict a single planned test, however many candidates there were?"
     found = outcome.confirmation
     if found is None:
-        return Item(question, "no", f"There is no test yet; {counted(outcome.trained, 'candidate')} were compared.")
+        return Item(question, "no", f"There is no test yet; {quantity(outcome.trained, 'candidate')} were compared.")
     return Item(
         question,
         "yes" if found.looks == 1 else "no",
-        f"{counted(outcome.trained, 'candidate')} competed on validation, one was tested: {_test(found)}, "
+        f"{quantity(outcome.trained, 'candidate')} competed on validation, one was tested: {_test(found)}, "
         f"p = {found.p_value:.3g}, "
         f"called significant below {SIGNIFICANT:g}{'' if found.looks == 1 else f'; but it is test {found.looks}'}.",
     )
@@ -287,5 +290,5 @@ def _all_trials(outcome: Outcome) -> Item:
     return Item(
         "Are all trials reported, also those that failed?",
         "yes",
-        f"{counted(len(outcome.records), 'trial')}, {failed}{apart}.",
+        f"{quantity(len(outcome.records), 'trial')}, {failed}{apart}.",
     )

@@ -10,66 +10,74 @@ from bokeh.plotting import figure
 
 from attnsurgery.search.report.colours import BLUE
 from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
-from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import called, counted, score, scored_by
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import quantity, rung_name, score, score_label
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.result.statistics import kendall_tau_b
 from attnsurgery.settings import RankBy
 
 if TYPE_CHECKING:
+    from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
 _FEW = 5
 """Rank correlations of fewer say hardly anything."""
 
 
-def section(outcome: Outcome) -> Section | None:
+@register(order=40)
+def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     """One scatter for each rung that has another below it; None where no candidate was promoted."""
-    found = trained(outcome.records)
-    both = [[record for record in found if record.reached > rung] for rung in range(outcome.top_rung)]
+    candidates = trained(outcome.records)
+    both = [[record for record in candidates if record.reached > rung] for rung in range(outcome.top_rung)]
     if not both:
         return None
     by = outcome.config.rank_by
     figures = tuple(_scatter(rung, records, by) for rung, records in enumerate(both))
-    said = " ".join(_words(rung, records, by) for rung, records in enumerate(both))
+    sentences = [_words(rung, records, by) for rung, records in enumerate(both)]
     if outcome.trust:
-        said += f" The supernet, rung 1: {outcome.trust.sentence()}."
+        sentences.append(f"The supernet, rung 1: {outcome.trust.sentence()}.")
     return Section(
         "rungs",
         "Rungs: does a short training predict a longer one?",
         figures=figures,
-        below=f"<p>{said}</p>"
-        '<p class="faint">Kendall\'s tau-b is 1 where both rungs order candidates alike, and 0 where they have nothing '
-        "to do with each other. Only promoted candidates are on both: it tells how the lower rung orders the better "
-        "ones among themselves, which is harder than to tell good from bad.</p>",
+        below=html(_BELOW, sentences=sentences),
     )
+
+
+_BELOW = """\
+<p>{{ sentences | join(" ") }}</p>
+<p class="faint">Kendall's tau-b is 1 where both rungs order candidates alike, and 0 where they have nothing to do with
+each other. Only promoted candidates are on both: it tells how the lower rung orders the better ones among themselves,
+which is harder than to tell good from bad.</p>
+"""
 
 
 def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
     lower, higher = _scores(rung, records, by), _scores(rung + 1, records, by)
-    made = chart(
-        f"{scored_by(by)}, {called(rung)}",
-        called(rung + 1),
+    plot = chart(
+        f"{score_label(by)}, {rung_name(rung)}",
+        rung_name(rung + 1),
         340,
         x_range=padded_range(lower, 0.1),
         y_range=padded_range(higher, 0.1),
     )
-    made.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
-    marks = made.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
-    hover(made, [marks])
+    plot.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
+    marks = plot.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
+    hover(plot, [marks])
     if by == "loss":
-        label_losses(made, x=True)
-    return made
+        label_losses(plot, x=True)
+    return plot
 
 
 def _tau(rung: int, records: Sequence[Record], by: RankBy) -> str:
     tau = kendall_tau_b(_scores(rung, records, by), _scores(rung + 1, records, by))
-    return f"tau-b {'undefined' if tau is None else f'{tau:.2f}'}, {counted(len(records), 'candidate')}"
+    return f"tau-b {'undefined' if tau is None else f'{tau:.2f}'}, {quantity(len(records), 'candidate')}"
 
 
 def _words(rung: int, records: Sequence[Record], by: RankBy) -> str:
     few = ", which is too few to mean much" if len(records) < _FEW else ""
-    return f"{called(rung).capitalize()} to {called(rung + 1)}: {_tau(rung, records, by)}{few}."
+    return f"{rung_name(rung).capitalize()} to {rung_name(rung + 1)}: {_tau(rung, records, by)}{few}."
 
 
 def _scores(rung: int, records: Sequence[Record], by: RankBy) -> list[float]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from attnsurgery.search.report.section import Section
-from attnsurgery.search.report.words import counted
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import quantity
 from attnsurgery.search.rungs import rungs_of
 from attnsurgery.settings import settings_of
 
 if TYPE_CHECKING:
     from attnsurgery.search.config import SearchConfig
+    from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
 
-def section(outcome: Outcome) -> Section:
+@register(order=80)
+def section(outcome: Outcome, control: Control | None = None) -> Section:
     """Latency, data, training, versions, command."""
     about, config = outcome.about, outcome.config
     rows = {
@@ -34,13 +36,20 @@ def section(outcome: Outcome) -> Section:
         "Settings": _settings(config) or "all as they are by default",
         "Code": "; then ".join(about.code),
     }
-    listed = "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows.items())
     return Section(
-        "conditions",
-        "Conditions",
-        below=f"<dl>{listed}</dl><p>The command that does this:</p>"
-        f"<pre>{escape(about.command or '(run from Python)')}</pre>",
+        "conditions", "Conditions", below=html(_BELOW, rows=rows, command=about.command or "(run from Python)")
     )
+
+
+_BELOW = """\
+<dl>
+{% for name, words in rows.items() %}
+<dt>{{ name }}</dt><dd>{{ words }}</dd>
+{% endfor %}
+</dl>
+<p>The command that does this:</p>
+<pre>{{ command }}</pre>
+"""
 
 
 def _settings(config: SearchConfig) -> str:
@@ -73,7 +82,7 @@ def _rungs(config: SearchConfig) -> str:
 
 
 def _weights(outcome: Outcome) -> str:
-    config, length = outcome.config, counted(outcome.config.base_epochs, "epoch")
+    config, length = outcome.config, quantity(outcome.config.base_epochs, "epoch")
     head = f" and a new head, fitted by itself for {length}" if outcome.about.fresh == "head" else ""
     head += f" ({outcome.about.head})" if outcome.about.head else ""
     if config.pretrained:

@@ -1,0 +1,60 @@
+"""How training-free proxies order the candidates that were trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import quantity, score
+from attnsurgery.search.result.record import Record, trained
+from attnsurgery.search.result.statistics import kendall_tau_b
+
+if TYPE_CHECKING:
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
+
+_FEW = 5
+_NAMES = {
+    "parameters": "parameters",
+    "macs": "multiply-accumulates",
+    "grad_norm": "gradient norm of one batch (Abdelfattah et al., ICLR 2021)",
+    "synflow": "synaptic flow (Tanaka et al., NeurIPS 2020)",
+}
+
+_MEASURES = {"top1": "validation top-1", "loss": "validation loss, negated,"}
+
+
+@register(order=50)
+def section(outcome: Outcome, control: Control | None = None) -> Section | None:
+    """A line for each proxy; None where too few candidates were trained."""
+    candidates, by = trained(outcome.records), outcome.config.rank_by
+    rows = []
+    for name, words in _NAMES.items():
+        pairs = [(value, score(record, 0, by)) for record in candidates if (value := _value(record, name)) is not None]
+        if len(pairs) >= _FEW:
+            tau = kendall_tau_b([value for value, _ in pairs], [score for _, score in pairs])
+            rows.append((words, "undefined" if tau is None else f"{tau:+.2f}", quantity(len(pairs), "candidate")))
+    if not rows:
+        return None
+    return Section(
+        "proxies",
+        "Proxies: would one have known without training?",
+        below=html(_BELOW, rows=rows, measure=_MEASURES[by]),
+    )
+
+
+_BELOW = """\
+<table><thead><tr><th>proxy</th><th class="n">tau-b</th><th></th></tr></thead>
+<tbody>
+{% for proxy, tau, count in rows %}
+<tr><td>{{ proxy }}</td><td class="n">{{ tau }}</td><td>{{ count }}</td></tr>
+{% endfor %}
+</tbody></table>
+<p class="faint">Kendall's tau-b between the proxy and the {{ measure }} after training. Near 0, training was needed to
+tell candidates apart; far from it, the proxy would have told for nothing. The search does not follow them.</p>
+"""
+
+
+def _value(record: Record, name: str) -> float | None:
+    return {"parameters": record.parameters, "macs": record.macs}.get(name) or record.proxies.get(name)

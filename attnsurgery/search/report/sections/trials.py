@@ -1,0 +1,97 @@
+"""Every trial as a row of a table, and the number of trials in each state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import STATES, loss, ms, percent, rung_name, state
+from attnsurgery.search.result.record import Record
+
+if TYPE_CHECKING:
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
+
+
+@register(order=70)
+def section(outcome: Outcome, control: Control | None = None) -> Section:
+    """The number of trials in each state, and the table."""
+    counts = Counter(state(record) for record in outcome.records)
+    tally = ", ".join(f"{counts[name]} {words}" for name, words in STATES.items() if counts[name])
+    rungs = range(outcome.top_rung + 1)
+    names = ("val top-1", "val loss")
+    best = outcome.best.number if outcome.best else None
+    records = [record for record in outcome.records if record.state != "too_many_blocks"]  # the tally counts those
+    return Section(
+        "trials",
+        "Trials",
+        above=html(_ABOVE, tally=tally or "none yet", candidates=f"{outcome.about.candidates:,}"),
+        below=html(
+            _BELOW,
+            columns=[(name, rung_name(rung) if outcome.top_rung else "") for rung in rungs for name in names],
+            rows=[_row(outcome.base, rungs, None), *(_row(record, rungs, best) for record in records)],
+        ),
+    )
+
+
+_ABOVE = "<p>{{ tally }}; the space has {{ candidates }} candidates.</p>"
+_BELOW = """\
+<div class="scroll"><table>
+<thead><tr>
+<th class="n">trial</th><th>blocks</th><th class="n">latency, ms</th>
+{% for name, rung in columns %}
+<th class="n">{{ name }}{% if rung %}<br>{{ rung }}{% endif %}</th>
+{% endfor %}
+<th class="n">parameters</th><th>outcome</th>
+</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr{% if row.best %} class="best"{% endif %}>
+<td class="n">{{ row.number }}</td><td class="what">{{ row.blocks }}</td>
+{% for number in row.numbers %}
+<td class="n">{{ number }}</td>
+{% endfor %}
+<td>{{ row.outcome }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+"""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table, as text."""
+
+    number: str
+    blocks: str
+    numbers: list[str]
+    """Latency, the two scores of each rung, parameters; empty where there is none."""
+    outcome: str
+    best: bool
+
+
+def _row(record: Record, rungs: Sequence[int], best: int | None) -> _Row:
+    scores = [text for rung in rungs for text in (percent(record.top1_on(rung)), loss(record, rung))]
+    parameters = f"{record.parameters:,}" if record.parameters else ""
+    return _Row(
+        number="base" if record.number < 0 else str(record.number),
+        blocks=record.what(),
+        numbers=[ms(record.timing, unit=""), *scores, parameters],
+        outcome=_outcome(record),
+        best=record.number == best,
+    )
+
+
+def _outcome(record: Record) -> str:
+    """The state of a trial, with its reason."""
+    words = "reference" if record.number < 0 else STATES[state(record)]
+    if record.duplicate_of is not None:
+        words += f" (as {'the base' if record.duplicate_of < 0 else f'trial {record.duplicate_of}'})"
+    if record.reason:
+        words += f": {record.reason}"
+    if record.halted:
+        words += f"; not promoted: {record.halted}"
+    return words

@@ -1,0 +1,140 @@
+"""The best candidate drawn on the model: its stages in a row, the places of the space in them, and what stands there.
+
+Plain HTML and no picture: it reads without a script, wraps on a narrow screen, and follows light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from attnsurgery.search.report.colours import FAMILIES
+from attnsurgery.search.report.section import Section, register
+from attnsurgery.search.report.template import html
+from attnsurgery.search.report.words import quantity
+from attnsurgery.search.result.about import About, Spot
+from attnsurgery.search.space import NONE
+
+if TYPE_CHECKING:
+    from attnsurgery.search.report.control import Control
+    from attnsurgery.search.result.outcome import Outcome
+
+
+@register(order=60)
+def section(outcome: Outcome, control: Control | None = None) -> Section | None:
+    """The winner's blocks at their places; None before there is one."""
+    best = outcome.best
+    if best is None:
+        return None
+    about, labels = outcome.about, {place: label for place, label in best.assignment.items() if label != NONE}
+    families = sorted({_family(label) for record in outcome.records for label in record.assignment.values()} - {NONE})
+    colours = {family: FAMILIES[index % len(FAMILIES)] for index, family in enumerate(families)}
+    boxes = [_Box("images", _size(*about.input_size))]
+    for stage in about.stages:
+        size = _size(stage.channels, stage.height, stage.width)
+        own_blocks = f"{quantity(stage.blocks, 'block')} of its own"
+        boxes.append(_Box(f"stage {stage.number}", size, own_blocks, _lines(about, stage.number, labels, colours)))
+    outside = [line for number in _other_stages(about) for line in _lines(about, number, labels, colours)]
+    if outside:
+        boxes.append(_Box("outside the stages", lines=outside))
+    boxes.append(_Box("head"))
+    return Section(
+        "winner",
+        "The best candidate",
+        below=html(_BELOW, boxes=boxes, base=outcome.config.base, blocks=quantity(best.blocks, "block")),
+    )
+
+
+_BELOW = """\
+<div class="model">
+{% for box in boxes %}
+<div class="stage{{ "" if box.lines or box.own_blocks else " small" }}"><h3>{{ box.title }}</h3>
+<p>{{ box.size }}{% if box.own_blocks %}<br>{{ box.own_blocks }}{% endif %}</p>
+{% for line in box.lines %}
+{% if line.empty %}
+<div class="empty">{% for address in line.empty %}<span title="{{ address }}">○</span> {% endfor %}</div>
+{% else %}
+<div class="block" style="--c: {{ line.colour }}" title="{{ line.size }}"><b>{{ line.family }}</b>
+{%- if line.options %}<br>{{ line.options }}{% endif %}<br><span>{{ line.site }}</span></div>
+{% endif %}
+{% endfor %}
+</div>
+{{ "" if loop.last else '<div class="arrow" aria-hidden="true">→</div>' | safe }}
+{% endfor %}
+</div>
+<p class="faint">{{ base }} with {{ blocks }}; ○ is a place that the space offers and the candidate leaves as it is.</p>
+"""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A block, or a run of empty sites."""
+
+    empty: tuple[str, ...] = ()
+    """Addresses of neighbouring sites without a block."""
+    family: str = ""
+    options: str = ""
+    site: str = ""
+    size: str = ""
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A part of the model: the input, a stage, the head."""
+
+    title: str
+    size: str = ""
+    """Channels, height and width of its features."""
+    own_blocks: str = ""
+    """How many residual blocks the base has there."""
+    lines: Sequence[_Line] = ()
+
+
+def _size(channels: int, height: int, width: int) -> str:
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, (channels, height, width)))
+
+
+def _other_stages(about: About) -> list[int | None]:
+    """Stages of sites that are none of the model's stages; None if a site is in no stage."""
+    numbers = {spot.stage for place in about.places for spot in place.spots} - {stage.number for stage in about.stages}
+    return sorted(numbers, key=lambda stage: (stage is None, stage or 0))
+
+
+def _lines(about: About, stage: int | None, labels: Mapping[str, str], colours: Mapping[str, str]) -> list[_Line]:
+    """The sites of a stage in order of execution."""
+    lines: list[_Line] = []
+    for empty, group in groupby(_spots(about, stage, labels), key=lambda pair: not pair[1]):
+        if empty:
+            lines.append(_Line(empty=tuple(spot.address for spot, _ in group)))
+        else:
+            lines += [_block(spot, label, colours[_family(label)]) for spot, label in group]
+    return lines
+
+
+def _spots(about: About, stage: int | None, labels: Mapping[str, str]) -> Iterator[tuple[Spot, str]]:
+    """Every site of the space in the stage once for each block there, or once with '' if there is none."""
+    labels_at: dict[str, tuple[Spot, list[str]]] = {}
+    for place in about.places:
+        for spot in place.spots:
+            if spot.stage == stage:
+                blocks = labels_at.setdefault(spot.address, (spot, []))[1]
+                blocks += [labels[place.name]] if place.name in labels else []
+    for spot, blocks in sorted(labels_at.values(), key=lambda pair: pair[0].depth):
+        yield from ((spot, label) for label in blocks or [""])
+
+
+def _block(spot: Spot, label: str, colour: str) -> _Line:
+    return _Line(
+        family=_family(label),
+        options=label.partition("(")[2].removesuffix(")"),
+        site=f"{'around' if spot.role == 'span' else 'at'} {spot.address}",
+        size=_size(spot.channels, spot.height, spot.width),
+        colour=colour,
+    )
+
+
+def _family(label: str) -> str:
+    return label.partition("(")[0]
