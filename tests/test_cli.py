@@ -95,7 +95,8 @@ def test_command_files_import_nothing_heavy():
         assert not held & {"torch", "timm", "optuna", "rich"}, found.name
 
 
-def test_version_tells_those_of_what_it_stands_on():
+def test_version_names_dependencies():
+    """`--version` prints one line, with the versions of the libraries that matter."""
     result = call("--version")
     assert result.exit_code == 0
     assert f"timm {timm.__version__}" in result.stdout
@@ -105,7 +106,8 @@ def test_version_tells_those_of_what_it_stands_on():
 @pytest.mark.parametrize(
     "arguments", [["nonsense"], ["inspect"], ["inspect", "test_resnet", "--nonsense"], ["schema", "x"]]
 )
-def test_wrong_usage_returns_2_and_says_where_help_is(arguments: list[str]):
+def test_wrong_usage_returns_2_names_help(arguments: list[str]):
+    """Wrong usage returns 2, names --help, and writes nothing to stdout."""
     result = call(*arguments)
     assert result.exit_code == 2
     assert "--help" in result.stderr
@@ -122,7 +124,8 @@ def app_that_raises(error: BaseException) -> typer.Typer:
     return app
 
 
-def test_an_unforeseen_error_is_called_a_bug_and_shown_in_full_on_demand():
+def test_unforeseen_error_is_called_a_bug():
+    """An unforeseen error is called a bug, and --debug shows its traceback."""
     app = app_that_raises(KeyError("lost"))
     message = refusal(CliRunner().invoke(app, ["fail"]), 1)
     assert "this is a bug in attnsurgery: KeyError: 'lost'. Run it again as 'attnsurgery --debug ...'" in message
@@ -136,23 +139,27 @@ def test_an_unforeseen_error_is_called_a_bug_and_shown_in_full_on_demand():
     ("error", "message"),
     [(PermissionError(13, "Permission denied", "/x"), "Permission denied: /x."), (MemoryError(), "out of memory")],
 )
-def test_what_the_machine_refuses_is_not_called_a_bug(error: Exception, message: str):
+def test_system_error_is_not_called_a_bug(error: Exception, message: str):
+    """An error of the operating system or a lack of memory is not called a bug."""
     said = refusal(CliRunner().invoke(app_that_raises(error), ["fail"]), 1)
     assert message in said
     assert "bug" not in said
 
 
-def test_an_error_of_ours_returns_its_own_code():
+def test_error_of_package_returns_own_code():
+    """An error of the package returns the exit code of its class."""
     assert "no candidate" in refusal(
         CliRunner().invoke(app_that_raises(NothingFeasibleError("no candidate")), ["fail"]), 3
     )
 
 
-def test_an_interruption_returns_130_without_a_traceback():
+def test_interruption_returns_130():
+    """An interruption returns 130, without a traceback."""
     assert refusal(CliRunner().invoke(app_that_raises(KeyboardInterrupt()), ["fail"]), 130) == "error: interrupted.\n"
 
 
-def test_main_exits_with_the_code_of_the_command(capsys: pytest.CaptureFixture[str]):
+def test_main_exits_with_code_of_command(capsys: pytest.CaptureFixture[str]):
+    """`main` exits with the code of the command."""
     with pytest.raises(SystemExit) as done:
         main(["--version"])
     assert done.value.code == 0
@@ -173,7 +180,8 @@ def test_the_module_runs_as_a_command():
 # ---- inspect
 
 
-def test_inspect_shows_stages_blocks_and_branches():
+def test_inspect_shows_blocks_and_branches():
+    """`inspect` shows stages, blocks and branches, and every site with --all."""
     result = call("inspect", "test_resnet")
     assert result.exit_code == 0
     assert "layer3.0 " in result.stdout
@@ -183,13 +191,15 @@ def test_inspect_shows_stages_blocks_and_branches():
     assert "\x1b" not in result.stdout
 
 
-def test_inspect_aligns_its_columns_and_wraps_no_line():
+def test_inspect_aligns_columns():
+    """`inspect` aligns its columns and wraps no line."""
     lines = [line for line in call("inspect", "test_vit", "--all").stdout.splitlines() if " NLC" in line]
     assert len({line.rindex(" NLC") for line in lines}) == 1
     assert len(lines) > 100
 
 
-def test_inspect_as_json_gives_every_site_and_nothing_else():
+def test_inspect_json_lists_every_site():
+    """`inspect --json` prints every site and nothing else."""
     found = parsed(call("inspect", "test_resnet", "--json"))
     assert found["input_size"] == [3, 160, 160]
     assert found["stages"] == [1, 2, 3, 4]
@@ -198,7 +208,8 @@ def test_inspect_as_json_gives_every_site_and_nothing_else():
     assert branch["role"] == "branch"
 
 
-def test_inspect_tells_what_a_block_would_cost_at_every_site():
+def test_inspect_block_costs_at_every_site():
+    """`inspect --block` prints what the block would cost at every site, and the sums."""
     result = call(
         "inspect", "test_resnet", "--block", "non_local", "--option", "subsample=2", "--option", "reduction=4"
     )
@@ -218,14 +229,16 @@ def test_inspect_tells_what_a_block_would_cost_at_every_site():
     assert told["layer4.0"]["refused"].startswith("block 'non_local' with subsample=10 needs a map of at least 10 x 10")
 
 
-def test_inspect_says_where_a_block_cannot_stand():
+def test_inspect_says_where_block_cannot_be():
+    """`inspect --block` says at which sites the block cannot stand, and why."""
     result = call("inspect", "test_resnet", "--block", "non_local", "--option", "subsample=10")
     assert result.stdout.count("cannot stand here") == 2
     assert "cannot    at 2 sites; at 'layer4.0.bn2': block 'non_local' with subsample=10 needs a map" in result.stdout
     assert "together  at 3 block sites: 81,608 parameters" in result.stdout
 
 
-def test_inspect_refuses_blocks_and_options_that_are_none():
+def test_inspect_refuses_unknown_options():
+    """`inspect` refuses unknown blocks and options with the nearest name."""
     assert "Did you mean 'non_local'?" in refusal(call("inspect", "test_resnet", "--block", "nonlocal"), 2)
     assert "name the block with --block" in refusal(call("inspect", "test_resnet", "--option", "a=1"), 2)
     said = refusal(call("inspect", "test_resnet", "--block", "se", "--option", "reductoin=4"), 2)
@@ -239,7 +252,8 @@ def test_an_unknown_model_names_the_nearest(command: str):
     assert "there is no directory './test_resnet'" in refusal(call(command, "./test_resnet"), 2)
 
 
-def test_a_directory_without_config_is_refused(tmp_path: Path):
+def test_inspect_needs_config_in_directory(tmp_path: Path):
+    """A directory without a config.json, or with an empty one, is refused."""
     assert "has no config.json" in refusal(call("inspect", tmp_path), 2)
     (tmp_path / "config.json").write_text("{}")
     assert "cannot be built" in refusal(call("inspect", tmp_path), 1)
@@ -248,7 +262,8 @@ def test_a_directory_without_config_is_refused(tmp_path: Path):
 # ---- plan
 
 
-def test_plan_shows_each_block_what_was_settled_and_the_sums(recipe: Path):
+def test_plan_shows_blocks_settled_and_sums(recipe: Path):
+    """`plan` shows each block, the values of its `auto` options, and the sums."""
     recipe.write_text(
         RECIPE.replace("edits:", "max_attention_mb: 1\nedits:")
         + "  - at: stage:12 last\n    block: non_local\n    options: {subsample: auto}\n"
@@ -268,7 +283,8 @@ def test_plan_shows_each_block_what_was_settled_and_the_sums(recipe: Path):
     assert [block["settled"] for block in found["blocks"]][-2:] == [{"subsample": 4}, {"subsample": 2}]
 
 
-def test_plan_takes_a_name_another_base_and_another_size(recipe: Path):
+def test_plan_takes_name_base_and_size(recipe: Path):
+    """`plan` takes a model name, another base and another size of images."""
     named = parsed(call("plan", "test_resnet_nonlocal_s3", "--json"))
     assert (named["base"], named["attention_bytes"]) == ("test_resnet", 40_000)
     larger = parsed(call("plan", "test_resnet_nonlocal_s3", "--image-size", "320", "160", "--json"))
@@ -279,7 +295,8 @@ def test_plan_takes_a_name_another_base_and_another_size(recipe: Path):
     assert parsed(call("plan", recipe, "--base", "test_vit", "--image-size", "96", "64", "--json"))["params_added"] > 0
 
 
-def test_plan_refuses_what_apply_refuses_in_the_same_words(recipe: Path, weights: Path, tmp_path: Path):
+def test_plan_refuses_in_the_words_of_apply(recipe: Path, weights: Path, tmp_path: Path):
+    """`plan` refuses what `apply` refuses, in the same words."""
     dual = RECIPE.replace("se\n    options: {reduction: 4}", "dual")
     wrong = {
         "a limit": dual.replace("edits:", "max_attention_mb: 0.001\nedits:"),
@@ -298,7 +315,8 @@ def test_plan_refuses_what_apply_refuses_in_the_same_words(recipe: Path, weights
     assert "Did you mean 'test_resnet_se_s3'?" not in refusal(call("plan", "test_resnet_sse_s3"), 2)
 
 
-def test_plan_reads_the_directory_that_apply_wrote(recipe: Path, weights: Path, tmp_path: Path):
+def test_plan_reads_directory_of_apply(recipe: Path, weights: Path, tmp_path: Path):
+    """`plan` reads the directory that `apply` wrote, with the same output."""
     assert call("apply", recipe, "-c", weights, "-o", tmp_path / "out").exit_code == 0
     assert call("plan", tmp_path / "out").stdout == call("plan", recipe).stdout
 
@@ -306,7 +324,8 @@ def test_plan_reads_the_directory_that_apply_wrote(recipe: Path, weights: Path, 
 # ---- list
 
 
-def test_blocks_lists_every_block_and_describes_one_with_its_options() -> None:
+def test_blocks_lists_and_describes() -> None:
+    """`blocks` lists every block, and describes one with its options."""
     from attnsurgery.blocks import BLOCKS
 
     listed = call("blocks").stdout
@@ -318,14 +337,16 @@ def test_blocks_lists_every_block_and_describes_one_with_its_options() -> None:
     assert "Did you mean 'non_local'?" in refusal(call("blocks", "nonlocal"), 2)
 
 
-def test_list_shows_what_ships_and_nothing_else_on_stdout():
+def test_list_prints_shipped_names_alone():
+    """`list` prints the names that ship, and nothing else, to stdout."""
     result = call("list")
     assert "resnet50_nonlocal_s3" in result.stdout.splitlines()
     assert all(timm.is_model(name) for name in result.stdout.splitlines())
     assert "attnsurgery list resnet50" in result.stderr
 
 
-def test_list_takes_an_architecture_or_a_pattern():
+def test_list_takes_architecture_or_pattern():
+    """`list` takes an architecture or a pattern."""
     assert "test_resnet_se_s3" in call("list", "test_resnet").stdout.splitlines()
     assert set(parsed(call("list", "test_*t_se_s3", "--json"))) >= {"test_resnet_se_s3", "test_convnext_se_s3"}
     assert all(name.endswith("_se_s3") for name in parsed(call("list", "test_*t_se_s3", "--json")))
@@ -335,7 +356,8 @@ def test_list_takes_an_architecture_or_a_pattern():
 # ---- apply and verify
 
 
-def test_apply_writes_a_directory_that_verify_and_inspect_read(recipe: Path, weights: Path, tmp_path: Path):
+def test_apply_directory_passes_verify(recipe: Path, weights: Path, tmp_path: Path):
+    """`apply` writes a directory that timm builds and `verify` and `inspect` read."""
     out = tmp_path / "out"
     result = call("apply", recipe, "--checkpoint", weights, "--output", out)
     assert result.exit_code == 0, result.stderr
@@ -350,14 +372,16 @@ def test_apply_writes_a_directory_that_verify_and_inspect_read(recipe: Path, wei
     assert parsed(call("inspect", out, "--json"))["stages"] == [1, 2, 3, 4]
 
 
-def test_apply_as_json_tells_the_report_and_the_place(recipe: Path, weights: Path, tmp_path: Path):
+def test_apply_json_has_report_and_output(recipe: Path, weights: Path, tmp_path: Path):
+    """`apply --json` prints the report and the path of the directory."""
     found = parsed(call("apply", recipe, "-c", weights, "-o", tmp_path / "out", "--start", "paper", "--json"))
     assert found["output"] == str(tmp_path / "out")
     assert found["max_abs_diff"] > 0
     assert found["params_after"] > found["params_before"]
 
 
-def test_apply_that_fails_says_why_and_writes_nothing(recipe: Path, weights: Path, tmp_path: Path):
+def test_apply_failure_writes_nothing(recipe: Path, weights: Path, tmp_path: Path):
+    """`apply` that fails says why, and writes nothing."""
     out = tmp_path / "out"
     assert "needs weights" in refusal(call("apply", recipe, "-o", out), 2)
     assert "there is no file" in refusal(call("apply", tmp_path / "no.yaml", "-c", weights, "-o", out), 2)
@@ -367,7 +391,8 @@ def test_apply_that_fails_says_why_and_writes_nothing(recipe: Path, weights: Pat
     assert not out.exists()
 
 
-def test_a_mistake_in_a_recipe_is_named_with_file_line_and_field(recipe: Path, weights: Path, tmp_path: Path):
+def test_apply_recipe_mistake_names_line(recipe: Path, weights: Path, tmp_path: Path):
+    """A mistake in a recipe is named with file, line and field."""
     recipe.write_text(RECIPE.replace("block: se", "blok: se"))
     said = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
     assert "recipe.yaml:6: edits[0]: has no field 'blok'. Did you mean 'block'?" in said
@@ -377,7 +402,8 @@ def test_a_mistake_in_a_recipe_is_named_with_file_line_and_field(recipe: Path, w
     assert "Did you mean 'reduction'?" in said
 
 
-def test_verify_reports_a_surgical_name_and_refuses_a_plain_one():
+def test_verify_takes_surgical_names_alone():
+    """`verify` reports on a surgical name and refuses a plain one."""
     result = call("verify", "test_resnet_nonlocal_s3")
     assert result.exit_code == 0, result.stderr
     assert "none of the base lost" in result.stdout
@@ -387,7 +413,8 @@ def test_verify_reports_a_surgical_name_and_refuses_a_plain_one():
 # ---- latency
 
 
-def test_latency_measures_one_model_or_compares_two(monkeypatch: pytest.MonkeyPatch):
+def test_latency_measures_and_compares(monkeypatch: pytest.MonkeyPatch):
+    """`latency` measures one model, or compares two by a ratio."""
     import attnsurgery.latency as latency
 
     by_macs = latency.backend_for
@@ -414,7 +441,8 @@ def test_latency_tests_itself(monkeypatch: pytest.MonkeyPatch):
     assert "leave --vs out" in refusal(call("latency", "test_resnet", "--vs", "test_vit", "--self-test"), 2)
 
 
-def test_latency_under_meaningless_conditions_is_refused():
+def test_latency_refuses_wrong_conditions():
+    """`latency` refuses conditions that mean nothing."""
     assert "dtype 'int8'" in refusal(call("latency", "test_resnet", "--device", "cpu", "--dtype", "int8"), 2)
     assert "cudagraph" in refusal(call("latency", "test_resnet", "--device", "cpu", "--mode", "cudagraph"), 2)
     made_up = call("latency", "test_resnet", "--mode", "fast")
@@ -438,7 +466,8 @@ def test_latency_sweeps_batch_sizes(monkeypatch: pytest.MonkeyPatch):
     assert set(rows[0]["singles"]) == {"p50_ms", "p90_ms", "p99_ms", "calls"}
 
 
-def test_latency_has_the_conditions_of_a_search(monkeypatch: pytest.MonkeyPatch):
+def test_latency_conditions_equal_search(monkeypatch: pytest.MonkeyPatch):
+    """The default conditions of `latency` are those of a search."""
     from attnsurgery.cli._models import measured_conditions
     from attnsurgery.latency import Conditions
     from attnsurgery.search import SearchConfig
@@ -466,9 +495,8 @@ def test_latency_has_the_conditions_of_a_search(monkeypatch: pytest.MonkeyPatch)
         {"train_dtype": "float32", "budget_ips": 100.0},
     ],
 )
-def test_command_of_a_search_means_the_same_search(
-    device: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_command_round_trip(device: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is printed for a configuration gives the same configuration."""
     import shlex
 
     from attnsurgery.cli import search as module
@@ -494,7 +522,8 @@ def script(tmp_path: Path, text: str) -> Path:
     return tmp_path / "script.py"
 
 
-def test_exec_runs_a_script_that_knows_the_names(tmp_path: Path):
+def test_exec_script_knows_model_names(tmp_path: Path):
+    """`exec` runs a script as __main__ with its arguments; timm knows the names, and its neighbours are importable."""
     path = script(
         tmp_path,
         "import sys, timm, neighbour\n"
@@ -510,11 +539,13 @@ def test_exec_runs_a_script_that_knows_the_names(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("sys.exit()", 0), ("pass", 0), ("1/0", 1)])
-def test_exec_passes_the_scripts_exit_code_on(ending: str, code: int, tmp_path: Path):
+def test_exec_returns_code_of_script(ending: str, code: int, tmp_path: Path):
+    """`exec` returns the exit code of the script."""
     assert call("exec", script(tmp_path, f"import sys\n{ending}\n")).exit_code == code
 
 
-def test_exec_shows_the_scripts_own_traceback_and_no_frame_of_ours(tmp_path: Path):
+def test_exec_traceback_is_of_the_script(tmp_path: Path):
+    """`exec` shows the traceback of the script without frames of the package."""
     result = call("exec", script(tmp_path, "def f():\n    1/0\nf()\n"))
     assert "ZeroDivisionError" in result.stderr
     assert "script.py" in result.stderr

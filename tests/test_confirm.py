@@ -44,9 +44,8 @@ def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
     assert sign_test(second, first) == pytest.approx(expected)
 
 
-def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_the_test_images(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of the finalists that were trained again is the winner, and alone is scored on the test images."""
     seen: list[int] = []
     count = verdict_module.accuracy
 
@@ -71,8 +70,8 @@ def test_the_best_of_the_finalists_trained_again_is_the_winner_and_alone_sees_th
     assert Confirmation.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
 
 
-def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the trials the larger candidate scores higher, trained again from other seeds the smaller one."""
+def test_winner_is_not_who_was_lucky_once(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the trials the larger candidate scores higher; trained again from other seeds, the smaller one does."""
     first: list[int] = []
     real = FineTune.score
 
@@ -92,10 +91,8 @@ def test_who_was_lucky_once_is_not_the_winner(config: SearchConfig, monkeypatch:
 
 
 @pytest.mark.parametrize("kept", [2, 0])
-def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next(
-    config: SearchConfig, kept: int
-) -> None:
-    """Of four candidates the two best, or all, are slower at the second look."""
+def test_finalist_over_budget_is_replaced(config: SearchConfig, kept: int) -> None:
+    """Of four candidates the two best, or all, are slower when measured again, and the next ones replace them."""
     first = run(change(config, finalists=1))
     order = contenders(first.records, first.config.rank_by)
     slower = {record.parameters: 10.0 + record.number for record in order[: len(order) - kept]}
@@ -127,10 +124,8 @@ def test_who_is_over_the_budget_when_measured_again_leaves_its_place_to_the_next
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_who_may_be_over_the_budget_is_looked_at_longer_and_leaves_its_place_if_that_does_not_tell(
-    config: SearchConfig, told: bool
-) -> None:
-    """The best candidate's interval reaches over the budget at the first two looks, and at the third one perhaps."""
+def test_finalist_near_budget_is_remeasured(config: SearchConfig, told: bool) -> None:
+    """The best candidate's interval reaches over the budget twice; it stays if the third, longer one does not."""
     first = run(change(config, finalists=1))
     order = contenders(first.records, first.config.rank_by)
     efforts: list[float] = []
@@ -157,9 +152,8 @@ def test_who_may_be_over_the_budget_is_looked_at_longer_and_leaves_its_place_if_
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_finalist_that_cannot_be_trained_again_is_left_out_with_its_reason(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
+def test_finalist_that_fails_is_left_out(config: SearchConfig, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """A finalist that cannot be trained again is left out with its reason; if none can, the search fails."""
     seeds: list[int] = []
     real = FineTune.score
 
@@ -183,7 +177,8 @@ def test_a_finalist_that_cannot_be_trained_again_is_left_out_with_its_reason(
     assert Confirmation.from_dict(json.loads(json.dumps(outcome.confirmation.as_dict()))) == outcome.confirmation
 
 
-def test_the_verdict_is_honest_in_all_three_ways() -> None:
+def test_verdict_is_better_equal_or_worse() -> None:
+    """The verdict says better, no significant difference, or worse."""
     timing = Timing(1.0, 1.0, 1.0, 1.0)
 
     def verdict(winner_only: int, base_only: int) -> str:
@@ -197,7 +192,8 @@ def test_the_verdict_is_honest_in_all_three_ways() -> None:
     assert "2.00 % of the base" in verdict(20, 2)
 
 
-def test_three_seeds_that_agree_on_every_image_say_no_more_of_images_than_one() -> None:
+def test_judge_equal_seeds_add_no_certainty() -> None:
+    """Three seeds that agree on every image give the interval of one seed."""
     rng = np.random.default_rng(0)
     first, second = (torch.from_numpy(rng.random(300) < share) for share in (0.8, 0.7))
     one = gain_of(first[None].numpy(), second[None].numpy())
@@ -206,8 +202,8 @@ def test_three_seeds_that_agree_on_every_image_say_no_more_of_images_than_one() 
     assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.01)
 
 
-def test_the_gain_is_that_of_an_analysis_of_variance_of_readers_nested_in_tests_and_cases() -> None:
-    """The sums of squares by the definition, element by element."""
+def test_gain_equals_analysis_of_variance() -> None:
+    """The gain is an analysis of variance of readers nested in tests, by the definition of its sums of squares."""
     rng = np.random.default_rng(1)
     x_MSI = rng.random((2, 3, 40)) < rng.random((1, 1, 40))
     models, seeds, images = x_MSI.shape
@@ -233,8 +229,8 @@ def test_the_gain_is_that_of_an_analysis_of_variance_of_readers_nested_in_tests_
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
-def test_the_luck_of_a_training_is_not_taken_for_a_better_model(seeds: int) -> None:
-    """Two models of one kind whose trainings differ as much as images do: votes of images cry wolf, this does not."""
+def test_gain_controls_variance_of_training(seeds: int) -> None:
+    """For two equal models whose trainings differ, votes of images raise false alarms, and the gain does not."""
     rng = np.random.default_rng(seeds)
     alarms = votes = 0
     for _ in range(400):
@@ -248,13 +244,15 @@ def test_the_luck_of_a_training_is_not_taken_for_a_better_model(seeds: int) -> N
     assert votes / 400 > 0.1
 
 
-def test_models_that_never_differ_have_no_gain_and_one_that_always_does_has() -> None:
+def test_gain_of_equal_models_is_none() -> None:
+    """Models that never differ have no gain, and one that always does has."""
     wrong, right = np.zeros((2, 8), dtype=bool), np.ones((2, 8), dtype=bool)
     assert gain_of(right, right).p_value == 1.0
     assert gain_of(right, wrong).p_value == gain_of(right[:1], wrong[:1]).p_value == sign_test(8, 0)
 
 
-def test_measurements_that_agree_are_one_of_more_certainty_and_others_one_of_less() -> None:
+def test_pooled_interval_follows_agreement() -> None:
+    """Pooled measurements that agree have a narrower interval, and those that do not have a wider one."""
     mean, half = pooled([10.0, 10.0], [0.2, 0.2])
     assert (mean, half) == (pytest.approx(10.0), pytest.approx(0.2 / math.sqrt(2)))
     mean, half = pooled([10.0, 10.1], [0.2, 0.4])
@@ -266,7 +264,8 @@ def test_measurements_that_agree_are_one_of_more_certainty_and_others_one_of_les
     assert pooled([3.0, 3.0], [0.0, 0.0]) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-6))
 
 
-def test_measurements_whose_scatter_is_wider_than_their_intervals_are_covered_pooled_and_not_alone() -> None:
+def test_pooled_interval_covers_wide_scatter() -> None:
+    """Where measurements scatter more than their intervals say, the pooled interval covers the truth more often."""
     rng = np.random.default_rng(0)
     alone = together = 0
     for _ in range(2000):

@@ -58,7 +58,8 @@ def subject(base: Base) -> Iterator[Subject]:
     assert all(torch.equal(value, base.state[key]) for key, value in before.items())
 
 
-def test_every_family_of_timm_has_its_architecture_here() -> None:
+def test_families_of_timm_are_all_here() -> None:
+    """Every family of timm has its smallest architecture in the list."""
     if version("timm") < LISTED:
         pytest.skip(f"the list is that of timm {LISTED}")
     assert sorted(FAMILIES[arch] for arch in SMALLEST) == sorted(set(FAMILIES.values()))
@@ -88,9 +89,8 @@ def rows_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], list[dic
 
 
 @pytest.mark.parametrize("arch", SMALLEST, ids=lambda arch: FAMILIES.get(arch, arch))
-def test_all_checks_pass_in_every_family_for_every_block(
-    arch: str, rows_of: Callable[[str], list[dict[str, Any]]]
-) -> None:
+def test_families_pass_all_checks(arch: str, rows_of: Callable[[str], list[dict[str, Any]]]) -> None:
+    """All checks pass in every family for every block, or the pair is refused."""
     if arch not in FAMILIES:
         pytest.skip(f"timm {version('timm')} does not have it")
     threads = torch.get_num_threads()
@@ -104,7 +104,8 @@ def test_all_checks_pass_in_every_family_for_every_block(
     assert all(row["blocks"] > 0 and list(row["checks"]) == list(CHECKS) for row in passed)
 
 
-def test_a_base_has_no_value_that_was_never_set_and_its_outputs_tell_images_apart(base: Base) -> None:
+def test_base_is_initialised_and_telling(base: Base) -> None:
+    """Every value of a base is set, and its outputs depend on the image; a base that fails this is refused."""
     assert all(bool(torch.isfinite(value).all()) for value in base.state.values())
     assert all(bool((parameter != 0).all()) for parameter in base.model.parameters())
     with pytest.raises(BaseError, match="hardly depends on the image"):
@@ -113,7 +114,8 @@ def test_a_base_has_no_value_that_was_never_set_and_its_outputs_tell_images_apar
         _check_telling([torch.full((2, 10), torch.nan)])
 
 
-def test_without_initial_values_what_is_not_woken_shows() -> None:
+def test_swift_poisons_initial_values() -> None:
+    """Without initial values a parameter that was not set is NaN."""
     with swift(poison=True):
         assert nn.Linear(3, 3).weight.isnan().all()
     assert nn.Linear(3, 3).weight.isfinite().all()
@@ -188,15 +190,15 @@ def a_changed_base(subject: Subject) -> None:
         ("removal", a_changed_base, "outputs differ from the base's"),
     ],
 )
-def test_a_check_fails_on_a_model_with_the_fault_that_it_looks_for(
-    subject: Subject, check: str, fault: Callable[[Subject], None], said: str
-) -> None:
+def test_check_fails_on_its_fault(subject: Subject, check: str, fault: Callable[[Subject], None], said: str) -> None:
+    """Each check fails on a model with the fault that it looks for."""
     fault(subject)
     with pytest.raises(Wrong, match=said):
         CHECKS[check](subject)
 
 
-def test_blocks_that_features_only_leaves_out_are_missed(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_check_misses_no_lost_block(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of features fails where no block is left."""
     subject = Subject(base, "nonlocal")
     CHECKS["features_only"](subject)
     monkeypatch.setattr(subject, "name", base.arch)  # what it would be, were surgery lost on the way
@@ -214,14 +216,16 @@ def too_slow() -> dict[str, Any]:
     return examine(find_base("test_resnet", max_bytes=4e9, kinds=QUICK), "se", limit=0.05)
 
 
-def test_a_pair_that_takes_too_long_has_failed() -> None:
+def test_pair_over_time_limit_has_failed() -> None:
+    """A pair that takes longer than its limit has failed."""
     # the alarm may strike while torch has something patched: in a process of its own, as in every run
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         row = pool.submit(too_slow).result()
     assert (row["outcome"], row["checks"]["time"]) == ("failed", "TimeLimit: stopped after 0 s")
 
 
-def test_on_meta_tensors_structure_is_checked_and_the_row_says_so() -> None:
+def test_meta_tensors_check_structure_alone() -> None:
+    """On meta tensors the structure is checked, and the row says so."""
     base = find_base("test_resnet", max_bytes=0, kinds=QUICK)
     row = examine(base, "nonlocal")
     assert (row["tensors"], row["outcome"], row["blocks"]) == ("meta", "passed", 4)
@@ -238,7 +242,8 @@ def lines(folder: Path, **outcomes: str) -> None:
         coverage.append(folder / "1-of-1.jsonl", row)
 
 
-def test_what_is_done_is_not_done_again_unless_asked_for(tmp_path: Path) -> None:
+def test_wanted_skips_what_was_done(tmp_path: Path) -> None:
+    """What was done is not repeated, unless --again names its outcome; a torn line does no harm."""
     lines(tmp_path, se="passed", dual="failed", resattn="refused")
     with (tmp_path / "1-of-1.jsonl").open("a") as stream:
         stream.write('{"arch": "test_resnet", "blo')  # a kill in the middle of a line
@@ -263,7 +268,8 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_costs_one_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_process_costs_one_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed costs the pair that it was at, and no other."""
     monkeypatch.setattr(coverage, "work", die)
     todo = [("test_resnet", ("dual", "se")), ("test_vit", ("se",))]
     left = coverage._in_a_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
@@ -272,7 +278,8 @@ def test_a_process_that_is_killed_costs_one_mark(tmp_path: Path, monkeypatch: py
     assert (row["block"], row["outcome"], row["checks"]) == ("dual", "failed", {"process": "died of exit code -9"})
 
 
-def test_the_report_counts_refusals_and_failures_apart(tmp_path: Path) -> None:
+def test_report_separates_refusals_failures(tmp_path: Path) -> None:
+    """The report counts refusals and failures apart, each with its reason."""
     lines(tmp_path, se="passed", dual="failed", resattn="refused")
     rows = coverage.latest(tmp_path)
     rows["test_resnet", "dual"]["checks"] = {"plan": "passed", "identity": "outputs differ in test_resnet"}
@@ -291,7 +298,8 @@ def test_the_report_counts_refusals_and_failures_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not coverage_report.FIGURES.exists(), reason="the table has not been written yet")
-def test_the_table_and_its_figures_hold_every_architecture_and_agree() -> None:
+def test_table_agrees_with_its_figures() -> None:
+    """The table in docs and its figures agree and hold every architecture."""
     figures = json.loads(coverage_report.FIGURES.read_text(encoding="utf-8"))
     text = coverage_report.TABLE.read_text(encoding="utf-8")
     if version("timm") == LISTED:

@@ -80,7 +80,8 @@ def equal(one: Tensors, other: Tensors) -> bool:
 # ---- what differs
 
 
-def test_the_digest_is_what_its_definition_says():
+def test_digest_follows_its_definition():
+    """The digest is the SHA-256 of names, types, shapes and bytes in the order of names."""
     tensors = {"b": torch.tensor([1, 2], dtype=torch.int16), "a": torch.tensor(1.0)}
     expected = hashlib.sha256(
         b'["a", "float32", []]\n' + b"\x00\x00\x80?" + b'["b", "int16", [2]]\n' + b"\x01\x00\x02\x00"
@@ -88,7 +89,8 @@ def test_the_digest_is_what_its_definition_says():
     assert digest(tensors) == f"sha256:{expected.hexdigest()}"
 
 
-def test_the_digest_knows_weights_and_not_files(base: nn.Module, tmp_path: Path):
+def test_digest_is_of_weights_not_files(base: nn.Module, tmp_path: Path):
+    """The digest of weights is the same in every file format and memory format."""
     tensors = base.state_dict()
     torch.save(tensors, tmp_path / "new.pth")
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -111,12 +113,14 @@ def test_the_digest_knows_weights_and_not_files(base: nn.Module, tmp_path: Path)
         {},
     ],
 )
-def test_the_digest_changes_with_a_name_a_type_a_shape_or_one_bit(other: Tensors):
+def test_digest_changes_with_any_difference(other: Tensors):
+    """The digest changes with a name, a type, a shape or one bit."""
     assert digest(other) != digest({"a": torch.tensor([0.0, 1.0])})
 
 
 @pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.ones(2, device="meta")])
-def test_what_is_no_plain_tensor_has_no_digest(tensor: torch.Tensor):
+def test_digest_refuses_unplain_tensors(tensor: torch.Tensor):
+    """A sparse tensor and one without data have no digest."""
     with pytest.raises(CheckpointError, match="'a' is sparse, quantised or without data"):
         digest({"a": tensor})
 
@@ -155,9 +159,10 @@ def bits(draw: st.DrawFn) -> torch.Tensor:
     gone=st.sets(st.sampled_from("abcdef"), max_size=3),
     narrow=st.sampled_from([None, torch.float16, torch.bfloat16]),
 )
-def test_whatever_is_taken_apart_comes_back_bit_for_bit(
+def test_difference_round_trip_is_bit_exact(
     base: Tensors, other: Tensors, gone: set[str], narrow: Any, tmp_path_factory: pytest.TempPathFactory
 ):
+    """A difference holds only what differs, and joined with its base gives the same bits."""
     kept = {key: tensor for key, tensor in base.items() if key not in gone | other.keys()}
     if narrow is not None:
         kept = {key: tensor.to(narrow) if tensor.dtype is torch.float32 else tensor for key, tensor in kept.items()}
@@ -176,9 +181,8 @@ def test_whatever_is_taken_apart_comes_back_bit_for_bit(
 # ---- models
 
 
-def test_a_delta_holds_blocks_statistics_and_head_and_merges_to_the_same_bits(
-    base: nn.Module, base_file: Path, tmp_path: Path
-):
+def test_delta_merges_to_the_same_bits(base: nn.Module, base_file: Path, tmp_path: Path):
+    """A delta holds blocks, statistics and head, and merges to the same bits."""
     model = trained(base)
     saved = save_delta(model, base_file, tmp_path / "delta")
     of_blocks = {f"{path}.{key}" for path, block in grafted_blocks(model).items() for key in block.state_dict()}
@@ -201,9 +205,8 @@ def test_a_delta_holds_blocks_statistics_and_head_and_merges_to_the_same_bits(
     assert not torch.equal(base(x), model(x))
 
 
-def test_the_directory_that_was_trained_gives_the_same_delta_and_gets_its_own_files_back(
-    base: nn.Module, base_file: Path, tmp_path: Path
-):
+def test_delta_of_directory_restores_files(base: nn.Module, base_file: Path, tmp_path: Path):
+    """The directory of a model gives the same delta as the model, and merging restores its files."""
     model = trained(base)
     write_directory(model, tmp_path / "whole", texts={"recipe.yaml": "version: 1\n"})
     saved = save_delta(tmp_path / "whole", base_file, tmp_path / "delta")
@@ -222,7 +225,8 @@ def test_the_directory_that_was_trained_gives_the_same_delta_and_gets_its_own_fi
             assert one.read_bytes() == other.read_bytes()
 
 
-def test_apply_as_a_delta_writes_the_blocks_alone(base: nn.Module, base_file: Path, tmp_path: Path):
+def test_apply_as_delta_writes_blocks_alone(base: nn.Module, base_file: Path, tmp_path: Path):
+    """`apply --delta` writes the blocks alone; but for the weights, its directory is that of `apply`."""
     report, saved = apply_as_delta(RECIPE, base_file, tmp_path / "delta")
     assert set(saved.added) == set(report.keys_added) == set(stored(tmp_path / "delta"))
     assert not saved.changed
@@ -245,9 +249,8 @@ def test_apply_as_a_delta_writes_the_blocks_alone(base: nn.Module, base_file: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_takes_what_it_left_alone_from_a_base_in_full(
-    dtype: torch.dtype, base: nn.Module, base_file: Path, tmp_path: Path
-):
+def test_delta_of_half_model_on_full_base(dtype: torch.dtype, base: nn.Module, base_file: Path, tmp_path: Path):
+    """A model in half precision takes its unchanged weights from a base in full precision."""
     model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE)).to(dtype)
     saved = save_delta(model, base_file, tmp_path / "delta")
     assert not saved.changed
@@ -258,7 +261,8 @@ def test_a_model_in_half_precision_takes_what_it_left_alone_from_a_base_in_full(
     assert equal(safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors"), dict(model.state_dict()))
 
 
-def test_a_base_in_half_precision_serves_a_model_in_full(base: nn.Module, tmp_path: Path):
+def test_delta_of_full_model_on_half_base(base: nn.Module, tmp_path: Path):
+    """A model in full precision takes its unchanged weights from a base in half precision."""
     half = {key: value.half() if value.is_floating_point() else value for key, value in base.state_dict().items()}
     safetensors.torch.save_file(half, tmp_path / "half.safetensors")
     _, saved = apply_as_delta(RECIPE, tmp_path / "half.safetensors", tmp_path / "delta")
@@ -276,9 +280,10 @@ def test_a_base_in_half_precision_serves_a_model_in_full(base: nn.Module, tmp_pa
         ({"in_chans": 1, "num_classes": 10}, {"conv1.0.weight"}, ()),
     ],
 )
-def test_another_head_or_stem_is_part_of_the_delta(
+def test_delta_holds_another_head_or_stem(
     sizes: dict[str, int], changed: set[str], dropped: tuple[str, ...], base: nn.Module, base_file: Path, tmp_path: Path
 ):
+    """A head or stem of another size is part of the delta."""
     model = timm.create_model("test_resnet_se", **sizes).eval()
     own = model.state_dict()
     model.load_state_dict(
@@ -294,7 +299,8 @@ def test_another_head_or_stem_is_part_of_the_delta(
     assert torch.equal(again(x), model(x))
 
 
-def test_a_plain_model_that_was_fine_tuned_has_a_delta_too(base: nn.Module, base_file: Path, tmp_path: Path):
+def test_delta_of_plain_fine_tuned_model(base: nn.Module, base_file: Path, tmp_path: Path):
+    """A plain model that was fine-tuned has a delta too."""
     model = copy.deepcopy(base)
     nn.init.normal_(model.fc.weight)
     saved = save_delta(model, base_file, tmp_path / "delta")
@@ -314,7 +320,8 @@ def test_tensors_are_compared_by_bits(base: nn.Module, tmp_path: Path):
     assert save_delta(model, tensors, tmp_path / "signed").changed == ("fc.bias",)
 
 
-def test_a_base_under_its_authors_names_or_without_counters_serves_as_well(tmp_path: Path):
+def test_delta_base_of_authors_names_works(tmp_path: Path):
+    """A base under its authors' names, or without counters of batch norms, works as well."""
     base = build("test_convnext")
     original = convnext_of_its_authors(base.state_dict())
     model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE.model_copy(update={"base": "test_convnext"})))
@@ -331,7 +338,8 @@ def test_a_base_under_its_authors_names_or_without_counters_serves_as_well(tmp_p
     assert equal(dict(load_delta(tmp_path / "counted", old).state_dict()), dict(model.state_dict()))
 
 
-def test_the_published_weights_can_be_the_base(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_delta_base_may_be_published_weights(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The published weights can be the base, and are refused when they have changed."""
     monkeypatch.setattr(attnsurgery.checkpoint.base, "_published", lambda name: copy.deepcopy(base))
     _, saved = apply_as_delta(RECIPE, None, tmp_path / "delta", pretrained=True)
     assert saved.base_digest == digest(base.state_dict())
@@ -351,7 +359,8 @@ def delta(base: nn.Module, base_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "delta"
 
 
-def test_a_wrong_base_is_told_with_the_right_one_and_both_digests(delta: Path, base: nn.Module, tmp_path: Path):
+def test_delta_names_right_base_and_digests(delta: Path, base: nn.Module, tmp_path: Path):
+    """A wrong base is refused with the right one and both digests."""
     other = {**base.state_dict(), "fc.bias": base.state_dict()["fc.bias"] + 1}
     torch.save(other, tmp_path / "other.pth")
     for use in (lambda: load_delta(delta, tmp_path / "other.pth"),
@@ -366,15 +375,15 @@ def test_a_wrong_base_is_told_with_the_right_one_and_both_digests(delta: Path, b
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_of_another_model_is_refused_when_the_delta_is_made(base: nn.Module, tmp_path: Path):
+def test_save_delta_refuses_foreign_base(base: nn.Module, tmp_path: Path):
+    """A base of another architecture is refused when the delta is written."""
     with pytest.raises(CheckpointError, match=r"holds no tensor that this model has.*of test_resnet, its base\?"):
         save_delta(trained(base), dict(build("test_vit").state_dict()), tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
 
 
-def test_half_a_block_is_refused_on_the_way_in_and_on_the_way_back(
-    delta: Path, base: nn.Module, base_file: Path, tmp_path: Path
-):
+def test_delta_refuses_half_a_block(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
+    """Half a block is refused when a delta is saved and when it is loaded."""
     write_directory(trained(base), tmp_path / "whole")
     tensors = read_state_dict(tmp_path / "whole")
     lost = next(key for key in tensors if ".se." in key)
@@ -390,7 +399,8 @@ def test_half_a_block_is_refused_on_the_way_in_and_on_the_way_back(
         load_delta(delta, base_file)
 
 
-def test_one_changed_bit_in_the_delta_is_noticed(delta: Path, base_file: Path):
+def test_delta_notices_one_changed_bit(delta: Path, base_file: Path):
+    """One changed bit in a delta is noticed."""
     content = bytearray((delta / DELTA_NAME).read_bytes())
     content[-1] ^= 1
     (delta / DELTA_NAME).write_bytes(content)
@@ -400,9 +410,10 @@ def test_one_changed_bit_in_the_delta_is_noticed(delta: Path, base_file: Path):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_whatever_bytes_of_a_delta_are_broken_it_is_read_as_one_or_refused(
+def test_delta_of_broken_bytes_is_refused(
     small_delta: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ):
+    """Whichever bytes of a delta are broken, it is read as one or refused with its name."""
     content = bytearray(small_delta)
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -440,9 +451,8 @@ def small_delta(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         ({"other": "x"}, "its 'other' is not right"),
     ],
 )
-def test_a_header_that_is_not_ours_is_refused(
-    change: dict[str, str | None], message: str, small_delta: bytes, tmp_path: Path
-):
+def test_delta_refuses_foreign_header(change: dict[str, str | None], message: str, small_delta: bytes, tmp_path: Path):
+    """A header that is not that of a delta is refused."""
     path = tmp_path / DELTA_NAME
     path.write_bytes(small_delta)
     with safetensors.safe_open(path, "pt") as file:
@@ -453,7 +463,8 @@ def test_a_header_that_is_not_ours_is_refused(
         Difference.read(path)
 
 
-def test_a_conversion_of_what_the_base_does_not_have_is_refused(small_delta: bytes, tmp_path: Path):
+def test_delta_refuses_impossible_conversion(small_delta: bytes, tmp_path: Path):
+    """A conversion of a tensor that the base does not have is refused."""
     (tmp_path / DELTA_NAME).write_bytes(small_delta)
     found = Difference.read(tmp_path / DELTA_NAME)
     for name in ("nothing", "a"):
@@ -462,7 +473,8 @@ def test_a_conversion_of_what_the_base_does_not_have_is_refused(small_delta: byt
             odd.joined({"a": torch.zeros(3)}, "x")
 
 
-def test_sizes_in_a_header_are_checked_before_memory_is_taken(tmp_path: Path):
+def test_delta_header_sizes_checked_first(tmp_path: Path):
+    """Sizes in a header are checked before memory is allocated."""
     header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}, "__metadata__": {}}
     text = json.dumps(header).encode()
     for length in (len(text), 2**60):
@@ -471,7 +483,8 @@ def test_sizes_in_a_header_are_checked_before_memory_is_taken(tmp_path: Path):
             Difference.read(tmp_path / DELTA_NAME)
 
 
-def test_sizes_in_config_json_are_compared_before_memory_is_taken(delta: Path, base_file: Path):
+def test_delta_config_sizes_checked_first(delta: Path, base_file: Path):
+    """Sizes in config.json are checked before memory is allocated."""
     config = json.loads((delta / "config.json").read_text())
     config["model_args"]["num_classes"] = 10**13
     (delta / "config.json").write_text(json.dumps(config))
@@ -487,7 +500,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda evil, path: path.write_bytes(pickle.dumps(evil))])
-def test_a_pickle_in_the_place_of_a_delta_is_never_run(write: Any, delta: Path, base_file: Path, tmp_path: Path):
+def test_delta_never_runs_a_pickle(write: Any, delta: Path, base_file: Path, tmp_path: Path):
+    """A pickle in the place of a delta is never run."""
     Evil.trace = tmp_path / "trace"
     write(Evil(), delta / DELTA_NAME)
     with pytest.raises(CheckpointError, match="is no readable delta"):
@@ -503,7 +517,8 @@ def test_files_of_two_deltas_do_not_mix(delta: Path, base: nn.Module, base_file:
         load_delta(delta, base_file)
 
 
-def test_a_delta_is_never_taken_for_a_whole_model(delta: Path, base_file: Path, tmp_path: Path):
+def test_delta_is_no_whole_model(delta: Path, base_file: Path, tmp_path: Path):
+    """A delta is never read as a whole model, by this package or by timm."""
     for path in (delta, delta / DELTA_NAME):
         with pytest.raises(CheckpointError, match=r"is a delta: it holds only what differs .*'attnsurgery merge DELTA"):
             read_state_dict(path)
@@ -517,7 +532,8 @@ def test_a_delta_is_never_taken_for_a_whole_model(delta: Path, base_file: Path, 
         load_delta(delta, base_file)
 
 
-def test_a_directory_that_is_no_delta_is_told(base: nn.Module, base_file: Path, tmp_path: Path):
+def test_load_delta_refuses_other_directory(base: nn.Module, base_file: Path, tmp_path: Path):
+    """A directory that is no delta is refused with what it is."""
     with pytest.raises(UsageError, match="is no timm directory with a readable config"):
         load_delta(tmp_path, base_file)
     write_directory(base, tmp_path / "whole")
@@ -528,9 +544,10 @@ def test_a_directory_that_is_no_delta_is_told(base: nn.Module, base_file: Path, 
         save_delta(tmp_path / "whole", base_file, tmp_path / "out")
 
 
-def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
+def test_delta_overwrites_and_leaves_nothing(
     delta: Path, base: nn.Module, base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """No command overwrites a directory, and none that fails leaves a file behind."""
     (tmp_path / "there").mkdir()
     for use in (
         lambda: save_delta(base, base_file, tmp_path / "there"),
@@ -554,7 +571,8 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_is_written_can_be_read_by_those_who_may_read_the_directory(delta: Path):
+def test_delta_files_have_mode_of_directory(delta: Path):
+    """The files of a delta can be read by those who may read its directory."""
     assert {path.stat().st_mode & 0o777 for path in delta.iterdir()} == {delta.stat().st_mode & 0o666}
 
 
@@ -565,7 +583,8 @@ def call(*arguments: object) -> Any:
     return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
 
 
-def test_the_commands_take_apart_and_put_together(base: nn.Module, base_file: Path, tmp_path: Path):
+def test_delta_and_merge_commands_round_trip(base: nn.Module, base_file: Path, tmp_path: Path):
+    """The commands `apply --delta`, `merge` and `delta` take weights apart and join them again."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("version: 1\nname: x\nbase: test_resnet\nedits:\n  - {at: 'stage:* branches', block: se}\n")
     first, whole, second = (tmp_path / name for name in ("first", "whole", "second"))

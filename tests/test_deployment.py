@@ -105,14 +105,16 @@ def test_runtime_computes_what_torch_does(name: str, architecture: str) -> None:
 
 @every_runtime
 @pytest.mark.usefixtures("without_blocks")
-def test_runtime_times_nothing_if_the_export_lost_the_blocks(name: str, model: nn.Module) -> None:
+def test_runtime_refuses_export_sans_blocks(name: str, model: nn.Module) -> None:
+    """A runtime times nothing if the export lost the blocks."""
     runtime = backend(name)
     runtime.timed = lambda call, repeats: pytest.fail("timed")  # type: ignore[method-assign]
     with pytest.raises(ExportError, match=r"the exported ResNet computes something else in .*of the largest"):
         runtime.measure(model)
 
 
-def test_lost_blocks_would_not_show_in_the_model_as_it_is(model: nn.Module) -> None:
+def test_moved_copy_shows_lost_blocks(model: nn.Module) -> None:
+    """Lost blocks do not show in the outputs of a model at its identity start, but in those of a moved copy."""
     x = images(64)
     with torch.no_grad():
         assert torch.equal(model(x), attnsurgery.remove(copy.deepcopy(model))(x))
@@ -120,7 +122,8 @@ def test_lost_blocks_would_not_show_in_the_model_as_it_is(model: nn.Module) -> N
         assert not torch.allclose(awake(x), attnsurgery.remove(copy.deepcopy(awake))(x), rtol=1e-2)
 
 
-def test_moved_copy_has_no_constant_parameter_and_leaves_the_model_alone(model: nn.Module) -> None:
+def test_moved_copy_has_no_constant_weight(model: nn.Module) -> None:
+    """A moved copy has no parameter that is all 0 or 1, is repeatable, and leaves the model alone."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     copied = moved(model)
     for key, value in copied.named_parameters():
@@ -137,7 +140,8 @@ def one_of(*outputs: torch.Tensor) -> Exported:
     return Exported(b"", "Net", torch.zeros(1), outputs)
 
 
-def test_outputs_of_other_shape_or_that_are_not_finite_are_no_match() -> None:
+def test_compared_refuses_other_outputs() -> None:
+    """Outputs of another shape, with other values, or not finite are refused."""
     good = torch.tensor([1.0, -4.0])
     assert compared(one_of(good, good), [good, good + 0.001], 1e-3, "R") == pytest.approx(0.001 / 4, rel=1e-3)
     for got in ([good], [good, good[None]]):
@@ -168,7 +172,8 @@ def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_model_is_exported_once_until_it_changes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is exported once until it changes, and its export goes with it."""
     seen: list[nn.Module] = []
     monkeypatch.setattr(runtimes, "exported", lambda model, *rest: (seen.append(model), export_of(SURGICAL[0]))[1])
     one, runtime = copy.deepcopy(model), backend("onnxruntime")
@@ -191,7 +196,8 @@ def test_model_is_exported_once_until_it_changes(model: nn.Module, monkeypatch: 
 
 
 @every_runtime
-def test_runtime_takes_the_threads_of_the_conditions(name: str, model: nn.Module) -> None:
+def test_runtime_uses_threads_of_conditions(name: str, model: nn.Module) -> None:
+    """A runtime uses the number of threads of the conditions."""
     runtime = prepared(name, threads=2)
     asked: dict[str, Any] = {}
     if name == "onnxruntime":
@@ -218,7 +224,8 @@ def test_runtime_takes_the_threads_of_the_conditions(name: str, model: nn.Module
     assert "f32" in str(asked.get("INFERENCE_PRECISION_HINT", "f32")) or "float32" in str(asked)
 
 
-def test_outputs_of_a_bound_session_are_of_the_last_call() -> None:
+def test_bound_outputs_are_of_the_last_call() -> None:
+    """The outputs of a bound session are those of the last call."""
     runtime, one = backend("onnxruntime"), export_of(SURGICAL[0])
     loaded = runtime.load(one)
     loaded.call()
@@ -229,8 +236,8 @@ def test_outputs_of_a_bound_session_are_of_the_last_call() -> None:
 
 
 @every_runtime
-def test_time_of_a_block_is_that_of_its_calls(name: str) -> None:
-    """OpenVINO tells the time itself; it has to be what the clock says but for a little of Python."""
+def test_time_block_equals_clock(name: str) -> None:
+    """OpenVINO measures the time itself, which has to be that of the clock but for a little of Python."""
     runtime = prepared(name)
     with runtime._prepared(surgical(SURGICAL[0])) as call:
         rounds = []
@@ -242,7 +249,7 @@ def test_time_of_a_block_is_that_of_its_calls(name: str) -> None:
 
 
 @every_runtime
-def test_call_keeps_its_input_and_outputs_alive(name: str) -> None:
+def test_call_keeps_input_and_outputs_alive(name: str) -> None:
     """A runtime reads and writes them by address, so memory that is free or another's would be overwritten."""
     runtime = backend(name)
     tensor = export_of(SURGICAL[0]).x_BCHW.clone()
@@ -265,7 +272,8 @@ def referents(start: object, kind: Any) -> list[object]:
     return [found for found in [*one, *gc.get_referents(*one)] if isinstance(found, kind)]
 
 
-def test_every_output_of_a_model_with_many_is_compared() -> None:
+def test_runtime_compares_every_output() -> None:
+    """A model with several outputs is compared in each of them."""
     many = timm.create_model("test_resnet", features_only=True).eval()
     one = exported(many, (1, *SIZE), torch.float32, "onnxruntime")
     assert len(one.outputs) > 2
@@ -276,9 +284,8 @@ def test_every_output_of_a_model_with_many_is_compared() -> None:
             call()
 
 
-def test_weights_too_large_for_one_message_go_into_a_file_of_their_own(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_of_large_weights_uses_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights too large for one protobuf message go into a file of their own, which goes with the export."""
     monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
     one = exported(model, (1, *SIZE), torch.float32, "onnxruntime")
     assert isinstance(one.source, str)
@@ -307,7 +314,8 @@ def test_weights_too_large_for_one_message_go_into_a_file_of_their_own(
         ("openvino", {"cold_cache": True}, "a cold cache is not measured"),
     ],
 )
-def test_conditions_that_a_runtime_lacks_are_refused(name: str, conditions: dict[str, Any], message: str) -> None:
+def test_runtime_refuses_conditions_it_lacks(name: str, conditions: dict[str, Any], message: str) -> None:
+    """Conditions that a runtime does not have are refused."""
     with pytest.raises(UsageError, match=message):
         backend(name, **conditions)
 
@@ -328,7 +336,8 @@ def test_missing_runtime_names_its_extra(
         backend(name, **conditions)
 
 
-def test_missing_exporter_names_the_extra_of_the_runtime(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_exporter_names_its_extra(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing exporter is refused with the extra of the runtime."""
     runtime = backend("openvino")
     hide(monkeypatch, "onnxscript")
     with pytest.raises(UsageError, match=r"'onnxscript'.*attnsurgery\[openvino\]"):
@@ -347,15 +356,15 @@ def hide(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "extra"), [("onnxruntime", "onnxruntime-gpu"), ("tensorrt", "tensorrt")])
-def test_build_without_the_provider_names_the_extra_that_has_it(
-    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_provider_names_its_extra(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without the provider is refused with the extra that has it."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UsageError, match=rf"has no \w+ExecutionProvider; it has CPU.*attnsurgery\[{extra}\]"):
         backend(name, device="cuda")
 
 
-def test_catalog_lists_the_runtimes_without_importing_them() -> None:
+def test_catalog_lists_runtimes_unimported() -> None:
+    """The catalog lists the runtimes without importing them."""
     assert {"onnxruntime", "openvino", "tensorrt"} <= set(LATENCY)
     for module in ("onnxruntime", "openvino", "tensorrt", "exported", "runtime"):
         source = Path(attnsurgery.__file__).parent / "latency" / f"{module}.py"
@@ -363,7 +372,9 @@ def test_catalog_lists_the_runtimes_without_importing_them() -> None:
         assert not {"import onnxruntime", "import openvino", "import onnx", "import tensorrt"} & set(lines)
 
 
-def test_model_that_cannot_be_exported_says_so() -> None:
+def test_export_failure_says_so() -> None:
+    """A model that cannot be exported, or takes no images of the size, is refused."""
+
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if float(x.sum()) > 0 else x
@@ -374,9 +385,8 @@ def test_model_that_cannot_be_exported_says_so() -> None:
         backend("onnxruntime").measure(nn.Linear(3, 3))
 
 
-def test_runtime_that_fails_is_a_usage_error_and_a_fault_of_the_device_is_not(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runtime_failure_is_a_usage_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that cannot run a model is a usage error; a fault of the device is not."""
     runtime = prepared("onnxruntime")
     monkeypatch.setattr(runtime, "load", raising(Exception("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED")))
     with pytest.raises(UsageError, match=r"ONNX Runtime cannot run ResNet under the conditions.*NOT_IMPLEMENTED"):
@@ -406,7 +416,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return waited
 
 
-def test_cuda_provider_gets_the_conditions_and_a_block_waits_for_the_device(cuda: list[str]) -> None:
+def test_cuda_provider_gets_the_conditions(cuda: list[str]) -> None:
+    """The CUDA provider gets the conditions, and timing waits for the device."""
     conditions = Conditions(device="cuda:1", dtype="float16", channels_last=True, tf32=True)
     runtime = OnnxRuntimeLatency(conditions)
     name, options = runtime.providers()[0]
@@ -422,7 +433,8 @@ def test_cuda_provider_gets_the_conditions_and_a_block_waits_for_the_device(cuda
 
 
 @pytest.mark.usefixtures("cuda")
-def test_tensorrt_is_asked_first_and_then_cuda() -> None:
+def test_tensorrt_comes_before_cuda() -> None:
+    """TensorRT is the first provider, CUDA the second; TensorRT refuses a memory layout."""
     runtime = TensorRtLatency(Conditions(device="cuda", dtype="float16"))
     (first, options), (second, _), (third, _) = runtime.providers()
     assert (first, second, third) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
@@ -432,7 +444,8 @@ def test_tensorrt_is_asked_first_and_then_cuda() -> None:
         TensorRtLatency(Conditions(device="cuda", dtype="float16", channels_last=True))
 
 
-def test_session_that_fell_back_to_another_provider_is_refused(request: pytest.FixtureRequest) -> None:
+def test_session_on_fallback_is_refused(request: pytest.FixtureRequest) -> None:
+    """A session that fell back to another provider is refused."""
     one = export_of(SURGICAL[0])
     request.getfixturevalue("cuda")
     runtime = OnnxRuntimeLatency(Conditions(device="cuda", input_size=SIZE))
@@ -447,7 +460,8 @@ def test_session_that_fell_back_to_another_provider_is_refused(request: pytest.F
 # ---- ONNX files
 
 
-def test_onnx_file_computes_what_the_model_does(model: nn.Module, tmp_path: Path) -> None:
+def test_onnx_file_computes_same_as_model(model: nn.Module, tmp_path: Path) -> None:
+    """The ONNX file computes what the model does, blocks included, at any batch."""
     awake, path = move_gates(copy.deepcopy(model)).eval(), tmp_path / "new" / "model.onnx"
     difference = export_onnx(awake, path, SIZE, batch_size=2)
     assert difference is not None
@@ -467,9 +481,8 @@ def test_wrong_onnx_file_is_not_written(model: nn.Module, tmp_path: Path) -> Non
     assert export_onnx(model, tmp_path / "model.onnx", SIZE, check=False) is None
 
 
-def test_onnx_file_of_large_weights_has_them_beside_it(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_file_has_large_weights_beside(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large weights stand in a file beside the ONNX file."""
     monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
     export_onnx(model, tmp_path / "model.onnx", SIZE)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -484,9 +497,10 @@ def command(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_export_command_writes_a_checked_onnx_file(
+def test_export_command_writes_checked_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`export --onnx` writes a file that is compared with the model, and overwrites none."""
     recipe = "test_resnet_se"
     surgical = timm.create_model(recipe, num_classes=3)
     write_directory(surgical, tmp_path / "model", architecture=recipe)
@@ -507,9 +521,8 @@ def test_export_command_writes_a_checked_onnx_file(
 # ---- a search
 
 
-def test_search_of_the_embedded_digits_keeps_a_budget_in_onnx_runtime(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A search on the embedded digits holds a budget that is measured in ONNX Runtime."""
     config = SearchConfig(
         base="test_resnet",
         budget_ms=100.0,

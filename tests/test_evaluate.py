@@ -56,7 +56,8 @@ def digits() -> Data:
     return load_data(None, SMALL)
 
 
-def test_the_three_splits_share_no_image_and_lose_none(digits: Data) -> None:
+def test_splits_share_no_image_and_lose_none(digits: Data) -> None:
+    """The three splits share no image and lose none."""
     train_ids, val_ids, test_ids = names(digits)
     assert not train_ids & val_ids
     assert not train_ids & test_ids
@@ -69,7 +70,8 @@ def test_every_class_is_in_every_split(digits: Data) -> None:
         assert split.labels.unique().tolist() == list(range(10))
 
 
-def test_the_same_seed_splits_alike_and_another_does_not(digits: Data) -> None:
+def test_splits_depend_on_the_seed(digits: Data) -> None:
+    """The same seed gives the same splits and fingerprint, and another seed others."""
     assert names(load_data(None, SMALL)) == names(digits)
     assert load_data(None, SMALL).fingerprint == digits.fingerprint
     other = load_data(None, SMALL, seed=1)
@@ -77,7 +79,8 @@ def test_the_same_seed_splits_alike_and_another_does_not(digits: Data) -> None:
     assert other.fingerprint != digits.fingerprint
 
 
-def test_a_flat_folder_is_split_class_by_class(flat_folder: Path) -> None:
+def test_flat_folder_is_split_by_class(flat_folder: Path) -> None:
+    """A folder without parts is split class by class."""
     data = load_data(str(flat_folder), SMALL)
     assert data.classes == ("dark", "light")
     assert [len(data.train), len(data.val), len(data.test)] == [18, 6, 6]
@@ -85,7 +88,8 @@ def test_a_flat_folder_is_split_class_by_class(flat_folder: Path) -> None:
     assert all("/" in name for name in data.train.ids)
 
 
-def test_parts_that_the_folder_has_are_kept_and_the_missing_one_comes_out_of_training(tmp_path: Path) -> None:
+def test_folder_parts_are_used_and_completed(tmp_path: Path) -> None:
+    """Parts that a folder has are used, and a missing one is taken out of training."""
     for part, count in (("train", 10), ("test", 4)):
         write_images(tmp_path / part / "dark", count, 0)
         write_images(tmp_path / part / "light", count, 200)
@@ -104,12 +108,14 @@ def test_validation_goes_by_several_names(tmp_path: Path) -> None:
     assert len(data.train) == 8
 
 
-def test_nothing_at_the_path_says_what_would_do(tmp_path: Path) -> None:
+def test_missing_path_says_what_would_do(tmp_path: Path) -> None:
+    """A missing directory is refused with the form that is needed."""
     with pytest.raises(UsageError, match=r"there is no such directory.*one sub-folder a class"):
         load_data(str(tmp_path / "nothing"), SMALL)
 
 
-def test_a_streamed_data_set_is_refused_with_the_way_out() -> None:
+def test_streamed_data_set_is_refused() -> None:
+    """A streamed data set is refused with its random-access form."""
     with pytest.raises(UsageError, match="Use its random-access form"):
         load_data("tfds/cifar10", SMALL)
 
@@ -120,7 +126,8 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
         load_data(str(tmp_path), SMALL)
 
 
-def test_a_class_that_training_lacks_is_refused(tmp_path: Path) -> None:
+def test_class_not_in_training_is_refused(tmp_path: Path) -> None:
+    """A class that the training part lacks is refused."""
     for part, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c")):
         write_images(tmp_path / part / label, 4, 0)
     with pytest.raises(SearchError, match="training does not have: c"):
@@ -133,7 +140,8 @@ def test_too_few_images_of_a_class_are_named(flat_folder: Path) -> None:
         load_data(str(flat_folder), SMALL)
 
 
-def test_unreadable_images_are_counted_and_named(flat_folder: Path) -> None:
+def test_unreadable_images_are_named(flat_folder: Path) -> None:
+    """Unreadable images are counted and named before anything is trained."""
     (flat_folder / "dark" / "0.png").write_bytes(b"no image")
     whole = (flat_folder / "dark" / "1.png").read_bytes()
     (flat_folder / "dark" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -141,7 +149,8 @@ def test_unreadable_images_are_counted_and_named(flat_folder: Path) -> None:
         load_data(str(flat_folder), SMALL)
 
 
-def test_images_that_memory_does_not_hold_come_from_files_with_the_same_evaluation_pixels(flat_folder: Path) -> None:
+def test_images_from_files_have_same_pixels(flat_folder: Path) -> None:
+    """Images that memory does not hold are read from files, with the same pixels for evaluation."""
     preprocessing = Preprocessing((3, 8, 8), crop_pct=0.9)
     kept = load_data(str(flat_folder), preprocessing)
     read = load_data(str(flat_folder), preprocessing, memory_bytes=0, workers=0)
@@ -152,7 +161,8 @@ def test_images_that_memory_does_not_hold_come_from_files_with_the_same_evaluati
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 0])
-def test_training_batches_depend_on_seed_and_epoch_alone(flat_folder: Path, memory_bytes: int) -> None:
+def test_batches_depend_on_seed_and_epoch(flat_folder: Path, memory_bytes: int) -> None:
+    """Batches of training depend on seed and epoch alone."""
     split = load_data(str(flat_folder), SMALL, memory_bytes=memory_bytes, workers=0).train
 
     def pixels(seed: int, epoch: int) -> torch.Tensor:
@@ -165,7 +175,8 @@ def test_training_batches_depend_on_seed_and_epoch_alone(flat_folder: Path, memo
     assert not torch.equal(first, pixels(1, 0))
 
 
-def test_an_unreadable_file_names_itself_when_files_are_read_late(flat_folder: Path) -> None:
+def test_unreadable_file_read_late_is_named(flat_folder: Path) -> None:
+    """Where files are read late, an unreadable one is named."""
     data = load_data(str(flat_folder), SMALL, memory_bytes=0, workers=0)
     for path in flat_folder.rglob("*.png"):
         path.write_bytes(b"gone bad")
@@ -173,7 +184,8 @@ def test_an_unreadable_file_names_itself_when_files_are_read_late(flat_folder: P
         list(data.val.eval_batches(4, "cpu"))
 
 
-def test_augmentation_shifts_and_mirrors_only_where_a_mirror_keeps_the_label() -> None:
+def test_augmentation_mirrors_where_allowed() -> None:
+    """Augmentation shifts images, and mirrors them only where a mirror image has the same label."""
     ramp = torch.arange(16, dtype=torch.uint8).expand(32, 3, 16, 16)
 
     def falling(flip: bool) -> int:
@@ -187,7 +199,8 @@ def test_augmentation_shifts_and_mirrors_only_where_a_mirror_keeps_the_label() -
     assert shifted.shape == ramp.shape
 
 
-def test_pixels_are_normalised_as_the_model_wants_them() -> None:
+def test_pixels_are_normalised_for_the_model() -> None:
+    """Pixels are normalised with the mean and standard deviation of the model."""
     model = timm.create_model("test_resnet")
     preprocessing = Preprocessing.of(model, (3, 16, 16))
     assert (preprocessing.mean, preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
@@ -202,7 +215,8 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-def test_finetuning_learns_and_is_the_same_twice(digits: Data) -> None:
+def test_finetune_learns_and_repeats(digits: Data) -> None:
+    """Fine-tuning learns, and gives the same score for the same seed."""
     settings = TrainSettings(epochs=2, lr=3e-3)
     before, _, _ = accuracy(tiny(), digits.val, settings)
     epochs: list[Epoch] = []
@@ -222,12 +236,15 @@ def test_finetuning_learns_and_is_the_same_twice(digits: Data) -> None:
     assert [epoch.index for epoch in epochs] == [1, 2]
 
 
-def test_the_test_split_is_scored_only_when_asked_for(digits: Data) -> None:
+def test_finetune_scores_test_on_demand(digits: Data) -> None:
+    """The test split is scored on demand."""
     score = EVALUATORS["finetune"](digits, TrainSettings(epochs=1)).score(tiny(), seed=0, on="test")
     assert score.correct.shape == (len(digits.test),)
 
 
-def test_a_gate_at_zero_moves_and_is_not_decayed(digits: Data) -> None:
+def test_train_moves_a_gate_at_zero(digits: Data) -> None:
+    """A gate at zero moves in training."""
+
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,7 +260,8 @@ def test_a_gate_at_zero_moves_and_is_not_decayed(digits: Data) -> None:
     assert not model.training
 
 
-def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> None:
+def test_train_diverged_names_the_epoch(digits: Data) -> None:
+    """Training that diverges fails with the epoch and the loss."""
     model = tiny()
     with torch.no_grad():
         model[1].weight.fill_(float("nan"))
@@ -251,7 +269,8 @@ def test_training_that_leaves_the_numbers_fails_with_the_epoch(digits: Data) -> 
         train(model, digits.train, TrainSettings(epochs=1), seed=0)
 
 
-def test_what_the_watch_raises_ends_the_training_within_a_batch(digits: Data) -> None:
+def test_train_ends_when_watch_raises(digits: Data) -> None:
+    """What the watch raises ends the training within a batch."""
     steps: list[int] = []
 
     class Stop(Watch):
@@ -265,7 +284,8 @@ def test_what_the_watch_raises_ends_the_training_within_a_batch(digits: Data) ->
     assert len(steps) == 3
 
 
-def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:
+def test_train_leaves_global_rng_alone(digits: Data) -> None:
+    """Training leaves the global random state alone."""
     model = tiny()
     torch.manual_seed(7)
     expected = torch.rand(1)
@@ -274,7 +294,8 @@ def test_training_leaves_the_global_random_state_alone(digits: Data) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_settings_that_train_nothing_are_refused() -> None:
+def test_train_settings_need_an_epoch() -> None:
+    """Settings with no epoch are refused."""
     with pytest.raises(UsageError, match="at least one epoch"):
         TrainSettings(epochs=0)
 
@@ -299,7 +320,8 @@ class Cramped(nn.Module):
         return logits
 
 
-def test_a_batch_that_memory_does_not_hold_is_passed_in_pieces_to_the_same_end(flat_folder: Path) -> None:
+def test_train_in_pieces_gives_same_weights(flat_folder: Path) -> None:
+    """A batch that memory does not hold is passed in pieces, with the same weights at the end."""
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
 
     class Heard(Watch):
@@ -320,7 +342,8 @@ def test_a_batch_that_memory_does_not_hold_is_passed_in_pieces_to_the_same_end(f
     assert torch.allclose(trained[100][0], trained[3][0], atol=1e-6)
 
 
-def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
+def test_train_that_never_fits_raises(flat_folder: Path) -> None:
+    """A batch that no halving makes fit raises an out-of-memory error."""
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
     with pytest.raises(torch.OutOfMemoryError):
         train(Cramped(1), data.train, TrainSettings(epochs=1, batch_size=8), 0)
@@ -328,10 +351,8 @@ def test_what_no_halving_makes_fit_is_out_of_memory(flat_folder: Path) -> None:
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 0])
 @pytest.mark.parametrize("room", [200, 100, 3, 1])
-def test_a_split_that_memory_does_not_hold_is_judged_in_halves_and_no_image_twice(
-    digits: Data, flat_folder: Path, room: int, memory_bytes: int
-) -> None:
-    """256 at a time, then half of that, from the first image that is not judged yet."""
+def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, room: int, memory_bytes: int) -> None:
+    """A batch that memory does not hold is halved from its first unscored image on, and no image is scored twice."""
 
     class Seen(Watch):
         def __init__(self) -> None:
@@ -363,19 +384,23 @@ def test_a_split_that_memory_does_not_hold_is_judged_in_halves_and_no_image_twic
         assert seen.steps == model.forwards
 
 
-def test_a_single_image_that_memory_does_not_hold_is_out_of_memory(digits: Data) -> None:
+def test_accuracy_of_one_image_may_not_fit(digits: Data) -> None:
+    """A single image that memory does not hold raises the out-of-memory error."""
     with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
         accuracy(Cramped(0, 768, 10, "CUDA error: out of memory"), digits.val, TrainSettings())
 
 
-def test_what_is_no_lack_of_memory_is_not_tried_again(digits: Data) -> None:
+def test_accuracy_repeats_no_other_error(digits: Data) -> None:
+    """An error that is no lack of memory is raised at once."""
     model = Cramped(0, 768, 10, "CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):
         accuracy(model, digits.val, TrainSettings())
     assert model.forwards == 1
 
 
-def test_judging_can_be_stopped_between_two_batches(digits: Data) -> None:
+def test_accuracy_stops_between_batches(digits: Data) -> None:
+    """An evaluation can be stopped between two batches."""
+
     class Stop(Watch):
         steps = 0
 
@@ -391,8 +416,8 @@ def test_judging_can_be_stopped_between_two_batches(digits: Data) -> None:
 
 
 @pytest.mark.parametrize("name", ["finetune", "blocks"])
-def test_an_evaluator_steps_before_each_batch_that_it_judges(digits: Data, name: str) -> None:
-    """The watch gives signs of life there, and lets others measure."""
+def test_evaluator_steps_before_each_batch(digits: Data, name: str) -> None:
+    """An evaluator steps before each batch, where the watch gives signs of life and lets others measure."""
     seen: list[bool] = []
 
     class Note(Watch):
@@ -407,8 +432,8 @@ def test_an_evaluator_steps_before_each_batch_that_it_judges(digits: Data, name:
     assert seen.count(False) == 2, "of the batches that are judged"
 
 
-def test_moves_of_a_batch_are_drawn_on_the_host_and_give_the_same_images() -> None:
-    """The numbers of `augmented` are a search's to the bit, wherever they are drawn."""
+def test_augmentation_moves_equal_augmented() -> None:
+    """Moves that are drawn on the host give the images of `augmented` bit for bit."""
     pixels = torch.randint(256, (32, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     moves = drawn(32, (16, 24), True, torch.Generator().manual_seed(5))
     assert torch.equal(shifted(pixels, *moves), augmented(pixels, True, torch.Generator().manual_seed(5)))
@@ -440,9 +465,8 @@ class Convolving(nn.Module):
 
 
 @pytest.mark.parametrize("views", [False, True])
-def test_a_cpu_trains_and_judges_with_channels_last_where_the_model_allows_it(
-    flat_folder: Path, monkeypatch: pytest.MonkeyPatch, views: bool
-) -> None:
+def test_channels_last_on_cpu_where_possible(flat_folder: Path, monkeypatch: pytest.MonkeyPatch, views: bool) -> None:
+    """A CPU trains and evaluates with channels last where the model allows it, with the same results."""
     data = load_data(str(flat_folder), Preprocessing((3, 16, 16)))
 
     def trained() -> tuple[Convolving, tuple[float, float, torch.Tensor]]:
@@ -481,7 +505,8 @@ class Card:
         return self._empty(*given, **named)  # type: ignore[call-overload, no-any-return]
 
 
-def test_a_card_keeps_a_quarter_of_its_free_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_takes_quarter_of_card_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images take at most a quarter of the free memory of a card, and otherwise stay on the host."""
     card = Card(monkeypatch, free=4000)
     room_for((10, 100), torch.uint8, "cuda")
     assert card.kept == [(10, 100)]
@@ -490,7 +515,9 @@ def test_a_card_keeps_a_quarter_of_its_free_memory_at_most(monkeypatch: pytest.M
     assert card.kept == [(10, 100)], "the others stay on the host"
 
 
-def test_tf32_is_as_the_settings_say_while_a_card_trains_and_afterwards_as_it_was() -> None:
+def test_tf32_follows_settings_then_restored() -> None:
+    """TF32 is as the settings say while a card trains, and is restored afterwards; a CPU changes nothing."""
+
     def switches() -> tuple[bool, bool]:
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
@@ -503,7 +530,8 @@ def test_tf32_is_as_the_settings_say_while_a_card_trains_and_afterwards_as_it_wa
         assert switches() == before, "a CPU has no say"
 
 
-def test_a_card_has_channels_last_only_where_it_is_asked_for() -> None:
+def test_channels_last_on_card_on_demand() -> None:
+    """A card uses channels last only on demand."""
     model = Convolving(views=False)
     for asked in (False, True):
         with ChannelsLast(model, "cuda", asked):
@@ -511,8 +539,8 @@ def test_a_card_has_channels_last_only_where_it_is_asked_for() -> None:
         assert model.first.weight.is_contiguous()
 
 
-def test_a_lack_of_memory_says_nothing_of_the_layout() -> None:
-    """The first forward tries the layout; one that memory ends is not it."""
+def test_channels_last_trial_survives_oom() -> None:
+    """The first forward tries the layout; one that a lack of memory ends does not count."""
     model = Convolving(views=True)
     x = torch.zeros(2, 3, 16, 16)
 
@@ -526,7 +554,8 @@ def test_a_lack_of_memory_says_nothing_of_the_layout() -> None:
     assert model.last == [True, False]
 
 
-def test_fitting_a_head_moves_the_head_alone_and_makes_it_better_than_none(digits: Data) -> None:
+def test_fit_head_trains_the_head_alone(digits: Data) -> None:
+    """Fitting a head moves the head alone and improves the accuracy."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, zero_init_last=False)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}

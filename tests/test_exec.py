@@ -91,9 +91,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-def test_training_with_an_option_of_train_py_leaves_the_blocks_alive(
-    name: str, options: str, pictures: Path, tmp_path: Path
-) -> None:
+def test_train_py_options_keep_blocks_alive(name: str, options: str, pictures: Path, tmp_path: Path) -> None:
+    """Training with each option of timm's train.py moves the blocks, and its checkpoint loads with them."""
     checkpoint = train(pictures, tmp_path / "out", name, *options.split())
     arguments: dict[str, object] = {"in_chans": 1} if "--in-chans" in options else {}
     if "--torchscript" in options:
@@ -104,14 +103,16 @@ def test_training_with_an_option_of_train_py_leaves_the_blocks_alive(
         check_alive(name, checkpoint, 0.0 if exact else 1e-5, ema=True, **arguments)
 
 
-def test_training_through_timms_task_leaves_the_blocks_alive(pictures: Path, tmp_path: Path) -> None:
+def test_timm_task_keeps_blocks_alive(pictures: Path, tmp_path: Path) -> None:
+    """Training through timm's task moves the blocks, in the averaged weights too."""
     pytest.importorskip("timm.task", reason="timm has training tasks since 1.0.23")
     checkpoint = train(pictures, tmp_path / "out", "test_resnet_se", "--task", "--model-ema")
     check_alive("test_resnet_se", checkpoint)
     check_alive("test_resnet_se", checkpoint, ema=True)
 
 
-def test_training_resumes_and_starts_from_checkpoints_of_either_kind(pictures: Path, tmp_path: Path) -> None:
+def test_train_resumes_from_both_checkpoints(pictures: Path, tmp_path: Path) -> None:
+    """Training resumes, and starts from checkpoints of the base and of the surgical model."""
     name = "test_resnet_se"
     first = train(pictures, tmp_path / "run", name, "--epochs", 2, "--stop-after", 1, "--model-ema")
     said = torch.load(tmp_path / "run" / "eval.pt")
@@ -128,10 +129,8 @@ def test_training_resumes_and_starts_from_checkpoints_of_either_kind(pictures: P
         check_alive(name, train(pictures, tmp_path / start, name, "--initial-checkpoint", tmp_path / f"{start}.pth"))
 
 
-def test_a_block_that_is_lost_in_training_is_noticed(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The opposite of all above: a conversion that rebuilds modules from the class they had before surgery."""
+def test_check_alive_notices_lost_block(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that rebuilds modules from their class before surgery loses blocks, and the check fails."""
 
     def losing(model: nn.Module) -> nn.Module:
         for _, owner, _ in list(operated(model)):
@@ -169,9 +168,10 @@ VALIDATIONS = [
 
 
 @pytest.mark.parametrize(("name", "options", "tolerance"), VALIDATIONS, ids=str)
-def test_validating_with_an_option_of_validate_py_asks_the_blocks(
+def test_validate_py_options_use_the_blocks(
     name: str, options: str, tolerance: float, checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path
 ) -> None:
+    """Validating with each option of timm's validate.py computes the outputs with blocks."""
     checkpoint, model = checkpoints[name]
     ended = call(
         SCRIPTS / "validate.py", "--model", name, "--num-classes", 2, "--checkpoint", checkpoint,
@@ -191,9 +191,8 @@ def test_validating_with_an_option_of_validate_py_asks_the_blocks(
     assert float((said - without).abs().max()) > 3 * tolerance
 
 
-def test_exporting_as_onnx_export_py_does_takes_the_blocks_along(
-    checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path
-) -> None:
+def test_onnx_export_py_exports_the_blocks(checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path) -> None:
+    """Exporting as timm's onnx_export.py does exports the blocks."""
     runtime = pytest.importorskip("onnxruntime")
     name = "test_resnet_nonlocal_s3"
     checkpoint, model = checkpoints[name]
@@ -219,7 +218,8 @@ def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
-def test_torchrun_launches_a_script_through_exec_in_two_processes(pictures: Path, tmp_path: Path) -> None:
+def test_torchrun_launches_exec_twice(pictures: Path, tmp_path: Path) -> None:
+    """torchrun launches a script through `exec` in two processes."""
     name = "test_efficientnet_se"
     ended = python(
         "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "attnsurgery", "exec",
@@ -238,7 +238,8 @@ print(json.dumps([__name__, __file__, sys.argv, sys.path[0], sys.modules["__main
 
 
 @pytest.mark.parametrize("way", [["inside/script.py"], ["-m", "inside.script"]], ids=["file", "module"])
-def test_a_script_sees_what_python_would_show_it(way: list[str], tmp_path: Path) -> None:
+def test_exec_script_sees_what_python_shows(way: list[str], tmp_path: Path) -> None:
+    """A script or module sees the arguments, paths and names that Python would show it."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "script.py").write_text(SHOWS_ITSELF)
     for folder in (tmp_path, tmp_path / "inside"):
@@ -255,7 +256,8 @@ def test_a_script_sees_what_python_would_show_it(way: list[str], tmp_path: Path)
     ["def f():\n    1 / 0\nf()", "x = (", "import sys\nsys.exit('no')", "raise KeyboardInterrupt", "import no_such"],
     ids=["error", "syntax", "exit", "interrupt", "import"],
 )
-def test_a_script_ends_as_python_would_end_it(text: str, tmp_path: Path) -> None:
+def test_exec_script_ends_as_in_python(text: str, tmp_path: Path) -> None:
+    """A script ends with the exit code and traceback that Python would give it."""
     (tmp_path / "script.py").write_text(text)
     plain = python(tmp_path / "script.py")
     ours = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
@@ -265,7 +267,8 @@ def test_a_script_ends_as_python_would_end_it(text: str, tmp_path: Path) -> None
     assert plain.returncode != 0
 
 
-def test_a_modules_traceback_starts_in_the_module(tmp_path: Path) -> None:
+def test_exec_traceback_starts_in_module(tmp_path: Path) -> None:
+    """The traceback of a module starts in the module."""
     (tmp_path / "script.py").write_text("1 / 0")
     ended = python("-m", "attnsurgery", "exec", "-m", "script", cwd=tmp_path)
     assert ended.returncode == 1
@@ -304,13 +307,15 @@ if __name__ == "__main__":
 """
 
 
-def test_names_are_known_to_workers_of_a_loader_that_start_empty(tmp_path: Path) -> None:
+def test_exec_loader_workers_know_the_names(tmp_path: Path) -> None:
+    """Workers of a data loader, which start empty, know the model names."""
     (tmp_path / "script.py").write_text(LOADS_BY_A_WORKER)
     ended = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
     assert ended.stdout == "[True, False]\n", ended.stderr[-3000:]
 
 
-def test_every_process_that_a_script_starts_has_the_package_and_only_through_exec(tmp_path: Path) -> None:
+def test_exec_child_processes_have_package(tmp_path: Path) -> None:
+    """Every process that a script starts has the package, and only through `exec`."""
     script = tmp_path / "script.py"
     script.write_text(STARTS_OTHERS)
     ours, plain = python("-m", "attnsurgery", "exec", script, "-x"), python(script, "-x")
@@ -329,7 +334,8 @@ def test_every_process_that_a_script_starts_has_the_package_and_only_through_exe
         (["-m", __file__], f"There is a file of that name: attnsurgery exec {__file__}."),
     ],
 )
-def test_what_is_not_there_is_refused_with_the_nearest_that_is(arguments: list[str], message: str) -> None:
+def test_exec_missing_script_names_nearest(arguments: list[str], message: str) -> None:
+    """A missing script or module is refused with the nearest one."""
     ended = call(*arguments)
     assert ended.exit_code == 2
     assert message in ended.stderr

@@ -95,9 +95,8 @@ every_form = pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize(
     ("batch", "n", "m"), [(1, 8, 8), (3, 7, 5), (2, 5, 7), (2, 6, 1), (2, 1, 6), (1, 1, 1), (2, 300, 280)]
 )
-def test_each_form_computes_the_formula_and_its_gradient(
-    form: str, batch: int, n: int, m: int, channels_last: bool
-) -> None:
+def test_forms_compute_formula_and_gradient(form: str, batch: int, n: int, m: int, channels_last: bool) -> None:
+    """Each form computes the formula and its gradient."""
     ours, naive, make = FORMS[form]
     inputs = make(batch, n, m, channels_last)
     got, expected = ours(*inputs), naive(*inputs)
@@ -110,13 +109,15 @@ def test_each_form_computes_the_formula_and_its_gradient(
 
 
 @every_form
-def test_gradcheck(form: str) -> None:
+def test_forms_pass_gradcheck(form: str) -> None:
+    """Each form passes torch.autograd.gradcheck."""
     ours, _, make = FORMS[form]
     assert torch.autograd.gradcheck(ours, make(2, 4, 3, False))
 
 
 @every_form
-def test_permuted_queries_permute_the_result_and_permuted_keys_change_nothing(form: str) -> None:
+def test_forms_respect_permutations(form: str) -> None:
+    """Permuted queries permute the result, and permuted keys with their values change nothing."""
     ours, _, make = FORMS[form]
     first, second, values = make(2, 9, 11, False)
     of_queries, of_keys = torch.randperm(9), torch.randperm(11)
@@ -127,7 +128,8 @@ def test_permuted_queries_permute_the_result_and_permuted_keys_change_nothing(fo
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_queries_in_slices_give_the_same_sums(channels_last: bool) -> None:
+def test_attend_in_slices_gives_same_sums(channels_last: bool) -> None:
+    """Queries in slices give the same sums."""
     inputs = [t.detach() for t in widths(4, 4)(2, 2 * functional._SLICE + 5, 70, channels_last)]
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         got = attend(*inputs, 0.5, NEVER)
@@ -135,7 +137,8 @@ def test_queries_in_slices_give_the_same_sums(channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["concatenation_product", "concatenation_sorted", "concatenation_plain"])
-def test_pairs_that_add_up_to_zero_give_zero_and_get_no_gradient(form: str) -> None:
+def test_concatenation_of_zero_sum_pairs(form: str) -> None:
+    """Pairs that add up to zero give zero and get no gradient."""
     ours, naive, _ = FORMS[form]
     a = torch.tensor([[-2.0, -1, 0, 1, 2, 2]], dtype=torch.float64, requires_grad=True)
     b = torch.tensor([[2.0, 1, 1, 0, -1, -2]], dtype=torch.float64, requires_grad=True)
@@ -151,7 +154,8 @@ def test_pairs_that_add_up_to_zero_give_zero_and_get_no_gradient(form: str) -> N
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 
-def test_counting_by_sorting_and_by_binary_search_agree_with_comparing_all() -> None:
+def test_counts_agree_with_comparing_all() -> None:
+    """Counting by sorting and by binary search agree with comparing all pairs."""
     generator = torch.Generator().manual_seed(0)
     for n, m in [(1, 1), (5, 9), (40, 30)]:
         a, b = (torch.randint(-3, 4, (2, size), generator=generator).double() for size in (n, m))
@@ -182,7 +186,8 @@ def test_the_fused_kernel_really_runs(form: str, dtype: torch.dtype) -> None:
     assert torch.allclose(got.double(), naive(*(t.double() for t in inputs)), atol=0.05)
 
 
-def test_a_fallback_of_the_fused_kernel_raises_where_one_kernel_is_forced() -> None:
+def test_forced_fused_kernel_has_no_fallback() -> None:
+    """Where one kernel is forced, falling back to another raises."""
     query, key, value = (t.unsqueeze(1) for t in widths(4, 6)(1, 90, 80, True))
     with (
         sdpa_kernel(SDPBackend.FLASH_ATTENTION),
@@ -205,7 +210,8 @@ def test_no_matrix_is_built_on_large_maps(form: str, m: int) -> None:
     assert of_naive.largest == 3136 * m
 
 
-def test_the_matrix_is_not_built_at_default_crossovers_either() -> None:
+def test_default_crossovers_build_no_matrix() -> None:
+    """At the default crossovers the matrix is not built either."""
     for form in (attend, concatenate):
         make = scores if form is concatenate else widths(8, 8)
         with LargestTensor() as watched, torch.no_grad():
@@ -214,7 +220,8 @@ def test_the_matrix_is_not_built_at_default_crossovers_either() -> None:
 
 
 @pytest.mark.parametrize(("n", "size"), [(3136, 8.0), (3136, 0.01), (4, 8.0)])
-def test_a_dot_product_in_half_precision_neither_overflows_nor_underflows(n: int, size: float) -> None:
+def test_dot_product_in_fp16_stays_in_range(n: int, size: float) -> None:
+    """A dot product in half precision neither overflows nor underflows."""
     theta, phi, g = torch.ones(1, n, 4).half(), *(torch.full((1, 3136, 4), size).half() for _ in range(2))
     assert size < 1 or torch.isinf(phi.transpose(1, 2) @ g).all()
     expected = naive_dot_product(theta.double(), phi.double(), g.double())
@@ -222,7 +229,8 @@ def test_a_dot_product_in_half_precision_neither_overflows_nor_underflows(n: int
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_full_precision(dtype: torch.dtype) -> None:
+def test_concatenate_sums_in_full_precision(dtype: torch.dtype) -> None:
+    """Sums of half-precision values are taken in full precision."""
     a, b, g = (t.detach().to(dtype) for t in scores(2, 3136, 3136, False))
     got = concatenate(a, b, g)
     assert got.dtype == dtype
@@ -230,7 +238,8 @@ def test_half_precision_is_summed_in_full_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_channel_weights_are_the_softmax_of_the_energy(paper: bool) -> None:
+def test_channel_weights_are_energy_softmax(paper: bool) -> None:
+    """The weights of channels are the softmax of the energy, in the paper's form and in the code's."""
     x = rows(2, 5, 12, 1).detach().requires_grad_()  # 5 channels, 12 positions
     energy = x @ x.transpose(1, 2)
     expected = torch.softmax(energy if paper else energy.amax(dim=-1, keepdim=True) - energy, dim=-1)
@@ -240,7 +249,8 @@ def test_channel_weights_are_the_softmax_of_the_energy(paper: bool) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_energy_of_channels_overflows_fp16_and_is_not_computed_in_it(autocast: bool) -> None:
+def test_channel_energy_avoids_fp16(autocast: bool) -> None:
+    """The energy of channels, which overflows fp16, is computed in float32."""
     x = 20 * torch.randn(1, 8, 3136, generator=torch.Generator().manual_seed(0))
     naive = torch.bmm(x.half(), x.half().transpose(1, 2))
     naive = torch.softmax(naive.amax(dim=-1, keepdim=True) - naive, dim=-1)
@@ -276,9 +286,11 @@ def kernels(function: Callable[..., Tensor], *inputs: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "value_width"), [(64, 64), (8, 32), (64, 24)])
-def test_fused_on_cuda_copies_nothing_where_nothing_is_missing(
+def test_fused_on_cuda_copies_nothing(
     dtype: torch.dtype, width: int, value_width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The fused form on CUDA copies nothing where no width has to be padded."""
+
     def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Its result lies in memory as that of CUDA's kernels: heads behind positions."""
         batch, heads, positions, _ = query.shape
@@ -343,7 +355,7 @@ def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         (1, 49, 49, 64, 64, torch.float32, False, "fused_True"),
     ],
 )
-def test_form_on_cuda_follows_the_measured_crossover(
+def test_form_on_cuda_follows_crossover(
     measured_card: list[str],
     batch: int,
     n: int,
@@ -354,6 +366,7 @@ def test_form_on_cuda_follows_the_measured_crossover(
     learns: bool,
     form: str,
 ) -> None:
+    """The form on CUDA follows the measured crossover."""
     inputs = [t.detach().to(dtype) for t in widths(width, value_width)(batch, n, m, True)]
     with torch.set_grad_enabled(learns):
         got = cuda_attention.attend(*inputs, 0.5)
@@ -362,8 +375,8 @@ def test_form_on_cuda_follows_the_measured_crossover(
     assert (got.double() - expected).norm() <= 2e-2 * expected.norm()
 
 
-def test_a_matrix_beyond_the_limit_is_never_held(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond it flash runs where it can, and the product image by image where it cannot."""
+def test_form_on_cuda_holds_no_large_matrix(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit flash runs where it can, and the product image by image where it cannot."""
     inputs = [t.detach().bfloat16() for t in widths(64, 64)(2, 30, 30, True)]
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 2 * 30 * 30)
     cuda_attention.attend(*inputs, 1.0)
@@ -375,8 +388,8 @@ def test_a_matrix_beyond_the_limit_is_never_held(measured_card: list[str], monke
 
 
 @pytest.mark.parametrize(("batch", "images"), [(5, 2), (1, 4)])
-def test_slices_of_the_product_are_the_product(monkeypatch: pytest.MonkeyPatch, batch: int, images: int) -> None:
-    """Forward, and the gradients of all three inputs."""
+def test_slices_equal_the_product(monkeypatch: pytest.MonkeyPatch, batch: int, images: int) -> None:
+    """Slices of the product give its outputs and the gradients of all three inputs."""
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", images * 9 * 7)
     inputs = widths(6, 4)(batch, 9, 7, True)
     towards = torch.randn(batch, 9, 4, dtype=inputs[0].dtype)
@@ -387,8 +400,8 @@ def test_slices_of_the_product_are_the_product(monkeypatch: pytest.MonkeyPatch, 
     assert all((one - other).abs().max() <= 1e-12 for one, other in pairs)
 
 
-def test_slices_of_mixed_types_learn_under_autocast(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features of a stream in float32, projected values in half precision: backward runs outside of autocast."""
+def test_slices_of_mixed_types_get_gradients(measured_card: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of float32 features and half-precision values get gradients outside of autocast."""
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", 30 * 30)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
@@ -400,7 +413,8 @@ def test_slices_of_mixed_types_learn_under_autocast(measured_card: list[str], mo
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (query, key, value))
 
 
-def test_scores_that_overflow_float16_are_none_of_attention(measured_card: list[str]) -> None:
+def test_attend_avoids_overflow_in_float16(measured_card: list[str]) -> None:
+    """Scores that overflow float16 in the product are finite in attention."""
     large = torch.full((1, 20, 64), 60.0, dtype=torch.float16)
     assert cuda_attention.product(large, large, large, 1.0).isnan().any()
     assert cuda_attention.attend(large, large, large, 1.0).isfinite().all()
@@ -413,7 +427,8 @@ def test_few_queries_are_like_a_batch_of_one(batch: int, positions: int, small: 
     assert cuda_attention._is_small(torch.empty(batch, positions, 8)) is small
 
 
-def test_form_is_fixed_where_torch_compiles_and_the_fused_one_for_unknown_sizes(measured_card: list[str]) -> None:
+def test_form_is_fixed_when_compiled(measured_card: list[str]) -> None:
+    """Where torch compiles, the form is fixed, and is the fused one for unknown sizes."""
     small, large = ([t.detach() for t in widths(64, 64)(1, n, n, True)] for n in (20, 1000))
     small, large = [t.bfloat16() for t in small], [t.bfloat16() for t in large]
 
@@ -440,13 +455,15 @@ def test_form_is_fixed_where_torch_compiles_and_the_fused_one_for_unknown_sizes(
         assert "scaled_dot_product_attention" in operators(True, small)
 
 
-def test_cuda_attention_scripts_to_the_fused_form() -> None:
+def test_cuda_attention_scripts_as_fused() -> None:
+    """Scripted attention takes the fused form."""
     scripted = torch.jit.script(cuda_attention.attend)
     inputs = widths(4, 6)(2, 9, 7, False)
     assert (scripted(*inputs, 0.5) - naive_attend(*inputs, 0.5)).abs().max() <= 1e-12
 
 
-def test_a_card_without_rules_takes_those_of_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_of_nearest_card_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card without rules takes those of the nearest capability."""
     cards = {"old": ((7, 0), RULES[:1]), "new": ((9, 0), RULES[1:2])}
     monkeypatch.setattr(cuda_attention, "CARDS", cards)
     assert cuda_attention._rules("old", (7, 0)) == RULES[:1]
@@ -469,8 +486,8 @@ def test_the_table_that_ships_is_well_formed() -> None:
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_channel_attention_in_the_fused_kernel_is_the_formula(paper: bool) -> None:
-    """And from N > 256, in full precision or on a CPU it is not used."""
+def test_fused_channel_attention_is_formula(paper: bool) -> None:
+    """Attention over channels in the fused kernel is the formula, with its gradient."""
     x = torch.randn(2, 24, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     energy = torch.bmm(x, x.transpose(1, 2))
     expected = torch.bmm(torch.softmax(energy if paper else energy.amax(2, keepdim=True) - energy, dim=-1), x)
@@ -492,9 +509,11 @@ def test_channel_attention_in_the_fused_kernel_is_the_formula(paper: bool) -> No
         (torch.bfloat16, 49, "cpu", False),
     ],
 )
-def test_channel_attention_is_fused_where_the_kernel_can(
+def test_channel_attention_fuses_if_possible(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, positions: int, device: str, fused: bool
 ) -> None:
+    """Attention over channels is fused where the kernel can do it."""
+
     class Map:
         """A tensor that cannot be had without a card."""
 

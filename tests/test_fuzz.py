@@ -160,7 +160,8 @@ def essence(model: nn.Module) -> tuple[Any, ...]:
 
 @fuzzing
 @given(damaged(RECIPE))
-def test_recipes(tmp_path: Path, text: str) -> None:
+def test_fuzz_recipe_is_read_or_refused(tmp_path: Path, text: str) -> None:
+    """A damaged recipe is resolved or refused within its time, and the model stays as it was."""
     model, anatomy = host()
     before = essence(model)
     path = tmp_path / "recipe.yaml"
@@ -178,7 +179,8 @@ def test_recipes(tmp_path: Path, text: str) -> None:
 
 @fuzzing
 @given(damaged(SPACE))
-def test_spaces(tmp_path: Path, text: str) -> None:
+def test_fuzz_space_is_read_or_refused(tmp_path: Path, text: str) -> None:
+    """A damaged search space is bound or refused within its time."""
     _, anatomy = host()
     path = tmp_path / "space.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -200,7 +202,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @fuzzing
 @given(st.data())
-def test_configurations(directory: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_fuzz_config_is_built_or_refused(directory: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """A damaged config.json is built or refused within its time."""
     folder = tmp_path / "model"
     folder.mkdir(exist_ok=True)
     text = data.draw(damaged(json.dumps(json.loads((directory / "config.json").read_text()))))
@@ -212,7 +215,8 @@ def test_configurations(directory: Path, tmp_path: Path, data: st.DataObject) ->
 
 @fuzzing
 @given(st.data())
-def test_safetensors(directory: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_fuzz_safetensors_read_or_refused(directory: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """A damaged safetensors file is read or refused within its time."""
     whole = (directory / "model.safetensors").read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header = data.draw(damaged(whole[8 : 8 + length].decode()[:2000])).encode("utf-8", "surrogatepass")

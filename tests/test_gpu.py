@@ -69,7 +69,7 @@ def test_a_killed_worker_is_replaced(config: SearchConfig) -> None:
     killed: list[int] = []
 
     class Killing(Listener):
-        def asked(self, number: int, name: str) -> None:
+        def trial_started(self, number: int, name: str) -> None:
             if not killed:
                 (worker,) = own_workers()
                 killed.append(worker)
@@ -95,7 +95,8 @@ def test_two_workers_search_on_two_devices(config: SearchConfig) -> None:
 
 
 @two_devices
-def test_a_measurement_on_the_second_device_leaves_the_first_alone() -> None:
+def test_gpu_measurement_stays_on_its_device() -> None:
+    """A measurement on the second device allocates nothing on the first."""
     before = torch.cuda.memory_allocated(0)
     conditions = Conditions(device="cuda:1", input_size=(3, 32, 32), mode="cudagraph")
     assert backend_for(conditions, effort=QUICK).measure(Net(2)).p50_ms > 0
@@ -147,7 +148,8 @@ class Losses(Watch):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_training_in_mixed_precision_lowers_the_loss(channels_last: bool) -> None:
+def test_gpu_mixed_precision_lowers_the_loss(channels_last: bool) -> None:
+    """Training in mixed precision computes in bfloat16, lowers the loss and stays finite."""
     torch.manual_seed(0)
     model, watch = timm.create_model("test_resnet", num_classes=2), Losses()
     settings = TrainSettings(
@@ -199,7 +201,8 @@ def batch_sizes(model: nn.Module) -> list[int]:
     return sizes
 
 
-def test_training_goes_on_in_pieces_where_memory_is_short(memory_limit: Any) -> None:
+def test_gpu_training_continues_in_pieces(memory_limit: Any) -> None:
+    """Training continues in pieces of the batch where memory is short."""
     settings = TrainSettings(epochs=1, batch_size=64, device="cuda")
     split = Noise(128, 64)
     whole = peak_of(lambda: train(Net(8, 64), split, settings, 0))
@@ -212,7 +215,8 @@ def test_training_goes_on_in_pieces_where_memory_is_short(memory_limit: Any) -> 
     assert all(map(math.isfinite, watch.losses))
 
 
-def test_evaluation_goes_on_at_half_the_batch_where_memory_is_short(memory_limit: Any) -> None:
+def test_gpu_evaluation_halves_its_batch(memory_limit: Any) -> None:
+    """Evaluation continues at half the batch where memory is short, with the same score."""
     settings = TrainSettings(epochs=1, batch_size=64, device="cuda")
     split, model = Noise(512, 64), Net(4, 64).cuda()
     whole = peak_of(lambda: accuracy(model, split, settings))
@@ -237,7 +241,7 @@ def test_more_work_takes_more_time(mode: str) -> None:
 
 
 @every_mode
-def test_a_model_against_itself_has_a_ratio_of_one(mode: str) -> None:
+def test_gpu_ratio_of_model_to_itself_is_one(mode: str) -> None:
     """One interval of 20 may miss 1, so of three two at least have to hold it. A graph's is narrow; that of launches by
     Python is as wide as these are irregular.
     """
@@ -249,7 +253,8 @@ def test_a_model_against_itself_has_a_ratio_of_one(mode: str) -> None:
         assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in found), found
 
 
-def test_peak_memory_is_that_of_weights_input_and_activations() -> None:
+def test_gpu_peak_is_weights_and_activations() -> None:
+    """Peak memory is that of weights, input and activations."""
     for batch in (8, 32):
         backend = backend_for(Conditions(device="cuda", input_size=(16, 64, 64), batch_size=batch))
         conv = nn.Conv2d(16, 64, 3, padding=1)
@@ -260,8 +265,8 @@ def test_peak_memory_is_that_of_weights_input_and_activations() -> None:
         assert backend.peak_bytes(nn.Sequential(conv, nn.Conv2d(64, 64, 1))) >= weights + images + 2 * maps
 
 
-def test_every_one_of_ten_candidates_is_compiled() -> None:
-    """Dynamo keeps 8 variants of one forward, and runs the ninth eagerly unless it is told better."""
+def test_gpu_compiles_each_of_ten_candidates() -> None:
+    """Dynamo caches 8 variants of one forward, and would run the ninth eagerly."""
     from torch._dynamo.utils import counters
 
     backend = backend_for(Conditions.on("cuda", input_size=(3, 32, 32), mode="compile"), effort=QUICK)
@@ -286,7 +291,8 @@ class Kept(nn.Module):
 
 
 @every_mode
-def test_each_mode_computes_what_the_model_computes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_modes_compute_the_model(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mode errs no more than the eager model."""
     conditions = Conditions.on("cuda", input_size=(3, 64, 64), batch_size=4, mode=mode)
     backend = backend_for(conditions, effort=QUICK)
     model = timm.create_model("test_resnet").eval()
@@ -318,7 +324,8 @@ class Uncapturable(nn.Module):
         return y * float(y.abs().amax().item())
 
 
-def test_a_model_that_no_graph_can_hold_is_refused_with_advice() -> None:
+def test_gpu_uncapturable_model_is_refused() -> None:
+    """A model that no CUDA graph can hold is refused with the modes that work."""
     backend = backend_for(Conditions.on("cuda", input_size=(3, 32, 32), mode="cudagraph"), effort=QUICK)
     with pytest.raises(UsageError, match=r"no CUDA graph can hold the forward of Uncapturable.*eager.*compile"):
         backend.measure(Uncapturable())
@@ -347,7 +354,8 @@ except Exception as error:
 """
 
 
-def test_an_illegal_access_while_measuring_is_a_fault_of_the_device() -> None:
+def test_gpu_illegal_access_is_device_fault() -> None:
+    """An illegal memory access during a measurement is a fault of the device."""
     done = subprocess.run(
         [sys.executable, "-c", ILLEGAL], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}
     )
@@ -369,10 +377,8 @@ def formula(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "value_width"), [(64, 64), (64, 512), (512, 512), (512, 256), (33, 20)])
 @pytest.mark.parametrize("form", ["as measured", "product", "in heads", "one head"])
-def test_each_form_of_attention_errs_no_more_than_the_formula_on_a_cpu(
-    form: str, width: int, value_width: int, dtype: torch.dtype
-) -> None:
-    """Forward, and the gradients of all three inputs, against fp64."""
+def test_gpu_attention_error_within_cpu(form: str, width: int, value_width: int, dtype: torch.dtype) -> None:
+    """No form errs more than the formula on a CPU, forward and in the gradients of all three inputs, against fp64."""
     scale = width**-0.5
     forms = {
         "as measured": attend,
@@ -399,10 +405,8 @@ def test_each_form_of_attention_errs_no_more_than_the_formula_on_a_cpu(
 @pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("limit", [1 << 26, 0])
-def test_both_forms_of_concatenation_err_no_more_than_the_formula_on_a_cpu(
-    limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The product, and the sorted form where the matrix may not be held; forward and gradients, against fp64."""
+def test_gpu_concatenation_error_within_cpu(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product and the sorted form err no more than the formula on a CPU, forward and in gradients, against fp64."""
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", limit)
     given = [rows(2, 196, 1, 1)[:, :, 0], rows(2, 49, 1, 2)[:, :, 0], rows(2, 49, 64, 3)]
 

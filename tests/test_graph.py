@@ -16,7 +16,7 @@ import attnsurgery
 from attnsurgery.errors import AttnSurgeryError, SiteError, UnknownNameError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import input_size_of, survey
-from attnsurgery.graph.layout import guess_layout
+from attnsurgery.graph.detect_layout import guess_layout
 from attnsurgery.graph.select import select
 from attnsurgery.graph.trace import trace_owner
 from tests.conftest import HOSTS, build, images
@@ -31,7 +31,8 @@ def addresses(selector: str, anatomy: Anatomy) -> list[str]:
     return [site.address for site in select(selector, anatomy)]
 
 
-def test_sites_of_a_resnet_have_the_shapes_and_stages_of_the_paper(resnet50: Anatomy) -> None:
+def test_survey_of_resnet_follows_the_paper(resnet50: Anatomy) -> None:
+    """The sites of a ResNet have the shapes and stages of the paper."""
     assert resnet50.stages == (1, 2, 3, 4)
     assert [len(resnet50.blocks(stage)) for stage in resnet50.stages] == [3, 4, 6, 3]
     assert resnet50.site("layer3.5").shape == (1024, 14, 14)
@@ -41,7 +42,8 @@ def test_sites_of_a_resnet_have_the_shapes_and_stages_of_the_paper(resnet50: Ana
     assert [site.depth for site in resnet50.sites] == sorted(site.depth for site in resnet50.sites)
 
 
-def test_branch_ends_of_a_resnet_are_where_squeeze_and_excitation_goes(resnet50: Anatomy) -> None:
+def test_branch_ends_of_resnet_are_bn3(resnet50: Anatomy) -> None:
+    """The branches of a ResNet end where squeeze-and-excitation goes."""
     expected = [f"layer{stage}.{block}.bn3" for stage, n in ((1, 3), (2, 4), (3, 6), (4, 3)) for block in range(n)]
     assert addresses("stage:* branches", resnet50) == expected
 
@@ -58,13 +60,15 @@ def test_branch_ends_of_a_resnet_are_where_squeeze_and_excitation_goes(resnet50:
         ("regnety_002", "s1.b1.conv3"),
     ],
 )
-def test_branch_ends_are_found_in_every_kind_of_residual_model(name: str, branch: str) -> None:
+def test_branch_ends_of_residual_families(name: str, branch: str) -> None:
+    """Branch ends are found in every kind of residual model."""
     anatomy = attnsurgery.inspect(name)
     assert anatomy.stages == (1, 2, 3, 4)
     assert next(site.address for site in anatomy.sites if site.role == "branch" and site.stage) == branch
 
 
-def test_stages_of_an_isotropic_model_are_the_quarters_of_its_depth() -> None:
+def test_stages_of_isotropic_are_quarters() -> None:
+    """The stages of an isotropic model are the quarters of its depth."""
     anatomy = attnsurgery.inspect("vit_tiny_patch16_224")
     assert [[s.address for s in anatomy.blocks(stage)] for stage in anatomy.stages] == [
         [f"blocks.{i}" for i in range(3 * quarter, 3 * quarter + 3)] for quarter in range(4)
@@ -73,13 +77,15 @@ def test_stages_of_an_isotropic_model_are_the_quarters_of_its_depth() -> None:
     assert anatomy.site("blocks.3").prefix_tokens == 1
 
 
-def test_windows_are_channels_last() -> None:
+def test_survey_of_windows_is_channels_last() -> None:
+    """The maps of swin blocks are channels last."""
     site = attnsurgery.inspect("swin_tiny_patch4_window7_224").site("layers.1.blocks.0")
     assert (site.layout, site.shape, site.channels, site.map_size) == ("NHWC", (28, 28, 192), 192, (28, 28))
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_shapes_are_those_of_a_real_forward(name: str) -> None:
+def test_survey_shapes_equal_real_forward(name: str) -> None:
+    """The shape of every site is that of a real forward."""
     model, size = build(name), HOSTS[name][0]
     anatomy = survey(model, (3, size, size))
     outputs = {site.address: site.shape for site in anatomy.sites if site.node is None}
@@ -104,18 +110,20 @@ def test_survey_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_50x1_bit", "pnasnet5large"])
-def test_a_name_has_the_sites_of_the_built_model(name: str) -> None:
-    """Only the second is copied; timm cannot build the last without weights."""
+def test_inspect_of_name_equals_built_model(name: str) -> None:
+    """A name has the sites of the built model, also where timm cannot build it without weights."""
     assert attnsurgery.inspect(name).sites == attnsurgery.inspect(timm.create_model(name)).sites
 
 
-def test_input_size_is_that_of_the_built_model_and_not_a_constant() -> None:
+def test_input_size_is_that_of_built_model() -> None:
+    """The size of images is that of the built model."""
     assert input_size_of(timm.create_model("test_vit", img_size=96, in_chans=1)) == (1, 96, 96)
     assert input_size_of(timm.create_model("test_resnet")) == (3, 160, 160)
     assert attnsurgery.inspect(timm.create_model("test_resnet", in_chans=5)).input_size == (5, 160, 160)
 
 
-def test_the_root_and_containers_never_hold_a_site() -> None:
+def test_sites_are_never_in_containers() -> None:
+    """Neither the root nor a container that is looped over holds a site."""
     for name in ("test_resnet", "regnetx_002", "densenet121"):
         anatomy = attnsurgery.inspect(name)
         owners = {site.owner for site in anatomy.sites}
@@ -142,11 +150,13 @@ def test_the_root_and_containers_never_hold_a_site() -> None:
         ("layer4.**.bn3", ["layer4.0.bn3", "layer4.1.bn3", "layer4.2.bn3"]),
     ],
 )
-def test_selector_means(selector: str, expected: list[str], resnet50: Anatomy) -> None:
+def test_selector_selects_addresses(selector: str, expected: list[str], resnet50: Anatomy) -> None:
+    """Each form of a selector means the sites that are written beside it."""
     assert addresses(selector, resnet50) == expected
 
 
-def test_before_the_last_block_of_a_stage_of_one_block_is_behind_it() -> None:
+def test_selector_before_last_of_one_block() -> None:
+    """In a stage of one block, "before the last block" is that block."""
     assert addresses("stage:3 before_last_block", attnsurgery.inspect("test_resnet")) == ["layer3.0"]
 
 
@@ -165,16 +175,16 @@ def test_before_the_last_block_of_a_stage_of_one_block_is_behind_it() -> None:
         ("layer[z-a].0", "is not a pattern"),
     ],
 )
-def test_a_selector_that_matches_nothing_names_the_nearest_that_would(
-    selector: str, message: str, resnet50: Anatomy
-) -> None:
+def test_selector_sans_match_names_nearest(selector: str, message: str, resnet50: Anatomy) -> None:
+    """A selector that matches nothing is refused with the nearest one that does."""
     with pytest.raises(SiteError, match=message):
         select(selector, resnet50)
 
 
 @given(text=st.text(max_size=30))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_a_selector_that_matches_or_a_clear_error(text: str, resnet50: Anatomy) -> None:
+def test_selector_of_any_text_is_safe(text: str, resnet50: Anatomy) -> None:
+    """Any text is a selector that matches, or a clear error."""
     try:
         found = select(text, resnet50)
     except SiteError as error:
@@ -182,12 +192,14 @@ def test_any_text_is_a_selector_that_matches_or_a_clear_error(text: str, resnet5
     assert found or "resnet50" in message or re.search(r"is not a (stage selector|pattern|span)\b", message)
 
 
-def test_an_address_that_is_not_there_names_the_nearest(resnet50: Anatomy) -> None:
+def test_site_unknown_names_nearest(resnet50: Anatomy) -> None:
+    """An address that does not exist is refused with the nearest one."""
     with pytest.raises(SiteError, match=r"resnet50 has no site 'layer3.9'. Did you mean 'layer3.\d'\?"):
         resnet50.site("layer3.9")
 
 
-def test_inspecting_an_unknown_name_suggests_one() -> None:
+def test_inspect_unknown_name_suggests_one() -> None:
+    """Inspecting an unknown name suggests the nearest one."""
     with pytest.raises(UnknownNameError, match=r"no architecture 'resnt50'. Did you mean 'resnet50'\?"):
         attnsurgery.inspect("resnt50")
 
@@ -204,30 +216,35 @@ def test_inspecting_an_unknown_name_suggests_one() -> None:
         ((49, 64), (224, 224), False, "NLC"),
     ],
 )
-def test_layout_is_the_reading_that_keeps_the_images_proportions(
+def test_layout_keeps_proportions_of_image(
     shape: tuple[int, ...], image: tuple[int, int], channels_last: bool, layout: str
 ) -> None:
+    """The layout is the reading of a shape that keeps the proportions of the image."""
     assert guess_layout(shape, image, channels_last) == layout
 
 
-def test_sites_of_images_that_are_not_square_have_their_channels_in_place() -> None:
+def test_layout_of_oblong_images_is_right() -> None:
+    """With images that are not square, sites have their channels in place."""
     site = survey(build("test_resnet"), (3, 128, 64)).site("layer1.0")
     assert (site.layout, site.shape, site.channels) == ("NCHW", (32, 32, 16), 32)
 
 
-def test_stages_belong_to_the_architecture_and_not_to_its_dilation() -> None:
+def test_stages_ignore_dilation() -> None:
+    """Stages belong to the architecture and not to its dilation."""
     plain, dilated = (attnsurgery.inspect(timm.create_model("resnet18", output_stride=s)) for s in (32, 8))
     assert dilated.site("layer4.1").shape[1:] == (28, 28)
     for stage in (1, 2, 3, 4):
         assert [s.address for s in dilated.blocks(stage)] == [s.address for s in plain.blocks(stage)]
 
 
-def test_patches_are_no_class_tokens_where_the_class_token_comes_late() -> None:
+def test_prefix_tokens_sans_late_class_token() -> None:
+    """Where the class token comes late, patches are not counted as prefix tokens."""
     assert attnsurgery.inspect("cait_xxs24_224").site("blocks.0").prefix_tokens == 0
     assert attnsurgery.inspect("vit_tiny_patch16_224").site("blocks.0").prefix_tokens == 1
 
 
-def test_what_rebuilds_itself_for_deployment_holds_no_site_inside() -> None:
+def test_sites_skip_reparametrized_modules() -> None:
+    """A module that rebuilds itself for deployment has no site inside."""
     anatomy = attnsurgery.inspect("mobileone_s0")
     assert {site.address.rpartition(".")[0] for site in anatomy.blocks(1)} == {"stages.0"}
     assert not any("conv_kxk" in site.address for site in anatomy.sites)
@@ -249,7 +266,8 @@ class Asking(nn.Module):
         return self.conv(x).reshape(-1, 4, height * width)
 
 
-def test_a_forward_that_asks_for_the_type_of_its_input_is_not_frozen() -> None:
+def test_trace_owner_refuses_type_of_input() -> None:
+    """A forward that asks for the type of its input is not traced; one that asks for another type is."""
     assert trace_owner(Asking(of_input=True)) is None
     graph = trace_owner(Asking(of_input=False))
     assert graph is not None
@@ -259,6 +277,7 @@ def test_a_forward_that_asks_for_the_type_of_its_input_is_not_frozen() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 64, 64), (3, 0, 64)])
-def test_an_input_size_that_cannot_be_is_refused(size: tuple[int, ...]) -> None:
+def test_survey_refuses_impossible_size(size: tuple[int, ...]) -> None:
+    """A size of images that cannot be is refused."""
     with pytest.raises(AttnSurgeryError, match=r"input_size is|does not run on images"):
         survey(build("test_resnet"), size)

@@ -88,7 +88,8 @@ def test_whatever_pil_reads_is_read(tmp_path: Path, ending: str) -> None:
     assert len(data.train) + len(data.val) + len(data.test) == 24
 
 
-def test_files_that_are_no_images_are_counted_by_their_endings(tmp_path: Path) -> None:
+def test_files_without_image_count_by_suffix(tmp_path: Path) -> None:
+    """Files that are no images are counted by their suffix."""
     two_classes(tmp_path)
     (tmp_path / "cat" / "labels.txt").write_text("cat")
     (tmp_path / "dog" / "photo.heic").write_bytes(b"ftypheic")
@@ -96,7 +97,8 @@ def test_files_that_are_no_images_are_counted_by_their_endings(tmp_path: Path) -
     assert "not read as images: 2 .heic, 1 .txt" in said(load_data(str(tmp_path), SMALL))
 
 
-def test_a_class_of_nothing_but_photos_that_pil_cannot_read_is_refused(tmp_path: Path) -> None:
+def test_class_of_unreadable_kinds_refused(tmp_path: Path) -> None:
+    """A class that holds only photos of kinds that PIL cannot read is refused."""
     two_classes(tmp_path)
     (tmp_path / "bird").mkdir()
     (tmp_path / "bird" / "1.heic").write_bytes(b"ftypheic")
@@ -104,8 +106,8 @@ def test_a_class_of_nothing_but_photos_that_pil_cannot_read_is_refused(tmp_path:
         load_data(str(tmp_path), SMALL)
 
 
-def test_what_systems_leave_behind_is_no_image(tmp_path: Path) -> None:
-    """.ipynb_checkpoints, __MACOSX and dot-files in a class were trained on."""
+def test_folders_of_systems_are_left_out(tmp_path: Path) -> None:
+    """.ipynb_checkpoints, __MACOSX and hidden files inside a class are left out, and counted."""
     two_classes(tmp_path)
     write(tmp_path / "cat" / ".ipynb_checkpoints", 2)
     write(tmp_path / "cat" / "__MACOSX", 2)
@@ -117,14 +119,15 @@ def test_what_systems_leave_behind_is_no_image(tmp_path: Path) -> None:
     assert "left out: 4 hidden files or folders" in said(data)
 
 
-def test_a_hidden_folder_beside_the_classes_is_no_class(tmp_path: Path) -> None:
-    """Notebooks leave one behind, which shifted all labels by one elsewhere."""
+def test_hidden_folder_is_no_class(tmp_path: Path) -> None:
+    """A hidden folder beside the classes, as notebooks leave behind, is no class and shifts no label."""
     two_classes(tmp_path)
     write(tmp_path / ".ipynb_checkpoints", 4)
     assert load_data(str(tmp_path), SMALL).classes == ("cat", "dog")
 
 
-def test_an_empty_class_and_loose_images_are_named(tmp_path: Path) -> None:
+def test_empty_class_loose_images_are_named(tmp_path: Path) -> None:
+    """An empty class, and images outside of any class, are named."""
     two_classes(tmp_path)
     (tmp_path / "bird").mkdir()
     noise(0).save(tmp_path / "loose.png")
@@ -168,8 +171,8 @@ def test_splits_are_known_by_many_spellings(name: str, role: str | None) -> None
 @pytest.mark.parametrize(
     "names", [("train_set", "val_set", "test_set"), ("Training Set", "Validation Set", "Test Set")]
 )
-def test_splits_spelled_otherwise_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """They were the classes, as far as to a verdict."""
+def test_splits_of_other_spelling_recognised(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Folders such as "Training Set" are splits and no classes."""
     for first, name in enumerate(names):
         two_classes(tmp_path / name, first=100 * first)
     data = load_data(str(tmp_path), SMALL)
@@ -178,15 +181,16 @@ def test_splits_spelled_otherwise_are_no_classes(tmp_path: Path, names: tuple[st
     assert f"{names[0]}/ is the train split" in said(data)
 
 
-def test_splits_of_unknown_names_are_not_taken_for_classes(tmp_path: Path) -> None:
+def test_splits_of_unknown_names_are_refused(tmp_path: Path) -> None:
+    """Folders of unknown names that hold folders of the same names are refused, and not read as classes."""
     for name in ("part_a", "part_b"):
         two_classes(tmp_path / name)
     with pytest.raises(SearchError, match=r"\(part_a, part_b\) hold folders of the same names \(cat, dog\)"):
         load_data(str(tmp_path), SMALL)
 
 
-def test_classes_with_one_folder_of_images_each_are_classes(tmp_path: Path) -> None:
-    """The layout of Tiny ImageNet: CLASS/images/."""
+def test_classes_with_inner_folder_are_read(tmp_path: Path) -> None:
+    """Classes with one inner folder, as in Tiny ImageNet's CLASS/images/, are read."""
     write(tmp_path / "cat" / "images", 6)
     write(tmp_path / "dog" / "images", 6, 160)
     assert load_data(str(tmp_path), SMALL).classes == ("cat", "dog")
@@ -202,8 +206,8 @@ def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [("val", "valid"), ("holdout", "test"), ("train", "train_set")])
-def test_two_folders_for_one_split_are_refused(tmp_path: Path, one: str, other: str) -> None:
-    """The second was ignored without a word."""
+def test_split_of_two_folders_is_refused(tmp_path: Path, one: str, other: str) -> None:
+    """Two folders that both read as one split are refused."""
     for first, name in enumerate(dict.fromkeys(["train", one, other])):
         two_classes(tmp_path / name, first=50 * first)
     with pytest.raises(SearchError, match=rf"has {one}/ and {other}/, which both read as"):
@@ -216,7 +220,8 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert read_folder(tmp_path).classes == ("bus", "car", "train")
 
 
-def test_the_folder_above_the_one_that_is_meant_says_so(tmp_path: Path) -> None:
+def test_folder_above_data_names_it(tmp_path: Path) -> None:
+    """The folder above the data set is refused with the one that is meant."""
     two_classes(tmp_path / "archive")
     with pytest.raises(SearchError, match=rf"holds 1 class with images .* Is {tmp_path}/archive meant\?"):
         load_data(str(tmp_path), SMALL)
@@ -237,8 +242,8 @@ def pixels(image: Image.Image, rendering: Rendering | None = None) -> np.ndarray
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 0])
-def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path, memory_bytes: int) -> None:
-    """91 to 100 % of the pixels became 255."""
+def test_16_bit_pixels_are_scaled_not_cut(tmp_path: Path, memory_bytes: int) -> None:
+    """Pixels of 16 bits are scaled to 8, and not cut off at 255."""
     for name, low in (("cat", 0), ("dog", 2000)):
         draw = lambda index, low=low: Image.fromarray(  # noqa: E731
             np.random.default_rng(index).integers(low, low + 2000, (24, 24)).astype(np.uint16)
@@ -253,7 +258,8 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path, memory_bytes: i
     assert "scaled to 8 bits: all images of whole numbers, 0 to 4095 becoming 0 to 255" in said(data)
 
 
-def test_a_worker_that_does_not_look_at_all_images_scales_them_alike(tmp_path: Path) -> None:
+def test_16_bit_scale_is_same_without_check(tmp_path: Path) -> None:
+    """A worker that does not check all images scales them in the same way."""
     write(tmp_path / "cat", 6, draw=lambda n: Image.fromarray(np.full((8, 8), n, np.uint16)))
     write(tmp_path / "dog", 6, draw=lambda n: Image.fromarray(np.full((8, 8), 9000 + n, np.uint16)))
     one, other = (load_data(str(tmp_path), SMALL, check=check) for check in (True, False))
@@ -270,8 +276,8 @@ def test_a_worker_that_does_not_look_at_all_images_scales_them_alike(tmp_path: P
         ([(-1000, 3071)], Depth(-1000, 3071)),
     ],
 )
-def test_the_range_is_that_of_the_bits_in_use(values: list[tuple[int, int]], depth: Depth) -> None:
-    """The last row is a CT image in Hounsfield units."""
+def test_depth_is_range_of_bits_in_use(values: list[tuple[int, int]], depth: Depth) -> None:
+    """The range of pixels is that of the bits in use; the last case is a CT image in Hounsfield units."""
     assert Depth.over(Depth(*pair) for pair in values) == depth
 
 
@@ -283,8 +289,8 @@ def test_floating_point_pixels_are_scaled(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_sixteen_bits_in_either_order_of_bytes(tmp_path: Path, order: str) -> None:
-    """A TIFF file says which; PIL calls them I;16 and I;16B, and makes white of both."""
+def test_16_bit_tiff_in_either_byte_order(tmp_path: Path, order: str) -> None:
+    """A TIFF file states the order of its bytes, which PIL reads as I;16 or I;16B; both are scaled alike."""
     tags = {
         256: (2, 1),
         257: (1, 1),
@@ -390,7 +396,8 @@ def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
     assert pixels(decoded(tmp_path / "p.png")).tolist() == [[[255, 255, 255], [10, 200, 30]]]
 
 
-def test_grey_and_transparent_inputs_have_modes_of_their_own() -> None:
+def test_image_mode_follows_channels() -> None:
+    """One, three and four channels have the modes L, RGB and RGBA; other numbers are refused."""
     assert [Preprocessing((channels, 8, 8)).image_mode for channels in (1, 3, 4)] == ["L", "RGB", "RGBA"]
     with pytest.raises(SearchError, match="the model takes 12 channels"):
         load_data(None, Preprocessing((12, 8, 8)))
@@ -399,8 +406,8 @@ def test_grey_and_transparent_inputs_have_modes_of_their_own() -> None:
 # Copies, and images that belong together.
 
 
-def test_a_test_split_that_is_a_copy_of_training_is_told(tmp_path: Path) -> None:
-    """It went to a verdict without a word."""
+def test_split_copied_from_training_is_named(tmp_path: Path) -> None:
+    """Test images that are also training images are counted and named."""
     for part in ("train", "test"):
         two_classes(tmp_path / part)
     data = load_data(str(tmp_path), SMALL)
@@ -410,7 +417,8 @@ def test_a_test_split_that_is_a_copy_of_training_is_told(tmp_path: Path) -> None
     assert "2 of 12 test images are also among the validation images" in said(data), "held out of training"
 
 
-def test_splits_that_share_nothing_say_nothing(tmp_path: Path) -> None:
+def test_disjoint_splits_share_nothing(tmp_path: Path) -> None:
+    """Splits that share no image have no note on shared images."""
     for first, part in ((0, "train"), (50, "test")):
         two_classes(tmp_path / part, first=first)
     assert load_data(str(tmp_path), SMALL).shared == ()
@@ -462,8 +470,8 @@ def test_copies_that_were_shifted_are_found(tmp_path: Path, side: int, pixels: i
     assert load_data(str(tmp_path), SMALL).shared == (), "one of each"
 
 
-def test_drawings_on_an_even_ground_are_not_taken_for_each_other(tmp_path: Path) -> None:
-    """Their difference hashes are nearly all zero."""
+def test_drawings_on_even_ground_differ(tmp_path: Path) -> None:
+    """Drawings on an even ground, whose difference hashes are nearly all zero, are not counted as copies."""
 
     def dot(index: int) -> Image.Image:
         image = Image.new("L", (64, 64), 0)
@@ -525,7 +533,8 @@ def test_too_few_groups_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "words"), [("(", "is no regular expression"), ("patient", "is found in none of the images' paths")]
 )
-def test_a_pattern_that_groups_nothing_is_refused(tmp_path: Path, pattern: str, words: str) -> None:
+def test_group_pattern_sans_match_is_refused(tmp_path: Path, pattern: str, words: str) -> None:
+    """A pattern that is no regular expression or matches no path is refused."""
     with pytest.raises(UsageError, match=words):
         load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
 
@@ -546,8 +555,8 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
-def test_a_truncated_test_image_is_found_at_the_start_however_large_the_data(tmp_path: Path, ending: str) -> None:
-    """Above 2 GiB of pixels it showed after all trials, as the traceback of a DataLoader."""
+def test_truncated_image_is_found_at_start(tmp_path: Path, ending: str) -> None:
+    """A truncated test image is found at the start, also where memory does not hold the images."""
     for first, part in ((0, "train"), (50, "test")):
         two_classes(tmp_path / part, first=first, ending=ending)
     truncate(tmp_path / "test" / "dog" / f"51{ending}")
@@ -581,22 +590,23 @@ def arrows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_where_left_and_right_are_the_classes_nothing_is_mirrored(arrows: Path) -> None:
-    """A flip was always on: arrows came to 50 %, and to 100 % without it."""
+def test_mirroring_off_if_labels_change(arrows: Path) -> None:
+    """Where left and right are the classes, images are shifted and not mirrored."""
     data = load_data(str(arrows), SMALL)
     assert data.augment == "shift"
     assert "not mirrored, which seems to change labels" in said(data)
     assert "--augment none" in said(data)
 
 
-def test_mirroring_that_was_asked_for_is_done_and_warned_of(arrows: Path) -> None:
+def test_mirroring_on_demand_warns(arrows: Path) -> None:
+    """Mirroring that the user chose is done, with a warning."""
     data = load_data(str(arrows), SMALL, augment="light")
     assert data.augment == "light"
     assert "WARNING mirroring seems to change labels" in said(data)
 
 
-def test_where_both_sides_are_alike_images_are_mirrored(tmp_path: Path) -> None:
-    """Up and down are the classes: a flip from left to right keeps them."""
+def test_mirroring_is_on_if_sides_are_alike(tmp_path: Path) -> None:
+    """Where up and down are the classes, a flip from left to right preserves them, and images are mirrored."""
     write(tmp_path / "down", 60, draw=lambda index: arrow(True, index).rotate(90))
     write(tmp_path / "up", 60, draw=lambda index: arrow(False, index).rotate(90))
     data = load_data(str(tmp_path), SMALL)
@@ -604,12 +614,14 @@ def test_where_both_sides_are_alike_images_are_mirrored(tmp_path: Path) -> None:
     assert "WARNING" not in said(data)
 
 
-def test_the_digits_are_shifted_and_not_mirrored() -> None:
+def test_digits_are_shifted_not_mirrored() -> None:
+    """The embedded digits are shifted and not mirrored."""
     assert load_data(None, SMALL, decode=False).augment == "shift"
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "light", "timm"])
-def test_augmentation_is_the_same_whether_or_not_memory_holds_the_images(arrows: Path, augment: str) -> None:
+def test_augmentation_is_same_from_files(arrows: Path, augment: str) -> None:
+    """Augmentation is the same whether or not memory holds the images."""
     kept, read = (
         load_data(str(arrows), SMALL, augment=augment, memory_bytes=memory, workers=0, check=False).train
         for memory in (2**30, 0)
@@ -620,7 +632,8 @@ def test_augmentation_is_the_same_whether_or_not_memory_holds_the_images(arrows:
         assert torch.equal(y, y_read)
 
 
-def test_without_augmentation_a_training_image_is_as_it_is(arrows: Path) -> None:
+def test_augment_none_leaves_images_alone(arrows: Path) -> None:
+    """Without augmentation a training image is unchanged."""
     split = load_data(str(arrows), SMALL, augment="none", check=False).train
     plain, _ = next(split.eval_batches(len(split), "cpu"))
     given, _ = next(split.train_batches(len(split), "cpu", 0, 0))
@@ -644,8 +657,8 @@ def test_unbalanced_classes_are_told(tmp_path: Path) -> None:
     assert "unbalanced: 120 training images of many, 2 of few. Always predicting many is right for 97.6 %" in said(data)
 
 
-def test_two_photos_in_one_file_are_one_photo(tmp_path: Path) -> None:
-    """Phones put a preview behind the photo, in files called .jpg and .mpo; a film's frames are another matter."""
+def test_photo_with_preview_is_one_image(tmp_path: Path) -> None:
+    """Phones append a preview to a photo, which is ignored; a film's frames are counted."""
     two_classes(tmp_path, ending=".jpg")
     noise(7).save(tmp_path / "cat" / "phone.mpo", save_all=True, append_images=[noise(8)])
     data = load_data(str(tmp_path), SMALL)
@@ -661,8 +674,8 @@ def test_balanced_classes_are_not(tmp_path: Path) -> None:
     assert "unbalanced" not in said(data)
 
 
-def test_balanced_accuracy_counts_all_classes_alike(tmp_path: Path) -> None:
-    """A constant guess has 97.6 % of the images and half of the classes."""
+def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
+    """A constant guess is right in 97.6 % of the images, and its balanced accuracy is one half."""
     write(tmp_path / "few", 4, 160)
     write(tmp_path / "many", 200)
     data = load_data(str(tmp_path), SMALL)
@@ -745,8 +758,8 @@ def row(index: int, **labels: int) -> dict[str, object]:
 FEATURES: dict[str, object] = {"img": Image_(), "label": ClassLabel(["plane", "car"])}
 
 
-def test_the_one_image_and_the_one_label_column_are_found(hub: Hub) -> None:
-    """hfds/cifar10, the example of --help, has a column `img`, and was an error."""
+def test_hub_single_columns_are_found(hub: Hub) -> None:
+    """The one image column and the one label column of a data set are found, whatever their names."""
     hub(FEATURES, train=[row(i, label=i % 2) for i in range(12)], test=[row(50 + i, label=i % 2) for i in range(4)])
     data = load_data("hfds/cifar10", SMALL)
     assert data.classes == ("plane", "car")
@@ -756,8 +769,8 @@ def test_the_one_image_and_the_one_label_column_are_found(hub: Hub) -> None:
     assert torch.allclose(x[1].mean(), torch.tensor(np.asarray(noise(51)).mean() / 255, dtype=torch.float32), atol=0.02)
 
 
-def test_of_several_label_columns_one_is_named(hub: Hub) -> None:
-    """hfds/cifar100 has fine_label and coarse_label; 'fine_label' was "a bug in attnsurgery"."""
+def test_hub_label_column_has_to_be_named(hub: Hub) -> None:
+    """Of several label columns the user names one, and an unknown name is refused with those there are."""
     features = {"img": Image_(), "fine_label": ClassLabel(["a", "b"]), "coarse_label": ClassLabel(["x", "y"])}
     hub(features, train=[row(i, fine_label=i % 2, coarse_label=i // 6) for i in range(12)])
     with pytest.raises(UsageError, match=r"fine_label, coarse_label\. Say .* hfds/cifar100:fine_label"):
@@ -767,7 +780,8 @@ def test_of_several_label_columns_one_is_named(hub: Hub) -> None:
         load_data("hfds/cifar100:label", SMALL)
 
 
-def test_labels_that_are_numbers_without_names_are_found(hub: Hub) -> None:
+def test_hub_labels_without_names_are_found(hub: Hub) -> None:
+    """A column of labels that are numbers without names is found."""
     features = {"img": Image_(), "digit": Value("int64"), "source": Value("string")}
     hub(features, train=[row(i, digit=i % 2) for i in range(12)])
     assert load_data("hfds/numbers", SMALL).classes == ("0", "1")
@@ -779,8 +793,8 @@ def test_data_without_labels_is_refused(hub: Hub) -> None:
         load_data("hfds/captions", SMALL)
 
 
-def test_a_test_split_without_labels_is_not_used(hub: Hub) -> None:
-    """Labels of -1, as where a benchmark keeps its answers to itself."""
+def test_hub_split_without_labels_is_unused(hub: Hub) -> None:
+    """A test split whose labels are -1, as in benchmarks with hidden answers, is not used."""
     hub(FEATURES, train=[row(i, label=i % 2) for i in range(12)], test=[row(50 + i, label=-1) for i in range(4)])
     data = load_data("hfds/benchmark", SMALL)
     assert [len(data.train), len(data.val), len(data.test)] == [8, 2, 2]
@@ -788,8 +802,8 @@ def test_a_test_split_without_labels_is_not_used(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("label", "split"), [(-1, "test"), (2, "test"), (1, "validation")])
-def test_a_label_that_training_lacks_is_told_in_a_sentence(hub: Hub, label: int, split: str) -> None:
-    """-1 in some images; a number past the names; a class that training has no image of."""
+def test_hub_label_not_in_training_refused(hub: Hub, label: int, split: str) -> None:
+    """A label of -1, one past the names, and one of a class that training lacks are refused."""
     features = {"img": Image_(), "label": ClassLabel(["a", "b", "c"])}
     hub(
         features,
@@ -838,7 +852,8 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return load_data(str(root), SMALL)
 
 
-def test_a_kept_classifier_in_the_order_of_the_images_fits(greys: Data) -> None:
+def test_head_check_accepts_right_order(greys: Data) -> None:
+    """A classifier whose outputs are in the order of the images' classes fits."""
     found = check_head(Reader([0, 1, 2]), greys, TrainSettings())
     assert found.right == 1.0
     assert found.fits
@@ -846,8 +861,8 @@ def test_a_kept_classifier_in_the_order_of_the_images_fits(greys: Data) -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 2, 0], [1, 0, 2]])
-def test_a_kept_classifier_in_another_order_does_not(greys: Data, order: list[int]) -> None:
-    """With the folders in another order 100 % became 33 % without a word."""
+def test_head_check_refuses_other_order(greys: Data, order: list[int]) -> None:
+    """A classifier whose outputs are in another order does not fit, and its best order is reported."""
     found = check_head(Reader(order), greys, TrainSettings())
     assert found.right < 0.4
     assert found.best_order == 1.0
@@ -855,14 +870,16 @@ def test_a_kept_classifier_in_another_order_does_not(greys: Data, order: list[in
     assert "100.0 % with its outputs in another order" in found.words()
 
 
-def test_a_classifier_that_knows_nothing_does_not_fit(greys: Data) -> None:
+def test_head_check_refuses_zero_weights(greys: Data) -> None:
+    """A classifier that predicts nothing does not fit."""
     model = Reader([0, 1, 2])
     with torch.no_grad():
         model.fc.weight.zero_()
     assert not check_head(model, greys, TrainSettings()).fits
 
 
-def test_outputs_are_put_into_the_order_of_the_names() -> None:
+def test_head_is_reordered_by_names() -> None:
+    """Outputs are put into the order of the names."""
     model, x = Reader([0, 1, 2]), torch.rand(5, 3, 4, 4)
     before = model(x)
     assert can_reorder(model, 3)
@@ -900,7 +917,8 @@ def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[
     return assemble(config, Hears()), said
 
 
-def test_a_named_classifier_is_put_into_the_order_of_the_images(tmp_path: Path, photos: Path) -> None:
+def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
+    """A classifier with names of classes is put into the order of the images' classes."""
     given = given_weights(tmp_path / "given", ["light", "dark"])
     bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
     rows = load_file(given / "model.safetensors")["fc.weight"]
@@ -909,8 +927,8 @@ def test_a_named_classifier_is_put_into_the_order_of_the_images(tmp_path: Path, 
     assert "the outputs of the given classifier are put into the order of the images' classes" in said
 
 
-def test_mean_and_std_of_a_directory_are_those_of_its_config(tmp_path: Path, photos: Path) -> None:
-    """Images were normalised as the architecture's published weights want them."""
+def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> None:
+    """Images are normalised with the mean and standard deviation of the directory's config.json."""
     given = given_weights(tmp_path / "given", ["dark", "light"])
     usual, _ = bench_of(tmp_path, photos, checkpoint=str(given))
     config = json.loads((given / "config.json").read_text())
@@ -931,8 +949,8 @@ def test_mean_and_std_of_a_directory_are_those_of_its_config(tmp_path: Path, pho
     assert Preprocessing.of(bench.base) == of_usual
 
 
-def test_a_classifier_of_other_classes_is_fitted_anew(tmp_path: Path, photos: Path) -> None:
-    """Its number of classes was the same, so it was kept."""
+def test_bench_refits_head_of_other_classes(tmp_path: Path, photos: Path) -> None:
+    """A classifier of other classes is fitted anew, although their number is the same."""
     given = given_weights(tmp_path / "given", ["cat", "dog"])
     bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
     assert bench.fresh == "head"
@@ -941,7 +959,8 @@ def test_a_classifier_of_other_classes_is_fitted_anew(tmp_path: Path, photos: Pa
     )
 
 
-def test_a_classifier_without_names_is_asked_about_the_validation_images(tmp_path: Path, photos: Path) -> None:
+def test_bench_checks_unnamed_head_on_images(tmp_path: Path, photos: Path) -> None:
+    """A classifier without names of classes is checked on the validation images."""
     given = given_weights(tmp_path / "given")
     bench, _ = bench_of(tmp_path, photos, checkpoint=str(given / "model.safetensors"))
     (tmp_path / "run").mkdir()
@@ -950,7 +969,8 @@ def test_a_classifier_without_names_is_asked_about_the_validation_images(tmp_pat
     assert "a new one was fitted" in bench.head
 
 
-def test_what_is_said_of_the_data_comes_before_training(tmp_path: Path, photos: Path) -> None:
+def test_bench_reports_data_before_training(tmp_path: Path, photos: Path) -> None:
+    """The data are described before training."""
     bench, said = bench_of(tmp_path, photos)
     assert "images: 24 train, 8 validation, 8 test, 2 classes: dark, light" in said
     assert any(line.startswith("training images: shifted by up to 1/8") for line in said)
@@ -961,29 +981,30 @@ def test_what_is_said_of_the_data_comes_before_training(tmp_path: Path, photos: 
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
-def test_a_vision_transformer_is_built_for_the_size_of_the_images(
-    tmp_path: Path, photos: Path, pretrained: bool
-) -> None:
-    """It was built for its own size, and no image fitted."""
+def test_bench_builds_vit_for_image_size(tmp_path: Path, photos: Path, pretrained: bool) -> None:
+    """A vision transformer is built for the size of the images."""
     given = {"checkpoint": str(given_weights(tmp_path / "given", ["dark", "light"], "test_vit"))} if pretrained else {}
     bench, _ = bench_of(tmp_path, photos, base="test_vit", input_size=64, space="se", **given)
     assert bench.anatomy.input_size == (3, 64, 64)
     assert bench.base(torch.rand(2, 3, 64, 64)).shape == (2, 2)
 
 
-def test_only_who_wants_to_know_the_size_is_told() -> None:
+def test_for_images_passes_size_where_needed() -> None:
+    """Only a model that needs the size of the images gets it, and only where it differs."""
     assert for_images("swin_tiny_patch4_window7_224", (112, 112)) == {"img_size": (112, 112)}
     assert for_images("swin_tiny_patch4_window7_224", (224, 224)) == {}
     assert for_images("test_resnet", (112, 112)) == {}
 
 
-def test_a_size_that_no_patches_fill_is_refused(tmp_path: Path, photos: Path) -> None:
+def test_bench_refuses_size_no_patches_fill(tmp_path: Path, photos: Path) -> None:
+    """A size that is no multiple of the patch size is refused."""
     with pytest.raises(UsageError, match=r"test_vit cannot be built for images of 40 x 40: .* multiple of its patch"):
         bench_of(tmp_path, photos, base="test_vit", input_size=40, space="se")
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_weights_for_other_channels_are_searched_with(tmp_path: Path, photos: Path, channels: int) -> None:
+def test_bench_takes_weights_of_channels(tmp_path: Path, photos: Path, channels: int) -> None:
+    """Weights for one or four channels are used with images of as many."""
     given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=channels)
     bench, _ = bench_of(tmp_path, photos, checkpoint=str(given))
     x, _ = next(bench.data.val.eval_batches(2, "cpu"))
@@ -991,7 +1012,8 @@ def test_weights_for_other_channels_are_searched_with(tmp_path: Path, photos: Pa
     assert bench.base(x).shape == (2, 2)
 
 
-def test_weights_for_channels_that_no_image_has_are_refused(tmp_path: Path, photos: Path) -> None:
+def test_bench_refuses_12_channel_weights(tmp_path: Path, photos: Path) -> None:
+    """Weights for channels that no image file has are refused."""
     given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=12)
     with pytest.raises(SearchError, match="the model takes 12 channels, and image files have"):
         bench_of(tmp_path, photos, checkpoint=str(given))
@@ -1060,7 +1082,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[
     return root / "run", output, words
 
 
-def test_a_search_says_first_what_its_data_is(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_describes_its_data_first(searched: tuple[Path, str, list[object]]) -> None:
+    """A search describes its data before it trains the base."""
     _, output, _ = searched
     lines = [line.strip() for line in output.splitlines()]
     assert lines[1] == "data     images: 30 train, 30 validation, 31 test, 2 classes: few, many"
@@ -1070,7 +1093,8 @@ def test_a_search_says_first_what_its_data_is(searched: tuple[Path, str, list[ob
     assert any(line.startswith("the same byte for byte: 1 of 31 test images are also") for line in before)
 
 
-def test_balanced_accuracy_stands_beside_top1(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_prints_balanced_accuracy(searched: tuple[Path, str, list[object]]) -> None:
+    """Balanced accuracy is printed beside top-1."""
     _, output, _ = searched
     assert re.search(r"base     .* % \(balanced \d+\.\d\d %\)  loss", output)
     assert "With all classes counted alike" in " ".join(output.split())
@@ -1083,7 +1107,8 @@ def test_the_report_has_it_too(searched: tuple[Path, str, list[object]]) -> None
     assert re.search(r"Are the images of each split in no other\?</td><td class=\"no\">", page)
 
 
-def test_a_search_does_not_go_on_with_another_augmentation(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_resume_refuses_augmentation(searched: tuple[Path, str, list[object]]) -> None:
+    """A search does not resume with another augmentation."""
     _, _, words = searched
     code, output = cli(*words, "--augment", "light")
     assert code == 1
@@ -1106,22 +1131,24 @@ def test_workers_are_told_what_was_settled(arrows: Path, tmp_path: Path, monkeyp
     assert [one.augment for one in given] == ["shift"]
 
 
-def test_the_command_of_a_search_has_what_was_asked_for(tmp_path: Path) -> None:
+def test_search_command_has_data_settings(tmp_path: Path) -> None:
+    """The printed command of a search has its settings for the data."""
     config = small_search(tmp_path, tmp_path, tmp_path).model_copy(update={"augment": "none", "group_by": r"p\d+"})
     words = shlex.split(command_of(config))
     assert words[words.index("--augment") + 1] == "none"
     assert words[words.index("--group-by") + 1] == r"p\d+"
 
 
-def test_on_a_terminal_what_is_said_of_the_data_stays(tmp_path: Path) -> None:
+def test_live_view_keeps_lines_on_data(tmp_path: Path) -> None:
+    """On a terminal the lines about the data stay."""
     screen = io.StringIO()
     config = small_search(tmp_path, tmp_path, tmp_path)
     LiveView(config, Console(file=screen, width=120)).data("photos: 4 images", ["not used: old/ with 12 images"])
     assert screen.getvalue().splitlines() == ["data     photos: 4 images", "         not used: old/ with 12 images"]
 
 
-def test_searches_from_before_there_was_a_choice_go_on() -> None:
-    """Digits were shifted, images of folders mirrored too."""
+def test_search_before_augment_resumes() -> None:
+    """Searches from before --augment existed resume: digits were shifted, images of folders mirrored too."""
     for data, augment in ((None, "shift"), ("photos", "light")):
         now = {"augment": augment, "group_by": None, "lr": 0.001}
         assert check_same({"data": data, "lr": 0.001}, now, "run") == {}
