@@ -28,7 +28,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
         (
             "test_registry.py::test_surgery_name_needs_base_and_recipe",
             "test_spans.py::test_mask_depth_is_saved_with_the_model",
-            "test_surgery.py::test_operating_through_the_public_verb_makes_the_model_describe_itself",
+            "test_surgery.py::test_operate_makes_model_describe_itself",
             "test_loading.py::test_loaders_take_base_and_surgical[test_vit_se-by_directory",
             "test_loading.py::test_loaders_take_base_and_surgical[swin_tiny_patch4_window7"
             "_224_nonlocal_s3-by_directory",
@@ -62,7 +62,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
             "test_parity.py::test_surgery_equals_timms_model[gcresnext26ts",
             "test_parity.py::test_surgery_equals_timms_model[bat_resnext26ts",
             "test_parity.py::test_false_friends_differ",
-            "test_timm_attn.py::test_hosts_get_the_block_in_the_place_they_keep_free",
+            "test_timm_attn.py::test_timm_block_fills_a_free_place",
             *(
                 f"test_memory_guard.py::test_plan_matches_the_operated_model[{name}"
                 for name in ("test_convnext", "test_vit", "test_byobnet")
@@ -73,12 +73,12 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
         TIMM < (1, 0, 31),
         "timm 1.0.20 does not have these attentions",
         (
-            "test_timm_attn.py::test_every_name_that_timm_knows_is_a_block_and_none_makes_model_names",
+            "test_timm_attn.py::test_timm_names_are_all_blocks",
             *(
-                f"test_timm_attn.py::test_every_way_to_start_is_the_identity_in_every_precision_and_learns[{name}"
+                f"test_timm_attn.py::test_timm_block_starts_at_identity[{name}"
                 for name in ("coord", "scoord", "ela", "strip")
             ),
-            "test_timm_attn.py::test_options_that_cannot_work_are_refused_in_words[ela",
+            "test_timm_attn.py::test_timm_block_refuses_unfit_options[ela",
         ),
     ),
     (
@@ -97,7 +97,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
     (
         TIMM < (1, 0, 21),
         "the fault of timm's gather-excite that this tells of came with 1.0.21",
-        ("test_timm_attn.py::test_paper_start_is_timms_module_with_its_weights_and_numbers[ge]",),
+        ("test_timm_attn.py::test_timm_block_paper_start_is_timms[ge]",),
     ),
     (
         TORCH < (2, 7),
@@ -119,7 +119,7 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
     (
         TORCH < (2, 7),
         "torch.export of 2.6 does not find the running mean of a block that a bare layer hosts",
-        ("test_surgery.py::test_surgical_models_compile_script_and_export[vgg11]",),
+        ("test_surgery.py::test_surgery_compiles_scripts_exports[vgg11]",),
     ),
     (
         TORCH < (2, 7),

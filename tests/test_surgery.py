@@ -48,7 +48,8 @@ def forward(model: nn.Module, x: torch.Tensor, training: bool = False) -> torch.
 
 @every_host
 @pytest.mark.parametrize("training", [False, True])
-def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, training: bool) -> None:
+def test_surgery_identity_until_gate_moves(host: str, training: bool) -> None:
+    """The identity start changes no bit, and a moved gate does, in training and in eval mode."""
     size = HOSTS[host][0]
     base = build(host, drop_rate=0.1)
     model = cut(copy.deepcopy(base), size=size)
@@ -59,7 +60,8 @@ def test_identity_start_changes_no_bit_and_a_moved_gate_does(host: str, training
 
 
 @every_host
-def test_surgery_adds_keys_and_renames_none_and_remove_brings_the_base_back(host: str) -> None:
+def test_surgery_keeps_keys_remove_undoes_it(host: str) -> None:
+    """Surgery adds keys and renames none, and `remove` restores the base."""
     size = HOSTS[host][0]
     base = build(host)
     model = cut(copy.deepcopy(base), size=size)
@@ -81,7 +83,8 @@ def test_surgery_adds_keys_and_renames_none_and_remove_brings_the_base_back(host
 
 
 @every_host
-def test_every_new_parameter_gets_a_gradient_in_one_backward(host: str) -> None:
+def test_surgery_blocks_all_get_gradients(host: str) -> None:
+    """Every new parameter gets a gradient in one backward pass."""
     size = HOSTS[host][0]
     model = move_gates(cut(build(host), size=size)).train()
     model(images(size)).square().sum().backward()
@@ -90,7 +93,8 @@ def test_every_new_parameter_gets_a_gradient_in_one_backward(host: str) -> None:
 
 
 @every_host
-def test_surgical_models_survive_copy_pickle_and_save(host: str) -> None:
+def test_surgery_survives_copy_and_pickle(host: str) -> None:
+    """Surgical models survive copy, pickle and torch.save."""
     size = HOSTS[host][0]
     model = move_gates(cut(build(host), size=size))
     x = images(size)
@@ -108,7 +112,8 @@ def test_surgical_models_survive_copy_pickle_and_save(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "vgg11"])
-def test_surgical_models_compile_script_and_export(host: str) -> None:
+def test_surgery_compiles_scripts_exports(host: str) -> None:
+    """Surgical models can be compiled, scripted and exported."""
     size = HOSTS[host][0]
     model = move_gates(cut(build(host), size=size))
     x = images(size)
@@ -119,7 +124,8 @@ def test_surgical_models_compile_script_and_export(host: str) -> None:
     assert torch.allclose(exported.module()(images(size, batch=3)), model(images(size, batch=3)), atol=1e-4)
 
 
-def test_a_copy_and_its_original_do_not_share_blocks() -> None:
+def test_copy_shares_no_block_with_original() -> None:
+    """A copy and its original do not share blocks."""
     model = cut(build("test_resnet"))
     twin = copy.deepcopy(model)
     x = images(64)
@@ -129,14 +135,16 @@ def test_a_copy_and_its_original_do_not_share_blocks() -> None:
     assert not torch.equal(twin(x), before)
 
 
-def test_owners_with_the_same_forward_share_one_generated_class() -> None:
+def test_owners_share_a_generated_class() -> None:
+    """Owners with the same forward share one generated class."""
     model = cut(build("resnet18"), ("stage:* every", "non_local"))
     classes = {type(owner) for _, owner, _ in operated(model)}
     assert len(classes) == 1
     assert issubclass(classes.pop(), timm.models.resnet.BasicBlock)
 
 
-def test_the_place_a_host_keeps_free_is_filled_and_its_class_stays() -> None:
+def test_free_place_of_host_is_filled() -> None:
+    """The place that a host keeps free is filled, and its class stays."""
     model = cut(build("test_resnet"), ("stage:* branches", "se"))
     assert "layer1.0.se" in grafted_blocks(model)
     assert type(model.layer1[0]) is timm.models.resnet.BasicBlock
@@ -145,7 +153,8 @@ def test_the_place_a_host_keeps_free_is_filled_and_its_class_stays() -> None:
     assert "se" not in model.layer1[0]._modules
 
 
-def test_an_identity_that_the_host_calls_is_replaced_and_put_back() -> None:
+def test_identity_of_host_is_replaced() -> None:
+    """An identity that the host calls is replaced, and restored by `remove`."""
     model = build("regnetx_002")
     names = [name for name, _ in model.named_modules()]
     cut(model, ("s1.b1.conv2", "se"))
@@ -156,7 +165,7 @@ def test_an_identity_that_the_host_calls_is_replaced_and_put_back() -> None:
     assert type(model.s1.b1.se) is nn.Identity
 
 
-def test_a_name_the_host_uses_elsewhere_is_left_alone() -> None:
+def test_name_used_elsewhere_is_left_alone() -> None:
     """regnetx calls its Identity `se` behind conv2; a block behind conv3 under that name would run twice."""
     model = cut(build("regnetx_002"), ("s1.b1.conv3", "se"))
     assert list(grafted_blocks(model)) == ["s1.b1.se_2"]
@@ -173,7 +182,8 @@ def order_of_calls(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("first", ["se", "non_local"])
-def test_two_blocks_at_one_address_run_in_the_order_written(first: str) -> None:
+def test_blocks_run_in_the_order_written(first: str) -> None:
+    """Two blocks at one address run in the order in which they are written."""
     second = {"se": "non_local", "non_local": "se"}[first]
     for at in ("layer3.0", "layer3.0.bn3", "layer3.0.conv2"):
         in_one = cut(build("test_resnet"), (at, first), (at, second))
@@ -182,7 +192,8 @@ def test_two_blocks_at_one_address_run_in_the_order_written(first: str) -> None:
             assert [path.split(".")[2][:2] for path in order_of_calls(model, images(64))] == [first[:2], second[:2]]
 
 
-def test_a_second_operation_adds_to_the_first_and_remove_undoes_both() -> None:
+def test_operations_add_up_remove_undoes_all() -> None:
+    """A second operation adds to the first, and `remove` undoes both."""
     base = build("test_resnet")
     model = cut(copy.deepcopy(base), ("layer3.0.bn3", "se"))
     cut(model, ("layer3.0.bn2", "se"), ("layer3.0", "non_local"))
@@ -194,14 +205,16 @@ def test_a_second_operation_adds_to_the_first_and_remove_undoes_both() -> None:
     assert list(model.state_dict()) == list(base.state_dict())
 
 
-def test_addresses_stay_the_same_after_surgery() -> None:
+def test_addresses_are_stable_under_surgery() -> None:
+    """Addresses stay the same after surgery."""
     model = build("test_convnext")
     before = survey(model, (3, 64, 64))
     cut(model, ("stage:* every", "non_local"), ("stages.1.blocks.0.norm", "se"))
     assert survey(model, (3, 64, 64)).sites == before.sites
 
 
-def test_after_an_error_the_model_is_as_it_was() -> None:
+def test_operate_restores_model_after_error() -> None:
+    """After an error the model is as it was."""
     model = build("test_resnet")
     good, bad = plan_for(model, 64, ("layer1.0.bn2", "se"), ("layer2.0.bn2", "se"))
     broken = Insertion(
@@ -213,13 +226,14 @@ def test_after_an_error_the_model_is_as_it_was() -> None:
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
 
-def test_a_plan_of_another_model_is_refused_with_the_nearest_owner() -> None:
+def test_operate_refuses_plan_of_other_model() -> None:
+    """A plan of another model is refused with the nearest owner."""
     plan = plan_for(build("resnet18"), 64, ("layer4.1", "non_local"))
     with pytest.raises(SiteError, match=r"cuts into 'layer4.1', which ResNet does not have. Did you mean 'layer4.0'\?"):
         operate(build("test_resnet"), plan)
 
 
-def test_dropout_inside_a_traced_forward_stays_alive_in_training_and_dead_in_eval() -> None:
+def test_dropout_in_traced_forward_has_modes() -> None:
     """A ViT attention asks self.training in Python; a trace in one mode would keep that answer for ever."""
     base = build("test_vit", attn_drop_rate=0.5, proj_drop_rate=0.5, drop_path_rate=0.5)
     model = cut(copy.deepcopy(base), ("blocks.*.attn.proj", "se"))
@@ -229,7 +243,8 @@ def test_dropout_inside_a_traced_forward_stays_alive_in_training_and_dead_in_eva
     assert not torch.equal(forward(model, x, True), forward(model, x, False))
 
 
-def test_gradient_checkpointing_set_after_surgery_still_works_and_gives_the_same_gradients() -> None:
+def test_checkpointing_works_after_surgery() -> None:
+    """Checkpointing that is switched on after surgery gives the same gradients."""
     model = move_gates(cut(build("test_convnext"), ("stages.2", "se"), ("stage:3 last", "non_local"))).train()
     x = images(64)
     gradients = []
@@ -243,7 +258,8 @@ def test_gradient_checkpointing_set_after_surgery_still_works_and_gives_the_same
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
-def test_a_new_input_size_reaches_the_windows_that_a_traced_forward_has_seen() -> None:
+def test_new_input_size_reaches_windows() -> None:
+    """A new input size reaches the windows that a traced forward has recorded."""
     base = build("swin_tiny_patch4_window7_224")
     model = cut(copy.deepcopy(base), ("stage:* branches", "se"))
     for twin in (base, model):
@@ -254,7 +270,8 @@ def test_a_new_input_size_reaches_the_windows_that_a_traced_forward_has_seen() -
     assert type(remove(model).layers[0].blocks[0]) is type(base.layers[0].blocks[0])
 
 
-def test_sync_batch_norm_conversion_keeps_every_block_alive() -> None:
+def test_sync_batch_norm_keeps_blocks_alive() -> None:
+    """Conversion to synchronised batch norms keeps every block alive."""
     # torch's own conversion does not know timm's batch norms with an activation inside
     conversions = {
         "test_resnet": nn.SyncBatchNorm.convert_sync_batchnorm,
@@ -270,7 +287,8 @@ def test_sync_batch_norm_conversion_keeps_every_block_alive() -> None:
         assert torch.allclose(converted(x), expected, atol=1e-6)
 
 
-def test_exponential_moving_average_follows_the_blocks() -> None:
+def test_ema_follows_the_blocks() -> None:
+    """An exponential moving average follows the blocks."""
     model = cut(build("test_resnet"))
     ema = ModelEmaV3(model, decay=0.5)
     move_gates(model)
@@ -280,7 +298,8 @@ def test_exponential_moving_average_follows_the_blocks() -> None:
     assert not torch.equal(ema.module(images(64)), model(images(64)))
 
 
-def test_what_a_block_changes_shows_in_every_way_through_the_model() -> None:
+def test_blocks_show_in_all_forward_methods() -> None:
+    """What a block changes shows in every forward method of the model."""
     base = build("test_resnet")
     model = move_gates(cut(copy.deepcopy(base)))
     x = images(64)
@@ -293,7 +312,8 @@ def test_what_a_block_changes_shows_in_every_way_through_the_model() -> None:
     assert model(x).shape == (2, 5)
 
 
-def test_blocks_share_the_learning_rate_group_of_the_block_they_are_in() -> None:
+def test_blocks_share_their_layers_group() -> None:
+    """A block is in the learning-rate group of the layer that it stands in."""
     from timm.models import group_parameters
 
     model = cut(build("test_resnet"))
@@ -302,7 +322,8 @@ def test_blocks_share_the_learning_rate_group_of_the_block_they_are_in() -> None
     assert groups["layer3.0.non_local.theta.weight"] == groups["layer3.0.conv1.weight"]
 
 
-def test_new_blocks_take_device_dtype_and_mode_of_their_host() -> None:
+def test_blocks_take_dtype_of_their_host() -> None:
+    """New blocks take device, dtype and mode of their host."""
     model = cut(build("test_resnet").bfloat16().train())
     for block in grafted_blocks(model).values():
         assert block.training
@@ -314,7 +335,8 @@ def test_new_blocks_take_device_dtype_and_mode_of_their_host() -> None:
 
 
 @pytest.mark.parametrize("calls", [0, 2])
-def test_verify_sees_a_block_that_never_runs_or_runs_twice(calls: int) -> None:
+def test_verify_counts_calls_of_a_block(calls: int) -> None:
+    """`verify` sees a block that never runs or that runs twice."""
     model = cut(build("test_resnet"), ("layer3.0", "non_local"))
     owner = model.layer3[0]
 
@@ -361,9 +383,8 @@ class Tampering(nn.Module):
     ],
 )
 @pytest.mark.parametrize("trained", [False, True])
-def test_verify_hears_a_block_that_does_not_count_and_sees_a_host_that_writes_behind_it(
-    way: str, fault: str | None, trained: bool
-) -> None:
+def test_verify_detects_unread_blocks(way: str, fault: str | None, trained: bool) -> None:
+    """`verify` finds a block that no output reads, and a host that writes in place to the block's input."""
     model = build("test_resnet")
     host = model.layer3[0]
     width = host.bn3.num_features
@@ -378,19 +399,21 @@ def test_verify_hears_a_block_that_does_not_count_and_sees_a_host_that_writes_be
     assert report.alive is (fault is None)
 
 
-def test_verify_tells_blocks_that_a_head_on_the_class_token_does_not_read() -> None:
+def test_verify_tells_unread_patch_blocks() -> None:
+    """`verify` tells blocks that a head on the class token does not read."""
     model = cut(build("test_vit"), ("stage:4 branches", "se"))
     report = verify(model, (3, 64, 64))
     assert report.alive
-    heard = {block.path: block.reaches for block in report.blocks}
+    reach_by_path = {block.path: block.reaches for block in report.blocks}
     # behind the last attention, nothing takes a patch's token to the class token any more
-    assert [path for path, how in heard.items() if how == "features"] == ["blocks.5.se", "blocks.5.se_2"]
+    assert [path for path, how in reach_by_path.items() if how == "features"] == ["blocks.5.se", "blocks.5.se_2"]
     pooled = cut(build("test_vit", global_pool="avg"), ("stage:4 branches", "se"))
     assert {block.reaches for block in verify(pooled, (3, 64, 64)).blocks} == {"output"}
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
-def test_verify_finds_a_gate_that_was_frozen_with_the_norms_of_its_host() -> None:
+def test_verify_detects_a_frozen_gate() -> None:
+    """`verify` finds a gate that was frozen with the norms of its host."""
     from timm.layers import freeze_batch_norm_2d
 
     model = freeze_batch_norm_2d(cut(build("test_resnet"), ("layer3.0", "non_local")))
@@ -406,20 +429,23 @@ def test_verify_finds_a_gate_that_was_frozen_with_the_norms_of_its_host() -> Non
     assert verify(frozen_first, (3, 64, 64)).alive
 
 
-def test_verify_sees_the_only_block_of_a_model_not_run() -> None:
+def test_verify_detects_an_only_block_unrun() -> None:
+    """`verify` sees that the only block of a model does not run."""
     model = cut(build("test_resnet"), ("layer3.0", "non_local"))
     model.layer3[0].__class__ = type(model.layer3[0]).uncut_class
     assert verify(model, (3, 64, 64)).faults == ("layer3.0.non_local ran 0 times",)
 
 
-def test_verify_says_so_when_something_replaced_a_block() -> None:
+def test_verify_detects_a_replaced_block() -> None:
+    """`verify` says so when a block was replaced by another module."""
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     model.layer3[0].se = nn.Identity()
     with pytest.raises(SurgeryError, match=r"the block 'se' of 'layer3.0' is gone"):
         verify(model, (3, 64, 64))
 
 
-def test_verify_misses_blocks_that_went_with_a_module_that_was_rebuilt() -> None:
+def test_verify_detects_a_rebuilt_module() -> None:
+    """`verify` misses blocks that went with a module that was rebuilt."""
     model = cut(build("test_resnet"), ("stage:3 last", "non_local"), ("stage:4 branches", "se"))
     model.layer3[0] = copy.deepcopy(build("test_resnet").layer3[0])
     with pytest.raises(SurgeryError, match=r"the block 'layer3.0.non_local' is gone"):
@@ -428,7 +454,8 @@ def test_verify_misses_blocks_that_went_with_a_module_that_was_rebuilt() -> None
     assert verify(model, (3, 64, 64)).alive
 
 
-def test_reparameterisation_keeps_the_blocks_behind_what_it_rebuilds() -> None:
+def test_reparameterisation_keeps_blocks() -> None:
+    """Reparameterisation keeps the blocks behind the modules that it rebuilds."""
     from timm.utils.model import reparameterize_model
 
     torch.manual_seed(0)
@@ -442,7 +469,8 @@ def test_reparameterisation_keeps_the_blocks_behind_what_it_rebuilds() -> None:
     assert torch.allclose(deployed(x) / expected.abs().max(), expected / expected.abs().max(), atol=1e-9)
 
 
-def test_verify_leaves_frozen_norms_frozen_and_looks_at_every_output() -> None:
+def test_verify_keeps_modes_reads_outputs() -> None:
+    """`verify` leaves frozen norms frozen and compares every output."""
     model = cut(build("test_resnet"), ("stage:4 branches", "se")).train()
     model.bn1.eval()
     verify(model, (3, 64, 64))
@@ -455,7 +483,8 @@ def test_verify_leaves_frozen_norms_frozen_and_looks_at_every_output() -> None:
     assert verify(features, (3, 64, 64)).max_abs_diff > 0
 
 
-def test_a_dropout_rate_changed_after_surgery_counts() -> None:
+def test_dropout_rate_can_change_later() -> None:
+    """A dropout rate that is changed after surgery counts."""
     base = build("test_vit", attn_drop_rate=0.1)
     model = cut(copy.deepcopy(base), ("blocks.*.attn.proj", "se"))
     x = images(64)
@@ -467,12 +496,14 @@ def test_a_dropout_rate_changed_after_surgery_counts() -> None:
     assert not torch.equal(forward(model, x, training=True), before)
 
 
-def test_constants_that_torch_computed_while_tracing_are_no_part_of_a_forward() -> None:
+def test_traced_constants_are_no_sites() -> None:
+    """Constants that torch computed while it traced are no part of a forward."""
     anatomy = survey(build("swin_tiny_patch4_window7_224"), (3, 64, 64))
     assert not any(site.address.endswith("attn.qkv") for site in anatomy.sites)
 
 
-def test_the_same_block_twice_at_one_site_is_refused_in_a_second_operation_too() -> None:
+def test_same_block_at_site_refused_later() -> None:
+    """The same block twice at one site is refused in a second operation too."""
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     before = list(model.state_dict())
     with pytest.raises(SiteError, match=r"there is a 'se' at 'layer3.0.bn3' already"):
@@ -481,7 +512,8 @@ def test_the_same_block_twice_at_one_site_is_refused_in_a_second_operation_too()
 
 
 @pytest.mark.parametrize("architecture", [None, "my-net", "unknown_net"])
-def test_models_that_are_no_timm_name_can_be_operated_on_and_restored(architecture: str | None) -> None:
+def test_surgery_on_models_of_unknown_name(architecture: str | None) -> None:
+    """Models whose name timm does not know can be operated on and restored."""
     model = build("test_resnet")
     model.pretrained_cfg = dict(model.pretrained_cfg, architecture=architecture)
     keys = list(model.state_dict())
@@ -492,7 +524,8 @@ def test_models_that_are_no_timm_name_can_be_operated_on_and_restored(architectu
     assert list(attnsurgery.remove(model).state_dict()) == keys
 
 
-def test_what_torch_fx_rebuilt_can_be_neither_verified_nor_restored_and_says_so() -> None:
+def test_fx_features_cannot_be_verified() -> None:
+    """A model that torch.fx rebuilt can be neither verified nor restored, and the error says so."""
     features = timm.create_model("test_resnet_se", features_only=True, feature_cls="fx")
     for verb in (attnsurgery.verify, attnsurgery.remove):
         with pytest.raises(SurgeryError, match="rebuilt since"):
@@ -506,12 +539,14 @@ def test_what_is_no_model_is_refused(model: object) -> None:
         attnsurgery.operate(model, recipe)  # type: ignore[arg-type]
 
 
-def test_verify_of_a_model_without_surgery_reports_nothing_added() -> None:
+def test_verify_without_surgery_adds_nothing() -> None:
+    """`verify` of a model without surgery reports nothing added."""
     report = verify(build("test_resnet"), (3, 64, 64))
     assert (report.keys_added, report.blocks, report.macs_after) == ((), (), report.macs_before)
 
 
-def test_operating_through_the_public_verb_makes_the_model_describe_itself(tmp_path: Any) -> None:
+def test_operate_makes_model_describe_itself(tmp_path: Any) -> None:
+    """A model that `operate` has changed describes itself, and is saved and built again."""
     from timm.models import save_for_hf
 
     base = build("test_resnet", num_classes=7)
@@ -531,7 +566,8 @@ def test_operating_through_the_public_verb_makes_the_model_describe_itself(tmp_p
     assert torch.equal(model(x), base(x))
 
 
-def test_models_built_with_timms_fast_norms_are_inspected_and_verified() -> None:
+def test_timms_fast_norms_are_supported() -> None:
+    """Models that were built with timm's fast norms are inspected and verified."""
     timm.layers.set_fast_norm(True)  # tests/conftest.py sets it back
     model = cut(build("test_convnext"), ("stage:3 last", "se"))
     assert any(vars(module).get("_fast_norm") for module in model.modules())

@@ -53,23 +53,25 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def made(name: str, start: str = "identity", **options: Any) -> TimmAttention:
+def build_timm_block(name: str, start: str = "identity", **options: Any) -> TimmAttention:
     torch.manual_seed(0)
     block = build_block(f"timm:{name}", 16, options or BLOCKS[f"timm:{name}"].example, start)
     assert isinstance(block, TimmAttention)
     return block
 
 
-def test_every_name_that_timm_knows_is_a_block_and_none_makes_model_names() -> None:
+def test_timm_names_are_all_blocks() -> None:
+    """Every name that timm knows is a block, and none makes model names."""
     assert NAMES
     assert set(NAMES) == set(KINDS) == {name.removeprefix("timm:") for name in BLOCKS if name.startswith("timm:")}
     assert not any(BLOCKS[f"timm:{name}"].model_suffix for name in NAMES)
 
 
 @every_name
-def test_paper_start_is_timms_module_with_its_weights_and_numbers(name: str) -> None:
+def test_timm_block_paper_start_is_timms(name: str) -> None:
+    """The paper's start is timm's module with its weights and numbers."""
     options = dict(BLOCKS[f"timm:{name}"].example)
-    ours = made(name, "paper")
+    ours = build_timm_block(name, "paper")
     x = images(8, channels=16)
     if name == "ge":  # timm 1.0.31 cannot build it: the device lands in the place of another argument
         with pytest.raises(TypeError):
@@ -94,13 +96,14 @@ def test_paper_start_is_timms_module_with_its_weights_and_numbers(name: str) -> 
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_every_way_to_start_is_the_identity_in_every_precision_and_learns(name: str, options: dict[str, Any]) -> None:
+def test_timm_block_starts_at_identity(name: str, options: dict[str, Any]) -> None:
+    """Every way to start is the identity in every precision, and learns."""
     x = images(8, channels=16)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for training in (False, True):
-            block = made(name, **options).to(dtype).train(training)
+            block = build_timm_block(name, **options).to(dtype).train(training)
             assert torch.equal(block(x.to(dtype)), x.to(dtype))
-    block = made(name, **options).train()
+    block = build_timm_block(name, **options).train()
     parts: dict[str, float] = {}
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
     for _ in range(3):
@@ -117,7 +120,8 @@ def test_every_way_to_start_is_the_identity_in_every_precision_and_learns(name: 
 
 
 @every_name
-def test_an_option_that_timm_would_swallow_or_ignore_is_refused_with_the_list(name: str) -> None:
+def test_timm_block_refuses_unknown_options(name: str) -> None:
+    """An option that timm would swallow or ignore is refused with the list of options."""
     fields = options_model(BLOCKS[f"timm:{name}"]).model_fields
     for option in ("nonsense", "stride", "out_channels", "act_layer", *KINDS[name].hidden):
         assert option not in fields
@@ -127,7 +131,8 @@ def test_an_option_that_timm_would_swallow_or_ignore_is_refused_with_the_list(na
             BLOCKS[f"timm:{name}"](16, **{option: 1})
 
 
-def test_timm_itself_swallows_options_it_does_not_know() -> None:
+def test_timm_swallows_unknown_options() -> None:
+    """timm itself accepts options that it does not know."""
     assert isinstance(create_attn("nl", 16, nonsense=1), nn.Module)
 
 
@@ -144,7 +149,8 @@ def test_timm_itself_swallows_options_it_does_not_know() -> None:
         ("ge", {"extent": 3}, r"cannot take extent=3"),
     ],
 )
-def test_options_that_cannot_work_are_refused_in_words(name: str, options: dict[str, Any], message: str) -> None:
+def test_timm_block_refuses_unfit_options(name: str, options: dict[str, Any], message: str) -> None:
+    """Options that cannot work are refused with the reason."""
     with pytest.raises(OptionError, match=message):
         build_block(f"timm:{name}", 16, options, "identity")
 
@@ -159,9 +165,8 @@ def test_options_that_cannot_work_are_refused_in_words(name: str, options: dict[
         ("bottleneck", {"feat_size": 8}, (7, 8), r"only square maps"),
     ],
 )
-def test_maps_that_do_not_fit_are_refused_with_what_would(
-    name: str, options: dict[str, Any], size: tuple[int, int], message: str
-) -> None:
+def test_timm_block_refuses_unfit_maps(name: str, options: dict[str, Any], size: tuple[int, int], message: str) -> None:
+    """Maps that do not fit are refused with the option that would fit."""
     block = build_block(f"timm:{name}", 16, options, "identity")
     with pytest.raises(OptionError, match=message):
         block.check_map(*size)
@@ -169,7 +174,8 @@ def test_maps_that_do_not_fit_are_refused_with_what_would(
         block(torch.randn(1, 16, *size))
 
 
-def test_a_recipe_tells_the_position_embedding_how_large_its_map_is() -> None:
+def test_timm_block_learns_its_map_size() -> None:
+    """A recipe tells the position embedding how large its map is."""
     model = build("resnet18", num_classes=3)
     x = images(224, batch=1)
     before = model(x)
@@ -180,24 +186,27 @@ def test_a_recipe_tells_the_position_embedding_how_large_its_map_is() -> None:
     assert block.pos_embed.height == 7
 
 
-def test_blocks_are_copied_and_pickled_by_their_generated_class() -> None:
+def test_timm_block_copies_and_pickles() -> None:
+    """Blocks are copied and pickled by their generated class."""
     for name in NAMES:
-        block, x = made(name).eval(), images(8, channels=16)
+        block, x = build_timm_block(name).eval(), images(8, channels=16)
         for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
             assert type(twin) is type(block)
             assert torch.equal(twin(x), block(x))
 
 
-def test_the_doubled_gate_adds_no_key_and_costs_no_pass_over_the_map() -> None:
-    identity, paper = made("eca"), made("eca", "paper")
+def test_doubled_gate_costs_nothing() -> None:
+    """The doubled gate adds no key and costs no pass over the map."""
+    identity, paper = build_timm_block("eca"), build_timm_block("eca", "paper")
     assert identity.state_dict().keys() == paper.state_dict().keys()
-    seen: list[tuple[int, ...]] = []
-    identity.gate.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    shapes: list[tuple[int, ...]] = []
+    identity.gate.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     identity(images(8, channels=16))
-    assert seen == [(2, 1, 16)]
+    assert shapes == [(2, 1, 16)]
 
 
-def test_hosts_get_the_block_in_the_place_they_keep_free() -> None:
+def test_timm_block_fills_a_free_place() -> None:
+    """Hosts get the block in the place that they keep free, and no class is generated."""
     for base, at, path in (
         ("resnet18", "layer1.*.bn2", "layer1.0.se"),
         ("resnext26ts", "stages.0.*.conv2b_kxk", "stages.0.0.attn"),

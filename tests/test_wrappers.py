@@ -85,7 +85,7 @@ every_whole = pytest.mark.parametrize("whole", WHOLES)
     ],
 )
 @pytest.mark.parametrize(("at", "block"), [("stage:3 last", "se"), ("stage:* branches", "non_local")])
-def test_prefix_tokens_of_a_model_that_is_not_the_root(
+def test_prefix_tokens_of_a_model_inside(
     name: str, small: dict[str, Any], tokens: int, at: str, block: str, whole: str
 ) -> None:
     """The trained blocks in the bare model compute what they compute in the whole."""
@@ -101,12 +101,12 @@ def test_prefix_tokens_of_a_model_that_is_not_the_root(
     grafts = [[graft for *_, own in operated(cut_model) for graft in own] for cut_model in (bare, model)]
     assert grafts[0] == grafts[1]
     assert {graft.prefix_tokens for graft in grafts[0]} == {tokens}
-    found = model(x)
-    assert torch.equal(found["logits"] if isinstance(found, dict) else found, bare(x))
+    output = model(x)
+    assert torch.equal(output["logits"] if isinstance(output, dict) else output, bare(x))
     assert attnsurgery.verify(model, size).alive
 
 
-def test_prefix_tokens_of_a_feature_extractor() -> None:
+def test_prefix_tokens_of_feature_extractor() -> None:
     """features_only=True holds the ViT as a child; its root says nothing of tokens."""
     torch.manual_seed(0)
     bare = timm.create_model("vit_small_patch14_reg4_dinov2", **REG4).eval()
@@ -139,18 +139,19 @@ class Unknown(nn.Module):
         return self.blocks(torch.cat([self.register_tokens.expand(len(x), -1, -1), tokens], 1))
 
 
-def test_a_number_of_tokens_that_cannot_be_known_is_refused_until_somebody_says_it() -> None:
+def test_unknown_prefix_tokens_are_refused() -> None:
+    """A number of tokens that cannot be known is refused until the model states it."""
     model = Trained(Unknown()).eval()
     keys = list(model.state_dict())
     for at in ("network.blocks.1", "stage:* every"):
         with pytest.raises(SiteError, match=r"not known how many are class or register tokens.*Set that number"):
             cut(model, (at, "se"))
     assert list(model.state_dict()) == keys
-    told = cut(Trained(Unknown(say=3)).eval(), ("network.blocks.1", "se"))
-    assert [graft.prefix_tokens for *_, own in operated(told) for graft in own] == [3]
+    explicit = cut(Trained(Unknown(say=3)).eval(), ("network.blocks.1", "se"))
+    assert [graft.prefix_tokens for *_, own in operated(explicit) for graft in own] == [3]
 
 
-def test_several_kinds_of_tokens_are_counted_where_the_grid_confirms_them() -> None:
+def test_prefix_tokens_of_several_kinds() -> None:
     """As in transformers' DINOv2 with registers: one parameter for the class token, one for four registers."""
 
     class Tokens(nn.Module):
@@ -174,7 +175,7 @@ def test_several_kinds_of_tokens_are_counted_where_the_grid_confirms_them() -> N
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_vit", "test_convnext", "hiera_tiny_224", "coat_tiny", "iformer_t"]
 )
-def test_places_in_a_whole_are_those_of_the_model(name: str, whole: str) -> None:
+def test_places_inside_equal_the_models(name: str, whole: str) -> None:
     """Stages, roles, layouts, grids; and tokens of a Hiera are reordered also where it is not the root."""
     small = {"img_size": 64} if name == "test_vit" else {}
     with torch.device("meta"):
@@ -193,15 +194,17 @@ def test_places_in_a_whole_are_those_of_the_model(name: str, whole: str) -> None
 
 
 @pytest.mark.parametrize("indices", [None, (0, 3), (1,)])
-def test_stages_of_a_feature_extractor_are_those_of_the_whole_vit(indices: tuple[int, ...] | None) -> None:
+def test_stages_of_feature_extractor(indices: tuple[int, ...] | None) -> None:
     """timm cuts off the blocks behind the last feature; what is left is still at the start of the depth."""
     more = {} if indices is None else {"out_indices": indices}
     with torch.device("meta"):
         features = timm.create_model("test_vit", img_size=64, features_only=True, **more)
         whole = survey(timm.create_model("test_vit", img_size=64))
     stages = {site.address: site.stage for stage in whole.stages for site in whole.blocks(stage)}
-    found = survey(features)
-    there = {site.address.removeprefix("model."): site.stage for stage in found.stages for site in found.blocks(stage)}
+    anatomy = survey(features)
+    there = {
+        site.address.removeprefix("model."): site.stage for stage in anatomy.stages for site in anatomy.blocks(stage)
+    }
     assert there == {address: stages[address] for address in there}
     assert len(there) == 1 + (5 if indices is None else max(indices))
 
@@ -243,7 +246,8 @@ class Dummy(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
-def test_a_feature_without_channels_is_no_place(name: str) -> None:
+def test_feature_without_channels_no_place(name: str) -> None:
+    """A feature without channels is no place."""
     model = cut(Decoded(name).eval(), ("stage:3 last", "se"))
     assert all(path.startswith("encoder.") for path in grafted_blocks(model))  # stages are the encoder's
     assert cut(model, ("decoder.bn2", "se")) is model
@@ -259,30 +263,32 @@ def test_a_feature_without_channels_is_no_place(name: str) -> None:
 
 def test_hooks_of_the_user_are_not_run() -> None:
     model = build("test_resnet")
-    seen: list[Any] = []
+    calls: list[Any] = []
 
     def finite(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         assert not torch.isnan(output).any().item()
-        seen.append(output)
+        calls.append(output)
 
     class Collector:
         def save(self, module: nn.Module, args: Any, *output: Any) -> None:
-            seen.append(output)
+            calls.append(output)
 
     everywhere = nn.modules.module.register_module_forward_hook(finite)
     try:
         model.layer1.register_forward_hook(finite)
-        model.layer2.register_forward_hook(lambda *given: seen.append(given[-1].mean().item()))
+        model.layer2.register_forward_hook(lambda *hook_args: calls.append(hook_args[-1].mean().item()))
         model.layer2[0].register_forward_pre_hook(Collector().save)
-        model.layer3.register_forward_hook(functools.partial(lambda kept, *given: kept.append(given), seen))
+        model.layer3.register_forward_hook(
+            functools.partial(lambda record, *hook_args: record.append(hook_args), calls)
+        )
         model.layer4.register_full_backward_hook(Collector().save)
         attnsurgery.inspect(model, SIZE)
         attnsurgery.plan(model, recipe(("stage:3 last", "se")), SIZE)
         cut(model)
         assert attnsurgery.verify(model, SIZE).alive
-        assert seen == []
+        assert calls == []
         model(images(64))
-        assert len(seen) > 4  # and they are still there
+        assert len(calls) > 4  # and they are still there
     finally:
         everywhere.remove()
 
@@ -298,8 +304,8 @@ class Hooked(nn.Module):
         if how == "bound":
             self.body.register_forward_hook(self.keep)
         else:
-            kept = self.kept
-            self.body.register_forward_hook(lambda module, args, output: kept.update(out=output))
+            stored = self.kept
+            self.body.register_forward_hook(lambda module, args, output: stored.update(out=output))
 
     def keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.kept["out"] = output
@@ -310,7 +316,8 @@ class Hooked(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["bound", "closure"])
-def test_hooks_that_belong_to_the_model_are_run_on_the_twins_own(how: str) -> None:
+def test_hooks_of_the_model_run_on_the_twin(how: str) -> None:
+    """Hooks that belong to the model are run, on the twin's own tensors."""
     model = nn.Sequential(Hooked(how)).eval()
     expected = model(images(64))
     cut(model, ("0.body.1", "se"))
@@ -321,7 +328,8 @@ def test_hooks_that_belong_to_the_model_are_run_on_the_twins_own(how: str) -> No
     assert attnsurgery.verify(cut(features), SIZE).alive
 
 
-def test_hooks_that_a_model_cannot_do_without_are_named_in_the_error() -> None:
+def test_needed_hooks_are_named_in_the_error() -> None:
+    """Hooks that a model cannot do without are named in the error."""
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), BasicBlock(8, 8)).eval()
     model[0].register_forward_hook(lambda module, args, output: output[:, :8])
     model[0] = nn.Sequential(model[0], nn.Conv2d(8, 4, 1))
@@ -330,7 +338,8 @@ def test_hooks_that_a_model_cannot_do_without_are_named_in_the_error() -> None:
         survey(model, SIZE)
 
 
-def test_pruned_models() -> None:
+def test_pruned_models_can_be_operated_on() -> None:
+    """Surgery on a model with pruned weights changes no output."""
     model = build("test_resnet")
     for conv in (model.layer3[0].conv1, model.layer4[0].conv1):
         prune.l1_unstructured(conv, "weight", 0.5)
@@ -358,18 +367,18 @@ def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) 
     """Also those that hooks of torch compute, of which torch.fx knows nothing: they run as before."""
     model = nn.Sequential(nn.Sequential(wrap(nn.Conv2d(3, 8, 4, 4)), Keeping(8, 8), Keeping(8, 8)))
     model(images(64))
-    kept = model[0][1].feat
-    assert not kept.is_leaf
+    feature = model[0][1].feat
+    assert not feature.is_leaf
     twin = meta_twin(model)
     assert {twin[0][1].feat.device.type, twin[0][1].feats["all"][0].device.type} == {"meta"}
     assert twin[0][1].record.feat is twin[0][1].feat
     expected = model.eval()(images(64))
-    kept = model[0][1].feat
+    feature = model[0][1].feat
     cut(model, ("0.1", "se"))
     report = attnsurgery.verify(model, SIZE)
     assert report.alive
     assert report.max_abs_diff == 0
-    assert model[0][1].feat is kept
+    assert model[0][1].feat is feature
     assert torch.equal(model(images(64)), expected)
 
 
@@ -386,7 +395,8 @@ def test_what_cannot_be_copied_is_shared() -> None:
         model.log.close()
 
 
-def test_a_twin_shares_no_tensor_with_the_model() -> None:
+def test_twin_shares_no_tensor_with_model() -> None:
+    """A twin shares no tensor with the model, and ties inside it stay."""
     model = build("test_vit")
     model.tied = [model.head, model.head.weight]
     twin = weighted_twin(model)
@@ -411,7 +421,7 @@ def patched(block: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["method", "closure", "partial"])
-def test_a_forward_replaced_on_the_object_holds_no_block(how: str) -> None:
+def test_replaced_forward_holds_no_block(how: str) -> None:
     """As attention rollouts do it with the blocks or attentions of a ViT."""
     model = build("test_resnet")
     patched(model.layer3[0], how)
@@ -425,7 +435,8 @@ def test_a_forward_replaced_on_the_object_holds_no_block(how: str) -> None:
     assert attnsurgery.verify(cut(model, ("stage:12 branches", "se")), SIZE).alive
 
 
-def test_a_replaced_forward_inside_a_block_is_no_hindrance() -> None:
+def test_replaced_forward_inside_is_allowed() -> None:
+    """A replaced forward inside a block of the host is no hindrance."""
     model = build("test_vit")
     attention = model.blocks[3].attn
 
@@ -476,7 +487,8 @@ AROUND_PARTS = {"modules_to_save": saved_twice, "checkpoint_wrapper": checkpoint
 
 @pytest.mark.parametrize("around", AROUND_PARTS)
 @pytest.mark.parametrize("what", ["the block", "its owner"])
-def test_verify_follows_wrappers_put_on_after_surgery(around: str, what: str) -> None:
+def test_verify_follows_later_wrappers(around: str, what: str) -> None:
+    """`verify` follows wrappers that were put on after surgery."""
     model = cut(build("test_resnet"))
     wrap = AROUND_PARTS[around]
     if what == "the block":
@@ -506,7 +518,8 @@ def test_remove_goes_through_wrappers() -> None:
     assert torch.equal(model(images(64)), base(images(64)))
 
 
-def test_operate_inside_checkpoint_wrappers_has_the_addresses_of_the_bare_model() -> None:
+def test_checkpoint_wrapper_keeps_addresses() -> None:
+    """Surgery inside checkpoint wrappers has the addresses of the bare model."""
     base = build("test_resnet")
     model = copy.deepcopy(base)
     model.layer3[0] = checkpoint_wrapper(model.layer3[0])
@@ -639,7 +652,8 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Lazy modules:UserWarning")
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("around", ROUND)
-def test_a_wrapper_is_followed_or_refused_in_one_sentence(around: str, verb: str) -> None:
+def test_wrapper_is_followed_or_refused(around: str, verb: str) -> None:
+    """A wrapper is followed or is refused in one sentence."""
     wrap, allowed, words = ROUND[around]
     model = wrap(cut(build("test_resnet")))
     keys = sorted(model.state_dict()) if around != "script" else []
@@ -654,7 +668,8 @@ def test_a_wrapper_is_followed_or_refused_in_one_sentence(around: str, verb: str
         assert sorted(model.state_dict()) == keys
 
 
-def test_a_compiled_part_hinders_what_would_change_that_part_alone() -> None:
+def test_compiled_part_hinders_itself_alone() -> None:
+    """A compiled part hinders only operations that would change that part."""
     model = build("test_resnet")
     model.layer3[0] = compiled(model.layer3[0])
     with pytest.raises(UsageError, match=r"compiled 'layer3\.0' as it was"):
@@ -672,18 +687,18 @@ def test_docs_have_a_row_for_every_wrapper() -> None:
 # ---- modes, sizes, weights
 
 
-def test_inference_mode() -> None:
+def test_inference_mode_is_supported() -> None:
     """verify counts versions, which tensors of that mode do not have; parameters made in it could not be trained."""
     with torch.inference_mode():
-        built = build("test_resnet")
+        base = build("test_resnet")
         model = cut(build("test_resnet"))
         assert attnsurgery.verify(model, SIZE).alive
-        assert attnsurgery.verify(cut(built), SIZE).alive
+        assert attnsurgery.verify(cut(base), SIZE).alive
         attnsurgery.plan(model, recipe(("layer2.0", "se")), SIZE)
     assert not any(p.is_inference() for p in attnsurgery.block_parameters(model).values())
 
 
-def test_a_first_convolution_of_other_channels(tmp_path: Path) -> None:
+def test_first_convolution_of_other_channels(tmp_path: Path) -> None:
     """The size is read off that convolution, and the saved directory builds it again."""
     base = build("resnet18", channels=(8, 16, 16, 24))
     base.conv1 = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
@@ -711,7 +726,8 @@ def test_weights_that_are_not_finite(value: float) -> None:
         attnsurgery.verify(model, SIZE)
 
 
-def test_outputs_that_are_not_finite_are_a_fault() -> None:
+def test_non_finite_outputs_are_a_fault() -> None:
+    """Outputs that are not finite are a fault."""
     model = cut(build("test_resnet"))
     with torch.no_grad():
         model.fc.weight.fill_(3e38)
@@ -762,7 +778,8 @@ def vanlike() -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_names_of_an_architecture_that_a_user_has_registered(vanlike: str, tmp_path: Path) -> None:
+def test_users_architecture_has_names(vanlike: str, tmp_path: Path) -> None:
+    """An architecture that a user has registered has surgical names, and is saved and built again."""
     assert timm.is_model(f"{vanlike}_se")
     model = timm.create_model(f"{vanlike}_se", num_classes=7).eval()
     assert len(grafted_blocks(model)) == 4
@@ -773,7 +790,8 @@ def test_names_of_an_architecture_that_a_user_has_registered(vanlike: str, tmp_p
 
 
 @pytest.mark.parametrize("described", ["default_cfg", "neither", "apart"])
-def test_remove_brings_back_what_a_model_said_of_itself(described: str) -> None:
+def test_remove_restores_the_description(described: str) -> None:
+    """`remove` restores the description that a model had of itself."""
     model: Any = Van().eval()
     if described != "neither":
         model.default_cfg = dict(VAN)
@@ -802,7 +820,7 @@ def operated_on() -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("names", "gone"),
+    ("names", "removed_paths"),
     [
         (("layer3.0.non_local",), {"layer3.0.non_local"}),
         (("layer*.0.se",), {f"layer{stage}.0.se" for stage in (1, 2, 3, 4)}),
@@ -810,16 +828,17 @@ def operated_on() -> tuple[nn.Module, nn.Module]:
         (("layer3.0.bn2",), {"layer3.0.se_2"}),
     ],
 )
-def test_some_blocks_are_removed_as_if_they_had_never_been_there(names: tuple[str, ...], gone: set[str]) -> None:
+def test_remove_of_some_leaves_no_trace(names: tuple[str, ...], removed_paths: set[str]) -> None:
+    """Some blocks are removed as if they had never been there."""
     base, model = operated_on()
     blocks = grafted_blocks(model)
-    kept = {id(block) for path, block in blocks.items() if path not in gone}
+    remaining = {id(block) for path, block in blocks.items() if path not in removed_paths}
     with attnsurgery.bypass(model, *names) as meant:
-        assert set(meant) == gone
+        assert set(meant) == removed_paths
         expected = model(images(64))
     assert not torch.equal(model(images(64)), expected)
     assert attnsurgery.remove(model, *names) is model
-    assert {id(block) for block in grafted_blocks(model).values()} == kept
+    assert {id(block) for block in grafted_blocks(model).values()} == remaining
     assert torch.equal(model(images(64)), expected)
     assert attnsurgery.verify(model, SIZE).alive
     # the description builds the very same names, so the weights load
@@ -831,7 +850,8 @@ def test_some_blocks_are_removed_as_if_they_had_never_been_there(names: tuple[st
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
 
 
-def test_a_block_on_a_span_is_removed_from_all_of_its_modules() -> None:
+def test_remove_takes_span_from_all_modules() -> None:
+    """A block on a span is removed from all of its modules."""
     base = build("resnet18", channels=(64, 8, 16, 16))
     model = copy.deepcopy(base)
     edits = [{"at": "layer1.0 .. layer1.1", "block": "residual_attention", "options": {"depth": 0}}]
@@ -847,7 +867,7 @@ def test_a_block_on_a_span_is_removed_from_all_of_its_modules() -> None:
     assert attnsurgery.verify(model, SIZE).alive
 
 
-def test_blocks_on_a_grid_keep_it_when_others_go() -> None:
+def test_remove_keeps_the_grid_of_others() -> None:
     """A block that asks how tokens lie is told by the module that makes the map; it stays told."""
     base = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 40, 64)).eval()
     model = copy.deepcopy(base)
@@ -864,7 +884,7 @@ def test_blocks_on_a_grid_keep_it_when_others_go() -> None:
     assert not any("attnsurgery" in name for module in model.modules() for name in vars(module))
 
 
-def test_an_edit_with_a_limit_keeps_what_it_had_settled() -> None:
+def test_remove_keeps_settled_options() -> None:
     """Less attention in all must not make the blocks that stay larger when the model is built again."""
     model = build("resnet18", channels=(8, 8, 16, 16))
     edits = [{"at": "stage:34 last", "block": "non_local", "options": {"subsample": "auto"}}]
@@ -879,7 +899,8 @@ def test_an_edit_with_a_limit_keeps_what_it_had_settled() -> None:
 
 
 @pytest.mark.parametrize("verb", ["remove", "bypass"])
-def test_a_name_that_means_no_block_is_refused_with_the_nearest(verb: str) -> None:
+def test_remove_unknown_name_names_nearest(verb: str) -> None:
+    """A name that means no block is refused with the nearest name."""
     _, model = operated_on()
     keys = list(model.state_dict())
 
@@ -900,7 +921,8 @@ def test_a_name_that_means_no_block_is_refused_with_the_nearest(verb: str) -> No
         attnsurgery.bypass(build("test_resnet")).__enter__()
 
 
-def test_bypassed_blocks_compute_what_the_base_does_and_come_back() -> None:
+def test_bypass_computes_the_base() -> None:
+    """Bypassed blocks compute what the base does, and come back."""
     for host, size in (("test_vit", 160), ("test_convnext", 64)):
         base = build(host, **({"img_size": 160} if host == "test_vit" else {}))
         model = copy.deepcopy(base)
@@ -920,7 +942,8 @@ def test_bypassed_blocks_compute_what_the_base_does_and_come_back() -> None:
         assert torch.equal(pruned(x), base(x))
 
 
-def test_parameters_of_blocks_and_the_frozen_base() -> None:
+def test_block_parameters_and_frozen_base() -> None:
+    """The parameters of blocks are those that learn after freeze_base."""
     _, model = operated_on()
     whole = Trained(model)
     own = attnsurgery.block_parameters(whole)
@@ -956,7 +979,8 @@ class Two(nn.Module):
         return self.first(x) + self.second(x)
 
 
-def test_stages_of_several_models_are_those_of_each() -> None:
+def test_stages_of_several_models_inside() -> None:
+    """The stages of several models in one are those of each."""
     alone = survey(timm.create_model("test_vit", img_size=64))
     model = cut(Two().eval(), ("stage:3 last", "non_local"), ("stage:4 branches", "se"))
     of_vit = [f"second.{site.address}" for site in alone.blocks(3)][-1:]
@@ -980,7 +1004,8 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("at", ["stage:3 last", "network.layer3.0"])
-def test_a_model_that_runs_twice_in_one_forward_is_refused_with_the_reason(at: str) -> None:
+def test_model_run_twice_is_refused(at: str) -> None:
+    """A model that runs twice in one forward is refused with the reason."""
     model = Twice().eval()
     with pytest.raises(SiteError, match=r"run more than once in one forward \('network.* 2 times\)"):
         cut(model, (at, "se"))
@@ -988,7 +1013,9 @@ def test_a_model_that_runs_twice_in_one_forward_is_refused_with_the_reason(at: s
     assert attnsurgery.verify(model.network, SIZE).alive
 
 
-def test_a_model_that_takes_more_than_images_is_refused_with_the_reason() -> None:
+def test_model_of_more_inputs_is_refused() -> None:
+    """A model that takes more than images is refused with the reason."""
+
     class Masked(Trained):
         def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return self.network(x) * mask
@@ -1009,7 +1036,7 @@ def test_models_that_say_how_they_are_copied() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
-def test_a_new_input_size_of_a_model_in_a_whole_reaches_its_blocks() -> None:
+def test_new_input_size_reaches_inner_blocks() -> None:
     """Residual attention asks how tokens lie, and is told when the ViT inside is set to another size."""
     base = build("test_vit", img_size=64)
     model = nn.Sequential(copy.deepcopy(base)).eval()
@@ -1026,7 +1053,8 @@ def test_a_new_input_size_of_a_model_in_a_whole_reaches_its_blocks() -> None:
     assert "set_input_size" not in vars(model[0])
 
 
-def test_some_blocks_cannot_be_removed_where_another_is_lost_but_all_can() -> None:
+def test_remove_all_despite_a_lost_block() -> None:
+    """Some blocks cannot be removed where another is lost, but all can."""
     base = build("test_resnet")
     model = cut(copy.deepcopy(base), ("stage:34 branches", "se"), ("layer2.0", "se"))
     model.layer3[0] = copy.deepcopy(base.layer3[0])

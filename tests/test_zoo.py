@@ -23,7 +23,7 @@ FILES = sorted(Path(zoo.__file__).parent.glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
 
 # How many blocks; and arguments that make the model narrow, since the whole of a resnet50 takes seconds to verify.
-MADE = {
+EXPECTED = {
     "convnext_tiny_se": (18, {"dims": (8, 16, 24, 32)}),
     "efficientnet_b0_nonlocal_s3": (1, {}),
     "resnet50_dual_s4": (1, {"channels": (8, 8, 8, 16)}),
@@ -36,12 +36,14 @@ MADE = {
 }
 
 
-def test_every_recipe_that_ships_is_tested_here() -> None:
-    assert sorted(MADE) == NAMES
+def test_zoo_recipes_are_all_tested_here() -> None:
+    """Every recipe that ships is tested here."""
+    assert sorted(EXPECTED) == NAMES
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_a_file_is_a_recipe_by_its_own_name_and_opens_with_what_it_is_and_the_paper(file: Path) -> None:
+def test_zoo_file_has_its_name_and_paper(file: Path) -> None:
+    """A file is a recipe of its own name, and opens with what it is and with the paper."""
     lines = file.read_text().splitlines()
     comment = [line for line in lines if line.startswith("# ")]
     assert len(comment) == 2
@@ -64,8 +66,9 @@ def test_what_ships_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_ships_builds_verifies_and_is_alive(name: str) -> None:
-    blocks, small = MADE[name]
+def test_zoo_models_build_and_are_alive(name: str) -> None:
+    """Every recipe that ships builds, verifies and is alive."""
+    blocks, small = EXPECTED[name]
     base = build(registry.recipe_of(name).base, num_classes=10, **small)
     model = timm.create_model(name, num_classes=10, **small).eval()
     model.load_state_dict(base.state_dict())
@@ -84,11 +87,11 @@ def test_what_ships_builds_verifies_and_is_alive(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_ships_is_planned_at_full_size(name: str) -> None:
     recipe = registry.recipe_of(name)
-    found = plan_recipe(recipe, weightless(recipe.base))
-    assert len(found.blocks) == MADE[name][0]
-    assert found.input_size == (3, 224, 224)
-    assert 0 < found.params_added < found.params_before / 3
-    assert found.attention_bytes < 20e6
+    forecast = plan_recipe(recipe, weightless(recipe.base))
+    assert len(forecast.blocks) == EXPECTED[name][0]
+    assert forecast.input_size == (3, 224, 224)
+    assert 0 < forecast.params_added < forecast.params_before / 3
+    assert forecast.attention_bytes < 20e6
 
 
 PORTABLE = """\
@@ -120,7 +123,8 @@ HOSTS = [
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_one_recipe_in_words_fits_every_kind_of_model_unchanged(host: str) -> None:
+def test_portable_recipe_fits_every_model(host: str) -> None:
+    """One recipe in words fits every kind of model unchanged."""
     model = weightless(host)
     plan = resolve(text.loads(PORTABLE), survey(model))
     stages = {block: {cut.site.stage for cut in plan if cut.block == block} for block in {cut.block for cut in plan}}
@@ -128,9 +132,9 @@ def test_one_recipe_in_words_fits_every_kind_of_model_unchanged(host: str) -> No
     assert sum(cut.block == "non_local" for cut in plan) == 2
     blocks = grafted_blocks(operate(model, plan))
     assert len(blocks) == len(plan)
-    seen: list[nn.Module] = []
+    calls: list[nn.Module] = []
     for block in blocks.values():
-        block.register_forward_hook(lambda module, args, output: seen.append(module))
+        block.register_forward_hook(lambda module, args, output: calls.append(module))
     model.eval()(torch.empty(1, 3, 224, 224, device=next(model.parameters()).device))
-    assert set(seen) == set(blocks.values())
-    assert len(seen) == len(blocks)
+    assert set(calls) == set(blocks.values())
+    assert len(calls) == len(blocks)
