@@ -70,33 +70,40 @@ class Page(HTMLParser):
             self.words += data
 
 
-def answers(made: Outcome, control: Control | None = None) -> dict[str, Item]:
+def answers(search_outcome: Outcome, control: Control | None = None) -> dict[str, Item]:
     """The items of the checklist, by a word of their question."""
-    items = checklist.checklist(made, control)
+    items = checklist.checklist(search_outcome, control)
     words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "used once", "several seeds")
     words = (*words, "luckiest", "planned", "measured, under", "measured again", "random search", "repeated")
     words = (*words, "blocks matter", "cost", "all trials", "in no other")
-    found = {word: [item for item in items if word in item.question] for word in words}
-    assert all(len(matching) == 1 for matching in found.values()), found
+    items_by_word = {word: [item for item in items if word in item.question] for word in words}
+    assert all(len(matching) == 1 for matching in items_by_word.values()), items_by_word
     assert len(items) == len(words)
-    return {word: matching[0] for word, matching in found.items()}
+    return {word: matching[0] for word, matching in items_by_word.items()}
 
 
 # The page
 
 
-def test_the_page_is_one_file_that_forbids_itself_any_connection(tmp_path: Path) -> None:
+def test_page_forbids_any_connection(tmp_path: Path) -> None:
+    """The page is one file that forbids itself any connection."""
     text = render(outcome(tmp_path, search(40, rungs=2)))
     page = Page(text)
     assert len(text.encode()) < 3e6
     fetching = {"src", "srcset", "data", "action", "poster", "background"}
     assert not [tag for tag in page.tags if fetching & set(tag[1])]
     assert {tag for tag, _ in page.tags} & {"link", "iframe", "img", "object", "embed", "base"} == set()
-    assert all(given["href"].startswith("#") for tag, given in page.tags if given.get("href") is not None)  # type: ignore[union-attr]
+    assert all(
+        attributes["href"].startswith("#") for tag, attributes in page.tags if attributes.get("href") is not None
+    )  # type: ignore[union-attr]
     style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert len(style) == 1
     assert not re.search(r"url\(|@import", style[0])
-    policy = next(given["content"] for _, given in page.tags if given.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attributes["content"]
+        for _, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
     assert policy == (
         f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; "
@@ -104,7 +111,8 @@ def test_the_page_is_one_file_that_forbids_itself_any_connection(tmp_path: Path)
     )
 
 
-def test_what_came_from_outside_is_shown_as_it_is_and_never_run(tmp_path: Path) -> None:
+def test_page_escapes_foreign_text(tmp_path: Path) -> None:
+    """Text from outside is shown as it is and is never run."""
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
     records = [
         replace(record, assignment={f"{evil}{place}": f"{evil}({label})" for place, label in record.assignment.items()})
@@ -112,52 +120,65 @@ def test_what_came_from_outside_is_shown_as_it_is_and_never_run(tmp_path: Path) 
     ]
     records = [replace(record, reason=evil, recipe={**(record.recipe or {}), "name": evil}) for record in records]
     places = [replace(place.spots[0], address=f"{evil}{place.name}") for place in about().places]
-    found = about(command=evil, data=evil, conditions=evil, versions={evil: evil}, code=(evil, evil), fingerprint=evil)
-    found = replace(found, places=tuple(Place(spot.address, (spot,)) for spot in places))
-    made = outcome(tmp_path, records, about=found)
-    made = replace(made, config=made.config.model_copy(update={"base": evil, "sampler": evil, "checkpoint": evil}))
-    page = Page(render(made, Control(tmp_path / evil, search(5))))
+    changed_about = about(
+        command=evil, data=evil, conditions=evil, versions={evil: evil}, code=(evil, evil), fingerprint=evil
+    )
+    changed_about = replace(changed_about, places=tuple(Place(spot.address, (spot,)) for spot in places))
+    search_outcome = outcome(tmp_path, records, about=changed_about)
+    search_outcome = replace(
+        search_outcome,
+        config=search_outcome.config.model_copy(update={"base": evil, "sampler": evil, "checkpoint": evil}),
+    )
+    page = Page(render(search_outcome, Control(tmp_path / evil, search(5))))
     assert {tag for tag, _ in page.tags} & {"img"} == set()
     assert len(page.scripts) == 2
-    assert not any(name.startswith("on") for _, given in page.tags for name in given)
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.words.count("alert(1)") > 40
 
 
-def test_formulas_in_names_are_not_handed_to_a_typesetter(tmp_path: Path) -> None:
-    """Bokeh would fetch one from the net."""
+def test_figures_hold_no_formulas(tmp_path: Path) -> None:
+    """Formulas in names are not typeset, for which Bokeh would fetch a script from the net."""
     section = heat_map.section(outcome(tmp_path, [trial(0, 0.8, 1.6, assignment={"$$a$$": "\\[b\\]"})]))
     assert section is not None
-    made = section.figures[0]
-    (place,), (label,) = made.y_range.factors, made.x_range.factors
+    figure = section.figures[0]
+    (place,), (label,) = figure.y_range.factors, figure.x_range.factors
     assert (place.replace("\u200b", ""), label.replace("\u200b", "")) == ("$$a$$", "\\[b\\]")
     assert "$$" not in place
     assert "\\[" not in label
     assert "\\]" not in label
 
 
-def test_the_words_are_there_without_any_script(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(40, rungs=1))
-    words = Page(render(made)).words
-    assert made.confirmation is not None
-    assert made.best is not None
-    for told in (made.confirmation.sentence(), made.best.what(), "Measured again after the search", "tau-b"):
-        assert told in words
+def test_page_has_its_words_without_scripts(tmp_path: Path) -> None:
+    """All words of the page are there without any script."""
+    search_outcome = outcome(tmp_path, search(40, rungs=1))
+    words = Page(render(search_outcome)).words
+    assert search_outcome.confirmation is not None
+    assert search_outcome.best is not None
+    for sentence in (
+        search_outcome.confirmation.sentence(),
+        search_outcome.best.what(),
+        "Measured again after the search",
+        "tau-b",
+    ):
+        assert sentence in words
     assert "Pictures need JavaScript" in words
 
 
-def test_an_interrupted_search_says_so_and_one_that_runs_says_how_far_it_is(tmp_path: Path) -> None:
+def test_page_tells_interrupted_and_running(tmp_path: Path) -> None:
+    """An interrupted search is told as such, and a running one with its progress."""
     records = search(6)
     stopped = Page(render(outcome(tmp_path, records, judged=False, interrupted=True))).words
     assert "Interrupted: the same command goes on from here." in stopped
     running = Page(render(outcome(tmp_path, records, judged=False))).words
     trained = sum(record.state == "trained" for record in records)
     assert f"Not finished: {trained} of 6 wanted candidates are trained" in running
-    done = Page(render(outcome(tmp_path, records))).words
-    assert "Not finished" not in done
-    assert "Interrupted" not in done
+    complete = Page(render(outcome(tmp_path, records))).words
+    assert "Not finished" not in complete
+    assert "Interrupted" not in complete
 
 
-def test_a_search_without_a_trained_candidate_has_a_page_too(tmp_path: Path) -> None:
+def test_page_without_trained_candidate(tmp_path: Path) -> None:
+    """A search without a trained candidate has a page too."""
     words = Page(render(outcome(tmp_path, [trial(0, None, 2.5), trial(1, None, 9.0)]))).words
     assert "No candidate was trained within 2 ms so far" in words
     assert "2 over budget, not trained" in words
@@ -165,13 +186,15 @@ def test_a_search_without_a_trained_candidate_has_a_page_too(tmp_path: Path) -> 
     assert "tau-b" not in words
 
 
-def test_without_a_budget_of_latency_the_page_says_which_there_is(tmp_path: Path) -> None:
+def test_page_names_the_budget_there_is(tmp_path: Path) -> None:
+    """Without a budget of latency the page names the budget that there is."""
     config = SearchConfig(budget_params=400_000, output=str(tmp_path))
     words = Page(render(outcome(tmp_path, search(6), config=config))).words
     assert "no budget of latency here, but one of 400 k parameters" in words
 
 
-def test_the_winner_is_drawn_at_its_places(tmp_path: Path) -> None:
+def test_page_draws_winner_at_its_places(tmp_path: Path) -> None:
+    """The winner is drawn with its blocks at their places, stage by stage."""
     record = trial(0, 0.9, 1.7, assignment={PLACES[0]: "none", PLACES[5]: LABELS[1], PLACES[9]: LABELS[2]}, blocks=2)
     text = render(outcome(tmp_path, [record]))
     stages = re.findall(r'<div class="stage"><h3>(stage \d)</h3>(.*?)(?=<div class="arrow)', text)
@@ -186,17 +209,19 @@ def test_the_winner_is_drawn_at_its_places(tmp_path: Path) -> None:
 # The numbers
 
 
-def test_expected_best_is_the_mean_over_all_subsets() -> None:
+def test_expected_best_is_mean_of_subsets() -> None:
+    """The expected best of n is the mean of the best over all subsets of n."""
     scores = [0.3, 0.9, 0.5, 0.5, 0.1, 0.7]
-    wanted = [fmean(map(max, combinations(scores, count))) for count in range(1, 7)]
-    assert expected_best(scores) == pytest.approx(wanted)
+    expected = [fmean(map(max, combinations(scores, count))) for count in range(1, 7)]
+    assert expected_best(scores) == pytest.approx(expected)
     assert expected_best([]) == []
     many = expected_best(np.random.default_rng(0).random(300).tolist())
     assert np.isfinite(many).all()
     assert many == sorted(many)
 
 
-def test_best_so_far_never_falls_and_its_mean_over_orders_is_the_expected_best() -> None:
+def test_best_so_far_averages_to_expected() -> None:
+    """The best so far never falls, and its mean over all orders is the expected best."""
     assert best_so_far([0.2, 0.5, 0.4]) == [0.2, 0.5, 0.5]
     orders = [best_so_far(order) for order in permutations([0.2, 0.5, 0.4, 0.9])]
     assert np.mean(orders, axis=0).tolist() == pytest.approx(expected_best([0.2, 0.5, 0.4, 0.9]))
@@ -209,29 +234,32 @@ def test_tau_is_that_of_scipy(seed: int) -> None:
     assert kendall_tau_b(first, second) == pytest.approx(stats.kendalltau(first, second).statistic)
 
 
-def test_tau_by_hand() -> None:
+def test_kendall_tau_of_small_rankings() -> None:
+    """Kendall's tau-b of small rankings is what one computes by hand."""
     assert kendall_tau_b([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((5 - 1) / 6)
     assert kendall_tau_b([1, 2, 3], [3, 2, 1]) == -1.0
     assert kendall_tau_b([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / (2 * 3) ** 0.5)
     assert kendall_tau_b([1, 1, 1], [1, 2, 3]) is None
 
 
-def test_gains_are_means_over_the_candidates_that_have_the_block_there() -> None:
+def test_gains_average_over_candidates() -> None:
+    """A gain is the mean over the candidates that have the block at that place."""
     a, b = PLACES[:2]
     records = [
         trial(0, 0.82, 1.6, assignment={a: LABELS[0], b: "none"}),
         trial(1, 0.86, 1.6, assignment={a: LABELS[0], b: LABELS[1]}),
         trial(2, 0.78, 1.6, assignment={a: LABELS[1], b: LABELS[1]}),
     ]
-    found = {cell: (fmean(values), len(values)) for cell, values in gains(records, 0.80).items()}
-    assert found == {
+    means = {cell: (fmean(values), len(values)) for cell, values in gains(records, 0.80).items()}
+    assert means == {
         (a, LABELS[0]): (pytest.approx(0.04), 2),
         (a, LABELS[1]): (pytest.approx(-0.02), 1),
         (b, LABELS[1]): (pytest.approx(0.02), 2),
     }
 
 
-def test_the_map_shows_means_and_counts_in_the_order_of_the_network(tmp_path: Path) -> None:
+def test_heat_map_shows_means_and_counts(tmp_path: Path) -> None:
+    """The map shows means and counts in the order of the network."""
     records = [
         trial(0, 0.82, 1.6, assignment={PLACES[4]: LABELS[0]}),
         trial(1, 0.86, 1.6, assignment={PLACES[4]: LABELS[0], PLACES[1]: LABELS[1]}),
@@ -239,12 +267,12 @@ def test_the_map_shows_means_and_counts_in_the_order_of_the_network(tmp_path: Pa
     ]
     section = heat_map.section(outcome(tmp_path, records))
     assert section is not None
-    made = section.figures[0]
-    assert made.y_range.factors == [PLACES[4], PLACES[1]]  # from the bottom up
-    cells = made.renderers[0].data_source.data
-    shown = dict(zip(zip(cells["place"], cells["label"], strict=True), cells["words"], strict=True))
-    assert shown == {(PLACES[4], LABELS[0]): "+4.0 (2)", (PLACES[1], LABELS[1]): "+6.0 (1)"}
-    mapper = made.renderers[0].glyph.fill_color.transform
+    figure = section.figures[0]
+    assert figure.y_range.factors == [PLACES[4], PLACES[1]]  # from the bottom up
+    cells = figure.renderers[0].data_source.data
+    words_by_cell = dict(zip(zip(cells["place"], cells["label"], strict=True), cells["words"], strict=True))
+    assert words_by_cell == {(PLACES[4], LABELS[0]): "+4.0 (2)", (PLACES[1], LABELS[1]): "+6.0 (1)"}
+    mapper = figure.renderers[0].glyph.fill_color.transform
     assert mapper.low == -mapper.high == pytest.approx(-6.0)
 
 
@@ -262,7 +290,8 @@ def promoted(number: int, *scores: float) -> Record:
     return trial(number, scores[0], 1.5 + number / 100, promotions=higher)
 
 
-def test_rungs_are_shown_where_somebody_was_promoted_and_only_there(tmp_path: Path) -> None:
+def test_rungs_section_needs_a_promotion(tmp_path: Path) -> None:
+    """Rungs are shown where a candidate was promoted, and only there."""
     assert rungs.section(outcome(tmp_path, search(12))) is None
     scores = [(0.80, 0.84), (0.81, 0.83), (0.82, 0.85), (0.83, 0.86), (0.84, 0.87)]
     section = rungs.section(outcome(tmp_path, [promoted(n, *pair) for n, pair in enumerate(scores)]))
@@ -278,32 +307,36 @@ def test_rungs_are_shown_where_somebody_was_promoted_and_only_there(tmp_path: Pa
     assert "Rung 2 to rung 3: tau-b undefined, 1 candidate, which is too few" in few.below
 
 
-def test_the_front_is_of_the_highest_rung_and_the_base_is_held_against_its_equal(tmp_path: Path) -> None:
-    made = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
-    assert [record.number for record in made.front] == [0]
-    words = Page(render(made)).words
+def test_front_is_of_the_highest_rung(tmp_path: Path) -> None:
+    """The front is of the highest rung, and the base is compared with its equal."""
+    search_outcome = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
+    assert [record.number for record in search_outcome.front] == [0]
+    words = Page(render(search_outcome)).words
     assert "the base was not trained that long; on rung 1, which both were on, 80.00 % against its 80.00 %" in words
     assert "others are drawn fainter" in words
     higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
-    assert "the base trained equally long: 83.00 %" in Page(render(replace(made, base=higher))).words
+    assert "the base trained equally long: 83.00 %" in Page(render(replace(search_outcome, base=higher))).words
 
 
-@pytest.mark.parametrize(("reached", "shown"), [(0, 80.0), (1, 83.0)])
-def test_the_base_is_drawn_as_on_the_rung_of_the_front(tmp_path: Path, reached: int, shown: float) -> None:
+@pytest.mark.parametrize(("reached", "percent"), [(0, 80.0), (1, 83.0)])
+def test_base_is_drawn_on_rung_of_front(tmp_path: Path, reached: int, percent: float) -> None:
+    """The base is drawn with its score on the rung of the front."""
     higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
     records = [promoted(0, 0.81), promoted(1, *(0.82, 0.84)[: reached + 1])]
-    made = pareto.section(outcome(tmp_path, records, base=higher)).figures[0]
-    drawn = [r.data_source.data for r in made.renderers if list(r.data_source.data.get("who", [])) == ["the base"]]
-    assert drawn
-    assert all(list(data["y"]) == pytest.approx([shown]) for data in drawn)
+    figure = pareto.section(outcome(tmp_path, records, base=higher)).figures[0]
+    base_points = [
+        r.data_source.data for r in figure.renderers if list(r.data_source.data.get("who", [])) == ["the base"]
+    ]
+    assert base_points
+    assert all(list(data["y"]) == pytest.approx([percent]) for data in base_points)
 
 
 def by_loss(tmp_path: Path, records: list[Record]) -> Outcome:
-    made = outcome(tmp_path, records)
-    return replace(made, config=made.config.model_copy(update={"rank_by": "loss"}))
+    search_outcome = outcome(tmp_path, records)
+    return replace(search_outcome, config=search_outcome.config.model_copy(update={"rank_by": "loss"}))
 
 
-def test_losses_are_drawn_so_that_better_is_up_and_axes_say_what_they_are(tmp_path: Path) -> None:
+def test_losses_are_drawn_better_upwards(tmp_path: Path) -> None:
     """The first gets more images right, the second is surer of what it gets right."""
     records = [replace(trial(0, 0.90, 1.5), loss=0.40), replace(trial(1, 0.89, 1.7), loss=0.30)]
     ranked = by_loss(tmp_path, records)
@@ -311,12 +344,12 @@ def test_losses_are_drawn_so_that_better_is_up_and_axes_say_what_they_are(tmp_pa
     assert [record.number for record in outcome(tmp_path, records).front] == [0]
     for section in (pareto.section(ranked), progress.section(ranked, None)):
         assert section is not None
-        made = section.figures[0]
-        plain, shown = made.yaxis
-        assert (plain.visible, shown.y_range_name) == (False, "loss")
-        assert shown.axis_label == "validation loss, up is better"
-        mirrored = made.extra_y_ranges["loss"]
-        assert (mirrored.start, mirrored.end) == (-made.y_range.start, -made.y_range.end)
+        figure = section.figures[0]
+        plain, loss_axis = figure.yaxis
+        assert (plain.visible, loss_axis.y_range_name) == (False, "loss")
+        assert loss_axis.axis_label == "validation loss, up is better"
+        mirrored = figure.extra_y_ranges["loss"]
+        assert (mirrored.start, mirrored.end) == (-figure.y_range.start, -figure.y_range.end)
         assert mirrored.start > 0.4
         assert 0.2 < mirrored.end < 0.3
     heights = {
@@ -330,7 +363,8 @@ def test_losses_are_drawn_so_that_better_is_up_and_axes_say_what_they_are(tmp_pa
     assert "90.00 %" in words
 
 
-def test_rungs_are_compared_in_what_candidates_are_ranked_by(tmp_path: Path) -> None:
+def test_rungs_compare_what_ranks(tmp_path: Path) -> None:
+    """Rungs are compared by the score that candidates are ranked by."""
     scores = [(0.80, 0.84, 0.9), (0.81, 0.83, 0.8), (0.82, 0.85, 0.7), (0.83, 0.86, 0.6), (0.84, 0.87, 0.5)]
     records = [
         replace(promoted(n, low, high), promotions=(Promotion(high, loss, 60.0, 9),))
@@ -339,32 +373,34 @@ def test_rungs_are_compared_in_what_candidates_are_ranked_by(tmp_path: Path) -> 
     section = rungs.section(by_loss(tmp_path, records))
     assert section is not None
     assert "Rung 1 to rung 2: tau-b 1.00, 5 candidates." in section.below
-    made = section.figures[0]
-    assert [axis.visible for axis in (*made.xaxis, *made.yaxis)] == [False, True, False, True]
-    assert made.extra_x_ranges["loss"].start == -made.x_range.start
+    figure = section.figures[0]
+    assert [axis.visible for axis in (*figure.xaxis, *figure.yaxis)] == [False, True, False, True]
+    assert figure.extra_x_ranges["loss"].start == -figure.x_range.start
 
 
 # The checklist
 
 
-def test_who_could_not_be_promoted_says_why(tmp_path: Path) -> None:
+def test_halted_promotion_tells_its_reason(tmp_path: Path) -> None:
+    """A candidate that could not be promoted is shown with the reason, escaped."""
     halted = replace(promoted(0, 0.5), halted="out of <memory>")
     assert "not promoted: out of &lt;memory&gt;" in render(outcome(tmp_path, [halted]))
 
 
 def test_the_rungs_are_among_the_conditions(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(3))
-    config = made.config.model_copy(update={"rungs": "blocks:1", "halving": 4})
-    assert "blocks, 1 epoch; then finetune" in render(replace(made, config=config))
-    assert "one candidate in 4" in render(replace(made, config=config))
-    assert "<dt>Rungs</dt>" not in render(made)
+    search_outcome = outcome(tmp_path, search(3))
+    config = search_outcome.config.model_copy(update={"rungs": "blocks:1", "halving": 4})
+    assert "blocks, 1 epoch; then finetune" in render(replace(search_outcome, config=config))
+    assert "one candidate in 4" in render(replace(search_outcome, config=config))
+    assert "<dt>Rungs</dt>" not in render(search_outcome)
 
 
-def test_a_sound_search_is_told_so(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(40))
-    made = replace(made, config=made.config.model_copy(update={"pretrained": True}))
-    found = answers(made, Control(tmp_path, search(60, seed=1)))
-    assert {word for word, item in found.items() if item.answer != "yes"} <= {"repeated", "blocks matter", "luckiest"}
+def test_checklist_approves_a_sound_search(tmp_path: Path) -> None:
+    """The checklist answers yes to nearly all questions for a sound search."""
+    search_outcome = outcome(tmp_path, search(40))
+    search_outcome = replace(search_outcome, config=search_outcome.config.model_copy(update={"pretrained": True}))
+    items = answers(search_outcome, Control(tmp_path, search(60, seed=1)))
+    assert {word for word, item in items.items() if item.answer != "yes"} <= {"repeated", "blocks matter", "luckiest"}
 
 
 @pytest.mark.parametrize(
@@ -388,25 +424,28 @@ def test_a_sound_search_is_told_so(tmp_path: Path) -> None:
         ("cost", {"seconds": None}, "partly"),
     ],
 )
-def test_the_checklist_says_no_where_it_has_to(tmp_path: Path, word: str, changed: dict[str, Any], answer: str) -> None:
+def test_checklist_says_no_where_it_has_to(tmp_path: Path, word: str, changed: dict[str, Any], answer: str) -> None:
+    """The checklist says no where it has to."""
     assert answers(replace(outcome(tmp_path, search(12)), **changed))[word].answer == answer
 
 
-def test_a_second_look_at_the_test_images_is_told(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(12))
-    assert made.confirmation is not None
-    once = made.confirmation.as_dict()
-    twice = replace(made, confirmation=made.confirmation.after(once))
-    assert answers(made)["used once"].answer == "yes"
-    found = answers(twice)
-    assert (found["used once"].answer, found["planned"].answer) == ("no", "no")
-    assert "look 2" in found["used once"].fact
+def test_checklist_tells_of_a_second_look(tmp_path: Path) -> None:
+    """The checklist tells of a second look at the test images."""
+    search_outcome = outcome(tmp_path, search(12))
+    assert search_outcome.confirmation is not None
+    once = search_outcome.confirmation.as_dict()
+    twice = replace(search_outcome, confirmation=search_outcome.confirmation.after(once))
+    assert answers(search_outcome)["used once"].answer == "yes"
+    items = answers(twice)
+    assert (items["used once"].answer, items["planned"].answer) == ("no", "no")
+    assert "look 2" in items["used once"].fact
 
 
-def test_a_winner_over_its_budget_when_measured_again_is_told(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(12))
-    assert made.confirmation is not None
-    slow = replace(made, confirmation=replace(made.confirmation, timing=timing(2.1)))
+def test_page_tells_winner_over_its_budget(tmp_path: Path) -> None:
+    """A winner that is over its budget when it is measured again is told as such."""
+    search_outcome = outcome(tmp_path, search(12))
+    assert search_outcome.confirmation is not None
+    slow = replace(search_outcome, confirmation=replace(search_outcome.confirmation, timing=timing(2.1)))
     assert answers(slow)["measured again"].answer == "partly"
     assert "which is over the budget of 2 ms" in Page(render(slow)).words
 
@@ -414,21 +453,24 @@ def test_a_winner_over_its_budget_when_measured_again_is_told(tmp_path: Path) ->
 # The control
 
 
-def test_without_a_control_the_page_says_what_there_is_instead(tmp_path: Path) -> None:
-    def said(records: list[Record]) -> str:
+def test_progress_without_a_control(tmp_path: Path) -> None:
+    """Without a control the page says what there is instead."""
+
+    def text_below(records: list[Record]) -> str:
         section = progress.section(outcome(tmp_path, records), None)
         assert section is not None
         return section.below
 
-    chosen = [replace(record, drawn=False) for record in search(12)]
-    assert "There is no random control" in said(chosen)
-    begun = search(12)
-    count = sum(record.drawn and record.state == "trained" for record in begun)
-    assert f"expected best of 1 to {count} of the {count} trained candidates" in said(begun)
-    assert "So far all candidates were drawn at random" in said([record for record in begun if record.drawn])
+    selected = [replace(record, drawn=False) for record in search(12)]
+    assert "There is no random control" in text_below(selected)
+    mixed = search(12)
+    count = sum(record.drawn and record.state == "trained" for record in mixed)
+    assert f"expected best of 1 to {count} of the {count} trained candidates" in text_below(mixed)
+    assert "So far all candidates were drawn at random" in text_below([record for record in mixed if record.drawn])
 
 
-def test_a_control_is_shown_with_its_own_numbers(tmp_path: Path) -> None:
+def test_progress_draws_the_controls_scores(tmp_path: Path) -> None:
+    """A control is drawn with its own scores."""
     control = Control(tmp_path / "other", search(20, seed=3))
     section = progress.section(outcome(tmp_path, search(12)), control)
     assert section is not None
@@ -448,9 +490,8 @@ def test_a_control_is_shown_with_its_own_numbers(tmp_path: Path) -> None:
         ({}, "run", r"is the search itself"),
     ],
 )
-def test_a_control_that_cannot_be_compared_is_refused(
-    tmp_path: Path, fixed: dict[str, Any], folder: str, message: str
-) -> None:
+def test_control_must_be_comparable(tmp_path: Path, fixed: dict[str, Any], folder: str, message: str) -> None:
+    """A control that cannot be compared is refused with the difference."""
     same = {"sampler": "random", "seed": 0, "epochs": 3, "images": "a", "weights": "a"}
     mine = Saved(outcome(tmp_path / "run", search(5)), {**same, "sampler": "tpe"})
     other = Saved(outcome(tmp_path / folder, search(5)), {**same, "seed": 7, **fixed})
@@ -492,7 +533,8 @@ def without_ids(page: str) -> str:
     return Page(page).words
 
 
-def test_what_is_read_back_is_what_was_found(runs: Path) -> None:
+def test_read_equals_what_search_recorded(runs: Path) -> None:
+    """What is read from a run directory is what the search recorded."""
     saved = read(runs / "tpe").outcome
     assert saved.trained == 3
     assert saved.confirmation is not None
@@ -506,7 +548,8 @@ def test_what_is_read_back_is_what_was_found(runs: Path) -> None:
     assert all(record.drawn for record in saved.records if record.state == "trained")  # the first eight are
 
 
-def test_a_moved_directory_gives_the_same_report_and_nothing_else_is_touched(copied: Path) -> None:
+def test_report_of_moved_directory_is_equal(copied: Path) -> None:
+    """A moved directory gives the same report, and nothing else in it is touched."""
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     pages = ("report.html", "front.csv", "best.yaml")
     for name in pages:
@@ -528,13 +571,15 @@ def test_json_is_the_result_as_data(copied: Path) -> None:
     assert data["files"]["report.html"] == str(copied / "report.html")
 
 
-def test_a_directory_that_cannot_be_written_keeps_its_study_as_it_is(copied: Path) -> None:
+def test_read_of_readonly_study_changes_none(copied: Path) -> None:
+    """A study that cannot be written is read and stays as it is."""
     (copied / "study.db").chmod(0o444)
     assert read(copied).outcome.trained == 3
     assert sorted(path.name for path in copied.glob("study.db*")) == ["study.db"]
 
 
-def test_a_search_goes_on_while_its_report_is_made(copied: Path) -> None:
+def test_read_beside_a_writer(copied: Path) -> None:
+    """A search goes on while its report is made."""
     with sqlite3.connect(copied / "study.db", timeout=0.1) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE studies SET study_name = 'other'")
@@ -542,7 +587,8 @@ def test_a_search_goes_on_while_its_report_is_made(copied: Path) -> None:
         writer.rollback()
 
 
-def test_what_a_dead_writer_left_half_done_is_rolled_back(copied: Path, tmp_path: Path) -> None:
+def test_read_rolls_back_a_dead_writer(copied: Path, tmp_path: Path) -> None:
+    """What a dead writer left half done is rolled back."""
     dead = tmp_path / "dead"
     with sqlite3.connect(copied / "study.db") as writer:
         writer.execute("PRAGMA cache_size = 1")  # so that it has to write before it commits
@@ -554,7 +600,8 @@ def test_what_a_dead_writer_left_half_done_is_rolled_back(copied: Path, tmp_path
     assert read(dead).outcome.trained == 3
 
 
-def test_an_unfinished_search_has_no_verdict_yet(copied: Path) -> None:
+def test_unfinished_search_has_no_verdict(copied: Path) -> None:
+    """An unfinished search has no verdict yet."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
     study.set_user_attr("ended", None)
     running = read(copied).outcome
@@ -566,21 +613,22 @@ def test_an_unfinished_search_has_no_verdict_yet(copied: Path) -> None:
     assert "Interrupted: the same command goes on" in (copied / "report.html").read_text()
 
 
-def test_each_verdict_of_a_search_is_counted(copied: Path) -> None:
+def test_verdicts_of_a_search_are_counted(copied: Path) -> None:
+    """Each verdict of a search is counted as a look at the test images."""
     first = read(copied).outcome
     again = run(first.config.model_copy(update={"confirm_seeds": 2}))
     assert first.confirmation is not None
     assert again.confirmation is not None
     assert (first.confirmation.looks, again.confirmation.looks, again.confirmation.seeds) == (1, 2, 2)
-    kept = read(copied).outcome
-    assert kept.confirmation is not None
-    assert kept.confirmation.looks == 2
-    assert kept.seconds is not None
+    reread = read(copied).outcome
+    assert reread.confirmation is not None
+    assert reread.confirmation.looks == 2
+    assert reread.seconds is not None
     assert first.seconds is not None
-    assert kept.seconds > first.seconds
+    assert reread.seconds > first.seconds
 
 
-def test_the_journal_has_the_last_word(copied: Path) -> None:
+def test_journal_has_the_last_word(copied: Path) -> None:
     """A process may have died between writing something down and telling the study."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
     number = study.ask().number
@@ -595,7 +643,8 @@ def test_the_journal_has_the_last_word(copied: Path) -> None:
     assert after.best == higher
 
 
-def test_a_renamed_directory_is_gone_on_with_in_its_own_study(copied: Path) -> None:
+def test_renamed_directory_resumes_its_study(copied: Path) -> None:
+    """A renamed directory resumes in its own study."""
     config = read(copied).outcome.config
     again = run(config.model_copy(update={"trials": 3}))
     assert again.trained == 3
@@ -603,7 +652,8 @@ def test_a_renamed_directory_is_gone_on_with_in_its_own_study(copied: Path) -> N
     assert again.about.command.startswith("attnsurgery search")  # this run had none
 
 
-def test_the_command_shows_a_control_and_refuses_what_is_none(runs: Path, copied: Path) -> None:
+def test_report_command_takes_a_control(runs: Path, copied: Path) -> None:
+    """The command shows a control, and refuses a search that is none."""
     result = report(copied, "--control", runs / "random")
     assert result.exit_code == 0, result.output
     page = without_ids((copied / "report.html").read_text())
@@ -613,7 +663,8 @@ def test_the_command_shows_a_control_and_refuses_what_is_none(runs: Path, copied
     assert "was searched with --sampler tpe" in refused.stderr
 
 
-def test_a_folder_that_is_no_run_directory_is_a_usage_error(tmp_path: Path, runs: Path) -> None:
+def test_report_refuses_other_folders(tmp_path: Path, runs: Path) -> None:
+    """A folder that is no run directory is a usage error with advice."""
     (tmp_path / "photos").mkdir()
     result = report(tmp_path / "photos")
     assert result.exit_code == 2
@@ -630,7 +681,8 @@ def test_a_folder_that_is_no_run_directory_is_a_usage_error(tmp_path: Path, runs
         read(tmp_path / "photos")
 
 
-def test_a_study_elsewhere_is_found_by_the_name_of_the_folder(copied: Path, tmp_path: Path) -> None:
+def test_read_finds_study_by_folder_name(copied: Path, tmp_path: Path) -> None:
+    """A study in another storage is found by the name of the folder."""
     storage = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     (copied / "study.db").rename(tmp_path / "elsewhere.db")
     assert read(copied, storage).outcome.trained == 3  # the only one there
@@ -640,7 +692,8 @@ def test_a_study_elsewhere_is_found_by_the_name_of_the_folder(copied: Path, tmp_
     assert read(copied.rename(tmp_path / "tpe"), storage).outcome.trained == 3
 
 
-def test_a_study_of_an_older_version_is_told_how_to_get_a_report(copied: Path) -> None:
+def test_read_of_older_version_gives_advice(copied: Path) -> None:
+    """The error for a study of an older version says how to get a report."""
     for key, message in (("about", "begun by an older attnsurgery"), ("base", "not come to its first trial")):
         with sqlite3.connect(copied / "study.db") as database:
             database.execute("DELETE FROM study_user_attributes WHERE key = ?", (key,))
@@ -648,7 +701,8 @@ def test_a_study_of_an_older_version_is_told_how_to_get_a_report(copied: Path) -
             read(copied)
 
 
-def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
+def test_read_of_newer_version_is_refused(copied: Path) -> None:
+    """A study with fields of another version is refused with the field and the version."""
     whole = (copied / "trials.jsonl").read_text()
     with (copied / "trials.jsonl").open("a") as file:
         last = next(line for line in whole.splitlines() if '"fact"' not in line)
@@ -662,9 +716,8 @@ def test_a_study_of_another_version_is_refused_in_words(copied: Path) -> None:
         read(copied)
 
 
-def test_candidates_that_were_drawn_are_known_and_those_that_were_chosen_too(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_know_whether_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record knows whether its candidate was drawn at random or chosen."""
     monkeypatch.setattr("attnsurgery.search.storage.propose._STARTUP", 1)
     config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
     assert [record.drawn for record in run(config).records][:2] == [True, False]
@@ -672,33 +725,33 @@ def test_candidates_that_were_drawn_are_known_and_those_that_were_chosen_too(
     assert all(record.drawn for record in run(blind).records)
 
 
-def test_a_report_that_is_seconds_old_is_left_by_a_search_and_made_again_at_its_end(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[int] = []
+def test_report_is_rewritten_seldom(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that is seconds old is left alone by a search, and written again at its end."""
+    rewritten: list[int] = []
 
     def counts(outcome: Outcome, *args: Any, **kwargs: Any) -> list[str]:
         path = outcome.folder / "report.html"
         before = path.stat().st_mtime_ns if path.exists() else 0
-        kept = write_outcome(outcome, *args, **kwargs)
-        written.append(path.stat().st_mtime_ns != before)
-        return kept
+        paths = write_outcome(outcome, *args, **kwargs)
+        rewritten.append(path.stat().st_mtime_ns != before)
+        return paths
 
     monkeypatch.setattr("attnsurgery.search.coordinator.search.write_outcome", counts)
     monkeypatch.setattr("attnsurgery.search.report.write._SELDOM_S", 1000.0)
     config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run")})
     run(config)
-    assert written == [True, False, False, True]
+    assert rewritten == [True, False, False, True]
     old = (tmp_path / "run" / "report.html").stat().st_mtime - 2000
     os.utime(tmp_path / "run" / "report.html", (old, old))
-    written.clear()
+    rewritten.clear()
     run(config.model_copy(update={"trials": 4}))
-    assert written == [True, True]
+    assert rewritten == [True, True]
 
 
-def test_the_front_is_a_table_with_its_rung(tmp_path: Path) -> None:
-    made = outcome(tmp_path, [promoted(0, 0.80, 0.84)])
-    write_outcome(made)
+def test_front_csv_has_the_rung(tmp_path: Path) -> None:
+    """The table of the front has the rung of each score."""
+    search_outcome = outcome(tmp_path, [promoted(0, 0.80, 0.84)])
+    write_outcome(search_outcome)
     with (tmp_path / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "2")]
@@ -708,21 +761,22 @@ def test_the_front_is_a_table_with_its_rung(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to open the page with")
-def test_a_browser_draws_the_pictures_from_disk_without_a_complaint(tmp_path: Path) -> None:
-    made = outcome(tmp_path, search(40, rungs=2))
+def test_browser_draws_without_a_complaint(tmp_path: Path) -> None:
+    """A browser draws the figures from disk without a complaint."""
+    search_outcome = outcome(tmp_path, search(40, rungs=2))
     page = tmp_path / "report.html"
-    page.write_text(render(made, Control(tmp_path, search(20, seed=1))))
+    page.write_text(render(search_outcome, Control(tmp_path, search(20, seed=1))))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,3000"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
     flags += [f"--screenshot={tmp_path / 'shown.png'}"]
-    shown = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
-    assert said == []
+    browser = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    complaints = [line for line in browser.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
+    assert complaints == []
     pixels = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB")).reshape(-1, 3)
 
-    def seen(colour: str) -> int:
+    def pixels_of(colour: str) -> int:
         return int((pixels == [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).all(1).sum())
 
     # the key is text and has blue signs too, but of a hundred pixels
-    assert seen(heat_map._PALETTE[-1]) > 1000  # the best cell
-    assert seen(BLUE) > 1000  # front and progress
+    assert pixels_of(heat_map._PALETTE[-1]) > 1000  # the best cell
+    assert pixels_of(BLUE) > 1000  # front and progress
