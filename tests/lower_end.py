@@ -125,8 +125,8 @@ LACKS: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
         TORCH < (2, 7),
         "torch and safetensors say it in other words there",
         (
-            "test_checkpoint.py::test_a_plain_pickle_is_never_run",
-            "test_checkpoint.py::test_a_damaged_file_says_so[weights.safetensors",
+            "test_checkpoint.py::test_read_never_runs_a_plain_pickle",
+            "test_checkpoint.py::test_read_of_damaged_file_says_so[weights.safetensors",
         ),
     ),
 )

@@ -198,7 +198,8 @@ def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: 
         assert re.match(told, done.told), done.told
 
 
-def test_the_command_says_what_was_taken_off(base: nn.Module, tmp_path: Path) -> None:
+def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> None:
+    """The command says under which entry and prefix it read the weights, and what it left out."""
     torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
     (tmp_path / "recipe.yaml").write_text(dumps(recipe()))
     arguments = ["apply", tmp_path / "recipe.yaml", "-c", tmp_path / "last.ckpt", "-o", tmp_path / "out"]
@@ -398,7 +399,8 @@ def test_recipe_as_its_own_base_is_refused() -> None:
         registry.flattened(recipe(SE, base="round_about"))
 
 
-def test_limits_of_two_recipes_are_added_up() -> None:
+def test_flattened_recipe_adds_up_limits() -> None:
+    """A recipe on a registered name adds the limits of both."""
     registry.register(recipe(SE, name="limited").model_copy(update={"max_attention_mb": 3}))
     made = recipe(ECA, base="limited").model_copy(update={"max_attention_mb": 4})
     assert registry.flattened(made).max_attention_mb == 7

@@ -96,7 +96,8 @@ def test_read_equal_tensors_of_every_format(name: str, tmp_path: Path, tensors: 
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
-def test_averaged_weights_are_preferred(tmp_path: Path, tensors: Tensors):
+def test_read_prefers_averaged_weights(tmp_path: Path, tensors: Tensors):
+    """Averaged weights are preferred where a checkpoint holds them."""
     zeros = {key: torch.zeros_like(value) for key, value in tensors.items()}
     torch.save({"state_dict": zeros, "state_dict_ema": tensors}, tmp_path / "last.pth")
     assert torch.equal(read_state_dict(tmp_path / "last.pth")["fc.weight"], tensors["fc.weight"])
@@ -112,7 +113,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_pickled_code_is_named_and_never_run(tmp_path: Path, legacy: bool):
+def test_read_never_runs_pickled_code(tmp_path: Path, legacy: bool):
+    """Pickled code is named and never run."""
     Evil.trace = tmp_path / "trace"
     path = tmp_path / "evil.pth"
     torch.save({"a": Evil()}, path, _use_new_zipfile_serialization=not legacy)
@@ -122,7 +124,8 @@ def test_pickled_code_is_named_and_never_run(tmp_path: Path, legacy: bool):
     assert Evil.trace.exists()  # it would have done its work
 
 
-def test_a_plain_pickle_is_never_run(tmp_path: Path):
+def test_read_never_runs_a_plain_pickle(tmp_path: Path):
+    """A plain pickle is refused and never run."""
     Evil.trace = tmp_path / "trace"
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps(Evil()))
@@ -157,9 +160,10 @@ def huge(content: bytes) -> bytes:
         ("weights.pth", lambda content: b"", r"is empty \(0 bytes\)"),
     ],
 )
-def test_a_damaged_file_says_so(
+def test_read_of_damaged_file_says_so(
     name: str, damage: Callable[[bytes], bytes], message: str, tmp_path: Path, tensors: Tensors
 ):
+    """A damaged file is refused as such."""
     path = tmp_path / name
     WRITERS[name](tensors, path)
     path.write_bytes(damage(path.read_bytes()))
@@ -208,7 +212,8 @@ def test_read_of_broken_bytes_gives_an_error(small: dict[str, bytes], data: st.D
         (bytes(range(256)), "a binary file of no kind that is known here"),
     ],
 )
-def test_a_file_of_another_kind_is_named(content: bytes, message: str, tmp_path: Path):
+def test_read_names_file_of_another_kind(content: bytes, message: str, tmp_path: Path):
+    """A file of another kind is refused with its kind."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -243,7 +248,8 @@ def test_read_names_numpy_and_misnamed_files(tmp_path: Path, weights: Path):
     assert "Rename it to .pth" in refusal(tmp_path / "w.safetensors")
 
 
-def test_a_missing_file_names_the_nearest(tmp_path: Path, weights: Path):
+def test_read_of_missing_file_names_nearest(tmp_path: Path, weights: Path):
+    """A missing file is refused with the nearest name, and a device as no regular file."""
     assert "Did you mean 'weights.pth'?" in refusal(tmp_path / "weight.pth")
     assert "there is no file" in refusal(tmp_path / "nowhere" / "weights.pth")
     assert "no regular file" in refusal(Path("/dev/null"))
@@ -334,7 +340,8 @@ def test_build_base_names_both_shapes(tensors: Tensors):
         build_base(BASE, {**tensors, "layer1.0.bn1.weight": torch.ones(3)})
 
 
-def test_an_unknown_base_names_the_nearest():
+def test_check_base_unknown_names_nearest():
+    """An unknown base or tag is refused with the nearest one."""
     with pytest.raises(UnknownNameError, match=r"base: timm has no architecture 'resnet17'\. Did you mean 'resnet\d+'"):
         check_base("resnet17")
     with pytest.raises(UnknownNameError, match=r"resnet18 has no tag 'a1_in1kk'\. Did you mean 'a1_in1k'"):
@@ -365,7 +372,8 @@ def test_write_channels_last_tied_weights(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
-def test_an_existing_output_is_never_touched(kind: str, model: nn.Module, tmp_path: Path):
+def test_write_never_touches_existing_output(kind: str, model: nn.Module, tmp_path: Path):
+    """An existing directory, file or link is never overwritten."""
     path = tmp_path / "out"
     if kind == "directory":
         path.mkdir()
@@ -380,9 +388,11 @@ def test_an_existing_output_is_never_touched(kind: str, model: nn.Module, tmp_pa
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing_behind(
+def test_write_failure_leaves_nothing_behind(
     error: BaseException, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A failure or an interruption leaves no file behind."""
+
     def fail(*_: object, **__: object) -> None:
         raise error
 

@@ -77,7 +77,8 @@ def test_help_lists_every_command_file():
     assert all(f"\n  {name} " in result.stdout for name in files)
 
 
-def test_a_new_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_command_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A new file in the folder of commands becomes a command."""
     (tmp_path / "greet.py").write_text("def register(app):\n    app.command('greet')(lambda: print('hello'))\n")
     monkeypatch.setattr(attnsurgery.cli, "__path__", [*attnsurgery.cli.__path__, str(tmp_path)])
     assert call("greet").stdout == "hello\n"
@@ -169,7 +170,8 @@ def test_main_exits_with_code_of_command(capsys: pytest.CaptureFixture[str]):
     assert "Did you mean 'test_resnet'?" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_command():
+def test_module_runs_as_a_command():
+    """`python -m attnsurgery` runs the commands."""
     done = subprocess.run(
         [sys.executable, "-m", "attnsurgery", "--version"], capture_output=True, text=True, check=False
     )
@@ -247,7 +249,8 @@ def test_inspect_refuses_unknown_options():
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "latency"])
-def test_an_unknown_model_names_the_nearest(command: str):
+def test_commands_suggest_nearest_model(command: str):
+    """Every command that takes a model refuses an unknown one with the nearest."""
     assert "Did you mean 'test_resnet'?" in refusal(call(command, "test_resnett"), 2)
     assert "there is no directory './test_resnet'" in refusal(call(command, "./test_resnet"), 2)
 
@@ -429,7 +432,8 @@ def test_latency_measures_and_compares(monkeypatch: pytest.MonkeyPatch):
     assert "conditions  cpu, float32, batch 1" in shown.stdout
 
 
-def test_latency_tests_itself(monkeypatch: pytest.MonkeyPatch):
+def test_latency_self_test_reports_coverage(monkeypatch: pytest.MonkeyPatch):
+    """`latency --self-test` reports how many confidence intervals contain 1.0."""
     import attnsurgery.latency as latency
 
     by_macs = latency.backend_for

@@ -206,7 +206,8 @@ def test_features_check_misses_no_lost_block(base: Base, monkeypatch: pytest.Mon
         CHECKS["features_only"](subject)
 
 
-def test_only_a_true_reason_is_a_refusal() -> None:
+def test_refusal_needs_a_true_reason() -> None:
+    """A refusal needs an error of the package with a known reason."""
     assert is_refusal(SiteError(f"at 'blocks.0', {TRUE_REFUSALS[0]}."))
     assert not is_refusal(SiteError("'stage:* last' matches nothing in test_resnet."))
     assert not is_refusal(RuntimeError(TRUE_REFUSALS[0]))
@@ -257,7 +258,8 @@ def test_wanted_skips_what_was_done(tmp_path: Path) -> None:
     assert coverage.wanted(options(tmp_path, "--block", "se"), FAMILIES) == []
 
 
-def test_shards_share_out_everything() -> None:
+def test_shards_cover_all_architectures() -> None:
+    """Shards cover all architectures, and differ by one at most."""
     parts = [coverage.wanted(coverage._options(["--shard", f"{part}/3"]), FAMILIES) for part in (1, 2, 3)]
     names = [arch for part in parts for arch, _ in part]
     assert sorted(names) == sorted(FAMILIES)

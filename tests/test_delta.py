@@ -308,7 +308,7 @@ def test_delta_of_plain_fine_tuned_model(base: nn.Module, base_file: Path, tmp_p
     assert equal(dict(load_delta(tmp_path / "delta", base_file).state_dict()), dict(model.state_dict()))
 
 
-def test_tensors_are_compared_by_bits(base: nn.Module, tmp_path: Path):
+def test_save_delta_compares_tensors_by_bits(base: nn.Module, tmp_path: Path):
     """A NaN that stayed is no change, and a zero that changed its sign is one."""
     tensors = {key: value.clone() for key, value in base.state_dict().items()}
     tensors["bn1.running_mean"].fill_(float("nan"))
@@ -509,7 +509,8 @@ def test_delta_never_runs_a_pickle(write: Any, delta: Path, base_file: Path, tmp
     assert not Evil.trace.exists()
 
 
-def test_files_of_two_deltas_do_not_mix(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
+def test_load_delta_refuses_mixed_files(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
+    """The files of two deltas cannot be mixed."""
     other = tmp_path / "other"
     save_delta(move_gates(trained(base)), base_file, other)
     (other / DELTA_NAME).replace(delta / DELTA_NAME)

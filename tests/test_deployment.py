@@ -474,7 +474,8 @@ def test_onnx_file_computes_same_as_model(model: nn.Module, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("without_blocks")
-def test_wrong_onnx_file_is_not_written(model: nn.Module, tmp_path: Path) -> None:
+def test_export_onnx_writes_no_wrong_file(model: nn.Module, tmp_path: Path) -> None:
+    """An ONNX file that computes something else is not written, unless the check is off."""
     with pytest.raises(ExportError, match="computes something else in ONNX Runtime"):
         export_onnx(model, tmp_path / "model.onnx", SIZE)
     assert not list(tmp_path.iterdir())

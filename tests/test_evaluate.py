@@ -25,9 +25,9 @@ from attnsurgery.evaluate import (
     load_data,
     train,
 )
-from attnsurgery.evaluate.batches import augmented, drawn, shifted
+from attnsurgery.evaluate.batches import apply_moves, augment_images, draw_moves
 from attnsurgery.evaluate.channels_last import ChannelsLast
-from attnsurgery.evaluate.memory import room_for
+from attnsurgery.evaluate.memory import allocate_for
 from attnsurgery.evaluate.precision import float32_as
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -65,7 +65,8 @@ def test_splits_share_no_image_and_lose_none(digits: Data) -> None:
     assert len(train_ids | val_ids | test_ids) == 1797
 
 
-def test_every_class_is_in_every_split(digits: Data) -> None:
+def test_splits_all_have_every_class(digits: Data) -> None:
+    """Every split has images of every class."""
     for split in (digits.train, digits.val, digits.test):
         assert split.labels.unique().tolist() == list(range(10))
 
@@ -99,7 +100,8 @@ def test_folder_parts_are_used_and_completed(tmp_path: Path) -> None:
     assert [len(data.train), len(data.val), len(data.test)] == [16, 4, 8]
 
 
-def test_validation_goes_by_several_names(tmp_path: Path) -> None:
+def test_folder_named_validation_is_a_split(tmp_path: Path) -> None:
+    """A folder called "validation" is the validation split."""
     for part in ("train", "validation", "test"):
         write_images(tmp_path / part / "dark", 4, 0)
         write_images(tmp_path / part / "light", 4, 200)
@@ -120,7 +122,8 @@ def test_streamed_data_set_is_refused() -> None:
         load_data("tfds/cifar10", SMALL)
 
 
-def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
+def test_folder_without_classes_is_refused(tmp_path: Path) -> None:
+    """A folder without folders of classes is refused."""
     Image.new("RGB", (8, 8)).save(tmp_path / "lonely.png")
     with pytest.raises(SearchError, match="holds 0 classes"):
         load_data(str(tmp_path), SMALL)
@@ -134,7 +137,8 @@ def test_class_not_in_training_is_refused(tmp_path: Path) -> None:
         load_data(str(tmp_path), SMALL)
 
 
-def test_too_few_images_of_a_class_are_named(flat_folder: Path) -> None:
+def test_class_of_too_few_images_is_named(flat_folder: Path) -> None:
+    """A class with too few images is refused by name."""
     write_images(flat_folder / "rare", 2, 90)
     with pytest.raises(SearchError, match=r"class 'rare' has 2"):
         load_data(str(flat_folder), SMALL)
@@ -189,12 +193,12 @@ def test_augmentation_mirrors_where_allowed() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).expand(32, 3, 16, 16)
 
     def falling(flip: bool) -> int:
-        x = augmented(ramp, flip, torch.Generator().manual_seed(0))
+        x = augment_images(ramp, flip, torch.Generator().manual_seed(0))
         return int((x[:, 0, 0, 5] > x[:, 0, 0, 10]).sum())
 
     assert falling(flip=False) == 0
     assert 4 < falling(flip=True) < 28
-    shifted = augmented(ramp, False, torch.Generator().manual_seed(0))
+    shifted = augment_images(ramp, False, torch.Generator().manual_seed(0))
     assert not torch.equal(shifted, ramp.float())
     assert shifted.shape == ramp.shape
 
@@ -433,13 +437,13 @@ def test_evaluator_steps_before_each_batch(digits: Data, name: str) -> None:
 
 
 def test_augmentation_moves_equal_augmented() -> None:
-    """Moves that are drawn on the host give the images of `augmented` bit for bit."""
+    """Moves that are drawn on the host give the images of `augment_images` bit for bit."""
     pixels = torch.randint(256, (32, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    moves = drawn(32, (16, 24), True, torch.Generator().manual_seed(5))
-    assert torch.equal(shifted(pixels, *moves), augmented(pixels, True, torch.Generator().manual_seed(5)))
+    moves = draw_moves(32, (16, 24), True, torch.Generator().manual_seed(5))
+    assert torch.equal(apply_moves(pixels, *moves), augment_images(pixels, True, torch.Generator().manual_seed(5)))
     top_B, left_B, mirror_B = (move.tolist() for move in moves)
     assert (set(top_B), set(left_B), set(mirror_B)) == (set(range(5)), set(range(7)), {0, 1})
-    for image, top, left, mirror, got in zip(pixels, top_B, left_B, mirror_B, shifted(pixels, *moves), strict=True):
+    for image, top, left, mirror, got in zip(pixels, top_B, left_B, mirror_B, apply_moves(pixels, *moves), strict=True):
         padded = nn.functional.pad(image.float()[None], (3, 3, 2, 2), mode="reflect")[0]
         window = padded[:, top : top + 16, left : left + 24]
         assert torch.equal(got, window.flip(2) if mirror else window)
@@ -508,10 +512,10 @@ class Card:
 def test_data_takes_quarter_of_card_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images take at most a quarter of the free memory of a card, and otherwise stay on the host."""
     card = Card(monkeypatch, free=4000)
-    room_for((10, 100), torch.uint8, "cuda")
+    allocate_for((10, 100), torch.uint8, "cuda")
     assert card.kept == [(10, 100)]
-    room_for((11, 100), torch.uint8, "cuda")
-    room_for((10, 100), torch.float32, "cuda:1")
+    allocate_for((11, 100), torch.uint8, "cuda")
+    allocate_for((10, 100), torch.float32, "cuda:1")
     assert card.kept == [(10, 100)], "the others stay on the host"
 
 

@@ -178,7 +178,8 @@ FUSED = ["softmax_fused", "softmax_padded", "softmax_padded_narrow"]
         ("softmax_heads", torch.float16),
     ],
 )
-def test_the_fused_kernel_really_runs(form: str, dtype: torch.dtype) -> None:
+def test_fused_kernel_really_runs(form: str, dtype: torch.dtype) -> None:
+    """Each form runs where torch may use the fused kernel alone."""
     ours, naive, make = FORMS[form]
     inputs = [t.detach().to(dtype) for t in make(2, 90, 80, False)]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -199,7 +200,8 @@ def test_forced_fused_kernel_has_no_fallback() -> None:
 
 @pytest.mark.parametrize("m", [3136, 784])
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in MATRIX])
-def test_no_matrix_is_built_on_large_maps(form: str, m: int) -> None:
+def test_forms_build_no_matrix_on_large_maps(form: str, m: int) -> None:
+    """On large maps no form builds the matrix, forward or backward, which the plain formula does."""
     ours, naive, make = FORMS[form]
     inputs = [t.detach().float().requires_grad_() for t in make(1, 3136, m, False)]
     with LargestTensor() as watched:
@@ -423,7 +425,8 @@ def test_attend_avoids_overflow_in_float16(measured_card: list[str]) -> None:
 @pytest.mark.parametrize(
     ("batch", "positions", "small"), [(1, 3136, True), (8, 784, True), (8, 3136, False), (64, 49, False)]
 )
-def test_few_queries_are_like_a_batch_of_one(batch: int, positions: int, small: bool) -> None:
+def test_few_queries_count_as_small(batch: int, positions: int, small: bool) -> None:
+    """Few queries count as small, as a batch of one does."""
     assert cuda_attention._is_small(torch.empty(batch, positions, 8)) is small
 
 
@@ -473,7 +476,8 @@ def test_rules_of_nearest_card_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert cuda_attention._rules("old", (7, 0)) == ()
 
 
-def test_the_table_that_ships_is_well_formed() -> None:
+def test_shipped_crossover_is_well_formed() -> None:
+    """The table of crossovers that ships has valid entries."""
     for card, (capability, rules) in crossover.CARDS.items():
         assert re.fullmatch("[a-z0-9-]+", card)
         assert len(capability) == 2

@@ -52,7 +52,8 @@ def config(tmp_path: Path) -> SearchConfig:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_search_on_cuda_comes_to_its_end(config: SearchConfig, workers: int) -> None:
+def test_gpu_search_finishes(config: SearchConfig, workers: int) -> None:
+    """A search on CUDA finishes under the default conditions of a card, with measured and trained candidates."""
     chosen = config.model_copy(update={"workers": workers})
     assert (chosen.mode, chosen.dtype, chosen.channels_last) == ("cudagraph", "bfloat16", True)
     assert chosen.train_dtype == "bfloat16"
@@ -65,7 +66,8 @@ def test_a_search_on_cuda_comes_to_its_end(config: SearchConfig, workers: int) -
         assert math.isfinite(record.loss or math.nan)
 
 
-def test_a_killed_worker_is_replaced(config: SearchConfig) -> None:
+def test_gpu_killed_worker_is_replaced(config: SearchConfig) -> None:
+    """A worker that is killed is replaced, and its trial repeated."""
     killed: list[int] = []
 
     class Killing(Listener):
@@ -90,7 +92,8 @@ def own_workers() -> list[int]:
 
 
 @two_devices
-def test_two_workers_search_on_two_devices(config: SearchConfig) -> None:
+def test_gpu_two_workers_use_two_devices(config: SearchConfig) -> None:
+    """Two workers search on two devices."""
     assert run(config.model_copy(update={"workers": 2})).trained == 3
 
 
@@ -235,7 +238,8 @@ def test_gpu_evaluation_halves_its_batch(memory_limit: Any) -> None:
 
 
 @every_mode
-def test_more_work_takes_more_time(mode: str) -> None:
+def test_gpu_more_work_takes_more_time(mode: str) -> None:
+    """A deeper model is slower in every mode."""
     conditions = Conditions.on("cuda", input_size=(3, 64, 64), mode=mode)
     assert backend_for(conditions, effort=QUICK).compare(Net(1), Net(24)).ratio_low > 1
 

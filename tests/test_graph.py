@@ -15,8 +15,8 @@ from torch import fx, nn
 import attnsurgery
 from attnsurgery.errors import AttnSurgeryError, SiteError, UnknownNameError
 from attnsurgery.graph.anatomy import Anatomy
-from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.detect_layout import guess_layout
+from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.select import select
 from attnsurgery.graph.trace import trace_owner
 from tests.conftest import HOSTS, build, images
@@ -98,7 +98,8 @@ def test_survey_shapes_equal_real_forward(name: str) -> None:
     assert seen == outputs
 
 
-def test_survey_leaves_the_model_as_it_was() -> None:
+def test_survey_leaves_the_model_unchanged() -> None:
+    """A survey changes no weight, class, mode or hook of the model."""
     model = build("test_resnet").train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]

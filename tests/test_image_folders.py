@@ -31,7 +31,7 @@ from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import EVALUATORS, Data, Preprocessing, TrainSettings, load_data
 from attnsurgery.evaluate.folder import read_folder, readable, role_of
 from attnsurgery.evaluate.picture import Depth, Rendering
-from attnsurgery.evaluate.source import decoded
+from attnsurgery.evaluate.source import decode
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same
 from attnsurgery.search.coordinator import search as study
@@ -78,8 +78,8 @@ def said(data: Data) -> str:
 
 
 @pytest.mark.parametrize("ending", [".webp", ".bmp", ".tif", ".JPG", ".jp2", ".gif"])
-def test_whatever_pil_reads_is_read(tmp_path: Path, ending: str) -> None:
-    """6 jpg and 6 webp a class trained on the jpg alone; webp alone were no classes."""
+def test_images_of_every_pil_suffix_are_read(tmp_path: Path, ending: str) -> None:
+    """Images of every suffix that PIL reads are used, also beside others and in capitals."""
     if ending.lower() not in readable():
         pytest.skip(f"this PIL does not read {ending}")
     two_classes(tmp_path, ending=".jpg")
@@ -136,7 +136,8 @@ def test_empty_class_loose_images_are_named(tmp_path: Path) -> None:
     assert f"no images in: {tmp_path.name}/bird/" in text
 
 
-def test_a_link_that_leads_in_a_circle_ends(tmp_path: Path) -> None:
+def test_circular_link_is_followed_once(tmp_path: Path) -> None:
+    """A link that leads in a circle is followed once."""
     two_classes(tmp_path / "real")
     (tmp_path / "data").mkdir()
     for name in ("cat", "dog"):
@@ -164,7 +165,8 @@ def test_a_link_that_leads_in_a_circle_ends(tmp_path: Path) -> None:
         *(("cat", None), ("trains", None), ("valley", None), ("attest", None), ("invalid", None), ("set", None)),
     ],
 )
-def test_splits_are_known_by_many_spellings(name: str, role: str | None) -> None:
+def test_split_names_have_many_spellings(name: str, role: str | None) -> None:
+    """Splits are recognised by many spellings of their names."""
     assert role_of(name) == role
 
 
@@ -196,7 +198,8 @@ def test_classes_with_inner_folder_are_read(tmp_path: Path) -> None:
     assert load_data(str(tmp_path), SMALL).classes == ("cat", "dog")
 
 
-def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+def test_folders_beside_splits_are_named(tmp_path: Path) -> None:
+    """Folders beside the splits, and a split without classes, are named as unused."""
     two_classes(tmp_path / "train")
     two_classes(tmp_path / "old", first=50)
     write(tmp_path / "test", 5, first=90)
@@ -214,7 +217,8 @@ def test_split_of_two_folders_is_refused(tmp_path: Path, one: str, other: str) -
         load_data(str(tmp_path), SMALL)
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_class_may_be_called_train(tmp_path: Path) -> None:
+    """A class may be called "train" where no other folder is a split."""
     for level, name in ((0, "bus"), (80, "car"), (160, "train")):
         write(tmp_path / name, 6, level)
     assert read_folder(tmp_path).classes == ("bus", "car", "train")
@@ -227,7 +231,8 @@ def test_folder_above_data_names_it(tmp_path: Path) -> None:
         load_data(str(tmp_path), SMALL)
 
 
-def test_classes_are_named(tmp_path: Path) -> None:
+def test_describe_names_the_classes(tmp_path: Path) -> None:
+    """The description names the classes, and counts those beyond the first ten."""
     assert load_data(str(two_classes(tmp_path)), SMALL).describe().endswith("2 classes: cat, dog")
     for number in range(40):
         write(tmp_path / f"species_{number:02d}", 3, number)
@@ -282,7 +287,8 @@ def test_depth_is_range_of_bits_in_use(values: list[tuple[int, int]], depth: Dep
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [0.0, 127.5, 255.0], [-1.0, 0.0, 1.0], [0.0, 4e4, 8e4]])
-def test_floating_point_pixels_are_scaled(values: list[float]) -> None:
+def test_float_pixels_are_scaled(values: list[float]) -> None:
+    """Floating-point pixels are scaled to 0..255."""
     image = Image.fromarray(np.array([values], np.float32))
     assert image.mode == "F"
     assert pixels(image, Rendering("L")).tolist() == [[0, 128, 255]]
@@ -307,18 +313,20 @@ def test_16_bit_tiff_in_either_byte_order(tmp_path: Path, order: str) -> None:
     for tag, (value, count) in tags.items():
         head += struct.pack(f"{order}HHII", tag, 4, count, value)
     (tmp_path / "deep.tif").write_bytes(head + bytes(4) + struct.pack(f"{order}2H", 0, 32768))
-    image = decoded(tmp_path / "deep.tif")
+    image = decode(tmp_path / "deep.tif")
     assert image.mode.startswith("I;16")
     assert pixels(image, Rendering("L", Depth(0, 65535))).tolist() == [[0, 128]]
 
 
-def test_numbers_of_32_bits_are_scaled() -> None:
+def test_32_bit_pixels_are_scaled() -> None:
+    """Pixels of 32-bit numbers are scaled to 0..255."""
     image = Image.fromarray(np.array([[0, 2**15, 2**16 - 1]], np.int32))
     assert image.mode == "I"
     assert pixels(image, Rendering("L", Depth(0, 65535))).tolist() == [[0, 128, 255]]
 
 
-def test_a_value_that_is_no_number_is_black() -> None:
+def test_nan_and_infinite_pixels_are_black() -> None:
+    """A pixel that is NaN or infinite is black."""
     image = Image.fromarray(np.array([[np.nan, 1.0, 0.0, np.inf]], np.float32))
     assert pixels(image, Rendering("L")).tolist() == [[0, 255, 0, 255]]
 
@@ -342,20 +350,21 @@ def oriented(orientation: int) -> Image.Image:
 
 @pytest.mark.parametrize("ending", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_upright(ending: str, orientation: int) -> None:
-    """The EXIF orientation was ignored."""
+def test_exif_orientation_is_applied(ending: str, orientation: int) -> None:
+    """A photo is turned upright by the orientation of its EXIF data."""
     stored, file = oriented(orientation), io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(file, ending, exif=exif, **({"quality": 95} if ending != "tiff" else {}))
-    image = decoded(file).convert("RGB")
+    image = decode(file).convert("RGB")
     assert image.size == (40, 20)
     (red, _, no_blue), (no_red, _, blue) = image.getpixel((5, 10)), image.getpixel((34, 10))  # type: ignore[misc]
     assert min(red, blue) > 200
     assert max(no_red, no_blue) < 60
 
 
-def test_turned_photos_are_counted(tmp_path: Path) -> None:
+def test_exif_orientation_is_counted(tmp_path: Path) -> None:
+    """Photos that were turned upright are counted."""
     two_classes(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -365,10 +374,11 @@ def test_turned_photos_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_exif_data_costs_no_image(tmp_path: Path) -> None:
+def test_exif_damage_costs_no_image(tmp_path: Path) -> None:
+    """Damaged EXIF data loses no image."""
     file = io.BytesIO()
     noise(0).save(file, "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\xff broken")
-    assert decoded(file).size == (24, 24)
+    assert decode(file).size == (24, 24)
 
 
 @pytest.mark.parametrize(
@@ -383,17 +393,18 @@ def test_damaged_exif_data_costs_no_image(tmp_path: Path) -> None:
         (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
     ],
 )
-def test_colours_are_those_that_people_see(image: Image.Image, expected: tuple[int, ...]) -> None:
-    """What is transparent lies on white; CMYK is ink."""
+def test_pixels_are_colours_as_displayed(image: Image.Image, expected: tuple[int, ...]) -> None:
+    """Transparent pixels lie on white, and CMYK is converted as ink."""
     assert tuple(pixels(image)[0, 0]) == expected
 
 
-def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
+def test_pixels_of_transparent_palette(tmp_path: Path) -> None:
+    """The transparent colour of a palette becomes white."""
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 0, 10, 200, 30])
     image.putdata([0, 1])
     image.save(tmp_path / "p.png", transparency=0)
-    assert pixels(decoded(tmp_path / "p.png")).tolist() == [[[255, 255, 255], [10, 200, 30]]]
+    assert pixels(decode(tmp_path / "p.png")).tolist() == [[[255, 255, 255], [10, 200, 30]]]
 
 
 def test_image_mode_follows_channels() -> None:
@@ -431,7 +442,8 @@ def photo(index: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("change", ["compressed", "smaller", "brighter"])
-def test_nearly_the_same_images_are_found(tmp_path: Path, change: str) -> None:
+def test_near_copies_are_found(tmp_path: Path, change: str) -> None:
+    """Images that were made smaller, brighter or compressed again are found as copies."""
     for name, first in (("cat", 0), ("dog", 100)):
         write(tmp_path / "train" / name, 6, first=first, draw=photo)
         write(tmp_path / "val" / name, 3, first=first + 30, draw=photo)
@@ -447,8 +459,8 @@ def test_nearly_the_same_images_are_found(tmp_path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(("side", "pixels"), [(64, 1), (224, 4)])
-def test_copies_that_were_shifted_are_found(tmp_path: Path, side: int, pixels: int) -> None:
-    """Each image saved several times with small shifts and split at random: 100 % with random labels, and no word."""
+def test_shifted_copies_are_found(tmp_path: Path, side: int, pixels: int) -> None:
+    """Shifted copies of an image in several splits, which score 100 % with random labels, are found."""
 
     def shifted(index: int) -> Image.Image:
         small = np.random.default_rng(index // 6).integers(0, 255, (6, 6, 3)).astype(np.uint8)
@@ -485,7 +497,8 @@ def test_drawings_on_even_ground_differ(tmp_path: Path) -> None:
     assert load_data(str(tmp_path), SMALL).shared == ()
 
 
-def test_an_image_in_two_classes_is_told(tmp_path: Path) -> None:
+def test_image_in_two_classes_is_reported(tmp_path: Path) -> None:
+    """An image that is in two classes is reported."""
     two_classes(tmp_path)
     noise(0).save(tmp_path / "dog" / "cat.png")
     assert "in two classes: 1 image is a byte copy of one of another class (dog/cat.png is cat/0.png)" in said(
@@ -511,7 +524,8 @@ def groups(data: Data) -> tuple[set[str], set[str], set[str]]:
 
 
 @pytest.mark.parametrize("pattern", [r"/(p\d+)_", r"p\d+", r"(?P<patient>p\d+)"])
-def test_images_of_a_group_stay_in_one_split(tmp_path: Path, pattern: str) -> None:
+def test_group_by_keeps_group_in_one_split(tmp_path: Path, pattern: str) -> None:
+    """The images of a group are in one split; without the pattern they are not."""
     data = load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
     train, val, test = groups(data)
     assert not train & val | train & test | val & test
@@ -525,7 +539,8 @@ def test_images_of_a_group_stay_in_one_split(tmp_path: Path, pattern: str) -> No
     assert apart_train & apart_val, "without the pattern they are torn apart"
 
 
-def test_too_few_groups_are_named(tmp_path: Path) -> None:
+def test_group_by_too_few_groups_is_refused(tmp_path: Path) -> None:
+    """A class with too few groups is refused by name."""
     with pytest.raises(SearchError, match=r"class 'ill' into 2 groups .* and 3 are needed"):
         load_data(str(patients(tmp_path, count=4)), SMALL, group_by=r"p\d+")
 
@@ -539,7 +554,8 @@ def test_group_pattern_sans_match_is_refused(tmp_path: Path, pattern: str, words
         load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
 
 
-def test_a_group_in_two_given_splits_is_told(tmp_path: Path) -> None:
+def test_group_in_two_splits_is_reported(tmp_path: Path) -> None:
+    """A group that is in two splits of the folder is reported with a warning."""
     patients(tmp_path / "train")
     patients(tmp_path / "test", count=4, scans=4)
     text = said(load_data(str(tmp_path), SMALL, group_by=r"(p\d+)"))
@@ -640,7 +656,8 @@ def test_augment_none_leaves_images_alone(arrows: Path) -> None:
     assert torch.equal(plain.sort(dim=0)[0], given.sort(dim=0)[0])
 
 
-def test_an_unknown_augmentation_is_refused(arrows: Path) -> None:
+def test_augment_unknown_is_refused(arrows: Path) -> None:
+    """An unknown augmentation is refused with those there are."""
     with pytest.raises(UsageError, match="Known: none, shift, light, timm"):
         load_data(str(arrows), SMALL, augment="heavy")
 
@@ -648,8 +665,8 @@ def test_an_unknown_augmentation_is_refused(arrows: Path) -> None:
 # Classes of very different sizes.
 
 
-def test_unbalanced_classes_are_told(tmp_path: Path) -> None:
-    """200 and 4 images: a constant guess has 97.6 %, and no word was said of it."""
+def test_unbalanced_classes_are_reported(tmp_path: Path) -> None:
+    """Unbalanced classes are reported with the accuracy of a constant guess."""
     write(tmp_path / "many", 200)
     write(tmp_path / "few", 4, 160)
     data = load_data(str(tmp_path), SMALL)
@@ -668,7 +685,8 @@ def test_photo_with_preview_is_one_image(tmp_path: Path) -> None:
     assert "first frame only: 1 image with several frames" in said(load_data(str(tmp_path), SMALL))
 
 
-def test_balanced_classes_are_not(tmp_path: Path) -> None:
+def test_balanced_classes_are_not_reported(tmp_path: Path) -> None:
+    """Balanced classes have no note."""
     data = load_data(str(two_classes(tmp_path)), SMALL)
     assert not data.unbalanced
     assert "unbalanced" not in said(data)
@@ -787,7 +805,8 @@ def test_hub_labels_without_names_are_found(hub: Hub) -> None:
     assert load_data("hfds/numbers", SMALL).classes == ("0", "1")
 
 
-def test_data_without_labels_is_refused(hub: Hub) -> None:
+def test_hub_data_without_labels_is_refused(hub: Hub) -> None:
+    """A data set of the hub without a column of labels is refused."""
     hub({"img": Image_(), "text": Value("string")}, train=[row(0)])
     with pytest.raises(UsageError, match="none of its columns holds labels; it has img, text"):
         load_data("hfds/captions", SMALL)
@@ -814,7 +833,8 @@ def test_hub_label_not_in_training_refused(hub: Hub, label: int, split: str) -> 
         load_data("hfds/odd", SMALL)
 
 
-def test_without_the_package_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package `datasets`, a data set of the hub is refused with the reason."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="needs a package that is not installed"):
         load_data("hfds/cifar10", SMALL)
@@ -1019,15 +1039,16 @@ def test_bench_refuses_12_channel_weights(tmp_path: Path, photos: Path) -> None:
         bench_of(tmp_path, photos, checkpoint=str(given))
 
 
-def test_a_timm_directory_is_a_base(tmp_path: Path, photos: Path) -> None:
-    """It was refused with 'Did you mean'."""
+def test_base_may_be_a_timm_directory(tmp_path: Path, photos: Path) -> None:
+    """A timm directory can be the base, with its tag and its weights."""
     given = given_weights(tmp_path / "given", ["dark", "light"])
     bench, _ = bench_of(tmp_path, photos, base=f"local-dir:{given}")
     assert bench.config.base == "test_resnet.r160_in1k", "with the tag whose mean and std it was trained with"
     assert torch.equal(bench.base.fc.weight.cpu(), load_file(given / "model.safetensors")["fc.weight"])
 
 
-def test_a_model_of_the_hub_is_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_may_be_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the hub can be the base, at a revision."""
     given = given_weights(tmp_path / "given", ["dark", "light"])
     asked: list[tuple[str, str, str | None]] = []
 
@@ -1041,7 +1062,8 @@ def test_a_model_of_the_hub_is_a_base(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked[0] == ("someone/birds", "config.json", "main")
 
 
-def test_what_is_no_base_says_what_to_give(tmp_path: Path) -> None:
+def test_base_refusals_say_what_to_pass(tmp_path: Path) -> None:
+    """A recipe, a bare path and a surgical directory are refused as a base with what to pass instead."""
     with pytest.raises(UsageError, match=r"best\.yaml is a recipe"):
         plain("runs/best.yaml", None)
     given = given_weights(tmp_path / "given", ["dark", "light"])
@@ -1100,7 +1122,8 @@ def test_search_prints_balanced_accuracy(searched: tuple[Path, str, list[object]
     assert "With all classes counted alike" in " ".join(output.split())
 
 
-def test_the_report_has_it_too(searched: tuple[Path, str, list[object]]) -> None:
+def test_report_describes_the_data(searched: tuple[Path, str, list[object]]) -> None:
+    """The report describes the data, and marks splits that share images."""
     page = (searched[0] / "report.html").read_text()
     assert "2 classes: few, many" in page
     assert "training images: as they are" in page
@@ -1115,13 +1138,14 @@ def test_search_resume_refuses_augmentation(searched: tuple[Path, str, list[obje
     assert "augment: was 'none', is now 'light'" in " ".join(output.split())
 
 
-def test_the_winner_knows_its_classes(searched: tuple[Path, str, list[object]]) -> None:
+def test_winner_directory_has_class_names(searched: tuple[Path, str, list[object]]) -> None:
+    """The directory of the winner has the names of its classes."""
     config = json.loads((searched[0] / "best" / "config.json").read_text())
     assert label_names(str(searched[0] / "best"), nn.Identity()) == ("few", "many"), config
 
 
-def test_workers_are_told_what_was_settled(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search asks whether images may be mirrored; its workers do not ask again."""
+def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search settles whether images may be mirrored, and its workers use that."""
     given: list[SearchConfig] = []
     monkeypatch.setattr(study, "LAUNCHERS", {"local": given.append})
     monkeypatch.setattr(study, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
