@@ -50,7 +50,7 @@ from attnsurgery.search.files import Journal
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.statistics import gain_of
-from attnsurgery.search.storage.known import known
+from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.run_directory import (
     CONFIG,
     MARK,
@@ -104,16 +104,16 @@ def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is refused is refused before images are read."""
     monkeypatch.setattr(
-        "attnsurgery.search.execution.assemble.load_data", lambda *given, **named: pytest.fail("images were read")
+        "attnsurgery.search.execution.assemble.load_data", lambda *args, **kwargs: pytest.fail("images were read")
     )
 
 
-class Hearing(Listener):
+class PhaseRecorder(Listener):
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.phases: list[str] = []
 
     def phase(self, text: str) -> None:
-        self.heard.append(text)
+        self.phases.append(text)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -282,11 +282,11 @@ def test_users_files_survive_second_verdict(
     (folder / "best" / "my_weights.pth").write_text("w")
     with (folder / "best.yaml").open("a") as file:
         file.write("# a note of mine\n")
-    hearing = Hearing()
-    again = run(change(copied, confirm_seeds=2), hearing)
+    recorder = PhaseRecorder()
+    again = run(change(copied, confirm_seeds=2), recorder)
     assert (folder / "best.kept-1" / "my_weights.pth").read_text() == "w"
     assert (folder / "best.yaml.kept-1").read_text().endswith("# a note of mine\n")
-    assert any("kept as best.kept-1" in text for text in hearing.heard)
+    assert any("kept as best.kept-1" in text for text in recorder.phases)
     assert sorted(path.name for path in (folder / "best").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -303,14 +303,14 @@ def test_users_files_survive_second_verdict(
 # What is believed
 
 
-class NoCrew:
-    """Makes starting weights, and notes it."""
+class JobCounter:
+    """Answers every job with starting weights and counts the jobs."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.job_count = 0
 
     def all(self, jobs: list[Job]) -> list[Mapping[str, Any]]:
-        self.made += 1
+        self.job_count += 1
         return [{"weights": "made", "fresh": "all", "head": ""}]
 
 
@@ -318,24 +318,24 @@ class NoCrew:
 def test_stray_weights_are_not_believed(tmp_path: Path, name: str) -> None:
     """Weights that no study knows are not used, and are kept."""
     weights(tmp_path / name, 5)
-    pool, hearing = NoCrew(), Hearing()
-    assert _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, hearing) == "made"
-    assert pool.made == 1
+    pool, recorder = JobCounter(), PhaseRecorder()
+    assert _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, recorder) == "made"
+    assert pool.job_count == 1
     assert not (tmp_path / name).exists()
     assert (tmp_path / f"{name}.kept-1").is_file()
-    assert f"{name} was not made by this search" in hearing.heard[0]
+    assert f"{name} was not made by this search" in recorder.phases[0]
 
 
 def test_weights_must_be_those_of_the_study(tmp_path: Path) -> None:
     """The weights are those that the study began with, or it is an error."""
     weights(tmp_path / WEIGHTS, 5)
     attributes = {"config": {"weights": hash_of(tmp_path / WEIGHTS)}, "base": {"latency": {}}}
-    pool = NoCrew()
+    pool = JobCounter()
     assert (
         _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
         == attributes["config"]["weights"]
     )
-    assert pool.made == 0
+    assert pool.job_count == 0
     weights(tmp_path / WEIGHTS, 6)
     with pytest.raises(SearchError, match=r"does not hold the weights that the search began with"):
         _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
@@ -459,9 +459,9 @@ def test_empty_study_is_taken_over(copied: SearchConfig, tmp_path: Path) -> None
     """An empty study is taken over, and one of a search is known."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     optuna.create_study(storage=url, study_name="run", direction="maximize")
-    assert known(tmp_path / "run", url) == {}
-    assert known(tmp_path / "nothing", None) == {}
-    assert known(Path(copied.output), None)["format"] == 1
+    assert stored_facts(tmp_path / "run", url) == {}
+    assert stored_facts(tmp_path / "nothing", None) == {}
+    assert stored_facts(Path(copied.output), None)["format"] == 1
 
 
 @pytest.mark.parametrize(
@@ -538,8 +538,8 @@ def _latency() -> dict[str, Any]:
     return asdict(backend.measure(timm.create_model("test_resnet").eval()))
 
 
-def test_gain_is_not_of_luckiest_training() -> None:
-    """The reported gain is not that of the luckiest training, which would be too large."""
+def test_gain_is_free_of_winners_curse() -> None:
+    """The reported gain is unbiased, and not that of the best of many noisy trainings."""
     luck = np.random.default_rng(0)
     verdicts = [simulated(3, luck)[0] for _ in range(200)]
     gains = [verdict.winner_top1 - verdict.base_top1 for verdict in verdicts]
@@ -639,12 +639,12 @@ def test_full_disk_lets_the_report_wait(
         real(path, content)
 
     monkeypatch.setattr(run_directory, "write_whole", full)
-    hearing = Hearing()
-    outcome = run(config, hearing)
+    recorder = PhaseRecorder()
+    outcome = run(config, recorder)
     assert outcome.trained == 1
     assert outcome.confirmation is not None
     assert "No space left on device" in outcome.unwritten
-    assert sum(text.startswith("the report is not written yet: cannot write") for text in hearing.heard) == 1
+    assert sum(text.startswith("the report is not written yet: cannot write") for text in recorder.phases) == 1
     assert any("attnsurgery report" in line and "All trials are safe" in line for line in files_of(outcome))
     monkeypatch.setattr(run_directory, "write_whole", real)
     result = CliRunner().invoke(build_app(), ["report", config.output])
@@ -652,8 +652,8 @@ def test_full_disk_lets_the_report_wait(
     assert (outcome.folder / "report.html").is_file()
 
 
-def test_settings_in_a_run_directory_make_the_same_search(finished: Outcome) -> None:
-    """They are what the search ran with, without leave to resume in spite of differences."""
+def test_config_file_repeats_the_search(finished: Outcome) -> None:
+    """The settings in a run directory make the same search, without permission to extend it."""
     values, _ = reads((finished.folder / CONFIG).read_text(), CONFIG)
     assert values["extend"] is False
     assert SearchConfig(**values) == finished.config.model_copy(update={"extend": False, "storage": None})
