@@ -1,4 +1,4 @@
-"""Latency: honest conditions, an untouched model, a ratio with an interval."""
+"""A latency has honest conditions, leaves the model untouched, and compares as a ratio with an interval."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_fixed_latency_is_deterministic() -> None:
 
 @contextmanager
 def named(*names: str) -> Iterator[list[Callable[[], str]]]:
-    """Subjects that say their names."""
+    """Yields one subject for each name, which returns that name."""
     yield [lambda name=name: name for name in names]  # type: ignore[misc]
 
 
@@ -360,7 +360,7 @@ def test_cpu_backend_refuses_cuda_device() -> None:
 
 
 class Scaled(nn.Module):
-    """Every instance is another variant of one code object, as the models of one class are."""
+    """A module whose instances are variants of one code object, as the models of one class are."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ class Scaled(nn.Module):
 
 
 class Pieces(nn.Module):
-    """Dynamo leaves the loop to Python and compiles what it calls."""
+    """A module whose loop Dynamo leaves to Python, so that it compiles each part by itself."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ class Pieces(nn.Module):
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.fx.node.Argument]]:
-    """The shapes of the inputs of every graph that is compiled, by a compiler that takes no time."""
+    """Collects the shapes of the inputs of every graph, with a compiler that takes no time."""
     compile_, shapes = torch.compile, []
 
     def marked(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""The latency model predicts what it was not told, says how sure it is, and keeps what was measured."""
+"""The latency model predicts candidates that were not measured, with a sigma, and calibration saves its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = (0,) * 3 + (1,) * 4 + (2,) * 6 + (3,) * 3
 
 
 class World:
-    """Sixteen sites of four shapes, eleven blocks; what each adds follows from its size, with a part of its own."""
+    """Sixteen sites of four shapes and eleven blocks, which add a latency by their size and a part of their own."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Workers that other systems run: the same trials wherever they are made, and clear words where they cannot be."""
+"""Workers that other systems run give the same trials as local ones, and clear errors where they cannot run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> SearchConfig:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What processes of this machine come to."""
+    """The outcome of the search with processes of this machine."""
     folder = tmp_path_factory.mktemp("straight")
     images, space = write_images(folder / "images"), write_space(folder)
     return run(change(small_search(images, space, folder / "run"), workers=2, in_step=True, trials=3))
@@ -114,7 +114,7 @@ def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: py
 
 
 class Box:
-    """A mailbox, and what its worker has read."""
+    """A mailbox, and the lines that its worker has read."""
 
     def __init__(self, folder: Path, gone_s: float) -> None:
         folder.mkdir()

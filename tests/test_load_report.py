@@ -1,4 +1,4 @@
-"""No load loses a block or keeps one silently: a state dict is judged as a whole, before anything is loaded."""
+"""No load loses a block or leaves one as it was silently: a state dict is judged as a whole before it is loaded."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_load_of_directory_names_lost_block(weights: Tensors, tmp_path: Path) ->
 
 
 class Wrapper(nn.Module):
-    """As a module of Lightning holds its model."""
+    """A module that holds its model as a LightningModule does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

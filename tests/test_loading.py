@@ -1,4 +1,4 @@
-"""Every road by which timm loads weights takes a base's and a surgical model's, strictly, and never half a block."""
+"""Every loader of timm takes weights of a base and of a surgical model, strictly, and never part of a block."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make(name: str, **kwargs: Any) -> nn.Module:
 
 
 def base_of(name: str) -> nn.Module:
-    """The base with its weights moved, and tables that are no weights as they are."""
+    """Builds the base with its weights moved; tables that are no weights stay as they are."""
     base = make(host_of(name))
     base.load_state_dict(build(host_of(name), **{**HOSTS[host_of(name)][0], "num_classes": 10}).state_dict())
     return base
@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, nn.Module]:
 
 
 def half(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights less one tensor of one block."""
+    """Returns the weights without one tensor of one block."""
     path, block = list(grafted_blocks(model).items())[-1]
     missing_key = f"{path}.{next(iter(block.state_dict()))}"
     return {key: value for key, value in model.state_dict().items() if key != missing_key}
@@ -107,7 +107,7 @@ def by_resuming(name: str, file: Path) -> nn.Module:
 
 
 def by_directory(name: str, file: Path) -> nn.Module:
-    """What save_for_hf writes, with the weights of the file."""
+    """Loads a directory that save_for_hf wrote, with the weights of the file."""
     directory = file.parent / f"{file.stem}_directory"
     save_for_hf(make(name), directory, safe_serialization=True)
     weights = torch.load(file, weights_only=True)["state_dict"]
@@ -268,7 +268,7 @@ else:
 
 
 def laid_out(home: Path, repository: str, model: nn.Module) -> Path:
-    """The model as a repository in the cache of the hub, as if it had been fetched."""
+    """Writes the model as a repository into the cache of the hub, as if it had been downloaded."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     root = home / "hub" / f"models--{repository.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What blocks cost before they are cut in, the limit that a recipe sets on attention, and 'auto' that keeps to it."""
+"""Tests of plans, of the limit that a recipe sets on attention memory, and of 'auto', which keeps to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def subsamples(spec: Recipe, name: str = "test_resnet") -> list[int]:
 
 
 def attention_bytes(side: int, subsample: int) -> int:
-    """N x M numbers in fp32."""
+    """Returns the bytes of N x M numbers in fp32."""
     return 4 * side**2 * (side // subsample) ** 2
 
 
@@ -68,7 +68,7 @@ falling = st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True).map(
 
 
 def by_brute_force(rows: list[list[int]], limit: int) -> list[int] | None:
-    """Of all ways to settle, those in which every step taken came before every step not taken; the most that fits."""
+    """Tries all choices of steps in which larger steps come first, and returns the largest that fits."""
 
     def key(row: list[int], step: int) -> tuple[int, int]:
         return row[step], -step
@@ -327,7 +327,7 @@ def test_settled_numbers_of_two_operations(tmp_path: Path) -> None:
 
 
 class LargestReal(TorchDispatchMode):
-    """Watches the largest tensor with values."""
+    """Records the size of the largest tensor that has values."""
 
     largest = 0
 

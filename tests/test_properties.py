@@ -62,7 +62,7 @@ class Around(nn.Module):
 
 
 def noting(model: nn.Module) -> nn.Module:
-    """With a hook of the user's that cannot do with tensors without values."""
+    """Registers a hook of a user that fails on tensors without values."""
     model.register_forward_hook(lambda module, inputs, out: float(out.flatten()[0].item()) and None)
     return model
 
@@ -87,7 +87,7 @@ BLOCKS = ("se", "non_local", "dual", "residual_attention", "timm:eca", "timm:gc"
 
 @cache
 def host(name: str) -> tuple[nn.Module, tuple[str, ...], tuple[int, int, int]]:
-    """A model, the addresses of its places, and the size of its images."""
+    """Returns a model, the addresses of its places, and the size of its images."""
     torch.manual_seed(0)
     model = build(name, **HOSTS[name])
     size = (3, *(2 * (HOSTS[name].get("img_size", SIZE[1]),)))

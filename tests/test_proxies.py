@@ -1,4 +1,4 @@
-"""Scores without training: their definitions on models that are done by hand, and what the search makes of them."""
+"""Scores without training equal their definitions on small models, and the search records and reports them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_grad_norm_leaves_model_unchanged() -> None:
 
 
 class Cramped(nn.Module):
-    """Has room for so many images at a time, and a batch norm."""
+    """A model with a batch norm that runs out of memory beyond `room` images."""
 
     def __init__(self, room: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What users of other libraries met, tried here: each test names the public thread that it was made after."""
+"""Problems that users of other libraries reported, tried here; each test names the public thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import attnsurgery
 from attnsurgery.errors import LoadError, SearchError, UsageError
 from attnsurgery.evaluate import Preprocessing, load_data
 from attnsurgery.search.files import write_whole
-from attnsurgery.search.storage.known import known
+from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.urls import opened, url_of
 from tests.conftest import build, images, move_gates
 
@@ -266,7 +266,7 @@ def test_study_in_a_directory_of_any_name(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (folder / "study.db").stat().st_size > 0
     with pytest.raises(SearchError, match="no search has made"):
-        known(folder, None)  # reads the same file
+        stored_facts(folder, None)  # reads the same file
 
 
 def test_report_with_a_name_that_is_no_utf8(tmp_path: Path) -> None:

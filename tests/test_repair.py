@@ -1,4 +1,4 @@
-"""A run directory whose study or journal is damaged, is missing, or is of another version."""
+"""Repair of a run directory whose study or journal is damaged, is missing, or is of another version."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """With two rungs, so that trials have more than the study was told."""
+    """A search with two rungs, whose trials hold more than the study records."""
     folder = tmp_path_factory.mktemp("search")
     config = small_search(write_images(folder / "images"), write_space(folder), folder / "run")
     return run(change(config, rungs="blocks:1", trials=3))
@@ -41,7 +41,7 @@ def config_in(finished: Outcome, folder: Path) -> SearchConfig:
 
 
 def trials_in(folder: Path) -> list[tuple[str, dict[str, object], object, dict[str, object]]]:
-    """What samplers see of a study."""
+    """Returns what samplers see of a study."""
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{folder / STUDY}")
     return [(trial.state.name, trial.params, trial.values, trial.constraints) for trial in study.trials]
 
@@ -140,7 +140,7 @@ def test_other_versions_need_extend(finished: Outcome, damaged: Path, monkeypatc
     monkeypatch.setattr("attnsurgery.search.execution.bench.timm.__version__", "9.9.9")
     config = config_in(finished, damaged)
     with pytest.raises(
-        SearchError, match=r"versions.timm: was '[\d.]+', is now '9.9.9'\. Go on all the same with --ext"
+        SearchError, match=r"versions.timm: was '[\d.]+', is now '9.9.9'\. Resume it nevertheless with --ext"
     ):
         run(config)
     again = run(change(config, extend=True))

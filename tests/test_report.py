@@ -1,4 +1,4 @@
-"""The report: offline, honest, and made from what is in the run directory alone."""
+"""The report is offline and honest, and is made from the run directory alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Page(HTMLParser):
-    """What a browser would read."""
+    """The tags, words and scripts that a browser would read."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 
 def answers(search_outcome: Outcome, control: Control | None = None) -> dict[str, Item]:
-    """The items of the checklist, by a word of their question."""
+    """Returns the items of the checklist by a word of their question."""
     items = checklist.checklist(search_outcome, control)
     words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "used once", "several seeds")
     words = (*words, "luckiest", "planned", "measured, under", "measured again", "random search", "repeated")
@@ -506,7 +506,7 @@ def test_control_must_be_comparable(tmp_path: Path, fixed: dict[str, Any], folde
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two searches, one that chooses and its random control."""
+    """Runs two searches, one with a sampler that chooses and its random control."""
     root = tmp_path_factory.mktemp("runs")
     (root / "small.yaml").write_text(SPACE)
     (root / "images").mkdir()
@@ -520,7 +520,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(runs: Path, tmp_path: Path) -> Path:
-    """The first of them, under another name and elsewhere."""
+    """A copy of the first search in another folder of another name."""
     return Path(shutil.copytree(runs / "tpe", tmp_path / "moved here"))
 
 
@@ -529,7 +529,7 @@ def report(*words: object) -> Any:
 
 
 def without_ids(page: str) -> str:
-    """The page's words: pictures have new ids each time."""
+    """Returns the page's words, since figures have new ids each time."""
     return Page(page).words
 
 

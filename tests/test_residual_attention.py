@@ -1,4 +1,4 @@
-"""The mask of residual attention against the paper, written out, and every option through every exporter."""
+"""The mask of residual attention equals the paper's formulas, and every option passes every exporter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def woken(channels: int = 16, start: str = "identity", dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """A block in eval mode, no parameter or statistic of which is at its start."""
+    """Builds a block in eval mode, no parameter or statistic of which is at its start."""
     torch.manual_seed(0)
     block = build_block("residual_attention", channels, options, start, dtype=dtype).eval()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def images(*size: int, batch: int = 2, dtype: torch.dtype | None = None) -> torc
 
 
 def pooled(x: torch.Tensor) -> torch.Tensor:
-    """Max-pooling 3x3 with stride 2 in ceil mode, window by window."""
+    """Computes max-pooling 3x3 with stride 2 in ceil mode, window by window."""
     height, width = (math.ceil((side - 3) / 2) + 1 for side in x.shape[2:])
     windows = [
         [x[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].amax((2, 3)) for j in range(width)] for i in range(height)
@@ -61,7 +61,7 @@ def pooled(x: torch.Tensor) -> torch.Tensor:
 
 
 def grown(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Bilinear interpolation with aligned corners, as two matrices."""
+    """Computes bilinear interpolation with aligned corners by two matrices."""
 
     def matrix(few: int, many: int) -> torch.Tensor:
         at = torch.arange(many, dtype=x.dtype) * ((few - 1) / (many - 1) if many > 1 else 0.0)
@@ -71,7 +71,7 @@ def grown(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 def unit(module: PreActUnit, x: torch.Tensor) -> torch.Tensor:
-    """norm, ReLU and convolution, three times, and the shortcut."""
+    """Computes norm, ReLU and convolution three times, and adds the shortcut."""
     y = x
     for norm, conv in ((module.norm1, module.conv1), (module.norm2, module.conv2), (module.norm3, module.conv3)):
         y = conv(torch.relu(norm(y)))
@@ -79,7 +79,7 @@ def unit(module: PreActUnit, x: torch.Tensor) -> torch.Tensor:
 
 
 def paper_mask(block: ResidualAttention, x: torch.Tensor) -> torch.Tensor:
-    """Figure 3 of the paper for a depth of 2 and any r, then M of equation 3 before it is normalised."""
+    """Computes figure 3 of the paper for a depth of 2 and any r: M of equation 3 before it is normalised."""
     upper: Any = block.mask
     lower: Any = upper.below
     down = pooled(x)

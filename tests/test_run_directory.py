@@ -1,4 +1,4 @@
-"""What a search may write where, what it believes of files that it finds, and what it says of its own numbers."""
+"""Tests of which files a search may write, which files it trusts, and what it reports of its own numbers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def weights(path: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One candidate, from weights of a file."""
+    """A search of one candidate, which started from weights of a file."""
     folder = tmp_path_factory.mktemp("search")
     config = small_search(write_images(folder / "images"), write_space(folder), folder / "run")
     return run(change(config, trials=1, checkpoint=str(weights(folder / "a.safetensors", 1))))
@@ -89,20 +89,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.fixture
 def copied(finished: Outcome, tmp_path: Path) -> SearchConfig:
-    """A copy of that search."""
+    """The settings of a copy of the finished search."""
     shutil.copytree(finished.folder, tmp_path / "run")
     return change(finished.config, output=str(tmp_path / "run"))
 
 
 @pytest.fixture
 def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
-    """The same search, not begun, without weights of its own."""
+    """The settings of the same search, not yet started, without weights of its own."""
     return change(finished.config, output=str(tmp_path / "run"), checkpoint=None)
 
 
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is refused is refused before images are read."""
+    """Fails the test when images are read: a refusal comes before that."""
     monkeypatch.setattr(
         "attnsurgery.search.execution.assemble.load_data", lambda *args, **kwargs: pytest.fail("images were read")
     )
@@ -137,12 +137,12 @@ def _stray_base(folder: Path) -> None:
 
 
 def _journal(folder: Path) -> None:
-    """A file of that name that another program has written, as in issues about MLflow and Lightning runs."""
+    """Writes a file of that name as another program does; issues about MLflow and Lightning report such files."""
     (folder / TRIALS).write_text('{"trial": 1, "format": 1}\n{"fact": "format", "value": "jsonl"}\n')
 
 
 def _study(folder: Path) -> None:
-    """A database of Optuna's with a study of the user's own."""
+    """Writes a database of Optuna's with a study of the user's own."""
     study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name="mine")
     study.set_user_attr("owner", "me")
 

@@ -1,4 +1,4 @@
-"""Rungs of fidelity: who is promoted, what is told to the study, and that nothing of it is lost or done twice."""
+"""Rungs of fidelity: the best are promoted, the study records the lowest rung, and no training is lost or repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def candidate(number: int, *scores: float, ms: float = 1.0, halted: str | None =
 
 
 def climbed(records: list[Record], rungs: int, halving: int, scores: dict[int, float]) -> list[int]:
-    """Who is promoted, in order, where each gets its score on every higher rung."""
+    """Returns the promoted numbers in order, where each candidate gets its score on every higher rung."""
     order = []
     while (who := next_promotion(records, rungs, halving)) is not None:
         order.append(who.number)

@@ -53,7 +53,7 @@ def quiet() -> None:
 
 
 def all_of(places: Places) -> list[Picks]:
-    """Every candidate with a block that is within all limits."""
+    """Returns every candidate with a block that is within all limits."""
     every = itertools.product(*(range(len(choices)) for choices in places.choices.values()))
     return [picks for picks in every if any(picks) and places.holds(picks)]
 
@@ -65,7 +65,7 @@ def score(picks: Picks) -> float:
 def study_of(
     places: Places, candidates: Sequence[Picks], state: Callable[[int], str] = lambda index: "trained"
 ) -> optuna.Study:
-    """A study with a trial for each candidate: trained, pruned over a measured budget, failed, interrupted or open."""
+    """Builds a study with a trial for each candidate: trained, pruned over a budget, failed, interrupted or open."""
     study = optuna.create_study(direction="maximize")
     space = distributions(places)
     for index, picks in enumerate(candidates):
@@ -89,7 +89,7 @@ def distributions(places: Places) -> dict[str, optuna.distributions.BaseDistribu
 
 
 def history_of(places: Places, history: str) -> optuna.Study:
-    """Trials of so many candidates as `history` says, and at least one candidate that no trial stands for."""
+    """Builds the trials that `history` names, and leaves at least one candidate without a trial."""
     legal = all_of(places)
     order = [legal[index] for index in np.random.default_rng(0).permutation(len(legal))]
     most = len(order) - 1
@@ -105,7 +105,7 @@ def history_of(places: Places, history: str) -> optuna.Study:
 
 
 def next_choice(name: str, places: Places, study: optuna.Study, seed: int) -> Mapping[str, str] | None:
-    """The next candidate as a search asks for it."""
+    """Returns the next candidate as a search asks for it."""
     sampler = SAMPLERS[name](places, seed, 70.0)
     if isinstance(sampler, Sampler):
         return sampler.choose(study.direction, study.get_trials(deepcopy=False))
@@ -291,7 +291,7 @@ VIOLATIONS = {
 
 
 def installed(cls: Any, monkeypatch: pytest.MonkeyPatch) -> SamplerCatalog:
-    """A catalog in a process where another package has an entry point for `cls`."""
+    """Returns the catalog of a process where another package has an entry point for `cls`."""
 
     class Point:
         name = "theirs"
@@ -336,7 +336,7 @@ class ChoosesUnknown(Sampler):
 
 
 def store_with(cls: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, BoundSpace]:
-    """The store of a search with a sampler from elsewhere, in a space of 15 candidates with a block."""
+    """Builds the store of a search with a foreign sampler, in a space of 15 candidates with a block."""
     sites = ("layer1", "layer2", "layer3", "layer4")
     variables = [Variable(site, (site,), {"none": None, "se": Edit(at=site, block="se")}) for site in sites]
     space = BoundSpace("made-up", "test_resnet", tuple(variables), None)

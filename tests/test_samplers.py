@@ -80,7 +80,7 @@ def bound_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def two_budgets(seed: int, dear: float) -> tuple[Places, list[np.ndarray], np.ndarray, list[Budget]]:
-    """Thirty places, of whose three blocks the second is worth most and costs `dear` of the first budget."""
+    """Builds thirty places; of their three blocks the second is worth most and costs `dear` of the first budget."""
     rng = np.random.default_rng(seed)
     places = Places({f"p{place}": CHOICES for place in range(30)})
     values = [np.append(0.0, rng.normal((0.0, 0.05, 0.0), 0.012)) for _ in places.choices]
@@ -189,7 +189,7 @@ def effects(seed: int) -> list[np.ndarray]:
 
 
 def adding(seed: int, noise: float = 0.0) -> Ask:
-    """Scores that add up, from one seed."""
+    """Returns a score that is the sum of the effects of all places."""
     true, rng = effects(seed), np.random.default_rng(seed + 1000)
     return lambda picks: 70 + sum(float(e[p]) for e, p in zip(true, picks, strict=True)) + noise * rng.normal()
 
@@ -236,7 +236,7 @@ def test_surrogate_is_robust_to_an_outlier() -> None:
 
 
 def signs(picks: Picks) -> float:
-    """Worth something only together: what the one place is worth has the sign of the other."""
+    """Returns a score of pairs alone: what one place is worth has the sign of its neighbour."""
     return float(sum((1 if p % 2 else -1) * (1 if q % 2 else -1) for p, q in itertools.pairwise(picks)))
 
 
@@ -318,7 +318,7 @@ def play(
     study: optuna.Study | None = None,
     places: Places = PLACES,
 ) -> tuple[optuna.Study, list[Picks]]:
-    """A search without training: what does not fit is pruned with its constraint, and does not count."""
+    """Searches without training: a candidate over the budget is pruned with its constraint and does not count."""
     study = study or optuna.create_study(direction="maximize")
     space = {name: CategoricalDistribution(choices) for name, choices in places.choices.items()}
     sequence: list[Picks] = []

@@ -1,4 +1,4 @@
-"""A setting is declared once: what is added to the configuration is everywhere."""
+"""A setting is declared once: a field that is added to the configuration is everywhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tricky(SearchConfig):
 
 
 class Command:
-    """A command that takes the settings of a model, and what it was called with."""
+    """A command that takes the settings of a model and records what it was called with."""
 
     def __init__(self, model: type[SearchConfig], **how: Any) -> None:
         self.settings: dict[str, Any] = {}

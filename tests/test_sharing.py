@@ -1,4 +1,4 @@
-"""Several searches at one study: nobody works on the same candidate, counts are exact, what is left is taken over."""
+"""Several searches share one study: no candidate is trained twice, counts are exact, expired trials are taken over."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str
 
 
 def _proxy(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Optuna's proxy, in front of SQLite."""
+    """Runs Optuna's proxy in front of SQLite."""
     pytest.importorskip("grpc")
     port, behind = 20000 + (os.getpid() + 7) % 20000, f"sqlite:///{tmp_path / 'shared.db'}"
     program = "import sys; from optuna.storages import get_storage, run_grpc_proxy_server as run; "
@@ -164,7 +164,7 @@ def _proxy(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _postgres(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A real server on loopback, with a data directory of its own; under another user where we are root."""
+    """Runs a real server on loopback, with a data directory of its own, and under another user where we are root."""
     servers = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not servers:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
@@ -243,7 +243,7 @@ def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: 
 
 
 def leases(storage: optuna.storages.RDBStorage, *states: str) -> list[dict[str, object]]:
-    """Of the trials of the shared study, where there is one, in these states or any."""
+    """Returns the leases of the trials of the shared study in these states, or in any."""
     if "shared" not in optuna.get_all_study_names(storage):
         return []
     trials = optuna.load_study(study_name="shared", storage=storage).trials

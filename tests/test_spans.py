@@ -1,4 +1,4 @@
-"""Blocks on spans and on one side of an addition: the two kinds of places that are not simply a tensor."""
+"""Blocks on spans and on one side of an addition, the two kinds of places that are not simply a tensor."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ PLACES = ("branches", "branch_inputs", "every", "shortcuts", "spatial")
 
 
 def by_hand(block: nn.Module, se: nn.Module, place: str, x: torch.Tensor) -> torch.Tensor:
-    """A bottleneck's forward with the block in its place, as the paper draws it (figure 5)."""
+    """Computes a bottleneck with the block in its place, as figure 5 of the paper draws it."""
     y = block.conv1(se(x) if place == "branch_inputs" else x)
     y = block.act2(block.bn2(block.conv2(block.act1(block.bn1(y)))))
     y = block.bn3(block.conv3(se(y) if place == "spatial" else y))

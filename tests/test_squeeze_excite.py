@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation in all its kinds, against the papers' formulas, their figures and timm's modules."""
+"""Squeeze-and-excitation in all its kinds equals the papers' formulas, their figures and timm's modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("options", KINDS, ids=str)
 
 
 def naive(block: SqueezeExcite, x: torch.Tensor, options: dict[str, object]) -> torch.Tensor:
-    """Equations 2 to 4 of Hu et al. and 2 to 6 of Roy et al., the two results of the second written out."""
+    """Computes equations 2 to 4 of Hu et al. and 2 to 6 of Roy et al., whose two results are written out."""
     gate = torch.nn.functional.hardsigmoid if options.get("gate") == "hardsigmoid" else torch.sigmoid
     results = []
     if options["kind"] != "sse":
@@ -125,7 +125,7 @@ def test_se_option_without_effect_is_refused(options: dict[str, object], message
 
 
 def with_se(base: str, at: str = "stage:* branches", **options: object) -> torch.nn.Module:
-    """The model after surgery, without memory."""
+    """Returns the model after surgery, on the meta device."""
     edits = [{"at": at, "block": "se", "options": options}]
     return attnsurgery.operate(weightless(base), {"version": 1, "name": "se", "base": base, "edits": edits})
 

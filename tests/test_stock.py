@@ -1,4 +1,4 @@
-"""Export to stock: the fold keeps every bit, timm alone loads the result, and what cannot be folded is refused."""
+"""Export to a stock model keeps every bit, timm alone loads the result, and what cannot be folded is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIDE = 64
 
 
 def base_model(name: str, side: int = SIDE, **kwargs: Any) -> nn.Module:
-    """A woken model for small images; a narrow one, where timm has an argument for that."""
+    """Builds a model with moved weights for small images, a narrow one where timm has an argument for that."""
     torch.manual_seed(0)
     size = (3, side, side)
     narrow = {"channels": (16, 24, 32, 48)} if name.startswith("resnet") and name[6:].rstrip("dt").isdigit() else {}
@@ -49,7 +49,7 @@ def paired(base: str, stock_name: str, start: str = "identity") -> nn.Module:
 
 
 def trained(model: nn.Module, steps: int = 3) -> nn.Module:
-    """A few steps on random images and labels: every block has left its start."""
+    """Trains a few steps on random images and labels, after which every block has left its start."""
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     before = [parameter.clone() for block in grafted_blocks(model).values() for parameter in block.parameters()]
@@ -66,7 +66,7 @@ def trained(model: nn.Module, steps: int = 3) -> nn.Module:
 
 
 def outputs(model: nn.Module, channels: int = 3) -> list[torch.Tensor]:
-    """In eval and in train mode."""
+    """Returns the outputs in eval and in train mode."""
     images = torch.randn(3, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         results = [model.eval()(images), model.train()(images)]
@@ -126,7 +126,7 @@ def test_fold_changes_norm_and_reader_alone() -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as `apply` writes it, with one input channel and five classes, and one trained since."""
+    """A folder with a directory by `apply`, of one input channel and five classes, and one of a trained model."""
     folder = tmp_path_factory.mktemp("stock")
     base = awake(timm.create_model("resnet18", num_classes=5, in_chans=1), torch.randn(2, 1, SIDE, SIDE))
     safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")

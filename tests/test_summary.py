@@ -1,4 +1,4 @@
-"""What a run of the tests says of itself, in runs of a tiny file."""
+"""A run of the tests reports skipped GPU tests rightly, shown by runs of a tiny file."""
 
 from __future__ import annotations
 

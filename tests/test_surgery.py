@@ -1,4 +1,4 @@
-"""The operation and its traps: what was seen to go wrong in hosts has a test that holds it."""
+"""The operation and its traps: each fault that was seen in a host has a test."""
 
 from __future__ import annotations
 

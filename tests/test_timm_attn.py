@@ -1,4 +1,4 @@
-"""timm's attention modules as blocks: the same numbers, strict options, and starts that are the identity and learn."""
+"""timm's attention modules as blocks: the same numbers, strict options, and identity starts that learn."""
 
 from __future__ import annotations
 

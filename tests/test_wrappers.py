@@ -1,4 +1,4 @@
-"""Surgery on models that are not bare: inside a larger whole, in wrappers, with hooks and changes of their owner's."""
+"""Surgery on models that are not bare: inside a larger model, in wrappers, with hooks and changes of their owner."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cut(model: nn.Module, *edits: tuple[str, str], size: tuple[int, int, int] | 
 
 
 class Trained(nn.Module):
-    """What a LightningModule is to its network."""
+    """A module that holds a network as a LightningModule does."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Trained(nn.Module):
 
 
 class Timm(nn.Module):
-    """What transformers' TimmWrapperModel is to a timm model."""
+    """A module that holds a timm model as transformers' TimmWrapperModel does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def test_stages_of_a_vit_of_two_blocks() -> None:
 
 
 class Decoded(nn.Module):
-    """smp's Unet: the image itself, a feature without channels, the encoder's features; then a decoder."""
+    """A model as smp's Unet: the image, a feature without channels, the encoder's features, and then a decoder."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Decoded(nn.Module):
 
 
 class Dummy(nn.Module):
-    """A module that returns such a list itself."""
+    """A module that returns a list with a feature without channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def test_hooks_of_the_user_are_not_run() -> None:
 
 
 class Hooked(nn.Module):
-    """Gets its result by a hook that it has put on a child: bound to itself, or closing over what it holds."""
+    """Takes its result from a hook on its child, which is a bound method or a closure over its storage."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ def test_pruned_models_can_be_operated_on() -> None:
 
 
 class Keeping(BasicBlock):
-    """Keeps what it has computed, with its graph, in every way."""
+    """Stores the tensor that it has computed, with its graph, in several containers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.feat = super().forward(x)
@@ -545,7 +545,7 @@ def test_data_parallel_is_operated_on_inside() -> None:
 
 
 def as_ddp(model: nn.Module) -> nn.Module:
-    """Without a group of processes."""
+    """Wraps the model without a group of processes."""
     wrapped: Any = object.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.module = model
@@ -757,7 +757,7 @@ VAN = {"url": "", "num_classes": 10, "input_size": (3, 64, 64), "first_conv": "s
 
 @pytest.fixture
 def vanlike() -> Iterator[str]:
-    """Registered as VAN's repository does: an entry point that sets a default_cfg, and nothing of pretrained tags."""
+    """Registers a model as VAN's repository does: an entry point that sets a default_cfg, without pretrained tags."""
     from timm.models import _registry
 
     def vanlike(pretrained: bool = False, **kwargs: Any) -> nn.Module:

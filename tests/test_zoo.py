@@ -1,4 +1,4 @@
-"""The recipes that ship: each reads, resolves, builds and verifies. And one recipe in words fits all kinds of model."""
+"""Each recipe that ships reads, resolves, builds and verifies, and one recipe in words fits all kinds of model."""
 
 from __future__ import annotations
 
