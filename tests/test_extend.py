@@ -146,8 +146,8 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
 @pytest.mark.parametrize(
     ("space", "fields", "said"),
     [
-        (TWO_BLOCKS, {"budget_ms": 50.0}, r"budget_ms: was 100\.0, is now 50\.0\. Go on under those of now with --ext"),
-        (TWO_BLOCKS, {"sampler": "tpe"}, r"sampler: was 'additive', is now 'tpe'\. Go on under those of now"),
+        (TWO_BLOCKS, {"budget_ms": 50.0}, r"budget_ms: was 100\.0, is now 50\.0\. Resume it under the present terms with --ext"),
+        (TWO_BLOCKS, {"sampler": "tpe"}, r"sampler: was 'additive', is now 'tpe'\. Resume it under the present terms"),
         (
             MORE,
             {},

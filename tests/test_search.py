@@ -100,7 +100,7 @@ def test_a_trial_over_budget_is_pruned_before_training(config: SearchConfig, fin
     trained_names: list[str] = []
 
     class Watch(Listener):
-        def asked(self, number: int, name: str) -> None:
+        def trial_started(self, number: int, name: str) -> None:
             self.name = name
 
         def epoch(self, epoch: Epoch) -> None:

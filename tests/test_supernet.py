@@ -191,7 +191,7 @@ def test_a_search_trains_the_supernet_once_and_the_promoted_by_themselves(
 
 def test_a_search_that_stops_in_between_takes_the_supernet_up_again(config: SearchConfig, tmp_path: Path) -> None:
     class Stopping(Listener):
-        def told(self, record: Record, trained: int, wanted: int) -> None:
+        def trial_finished(self, record: Record, trained: int, total: int) -> None:
             if record.number == 1:
                 raise KeyboardInterrupt
 

@@ -155,7 +155,7 @@ def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(
     begun: list[int] = []
 
     class Asked(Hearing):
-        def asked(self, number: int, name: str) -> None:
+        def trial_started(self, number: int, name: str) -> None:
             begun.append(number)
 
     os.environ["DUMMY_SECONDS"] = "3"

@@ -65,12 +65,12 @@ class PlainView(Listener):
         self._say(f"space    {candidates:,} candidates")
         self._say(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
 
-    def told(self, record: Record, trained: int, wanted: int) -> None:
+    def trial_finished(self, record: Record, trained: int, total: int) -> None:
         if record.state in _SILENT:
             return
         outcome = _WORDS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
         numbers = f"{_ms(record.timing)}  {_scores(record, 0)}"
-        self._say(f"[{trained}/{wanted}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
+        self._say(f"[{trained}/{total}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
 
     def promoted(self, record: Record, rungs: int) -> None:
         outcome = f"not promoted: {record.halted}" if record.halted else f"rung {record.reached + 1} of {rungs}"
@@ -142,13 +142,13 @@ class LiveView(_Doing):
         self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
         self._base = base
 
-    def asked(self, number: int, name: str) -> None:
+    def trial_started(self, number: int, name: str) -> None:
         self._now, self._detail = f"trial {number}: {name}", "building and measuring"
 
     def timed(self, number: int, timing: Timing) -> None:
         self._detail = f"{_ms(timing)}, training"
 
-    def told(self, record: Record, trained: int, wanted: int) -> None:
+    def trial_finished(self, record: Record, trained: int, total: int) -> None:
         self._records.append(record)
         self._trained = trained
 

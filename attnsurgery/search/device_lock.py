@@ -27,6 +27,8 @@ import torch
 
 from attnsurgery.latency import LatencyBackend
 
+# flock itself and not filelock: that has no shared lock by flock (its ReadWriteLock is a transaction of SQLite, 0.2 ms a
+# step in place of 2 us), and none of its locks lets a waiting measurement in between two steps, as the gate does.
 try:
     import fcntl
 except ImportError:  # no such locks on this system; then measurements are as noisy as they are
@@ -174,8 +176,8 @@ def _close(files: list[int]) -> None:
 
 def _folder() -> Path:
     """Where this user's locks lie on this machine."""
-    if asked := os.environ.get("ATTNSURGERY_LOCKS"):
-        folder = Path(asked)
+    if path := os.environ.get("ATTNSURGERY_LOCKS"):
+        folder = Path(path)
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -190,10 +192,10 @@ def _folder() -> Path:
 
 
 def _name(device: str) -> str:
-    kind = torch.device(device)
-    if kind.type != "cuda":
-        return kind.type if kind.index is None or kind.type == "cpu" else f"{kind.type}-{kind.index}"
-    index = torch.cuda.current_device() if kind.index is None else kind.index
+    parsed = torch.device(device)
+    if parsed.type != "cuda":
+        return parsed.type if parsed.index is None or parsed.type == "cpu" else f"{parsed.type}-{parsed.index}"
+    index = torch.cuda.current_device() if parsed.index is None else parsed.index
     card: Any = torch.cuda.get_device_properties(index)
     if (uuid := str(getattr(card, "uuid", ""))).strip("0-"):
         return f"cuda-{uuid}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from attnsurgery.errors import SearchError
@@ -118,21 +119,21 @@ def _cut_torn_tail(file: Any) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one search at a time in a run directory; the lock goes with the process, however it ends.
+    """Hold the lock of a run directory: one search at a time. The lock goes with the process, however that ends.
 
     Raises:
-        SearchError: another process holds it.
+        SearchError: another process holds it, or the file system has no locks.
     """
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system
+        lock.acquire()
+    except Timeout:
+        raise SearchError(
+            f"another search is running in {folder}. Wait for it, or give this one another --output."
+        ) from None
+    except OSError as error:
+        raise SearchError(f"cannot lock {folder / LOCK}: {error.strerror}. Give another --output.") from error
+    try:
         yield
-        return
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SearchError(
-                f"another search is running in {folder}. Wait for it, or give this one another --output."
-            ) from None
-        yield
+    finally:
+        lock.release()

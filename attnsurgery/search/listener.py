@@ -30,7 +30,7 @@ class Listener:
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
         """The base has its latency and its score; trials begin."""
 
-    def asked(self, number: int, name: str) -> None:
+    def trial_started(self, number: int, name: str) -> None:
         """A trial begins with the recipe of that name."""
 
     def timed(self, number: int, timing: Timing) -> None:
@@ -39,7 +39,7 @@ class Listener:
     def promoted(self, record: Record, rungs: int) -> None:
         """A candidate was trained on a higher one of so many rungs, or could not be."""
 
-    def told(self, record: Record, trained: int, wanted: int) -> None:
+    def trial_finished(self, record: Record, trained: int, total: int) -> None:
         """A trial is over.
 
         Args:

@@ -105,10 +105,10 @@ def searched(folder: Path, workers: int, trials: int, training_s: float) -> dict
     memory: list[tuple[float, float]] = []
 
     class Watch(Listener):
-        def asked(self, number: int, name: str) -> None:
+        def trial_started(self, number: int, name: str) -> None:
             begun.append(time.monotonic())
 
-        def told(self, record: Record, trained: int, wanted: int) -> None:
+        def trial_finished(self, record: Record, trained: int, total: int) -> None:
             ended.append(time.monotonic())
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             memory.append((resident_mb("self"), max((resident_mb(pid) for pid in children), default=0.0)))

@@ -94,10 +94,10 @@ class Told(Listener):
     def phase(self, text: str) -> None:
         print(f"  {text}", flush=True)
 
-    def told(self, record: Record, trained: int, wanted: int) -> None:
+    def trial_finished(self, record: Record, trained: int, total: int) -> None:
         ms = f"{record.timing.ms:.3f} ms  " if record.timing else ""
         scores = f"{100 * record.top1:.2f} %  loss {record.loss:.4f}  " if record.top1 is not None else ""
-        print(f"  [{trained}/{wanted}] {ms}{scores}{record.state}  {record.what()}", flush=True)
+        print(f"  [{trained}/{total}] {ms}{scores}{record.state}  {record.what()}", flush=True)
 
     def promoted(self, record: Record, rungs: int) -> None:
         print(f"  trial {record.number}: {100 * (record.final_top1 or 0.0):.2f} %", flush=True)

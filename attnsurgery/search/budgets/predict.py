@@ -1,4 +1,4 @@
-"""Latency before it is measured: what the search knows of it, from earlier searches and from its own trials."""
+"""Predicts the latency of candidates from the measurements of earlier searches and of the search's own trials."""
 
 from __future__ import annotations
 
@@ -21,101 +21,105 @@ from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
 
 _SURE = 2.326
-"""Standard deviations: what is over the budget with 99 % certainty need not be built."""
+"""Standard deviations of a one-sided 99 % bound: a candidate that is over the budget beyond it is not built."""
 
 
 class LatencyPredictor:
-    """The latency model of one search; it learns from every trial that was measured.
+    """The latency model of one search; it learns from every measured trial.
 
     Args:
         costs: of the space's candidates.
         places: the space as samplers see it, with the budgets that are known exactly.
-        reference: the base's own latency.
+        budgets: limits of the search.
+        reference: the base's latency.
         known: what was measured before the search, as `kept` gives it.
     """
 
     def __init__(
-        self, costs: Costs, places: Places, budgets: Budgets, reference: Latency, known: Mapping[str, Any]
+        self, costs: Costs, places: Places, budgets: Budgets, reference: Latency, measured_before: Mapping[str, Any]
     ) -> None:
         self._costs, self._places, self._budgets = costs, places, budgets
         self._reference_ms = reference.p50_ms
-        self._known = [Measured(**entry) for entry in known["measured"]]
-        self._kinds = {key: Kind(**kind) for key, kind in known["kinds"].items()} | dict(costs.kinds)
-        self._told: dict[str, Measured] = {}
+        self._earlier = [Measured(**entry) for entry in measured_before["measured"]]
+        self._kinds = {key: Kind(**kind) for key, kind in measured_before["kinds"].items()} | dict(costs.kinds)
+        self._own: dict[str, Measured] = {}
         self._model: LatencyModel | None = None
 
     @staticmethod
-    def kept(shelf: Shelf) -> dict[str, Any]:
-        """What this machine knows already, as JSON data: a search that goes on has to begin with the same."""
-        measured, kinds = shelf.read()
+    def measured_before(shelf: Shelf) -> dict[str, Any]:
+        """The earlier measurements of this machine as JSON data; a resumed search has to begin with the same ones."""
+        measurements, kinds = shelf.read()
         return {
-            "measured": [asdict(one) for one in measured],
+            "measured": [asdict(measurement) for measurement in measurements],
             "kinds": {key: asdict(kind) for key, kind in kinds.items()},
         }
 
     def learn(self, records: Sequence[Record]) -> None:
-        """Take in what was measured since."""
+        """Take in the measurements of new records."""
         for record in records:
-            if record.digest and record.timing and record.state != "duplicate" and record.digest not in self._told:
-                self._told[record.digest] = measured(self._costs, self._places, record, self._reference_ms)
+            if record.digest and record.timing and record.state != "duplicate" and record.digest not in self._own:
+                self._own[record.digest] = measured(self._costs, self._places, record, self._reference_ms)
                 self._model = None
 
     def keep(self, record: Record, shelf: Shelf) -> None:
-        """Put a measured trial on the shelf, for the next search; one that is full is no reason to end this one."""
+        """Save the measurement of a trial for later searches; a full disk does not end this search."""
         if record.timing is not None and record.state != "duplicate":
             with suppress(SearchError):
                 shelf.add(measured(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
 
     @on_one_thread
     def predict(self, assignment: Mapping[str, str]) -> Prediction | None:
-        """The ratio to the base's time; None while nothing is known."""
+        """The predicted ratio to the base's latency; None while there are no measurements."""
         model = self._fitted()
         return None if model is None else model.predict(self._costs.counts(picks_of(self._places, assignment)))
 
     def surely_over_ms(self, assignment: Mapping[str, str]) -> float | None:
-        """The milliseconds predicted, if these are over the budget with 99 % certainty."""
-        most, predicted = self._budgets.most.get("latency"), self.predict(assignment)
-        if most is None or predicted is None or predicted.bound(-_SURE) * self._reference_ms <= most:
+        """The predicted latency in ms if it is over the budget with 99 % certainty, else None."""
+        budget_ms, prediction = self._budgets.most.get("latency"), self.predict(assignment)
+        if budget_ms is None or prediction is None or prediction.bound(-_SURE) * self._reference_ms <= budget_ms:
             return None
-        return predicted.ratio * self._reference_ms
+        return prediction.ratio * self._reference_ms
 
     @on_one_thread
-    def any_within(self, tried: Collection[Picks]) -> bool:
-        """Whether a candidate that was not tried may be within the budgets by what is known."""
+    def any_within(self, excluded: Collection[Picks]) -> bool:
+        """Whether any candidate besides the excluded ones is predicted to be within the budgets."""
         places = self.places()
         if "latency" not in places.budgets:
             return True
         same = [np.zeros(len(choices)) for choices in places.choices.values()]
-        return best(places, same, None, list(places.budgets.values()), tried) is not None
+        return best(places, same, None, list(places.budgets.values()), excluded) is not None
 
     @on_one_thread
     def places(self) -> Places:
-        """The space with a budget for latency beside the exact ones, once anything is known.
+        """The space with a budget for latency beside the exact ones, once there are measurements.
 
-        It is wider by what such a sum is usually off: to measure one candidate that is over costs seconds, never to
-        look at the best one costs the search.
+        This budget is wider by the usual error of a prediction: to measure one candidate that is over the budget costs
+        seconds, but never to consider the best candidate costs the search its result.
         """
-        places, most, model = self._places, self._budgets.most.get("latency"), self._fitted()
-        if most is None or model is None:
+        places, budget_ms, model = self._places, self._budgets.most.get("latency"), self._fitted()
+        if budget_ms is None or model is None:
             return places
         costs = [np.array([model.added(counts) for counts in row]) for row in self._costs.blocks]
-        spare = most / self._reference_ms - 1.0
-        latency = Budget(costs, spare + model.misfit * abs(spare))
+        allowance = budget_ms / self._reference_ms - 1.0
+        latency = Budget(costs, allowance + model.misfit * abs(allowance))
         return replace(places, budgets={**places.budgets, "latency": latency})
 
     @on_one_thread
     def _fitted(self) -> LatencyModel | None:
-        if self._model is None and (self._known or self._told):
-            measured = [*self._known, *self._told.values()]
-            self._model = LatencyModel(self._costs.base["macs"], self._kinds, measured)
+        if self._model is None and (self._earlier or self._own):
+            measurements = [*self._earlier, *self._own.values()]
+            self._model = LatencyModel(self._costs.base["macs"], self._kinds, measurements)
         return self._model
 
 
 def measured(costs: Costs, places: Places, record: Record, reference_ms: float) -> Measured:
-    """What a trial that was measured tells a latency model.
+    """The measurement of a trial as data for a latency model.
 
     Args:
-        reference_ms: the base's time, on whose scale the trial's is.
+        costs: of the space's candidates.
+        places: the space as samplers see it.
+        record: of a trial that was measured.
+        reference_ms: the base's latency, in ms, which the trial's latency is relative to.
     """
     timing = record.timing
     assert timing is not None

@@ -1,1 +1,1 @@
-"""The process that decides: asks for candidates, hands out work, keeps the study, confirms the winner."""
+"""The coordinator: the process that chooses candidates, gives out work, records results and confirms the winner."""

@@ -1,4 +1,4 @@
-"""The base's own latency and scores, taken once: every trial of a search is on this scale."""
+"""The base's latency and scores, which are measured once and are the reference of every trial."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _WAIT_S = 1.0
 
 
 def base_of(bench: Bench, pool: WorkerPool, store: Store, stop: Callable[[], bool]) -> tuple[Latency, Record]:
-    """What the store has of the base; what it lacks is made, by this search or by another at the same study.
+    """The base's latency and record from the store. What is missing is measured by one of the searches at the study.
 
     Raises:
         StopAsked: the user asked for an end.
     """
-    kept = _made_by_others(store, stop)
-    if kept is None:
-        (kept,) = pool.all([Job("base latency")])
-        store.fix("base", dict(kept))
-    reference = Latency(**kept["latency"])
-    if "record" not in kept:
-        (scored,) = pool.all([Job("base scores")])
-        scores = [Promotion(**score) for score in scored["scores"]]
-        kept = {**kept, "record": _record(bench, reference, kept["peak_mb"], scores).as_dict()}
-        store.fix("base", kept)
-    return reference, Record.from_dict(kept["record"])
+    facts = _wait_for_others(store, stop)
+    if facts is None:
+        (facts,) = pool.all([Job("base latency")])
+        store.fix("base", dict(facts))
+    reference = Latency(**facts["latency"])
+    if "record" not in facts:
+        (result,) = pool.all([Job("base scores")])
+        scores = [Promotion(**score) for score in result["scores"]]
+        facts = {**facts, "record": _record(bench, reference, facts["peak_mb"], scores).as_dict()}
+        store.fix("base", facts)
+    return reference, Record.from_dict(facts["record"])
 
 
-def _made_by_others(store: Store, stop: Callable[[], bool]) -> Any:
-    """What there is of the base, once nobody else is to make it.
+def _wait_for_others(store: Store, stop: Callable[[], bool]) -> Any:
+    """What the store has of the base, once it is complete or this search is the one to complete it.
 
     Raises:
         StopAsked: the user asked for an end.

@@ -1,4 +1,4 @@
-"""Describes what a search stands on, for its study and its report."""
+"""Describes the conditions of a search for its study and its report: data, model, latency, versions."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ def about_of(
     bench: Bench,
     reference: Latency,
     command: str,
-    before: Mapping[str, Any] | None,
-    others: Sequence[str] = (),
+    previous: Mapping[str, Any] | None,
+    changes: Sequence[str] = (),
 ) -> About:
-    """Read off what trials are made on.
+    """Describe what trials are made on.
 
     Args:
-        before: what an earlier run of this search has written, if there was one.
-        others: in what this run differs from the one before.
+        bench: what trials are made on.
+        reference: the base's latency.
+        command: the equivalent command line; '' for that of an earlier run.
+        previous: the description that an earlier run of this search wrote, if there was one.
+        changes: how this run differs from the one before.
     """
-    before = before or {}
-    code, data = tuple(before.get("code", ())), bench.data
-    if others:
-        code = (*code, f"extended, {'; '.join(others)}")
+    previous = previous or {}
+    code, data = tuple(previous.get("code", ())), bench.data
+    if changes:
+        code = (*code, f"extended, {'; '.join(changes)}")
     return About(
-        command=command or before.get("command", ""),
+        command=command or previous.get("command", ""),
         conditions=bench.backend.describe(),
         data=data.describe(),
         images={"train": len(data.train), "validation": len(data.val), "test": len(data.test)},
@@ -57,20 +60,24 @@ def about_of(
         input_size=bench.anatomy.input_size,
         places=_places(bench),
         stages=_stages(bench),
-        fresh=before.get("fresh") or bench.fresh,
-        head=bench.head or before.get("head", ""),
+        fresh=previous.get("fresh") or bench.fresh,
+        head=bench.head or previous.get("head", ""),
         notes=data.notes,
         shared=data.shared,
     )
 
 
-def remember(store: Store, bench: Bench, reference: Latency, command: str, others: Sequence[str] = ()) -> About:
+def remember(store: Store, bench: Bench, reference: Latency, command: str, changes: Sequence[str] = ()) -> About:
     """Write into the study what its report needs besides results, and that the search has not ended.
 
     Args:
-        others: in what this run differs from the one before.
+        store: of the study.
+        bench: what trials are made on.
+        reference: the base's latency.
+        command: the equivalent command line; '' for that of an earlier run.
+        changes: how this run differs from the one before.
     """
-    about = about_of(bench, reference, command, store.fixed("about"), others)
+    about = about_of(bench, reference, command, store.fixed("about"), changes)
     store.fix("about", about.as_dict())
     store.fix("asked", bench.config.model_dump(exclude={"storage"}))  # it may hold a password
     store.fix("ended", None)
@@ -78,7 +85,7 @@ def remember(store: Store, bench: Bench, reference: Latency, command: str, other
 
 
 def _places(bench: Bench) -> tuple[Place, ...]:
-    """The places of the space; where a block goes does not depend on which one it is."""
+    """The places of the space. The sites of a place do not depend on which block goes there."""
     places: list[Place] = []
     for variable in bench.space.variables:
         label = next(label for label, edit in variable.choices.items() if edit is not None)
@@ -93,17 +100,18 @@ def _places(bench: Bench) -> tuple[Place, ...]:
 
 
 def _stages(bench: Bench) -> tuple[Stage, ...]:
-    found = {number: bench.anatomy.blocks(number) for number in bench.anatomy.stages}
+    blocks_by_stage = {number: bench.anatomy.blocks(number) for number in bench.anatomy.stages}
     return tuple(
-        Stage(number, len(blocks), blocks[-1].channels, *blocks[-1].map_size) for number, blocks in found.items()
+        Stage(number, len(blocks), blocks[-1].channels, *blocks[-1].map_size)
+        for number, blocks in blocks_by_stage.items()
     )
 
 
 @cache
 def code_version() -> str:
-    """Everything that says what code ran: this package's version with a hash of its files, and what it stands on."""
+    """The code that runs: this package's version with a hash of its files, and the versions of timm, torch, optuna."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
-    others = ", ".join(f"{package.__name__} {package.__version__}" for package in (timm, torch, optuna))
-    return f"attnsurgery {__version__} (source {digest.hexdigest()[:8]}), {others}"
+    libraries = ", ".join(f"{package.__name__} {package.__version__}" for package in (timm, torch, optuna))
+    return f"attnsurgery {__version__} (source {digest.hexdigest()[:8]}), {libraries}"

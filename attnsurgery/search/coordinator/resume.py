@@ -1,8 +1,8 @@
-"""A search goes on under other terms: other budgets, or a space that offers more.
+"""Opens the study of a search, and resumes a search under changed terms: other budgets, or a space that offers more.
 
-What was trained stays: it was trained on the same images from the same weights, and was measured on the same scale. So
-each trial is judged once more, and study and journal are made anew as if the terms of now had always been there. What
-was over a budget and is not any more has to be asked for again; its latency is known.
+Results of trained candidates stay valid, because they were trained on the same images from the same weights and
+measured on the same scale. So each trial is classified again, and study and journal are rebuilt as if the present terms
+had always held. A candidate that was over a budget and no longer is may be asked for again; its latency is known.
 """
 
 from __future__ import annotations
@@ -15,48 +15,53 @@ from typing import Any
 
 from attnsurgery.errors import SearchError
 from attnsurgery.search.budgets.predict import measured
-from attnsurgery.search.compatibility import check_same, fixed_part, judges
+from attnsurgery.search.compatibility import affects_feasibility, check_same, fixed_part
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
 from attnsurgery.search.space import BoundSpace
-from attnsurgery.search.storage.rebuild import clocks_of, remake
+from attnsurgery.search.storage.rebuild import clocks_of, rebuild
 from attnsurgery.search.storage.run_directory import BEST, CONFIRMING
 from attnsurgery.search.storage.schema import STUDY, Terms, same_json, trials_of
 from attnsurgery.search.storage.store import Store
 
 
 def open_store(bench: Bench, folder: Path, listener: Listener) -> tuple[Store, list[str]]:
-    """The study of a search, begun now or earlier.
+    """The study of a new or an earlier search.
+
+    Args:
+        bench: what trials are made on.
+        folder: the run directory.
+        listener: told what a change of terms did to earlier trials.
 
     Returns:
-        The store, and in what this search differs from the one begun.
+        The store, and the differences between this search and the one that created the study.
 
     Raises:
-        SearchError: it holds another search; nothing was changed.
+        SearchError: the study holds another search; nothing was changed.
     """
     config = bench.config
-    how = config.seed, config.sampler, config.rank_by, config.lease_seconds
-    store = Store(folder, config.storage, bench.space, bench.budgets, *how)
+    options = config.seed, config.sampler, config.rank_by, config.lease_seconds
+    store = Store(folder, config.storage, bench.space, bench.budgets, *options)
     try:
-        now, before = same_json(fixed_part(config, bench.found())), store.fixed("config")
+        now, before = same_json(fixed_part(config, bench.environment())), store.fixed("config")
         shared = store.sharing is not None
-        others = before and check_same(before, now, str(folder), extend=config.extend, shared=shared)
-        if others and any(map(judges, others)):
-            _retell(bench, folder, store, now, listener)
-            store = Store(folder, config.storage, bench.space, bench.budgets, *how)
-        elif others or before is None:
+        changes = before and check_same(before, now, str(folder), extend=config.extend, shared=shared)
+        if changes and any(map(affects_feasibility, changes)):
+            _rebuild(bench, folder, store, now, listener)
+            store = Store(folder, config.storage, bench.space, bench.budgets, *options)
+        elif changes or before is None:
             store.fix("config", now)
     except BaseException:
         store.close()
         raise
-    return store, list((others or {}).values())
+    return store, list((changes or {}).values())
 
 
-def judged(record: Record, space: BoundSpace, budgets: Budgets) -> Record | None:
-    """A trial under these terms; None of one that may be tried again."""
+def reclassify(record: Record, space: BoundSpace, budgets: Budgets) -> Record | None:
+    """The record of a trial under these terms; None if the candidate may be tried again."""
     if record.state == "too_many_blocks":
         return record if space.max_blocks is not None and record.blocks > space.max_blocks else None
     if record.state not in ("trained", "over_budget"):
@@ -67,31 +72,31 @@ def judged(record: Record, space: BoundSpace, budgets: Budgets) -> Record | None
     return None if record.top1 is None else replace(record, state="trained", reason=None)
 
 
-def _retell(bench: Bench, folder: Path, store: Store, now: Mapping[str, Any], listener: Listener) -> None:
-    """Make study and journal anew under the terms of now; the store is closed then."""
+def _rebuild(bench: Bench, folder: Path, store: Store, now: Mapping[str, Any], listener: Listener) -> None:
+    """Rebuild study and journal under the present terms `now`; this closes the store."""
     entries = store.journal.read()
-    found = {record.number: record for record in store.records()} | trials_of(entries)
-    found = {number: _placed(record, bench.space) for number, record in sorted(found.items())}
-    kept, again = _sorted_out(found, bench)
-    facts, name = _facts(store.facts(), again, bench, now), store.name
+    records = {record.number: record for record in store.records()} | trials_of(entries)
+    records = {number: _in_space(record, bench.space) for number, record in sorted(records.items())}
+    valid, retryable = _reclassify_all(records, bench)
+    facts, name = _facts(store.facts(), retryable, bench, now), store.name
     store.close()
-    clocks = {number: clock for number, clock in clocks_of(entries).items() if number in kept}
-    old = remake(folder, name, Terms.of(now), facts, kept, clocks, "extend")
-    if (folder / BEST).exists():  # who is the best has to be seen
+    clocks = {number: clock for number, clock in clocks_of(entries).items() if number in valid}
+    old = rebuild(folder, name, Terms.of(now), facts, valid, clocks, "extend")
+    if (folder / BEST).exists():  # the winner is chosen again
         (folder / BEST).rename(folder / f"{BEST}{old[0].removeprefix(STUDY)}")
-    moves = Counter((found[number].state, record.state) for number, record in kept.items())
+    moves = Counter((records[number].state, record.state) for number, record in valid.items())
     listener.phase(
-        f"other terms: {moves['trained', 'trained']} trained trials hold, {moves['trained', 'over_budget']} are over a "
-        f"budget now, {moves['over_budget', 'trained']} are within it again, {len(again)} may be tried anew; "
-        f"what was there before is kept: {', '.join(old)}"
+        f"other terms: {moves['trained', 'trained']} trained trials stay valid, {moves['trained', 'over_budget']} are "
+        f"over a budget now, {moves['over_budget', 'trained']} are within it again, {len(retryable)} may be tried "
+        f"again; the old files are kept: {', '.join(old)}"
     )
 
 
-def _placed(record: Record, space: BoundSpace) -> Record:
-    """A trial as a candidate of this space.
+def _in_space(record: Record, space: BoundSpace) -> Record:
+    """A trial with an assignment for every place of this space.
 
     Raises:
-        SearchError: it would be another one.
+        SearchError: the assignment would stand for another candidate.
     """
     record = replace(record, assignment=space.nothing | dict(record.assignment))
     recipe = space.recipe_of(record.assignment)
@@ -104,32 +109,36 @@ def _placed(record: Record, space: BoundSpace) -> Record:
     return record
 
 
-def _sorted_out(found: Mapping[int, Record], bench: Bench) -> tuple[dict[int, Record], list[Record]]:
-    """The trials that stay, as they are judged now; and those that may be tried again."""
-    kept: dict[int, Record] = {}
-    again: dict[int, Record] = {}
-    for number, record in found.items():
-        now = judged(record, bench.space, bench.budgets)
-        if now is None or record.duplicate_of in again:
-            again[number] = record
+def _reclassify_all(records: Mapping[int, Record], bench: Bench) -> tuple[dict[int, Record], list[Record]]:
+    """The trials that stay, under the present terms; and those that may be tried again."""
+    valid: dict[int, Record] = {}
+    retryable: dict[int, Record] = {}
+    for number, record in records.items():
+        now = reclassify(record, bench.space, bench.budgets)
+        if now is None or record.duplicate_of in retryable:
+            retryable[number] = record
         else:
-            kept[number] = now
-    return kept, list(again.values())
+            valid[number] = now
+    return valid, list(retryable.values())
 
 
-def _facts(facts: Mapping[str, Any], again: Sequence[Record], bench: Bench, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Data of the whole search, without what the terms of before had a say in."""
-    made = {**facts, "config": dict(now), "ended": None}
-    if done := facts.get("confirmation"):
-        made["confirmation"] = Confirmation.from_dict(done).undone().as_dict()
-    if going := facts.get(CONFIRMING):  # a finalist's training is what it was; its time was looked at for a budget
-        made[CONFIRMING] = {key: value for key, value in going.items() if "training:" in key}
+def _facts(
+    facts: Mapping[str, Any], retryable: Sequence[Record], bench: Bench, now: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Data of the whole search, without what depended on the earlier terms."""
+    new_facts = {**facts, "config": dict(now), "ended": None}
+    if confirmation := facts.get("confirmation"):
+        new_facts["confirmation"] = Confirmation.from_dict(confirmation).undone().as_dict()
+    if results := facts.get(CONFIRMING):  # trainings do not depend on the budget, measurements of finalists do
+        new_facts[CONFIRMING] = {key: value for key, value in results.items() if "training:" in key}
     if "record" in (base := facts.get("base") or {}):
-        made["base"] = {**base, "record": {**base["record"], "assignment": bench.space.nothing}}
-    if known := facts.get("latencies"):
-        timed = [record for record in again if record.timing and record.duplicate_of is None]
-        told = [asdict(measured(bench.costs, bench.places, record, base["latency"]["p50_ms"])) for record in timed]
+        new_facts["base"] = {**base, "record": {**base["record"], "assignment": bench.space.nothing}}
+    if latencies := facts.get("latencies"):
+        timed = [record for record in retryable if record.timing and record.duplicate_of is None]
+        measurements = [
+            asdict(measured(bench.costs, bench.places, record, base["latency"]["p50_ms"])) for record in timed
+        ]
         kinds = {key: asdict(kind) for key, kind in bench.costs.kinds.items()}
-        new = [one for one in told if one not in known["measured"]]
-        made["latencies"] = {"measured": [*known["measured"], *new], "kinds": {**known["kinds"], **kinds}}
-    return made
+        new = [measurement for measurement in measurements if measurement not in latencies["measured"]]
+        new_facts["latencies"] = {"measured": [*latencies["measured"], *new], "kinds": {**latencies["kinds"], **kinds}}
+    return new_facts

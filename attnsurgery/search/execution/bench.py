@@ -84,7 +84,7 @@ class Bench:
         """Memory of a forward, where there is a budget for it."""
         return self.backend.peak_bytes(model) / 1e6 if "memory" in self.budgets.most else None
 
-    def found(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """What stands behind the names of the configuration."""
         return {
             "images": self.data.fingerprint,

@@ -1,10 +1,10 @@
-"""What of a search needs a device, in pieces that a worker can be given.
+"""Jobs: the work of a search that needs a device, in units for workers.
 
-Within a process, a trial and its result are records. They become JSON data only where they leave it (`as_dict`,
-`from_dict`, `result_to_data`, `result_from_data`).
+Within a process, a trial and its result are records. They become JSON data only where they leave the process
+(`as_dict`, `from_dict`, `result_to_data`, `result_from_data`).
 
-A job stands by itself. It depends on the search's configuration, on the files of the run directory and on what it is
-given, never on the jobs before it, so any worker can do any job, and one that was lost can be done again.
+A job depends only on the search's configuration, the files of the run directory and its own payload, never on earlier
+jobs. So any worker can do any job, and a lost job can be repeated.
 """
 
 from __future__ import annotations
@@ -24,45 +24,47 @@ from attnsurgery.search.watching import Watching
 Data = dict[str, Any]
 Result = Record | Data
 _OF_RECORDS = ("trial", "promotion")
-"""Kinds of jobs that are given a record and return one."""
+"""Kinds of jobs whose payload holds a record and whose result is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work."""
+    """One unit of work."""
 
     kind: str
-    """One of KINDS."""
-    given: Mapping[str, Any] = field(default_factory=dict)
+    """A key of KINDS."""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the job, by name; they depend on its kind."""
     trial: int | None = None
-    """The trial that it is for."""
+    """Number of the trial that the job belongs to, if any."""
     attempt: int = 1
-    """How often this run has begun it, this time counted."""
+    """Number of this attempt in this run, from 1."""
     most: int = 2
-    """How often it may begin it."""
+    """Maximum number of attempts in one run."""
     before: int = 0
-    """How often earlier runs have."""
+    """Number of attempts in earlier runs."""
     pieces: int = 1
-    """Training batches are passed in so many pieces, for memory ran out before."""
+    """Number of pieces that each training batch is split into, because memory ran out in an earlier attempt."""
     tag: int = 0
-    """Tells it from others; of no meaning to a worker."""
+    """Identifies the job to whoever gave it; workers ignore it."""
 
     def as_dict(self) -> Data:
         """JSON data from which `from_dict` makes an equal job."""
-        data = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**data, "given": {name: _to_data(value) for name, value in self.given.items()}}
+        data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {**data, "payload": {name: _to_data(value) for name, value in self.payload.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Job:
-        given = dict(data["given"])
+        """The job that `as_dict` was called on."""
+        payload = dict(data["payload"])
         if data["kind"] in _OF_RECORDS:
-            given["record"] = Record.from_dict(given["record"])
-        if "reference" in given:
-            given["reference"] = Latency(**given["reference"])
-        return cls(**{**data, "given": given})
+            payload["record"] = Record.from_dict(payload["record"])
+        if "reference" in payload:
+            payload["reference"] = Latency(**payload["reference"])
+        return cls(**{**data, "payload": payload})
 
     def again(self, out_of_memory: bool) -> Job:
-        """The next attempt."""
+        """The job of the next attempt, with smaller pieces if memory ran out."""
         return replace(self, attempt=self.attempt + 1, pieces=self.pieces * (2 if out_of_memory else 1))
 
 
@@ -86,51 +88,51 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Result:
     """Do a job.
 
     Returns:
-        The record of a trial or a promotion; of the other jobs, JSON data.
+        The record of a trial or a promotion; JSON data of any other job.
 
     Raises:
         StopAsked: the user asked for an end.
-        AttnSurgeryError: it cannot be done, and the search with it.
-        RuntimeError and others: a device, or the memory, gave way; another worker may do it.
+        AttnSurgeryError: the job cannot be done, and the search cannot continue without it.
+        RuntimeError and others: the device failed or memory ran out; another worker may be able to do the job.
     """
-    return KINDS[job.kind](bench.in_pieces(job.pieces), job.given, watch)
+    return KINDS[job.kind](bench.in_pieces(job.pieces), job.payload, watch)
 
 
-def _weights(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
+def _weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     return {"weights": starting_weights(bench, watch), "fresh": bench.fresh, "head": bench.head}
 
 
-def _base_latency(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
+def _base_latency(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     return {"latency": asdict(base_latency(bench, watch)), "peak_mb": bench.peak_mb(bench.base)}
 
 
-def _base_scores(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
+def _base_scores(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     scores = base_scores(bench, train_seed(bench), watch)
     return {"scores": [asdict(Promotion.of(score)) for score in scores]}
 
 
-def _trial(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Record:
-    return run_trial(bench, given["record"], given["reference"], watch)
+def _trial(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Record:
+    return run_trial(bench, payload["record"], payload["reference"], watch)
 
 
-def _promotion(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Record:
-    return promote(bench, given["record"], watch)
+def _promotion(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Record:
+    return promote(bench, payload["record"], watch)
 
 
-def _timing(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return asdict(measured_again(bench, Record.from_dict(given["record"]), given["reference"], watch))
+def _timing(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return asdict(measured_again(bench, Record.from_dict(payload["record"]), payload["reference"], watch))
 
 
-def _training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return trained_again(bench, given["record"], given["index"], watch, final=False)
+def _training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return trained_again(bench, payload["record"], payload["index"], watch, final=False)
 
 
-def _final_training(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return trained_again(bench, given["record"], given["index"], watch, final=True)
+def _final_training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return trained_again(bench, payload["record"], payload["index"], watch, final=True)
 
 
-def _verdict(bench: Bench, given: Mapping[str, Any], watch: Watching) -> Data:
-    return judged(bench, Record.from_dict(given["record"]), given["reference"], watch).as_dict()
+def _verdict(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return judged(bench, Record.from_dict(payload["record"]), payload["reference"], watch).as_dict()
 
 
 KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
@@ -144,6 +146,15 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "final training": _final_training,
     "verdict": _verdict,
 }
-"""By name: make the starting weights; measure the base; score it on every rung; build, measure and train a candidate;
-train it on the next rung; measure a finalist again; train one from one more seed; train the winner, or the base, from a
-fresh one; the last word."""
+"""The function of each kind of job, by name.
+
+weights         make the starting weights of the base
+base latency    measure the base
+base scores     train the base on every rung
+trial           build, measure and train a candidate
+promotion       train a candidate on its next rung
+timing          measure a finalist again
+training        train a finalist from another seed
+final training  train the winner, or the base, from a seed that nothing was chosen by
+verdict         compare winner and base on the test images
+"""

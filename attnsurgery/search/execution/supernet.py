@@ -29,7 +29,7 @@ from attnsurgery.blocks._base import Block, Cost, build_block, check_options
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate import Data, Score, TrainSettings, Watch, accuracy, train
-from attnsurgery.evaluate.memory import halving
+from attnsurgery.evaluate.memory import halve_until_it_fits
 from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.proxies import BATCH_NORMS
 from attnsurgery.graph.anatomy import Anatomy
@@ -189,7 +189,7 @@ class Supernet:
                         self.model(x_PCHW)
 
         with float32_as(settings):
-            halving(count, settings.batch_size, settings.pieces, least=2, on_half=watch.accumulating)
+            halve_until_it_fits(count, settings.batch_size, settings.pieces, minimum=2, on_smaller=watch.accumulating)
 
 
 @contextmanager

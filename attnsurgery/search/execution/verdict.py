@@ -64,8 +64,8 @@ def trained_again(
         "top1" and "loss" on the validation split, and of a final training the hash of its "weights"; or why it
         "failed".
     """
-    who = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
-    watch.listener.phase(f"confirming: {who}, seed {index + 1} of {bench.config.confirm_seeds}")
+    name_of_model = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
+    watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of {bench.config.confirm_seeds}")
     model = _begun(bench, record)
     try:
         score = bench.judge.score(
@@ -73,13 +73,13 @@ def trained_again(
         )
     except SearchError as error:
         return {"failed": str(error)}
-    found = {"top1": score.top1, "loss": score.loss}
+    result = {"top1": score.top1, "loss": score.loss}
     if not final:
-        return found
+        return result
     folder, name = Path(bench.config.output), weights_of(record, index)
     (folder / CONFIRMING).mkdir(exist_ok=True)
     write_own(folder, name, packed(model))
-    return {**found, "weights": hash_of(folder / name)}
+    return {**result, "weights": hash_of(folder / name)}
 
 
 def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
@@ -115,8 +115,8 @@ def _balanced(bench: Bench, rights: Mapping[bool, Sequence[torch.Tensor]]) -> tu
     return (means[0], means[1]) if len(means) == 2 else None
 
 
-def _begun(bench: Bench, record: Mapping[str, Any] | None) -> nn.Module:
-    return copy.deepcopy(bench.base) if record is None else build(bench, Recipe.model_validate(record["recipe"]))
+def _begun(bench: Bench, data: Mapping[str, Any] | None) -> nn.Module:
+    return copy.deepcopy(bench.base) if data is None else build(bench, Recipe.model_validate(data["recipe"]))
 
 
 def judge(

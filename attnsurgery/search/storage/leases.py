@@ -55,11 +55,11 @@ class Sharing:
         self._owner = _owner(folder)
         self._host = socket.gethostname()
         self._joined = time.time()
-        self._joined_here = time.monotonic()
+        self._joined_clock = time.monotonic()
         self._working: set[int] = set()
         """Trials of ours that are leased."""
         self._beat_at = 0.0
-        self._seen: dict[str, tuple[Any, float]] = {}
+        self._observed: dict[str, tuple[Any, float]] = {}
         """What was last read of a lease, and when it was new, on our clock."""
         self.beat()
 
@@ -80,7 +80,7 @@ class Sharing:
 
     def leads(self) -> bool:
         """True of one living member at a time: it does what must be done once."""
-        if time.monotonic() - self._joined_here < _SETTLED_S:
+        if time.monotonic() - self._joined_clock < _SETTLED_S:
             return False
         living = {name: member for name, member in self._members().items() if not self._stale(name, member)}
         first = min(living, key=lambda name: (living[name]["joined"], name), default=None)
@@ -110,13 +110,13 @@ class Sharing:
 
     def elsewhere(self) -> list[FrozenTrial]:
         """Trials that living members work on."""
-        others = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
-        return [trial for trial in others if not self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
+        trials = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
+        return [trial for trial in trials if not self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
 
     def lost(self) -> list[FrozenTrial]:
         """Trials whose member is gone."""
-        others = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
-        return [trial for trial in others if self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
+        trials = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
+        return [trial for trial in trials if self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
 
     def inherit(self, trial: FrozenTrial, attributes: Mapping[str, Any] | None) -> None:
         """Fail a lost trial, and put its candidate back under a new number, unless another member was faster.
@@ -138,12 +138,14 @@ class Sharing:
             )
             self._study.add_trial(again)
 
-    def claim(self, number: int, digest: str, room: Callable[[], int], done: Callable[[], set[str | None]]) -> Claimed:
+    def claim(
+        self, number: int, digest: str, room: Callable[[], int], finished_digests: Callable[[], set[str | None]]
+    ) -> Claimed:
         """Whether this member may work on a trial: another may have the same candidate, or the last place.
 
         Args:
             room: how many candidates are still wanted, those that are worked on counted.
-            done: digests of all finished candidates.
+            finished_digests: digests of all finished candidates.
         """
         mine = self._study.get_trials(deepcopy=False)[number]
         self.lease(mine)
@@ -156,8 +158,8 @@ class Sharing:
                 and trial.user_attrs.get(CLAIM)
                 and (self.is_mine(trial) or not self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE)))
             }
-            first = [claim for other, claim in claims.items() if other < number or claim["sure"]]
-            if digest in done() or any(claim["digest"] == digest for claim in first):
+            first = [claim for number_of_claim, claim in claims.items() if number_of_claim < number or claim["sure"]]
+            if digest in finished_digests() or any(claim["digest"] == digest for claim in first):
                 return self._give_way(mine, "twin")
             if len(first) >= room():
                 return self._give_way(mine, "full")
@@ -182,9 +184,9 @@ class Sharing:
         """True of a lease that is not renewed any more, or whose process is seen to be dead."""
         if lease and lease["host"] == self._host and not _alive(lease["pid"]):
             return True
-        value, since = self._seen.get(key, (None, 0.0))
+        value, since = self._observed.get(key, (None, 0.0))
         if since == 0.0 or value != lease:
-            self._seen[key] = (lease, time.monotonic())
+            self._observed[key] = (lease, time.monotonic())
             return False
         return time.monotonic() - since > self._lease_s
 

@@ -1,7 +1,7 @@
-"""A search as its run directory tells it: what was found so far, without model, data or device.
+"""Loads the results of a search from its run directory, without model, data or device.
 
-Nothing is written. A study in the run directory is copied first, as SQLite does that beside a running writer, so a
-search that goes on there is not disturbed, and a study that lies where nothing can be written is read as well.
+Nothing is written there. A study in the run directory is copied first, by SQLite's backup, which is safe beside a
+running writer. So a running search is not disturbed, and a study on a read-only disk can be read as well.
 """
 
 from __future__ import annotations
@@ -39,111 +39,114 @@ from attnsurgery.search.storage.urls import storage_errors, study_name, url_of, 
 
 @dataclass(frozen=True)
 class Saved:
-    """A search of a run directory."""
+    """A search as its run directory holds it."""
 
     outcome: Outcome
+    """The results so far."""
     fixed: Mapping[str, Any]
-    """What may not change while it goes on, as `fixed_part` makes it."""
+    """What may not change when the search is resumed, as `fixed_part` makes it."""
 
 
 def read(folder: Path, storage: str | None = None) -> Saved:
-    """What a run directory and its study hold.
+    """Load the search of a run directory.
 
     Args:
-        storage: URL of the study, where that is not in the directory.
+        folder: the run directory.
+        storage: URL of the study; None if the study is in the run directory.
 
     Raises:
-        UsageError: it is no run directory, or the storage has no such study.
-        SearchError: it cannot be read, or nothing was made yet.
+        UsageError: the folder is no run directory, or the storage has no such study.
+        SearchError: the study cannot be read, or the search has no results yet.
     """
     with _study(folder, storage) as study:
-        kept = dict(study.user_attrs)
-        if not is_format(kept.get(FORMAT_KEY)):
+        facts = dict(study.user_attrs)
+        if not is_format(facts.get(FORMAT_KEY)):
             raise UsageError(
                 f"the study {study.study_name!r} of {folder} was not made by attnsurgery search. A run directory is "
                 "what a search writes."
             )
-        check_format(kept[FORMAT_KEY], str(folder))
-        _check_written(kept, folder)
-        with _readable(kept, folder):
-            return Saved(_outcome(kept, _records(study, folder), folder), kept["config"])
+        check_format(facts[FORMAT_KEY], str(folder))
+        _check_written(facts, folder)
+        with _readable(facts, folder):
+            return Saved(_outcome(facts, _records(study, folder), folder), facts["config"])
 
 
-def _outcome(kept: Mapping[str, Any], records: list[Record], folder: Path) -> Outcome:
+def _outcome(facts: Mapping[str, Any], records: list[Record], folder: Path) -> Outcome:
     return Outcome(
-        config=SearchConfig(**{**kept["asked"], "output": str(folder)}),
+        config=SearchConfig(**{**facts["asked"], "output": str(folder)}),
         folder=folder,
-        about=About.from_dict(kept["about"]),
-        base=Record.from_dict(kept["base"]["record"]),
+        about=About.from_dict(facts["about"]),
+        base=Record.from_dict(facts["base"]["record"]),
         records=records,
-        confirmation=_confirmation(kept, records),
-        interrupted=kept.get("ended") == "interrupted",
-        seconds=kept.get(SECONDS),
+        confirmation=_confirmation(facts, records),
+        interrupted=facts.get("ended") == "interrupted",
+        seconds=facts.get(SECONDS),
     )
 
 
-def _check_written(kept: Mapping[str, Any], folder: Path) -> None:
-    """
+def _check_written(facts: Mapping[str, Any], folder: Path) -> None:
+    """Make sure that the study holds all data that a report needs.
+
     Raises:
-        SearchError: what a report needs was not written down, yet or at all.
+        SearchError: the search has not reached its first trial, or an older version wrote the study.
     """
-    if "record" not in (kept.get("base") or {}):
+    if "record" not in (facts.get("base") or {}):
         raise SearchError(f"the search in {folder} has not come to its first trial. Let it go on, then report it.")
-    if "about" not in kept:
+    if "about" not in facts:
         raise SearchError(
-            f"the search in {folder} was begun by an older attnsurgery, which did not write down all that a report "
-            "needs. Its own command, once more, does that."
+            f"the search in {folder} was begun by an older attnsurgery, which did not store all that a report needs. "
+            "Repeat the command of the search, and it is stored."
         )
 
 
 @contextmanager
-def _readable(kept: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Says of data that lacks something, or has something unknown, who wrote it."""
+def _readable(facts: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Turn errors of missing or unknown data into one that names the version which wrote them."""
     try:
         yield
     except (pydantic.ValidationError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SearchError(
             f"the search in {folder} was written by another attnsurgery, which this one cannot read: {reason}. "
-            f"It was {kept['about'].get('code', ['unknown'])[-1]}."
+            f"It was {facts['about'].get('code', ['unknown'])[-1]}."
         ) from None
 
 
 def _records(study: optuna.Study, folder: Path) -> list[Record]:
-    """Every finished trial, in order; the journal has the last word, for what happens is written there first."""
-    there = {trial.number for trial in study.get_trials(deepcopy=False)}
-    found = {record.number: record for record in records_of(study)}
-    written = trials_of(Journal(folder / TRIALS).read())
-    found |= {number: record for number, record in written.items() if number in there}
-    return [found[number] for number in sorted(found)]
+    """Every finished trial, in order. Where study and journal differ, the journal holds: it is written first."""
+    numbers = {trial.number for trial in study.get_trials(deepcopy=False)}
+    records = {record.number: record for record in records_of(study)}
+    journal = trials_of(Journal(folder / TRIALS).read())
+    records |= {number: record for number, record in journal.items() if number in numbers}
+    return [records[number] for number in sorted(records)]
 
 
-def _confirmation(kept: Mapping[str, Any], records: list[Record]) -> Confirmation | None:
-    """The verdict, if it is on what is the best by now and nothing more was asked for."""
-    given = kept.get("confirmation")
-    if kept.get("ended") != "finished" or not given:
+def _confirmation(facts: Mapping[str, Any], records: list[Record]) -> Confirmation | None:
+    """The confirmation, if the search finished and its finalists are still the best candidates."""
+    data = facts.get("confirmation")
+    if facts.get("ended") != "finished" or not data:
         return None
-    found = Confirmation.from_dict(given)
-    return found if found.answers(contenders(records, found.rank_by)) else None
+    confirmation = Confirmation.from_dict(data)
+    return confirmation if confirmation.answers(contenders(records, confirmation.rank_by)) else None
 
 
 @contextmanager
 def _study(folder: Path, storage: str | None) -> Iterator[optuna.Study]:
     with _url(folder, storage) as url, storage_errors(storage or f"{folder / STUDY}"):
-        kept = optuna.storages.RDBStorage(url)
+        database = optuna.storages.RDBStorage(url)
         try:
-            name = study_name(kept, folder)
+            name = study_name(database, folder)
             if name is None:
-                raise UsageError(_no_study(folder, storage, optuna.get_all_study_names(kept)))
-            yield optuna.load_study(study_name=name, storage=kept)
+                raise UsageError(_no_study(folder, storage, optuna.get_all_study_names(database)))
+            yield optuna.load_study(study_name=name, storage=database)
         finally:
-            kept.remove_session()
-            kept.engine.dispose()
+            database.remove_session()
+            database.engine.dispose()
 
 
 @contextmanager
 def _url(folder: Path, storage: str | None) -> Iterator[str]:
-    """Where Optuna finds the study: what was given, or a copy of the directory's own."""
+    """The URL of the study: `storage`, or that of a copy of the study in the run directory."""
     if storage:
         if not folder.is_dir():
             raise UsageError(_no_run(folder))
@@ -152,15 +155,19 @@ def _url(folder: Path, storage: str | None) -> Iterator[str]:
     if not (folder / STUDY).is_file():
         raise UsageError(_no_run(folder))
     with TemporaryDirectory(prefix="attnsurgery-") as scratch:
-        copied = Path(scratch) / STUDY
-        copy_study(folder / STUDY, copied)
-        yield url_of(copied)
+        copy = Path(scratch) / STUDY
+        copy_study(folder / STUDY, copy)
+        yield url_of(copy)
 
 
 def copy_study(study: Path, to: Path) -> None:
-    """The database as of one moment, whoever writes to it."""
+    """Copy a SQLite database as of one moment, also while another process writes to it.
+
+    Raises:
+        SearchError: the database cannot be read.
+    """
     try:
-        # not read-only: what a dead writer left half-done has to be rolled back before anything can be read
+        # not read-only: SQLite has to roll back the unfinished transaction of a dead writer before it can read
         uri = f"{study.resolve().as_uri()}?mode=rw"
         with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as target:
             source.backup(target)
@@ -183,9 +190,9 @@ def _no_run(folder: Path) -> str:
 
 
 def _no_study(folder: Path, storage: str | None, names: list[str]) -> str:
-    where = without_password(storage) if storage else f"{folder / STUDY}"
+    location = without_password(storage) if storage else f"{folder / STUDY}"
     listed = ", ".join(sorted(names)[:10]) or "none"
     return (
-        f"{where} has no study {folder.resolve().name!r}, which the folder's name asks for; there are: {listed}. "
+        f"{location} has no study {folder.resolve().name!r}, which the folder's name asks for; there are: {listed}. "
         "Give the folder the name that it had when its search began."
     )

@@ -1,7 +1,7 @@
-"""Study and journal of a run directory written anew, beside the old ones and then in their place.
+"""Rebuilds study and journal of a run directory beside the old ones, then puts them in their place.
 
-The old files stay, under other names. Whoever dies in between leaves a directory that can be read: what is done here
-can be done again.
+The old files stay under other names. A process that dies in between leaves a readable directory, and the rebuild can be
+repeated.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from attnsurgery.search.storage.schema import (
 )
 from attnsurgery.search.storage.urls import url_of
 
-_BESIDE_A_STUDY = tuple(f"{STUDY}-{suffix}" for suffix in ("journal", "wal", "shm"))
+_COMPANIONS = tuple(f"{STUDY}-{suffix}" for suffix in ("journal", "wal", "shm"))
+"""Files that SQLite keeps beside a database."""
 
 
-def remake(
+def rebuild(
     folder: Path,
     name: str,
     terms: Terms,
@@ -44,45 +45,47 @@ def remake(
     clocks: Mapping[int, float],
     before: str,
 ) -> tuple[str, ...]:
-    """Put a study with these trials, each under its own number, and its journal in the place of what is there.
+    """Replace study and journal by new ones with these trials, each under its own number.
 
     Args:
+        folder: the run directory.
         name: of the study.
-        terms: what the study is told the trials by.
+        terms: how the study is told the trials.
         facts: data of the whole search.
-        records: by number; one that is lacking is a trial that has failed, for its number is taken.
-        clocks: the search's own time at the end of trials, s, where it is known.
-        before: what the old files are kept for: 'repair' makes study.db.before-repair-1.
+        records: of trials by number. A missing number becomes a failed trial, because numbers cannot be skipped.
+        clocks: the search time at the end of trials where it is known, in s, by trial number.
+        before: the reason, for the names of the old files: 'repair' makes study.db.before-repair-1.
 
     Returns:
-        The names of the old files.
+        The new names of the old files.
     """
-    made = _study_beside(folder, name, terms, facts, records)
+    new_study = _build_study(folder, name, terms, facts, records)
     lines = [{FACT: key, "value": value} for key, value in facts.items() if key != SECONDS]
     for number in sorted(records):
         clock = {CLOCK: clocks[number]} if number in clocks else {}
         lines.append({**records[number].as_dict(), **clock})
-    old = _kept_aside(folder, before)
+    old = _copy_old_files(folder, before)
     write_whole(folder / TRIALS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
-    for beside in _BESIDE_A_STUDY:  # what SQLite keeps beside the old database is not for the new one
-        (folder / beside).unlink(missing_ok=True)
-    put(made, folder / STUDY)
+    for companion in _COMPANIONS:  # SQLite's files of the old database do not belong to the new one
+        (folder / companion).unlink(missing_ok=True)
+    put(new_study, folder / STUDY)
     return old
 
 
 def put(path: Path, target: Path) -> Path:
-    """Give a file the name of another, which then is it or the one of before, whatever happens."""
+    """Replace one file by another in one step: a reader sees the old file or the new one."""
     return path.replace(target)
 
 
 def clocks_of(entries: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """From the lines of a journal: the search's own time at the end of every trial, s."""
+    """The search time at the end of every trial, in s, by trial number, from the lines of a journal."""
     return {entry["number"]: float(entry[CLOCK]) for entry in entries if CLOCK in entry and "number" in entry}
 
 
-def _study_beside(
+def _build_study(
     folder: Path, name: str, terms: Terms, facts: Mapping[str, Any], records: Mapping[int, Record]
 ) -> Path:
+    """A new database in the run directory with the study; its path."""
     path = folder / f".{STUDY}.new"
     path.unlink(missing_ok=True)
     storage = optuna.storages.RDBStorage(url_of(path))
@@ -109,12 +112,12 @@ def _study_beside(
     return path
 
 
-def _kept_aside(folder: Path, before: str) -> tuple[str, ...]:
-    """Copies of the old files, under names that are free."""
+def _copy_old_files(folder: Path, before: str) -> tuple[str, ...]:
+    """Copy the old files to free names, which are returned."""
     number = 1
     while list(folder.glob(f"*.before-{before}-{number}")):
         number += 1
-    there = [name for name in (STUDY, *_BESIDE_A_STUDY, TRIALS) if (folder / name).exists()]
-    for name in there:
+    names = [name for name in (STUDY, *_COMPANIONS, TRIALS) if (folder / name).exists()]
+    for name in names:
         shutil.copy2(folder / name, folder / f"{name}.before-{before}-{number}")
-    return tuple(f"{name}.before-{before}-{number}" for name in there)
+    return tuple(f"{name}.before-{before}-{number}" for name in names)

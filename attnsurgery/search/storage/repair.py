@@ -1,7 +1,7 @@
-"""A run directory made whole again: the study from the journal, the journal from the study, whichever can be read.
+"""Repairs a run directory: rebuilds the study from the journal and the journal from the study, as far as they are read.
 
-Both hold all that a search has come to. What one of them lacks, or what is damaged in it, is taken from the other, and
-where both have it the journal has the last word, for it is written first. The old files stay beside the new ones.
+Both hold all results of a search. What is missing or damaged in one of them is taken from the other. Where they differ,
+the journal holds, because it is written first. The old files stay beside the new ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pydantic
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search.files import LOCK, locked
 from attnsurgery.search.result.record import Record, trained
-from attnsurgery.search.storage.rebuild import clocks_of, remake
+from attnsurgery.search.storage.rebuild import clocks_of, rebuild
 from attnsurgery.search.storage.schema import (
     FACT,
     FORMAT_KEY,
@@ -36,89 +36,94 @@ from attnsurgery.search.storage.schema import (
 )
 from attnsurgery.search.storage.urls import study_name, url_of
 
-_Kept = tuple[dict[str, Any], dict[int, Record], str]
+_StudyData = tuple[dict[str, Any], dict[int, Record], str]
 """Facts, trials and name of a study."""
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair has found and made."""
+    """The result of a repair."""
 
     folder: Path
+    """The run directory."""
     trials: int
+    """Number of trials in the new study and journal."""
     trained: int
+    """How many of them are trained candidates within the budget."""
     from_study: int | None
-    """Trials that the old study had; None if it could not be read."""
+    """Number of trials in the old study; None if it could not be read."""
     from_journal: int
-    """Trials that the old journal had, in the lines that could be read."""
+    """Number of trials in the readable lines of the old journal."""
     damaged_lines: int
+    """Number of unreadable lines of the old journal."""
     kept: tuple[str, ...]
-    """The old files, under their new names."""
+    """New names of the old files."""
 
 
 def repair(folder: Path) -> Repaired:
-    """Make study and journal of a run directory anew.
+    """Rebuild study and journal of a run directory.
 
     Raises:
-        UsageError: it is no run directory.
-        SearchError: it is in use, or neither study nor journal tells what the search was; nothing was changed then.
+        UsageError: the folder is no run directory.
+        SearchError: the run directory is in use, or neither study nor journal holds the settings of the search. Nothing
+            was changed.
     """
     if not (folder / STUDY).exists() and not (folder / TRIALS).exists():
         raise UsageError(f"{folder} is no run directory: it has neither {STUDY} nor {TRIALS}.")
     if not (folder / LOCK).exists():
-        _readable(folder)  # so that no lock file is left where nothing can be done
+        _readable(folder)  # fails before a lock file is created
     with locked(folder):
-        entries, damaged, kept, facts, written = _readable(folder)
-        records, name = (kept[1], kept[2]) if kept else ({}, folder.resolve().name)
-        everything = {**records, **written}
+        entries, damaged, study, facts, in_journal = _readable(folder)
+        records, name = (study[1], study[2]) if study else ({}, folder.resolve().name)
+        everything = {**records, **in_journal}
         clocks = clocks_of(entries)
         if clocks:
             facts = {SECONDS: max(clocks.values()), **facts}
-        old = remake(folder, name, _terms(facts, folder), facts, everything, clocks, "repair")
+        old = rebuild(folder, name, _terms(facts, folder), facts, everything, clocks, "repair")
     return Repaired(
         folder=folder,
         trials=len(everything),
         trained=len(trained(everything.values())),
-        from_study=len(records) if kept else None,
-        from_journal=len(written),
+        from_study=len(records) if study else None,
+        from_journal=len(in_journal),
         damaged_lines=damaged,
         kept=old,
     )
 
 
-def _readable(folder: Path) -> tuple[list[dict[str, Any]], int, _Kept | None, dict[str, Any], dict[int, Record]]:
-    """Lines of the journal, how many are damaged, what the study holds, the facts of both, trials of the journal.
+def _readable(folder: Path) -> tuple[list[dict[str, Any]], int, _StudyData | None, dict[str, Any], dict[int, Record]]:
+    """Lines of the journal, number of damaged lines, data of the study, facts of both, trials of the journal.
 
     Raises:
-        SearchError: neither tells what the search was.
+        SearchError: neither study nor journal holds the settings of the search.
     """
     entries, damaged = _readable_lines(folder / TRIALS)
-    kept = _kept(folder / STUDY)
-    facts = {**(kept[0] if kept else {}), **facts_of(entries)}
-    written = _trials(entries, folder)
+    study = _read_study(folder / STUDY)
+    facts = {**(study[0] if study else {}), **facts_of(entries)}
+    in_journal = _trials(entries, folder)
     check_format(facts.get(FORMAT_KEY), str(folder))
     if "config" not in facts:
         raise SearchError(
             f"{folder} cannot be repaired: neither {STUDY} nor {TRIALS} says what the search was. Nothing was changed."
         )
-    return entries, damaged, kept, facts, written
+    return entries, damaged, study, facts, in_journal
 
 
 def _readable_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a journal that read as JSON objects, and how many do not."""
+    """The lines of a journal that are JSON objects of a search, and the number of other lines."""
     if not path.exists():
         return [], 0
-    found, damaged = [], 0
+    entries, damaged = [], 0
     for line in path.read_bytes().splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             entry = None
         if isinstance(entry, dict) and (FACT in entry or "number" in entry):
-            found.append(entry)
+            entries.append(entry)
         else:
             damaged += 1
-    return found, damaged
+    return entries, damaged
 
 
 def _trials(entries: list[dict[str, Any]], folder: Path) -> dict[int, Record]:
@@ -131,7 +136,7 @@ def _trials(entries: list[dict[str, Any]], folder: Path) -> dict[int, Record]:
         ) from None
 
 
-def _kept(path: Path) -> _Kept | None:
+def _read_study(path: Path) -> _StudyData | None:
     """Facts, trials and name of a study; None if it cannot be read."""
     if not path.is_file() or not path.stat().st_size:
         return None
@@ -149,7 +154,7 @@ def _kept(path: Path) -> _Kept | None:
         finally:
             storage.remove_session()
             storage.engine.dispose()
-    except Exception:  # whatever SQLite, SQLAlchemy and Optuna say of a damaged database
+    except Exception:  # a damaged database raises errors of SQLite, SQLAlchemy or Optuna
         return None
 
 
@@ -158,6 +163,6 @@ def _terms(facts: Mapping[str, Any], folder: Path) -> Terms:
         return Terms.of(facts["config"])
     except (KeyError, TypeError, pydantic.ValidationError) as error:
         raise SearchError(
-            f"{folder} cannot be repaired: what it says of its search does not read: {' '.join(str(error).split())}. "
+            f"{folder} cannot be repaired: the settings of its search cannot be read: {' '.join(str(error).split())}. "
             "Nothing was changed."
         ) from None

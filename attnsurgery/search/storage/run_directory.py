@@ -1,8 +1,8 @@
-"""A run directory: a search writes into its own alone, and there replaces and removes only what it has written itself.
+"""The run directory: a search writes only into its own, and replaces or removes only files that it has written itself.
 
-A directory is a run directory by its mark; one from before there were marks is known by its study or its journal. Every
-file that the search writes there is noted with its digest first. Whatever else stands at the place of such a file, and
-whatever was changed since, is renamed to NAME.kept-1 and stays.
+A mark file makes a directory a run directory; those of older versions are recognized by their study or journal. Every
+file that the search writes is first listed with its digest. A file of another origin, or one that was changed since,
+is renamed to NAME.kept-1 and never lost.
 """
 
 from __future__ import annotations
@@ -23,29 +23,34 @@ from attnsurgery.search.storage.schema import FACT, FORMAT_KEY, STUDY, TRIALS, i
 CONFIG = "config.yaml"
 """File of the run directory: the settings of the search, as `attnsurgery search --config` reads them."""
 CONFIRMING = "confirming"
-"""Folder of the run directory that holds what finalists were trained to, until there is a verdict."""
+"""Folder of the run directory that holds the trained weights of finalists until there is a verdict."""
 BEST = "best"
-"""Folder of the run directory that holds the winner as it was trained."""
+"""Folder of the run directory that holds the trained winner."""
 
 
 def weights_of(record: Mapping[str, Any] | None, index: int) -> str:
-    """Where in the run directory the weights lie that the winner, or the base, has come to from one of the seeds."""
+    """Path, relative to the run directory, of the weights of the winner's or the base's (None) training from a seed.
+
+    Args:
+        record: of the winner; None for the base.
+        index: of the seed.
+    """
     return f"{CONFIRMING}/{'base' if record is None else record['digest'][:16]}-{index}.safetensors"
 
 
 WEIGHTS = "base.safetensors"
-"""What all trials of a run directory begin from."""
+"""File of the run directory: the base's starting weights, from which all trials begin."""
 SUPERNET_WEIGHTS = "supernet.safetensors"
-"""There, what a supernet was trained to."""
+"""File of the run directory: the weights of the trained supernet."""
 IMAGES = ".images.json"
-"""There, the digests of image files: those that have not changed since are not read again."""
+"""File of the run directory: the digests of image files. Files that have not changed are not read again."""
 
 MARK = ".attnsurgery-run"
 """File that makes a directory a run directory."""
 WRITTEN = ".written.jsonl"
-"""File that lists what the search has written, a JSON object a line: name and digest."""
+"""File that lists the files which the search has written: one JSON object a line, with name and digest."""
 _NO_CONTENT = {".lock", ".DS_Store", ".gitkeep", ".gitignore", "lost+found"}
-"""Entries of a directory that counts as empty all the same."""
+"""Names that an empty directory may contain."""
 _SQLITE = b"SQLite format 3\0"
 
 
@@ -53,8 +58,8 @@ def check_free(folder: Path) -> None:
     """Make sure that a search may write into a directory; nothing is changed.
 
     Raises:
-        UsageError: it is a file, or holds something and is no run directory.
-        SearchError: it cannot be looked at.
+        UsageError: the path is a file, or a directory with other files that is no run directory.
+        SearchError: the directory cannot be read.
     """
     try:
         if not folder.exists() and not folder.is_symlink():
@@ -62,11 +67,13 @@ def check_free(folder: Path) -> None:
         if not folder.is_dir():
             raise UsageError(f"the run directory {folder} is a file. Name a directory that is new or empty.")
         names = (entry.name for entry in folder.iterdir())
-        held = sorted(name for name in names if name not in _NO_CONTENT and MARK not in name)  # nor a mark half written
+        entries = sorted(
+            name for name in names if name not in _NO_CONTENT and MARK not in name
+        )  # a partly written mark is no content either
     except OSError as error:
         raise SearchError(f"cannot look into the run directory {folder}: {error.strerror}.") from None
-    if held and not is_run(folder):
-        some = ", ".join(held[:3]) + ", ..." * (len(held) > 3)
+    if entries and not is_run(folder):
+        some = ", ".join(entries[:3]) + ", ..." * (len(entries) > 3)
         raise UsageError(
             f"{folder} is no run directory and not empty: it holds {some}. A search writes into a directory that is "
             "new, empty, or that of a search, so that it never replaces files of others. Name another one."
@@ -74,12 +81,12 @@ def check_free(folder: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a search has written it."""
+    """Whether a directory is the run directory of a search."""
     return (folder / MARK).is_file() or _old_journal(folder / TRIALS) or _old_study(folder / STUDY)
 
 
 def mark(folder: Path) -> None:
-    """Make a directory a run directory. Weights in one from before there were marks are noted as the search's own.
+    """Make a directory a run directory. Weights in one of an older version are listed as the search's own.
 
     Raises:
         SearchError: the disk is full or not writable.
@@ -94,92 +101,95 @@ def mark(folder: Path) -> None:
 
 
 def write_own(folder: Path, name: str, content: str | bytes) -> str:
-    """Write a file of the search as a whole or not at all.
+    """Write a file of the search completely or not at all.
 
     Args:
-        name: relative to the run directory.
+        folder: the run directory.
+        name: of the file, relative to the run directory.
+        content: of the file.
 
     Returns:
-        The new name of what stood there and was not the search's; '' if there was no such thing.
+        The new name of an earlier file that was not the search's own; '' if there was none.
 
     Raises:
-        SearchError: the disk is full or not writable; what was there before is there.
+        SearchError: the disk is full or not writable; the earlier file is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    kept = set_aside(folder, name)
+    new_name = set_aside(folder, name)
     _note(folder, name, hashlib.sha256(data).hexdigest())
     write_whole(folder / name, data)
-    return kept
+    return new_name
 
 
-def replace_own(folder: Path, name: str, made: Path) -> str:
-    """Give a directory of the search its name.
+def replace_own(folder: Path, name: str, source: Path) -> str:
+    """Move a new directory of the search to its final name, in place of an earlier one.
 
     Args:
-        name: relative to the run directory.
-        made: the directory, under another name in the run directory.
+        folder: the run directory.
+        name: of the directory, relative to the run directory.
+        source: the new directory, under another name in the run directory.
 
     Returns:
-        The new name of what stood there and was not the search's alone; '' if there was no such thing.
+        The new name of an earlier directory that was not wholly the search's own; '' if there was none.
 
     Raises:
         SearchError: the disk is full or not writable.
     """
-    for path in _files(made):
-        _note(folder, f"{name}/{path.relative_to(made).as_posix()}", digest_of(path))
-    kept = set_aside(folder, name)
+    for path in _files(source):
+        _note(folder, f"{name}/{path.relative_to(source).as_posix()}", digest_of(path))
+    new_name = set_aside(folder, name)
     if (folder / name).exists():
         shutil.rmtree(folder / name)
-    made.rename(folder / name)
-    return kept
+    source.rename(folder / name)
+    return new_name
 
 
 def remove_own(folder: Path, name: str) -> None:
-    """Remove what the search has written under that name; of a directory, each such file, and itself if it is empty."""
-    written = _written(folder)
+    """Remove a file of the search, or all such files of a directory and then the directory if it is empty."""
+    written_files = _own_files(folder)
     for path in _files(folder / name):
-        if (path.relative_to(folder).as_posix(), digest_of(path)) in written:
+        if (path.relative_to(folder).as_posix(), digest_of(path)) in written_files:
             path.unlink()
-    with suppress(OSError):  # there is something of others in it, or it is gone
+    with suppress(OSError):  # the directory has other files, or does not exist
         (folder / name).rmdir()
 
 
 def set_aside(folder: Path, name: str) -> str:
-    """Rename what stands under a name if it is not the search's; the new name, or ''.
+    """Rename a file or directory that is not the search's own; return the new name, or '' if nothing was renamed.
 
     Raises:
-        SearchError: it cannot be renamed.
+        SearchError: the file or directory cannot be renamed.
     """
     path = folder / name
     if not (path.exists() or path.is_symlink()) or is_own(folder, name):
         return ""
     number = 1
-    while (kept := folder / f"{name}.kept-{number}").exists() or kept.is_symlink():
+    while (target := folder / f"{name}.kept-{number}").exists() or target.is_symlink():
         number += 1
     try:
-        path.rename(kept)
+        path.rename(target)
     except OSError as error:
-        raise SearchError(f"cannot rename {path} to {kept.name}: {error.strerror}. It stays as it is.") from None
-    return kept.relative_to(folder).as_posix()
+        raise SearchError(f"cannot rename {path} to {target.name}: {error.strerror}. It stays as it is.") from None
+    return target.relative_to(folder).as_posix()
 
 
 def is_own(folder: Path, name: str) -> bool:
-    """Whether all that stands under a name is as the search has written it."""
+    """Whether a file, or every file of a directory, is unchanged since the search wrote it."""
     path = folder / name
     if path.is_symlink() or not path.exists():
         return False
-    written = _written(folder)
-    held = [path] if path.is_file() else list(path.rglob("*"))
-    return bool(held) and all(
+    written_files = _own_files(folder)
+    entries = [path] if path.is_file() else list(path.rglob("*"))
+    return bool(entries) and all(
         entry.is_file()
         and not entry.is_symlink()
-        and (entry.relative_to(folder).as_posix(), digest_of(entry)) in written
-        for entry in held
+        and (entry.relative_to(folder).as_posix(), digest_of(entry)) in written_files
+        for entry in entries
     )
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal digits."""
+    """The SHA-256 digest of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -191,12 +201,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _note(folder: Path, name: str, digest: str) -> None:
-    if (name, digest) not in _written(folder):
+    if (name, digest) not in _own_files(folder):
         Journal(folder / WRITTEN).append({"name": name, "digest": digest})
 
 
-def _written(folder: Path) -> set[tuple[str, str]]:
-    """Names and digests of all that the search has ever written; lines that do not read are left out."""
+def _own_files(folder: Path) -> set[tuple[str, str]]:
+    """Names and digests of all files that the search has ever written; unreadable lines are skipped."""
     return {
         (entry["name"], entry["digest"])
         for entry in _objects(folder / WRITTEN)
@@ -205,34 +215,34 @@ def _written(folder: Path) -> set[tuple[str, str]]:
 
 
 def _old_journal(path: Path) -> bool:
-    """Whether a file is the journal of a search: a line of it has our format."""
+    """Whether a file is the journal of a search: one of its lines has our format."""
     return any(entry.get(FACT) == FORMAT_KEY and is_format(entry.get("value")) for entry in _objects(path))
 
 
 def _old_study(path: Path) -> bool:
-    """Whether a file is a database of Optuna that holds the study of a search."""
+    """Whether a file is an Optuna database that holds the study of a search."""
     try:
         with path.open("rb") as file:
             if file.read(len(_SQLITE)) != _SQLITE:
                 return False
         uri = f"{path.resolve().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True)) as connection:
-            found = connection.execute("SELECT value_json FROM study_user_attributes WHERE key = ?", (FORMAT_KEY,))
-            return any(is_format(json.loads(value)) for (value,) in found)
+            rows = connection.execute("SELECT value_json FROM study_user_attributes WHERE key = ?", (FORMAT_KEY,))
+            return any(is_format(json.loads(value)) for (value,) in rows)
     except (OSError, sqlite3.Error, ValueError):
         return False
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that read as JSON objects."""
+    """The lines of a file that are JSON objects."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    found = []
+    objects = []
     for line in lines:
         with suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict):
-                found.append(entry)
-    return found
+                objects.append(entry)
+    return objects

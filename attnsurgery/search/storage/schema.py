@@ -1,4 +1,4 @@
-"""What a study and its journal hold, and under which keys; and what a study is told of a trial."""
+"""The data model of study and journal: keys, formats, and how a finished trial is reported to the study."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from attnsurgery.search.result.record import Record, State
 from attnsurgery.settings import RankBy
 
 STUDY, TRIALS = "study.db", "trials.jsonl"
-"""Of a run directory."""
+"""Files of a run directory: the study, and its journal."""
 RECORD = "record"
-"""User attribute of a trial: what became of it."""
+"""User attribute of a trial: its record."""
 KNOWN: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
-"""States of a candidate that need not be tried again."""
+"""States of a candidate that is not tried again."""
 FACT, CLOCK = "fact", "clock"
-"""Keys of the journal: a line with the first keeps data of the whole search; the second is the search's own time."""
+"""Keys of the journal. A line with the first holds data of the whole search; the second is the search time, in s."""
 SECONDS = "seconds"
-"""Under which the study keeps that time; of a journal, its last line has it."""
+"""User attribute of the study: the search time, in s. In the journal, the last trial has it as its clock."""
 FORMAT_KEY, FORMAT = "format", 1
-"""Of study and journal; one that is newer is not read."""
+"""The key of the format version in study and journal, and the version; newer versions are not read."""
 SLOT, HOW, BEGUN = "slot", "how", "begun"
-"""User attributes of a trial: which ask of the search it is, set when all of it is known; who chose it; how often work
-on it was begun."""
+"""User attributes of a trial: how many candidates were asked for before it, set once its candidate is complete; who
+chose it; how often work on it has begun."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a study is told by: the same for all of its trials."""
+    """What decides how a trial is reported to its study; the same for all trials of a study."""
 
     choices: Mapping[str, Sequence[str]]
-    """The labels of every variable."""
+    """The labels of every variable of the space."""
     max_blocks: int | None
+    """Maximum number of blocks in one candidate."""
     budgets: Budgets
+    """The limits that the study's constraints are relative to."""
     rank_by: RankBy
+    """The score that is the value of a trial."""
 
     @classmethod
     def of(cls, fixed: Mapping[str, Any]) -> Terms:
-        """From what `fixed_part` has made."""
-        asked = {name: fixed[name] for name in SearchConfig.model_fields if name in fixed}
+        """The terms of a search from its settings as `fixed_part` stores them."""
+        settings = {name: fixed[name] for name in SearchConfig.model_fields if name in fixed}
         choices = fixed["choices"]
-        budgets = Budgets.of(SearchConfig(**asked))
+        budgets = Budgets.of(SearchConfig(**settings))
         return cls(choices["variables"], choices["max_blocks"], budgets, fixed["rank_by"])
 
     @property
@@ -58,7 +61,7 @@ class Terms:
         return {name: CategoricalDistribution(tuple(labels)) for name, labels in self.choices.items()}
 
     def settle(self, study: optuna.Study, trial: optuna.trial.Trial, record: Record) -> None:
-        """Tell the study what became of a trial that runs."""
+        """Finish a running trial of the study with the result in its record."""
         check = self.budgets.check(record)
         for name, share in check.by.items():
             trial.set_constraint(name, share)
@@ -66,7 +69,7 @@ class Terms:
             trial.set_constraint(BLOCKS, float(record.blocks - self.max_blocks))
         score = record.score_on(0, self.rank_by)
         if record.state != "too_many_blocks" and score is not None:
-            study.tell(trial, score)  # also of one that is over a budget which was wider when it was trained
+            study.tell(trial, score)  # also if it is over a budget now, but was trained when the budget was wider
         elif record.state == "too_many_blocks" or not check.within:
             study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -74,7 +77,7 @@ class Terms:
 
 
 def facts_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """From the lines of a journal: data of the whole search, as of the last line of each kind."""
+    """Data of the whole search from the lines of a journal; the last line of each key holds."""
     return {entry[FACT]: entry["value"] for entry in entries if FACT in entry}
 
 
@@ -84,7 +87,7 @@ def facts_in(study: optuna.Study) -> dict[str, Any]:
 
 
 def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
-    """From the lines of a journal: every finished trial by its number, as of its last line."""
+    """Every finished trial by its number, from the lines of a journal; the last line of each trial holds."""
     return {
         entry["number"]: Record.from_dict({key: value for key, value in entry.items() if key != CLOCK})
         for entry in entries
@@ -93,18 +96,23 @@ def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
 
 
 def is_format(value: Any) -> bool:
-    """Whether a value is the mark of a study or journal of a search, of this version or another."""
+    """Whether a value is a format version of a search's study or journal, of this or another version."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_format(written: int | None, where: str) -> None:
-    """
+def check_format(version: int | None, location: str) -> None:
+    """Refuse a format that a newer version has written.
+
+    Args:
+        version: of the format; None if there is none yet.
+        location: of the study, for the message.
+
     Raises:
-        SearchError: another version has written it, in a way that this one does not know.
+        SearchError: the format is newer than this version knows.
     """
-    if written is not None and written > FORMAT:
+    if version is not None and version > FORMAT:
         raise SearchError(
-            f"{where} was written by a newer attnsurgery (format {written}, and this one knows {FORMAT}). Update "
+            f"{location} was written by a newer attnsurgery (format {version}, and this one knows {FORMAT}). Update "
             "attnsurgery to go on with it; nothing was changed."
         )
 
@@ -120,10 +128,10 @@ def records_of(study: optuna.Study) -> list[Record]:
 
 
 def promoted_key(number: int | str) -> str:
-    """Where the study keeps what became of a trial after it was told."""
+    """The study's key for the record of a trial that was changed after the trial was finished."""
     return f"promoted:{number}"
 
 
 def same_json(data: Any) -> Any:
-    """What `data` is after a trip through JSON, as a storage gives it back."""
+    """Data as a storage returns it: converted to JSON and back."""
     return json.loads(json.dumps(data))

@@ -1,4 +1,4 @@
-"""Storages by their URLs, and clear words where one cannot be opened or written."""
+"""Opens storages by their URLs, and explains why one cannot be opened or written."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-"""Of a URL that names none; postgres:// is what hosts of databases often write for postgresql://."""
+"""Drivers for URLs that name none. Database hosts often write postgres:// for postgresql://."""
 _LOCKED_S = 60.0
+"""How long to wait for a SQLite database that another process writes to, in s."""
 _EXTRAS = {"postgres": "postgres", "mysql": "mysql", "grpc": "grpc"}
-"""By what a URL begins with: what of this package to install."""
+"""The extra of this package that installs the driver, by the beginning of a URL."""
 _KINDS = "It reads like sqlite:///study.db, postgresql://user@host/name, mysql://user@host/name or grpc://host:port."
 _NO_URL = f"--storage is not a database URL. {_KINDS}"
 
 
 def opened(url: str | BaseStorage) -> BaseStorage:
-    """What a URL names, with the drivers that the extras of this package install."""
+    """The storage of a URL, with the drivers that the extras of this package install."""
     if not isinstance(url, str):
         return url
     if proxy := _proxy_of(url):
@@ -37,30 +38,30 @@ def opened(url: str | BaseStorage) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.GrpcStorageProxy(host=host, port=port)
-    # a database that another one writes to is waited for, and a connection that a server has dropped is made anew
-    how = {"connect_args": {"timeout": _LOCKED_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=how)
+    # wait for a SQLite database that another process writes to; reconnect where a server has dropped the connection
+    options = {"connect_args": {"timeout": _LOCKED_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=options)
 
 
 def url_of(database: Path) -> str:
-    """The URL of a database in a file, in whose path a '?' or '%' may stand, which mean something else in a URL."""
+    """The URL of a SQLite file; '?' and '%' in its path are escaped."""
     from sqlalchemy.engine import URL
 
     return URL.create("sqlite", database=str(database.resolve())).render_as_string(hide_password=False)
 
 
 def close(storage: BaseStorage) -> None:
-    """Let go of a database."""
+    """Close the connections of a storage."""
     if isinstance(storage, optuna.storages.RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
 
 
 def check_url(url: str) -> None:
-    """Make sure that a URL reads and that its driver is there; nothing is connected to.
+    """Make sure that a URL can be parsed and that its driver is installed; no connection is made.
 
     Raises:
-        UsageError: it does not read, or its driver is missing.
+        UsageError: the URL cannot be parsed, or its driver is missing.
     """
     with storage_errors(url):
         if _proxy_of(url):
@@ -74,16 +75,16 @@ def check_url(url: str) -> None:
 def _with_driver(url: str) -> str:
     scheme, colon, rest = url.partition("://")
     scheme = _DRIVERS.get(scheme, scheme)
-    if scheme.startswith("postgres+"):  # a driver that is not the usual one
+    if scheme.startswith("postgres+"):  # the URL names a driver
         scheme = scheme.replace("postgres", "postgresql", 1)
     return f"{scheme}{colon}{rest}"
 
 
 def _proxy_of(url: str) -> tuple[str, int] | None:
-    """Host and port of Optuna's gRPC proxy; None of any other URL.
+    """Host and port of Optuna's gRPC proxy; None for any other URL.
 
     Raises:
-        UsageError: it does not say both.
+        UsageError: host or port is missing.
     """
     scheme, _, rest = url.partition("://")
     if scheme != "grpc":
@@ -96,7 +97,7 @@ def _proxy_of(url: str) -> tuple[str, int] | None:
 
 @contextmanager
 def writing_errors() -> Iterator[None]:
-    """Says of a study that cannot be written, because the disk is full or the server gone, what that means."""
+    """Explain errors of a study that cannot be written, because the disk is full or the server is down."""
     try:
         yield
     except Exception as error:
@@ -104,13 +105,13 @@ def writing_errors() -> Iterator[None]:
         if reason is None:
             raise
         raise SearchError(
-            f"the study cannot be written: {reason.rstrip('.')}. All trials before are kept, and the same command goes "
-            "on as soon as it can be."
+            f"the study cannot be written: {reason.rstrip('.')}. All earlier trials are kept, and the same command "
+            "goes on as soon as it can be written."
         ) from None
 
 
 def _of_a_storage(error: Exception) -> str | None:
-    """What a database or a proxy says, in a line; None of any other error."""
+    """The message of a database or proxy error in one line; None for any other error."""
     from sqlalchemy.exc import SQLAlchemyError
 
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
@@ -124,7 +125,7 @@ def _of_a_storage(error: Exception) -> str | None:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Says of a study that cannot be opened what is the matter, without the password in its URL."""
+    """Explain why a study cannot be opened, without showing the password in its URL."""
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     try:
@@ -134,44 +135,44 @@ def storage_errors(url: str) -> Iterator[None]:
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UsageError(_NO_URL) from None
     except ImportError as error:
-        kind = next((kind for kind in _EXTRAS if url.startswith(kind)), "")
-        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[kind]}]'" if kind else ""
+        prefix = next((prefix for prefix in _EXTRAS if url.startswith(prefix)), "")
+        extra = f" Install it with  pip install 'attnsurgery[{_EXTRAS[prefix]}]'" if prefix else ""
         raise UsageError(
             f"--storage {without_password(url)} needs a package that is missing: {error}.{extra}"
         ) from None
     except Exception as error:
         if _of_a_storage(error) is None and not isinstance(error, RuntimeError | OSError):
             raise
-        said = _of_a_storage(error) if "grpc" in url else str(error)
-        reason = str(said).splitlines()[0].replace(url, without_password(url))
-        mend = " attnsurgery repair RUN_DIR makes it again from the journal." if url.startswith("sqlite") else ""
+        text = _of_a_storage(error) if "grpc" in url else str(error)
+        reason = str(text).splitlines()[0].replace(url, without_password(url))
+        repair = " attnsurgery repair RUN_DIR rebuilds it from the journal." if url.startswith("sqlite") else ""
         raise SearchError(
-            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{mend}"
+            f"the study at {without_password(url)} cannot be opened: {reason.rstrip('.')}.{repair}"
         ) from None
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown.
+    """The URL with its password hidden.
 
     Raises:
-        UsageError: it does not read as a URL.
+        UsageError: the URL cannot be parsed.
     """
     parsed, secret = _parsed(url)
     return parsed.update_query_dict(dict.fromkeys(secret, "hidden")).render_as_string(hide_password=True)
 
 
 def has_password(url: str) -> bool:
-    """Whether whoever reads the URL can open the storage.
+    """Whether the URL holds a password.
 
     Raises:
-        UsageError: it does not read as a URL.
+        UsageError: the URL cannot be parsed.
     """
     parsed, secret = _parsed(url)
     return parsed.password is not None or bool(secret)
 
 
 def _parsed(url: str) -> tuple[URL, list[str]]:
-    """The URL in its parts, and those parameters of it that some drivers take a password by."""
+    """The parsed URL, and the names of its parameters that hold a password for some drivers."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -182,31 +183,33 @@ def _parsed(url: str) -> tuple[URL, list[str]]:
     return parsed, [name for name in parsed.query if "pass" in name.lower()]
 
 
-def check_ours(storage: BaseStorage, name: str, where: str) -> None:
-    """Make sure that a study is a search's, or empty: nothing is written into a study of others.
+def check_ours(storage: BaseStorage, name: str, location: str) -> None:
+    """Make sure that a study belongs to a search or is empty, so that nothing is written into a study of others.
 
     Args:
-        where: the storage, for the message.
+        storage: of the study.
+        name: of the study.
+        location: of the storage, for the message.
 
     Raises:
-        SearchError: it holds trials or data of somebody else, or does not maximize one value.
+        SearchError: the study holds other trials or data, or does not maximize one value.
     """
     study = storage.get_study_id_from_name(name)
     attributes = storage.get_study_user_attrs(study)
     if is_format(attributes.get(FORMAT_KEY)):
         return
-    held = len(storage.get_all_trials(study, deepcopy=False))
-    others = storage.get_study_directions(study) not in ([StudyDirection.MAXIMIZE], [StudyDirection.NOT_SET])
-    if held or attributes or others:
+    count = len(storage.get_all_trials(study, deepcopy=False))
+    other_direction = storage.get_study_directions(study) not in ([StudyDirection.MAXIMIZE], [StudyDirection.NOT_SET])
+    if count or attributes or other_direction:
         data = f" and data under {', '.join(sorted(attributes)[:3])}" if attributes else ""
         raise SearchError(
-            f"{where} has a study {name!r} that no search has made: it holds {held} trials{data}. Nothing was written. "
-            "The last part of --output names the study: give the search another one, or another --storage."
+            f"{location} has a study {name!r} that no search has made: it holds {count} trials{data}. Nothing was "
+            "written. The last part of --output names the study: give the search another one, or another --storage."
         )
 
 
 def study_name(storage: BaseStorage, folder: Path) -> str | None:
-    """The study of a run directory: the one of its name, or the only one there is; None if that does not tell."""
+    """The study of a run directory: the one with its name, or the only one there is; None if there is neither."""
     names = optuna.get_all_study_names(storage)
     name = folder.resolve().name
     return name if name in names else names[0] if len(names) == 1 else None

@@ -1,0 +1,63 @@
+"""The jobs of the confirmation, each done once: results of an interrupted run are reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnsurgery.search.execution.baseline import hash_of
+from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.storage.run_directory import CONFIRMING, weights_of
+from attnsurgery.search.storage.store import Store
+from attnsurgery.search.workers.pool import WorkerPool
+
+
+class ConfirmationJobs:
+    """Does jobs in a pool, and stores each result in the study as soon as it is there.
+
+    Args:
+        pool: does the jobs.
+        store: the study, which holds the results until there is a verdict.
+        folder: the run directory, which holds the weights that trainings leave.
+        check_stop: raises StopAsked once the user asked for an end.
+    """
+
+    def __init__(self, pool: WorkerPool, store: Store, folder: Path, check_stop: Callable[[], None]) -> None:
+        self._pool, self._store, self._folder = pool, store, folder
+        self._check_stop = check_stop
+
+    def __call__(self, kind: str, *payloads: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The results of jobs of one kind, in the order of their payloads.
+
+        Raises:
+            StopAsked: the user asked for an end.
+            AttnSurgeryError: one of the jobs cannot be done.
+        """
+        results: dict[str, Any] = self._store.fixed(CONFIRMING) or {}
+        keys = [_key(kind, payload) for payload in payloads]
+        missing = [at for at, key in enumerate(keys) if not self._is_complete(results.get(key), payloads[at])]
+
+        def keep(at: int, result: Mapping[str, Any]) -> None:
+            results[keys[missing[at]]] = result
+            self._store.fix(CONFIRMING, results)
+
+        self._check_stop()
+        jobs = [Job(kind, payloads[at], trial=(payloads[at]["record"] or {}).get("number")) for at in missing]
+        self._pool.all(jobs, keep)
+        return [results[key] for key in keys]
+
+    def _is_complete(self, result: Mapping[str, Any] | None, payload: Mapping[str, Any]) -> bool:
+        """Whether an earlier run has done a job, and the weights that it left are unchanged."""
+        if result is None or "failed" in result or "verdict" in result:
+            return False
+        if "weights" not in result:
+            return True
+        path = self._folder / weights_of(payload["record"], payload["index"])
+        return path.is_file() and hash_of(path) == result["weights"]
+
+
+def _key(kind: str, payload: Mapping[str, Any]) -> str:
+    """The key of a job's result: its kind, its candidate, and the index of its seed."""
+    digest = payload["record"]["digest"] if payload["record"] else "base"
+    return ":".join([kind, digest, *([str(payload["index"])] if "index" in payload else [])])
