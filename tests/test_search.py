@@ -62,12 +62,12 @@ def essence(records: list[Record]) -> list[tuple[object, ...]]:
     return [(r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in records]
 
 
-def differences(got: list[Record], expected: list[Record]) -> str:
+def differences(actual: list[Record], expected: list[Record]) -> str:
     """The first difference, short: pytest would compare the long reprs for minutes."""
-    for one, other in zip(essence(got), essence(expected), strict=False):
+    for one, other in zip(essence(actual), essence(expected), strict=False):
         if one != other:
             return f"{one} != {other}"
-    return "" if len(got) == len(expected) else f"{len(got)} records, not {len(expected)}"
+    return "" if len(actual) == len(expected) else f"{len(actual)} records, not {len(expected)}"
 
 
 def base_ms(outcome: Outcome) -> float:
@@ -86,7 +86,8 @@ class StopAfter:
         return self.left < 0
 
 
-def test_a_search_trains_as_many_candidates_as_were_asked_for(finished: Outcome) -> None:
+def test_search_trains_as_many_as_wanted(finished: Outcome) -> None:
+    """A search trains as many different candidates as were ordered, and the best is on the front."""
     assert finished.trained == 4
     assert finished.about.candidates == 80
     assert not finished.interrupted
@@ -94,7 +95,8 @@ def test_a_search_trains_as_many_candidates_as_were_asked_for(finished: Outcome)
     assert finished.best in finished.front
 
 
-def test_a_trial_over_budget_is_pruned_before_training(config: SearchConfig, finished: Outcome) -> None:
+def test_budget_pruned_before_training(config: SearchConfig, finished: Outcome) -> None:
+    """A trial over the budget is pruned before it is trained."""
     times = sorted(r.timing.ms for r in finished.records if r.timing)
     tight = change(config, budget_ms=(times[0] + times[1]) / 2, trials=2)
     trained_names: list[str] = []
@@ -123,7 +125,8 @@ def test_a_trial_over_budget_is_pruned_before_training(config: SearchConfig, fin
     assert study.trials[within.number].system_attrs["constraints:latency"] <= 0
 
 
-def test_two_and_two_more_are_the_same_trials_as_four(config: SearchConfig, finished: Outcome) -> None:
+def test_resumed_trials_equal_straight_ones(config: SearchConfig, finished: Outcome) -> None:
+    """Two trials and two more are the same trials as four in one run."""
     first = run(change(config, trials=2))
     assert first.trained == 2
     again = run(config)
@@ -132,7 +135,8 @@ def test_two_and_two_more_are_the_same_trials_as_four(config: SearchConfig, fini
     assert again.confirmation == finished.confirmation
 
 
-def test_one_and_two_more_are_three_with_the_additive_sampler_too(config: SearchConfig, tmp_path: Path) -> None:
+def test_additive_sampler_resumes_equally(config: SearchConfig, tmp_path: Path) -> None:
+    """One trial and two more are the same as three in one run with the additive sampler."""
     additive = change(config, sampler="additive", trials=3)
     straight = run(change(additive, output=str(tmp_path / "straight")))
     run(change(additive, trials=1))
@@ -146,9 +150,8 @@ def test_another_seed_gives_other_trials(config: SearchConfig, finished: Outcome
 
 
 @pytest.mark.parametrize("asks", [9])
-def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
-    config: SearchConfig, finished: Outcome, asks: int
-) -> None:
+def test_interrupted_search_resumes_equally(config: SearchConfig, finished: Outcome, asks: int) -> None:
+    """An interrupted search goes on as if it had not been interrupted."""
     run(change(config, trials=1))  # base and first trial are there; the next stop falls into the trials
     stopped = run(config, stop=StopAfter(asks))
     assert stopped.interrupted
@@ -161,9 +164,10 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     assert [record.number for record in again.records] == [record.number for record in finished.records]
 
 
-def test_a_process_that_died_before_telling_the_study_loses_no_finished_trial(
+def test_trial_survives_death_before_tell(
     config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A process that dies before it tells the study of a trial loses no finished trial."""
     settle = Store._settle
     calls: list[int] = []
 
@@ -181,9 +185,10 @@ def test_a_process_that_died_before_telling_the_study_loses_no_finished_trial(
     assert differences(again.records, finished.records) == ""
 
 
-def test_a_trial_that_a_dead_process_left_running_is_taken_up(
+def test_running_trial_of_dead_is_taken_up(
     config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A trial that a dead process left running is taken up again."""
     calls: list[int] = []
     real = trial_module.build
 
@@ -211,16 +216,18 @@ def test_a_trial_that_a_dead_process_left_running_is_taken_up(
         ("batch_size", 2, r"batch_size: was 1, is now 2"),
     ],
 )
-def test_a_changed_search_is_refused_with_the_difference(
+def test_changed_search_is_refused(
     config: SearchConfig, finished: Outcome, field: str, value: object, message: str
 ) -> None:
+    """A search with changed settings is refused with the difference, and writes nothing."""
     before = (finished.folder / "trials.jsonl").read_bytes()
     with pytest.raises(SearchError, match=message):
         run(change(finished.config, **{field: value}))
     assert (finished.folder / "trials.jsonl").read_bytes() == before
 
 
-def test_the_same_command_after_the_end_only_reports(finished: Outcome) -> None:
+def test_same_command_after_end_only_reports(finished: Outcome) -> None:
+    """The same command after the end trains nothing and reports the same result."""
     trained: list[Epoch] = []
 
     class Watch(Listener):
@@ -233,7 +240,8 @@ def test_the_same_command_after_the_end_only_reports(finished: Outcome) -> None:
     assert again.confirmation == finished.confirmation
 
 
-def test_a_candidate_is_never_trained_twice_and_a_small_space_ends(config: SearchConfig, tmp_path: Path) -> None:
+def test_small_space_ends_without_repeats(config: SearchConfig, tmp_path: Path) -> None:
+    """A candidate is never trained twice, and a search in a small space ends."""
     space = tmp_path / "one.yaml"
     space.write_text(SPACE.replace("stage:* branches", "stage:2 branches"))
     outcome = run(change(config, space=str(space), trials=9))
@@ -242,9 +250,8 @@ def test_a_candidate_is_never_trained_twice_and_a_small_space_ends(config: Searc
     assert len(digests) == len(set(digests)) == 2
 
 
-def test_a_repeated_candidate_is_told_what_it_was_told_before(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_duplicate_is_told_its_first_result(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A duplicate is recorded with the result of the first trial of the same candidate."""
     same = {"layer1.0.bn2": "se(reduction=4)"}
     none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
     plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
@@ -257,7 +264,8 @@ def test_a_repeated_candidate_is_told_what_it_was_told_before(
     assert other.digest != first.digest
 
 
-def test_more_blocks_than_allowed_are_never_built(config: SearchConfig, tmp_path: Path) -> None:
+def test_block_limit_prevents_building(config: SearchConfig, tmp_path: Path) -> None:
+    """Candidates with more blocks than max_blocks are never built."""
     space = tmp_path / "few.yaml"
     space.write_text(SPACE.replace("name: small", "name: small\nmax_blocks: 1"))
     outcome = run(change(config, space=str(space), trials=3))
@@ -265,9 +273,8 @@ def test_more_blocks_than_allowed_are_never_built(config: SearchConfig, tmp_path
     assert all(r.timing is None for r in outcome.records if r.state == "too_many_blocks")
 
 
-def test_nothing_within_the_budget_lists_the_fastest_that_were_measured(
-    config: SearchConfig, finished: Outcome
-) -> None:
+def test_nothing_fits_error_lists_fastest(config: SearchConfig, finished: Outcome) -> None:
+    """The error for a budget that nothing keeps to lists the fastest candidate that was measured."""
     budget = base_ms(finished) * 1.0001
     with pytest.raises(NothingFeasibleError, match=r"The base alone takes .* The fastest of \d+ measured: .* ms se"):
         run(change(config, budget_ms=budget))
@@ -285,9 +292,8 @@ def test_nothing_feasible_exits_with_3(config: SearchConfig) -> None:
     assert "no candidate fits 0.001 ms" in result.stderr
 
 
-def test_a_failing_candidate_fails_with_its_reason_and_the_search_goes_on(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_candidate_keeps_its_reason(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing candidate fails with its reason, and the search goes on."""
     real = trial_module.operate
     calls: list[int] = []
 
@@ -305,9 +311,8 @@ def test_a_failing_candidate_fails_with_its_reason_and_the_search_goes_on(
     assert "failed: the knife slipped." in (outcome.folder / "report.html").read_text()
 
 
-def test_a_candidate_that_does_not_start_as_the_base_is_not_trained(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidate_unequal_to_base_untrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that does not start as the base is not trained."""
     real = trial_module.operate
 
     def wrong(model: torch.nn.Module, plan: object) -> torch.nn.Module:
@@ -321,18 +326,20 @@ def test_a_candidate_that_does_not_start_as_the_base_is_not_trained(
         run(change(config, trials=1))
 
 
-def test_the_artefacts_say_what_was_found(finished: Outcome) -> None:
+def test_files_hold_what_the_search_recorded(finished: Outcome) -> None:
+    """best.yaml, front.csv and the journal hold what the search recorded."""
     recipe = load(finished.folder / "best.yaml")
     assert finished.best is not None
     assert recipe.digest() == finished.best.digest
     with (finished.folder / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["recipe"] for row in rows] == [r.recipe["name"] for r in finished.front if r.recipe]
-    written = trials_of(Journal(finished.folder / "trials.jsonl").read())
-    assert differences(list(written.values()), finished.records) == ""
+    journal_records = trials_of(Journal(finished.folder / "trials.jsonl").read())
+    assert differences(list(journal_records.values()), finished.records) == ""
 
 
-def test_the_report_has_the_verdict_every_trial_and_the_command(finished: Outcome) -> None:
+def test_report_has_verdict_and_trials(finished: Outcome) -> None:
+    """The report has the verdict, every trial and the command."""
     page = (finished.folder / "report.html").read_text()
     assert finished.confirmation is not None
     assert all(f'<td class="n">{record.number}</td>' in page for record in finished.records)
@@ -341,7 +348,8 @@ def test_the_report_has_the_verdict_every_trial_and_the_command(finished: Outcom
     assert f"{100 * finished.confirmation.winner_top1:.2f} %" in page
 
 
-def test_the_winner_is_a_directory_that_timm_builds_again(finished: Outcome) -> None:
+def test_winner_is_built_by_timm(finished: Outcome) -> None:
+    """The winner is a directory that timm builds again."""
     model = timm.create_model(f"local-dir:{finished.folder / 'best'}", pretrained=True).eval()
     assert finished.best is not None
     assert sum(parameter.numel() for parameter in model.parameters()) == finished.best.parameters
@@ -349,13 +357,15 @@ def test_the_winner_is_a_directory_that_timm_builds_again(finished: Outcome) -> 
     assert model.pretrained_cfg["input_size"] == (3, 32, 32) or model.pretrained_cfg["input_size"] == [3, 32, 32]
 
 
-def test_the_verdict_comes_from_test_images_that_no_trial_saw(finished: Outcome) -> None:
+def test_verdict_is_from_unseen_test_images(finished: Outcome) -> None:
+    """The verdict comes from test images that no trial has used."""
     assert finished.confirmation is not None
     assert finished.confirmation.images == 8
     assert finished.confirmation.verdict in finished.confirmation.sentence().lower()
 
 
-def test_two_searches_cannot_share_a_run_directory(tmp_path: Path) -> None:
+def test_run_directory_has_one_search(tmp_path: Path) -> None:
+    """Two searches cannot share a run directory at the same time."""
     with locked(tmp_path), pytest.raises(SearchError, match="another search is running"), locked(tmp_path):
         pass
     with locked(tmp_path):
@@ -363,7 +373,8 @@ def test_two_searches_cannot_share_a_run_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_a_torn_last_line_is_left_out_and_never_spoils_the_next(tmp_path: Path, cut: int) -> None:
+def test_journal_drops_a_torn_last_line(tmp_path: Path, cut: int) -> None:
+    """A torn last line is left out and does not spoil the next one."""
     journal = Journal(tmp_path / "trials.jsonl")
     journal.append({"a": 1})
     journal.append({"b": 2})
@@ -374,13 +385,15 @@ def test_a_torn_last_line_is_left_out_and_never_spoils_the_next(tmp_path: Path, 
     assert journal.read() == [{"a": 1}, {"c": 3}]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_journal_names_a_damaged_line(tmp_path: Path) -> None:
+    """A damaged line in the middle of the journal is named."""
     (tmp_path / "trials.jsonl").write_text('{"a": 1}\n{"b\n{"c": 3}\n')
     with pytest.raises(SearchError, match=r"trials.jsonl:2 is damaged"):
         Journal(tmp_path / "trials.jsonl").read()
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be written leaves the old one, and no other."""
     path = tmp_path / "best.yaml"
     write_whole(path, "old")
 
@@ -394,39 +407,40 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
 
 
-def made(number: int, top1: float, ms: float) -> Record:
+def record_with(number: int, top1: float, ms: float) -> Record:
     return Record(number, "trained", top1=top1, loss=0.1, timing=Timing(ms, ms, ms, 1.0))
 
 
-def test_what_ranks_by_loss_ranks_by_top1_where_losses_are_equal_and_the_other_way_round() -> None:
-    records = [made(0, 0.9, 1.0), made(1, 0.8, 1.0), made(2, 0.95, 1.0)]
+def test_rank_ties_go_by_other_score() -> None:
+    """Equal losses are ranked by top-1, and equal top-1 by loss."""
+    records = [record_with(0, 0.9, 1.0), record_with(1, 0.8, 1.0), record_with(2, 0.95, 1.0)]
     losses = {0: 0.2, 1: 0.1, 2: 0.2}
-    told = [replace(record, loss=losses[record.number]) for record in records]
-    assert [record.number for record in contenders(told, "loss")] == [1, 2, 0]
-    assert [record.number for record in contenders(told, "top1")] == [2, 0, 1]
+    records_with_loss = [replace(record, loss=losses[record.number]) for record in records]
+    assert [record.number for record in contenders(records_with_loss, "loss")] == [1, 2, 0]
+    assert [record.number for record in contenders(records_with_loss, "top1")] == [2, 0, 1]
     assert [record.number for record in contenders(records, "loss")] == [2, 0, 1]
-    assert told[1].score_on(0, "loss") == -0.1
-    assert told[1].score_on(1, "loss") is None
-    assert told[1].score_on(1, "top1") is None
+    assert records_with_loss[1].score_on(0, "loss") == -0.1
+    assert records_with_loss[1].score_on(1, "loss") is None
+    assert records_with_loss[1].score_on(1, "top1") is None
     promotion = Promotion(top1=0.7, loss=0.3, seconds=1.0, epochs=1)
-    risen = replace(told[0], promotions=(promotion,))
+    risen = replace(records_with_loss[0], promotions=(promotion,))
     assert (risen.score_on(1, "loss"), risen.score_on(1, "top1")) == (-0.3, 0.7)
-    assert best([*told, risen], "loss") is risen
+    assert best([*records_with_loss, risen], "loss") is risen
 
 
 @pytest.mark.parametrize("field", ["sampler", "evaluator", "rungs", "latency", "dtype", "space", "base"])
-def test_an_unknown_name_is_refused_before_any_image_is_read(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, field: str
-) -> None:
+def test_unknown_name_refused_before_images(config: SearchConfig, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """An unknown name is refused before any image is read."""
     monkeypatch.setattr(
-        "attnsurgery.search.execution.assemble.load_data", lambda *given, **named: pytest.fail("images were read")
+        "attnsurgery.search.execution.assemble.load_data", lambda *args, **named: pytest.fail("images were read")
     )
     with pytest.raises((UsageError, UnknownNameError), match="'nonsense"):
         run(change(config, **{field: "nonsense:1" if field == "rungs" else "nonsense"}))
 
 
-def test_front_and_best_leave_out_what_is_beaten() -> None:
-    records = [made(0, 0.9, 2.0), made(1, 0.8, 1.0), made(2, 0.85, 3.0), made(3, 0.9, 1.5)]
+def test_front_leaves_out_dominated_records() -> None:
+    """The front leaves out what is beaten in both, and the best is the fastest of equals."""
+    records = [record_with(0, 0.9, 2.0), record_with(1, 0.8, 1.0), record_with(2, 0.85, 3.0), record_with(3, 0.9, 1.5)]
     assert [record.number for record in front(records, "top1")] == [1, 3]
     winner = best(records, "top1")
     assert winner is not None
@@ -443,53 +457,57 @@ def test_passwords_are_never_shown(config: SearchConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "variable", "shown"),
+    ("words", "variable", "warns"),
     [
         (["--storage", "postgresql://me:secret@127.0.0.1:1/db"], None, True),
         (["--storage", "postgresql://me@127.0.0.1:1/db"], None, False),
         ([], "postgresql://me:secret@127.0.0.1:1/db", False),
     ],
 )
-def test_a_password_on_the_command_line_is_advised_against(
-    words: list[str], variable: str | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+def test_password_on_command_line_warns(
+    words: list[str], variable: str | None, warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[SearchConfig] = []
-    monkeypatch.setattr("attnsurgery.cli.search._run", lambda config, as_json: taken.append(config))
+    """A password on the command line is advised against, and never printed."""
+    configs: list[SearchConfig] = []
+    monkeypatch.setattr("attnsurgery.cli.search._run", lambda config, as_json: configs.append(config))
     if variable:
         monkeypatch.setenv("ATTNSURGERY_STORAGE", variable)
     result = CliRunner().invoke(build_app(), ["search", "test_resnet", "--budget-ms", "8", *words])
     assert result.exit_code == 0
-    assert ("put the URL into ATTNSURGERY_STORAGE" in " ".join(result.stderr.split())) is shown
+    assert ("put the URL into ATTNSURGERY_STORAGE" in " ".join(result.stderr.split())) is warns
     assert "secret" not in result.output
-    assert taken[0].storage == (variable or words[1])
+    assert configs[0].storage == (variable or words[1])
 
 
-def test_pretrained_and_checkpoint_exclude_each_other(config: SearchConfig) -> None:
+def test_pretrained_excludes_checkpoint(config: SearchConfig) -> None:
+    """--pretrained and --checkpoint exclude each other."""
     with pytest.raises(UsageError, match="give one"):
         run(change(config, pretrained=True, checkpoint="weights.pth"))
 
 
-def test_a_checkpoint_is_where_the_search_starts(config: SearchConfig, finished: Outcome) -> None:
+def test_checkpoint_is_the_starting_point(config: SearchConfig, finished: Outcome) -> None:
+    """A search starts from the weights of its checkpoint, bit for bit."""
     weights = finished.folder / "base.safetensors"
     outcome = run(change(config, checkpoint=str(weights), trials=1))
     assert (outcome.folder / "base.safetensors").read_bytes() == weights.read_bytes()
 
 
-def test_a_head_for_other_classes_is_fitted_before_anything_is_tried(config: SearchConfig, tmp_path: Path) -> None:
+def test_new_head_is_fitted_first(config: SearchConfig, tmp_path: Path) -> None:
+    """A head for other classes is fitted by itself before anything is tried."""
     torch.manual_seed(0)
     weights = tmp_path / "five.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), weights)
-    heard: list[str] = []
+    phases: list[str] = []
 
     class Hearing(Listener):
         def phase(self, text: str) -> None:
-            heard.append(text)
+            phases.append(text)
 
     outcome = run(change(config, checkpoint=str(weights), trials=1, base_epochs=3), Hearing())
-    assert any(text.startswith("fitting a new head for 2 classes") for text in heard)
+    assert any(text.startswith("fitting a new head for 2 classes") for text in phases)
     started = safetensors.torch.load_file(outcome.folder / "base.safetensors")
-    given = safetensors.torch.load_file(weights)
-    moved = {name for name, tensor in given.items() if not torch.equal(tensor, started[name])}
+    original = safetensors.torch.load_file(weights)
+    moved = {name for name, tensor in original.items() if not torch.equal(tensor, started[name])}
     assert {name for name in moved if "running_" not in name and "num_batches" not in name} == {"fc.weight", "fc.bias"}
     assert "a new head, fitted by itself for 3 epochs" in (outcome.folder / "report.html").read_text()
 
@@ -504,7 +522,8 @@ def search_cli(config: SearchConfig) -> Callable[..., object]:
     return invoke
 
 
-def test_the_command_prints_plain_lines_and_the_way_to_build_the_winner(search_cli: Callable[..., object]) -> None:
+def test_search_command_prints_plain_lines(search_cli: Callable[..., object]) -> None:
+    """The command prints plain lines, and the call that builds the winner."""
     result = search_cli()
     assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
     assert "[1/1] trial 0" in result.stderr  # type: ignore[attr-defined]
@@ -520,15 +539,15 @@ def test_json_is_all_that_stdout_gets(search_cli: Callable[..., object]) -> None
     assert Path(data["files"]["report.html"]).is_file()
 
 
-def test_a_wrong_option_value_is_a_usage_error(search_cli: Callable[..., object]) -> None:
+def test_wrong_option_value_is_usage_error(search_cli: Callable[..., object]) -> None:
+    """A wrong option value is a usage error."""
     result = search_cli("--lr", "0")
     assert result.exit_code == 2  # type: ignore[attr-defined]
     assert "--lr cannot be 0.0" in result.stderr  # type: ignore[attr-defined]
 
 
-def test_a_search_by_blocks_alone_is_confirmed_by_a_fine_tuning(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_search_is_confirmed_in_full(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that trains blocks alone is confirmed by fine-tuning all parameters."""
     trained: list[int] = []
     real = finetune.train
 
@@ -545,7 +564,7 @@ def test_a_search_by_blocks_alone_is_confirmed_by_a_fine_tuning(
     assert all(count < everything / 2 for count in trained[:-2])
 
 
-def test_what_was_measured_predicts_what_is_over_the_budget(config: SearchConfig, finished: Outcome) -> None:
+def test_earlier_latencies_predict_too_slow(config: SearchConfig, finished: Outcome) -> None:
     """The second search knows the first one's latencies, and builds nothing that is surely too slow."""
     run(change(config, trials=8))
     times = sorted(record.timing.ms for record in finished.records if record.timing)
@@ -563,17 +582,19 @@ def test_what_was_measured_predicts_what_is_over_the_budget(config: SearchConfig
         assert record.predicted_ms > second.budget_ms
 
 
-def test_every_trained_candidate_has_what_could_be_known_without_training(finished: Outcome) -> None:
+def test_trained_candidates_have_proxies(finished: Outcome) -> None:
+    """Every trained candidate has all scores that need no training."""
     trained = [record for record in finished.records if record.state == "trained"]
     assert all(set(record.proxies) == {"grad_norm", "synflow"} for record in trained)
     assert len({record.proxies["grad_norm"] for record in trained}) == len(trained)
 
 
-def test_optunas_own_command_line_reads_the_study(finished: Outcome) -> None:
+def test_optuna_command_reads_the_study(finished: Outcome) -> None:
+    """Optuna's own command line reads the study."""
     words = ["trials", "--storage", f"sqlite:///{finished.folder / 'study.db'}", "--study-name", "run", "-f", "json"]
     program = "from optuna.cli import main; raise SystemExit(main())"
-    found = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
-    trials = json.loads(found.stdout)
+    process = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    trials = json.loads(process.stdout)
     assert [trial["number"] for trial in trials] == [record.number for record in finished.records]
     assert [trial["state"] for trial in trials].count("COMPLETE") == finished.trained
 
@@ -585,8 +606,8 @@ def test_optunas_dashboard_shows_the_study(finished: Outcome) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the dashboard itself is warned of
             site = dashboard.wsgi(storage)
-            (study,) = json.loads(asked_of(site, "/api/studies"))["study_summaries"]
-            trials = json.loads(asked_of(site, f"/api/studies/{study['study_id']}"))["trials"]
+            (study,) = json.loads(response_of(site, "/api/studies"))["study_summaries"]
+            trials = json.loads(response_of(site, f"/api/studies/{study['study_id']}"))["trials"]
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -594,11 +615,11 @@ def test_optunas_dashboard_shows_the_study(finished: Outcome) -> None:
     assert [trial["number"] for trial in trials] == [record.number for record in finished.records]
 
 
-def asked_of(site: Any, path: str) -> str:
+def response_of(site: Any, path: str) -> str:
     """What a WSGI site answers."""
     status: list[str] = []
-    given: dict[str, Any] = {"PATH_INFO": path}
-    wsgiref.util.setup_testing_defaults(given)
-    body = b"".join(site(given, lambda said, headers, error=None: status.append(said)))
+    environ: dict[str, Any] = {"PATH_INFO": path}
+    wsgiref.util.setup_testing_defaults(environ)
+    body = b"".join(site(environ, lambda status_line, headers, error=None: status.append(status_line)))
     assert status == ["200 OK"], body
     return body.decode()
