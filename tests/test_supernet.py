@@ -35,7 +35,7 @@ SIZES = {"test_resnet": 32, "test_vit": 160, "test_convnext": 64}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def made(name: str, space: str) -> tuple[nn.Module, Supernet, BoundSpace, Anatomy]:
+def build_supernet(name: str, space: str) -> tuple[nn.Module, Supernet, BoundSpace, Anatomy]:
     torch.manual_seed(0)
     # a residual branch that ends in zeros hides what its blocks do
     awake = {"zero_init_last": False} if name == "test_resnet" else {}
@@ -57,15 +57,15 @@ def wake_blocks(supernet: Supernet) -> None:
             wake(switch)
 
 
-def drawn(space: BoundSpace, count: int) -> list[dict[str, str]]:
+def draw_candidates(space: BoundSpace, count: int) -> list[dict[str, str]]:
     """Candidates, no two alike."""
     rng = np.random.default_rng(1)
-    seen: list[tuple[int, ...]] = []
-    while len(seen) < count:
-        picks = space.places.drawn(rng, lambda picks: picks not in seen)
+    distinct: list[tuple[int, ...]] = []
+    while len(distinct) < count:
+        picks = space.places.drawn(rng, lambda picks: picks not in distinct)
         assert picks is not None
-        seen.append(picks)
-    return [space.places.params(picks) for picks in seen]
+        distinct.append(picks)
+    return [space.places.params(picks) for picks in distinct]
 
 
 def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: dict[str, str]) -> nn.Module:
@@ -77,10 +77,10 @@ def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: d
         edit = variable.choices[assignment[variable.name]]
         if edit is None:
             continue
-        given = [s for s in supernet.switches[variable.name] if assignment[variable.name] in s.labels]
+        switches = [s for s in supernet.switches[variable.name] if assignment[variable.name] in s.labels]
         recipe = space.recipe_of(space.nothing | {variable.name: assignment[variable.name]})
         assert recipe is not None
-        for insertion, switch in zip(resolve(recipe, anatomy), given, strict=True):
+        for insertion, switch in zip(resolve(recipe, anatomy), switches, strict=True):
             operate(base, (insertion,))
             block = base.get_submodule(base.__dict__[PATHS][-1])
             block.load_state_dict(switch.blocks[switch.labels[assignment[variable.name]]].state_dict())
@@ -91,25 +91,27 @@ def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: d
     ("name", "space"),
     [("test_resnet", "full"), ("test_resnet", "tiny"), ("test_vit", "full"), ("test_convnext", "full")],
 )
-def test_a_path_is_the_candidate_bit_for_bit(name: str, space: str) -> None:
-    base, supernet, bound, anatomy = made(name, space)
+def test_supernet_path_is_the_candidate(name: str, space: str) -> None:
+    """A path is the candidate bit for bit, at the identity start and after all weights have moved."""
+    base, supernet, bound, anatomy = build_supernet(name, space)
     x = torch.randn(2, 3, SIZES[name], SIZES[name])
     with torch.inference_mode():
         before = base(x)
-        for assignment in [bound.nothing, *drawn(bound, 3)]:
+        for assignment in [bound.nothing, *draw_candidates(bound, 3)]:
             supernet.choose(assignment)
             assert torch.equal(supernet.model(x), before), "every block starts as the identity"
     wake(supernet.model)
     with torch.inference_mode():
         outputs = []
-        for assignment in [bound.nothing, *drawn(bound, 4)]:
+        for assignment in [bound.nothing, *draw_candidates(bound, 4)]:
             supernet.choose(assignment)
             outputs.append(supernet.model(x))
             assert torch.equal(outputs[-1], alone(supernet, bound, anatomy, assignment)(x))
     assert not any(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
-def test_a_switch_never_returns_its_input_itself() -> None:
+def test_switch_returns_a_copy_of_its_input() -> None:
+    """A switch never returns its input itself, which the host may change in place."""
     x = torch.randn(1, 4, 2, 2)
     none = Switch({}, gates=False)(x)
     assert torch.equal(none, x)
@@ -118,8 +120,9 @@ def test_a_switch_never_returns_its_input_itself() -> None:
     assert torch.equal(x * Switch({}, gates=True)(x), x)
 
 
-def test_training_reaches_every_block_and_the_base(tmp_path: Path) -> None:
-    base, supernet, _, _ = made("test_resnet", "tiny")
+def test_supernet_trains_all_parameters(tmp_path: Path) -> None:
+    """Training reaches every block and the base."""
+    base, supernet, _, _ = build_supernet("test_resnet", "tiny")
     data = load_data(str(write_images(tmp_path)), Preprocessing.of(base, (3, 64, 64)))
     settings = TrainSettings(epochs=6, batch_size=4, lr=1e-3)
     before = copy.deepcopy(supernet.model.state_dict())
@@ -129,12 +132,13 @@ def test_training_reaches_every_block_and_the_base(tmp_path: Path) -> None:
     assert learned == {name for name, _ in supernet.model.named_parameters()}
 
 
-def test_a_score_depends_on_the_path_alone(tmp_path: Path) -> None:
-    base, supernet, bound, _ = made("test_resnet", "tiny")
+def test_supernet_score_is_of_its_path_alone(tmp_path: Path) -> None:
+    """A score depends on the path alone, and not on what was scored in between."""
+    base, supernet, bound, _ = build_supernet("test_resnet", "tiny")
     data = load_data(str(write_images(tmp_path)), Preprocessing.of(base, (3, 64, 64)))
     settings = TrainSettings(epochs=1, batch_size=8)
     wake_blocks(supernet)
-    one, other = drawn(bound, 2)
+    one, other = draw_candidates(bound, 2)
     first = supernet.score(one, data, settings, seed=0)
     between = supernet.score(other, data, settings, seed=0)
     again = supernet.score(one, data, settings, seed=0)
@@ -143,13 +147,14 @@ def test_a_score_depends_on_the_path_alone(tmp_path: Path) -> None:
     assert not any(module.training for module in supernet.model.modules())
 
 
-def test_kept_weights_give_the_same_scores_and_others_are_refused(tmp_path: Path) -> None:
-    base, supernet, bound, anatomy = made("test_resnet", "tiny")
+def test_supernet_load_refuses_other_weights(tmp_path: Path) -> None:
+    """Saved weights give the same scores, and those of another supernet are refused."""
+    base, supernet, bound, anatomy = build_supernet("test_resnet", "tiny")
     data = load_data(str(write_images(tmp_path / "images")), Preprocessing.of(base, (3, 64, 64)))
     settings = TrainSettings(epochs=1, batch_size=8)
     wake_blocks(supernet)
     supernet.save(tmp_path / "supernet.safetensors")
-    (one,) = drawn(bound, 1)
+    (one,) = draw_candidates(bound, 1)
     expected = supernet.score(one, data, settings, seed=0).loss
     twin = Supernet(base, bound, anatomy)
     twin.load(tmp_path / "supernet.safetensors")
@@ -171,12 +176,11 @@ def scores(outcome: Outcome) -> list[tuple[float | None, float | None]]:
     return [(record.top1, record.final_top1) for record in (outcome.base, *outcome.records)]
 
 
-def test_a_search_trains_the_supernet_once_and_the_promoted_by_themselves(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_trains_supernet_once(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search trains the supernet once, and each promoted candidate by itself."""
     trainings, alone = [], FineTune.score
     train = Supernet.train
-    monkeypatch.setattr(Supernet, "train", lambda self, *given: trainings.append("all") or train(self, *given))
+    monkeypatch.setattr(Supernet, "train", lambda self, *args: trainings.append("all") or train(self, *args))
     monkeypatch.setattr(FineTune, "score", lambda self, *a, **b: trainings.append("one") or alone(self, *a, **b))
     outcome = run(config)
     # four trials, all of them drawn at random: all go on, whatever the supernet said
@@ -189,7 +193,9 @@ def test_a_search_trains_the_supernet_once_and_the_promoted_by_themselves(
     assert scores(again) == scores(outcome)
 
 
-def test_a_search_that_stops_in_between_takes_the_supernet_up_again(config: SearchConfig, tmp_path: Path) -> None:
+def test_resumed_search_reuses_supernet(config: SearchConfig, tmp_path: Path) -> None:
+    """A search that stops in between resumes with the same supernet."""
+
     class Stopping(Listener):
         def trial_finished(self, record: Record, trained: int, total: int) -> None:
             if record.number == 1:
@@ -198,25 +204,26 @@ def test_a_search_that_stops_in_between_takes_the_supernet_up_again(config: Sear
     whole = run(config.model_copy(update={"output": str(tmp_path / "whole")}))
     with pytest.raises(KeyboardInterrupt):
         run(config, Stopping())
-    kept = Path(config.output) / "supernet.safetensors"
-    before = kept.stat().st_mtime_ns
+    weights_file = Path(config.output) / "supernet.safetensors"
+    before = weights_file.stat().st_mtime_ns
     assert scores(run(config)) == scores(whole)
-    assert kept.stat().st_mtime_ns == before
+    assert weights_file.stat().st_mtime_ns == before
 
 
-def test_the_evaluator_supernet_is_one_below_a_fine_tuning(config: SearchConfig) -> None:
+def test_supernet_evaluator_is_two_rungs(config: SearchConfig) -> None:
+    """The evaluator 'supernet' is a rung below a fine-tuning, four times as long."""
     short = config.model_copy(update={"rungs": "", "evaluator": "supernet", "epochs": 3})
     assert rungs_of(short) == (Rung("supernet", 12), Rung("finetune", 3))
 
 
-def test_a_supernet_above_another_rung_is_refused(config: SearchConfig) -> None:
+def test_supernet_must_be_the_lowest_rung(config: SearchConfig) -> None:
+    """A supernet above another rung is refused."""
     with pytest.raises(UsageError, match="lowest rung"):
         rungs_of(config.model_copy(update={"rungs": "blocks:1 supernet:2"}))
 
 
-def test_a_preview_shares_the_training_among_all_and_writes_nothing(
-    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preview_shares_supernet_training(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preview shares the training among all candidates and writes nothing."""
     monkeypatch.setattr(preview_module, "COUNTED", 0)  # else the scoring outweighs so short a training
     few = preview(config)
     many = preview(config.model_copy(update={"trials": 400}))
@@ -243,7 +250,8 @@ def by_supernet(count: int, drawn: int) -> list[Record]:
     return [Record(number, "trained", top1=0.01 * number, drawn=number < drawn) for number in range(count)]
 
 
-def test_a_supernet_that_is_right_about_those_drawn_at_random_is_followed() -> None:
+def test_right_supernet_is_followed() -> None:
+    """A supernet that ranks the candidates drawn at random rightly is followed."""
     records = by_supernet(count=27, drawn=8)
     assert promoted(records, {number: 0.02 * number for number in range(27)}) == [
         *range(6),
@@ -251,7 +259,8 @@ def test_a_supernet_that_is_right_about_those_drawn_at_random_is_followed() -> N
     ]
 
 
-def test_a_supernet_that_is_not_is_not_followed() -> None:
+def test_wrong_supernet_is_not_followed() -> None:
+    """A supernet that ranks the candidates drawn at random wrongly, or not at all, is not followed."""
     records = by_supernet(count=27, drawn=8)
     assert promoted(records, {number: -0.02 * number for number in range(27)}) == [*range(9)]
     same = trust([replace(r, promotions=(Promotion(0.5, 0.0, 0.0, 1),)) for r in records], "top1")
@@ -259,7 +268,8 @@ def test_a_supernet_that_is_not_is_not_followed() -> None:
     assert not same.holds
 
 
-def test_a_supernet_that_nothing_speaks_for_is_not_followed() -> None:
+def test_untested_supernet_is_not_followed() -> None:
+    """A supernet is not followed where no candidates drawn at random test it."""
     records = by_supernet(count=9, drawn=0)
     assert trust(records, "top1") is None
     assert promoted(records, dict.fromkeys(range(9), 0.5)) == [0, 1, 2]

@@ -86,7 +86,7 @@ def states(outcome: Outcome) -> list[str]:
     return [trial.state.name for trial in study.trials]
 
 
-def test_a_worker_comes_to_the_same_trials_as_this_process(config: SearchConfig, tmp_path: Path) -> None:
+def test_worker_trials_equal_in_process(config: SearchConfig, tmp_path: Path) -> None:
     """Trained for real, each in an interpreter of its own."""
     real = change(config, evaluator="finetune", trials=2)
     here = run(change(real, workers=0, output=str(tmp_path / "here")))
@@ -106,10 +106,10 @@ def test_a_worker_comes_to_the_same_trials_as_this_process(config: SearchConfig,
         ("hang", "its worker gave no sign of life for 4 s"),
     ],
 )
-def test_a_mishap_costs_its_trial_one_more_attempt_and_two_cost_the_trial(
+def test_injected_fault_costs_one_attempt(
     config: SearchConfig, injected_faults: Path, tmp_path: Path, kind: str, reason: str
 ) -> None:
-    """Three in a row: two for the first trial, one for the second, none for the third."""
+    """A fault costs its trial one more attempt, and a second one costs the trial."""
     hearing = Hearing(injected_faults, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
     outcome = run(change(config, patience_minutes=4 / 60, trials=2), hearing)
     failed, *rest = outcome.records
@@ -122,9 +122,8 @@ def test_a_mishap_costs_its_trial_one_more_attempt_and_two_cost_the_trial(
     assert not list(injected_faults.iterdir())
 
 
-def test_in_step_two_workers_come_to_the_same_trials_in_one_run_or_in_two(
-    config: SearchConfig, injected_faults: Path, tmp_path: Path
-) -> None:
+def test_in_step_trials_equal_when_resumed(config: SearchConfig, injected_faults: Path, tmp_path: Path) -> None:
+    """In step, two workers come to the same trials in one run or in two."""
     stepping = change(config, workers=2, in_step=True, trials=5)
     straight = run(change(stepping, output=str(tmp_path / "straight")))
     assert straight.trained == 5
@@ -137,9 +136,8 @@ def test_in_step_two_workers_come_to_the_same_trials_in_one_run_or_in_two(
     assert len(pids) > 2, "two workers have scored in each of the runs"
 
 
-def test_several_workers_train_exactly_as_many_as_were_asked_for_and_none_twice(
-    config: SearchConfig, injected_faults: Path
-) -> None:
+def test_workers_train_as_many_as_wanted(config: SearchConfig, injected_faults: Path) -> None:
+    """Several workers train exactly as many candidates as were ordered, and none twice."""
     outcome = run(change(config, workers=3, trials=8, sampler="tpe"))
     assert outcome.trained == 8
     assert Counter(record.digest for record in trained(outcome.records)).most_common(1)[0][1] == 1
@@ -147,20 +145,19 @@ def test_several_workers_train_exactly_as_many_as_were_asked_for_and_none_twice(
     assert [record.number for record in outcome.records] == sorted(record.number for record in outcome.records)
 
 
-def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(
-    config: SearchConfig, injected_faults: Path
-) -> None:
+def test_stop_leaves_nothing_running(config: SearchConfig, injected_faults: Path) -> None:
+    """A stop leaves nothing running, and the next run takes the trial up."""
     straight = run(change(config, trials=3, output=f"{config.output}-straight"))
     hearing = Hearing()
-    begun: list[int] = []
+    numbers: list[int] = []
 
-    class Asked(Hearing):
+    class TrialRecorder(Hearing):
         def trial_started(self, number: int, name: str) -> None:
-            begun.append(number)
+            numbers.append(number)
 
     os.environ["DUMMY_SECONDS"] = "3"
     try:
-        stopped = run(change(config, trials=3), Asked(), stop=lambda: len(begun) == 2)
+        stopped = run(change(config, trials=3), TrialRecorder(), stop=lambda: len(numbers) == 2)
     finally:
         del os.environ["DUMMY_SECONDS"]
     assert stopped.interrupted
@@ -170,8 +167,8 @@ def test_a_stop_leaves_nothing_running_and_the_next_run_takes_it_up(
     assert essence(run(change(config, trials=3), hearing)) == essence(straight)
 
 
-def test_what_a_worker_cannot_do_ends_the_search_with_its_reason(config: SearchConfig, tmp_path: Path) -> None:
-    """The image is damaged; the coordinator never looks at one."""
+def test_worker_error_ends_the_search(config: SearchConfig, tmp_path: Path) -> None:
+    """A job that a worker cannot do ends the search with its reason."""
     from attnsurgery.errors import SearchError
 
     (tmp_path / "images" / "dark" / "0.png").write_bytes(b"no image")
@@ -188,22 +185,23 @@ def test_what_a_worker_cannot_do_ends_the_search_with_its_reason(config: SearchC
         (-6, "", False),
     ],
 )
-def test_how_a_worker_ended_tells_whether_half_a_batch_may_help(
-    tmp_path: Path, code: int, last: str, out_of_memory: bool
-) -> None:
+def test_worker_ending_tells_of_memory(tmp_path: Path, code: int, last: str, out_of_memory: bool) -> None:
+    """How a worker ended tells whether half a batch may help."""
     (tmp_path / "worker-0.log").write_text(f"a warning\n{last}\n" if last else "")
-    gone = end_of(code, tmp_path / "worker-0.log")
-    assert gone.out_of_memory is out_of_memory
-    assert gone.reason.endswith(last)
+    ending = end_of(code, tmp_path / "worker-0.log")
+    assert ending.out_of_memory is out_of_memory
+    assert ending.reason.endswith(last)
 
 
-def test_the_reason_of_a_fault_is_what_the_device_says_and_not_how_to_look_for_kernels() -> None:
-    said = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported."
-    assert reason_of(RuntimeError(said)) == "CUDA error: unspecified launch failure"
+def test_reason_of_fault_is_the_devices() -> None:
+    """The reason of a fault is what the device says, without the advice on debugging."""
+    error_text = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported."
+    assert reason_of(RuntimeError(error_text)) == "CUDA error: unspecified launch failure"
     assert reason_of(ValueError("one line\nand another")) == "one line and another"
 
 
-def test_a_worker_ends_when_its_search_is_gone() -> None:
+def test_worker_ends_when_its_search_is_gone() -> None:
+    """A worker ends when its search is gone."""
     process = subprocess.Popen(
         [sys.executable, "-m", "attnsurgery.search.workers.worker"],
         stdin=subprocess.PIPE,
@@ -219,8 +217,8 @@ def test_a_worker_ends_when_its_search_is_gone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["trial", "promotion"])
-def test_job_of_a_record_is_the_same_on_the_other_side(kind: str) -> None:
-    """Records become JSON data only where they leave the process."""
+def test_job_of_record_survives_json(kind: str) -> None:
+    """A job and its record come back equal from JSON."""
     promotions = (Promotion(0.5, 1.0, 3.0, 2),)
     record = Record(3, "pending", {"layer1.0": "se"}, timing=Timing(1.0, 0.9, 1.1, 1.2), promotions=promotions)
     reference = Latency(1.0, 1.1, 20, 0.01, "cpu", "float32", 1, "eager")
@@ -229,21 +227,21 @@ def test_job_of_a_record_is_the_same_on_the_other_side(kind: str) -> None:
     assert result_from_data(job, json.loads(json.dumps(result_to_data(record)))) == record
 
 
-def test_trial_is_converted_for_the_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_is_converted_for_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without workers: two forms for study and journal, and none to hand a trial on."""
     calls: Counter[str] = Counter()
     to_dict, from_dict = Record.as_dict, Record.from_dict.__func__  # type: ignore[attr-defined]
 
-    def counted_to(self: Record) -> dict[str, Any]:
+    def count_as_dict(self: Record) -> dict[str, Any]:
         calls["as_dict"] += self.number >= 0
         return to_dict(self)
 
-    def counted_from(cls: type[Record], data: dict[str, Any]) -> Record:
+    def count_from_dict(cls: type[Record], data: dict[str, Any]) -> Record:
         calls["from_dict"] += data["number"] >= 0
         return from_dict(cls, data)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(Record, "as_dict", counted_to)
-    monkeypatch.setattr(Record, "from_dict", classmethod(counted_from))
+    monkeypatch.setattr(Record, "as_dict", count_as_dict)
+    monkeypatch.setattr(Record, "from_dict", classmethod(count_from_dict))
     monkeypatch.setattr("attnsurgery.search.coordinator.search._Search._confirm", lambda self: None)
     config = SearchConfig(
         budget_params=1_000_000,
@@ -254,6 +252,6 @@ def test_trial_is_converted_for_the_store_alone(tmp_path: Path, monkeypatch: pyt
         workers=0,
         output=str(tmp_path / "run"),
     )
-    asked = len(run(config).records)
-    assert calls["as_dict"] <= 2 * asked
-    assert calls["from_dict"] <= asked
+    trial_count = len(run(config).records)
+    assert calls["as_dict"] <= 2 * trial_count
+    assert calls["from_dict"] <= trial_count
