@@ -60,7 +60,7 @@ class Quality:
     """Standard error of one measurement, as a share of it, the median; the errors have it in them."""
 
 
-class Shelf:
+class LatencyCache:
     """What was measured on this machine under these conditions, in one file of the user's cache.
 
     The folder is $ATTNSURGERY_CACHE, or attnsurgery in $XDG_CACHE_HOME or ~/.cache.
@@ -69,6 +69,7 @@ class Shelf:
     def __init__(self, backend: LatencyBackend, base: Mapping[str, Any]) -> None:
         self.key = {"versions": backend.versions(), "conditions": asdict(backend.conditions), "base": dict(base)}
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        # Not by platformdirs, which since 4.12 ignores a relative $XDG_CACHE_HOME: these files would move.
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.path = (
             Path(os.environ.get("ATTNSURGERY_CACHE") or Path(home) / "attnsurgery") / "latency" / f"{digest}.jsonl"
@@ -156,7 +157,7 @@ def calibrate(
     costs = Costs.count(bound, anatomy, base)
     meter = alone_on_device(backend_for(conditions(size), backend, EFFORT))
     base = base.to(meter.conditions.device)
-    shelf = Shelf(meter, base_key(base, model))
+    shelf = LatencyCache(meter, base_key(base, model))
     measured, kinds = shelf.read()
     before = len(measured)
     base_ms = meter.measure(base).p50_ms
