@@ -27,7 +27,7 @@ import torch
 
 from attnsurgery.latency import LatencyBackend
 
-# flock itself and not filelock, whose ReadWriteLock is a transaction of SQLite (0.6 ms a step instead of 3 us) and has no
+# flock itself and not filelock: its ReadWriteLock is a transaction of SQLite (0.6 ms a step instead of 3 us) and has no
 # gate by which a waiting measurement is let in between two steps.
 try:
     import fcntl
