@@ -185,17 +185,17 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: Path) -> None:
     """Weights are found in the files that wrappers and trainers write."""
-    make, told = LAYOUTS[name]
+    make, note = LAYOUTS[name]
     torch.save(make(copy.deepcopy(base)), tmp_path / "file.ckpt")
     done = operated_base(recipe(), tmp_path / "file.ckpt")
     assert done.report.max_abs_diff == 0
     assert torch.equal(done.model(images(64)), base(images(64)))
     assert same(done.weights, dict(base.state_dict()))
-    if told is None:
+    if note is None:
         assert done.told is None
     else:
         assert done.told is not None
-        assert re.match(told, done.told), done.told
+        assert re.match(note, done.told), done.told
 
 
 def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> 
     arguments = ["apply", tmp_path / "recipe.yaml", "-c", tmp_path / "last.ckpt", "-o", tmp_path / "out"]
     done = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
-    assert "last.ckpt: under 'state_dict'; names without 'model.' (Lightning); 1 other tensors left out" in said
+    output = " ".join(done.output.split())
+    assert "last.ckpt: under 'state_dict'; names without 'model.' (Lightning); 1 other tensors left out" in output
     assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
 
 
@@ -233,10 +233,10 @@ def test_layout_entry_and_prefix_by_hand(base: nn.Module, tmp_path: Path) -> Non
 
 def test_layout_refuses_unmerged_adapters(base: nn.Module, tmp_path: Path) -> None:
     """PEFT's state dict has adapters beside the layers that they change; unmerged ones would be lost."""
-    found = under("base_model.model.")(base)
-    found["base_model.model.fc.base_layer.weight"] = found.pop("base_model.model.fc.weight")
-    found["base_model.model.fc.lora_A.default.weight"] = torch.ones(2, 96)
-    torch.save(found, tmp_path / "peft.pth")
+    tensors = under("base_model.model.")(base)
+    tensors["base_model.model.fc.base_layer.weight"] = tensors.pop("base_model.model.fc.weight")
+    tensors["base_model.model.fc.lora_A.default.weight"] = torch.ones(2, 96)
+    torch.save(tensors, tmp_path / "peft.pth")
     with pytest.raises(CheckpointError, match=r"model with adapters in it .*merge_and_unload\(\)"):
         operated_base(recipe(), tmp_path / "peft.pth")
 
@@ -381,12 +381,12 @@ def test_written_registered_model_has_recipe(weights: Path, tmp_path: Path, in_a
 
 def test_old_directory_surgical_base_builds(base: nn.Module, tmp_path: Path, in_a_new_process: Fresh) -> None:
     """A directory of an earlier version, which names a surgical base, builds as well."""
-    made = recipe(ECA, base="test_resnet_se").as_dict()
-    model = timm.create_model("surgery", base="test_resnet_se", recipe=made, num_classes=10).eval()
+    recipe_dict = recipe(ECA, base="test_resnet_se").as_dict()
+    model = timm.create_model("surgery", base="test_resnet_se", recipe=recipe_dict, num_classes=10).eval()
     write_directory(model, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"]["base"] == "test_resnet"
-    config["model_args"] |= {"base": "test_resnet_se", "recipe": made, "num_classes": 10}  # as it was written
+    config["model_args"] |= {"base": "test_resnet_se", "recipe": recipe_dict, "num_classes": 10}  # as it was written
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     output, _ = in_a_new_process(tmp_path / "out")
     assert torch.equal(output, model(images(64)))
@@ -402,8 +402,8 @@ def test_recipe_as_its_own_base_is_refused() -> None:
 def test_flattened_recipe_adds_up_limits() -> None:
     """A recipe on a registered name adds the limits of both."""
     registry.register(recipe(SE, name="limited").model_copy(update={"max_attention_mb": 3}))
-    made = recipe(ECA, base="limited").model_copy(update={"max_attention_mb": 4})
-    assert registry.flattened(made).max_attention_mb == 7
+    outer = recipe(ECA, base="limited").model_copy(update={"max_attention_mb": 4})
+    assert registry.flattened(outer).max_attention_mb == 7
     assert registry.flattened(recipe(ECA, base="limited")).max_attention_mb == 3
 
 
@@ -452,8 +452,8 @@ def test_apply_continues_from_surgical_name(tmp_path: Path) -> None:
     """A directory of save_for_hf, whose config.json has a surgical name and no recipe, is accepted."""
     model = move_gates(timm.create_model("test_resnet_se", num_classes=3).eval())
     save_for_hf(model, tmp_path / "named", safe_serialization=True)
-    for made in (recipe(ECA), recipe(ECA, base="test_resnet_se")):
-        done = operated_base(made, tmp_path / "named")
+    for new_recipe in (recipe(ECA), recipe(ECA, base="test_resnet_se")):
+        done = operated_base(new_recipe, tmp_path / "named")
         assert torch.equal(done.model(images(64)), model(images(64)))
         assert done.recipe.base == "test_resnet"
         assert [edit.block for edit in done.recipe.edits] == ["se", "timm:eca"]
@@ -476,12 +476,12 @@ def test_apply_names_delta_or_broken_files(surgical: tuple[Path, nn.Module], wei
     save_delta(model, weights, tmp_path / "delta")
     with pytest.raises(CheckpointError, match=r"is a delta: .* 'attnsurgery merge DELTA"):
         operated_base(recipe(ECA), tmp_path / "delta")
-    found = read_state_dict(directory)
-    safetensors.torch.save_file({**found, "odd": torch.ones(1)}, directory / "model.safetensors", {"format": "pt"})
+    tensors = read_state_dict(directory)
+    safetensors.torch.save_file({**tensors, "odd": torch.ones(1)}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"the model in '.*first' cannot be built \(RuntimeError: .*odd"):
         operated_base(recipe(ECA), directory)
-    found["fc.bias"] = found["fc.bias"] * float("nan")
-    safetensors.torch.save_file(found, directory / "model.safetensors", {"format": "pt"})
+    tensors["fc.bias"] = tensors["fc.bias"] * float("nan")
+    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"first holds NaN in 1 of \d+ tensors \(fc\.bias\)"):
         operated_base(recipe(ECA), directory)
 
@@ -495,9 +495,9 @@ def test_written_model_builds_in_new_process(
 ) -> None:
     """A new process builds the model that was written."""
     apply(recipe(SE, Edit(at="layer3.0", block="non_local")), weights, tmp_path / "out", start=start)
-    output, found = in_a_new_process(tmp_path / "out")
+    output, process_weights = in_a_new_process(tmp_path / "out")
     assert torch.equal(output, built(tmp_path / "out")(images(64)))
-    assert same(found, dict(built(tmp_path / "out").state_dict()))
+    assert same(process_weights, dict(built(tmp_path / "out").state_dict()))
 
 
 def test_write_refuses_unbuildable_model(base: nn.Module, tmp_path: Path) -> None:

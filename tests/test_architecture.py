@@ -47,26 +47,26 @@ Graph = Mapping[str, set[str]]
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Every module of the package by its dotted name, a package by its own."""
-    found = {}
+    files = {}
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return files
 
 
 def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
     """What each module imports of the package, in functions and for type checkers too."""
     known = modules(package)
-    found: dict[str, set[str]] = {}
+    graph: dict[str, set[str]] = {}
     for name, file in known.items():
-        found[name] = set()
+        graph[name] = set()
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                found[name] |= {alias.name for alias in node.names if alias.name in known}
+                graph[name] |= {alias.name for alias in node.names if alias.name in known}
             elif isinstance(node, ast.ImportFrom) and node.module in known:
                 inside = {f"{node.module}.{alias.name}" for alias in node.names}
-                found[name] |= {one if one in known else node.module for one in inside}
-    return found
+                graph[name] |= {one if one in known else node.module for one in inside}
+    return graph
 
 
 def layer_of(part: str, layers: list[set[str]]) -> int:
@@ -75,7 +75,7 @@ def layer_of(part: str, layers: list[set[str]]) -> int:
 
 def wrong_ways(graph: Graph, root: str, layers: list[set[str]]) -> list[str]:
     """The imports below `root` that do not point to a lower layer."""
-    found = []
+    violations = []
     for name, targets in graph.items():
         if not name.startswith(f"{root}.") or (part := name.split(".")[root.count(".") + 1]) in OUTSIDE:
             continue
@@ -84,8 +84,8 @@ def wrong_ways(graph: Graph, root: str, layers: list[set[str]]) -> list[str]:
                 continue
             other = target.split(".")[root.count(".") + 1]
             if other != part and layer_of(other, layers) >= layer_of(part, layers):
-                found.append(f"{name} imports {target}")
-    return found
+                violations.append(f"{name} imports {target}")
+    return violations
 
 
 def circle(graph: Graph) -> list[str]:
@@ -103,12 +103,12 @@ def by_part(graph: Graph, depth: int) -> dict[str, set[str]]:
     def cut(name: str) -> str:
         return ".".join(name.split(".")[:depth])
 
-    found: dict[str, set[str]] = {}
+    parts: dict[str, set[str]] = {}
     for name, targets in graph.items():
         if name.count(".") + 1 >= depth:
             inner = {cut(target) for target in targets if target.count(".") + 1 >= depth}
-            found.setdefault(cut(name), set()).update(inner - {cut(name)})
-    return found
+            parts.setdefault(cut(name), set()).update(inner - {cut(name)})
+    return parts
 
 
 def test_imports_point_one_way() -> None:

@@ -21,12 +21,12 @@ IMAGE = images(64, batch=1)[0]
 
 def in_and_out(model: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What a module is given and returns."""
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _m, args, y: kept.append((args[0].clone(), y)))
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, args, y: tensors.append((args[0].clone(), y)))
     with torch.no_grad():
         model(IMAGE[None])
     handle.remove()
-    return kept[0]
+    return tensors[0]
 
 
 @pytest.mark.parametrize(

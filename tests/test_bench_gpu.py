@@ -99,7 +99,7 @@ def rows(tmp_path: Path) -> dict[str, dict[str, object]]:
     return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def made(tmp_path: Path) -> list[str]:
+def keys_made(tmp_path: Path) -> list[str]:
     return (tmp_path / "made.txt").read_text().split()
 
 
@@ -119,10 +119,10 @@ def test_time_limit_kills_step_and_children(run: Callable[..., object], tmp_path
     assert "at second" in results["slow"]["why"]
     assert results["three"]["how"] == "done", "the next has its turn"
     assert list(rows(tmp_path)) == ["first", "a", "b", "c"]
-    assert gone(int((tmp_path / "child.txt").read_text()))
+    assert has_ended(int((tmp_path / "child.txt").read_text()))
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Within a moment; a zombie that nobody has waited for counts."""
     for _ in range(100):
         try:
@@ -140,7 +140,7 @@ def test_second_run_makes_only_the_rest(run: Callable[..., object], tmp_path: Pa
     (tmp_path / "mended").touch()
     second, results = run("mixed")  # type: ignore[misc]
     assert (first, second) == (1, 0)
-    assert made(tmp_path) == ["good", "refused", "bad", "bad"], "red rows alone are made again"
+    assert keys_made(tmp_path) == ["good", "refused", "bad", "bad"], "red rows alone are made again"
     assert results["mixed"]["how"] == "done"
     assert rows(tmp_path)["bad"]["say"] == "mended"
 
@@ -149,15 +149,15 @@ def test_error_is_red_and_refusal_is_not(run: Callable[..., object], tmp_path: P
     """An error makes a red row; a refusal does not."""
     code, results = run("mixed")  # type: ignore[misc]
     assert (code, results["mixed"]["how"], results["mixed"]["why"]) == (1, "red", "bad")
-    found = rows(tmp_path)
-    assert (found["refused"]["state"], found["refused"]["say"]) == ("refused", "no place for it")
-    assert "ZeroDivisionError" in str(found["bad"]["say"])
+    by_key = rows(tmp_path)
+    assert (by_key["refused"]["state"], by_key["refused"]["say"]) == ("refused", "no place for it")
+    assert "ZeroDivisionError" in str(by_key["bad"]["say"])
 
 
 def test_dead_process_costs_one_row(run: Callable[..., object], tmp_path: Path) -> None:
     code, results = run("dying")  # type: ignore[misc]
     assert (code, results["dying"]["how"], results["dying"]["why"]) == (1, "red", "deadly")
-    assert made(tmp_path) == ["before", "deadly", "after"]
+    assert keys_made(tmp_path) == ["before", "deadly", "after"]
     assert "SIGKILL" in str(rows(tmp_path)["deadly"]["say"])
 
 
@@ -201,11 +201,11 @@ def test_tiny_run_has_one_case_of_each_test(run: Callable[..., object], tmp_path
     (suite / "test_other.py").write_text(two.format("other"))
     assert run("tests", tiny=tiny)[0] == 0  # type: ignore[index]
     states = {key.rpartition("::")[2]: row["state"] for key, row in rows(tmp_path).items()}
-    found = {"test_other[1]": "done", "at least one test ran": "done"}
+    common_states = {"test_other[1]": "done", "at least one test ran": "done"}
     if tiny:
-        assert states == {**found, "test_alone": "refused"}
+        assert states == {**common_states, "test_alone": "refused"}
     else:
-        assert states == {**found, **dict.fromkeys(["test_other[2]", "test_alone[1]", "test_alone[2]"], "done")}
+        assert states == {**common_states, **dict.fromkeys(["test_other[2]", "test_alone[1]", "test_alone[2]"], "done")}
 
 
 @pytest.mark.parametrize(("some", "state"), [(True, "done"), (False, None)])
@@ -220,10 +220,10 @@ def test_partial_rows_suffice_in_tiny_run(
     script.write_text("import time; time.sleep(60)")
     (tmp_path / "blocks-h100.jsonl").write_text("{}\n")
     monkeypatch.setattr(blocks_step, "SCRIPT", script)
-    found = Rows(tmp_path / "rows-h100.jsonl", "blocks")
-    blocks_step.make(found, "blocks", [], 0.1, some=some)
-    assert found.all().get("blocks", {}).get("state") == state
-    assert found.left_out == ([] if some else ["blocks"])
+    step_rows = Rows(tmp_path / "rows-h100.jsonl", "blocks")
+    blocks_step.make(step_rows, "blocks", [], 0.1, some=some)
+    assert step_rows.all().get("blocks", {}).get("state") == state
+    assert step_rows.left_out == ([] if some else ["blocks"])
 
 
 def test_rows_survive_a_killed_runner(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ Runner(out / "out", "h100", 2.0, path=(str(out),)).run([Step("slow", 1, "dummy:s
         time.sleep(0.05)
     runner.kill()
     runner.wait()
-    assert gone(int(child.read_text()))
+    assert has_ended(int(child.read_text()))
     assert list(rows(tmp_path)) == ["first"]
 
 
@@ -254,9 +254,9 @@ def test_torn_last_line_is_made_again(tmp_path: Path) -> None:
     append(path, {"step": "s", "key": "a", "state": "done"})
     with path.open("a") as file:
         file.write('{"step": "s", "key": "b", "sta')
-    found = Rows(path, "s")
-    assert (found.there("a"), found.there("b")) == (True, False)
-    found.make("b", lambda: {"value": 2})
+    step_rows = Rows(path, "s")
+    assert (step_rows.there("a"), step_rows.there("b")) == (True, False)
+    step_rows.make("b", lambda: {"value": 2})
     assert [row["key"] for row in read(path)] == ["a", "b"]
 
 
@@ -290,7 +290,7 @@ def test_steps_have_bodies_and_fit_a_call() -> None:
 
 def test_steps_import_names_that_exist() -> None:
     """The names that steps import from other scripts exist there, which would otherwise show on a card alone."""
-    taken = set()
+    imported = set()
     for path in (BENCH / "gpu_bench").glob("*.py"):
         tree = ast.parse(path.read_text())
         aliases: dict[str, str] = {}
@@ -298,11 +298,11 @@ def test_steps_import_names_that_exist() -> None:
             if isinstance(node, ast.Import):
                 aliases |= {one.asname or one.name: one.name for one in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                taken |= {(node.module, one.name) for one in node.names}
+                imported |= {(node.module, one.name) for one in node.names}
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-                taken.add((aliases[node.value.id], node.attr))
-    ours = {(module, name) for module, name in taken if (BENCH / f"{module}.py").exists()}
+                imported.add((aliases[node.value.id], node.attr))
+    ours = {(module, name) for module, name in imported if (BENCH / f"{module}.py").exists()}
     assert {module for module, _ in ours} == {"budget", "latency", "latency_model"}
     for module, name in sorted(ours):
         assert name in defined(BENCH / f"{module}.py"), f"{module}.py has no {name}"
@@ -328,9 +328,9 @@ def test_table_says_not_yet_then_figure(tmp_path: Path) -> None:
     row |= {"surgical": "resnet50_se", "mode": "cudagraph", "batch": 1}
     figures = {"ratio": 1.0421, "ratio_95": [1.0411, 1.0431], "base_p50_ms": 0.7}
     append(tmp_path / "gpu-h100.jsonl", row | figures | {"conditions": {"torch": "2.11.0", "date": "2026-11-26T10"}})
-    found = table.of(tmp_path)
-    assert "h100: torch 2.11.0, 2026-11-26" in found
-    assert "| resnet50_se | 1.042 ± 0.001 | not yet |" in found
+    text = table.of(tmp_path)
+    assert "h100: torch 2.11.0, 2026-11-26" in text
+    assert "| resnet50_se | 1.042 ± 0.001 | not yet |" in text
 
 
 def test_wheels_include_their_requirements(tmp_path: Path) -> None:
@@ -338,15 +338,15 @@ def test_wheels_include_their_requirements(tmp_path: Path) -> None:
     from gpu_bench.wheels import missing
     from packaging.requirements import Requirement
 
-    asked = [Requirement("numpy>=1"), Requirement("alpha>=2")]
-    assert [str(one) for one in missing(tmp_path, asked)] == ["alpha>=2"], "numpy is there"
+    requirements = [Requirement("numpy>=1"), Requirement("alpha>=2")]
+    assert [str(one) for one in missing(tmp_path, requirements)] == ["alpha>=2"], "numpy is there"
     write_wheel(tmp_path, "alpha-2.1", "beta==1.4", "gamma; extra == 'more'", "delta; python_version < '3.12'")
-    assert [str(one) for one in missing(tmp_path, asked)] == ["beta==1.4"]
+    assert [str(one) for one in missing(tmp_path, requirements)] == ["beta==1.4"]
     write_wheel(tmp_path, "beta-1.4")
-    assert missing(tmp_path, asked) == []
+    assert missing(tmp_path, requirements) == []
     (tmp_path / "beta-1.4-py3-none-any.whl").rename(tmp_path / "beta-1.5-py3-none-any.whl")
     with pytest.raises(SystemExit, match=r"beta-1\.5-py3-none-any\.whl does not satisfy beta==1\.4"):
-        missing(tmp_path, asked)
+        missing(tmp_path, requirements)
 
 
 def write_wheel(folder: Path, name: str, *needs: str) -> None:

@@ -93,11 +93,11 @@ def test_fx_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) ->
 
 def _at(model: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
     """What a module of the model returns."""
-    kept: list[torch.Tensor] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
+    outputs: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, output: outputs.append(output.clone()))
     model(x)
     handle.remove()
-    return kept[0]
+    return outputs[0]
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +151,18 @@ def test_fx_traces_block_on_token_grid(base: str) -> None:
     place = "blocks.1" if base == "test_vit" else "layers.1.blocks.0"
     model = operated("non_local", {"subsample": 2}, base, place)
     owner = model.get_submodule(place)
-    x = _taken(model, place)
+    x = _input_of(model, place)
     traced = Around().trace(owner)
     assert any("_tokens_to_map" in str(node.target) for node in traced.nodes) == (base == "test_vit")
     assert torch.equal(fx.GraphModule(owner, traced)(x), owner(x))
 
 
-def _taken(model: nn.Module, path: str) -> torch.Tensor:
-    kept: list[torch.Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+def _input_of(model: nn.Module, path: str) -> torch.Tensor:
+    inputs: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: inputs.append(args[0].clone()))
     model(images(64))
     handle.remove()
-    return kept[0]
+    return inputs[0]
 
 
 @every_kind
@@ -326,7 +326,7 @@ def through_a_directory(model: nn.Module, directory: Path, **arguments: Any) -> 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # how timm interpolates a swin's
 @pytest.mark.parametrize(
-    ("name", "made", "loaded"),
+    ("name", "arguments", "other_arguments"),
     [
         (
             "swin_tiny_patch4_window7_224_resattn_s2",
@@ -347,40 +347,40 @@ def through_a_directory(model: nn.Module, directory: Path, **arguments: Any) -> 
 )
 @torch.no_grad()
 def test_saved_model_loads_at_another_size(
-    name: str, made: dict[str, Any], loaded: dict[str, Any], tmp_path: Path
+    name: str, arguments: dict[str, Any], other_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     """The depth of a mask is decided where the model is first built, and is saved with it."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3, **made).eval()
+    model = timm.create_model(name, num_classes=3, **arguments).eval()
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
-    x = torch.randn(1, made.get("in_chans", 3), *2 * (made.get("img_size", 64),))
+    x = torch.randn(1, arguments.get("in_chans", 3), *2 * (arguments.get("img_size", 64),))
     assert torch.allclose(through_a_directory(model, tmp_path / "as_saved")(x), model(x), atol=1e-5)
-    other = through_a_directory(model, tmp_path / "other", **loaded)
-    x = torch.randn(1, loaded.get("in_chans", 3), *2 * (loaded.get("img_size", 64),))
+    other = through_a_directory(model, tmp_path / "other", **other_arguments)
+    x = torch.randn(1, other_arguments.get("in_chans", 3), *2 * (other_arguments.get("img_size", 64),))
     assert torch.isfinite(other(x)).all()
     mine, theirs = model.state_dict(), other.state_dict()
     of_blocks = [key for key in mine if ".residual_attention." in key]
     assert of_blocks
     assert all(torch.equal(mine[key], theirs[key]) for key in of_blocks)
-    kept = attnsurgery.recipe_of(model)
-    assert kept is not None
-    assert kept == attnsurgery.recipe_of(other)
-    assert all("depth" in edit.options for edit in kept.edits)
+    own_recipe = attnsurgery.recipe_of(model)
+    assert own_recipe is not None
+    assert own_recipe == attnsurgery.recipe_of(other)
+    assert all("depth" in edit.options for edit in own_recipe.edits)
 
 
 def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
     """The value of an `auto` option is saved for a built model, the generic architecture and a registered name."""
-    made = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
-    of_verb = attnsurgery.operate(timm.create_model("test_resnet"), made)
-    generic = timm.create_model("surgery", base="test_resnet", recipe=made)
-    named = timm.create_model(attnsurgery.register({**made, "name": "test_resnet_kept_auto"}))
+    auto_recipe = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
+    of_verb = attnsurgery.operate(timm.create_model("test_resnet"), auto_recipe)
+    generic = timm.create_model("surgery", base="test_resnet", recipe=auto_recipe)
+    named = timm.create_model(attnsurgery.register({**auto_recipe, "name": "test_resnet_kept_auto"}))
     for number, model in enumerate((of_verb, generic, named)):
-        kept = attnsurgery.recipe_of(model)
+        own_recipe = attnsurgery.recipe_of(model)
         again = attnsurgery.recipe_of(through_a_directory(model, tmp_path / str(number)))
-        assert kept is not None
-        assert kept == again
-        assert all(isinstance(edit.options["subsample"], int) for edit in kept.edits)
+        assert own_recipe is not None
+        assert own_recipe == again
+        assert all(isinstance(edit.options["subsample"], int) for edit in own_recipe.edits)
 
 
 def test_no_auto_options_saves_no_settled(tmp_path: Path) -> None:
@@ -471,15 +471,15 @@ class Turning(nn.Module):
 
 def test_layout_unknown_site_is_refused() -> None:
     """A layer tells the layout; behind it, in a model that takes images of one size, nothing does."""
-    told = attnsurgery.inspect(OneSize(last=True), (3, 32, 32))
-    assert told.site("body.fc").layout == "NHWC"
-    assert told.site("body:mul").layout == "NHWC"  # what the layer takes
-    assert not told.site("body.fc").refused
+    anatomy = attnsurgery.inspect(OneSize(last=True), (3, 32, 32))
+    assert anatomy.site("body.fc").layout == "NHWC"
+    assert anatomy.site("body:mul").layout == "NHWC"  # what the layer takes
+    assert not anatomy.site("body.fc").refused
     model = OneSize(last=False)
     refused = {"body.act", "body:mul"}
     assert refused <= {site.address for site in attnsurgery.inspect(model, (3, 32, 32)).sites if site.refused}
     for at in refused:
-        with pytest.raises(SiteError, match=r"can hold no block: its sizes 8 x 8 x 8 do not tell the channels"):
+        with pytest.raises(SiteError, match=r"can hold no block: its sizes 8 x 8 x 8 do not distinguish channels"):
             attnsurgery.operate(model, recipe("resnet18", at, "se", {}), input_size=(3, 32, 32))
 
 

@@ -91,9 +91,9 @@ WRITERS: dict[str, Callable[[Tensors, Path], Any]] = {
 def test_read_equal_tensors_of_every_format(name: str, tmp_path: Path, tensors: Tensors):
     """Every supported format of weights gives the same tensors."""
     WRITERS[name](tensors, tmp_path / name)
-    found = read_state_dict(tmp_path / name)
-    assert list(found) == list(tensors) or set(found) == set(tensors)
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    content = read_state_dict(tmp_path / name)
+    assert list(content) == list(tensors) or set(content) == set(tensors)
+    assert all(torch.equal(content[key], tensors[key]) for key in tensors)
 
 
 def test_read_prefers_averaged_weights(tmp_path: Path, tensors: Tensors):
@@ -192,11 +192,11 @@ def test_read_of_broken_bytes_gives_an_error(small: dict[str, bytes], data: st.D
         path = Path(folder) / name
         path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
         try:
-            found = read_state_dict(path)
+            state = read_state_dict(path)
         except CheckpointError as error:
             message = str(error)
         else:
-            message = name if all(isinstance(tensor, torch.Tensor) for tensor in found.values()) else ""
+            message = name if all(isinstance(tensor, torch.Tensor) for tensor in state.values()) else ""
     assert name in message
     assert "\n" not in message
 
@@ -357,8 +357,8 @@ def test_written_directory_builds_the_model(model: nn.Module, tmp_path: Path):
     write_directory(model, tmp_path / "new" / "out", texts={"note.txt": "hello"})
     again = timm.create_model(f"local-dir:{tmp_path / 'new' / 'out'}", pretrained=True).eval()
     assert torch.equal(again(images()), model(images()))
-    held = {entry.name for entry in (tmp_path / "new" / "out").iterdir()}
-    assert held == {"model.safetensors", "config.json", "note.txt"}
+    names = {entry.name for entry in (tmp_path / "new" / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "note.txt"}
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["out"]
 
 

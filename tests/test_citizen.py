@@ -103,8 +103,8 @@ PAIRS = [(host, family) for host in HOSTS for family in FAMILIES]
 
 def pairs(turn: int) -> list[tuple[str, str]]:
     """Every host with one family, or with all."""
-    asked = [(host, FAMILIES[(number + turn) % len(FAMILIES)]) for number, host in enumerate(HOSTS)]
-    return PAIRS if FULL else asked
+    rotation = [(host, FAMILIES[(number + turn) % len(FAMILIES)]) for number, host in enumerate(HOSTS)]
+    return PAIRS if FULL else rotation
 
 
 def each_pair(turn: int) -> pytest.MarkDecorator:
@@ -178,8 +178,8 @@ def of_base(host: str, ask: Callable[[nn.Module], Any], model: nn.Module | None 
             warnings.simplefilter("ignore")
             return tensors(ask(model or base_of(host)))
     except Exception as error:
-        said = " ".join(str(error).split())[:100]
-        pytest.skip(f"raises for the base: {type(error).__name__} {said}")
+        reason = " ".join(str(error).split())[:100]
+        pytest.skip(f"raises for the base: {type(error).__name__} {reason}")
 
 
 def same(ours: Outputs, theirs: Outputs) -> bool:
@@ -343,10 +343,10 @@ def _features(how: str | None) -> dict[str, Any]:
 def test_features_equal_base_at_start(how: str | None, host: str, family: str) -> None:
     """The features of every class of timm are the base's until a block moves."""
     surgical(host, family)
-    found = _features_of_base(host, how)
-    if isinstance(found, str):
-        pytest.skip(found)
-    base, expected = found
+    base_features = _features_of_base(host, how)
+    if isinstance(base_features, str):
+        pytest.skip(base_features)
+    base, expected = base_features
     model = make(f"{host}_{family}", host, **_features(how)).eval()
     assert type(model).__name__ == type(base).__name__
     model.load_state_dict(base.state_dict())
@@ -391,12 +391,12 @@ def test_layer_decay_puts_blocks_with_host(host: str, family: str) -> None:
 
     def groups(model: nn.Module) -> dict[str, float]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        found: dict[str, float] = {}
+        scales: dict[str, float] = {}
         for group in param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5):
             for parameter in group["params"]:
-                assert names[id(parameter)] not in found
-                found[names[id(parameter)]] = group["lr_scale"]
-        return found
+                assert names[id(parameter)] not in scales
+                scales[names[id(parameter)]] = group["lr_scale"]
+        return scales
 
     of_base(host, groups)
     theirs, ours = groups(base_of(host)), groups(model := surgical(host, family))
@@ -565,11 +565,11 @@ def test_surgical_model_compiles_as_base(how: Any, host: str, family: str) -> No
                 how(model, x)
             return
         try:
-            found = how(model, x)(x)
+            output = how(model, x)(x)
         except Exception:
             of_base(host, lambda base: how(base, x)(x))
             raise
         expected = model(x)
-    must(torch.allclose(found, expected, atol=1e-5), "it computes something else")
+    must(torch.allclose(output, expected, atol=1e-5), "it computes something else")
     if (host, family) not in HEARD_BY_FEATURES_ALONE:
-        must(not torch.allclose(found, _base(host)(x), atol=1e-5), "the blocks are not in it")
+        must(not torch.allclose(output, _base(host)(x), atol=1e-5), "the blocks are not in it")

@@ -72,7 +72,7 @@ def weights(tmp_path: Path) -> Path:
 def test_help_lists_every_command_file():
     result = call("--help")
     assert result.exit_code == 0
-    files = [found.name for found in pkgutil.iter_modules(attnsurgery.cli.__path__) if not found.name.startswith("_")]
+    files = [info.name for info in pkgutil.iter_modules(attnsurgery.cli.__path__) if not info.name.startswith("_")]
     assert {"apply", "exec", "inspect", "latency", "list", "plan", "schema", "verify"} <= set(files)
     assert all(f"\n  {name} " in result.stdout for name in files)
 
@@ -88,12 +88,12 @@ def test_command_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_command_files_import_nothing_heavy():
-    for found in pkgutil.iter_modules(attnsurgery.cli.__path__):
-        if found.name.startswith("_"):
+    for info in pkgutil.iter_modules(attnsurgery.cli.__path__):
+        if info.name.startswith("_"):
             continue
-        module = importlib.import_module(f"attnsurgery.cli.{found.name}")
-        held = {getattr(value, "__name__", "") for value in vars(module).values()}
-        assert not held & {"torch", "timm", "optuna", "rich"}, found.name
+        module = importlib.import_module(f"attnsurgery.cli.{info.name}")
+        names = {getattr(value, "__name__", "") for value in vars(module).values()}
+        assert not names & {"torch", "timm", "optuna", "rich"}, info.name
 
 
 def test_version_names_dependencies():
@@ -142,9 +142,9 @@ def test_unforeseen_error_is_called_a_bug():
 )
 def test_system_error_is_not_called_a_bug(error: Exception, message: str):
     """An error of the operating system or a lack of memory is not called a bug."""
-    said = refusal(CliRunner().invoke(app_that_raises(error), ["fail"]), 1)
-    assert message in said
-    assert "bug" not in said
+    text = refusal(CliRunner().invoke(app_that_raises(error), ["fail"]), 1)
+    assert message in text
+    assert "bug" not in text
 
 
 def test_error_of_package_returns_own_code():
@@ -202,10 +202,10 @@ def test_inspect_aligns_columns():
 
 def test_inspect_json_lists_every_site():
     """`inspect --json` prints every site and nothing else."""
-    found = parsed(call("inspect", "test_resnet", "--json"))
-    assert found["input_size"] == [3, 160, 160]
-    assert found["stages"] == [1, 2, 3, 4]
-    branch = next(site for site in found["sites"] if site["address"] == "layer3.0.bn3")
+    report = parsed(call("inspect", "test_resnet", "--json"))
+    assert report["input_size"] == [3, 160, 160]
+    assert report["stages"] == [1, 2, 3, 4]
+    branch = next(site for site in report["sites"] if site["address"] == "layer3.0.bn3")
     assert branch["shape"] == [192, 10, 10]
     assert branch["role"] == "branch"
 
@@ -221,14 +221,16 @@ def test_inspect_block_costs_at_every_site():
     assert "together  at 4 block sites: " in result.stdout
     assert "multiply-accumulates, 2,730,400 bytes of attention\n" in result.stdout
     assert "attention" not in call("inspect", "test_resnet").stdout
-    found = parsed(call("inspect", "test_resnet", "--block", "non_local", "--option", "subsample=10", "--json"))
-    told = {site["address"]: site for site in found["sites"]}
-    assert told["layer3.0"]["cost"] == {
+    report = parsed(call("inspect", "test_resnet", "--block", "non_local", "--option", "subsample=10", "--json"))
+    by_address = {site["address"]: site for site in report["sites"]}
+    assert by_address["layer3.0"]["cost"] == {
         "params": 74_592,
         "macs": 4 * 100 * 192 * 96 + 100 * 2 * 96,
         "attention_bytes": 400,
     }
-    assert told["layer4.0"]["refused"].startswith("block 'non_local' with subsample=10 needs a map of at least 10 x 10")
+    assert by_address["layer4.0"]["refused"].startswith(
+        "block 'non_local' with subsample=10 needs a map of at least 10 x 10"
+    )
 
 
 def test_inspect_says_where_block_cannot_be():
@@ -243,8 +245,8 @@ def test_inspect_refuses_unknown_options():
     """`inspect` refuses unknown blocks and options with the nearest name."""
     assert "Did you mean 'non_local'?" in refusal(call("inspect", "test_resnet", "--block", "nonlocal"), 2)
     assert "name the block with --block" in refusal(call("inspect", "test_resnet", "--option", "a=1"), 2)
-    said = refusal(call("inspect", "test_resnet", "--block", "se", "--option", "reductoin=4"), 2)
-    assert "Did you mean 'reduction'?" in said
+    text = refusal(call("inspect", "test_resnet", "--block", "se", "--option", "reductoin=4"), 2)
+    assert "Did you mean 'reduction'?" in text
     assert "reads NAME=VALUE" in refusal(call("inspect", "test_resnet", "--block", "se", "--option", "4"), 2)
 
 
@@ -281,9 +283,9 @@ def test_plan_shows_blocks_settled_and_sums(recipe: Path):
     assert "attention  800,000 bytes if written out, one image in fp32, all blocks; within the recipe's 1,000,000" in (
         result.stdout
     )
-    found = parsed(call("plan", recipe, "--json"))
-    assert found["attention_bytes"] == 800_000
-    assert [block["settled"] for block in found["blocks"]][-2:] == [{"subsample": 4}, {"subsample": 2}]
+    report = parsed(call("plan", recipe, "--json"))
+    assert report["attention_bytes"] == 800_000
+    assert [block["settled"] for block in report["blocks"]][-2:] == [{"subsample": 4}, {"subsample": 2}]
 
 
 def test_plan_takes_name_base_and_size(recipe: Path):
@@ -309,9 +311,9 @@ def test_plan_refuses_in_the_words_of_apply(recipe: Path, weights: Path, tmp_pat
     }
     for text in wrong.values():
         recipe.write_text(text)
-        said = refusal(call("plan", recipe), 2)
-        assert said == refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
-        assert "recipe.yaml:" in said
+        error = refusal(call("plan", recipe), 2)
+        assert error == refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+        assert "recipe.yaml:" in error
     assert "Did you mean 'test_resnet'?" in refusal(call("plan", recipe, "--base", "test_resnett"), 2)
     assert "attnsurgery inspect test_resnet --block se" in refusal(call("plan", "test_resnet"), 2)
     assert "there is no file" in refusal(call("plan", tmp_path / "no.yaml"), 2)
@@ -368,19 +370,19 @@ def test_apply_directory_passes_verify(recipe: Path, weights: Path, tmp_path: Pa
     assert "layer3.0.se" in result.stdout
     assert f"timm.create_model('local-dir:{out}', pretrained=True)" in result.stdout
     assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 7
-    found = parsed(call("verify", out, "--json"))
-    assert found["max_abs_diff"] == 0
-    assert found["alive"] is True
-    assert [block["calls"] for block in found["blocks"]] == [1, 1, 1, 1]
+    report = parsed(call("verify", out, "--json"))
+    assert report["max_abs_diff"] == 0
+    assert report["alive"] is True
+    assert [block["calls"] for block in report["blocks"]] == [1, 1, 1, 1]
     assert parsed(call("inspect", out, "--json"))["stages"] == [1, 2, 3, 4]
 
 
 def test_apply_json_has_report_and_output(recipe: Path, weights: Path, tmp_path: Path):
     """`apply --json` prints the report and the path of the directory."""
-    found = parsed(call("apply", recipe, "-c", weights, "-o", tmp_path / "out", "--start", "paper", "--json"))
-    assert found["output"] == str(tmp_path / "out")
-    assert found["max_abs_diff"] > 0
-    assert found["params_after"] > found["params_before"]
+    report = parsed(call("apply", recipe, "-c", weights, "-o", tmp_path / "out", "--start", "paper", "--json"))
+    assert report["output"] == str(tmp_path / "out")
+    assert report["max_abs_diff"] > 0
+    assert report["params_after"] > report["params_before"]
 
 
 def test_apply_failure_writes_nothing(recipe: Path, weights: Path, tmp_path: Path):
@@ -397,12 +399,12 @@ def test_apply_failure_writes_nothing(recipe: Path, weights: Path, tmp_path: Pat
 def test_apply_recipe_mistake_names_line(recipe: Path, weights: Path, tmp_path: Path):
     """A mistake in a recipe is named with file, line and field."""
     recipe.write_text(RECIPE.replace("block: se", "blok: se"))
-    said = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
-    assert "recipe.yaml:6: edits[0]: has no field 'blok'. Did you mean 'block'?" in said
+    error = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+    assert "recipe.yaml:6: edits[0]: has no field 'blok'. Did you mean 'block'?" in error
     recipe.write_text(RECIPE.replace("reduction", "reductoin"))
-    said = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
-    assert "recipe.yaml:7: edits[0].options" in said
-    assert "Did you mean 'reduction'?" in said
+    error = refusal(call("apply", recipe, "-c", weights, "-o", tmp_path / "out"), 2)
+    assert "recipe.yaml:7: edits[0].options" in error
+    assert "Did you mean 'reduction'?" in error
 
 
 def test_verify_takes_surgical_names_alone():
@@ -476,18 +478,18 @@ def test_latency_conditions_equal_search(monkeypatch: pytest.MonkeyPatch):
     from attnsurgery.latency import Conditions
     from attnsurgery.search import SearchConfig
 
-    monkeypatch.setattr("attnsurgery.search.execution.assemble.pick_device", lambda asked: asked)
+    monkeypatch.setattr("attnsurgery.search.execution.assemble.pick_device", lambda choice: choice)
     names = ("dtype", "mode", "channels_last", "tf32", "cudnn_benchmark", "cold_cache", "batch_size")
     for device in ("cpu", "cuda"):
         config = SearchConfig(budget_ms=1, device=device)
         alone = measured_conditions({"device": device}, (3, 8, 8), "latency")
-        searched = {name: getattr(config, name) for name in names}
-        assert alone == Conditions(device=device, input_size=(3, 8, 8), threads=config.threads, **searched)
+        of_search = {name: getattr(config, name) for name in names}
+        assert alone == Conditions(device=device, input_size=(3, 8, 8), threads=config.threads, **of_search)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    "given",
+    "fields",
     [
         {},
         {"dtype": "float32"},
@@ -499,7 +501,7 @@ def test_latency_conditions_equal_search(monkeypatch: pytest.MonkeyPatch):
         {"train_dtype": "float32", "budget_ips": 100.0},
     ],
 )
-def test_search_command_round_trip(device: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_command_round_trip(device: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that is printed for a configuration gives the same configuration."""
     import shlex
 
@@ -507,14 +509,14 @@ def test_search_command_round_trip(device: str, given: dict[str, Any], monkeypat
     from attnsurgery.search import SearchConfig
 
     monkeypatch.setattr(
-        "attnsurgery.search.execution.assemble.pick_device", lambda asked: "cpu" if asked == "auto" else asked
+        "attnsurgery.search.execution.assemble.pick_device", lambda name: "cpu" if name == "auto" else name
     )
-    config = SearchConfig(budget_ms=5, device=device, output="somewhere", **given)
-    ran: list[SearchConfig] = []
-    monkeypatch.setattr(module, "_run", lambda config, as_json: ran.append(config))
+    config = SearchConfig(budget_ms=5, device=device, output="somewhere", **fields)
+    configs: list[SearchConfig] = []
+    monkeypatch.setattr(module, "_run", lambda config, as_json: configs.append(config))
     done = call(*shlex.split(module.command_of(config))[1:])
     assert done.exit_code == 0, done.output
-    assert ran == [config]
+    assert configs == [config]
 
 
 # ---- exec

@@ -21,7 +21,7 @@ from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import SearchConfig, Timing, run
-from attnsurgery.search.execution.verdict import judge
+from attnsurgery.search.execution.verdict import compare_on_test
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import contenders
 from attnsurgery.search.result.statistics import gain_of, pooled, sign_test
@@ -46,12 +46,12 @@ def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
 
 def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of the finalists that were trained again is the winner, and alone is scored on the test images."""
-    seen: list[int] = []
+    counts: list[int] = []
     count = verdict_module.accuracy
 
-    def counted(*given: Any, watch: Watching) -> Any:
-        seen.append(len(given[1]))
-        return count(*given, watch=watch)
+    def counted(*arguments: Any, watch: Watching) -> Any:
+        counts.append(len(arguments[1]))
+        return count(*arguments, watch=watch)
 
     monkeypatch.setattr(verdict_module, "accuracy", counted)
     outcome = run(change(config, finalists=3, confirm_seeds=2))
@@ -65,7 +65,7 @@ def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: py
     assert outcome.best is not None
     assert outcome.best.digest == verdict.digest
     assert load(outcome.folder / "best.yaml").digest() == verdict.digest
-    assert seen == [verdict.images] * 4, "base and winner, from two seeds each"
+    assert counts == [verdict.images] * 4, "base and winner, from two seeds each"
     assert verdict.choice() in (outcome.folder / "report.html").read_text()
     assert Confirmation.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
 
@@ -90,41 +90,41 @@ def test_winner_is_not_who_was_lucky_once(config: SearchConfig, monkeypatch: pyt
     assert outcome.best == other
 
 
-@pytest.mark.parametrize("kept", [2, 0])
-def test_finalist_over_budget_is_replaced(config: SearchConfig, kept: int) -> None:
+@pytest.mark.parametrize("fast_finalists", [2, 0])
+def test_finalist_over_budget_is_replaced(config: SearchConfig, fast_finalists: int) -> None:
     """Of four candidates the two best, or all, are slower when measured again, and the next ones replace them."""
     first = run(change(config, finalists=1))
     order = contenders(first.records, first.config.rank_by)
-    slower = {record.parameters: 10.0 + record.number for record in order[: len(order) - kept]}
-    seen: list[int] = []
+    slower = {record.parameters: 10.0 + record.number for record in order[: len(order) - fast_finalists]}
+    sizes: list[int] = []
 
     class Lucky(FixedLatency):
         def compare(self, base: torch.nn.Module, variant: torch.nn.Module, reference: Latency | None = None) -> Any:
-            found = super().compare(base, variant, reference)
-            seen.append(size := sum(parameter.numel() for parameter in variant.parameters()))
-            scale = slower.get(size, 1.0) * 100 if seen.count(size) == 2 else 1.0
-            return replace(found, **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), scale * found.ratio))
+            latency = super().compare(base, variant, reference)
+            sizes.append(size := sum(parameter.numel() for parameter in variant.parameters()))
+            scale = slower.get(size, 1.0) * 100 if sizes.count(size) == 2 else 1.0
+            return replace(latency, **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), scale * latency.ratio))
 
     conditions = Conditions(input_size=(3, 32, 32), threads=1)
-    asked = change(config, finalists=1, output=f"{config.output}-lucky")
-    outcome = run(asked, backend=Lucky(conditions))
+    lucky_config = change(config, finalists=1, output=f"{config.output}-lucky")
+    outcome = run(lucky_config, backend=Lucky(conditions))
     assert [r.digest for r in contenders(outcome.records, outcome.config.rank_by)] == [r.digest for r in order]
     confirmation = outcome.confirmation
     assert confirmation is not None
-    winner = order[-2] if kept else min(order, key=lambda record: record.number)
+    winner = order[-2] if fast_finalists else min(order, key=lambda record: record.number)
     assert outcome.best is not None
     assert outcome.best.digest == winner.digest
     assert [one.slow for one in confirmation.finalists] == (
-        [True, True, False] if kept else [r != winner for r in order]
+        [True, True, False] if fast_finalists else [r != winner for r in order]
     )
     left_out = next(record for record in order if record.digest != winner.digest)
     assert f"left out: trial {left_out.number} (" in confirmation.choice()
     assert "ms when measured again, over the budget)" in confirmation.choice()
-    assert run(asked, backend=Lucky(conditions)).confirmation == confirmation, "known, so it is not asked again"
+    assert run(lucky_config, backend=Lucky(conditions)).confirmation == confirmation, "known, so it is not asked again"
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_finalist_near_budget_is_remeasured(config: SearchConfig, told: bool) -> None:
+@pytest.mark.parametrize("third_look_tells", [True, False])
+def test_finalist_near_budget_is_remeasured(config: SearchConfig, third_look_tells: bool) -> None:
     """The best candidate's interval reaches over the budget twice; it stays if the third, longer one does not."""
     first = run(change(config, finalists=1))
     order = contenders(first.records, first.config.rank_by)
@@ -132,23 +132,23 @@ def test_finalist_near_budget_is_remeasured(config: SearchConfig, told: bool) ->
 
     class Vague(FixedLatency):
         def compare(self, base: torch.nn.Module, variant: torch.nn.Module, reference: Latency | None = None) -> Any:
-            found = super().compare(base, variant, reference)
+            latency = super().compare(base, variant, reference)
             if sum(parameter.numel() for parameter in variant.parameters()) != order[0].parameters:
-                return found
+                return latency
             efforts.append(self.effort.max_seconds)
-            vague = len(efforts) <= 2 or not told
-            return replace(found, ratio_high=1e6 * found.ratio) if vague else found
+            vague = len(efforts) <= 2 or not third_look_tells
+            return replace(latency, ratio_high=1e6 * latency.ratio) if vague else latency
 
     backend = Vague(Conditions(input_size=(3, 32, 32), threads=1))
     usual = backend.effort.max_seconds
     outcome = run(change(config, finalists=1, output=f"{config.output}-vague"), backend=backend)
     assert outcome.confirmation is not None
-    assert outcome.confirmation.digest == order[0 if told else 1].digest
+    assert outcome.confirmation.digest == order[0 if third_look_tells else 1].digest
     assert efforts[:3] == [usual, 2 * usual, 8 * usual]
-    if not told:
-        said = outcome.confirmation.choice()
-        assert f"left out: trial {order[0].number} (up to " in said
-        assert "ms when measured again, not surely within the budget)" in said
+    if not third_look_tells:
+        sentence = outcome.confirmation.choice()
+        assert f"left out: trial {order[0].number} (up to " in sentence
+        assert "ms when measured again, not surely within the budget)" in sentence
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -184,7 +184,7 @@ def test_verdict_is_better_equal_or_worse() -> None:
     def verdict(winner_only: int, base_only: int) -> str:
         base = torch.arange(100) < base_only
         winner = torch.arange(100) >= 100 - winner_only
-        return judge("", [base], [winner], 1, timing).sentence()
+        return compare_on_test("", [base], [winner], 1, timing).sentence()
 
     assert verdict(20, 2).startswith("The winner is better")
     assert verdict(5, 4).startswith("No significant difference")
@@ -192,12 +192,12 @@ def test_verdict_is_better_equal_or_worse() -> None:
     assert "2.00 % of the base" in verdict(20, 2)
 
 
-def test_judge_equal_seeds_add_no_certainty() -> None:
+def test_comparison_equal_seeds_add_nothing() -> None:
     """Three seeds that agree on every image give the interval of one seed."""
     rng = np.random.default_rng(0)
     first, second = (torch.from_numpy(rng.random(300) < share) for share in (0.8, 0.7))
     one = gain_of(first[None].numpy(), second[None].numpy())
-    three = judge("", [second] * 3, [first] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
+    three = compare_on_test("", [second] * 3, [first] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
     assert three.winner_top1 - three.base_top1 == pytest.approx(one.mean)
     assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.01)
 
@@ -222,10 +222,10 @@ def test_gain_equals_analysis_of_variance() -> None:
     rest = square(x_MSI - of_run - of_cell + of_model, models * (seeds - 1) * (images - 1))
     error = reader + max(by_case - rest, 0.0)
     freedom = error**2 / (reader**2 / (models * (seeds - 1)))
-    found = gain_of(*x_MSI)
-    assert found.p_value == pytest.approx(stats.f.sf(treatment / error, 1, freedom))
+    gain = gain_of(*x_MSI)
+    assert gain.p_value == pytest.approx(stats.f.sf(treatment / error, 1, freedom))
     turned = gain_of(*x_MSI[::-1])
-    assert (turned.mean, turned.low, turned.high) == pytest.approx((-found.mean, -found.high, -found.low))
+    assert (turned.mean, turned.low, turned.high) == pytest.approx((-gain.mean, -gain.high, -gain.low))
 
 
 @pytest.mark.parametrize("seeds", [2, 3])

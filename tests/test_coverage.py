@@ -81,9 +81,9 @@ def rows_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], list[dic
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield examined
         return
-    asked = [item.callspec.params["arch"] for item in request.session.items if "rows_of" in item.fixturenames]
+    archs = [item.callspec.params["arch"] for item in request.session.items if "rows_of" in item.fixturenames]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = {arch: pool.submit(examined, arch) for arch in asked}
+        rows = {arch: pool.submit(examined, arch) for arch in archs}
         yield lambda arch: rows[arch].result()
         pool.shutdown(cancel_futures=True)
 
@@ -173,7 +173,7 @@ def a_changed_base(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "fault", "said"),
+    ("check", "fault", "message"),
     [
         ("keys", a_lost_key, "keys of the base are gone"),
         ("keys", a_key_too_many, "neither the base's nor a block's"),
@@ -190,10 +190,10 @@ def a_changed_base(subject: Subject) -> None:
         ("removal", a_changed_base, "outputs differ from the base's"),
     ],
 )
-def test_check_fails_on_its_fault(subject: Subject, check: str, fault: Callable[[Subject], None], said: str) -> None:
+def test_check_fails_on_its_fault(subject: Subject, check: str, fault: Callable[[Subject], None], message: str) -> None:
     """Each check fails on a model with the fault that it looks for."""
     fault(subject)
-    with pytest.raises(Wrong, match=said):
+    with pytest.raises(Wrong, match=message):
         CHECKS[check](subject)
 
 
@@ -274,8 +274,8 @@ def test_killed_process_costs_one_pair(tmp_path: Path, monkeypatch: pytest.Monke
     """A process that is killed costs the pair that it was at, and no other."""
     monkeypatch.setattr(coverage, "work", die)
     todo = [("test_resnet", ("dual", "se")), ("test_vit", ("se",))]
-    left = coverage._in_a_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
-    assert left == [("test_resnet", ("se",)), ("test_vit", ("se",))]
+    remaining = coverage._in_a_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
+    assert remaining == [("test_resnet", ("se",)), ("test_vit", ("se",))]
     (row,) = coverage.latest(tmp_path).values()
     assert (row["block"], row["outcome"], row["checks"]) == ("dual", "failed", {"process": "died of exit code -9"})
 

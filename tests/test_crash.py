@@ -69,9 +69,9 @@ def test_search_ctrl_c_once_and_twice(search: list[str], tmp_path: Path) -> None
             break
     time.sleep(0.5)
     first.send_signal(signal.SIGINT)
-    said = first.stderr.read()
+    stderr = first.stderr.read()
     assert first.wait(timeout=60) == 130
-    assert "Go on with:  attnsurgery search" in said
+    assert "Go on with:  attnsurgery search" in stderr
     assert (tmp_path / "run" / "report.html").is_file()
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
     assert "RUNNING" not in {trial.state.name for trial in study.trials}

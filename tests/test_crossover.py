@@ -69,12 +69,12 @@ def test_table_round_trips_through_module(bench: Any, tmp_path: Path) -> None:
     del failed["ms"]
     assert bench.write_table([row(100, 1.0, 2.0), failed], path) == "some-card"
     once = path.read_text()
-    found = runpy.run_path(str(path))
-    capability, rules = found["CARDS"]["some-card"]
+    module = runpy.run_path(str(path))
+    capability, rules = module["CARDS"]["some-card"]
     assert capability == (9, 0)
     assert ("half", "forward", 1, 64, 512, 0, LARGEST_MATRIX, True) in rules
-    assert {name: found["CARDS"][name] for name in crossover.CARDS} == crossover.CARDS, "other cards keep theirs"
-    assert found["__doc__"] == crossover.__doc__
+    assert {name: module["CARDS"][name] for name in crossover.CARDS} == crossover.CARDS, "other cards keep theirs"
+    assert module["__doc__"] == crossover.__doc__
     bench.write_table([row(100, 1.0, 2.0)], path)
     assert path.read_text() == once
 

@@ -156,25 +156,25 @@ def bits(draw: st.DrawFn) -> torch.Tensor:
 @given(
     base=st.dictionaries(st.sampled_from("abcdef"), bits(), max_size=6),
     other=st.dictionaries(st.sampled_from("abcdefgh"), bits(), max_size=4),
-    gone=st.sets(st.sampled_from("abcdef"), max_size=3),
+    absent=st.sets(st.sampled_from("abcdef"), max_size=3),
     narrow=st.sampled_from([None, torch.float16, torch.bfloat16]),
 )
 def test_difference_round_trip_is_bit_exact(
-    base: Tensors, other: Tensors, gone: set[str], narrow: Any, tmp_path_factory: pytest.TempPathFactory
+    base: Tensors, other: Tensors, absent: set[str], narrow: Any, tmp_path_factory: pytest.TempPathFactory
 ):
     """A difference holds only what differs, and joined with its base gives the same bits."""
-    kept = {key: tensor for key, tensor in base.items() if key not in gone | other.keys()}
+    common = {key: tensor for key, tensor in base.items() if key not in absent | other.keys()}
     if narrow is not None:
-        kept = {key: tensor.to(narrow) if tensor.dtype is torch.float32 else tensor for key, tensor in kept.items()}
+        common = {key: tensor.to(narrow) if tensor.dtype is torch.float32 else tensor for key, tensor in common.items()}
     base = {**base, "shared": torch.ones(2)}
-    whole = {**kept, **other, "shared": torch.ones(2)}
-    found = Difference.between(whole, base, base="x", base_file="x.pth", base_digest=digest(base))
+    whole = {**common, **other, "shared": torch.ones(2)}
+    difference = Difference.between(whole, base, base="x", base_file="x.pth", base_digest=digest(base))
     same = {key for key in other if key in base and same_bits(other[key], base[key])}
-    assert not found.tensors.keys() & (kept.keys() | {"shared"} | same)
+    assert not difference.tensors.keys() & (common.keys() | {"shared"} | same)
     path = tmp_path_factory.mktemp("delta") / DELTA_NAME
-    found.write(path)
+    difference.write(path)
     again = Difference.read(path)
-    assert equal(again.tensors, found.tensors)
+    assert equal(again.tensors, difference.tensors)
     assert equal(again.joined(base, "x"), whole)
 
 
@@ -236,9 +236,9 @@ def test_apply_as_delta_writes_blocks_alone(base: nn.Module, base_file: Path, tm
     assert not torch.equal(move_gates(model)(x), base(x))
     # but for its weights, the directory says what apply says
     apply(RECIPE, base_file, tmp_path / "whole")
-    said = json.loads((tmp_path / "delta" / "config.json").read_text())
-    of_delta = said.pop("delta")
-    assert said == json.loads((tmp_path / "whole" / "config.json").read_text())
+    config = json.loads((tmp_path / "delta" / "config.json").read_text())
+    of_delta = config.pop("delta")
+    assert config == json.loads((tmp_path / "whole" / "config.json").read_text())
     assert of_delta["base"] == "test_resnet"
     assert of_delta["base_file"] == "base.pth"
     with safetensors.safe_open(tmp_path / "delta" / DELTA_NAME, "pt") as file:
@@ -392,9 +392,9 @@ def test_delta_refuses_half_a_block(delta: Path, base: nn.Module, base_file: Pat
     )
     with pytest.raises(CheckpointError, match=rf"only a part of the block 'layer1\.0\.se': {lost} missing"):
         save_delta(tmp_path / "whole", base_file, tmp_path / "out")
-    found = Difference.read(delta / DELTA_NAME)
-    del found.tensors[lost]
-    found.write(delta / DELTA_NAME)
+    difference = Difference.read(delta / DELTA_NAME)
+    del difference.tensors[lost]
+    difference.write(delta / DELTA_NAME)
     with pytest.raises(CheckpointError, match="do not make the model that was taken apart"):
         load_delta(delta, base_file)
 
@@ -457,8 +457,8 @@ def test_delta_refuses_foreign_header(change: dict[str, str | None], message: st
     path.write_bytes(small_delta)
     with safetensors.safe_open(path, "pt") as file:
         header = {**file.metadata(), **change}
-    kept = {key: value for key, value in header.items() if value is not None}
-    safetensors.torch.save_file({"a": torch.ones(3)}, path, metadata=kept)
+    metadata = {key: value for key, value in header.items() if value is not None}
+    safetensors.torch.save_file({"a": torch.ones(3)}, path, metadata=metadata)
     with pytest.raises(CheckpointError, match=message):
         Difference.read(path)
 
@@ -466,9 +466,16 @@ def test_delta_refuses_foreign_header(change: dict[str, str | None], message: st
 def test_delta_refuses_impossible_conversion(small_delta: bytes, tmp_path: Path):
     """A conversion of a tensor that the base does not have is refused."""
     (tmp_path / DELTA_NAME).write_bytes(small_delta)
-    found = Difference.read(tmp_path / DELTA_NAME)
+    difference = Difference.read(tmp_path / DELTA_NAME)
     for name in ("nothing", "a"):
-        odd = Difference(found.base, "x", found.base_digest, found.digest, found.tensors, cast={"float16": (name,)})
+        odd = Difference(
+            difference.base,
+            "x",
+            difference.base_digest,
+            difference.digest,
+            difference.tensors,
+            cast={"float16": (name,)},
+        )
         with pytest.raises(CheckpointError, match=f"it converts '{name}', which the base does not have"):
             odd.joined({"a": torch.zeros(3)}, "x")
 

@@ -45,9 +45,9 @@ every_runtime = pytest.mark.parametrize("name", ON_CPU)
 
 
 def backend(name: str, **changes: Any) -> RuntimeLatency:
-    found = backend_for(Conditions(**{"input_size": SIZE, "threads": 1, **changes}), name, FAST)
-    assert isinstance(found, RuntimeLatency)
-    return found
+    runtime = backend_for(Conditions(**{"input_size": SIZE, "threads": 1, **changes}), name, FAST)
+    assert isinstance(runtime, RuntimeLatency)
+    return runtime
 
 
 @cache
@@ -164,33 +164,33 @@ def test_compared_refuses_other_outputs() -> None:
 def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
     runtime = prepared(name)
     before = copy.deepcopy(model.state_dict())
-    found = runtime.compare(model, model)
-    assert found.variant.p50_ms > 0
-    assert found.ratio > 0
-    assert found.base.runs > 0
-    assert {name, "torch"} <= set(found.base.versions)
+    comparison = runtime.compare(model, model)
+    assert comparison.variant.p50_ms > 0
+    assert comparison.ratio > 0
+    assert comparison.base.runs > 0
+    assert {name, "torch"} <= set(comparison.base.versions)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is exported once until it changes, and its export goes with it."""
-    seen: list[nn.Module] = []
-    monkeypatch.setattr(runtimes, "exported", lambda model, *rest: (seen.append(model), export_of(SURGICAL[0]))[1])
+    subjects: list[nn.Module] = []
+    monkeypatch.setattr(runtimes, "exported", lambda model, *rest: (subjects.append(model), export_of(SURGICAL[0]))[1])
     one, runtime = copy.deepcopy(model), backend("onnxruntime")
     runtime.measure(one)
     runtime.compare(one, one)
-    assert len(seen) == 1
+    assert len(subjects) == 1
     with torch.no_grad():
         next(one.parameters()).mul_(1.5)
-    assert (runtime._exported(one), len(seen)) == (export_of(SURGICAL[0]), 2)
+    assert (runtime._exported(one), len(subjects)) == (export_of(SURGICAL[0]), 2)
     runtime._exported(attnsurgery.remove(one))
-    assert len(seen) == 3
+    assert len(subjects) == 3
     with torch.inference_mode():
         untold = copy.deepcopy(model)
     for number in (4, 5):  # tensors that do not count their changes
         runtime._exported(untold)
-        assert len(seen) == number
-    del one, untold, seen[:]
+        assert len(subjects) == number
+    del one, untold, subjects[:]
     gc.collect()
     assert not len(runtime._exports)
 
@@ -199,12 +199,12 @@ def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.Monkey
 def test_runtime_uses_threads_of_conditions(name: str, model: nn.Module) -> None:
     """A runtime uses the number of threads of the conditions."""
     runtime = prepared(name, threads=2)
-    asked: dict[str, Any] = {}
+    threads: dict[str, Any] = {}
     if name == "onnxruntime":
         real = runtime.runtime.InferenceSession
 
         def session(source: Any, options: Any, **kwargs: Any) -> Any:
-            asked.update(intra=options.intra_op_num_threads, inter=options.inter_op_num_threads)
+            threads.update(intra=options.intra_op_num_threads, inter=options.inter_op_num_threads)
             return real(source, options, **kwargs)
 
         runtime.runtime = SimpleNamespace(SessionOptions=onnxruntime.SessionOptions, InferenceSession=session)
@@ -212,16 +212,16 @@ def test_runtime_uses_threads_of_conditions(name: str, model: nn.Module) -> None
         core = runtime.runtime.Core()
 
         def compile_model(*args: Any) -> Any:
-            made = core.compile_model(*args)
+            compiled = core.compile_model(*args)
             keys = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "INFERENCE_PRECISION_HINT")
-            asked.update({key: made.get_property(key) for key in keys})
-            return made
+            threads.update({key: compiled.get_property(key) for key in keys})
+            return compiled
 
         inner = SimpleNamespace(compile_model=compile_model, read_model=core.read_model)
         runtime.runtime = SimpleNamespace(Core=lambda: inner, Tensor=runtime.runtime.Tensor)
     runtime.load(runtime._exported(model)).call()
-    assert list(asked.values())[:2] == [2, 1], asked
-    assert "f32" in str(asked.get("INFERENCE_PRECISION_HINT", "f32")) or "float32" in str(asked)
+    assert list(threads.values())[:2] == [2, 1], threads
+    assert "f32" in str(threads.get("INFERENCE_PRECISION_HINT", "f32")) or "float32" in str(threads)
 
 
 def test_bound_outputs_are_of_the_last_call() -> None:
@@ -243,8 +243,8 @@ def test_time_block_equals_clock(name: str) -> None:
         rounds = []
         for _ in range(9):
             start = time.perf_counter()
-            said = runtime.time_block(call, 5)
-            rounds.append(said / 1000 / (time.perf_counter() - start))
+            block_ms = runtime.time_block(call, 5)
+            rounds.append(block_ms / 1000 / (time.perf_counter() - start))
     assert 0.5 < sorted(rounds)[4] <= 1.001
 
 
@@ -254,7 +254,7 @@ def test_call_keeps_input_and_outputs_alive(name: str) -> None:
     runtime = backend(name)
     tensor = export_of(SURGICAL[0]).x_BCHW.clone()
     loaded = runtime.load(dataclasses.replace(export_of(SURGICAL[0]), x_BCHW=tensor))
-    gone = weakref.ref(tensor)
+    reference = weakref.ref(tensor)
     del tensor
     call, outputs = loaded.call, loaded.outputs
     del loaded, outputs
@@ -263,13 +263,13 @@ def test_call_keeps_input_and_outputs_alive(name: str) -> None:
     call()
     del call
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def referents(start: object, kind: Any) -> list[object]:
     """What of that kind is held by an object or what it refers to, two steps deep."""
     one = gc.get_referents(start)
-    return [found for found in [*one, *gc.get_referents(*one)] if isinstance(found, kind)]
+    return [referent for referent in [*one, *gc.get_referents(*one)] if isinstance(referent, kind)]
 
 
 def test_runtime_compares_every_output() -> None:
@@ -493,9 +493,9 @@ def test_onnx_file_has_large_weights_beside(model: nn.Module, tmp_path: Path, mo
 
 
 def command(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
+    return int(caught.value.code or 0)
 
 
 def test_export_command_writes_checked_file(
@@ -507,9 +507,9 @@ def test_export_command_writes_checked_file(
     write_directory(surgical, tmp_path / "model", architecture=recipe)
     file = tmp_path / "model.onnx"
     assert command("export", tmp_path / "model", "--onnx", file, "--check", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["shape"] == [1, 3, 160, 160]
-    assert said["largest_difference"] < 1e-4
+    report = json.loads(capsys.readouterr().out)
+    assert report["shape"] == [1, 3, 160, 160]
+    assert report["largest_difference"] < 1e-4
     assert file.exists()
     assert command("export", tmp_path / "model", "--onnx", file) == 2
     assert "exists and is never overwritten" in capsys.readouterr().err
@@ -547,8 +547,8 @@ def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.Capt
     assert outcome.best.timing is not None
     capsys.readouterr()
     assert command("export", tmp_path / "run" / "best", "--onnx", tmp_path / "winner.onnx", "--check", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["largest_difference"] < 1e-4
+    report = json.loads(capsys.readouterr().out)
+    assert report["largest_difference"] < 1e-4
 
 
 def test_conditions_name_the_runtime() -> None:

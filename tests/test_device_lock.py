@@ -195,8 +195,8 @@ def test_step_yields_to_measurement_and_stop(locks: Path) -> None:
             watch.step()
         thread.join()
     other = another(locks)
-    asked = iter([False, False, True])
-    watch = Watching(Listener(), lambda: next(asked), device_lock("cpu"))
+    answers = iter([False, False, True])
+    watch = Watching(Listener(), lambda: next(answers), device_lock("cpu"))
     with other.exclusive(), pytest.raises(StopAsked):
         watch.step()
 

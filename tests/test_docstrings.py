@@ -34,6 +34,6 @@ def test_docstring_example_runs(verb: Callable[..., Any], tmp_path: Path) -> Non
     names |= {"SearchConfig": SearchConfig, "run": run}
     (example,) = doctest.DocTestFinder(recurse=False).find(verb, verb.__name__, globs=names)
     assert example.examples, f"{verb.__name__} has no example"
-    told: list[str] = []
-    results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=told.append)
-    assert results.failed == 0, "".join(told)
+    lines: list[str] = []
+    results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
+    assert results.failed == 0, "".join(lines)

@@ -49,7 +49,7 @@ def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def made(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> DualAttention:
+def dual_block(options: dict[str, Any], awake: bool = False, dtype: torch.dtype = torch.float32) -> DualAttention:
     torch.manual_seed(0)
     start = "paper" if options.get("fusion") == "paper_sum" else "identity"
     block = DualAttention(16, **options, start=start, dtype=dtype).eval()
@@ -92,26 +92,26 @@ def naive(block: DualAttention, x: Tensor, options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 def test_dual_options_compute_paper_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
     """Outputs and gradients of every option are those of the paper's formulas."""
-    block = made(options, awake=True, dtype=torch.float64)
+    block = dual_block(options, awake=True, dtype=torch.float64)
     x = images(2, 16, *size, dtype=torch.float64).requires_grad_()
     ours, expected = block(x), naive(block, x, options)
     assert (ours - x).abs().max() > 1e-3
     assert (ours - expected).abs().max() <= 1e-12
     gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (ours, expected)]
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, atol=1e-10, rtol=1e-10)
+    for ours_gradient, formula_gradient in zip(*gradients, strict=True):
+        assert torch.allclose(ours_gradient, formula_gradient, atol=1e-10, rtol=1e-10)
 
 
 def test_dual_large_maps_compute_formula() -> None:
     """Large maps, which take the other form of the computation, compute the same formula."""
-    block, x = made({}, awake=True, dtype=torch.float64), images(2, 16, 28, 38, dtype=torch.float64)
+    block, x = dual_block({}, awake=True, dtype=torch.float64), images(2, 16, 28, 38, dtype=torch.float64)
     assert (block(x) - naive(block, x, {})).abs().max() <= 1e-12
 
 
 @every_option
 def test_dual_options_start_at_identity(options: dict[str, Any]) -> None:
     """Every option starts as the identity, except the paper's sum of two parts, which starts as 2 x."""
-    block, x = made(options), images(2, 16, 7, 9)
+    block, x = dual_block(options), images(2, 16, 7, 9)
     twice = options.get("fusion") == "paper_sum" and options["parts"] == "both"
     for training in (True, False):
         assert torch.equal(block.train(training)(x), 2 * x if twice else x)
@@ -127,18 +127,18 @@ def test_dual_paper_sum_refuses_identity() -> None:
 @every_option
 def test_dual_options_keep_format_and_dtype(options: dict[str, Any]) -> None:
     """Every option keeps the memory format and the dtype."""
-    block, x = made(options, awake=True), images(3, 16, 7, 9)
+    block, x = dual_block(options, awake=True), images(3, 16, 7, 9)
     got = block(x.contiguous(memory_format=torch.channels_last))
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(got, block(x), atol=1e-5)
-    assert made(options, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert dual_block(options, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dual_options_finite_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Under autocast outputs are close to full precision, and outputs and gradients are finite."""
-    block, x = made(options, awake=True), images(2, 16, 8, 8).requires_grad_()
+    block, x = dual_block(options, awake=True), images(2, 16, 8, 8).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         got = block(x)
     assert got.dtype == x.dtype
@@ -149,7 +149,7 @@ def test_dual_options_finite_under_autocast(options: dict[str, Any], dtype: torc
 
 def test_dual_fp16_channel_attention_finite() -> None:
     """Channel attention of large fp16 maps is finite, though their product in fp16 is not."""
-    block = made({"parts": "channel"}, awake=True)
+    block = dual_block({"parts": "channel"}, awake=True)
     x = 40 * images(1, 16, 56, 56)
     assert not torch.isfinite(x.half().flatten(2) @ x.half().flatten(2).transpose(1, 2)).all()
     with torch.autocast("cpu", dtype=torch.float16):
@@ -160,7 +160,7 @@ def test_dual_fp16_channel_attention_finite() -> None:
 @every_option
 def test_dual_options_script_to_same_outputs(options: dict[str, Any]) -> None:
     """Every option gives the same outputs when scripted."""
-    block, x = made(options, awake=True), images(2, 16, 8, 9)
+    block, x = dual_block(options, awake=True), images(2, 16, 8, 9)
     assert torch.equal(torch.jit.script(block)(x), block(x))
 
 
@@ -173,7 +173,7 @@ def dynamic(block: DualAttention) -> dict[str, Any]:
 @few_options
 def test_dual_options_compile_and_export(options: dict[str, Any]) -> None:
     """Options compile, export for any size, and go on to ONNX."""
-    block, x, file = made(options, awake=True), images(2, 16, 8, 9), io.BytesIO()
+    block, x, file = dual_block(options, awake=True), images(2, 16, 8, 9), io.BytesIO()
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
     exported = torch.export.export(block, (x,), dynamic_shapes=dynamic(block))
     for size in [(4, 16, 5, 6), (1, 16, 40, 30)]:
@@ -193,7 +193,7 @@ def test_dual_options_compile_and_export(options: dict[str, Any]) -> None:
 @few_options
 def test_dual_options_are_deterministic(options: dict[str, Any]) -> None:
     """Under deterministic algorithms gradients repeat."""
-    block = made(options, awake=True)
+    block = dual_block(options, awake=True)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
@@ -210,7 +210,7 @@ def test_dual_options_cost_what_torch_counts(options: dict[str, Any]) -> None:
     """The multiply-accumulates of every option are those that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    block = made(options)
+    block = dual_block(options)
     twin = copy.deepcopy(block).to("meta")  # on a CPU some versions of torch count no fused attention
     for size in [(8, 8), (6, 9), (40, 30)]:
         counter = FlopCounterMode(display=False)
@@ -221,7 +221,7 @@ def test_dual_options_cost_what_torch_counts(options: dict[str, Any]) -> None:
 
 def test_dual_builds_no_matrix_on_large_maps() -> None:
     """On large maps no matrix of positions by positions is built, which the plain formula does."""
-    block, x = made({}, awake=True), images(1, 16, 56, 56).requires_grad_()
+    block, x = dual_block({}, awake=True), images(1, 16, 56, 56).requires_grad_()
     with LargestTensor() as watched:
         block(x).square().sum().backward()
     assert watched.largest < 3136**2 / 4
@@ -273,6 +273,6 @@ def test_dual_empty_maps_and_widths_refused() -> None:
 def test_plan_macs_equal_those_of_verify() -> None:
     """The MACs that `plan` predicts are those that `verify` counts."""
     recipe = {"version": 1, "name": "n", "base": "test_resnet", "edits": [{"at": "stage:23 last", "block": "dual"}]}
-    told = attnsurgery.plan("test_resnet", recipe, (3, 64, 64))
+    plan = attnsurgery.plan("test_resnet", recipe, (3, 64, 64))
     report = attnsurgery.verify(attnsurgery.operate(timm.create_model("test_resnet"), recipe), (3, 64, 64))
-    assert told.macs_added == report.macs_after - report.macs_before > 0
+    assert plan.macs_added == report.macs_after - report.macs_before > 0

@@ -156,10 +156,12 @@ def test_unreadable_images_are_named(flat_folder: Path) -> None:
 def test_images_from_files_have_same_pixels(flat_folder: Path) -> None:
     """Images that memory does not hold are read from files, with the same pixels for evaluation."""
     preprocessing = Preprocessing((3, 8, 8), crop_pct=0.9)
-    kept = load_data(str(flat_folder), preprocessing)
-    read = load_data(str(flat_folder), preprocessing, memory_bytes=0, workers=0)
-    assert type(kept.val) is not type(read.val)
-    for (x, y), (x_read, y_read) in zip(kept.val.eval_batches(4, "cpu"), read.val.eval_batches(4, "cpu"), strict=True):
+    in_memory = load_data(str(flat_folder), preprocessing)
+    from_files = load_data(str(flat_folder), preprocessing, memory_bytes=0, workers=0)
+    assert type(in_memory.val) is not type(from_files.val)
+    for (x, y), (x_read, y_read) in zip(
+        in_memory.val.eval_batches(4, "cpu"), from_files.val.eval_batches(4, "cpu"), strict=True
+    ):
         assert torch.equal(x, x_read)
         assert torch.equal(y, y_read)
 
@@ -328,7 +330,7 @@ def test_train_in_pieces_gives_same_weights(flat_folder: Path) -> None:
     """A batch that memory does not hold is passed in pieces, with the same weights at the end."""
     data = load_data(str(flat_folder), Preprocessing((3, 32, 32)))
 
-    class Heard(Watch):
+    class Pieces(Watch):
         def __init__(self) -> None:
             self.pieces: list[int] = []
 
@@ -338,9 +340,9 @@ def test_train_in_pieces_gives_same_weights(flat_folder: Path) -> None:
     trained = {}
     for room in (100, 3):
         torch.manual_seed(0)
-        model, heard = Cramped(room), Heard()
-        train(model, data.train, TrainSettings(epochs=2, batch_size=8), 0, heard)
-        trained[room] = (model.linear.weight, heard.pieces)
+        model, watch = Cramped(room), Pieces()
+        train(model, data.train, TrainSettings(epochs=2, batch_size=8), 0, watch)
+        trained[room] = (model.linear.weight, watch.pieces)
     assert trained[100][1] == []
     assert trained[3][1] == [4, 2], "halved until it fits, and kept so"
     assert torch.allclose(trained[100][0], trained[3][0], atol=1e-6)
@@ -358,7 +360,7 @@ def test_train_that_never_fits_raises(flat_folder: Path) -> None:
 def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, room: int, memory_bytes: int) -> None:
     """A batch that memory does not hold is halved from its first unscored image on, and no image is scored twice."""
 
-    class Seen(Watch):
+    class Halves(Watch):
         def __init__(self) -> None:
             self.steps, self.halves = 0, list[int]()
 
@@ -379,13 +381,13 @@ def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, ro
         size //= 2
         halves.append(size)
     for free in (0, 1):  # from the first batch on, or from the second
-        model.room, model.forwards, model.free, seen = room, 0, free, Seen()
-        top1, loss, correct_N = accuracy(model, split, TrainSettings(), watch=seen)
+        model.room, model.forwards, model.free, watch = room, 0, free, Halves()
+        top1, loss, correct_N = accuracy(model, split, TrainSettings(), watch=watch)
         assert torch.equal(correct_N, expected[2])
         assert (top1, loss) == (expected[0], pytest.approx(expected[1], abs=1e-6))
         if not free:
-            assert seen.halves == halves
-        assert seen.steps == model.forwards
+            assert watch.halves == halves
+        assert watch.steps == model.forwards
 
 
 def test_accuracy_of_one_image_may_not_fit(digits: Data) -> None:
@@ -422,18 +424,18 @@ def test_accuracy_stops_between_batches(digits: Data) -> None:
 @pytest.mark.parametrize("name", ["finetune", "blocks"])
 def test_evaluator_steps_before_each_batch(digits: Data, name: str) -> None:
     """An evaluator steps before each batch, where the watch gives signs of life and lets others measure."""
-    seen: list[bool] = []
+    modes: list[bool] = []
 
     class Note(Watch):
         def step(self) -> None:
-            seen.append(model.training)
+            modes.append(model.training)
 
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10)
     data = replace(digits, train=digits.test)
     EVALUATORS[name](data, TrainSettings(epochs=1, batch_size=128)).score(model, seed=0, watch=Note())
-    assert seen.count(True) == len(digits.test) // 128
-    assert seen.count(False) == 2, "of the batches that are judged"
+    assert modes.count(True) == len(digits.test) // 128
+    assert modes.count(False) == 2, "of the batches that are judged"
 
 
 def test_augmentation_moves_equal_augmented() -> None:
@@ -503,10 +505,10 @@ class Card:
         self._empty = torch.empty
         monkeypatch.setattr(torch, "empty", self.empty)
 
-    def empty(self, *given: object, device: object = None, **named: object) -> torch.Tensor:
+    def empty(self, *size: object, device: object = None, **named: object) -> torch.Tensor:
         if str(device).startswith("cuda"):
-            self.kept.append(given[0])  # type: ignore[arg-type]
-        return self._empty(*given, **named)  # type: ignore[call-overload, no-any-return]
+            self.kept.append(size[0])  # type: ignore[arg-type]
+        return self._empty(*size, **named)  # type: ignore[call-overload, no-any-return]
 
 
 def test_data_takes_quarter_of_card_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,9 +539,9 @@ def test_tf32_follows_settings_then_restored() -> None:
 def test_channels_last_on_card_on_demand() -> None:
     """A card uses channels last only on demand."""
     model = Convolving(views=False)
-    for asked in (False, True):
-        with ChannelsLast(model, "cuda", asked):
-            assert model.first.weight.is_contiguous(memory_format=torch.channels_last) is asked
+    for channels_last in (False, True):
+        with ChannelsLast(model, "cuda", channels_last):
+            assert model.first.weight.is_contiguous(memory_format=torch.channels_last) is channels_last
         assert model.first.weight.is_contiguous()
 
 

@@ -51,8 +51,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(pictures: Path, output: Path, model: str, *options: object) -> Path:
     """Run the training script; its checkpoint."""
-    ended = call(SCRIPTS / "train.py", pictures, "--output", output, "--model", model, "--num-classes", 2, *options)
-    assert ended.exit_code == 0, ended.stderr[-3000:]
+    result = call(SCRIPTS / "train.py", pictures, "--output", output, "--model", model, "--num-classes", 2, *options)
+    assert result.exit_code == 0, result.stderr[-3000:]
     return output / "last.pth.tar"
 
 
@@ -69,12 +69,12 @@ def check_alive(name: str, checkpoint: Path, tolerance: float = 0.0, ema: bool =
     again = timm.create_model(name, num_classes=2, **arguments).eval()
     timm.models.load_checkpoint(again, str(checkpoint), use_ema=ema)
     x = images(again.pretrained_cfg["input_size"][-1] if "vit" in name else 64, channels=arguments.get("in_chans", 3))
-    said = torch.load(checkpoint.parent / "eval.pt")["ema" if ema else "model"]
+    state = torch.load(checkpoint.parent / "eval.pt")["ema" if ema else "model"]
     with torch.no_grad():
-        torch.testing.assert_close(again(x), said, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(again(x), state, rtol=tolerance, atol=tolerance)
         assert attnsurgery.verify(again).alive
         without = attnsurgery.remove(again)(x)
-    assert float((without - said).abs().max()) > 10 * tolerance, "the answers do not depend on the blocks"
+    assert float((without - state).abs().max()) > 10 * tolerance, "the answers do not depend on the blocks"
 
 
 OPTIONS = [
@@ -115,12 +115,12 @@ def test_train_resumes_from_both_checkpoints(pictures: Path, tmp_path: Path) -> 
     """Training resumes, and starts from checkpoints of the base and of the surgical model."""
     name = "test_resnet_se"
     first = train(pictures, tmp_path / "run", name, "--epochs", 2, "--stop-after", 1, "--model-ema")
-    said = torch.load(tmp_path / "run" / "eval.pt")
+    states = torch.load(tmp_path / "run" / "eval.pt")
     train(pictures, tmp_path / "same", name, "--epochs", 2, "--stop-after", 1, "--model-ema", "--resume", first)
     same = torch.load(tmp_path / "same" / "eval.pt")
-    assert all(torch.equal(same[key], said[key]) for key in ("model", "ema"))
+    assert all(torch.equal(same[key], states[key]) for key in ("model", "ema"))
     second = train(pictures, tmp_path / "run", name, "--epochs", 2, "--model-ema", "--resume", first)
-    assert not torch.equal(torch.load(tmp_path / "run" / "eval.pt")["model"], said["model"])
+    assert not torch.equal(torch.load(tmp_path / "run" / "eval.pt")["model"], states["model"])
     check_alive(name, second)
     whole = torch.load(second, weights_only=False)["state_dict"]
     torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "base.pth")
@@ -146,14 +146,14 @@ def test_check_alive_notices_lost_block(pictures: Path, tmp_path: Path, monkeypa
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
     """Checkpoints with every parameter awake, the blocks' gates far from their start, and the models they are of."""
-    made = {}
+    trainings = {}
     for name in ("test_resnet_nonlocal_s3", "test_efficientnet_se", "repghostnet_050_se"):
         torch.manual_seed(1)
         model = move_gates(wake(timm.create_model(name, num_classes=2))).eval()
         path = tmp_path_factory.mktemp("checkpoints") / f"{name}.pth"
         torch.save(model.state_dict(), path)
-        made[name] = path, model
-    return made
+        trainings[name] = path, model
+    return trainings
 
 
 VALIDATIONS = [
@@ -173,12 +173,12 @@ def test_validate_py_options_use_the_blocks(
 ) -> None:
     """Validating with each option of timm's validate.py computes the outputs with blocks."""
     checkpoint, model = checkpoints[name]
-    ended = call(
+    result = call(
         SCRIPTS / "validate.py", "--model", name, "--num-classes", 2, "--checkpoint", checkpoint,
         "--output", tmp_path / "answers.pt", *options.split(),
     )  # fmt: skip
-    assert ended.exit_code == 0, ended.stderr[-3000:]
-    said = torch.load(tmp_path / "answers.pt")["answers"]
+    assert result.exit_code == 0, result.stderr[-3000:]
+    answers = torch.load(tmp_path / "answers.pt")["answers"]
     x = images(int(options.split()[1]) if "--img-size" in options else 64)
     model, base = copy.deepcopy(model), attnsurgery.remove(copy.deepcopy(model))
     if "--test-pool" in options:
@@ -187,8 +187,8 @@ def test_validate_py_options_use_the_blocks(
         )
     with torch.no_grad():
         expected, without = model.eval()(x), base.eval()(x)
-    torch.testing.assert_close(said, expected, rtol=tolerance, atol=tolerance)
-    assert float((said - without).abs().max()) > 3 * tolerance
+    torch.testing.assert_close(answers, expected, rtol=tolerance, atol=tolerance)
+    assert float((answers - without).abs().max()) > 3 * tolerance
 
 
 def test_onnx_export_py_exports_the_blocks(checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path) -> None:
@@ -196,16 +196,16 @@ def test_onnx_export_py_exports_the_blocks(checkpoints: dict[str, tuple[Path, nn
     runtime = pytest.importorskip("onnxruntime")
     name = "test_resnet_nonlocal_s3"
     checkpoint, model = checkpoints[name]
-    ended = call(
+    result = call(
         SCRIPTS / "validate.py", "--model", name, "--num-classes", 2, "--checkpoint", checkpoint,
         "--output", tmp_path / "unused", "--onnx", tmp_path / "model.onnx",
     )  # fmt: skip
-    assert ended.exit_code == 0, ended.stderr[-3000:]
+    assert result.exit_code == 0, result.stderr[-3000:]
     x = images(64)[:1]
-    (said,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"input0": x.numpy()})
+    (output,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"input0": x.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(said), model(x), rtol=1e-4, atol=1e-4)
-        assert float((attnsurgery.remove(copy.deepcopy(model))(x) - torch.from_numpy(said)).abs().max()) > 1e-2
+        torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-4)
+        assert float((attnsurgery.remove(copy.deepcopy(model))(x) - torch.from_numpy(output)).abs().max()) > 1e-2
 
 
 # ---- processes
@@ -221,11 +221,11 @@ def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
 def test_torchrun_launches_exec_twice(pictures: Path, tmp_path: Path) -> None:
     """torchrun launches a script through `exec` in two processes."""
     name = "test_efficientnet_se"
-    ended = python(
+    process = python(
         "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "attnsurgery", "exec",
         SCRIPTS / "train.py", pictures, "--output", tmp_path, "--model", name, "--num-classes", 2, "--model-ema",
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     check_alive(name, tmp_path / "last.pth.tar")
     check_alive(name, tmp_path / "last.pth.tar", ema=True)
 
@@ -270,10 +270,10 @@ def test_exec_script_ends_as_in_python(text: str, tmp_path: Path) -> None:
 def test_exec_traceback_starts_in_module(tmp_path: Path) -> None:
     """The traceback of a module starts in the module."""
     (tmp_path / "script.py").write_text("1 / 0")
-    ended = python("-m", "attnsurgery", "exec", "-m", "script", cwd=tmp_path)
-    assert ended.returncode == 1
-    assert ended.stderr.count('File "') == 1
-    assert "ZeroDivisionError" in ended.stderr
+    process = python("-m", "attnsurgery", "exec", "-m", "script", cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.count('File "') == 1
+    assert "ZeroDivisionError" in process.stderr
 
 
 LOADS_BY_A_WORKER = """\
@@ -310,8 +310,8 @@ if __name__ == "__main__":
 def test_exec_loader_workers_know_the_names(tmp_path: Path) -> None:
     """Workers of a data loader, which start empty, know the model names."""
     (tmp_path / "script.py").write_text(LOADS_BY_A_WORKER)
-    ended = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
-    assert ended.stdout == "[True, False]\n", ended.stderr[-3000:]
+    process = python("-m", "attnsurgery", "exec", tmp_path / "script.py")
+    assert process.stdout == "[True, False]\n", process.stderr[-3000:]
 
 
 def test_exec_child_processes_have_package(tmp_path: Path) -> None:
@@ -320,9 +320,9 @@ def test_exec_child_processes_have_package(tmp_path: Path) -> None:
     script.write_text(STARTS_OTHERS)
     ours, plain = python("-m", "attnsurgery", "exec", script, "-x"), python(script, "-x")
     names = {"spawn": "__mp_main__", "forkserver": "__mp_main__", "fork": "__main__"}
-    for ended, known in ((ours, True), (plain, False)):
+    for process, known in ((ours, True), (plain, False)):
         lines = [f"{way} {known} {name} {[str(script), '-x']}" for way, name in names.items()]
-        assert ended.stdout.splitlines() == lines, ended.stderr[-3000:]
+        assert process.stdout.splitlines() == lines, process.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +336,6 @@ def test_exec_child_processes_have_package(tmp_path: Path) -> None:
 )
 def test_exec_missing_script_names_nearest(arguments: list[str], message: str) -> None:
     """A missing script or module is refused with the nearest one."""
-    ended = call(*arguments)
-    assert ended.exit_code == 2
-    assert message in ended.stderr
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -57,7 +57,7 @@ def scores(records: list[Record]) -> dict[str, object]:
     return {f"{one.digest}": (one.top1, one.loss, one.seconds) for one in records if one.top1 is not None}
 
 
-def told(record: Record) -> tuple[object, ...]:
+def facts_of(record: Record) -> tuple[object, ...]:
     return record.number, record.state, record.assignment, record.top1, record.promotions and record.promotions[0].top1
 
 
@@ -67,15 +67,17 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchConfig) -> None:
-    """A tighter budget reuses what was trained, judges it anew, and confirms the winner again."""
+    """A tighter budget reuses what was trained, checks it against the new limit, and confirms the winner again."""
     most = tighter_than(finished)
     tighter = run(change(config, budget_ms=most, extend=True))
-    held = {r.number for r in trained(finished.records) if r.timing and r.timing.ms <= most}
-    over = {r.number for r in trained(finished.records)} - held
+    within = {r.number for r in trained(finished.records) if r.timing and r.timing.ms <= most}
+    over = {r.number for r in trained(finished.records)} - within
     by_number = {record.number: record for record in tighter.records}
-    assert held
+    assert within
     assert over
-    assert all(by_number[number] == finished.records[number] for number in held), "kept as they are, not trained again"
+    assert all(by_number[number] == finished.records[number] for number in within), (
+        "kept as they are, not trained again"
+    )
     assert {by_number[number].state for number in over} == {"over_budget"}
     assert all(by_number[number].top1 == finished.records[number].top1 for number in over)
     assert len(trained(tighter.records)) == config.trials
@@ -144,9 +146,13 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
 
 
 @pytest.mark.parametrize(
-    ("space", "fields", "said"),
+    ("space", "fields", "message"),
     [
-        (TWO_BLOCKS, {"budget_ms": 50.0}, r"budget_ms: was 100\.0, is now 50\.0\. Resume it under the present terms with --ext"),
+        (
+            TWO_BLOCKS,
+            {"budget_ms": 50.0},
+            r"budget_ms: was 100\.0, is now 50\.0\. Resume it under the present terms with --ext",
+        ),
         (TWO_BLOCKS, {"sampler": "tpe"}, r"sampler: was 'additive', is now 'tpe'\. Resume it under the present terms"),
         (
             MORE,
@@ -172,11 +178,13 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
         ),
     ],
 )
-def test_extend_refuses_another_search(config: SearchConfig, space: str, fields: dict[str, object], said: str) -> None:
+def test_extend_refuses_another_search(
+    config: SearchConfig, space: str, fields: dict[str, object], message: str
+) -> None:
     """Another search is refused with the difference, and no file changes."""
     Path(config.space).write_text(space)
     before = hashes(Path(config.output))
-    with pytest.raises(SearchError, match=said):
+    with pytest.raises(SearchError, match=message):
         run(change(config, **fields))
     assert hashes(Path(config.output)) == before
 
@@ -232,7 +240,7 @@ def test_extend_resumes_after_interrupt(
         with pytest.raises(KeyboardInterrupt):
             run(change(other, output=config.output))
     dead = run(change(other, output=config.output))
-    assert [told(record) for record in dead.records] == [told(record) for record in run(other).records]
+    assert [facts_of(record) for record in dead.records] == [facts_of(record) for record in run(other).records]
 
 
 def test_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig) -> None:
@@ -240,18 +248,18 @@ def test_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig)
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
     (tighter.folder / STUDY).unlink()
     repair(tighter.folder)
-    kept = read(tighter.folder).outcome
-    assert kept.records == tighter.records
-    assert kept.seconds == pytest.approx(tighter.seconds, rel=0.5)
+    repaired = read(tighter.folder).outcome
+    assert repaired.records == tighter.records
+    assert repaired.seconds == pytest.approx(tighter.seconds, rel=0.5)
     assert run(change(config, budget_ms=tighter_than(finished))).records == tighter.records
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("cuda", "float32")])
 def test_search_before_new_setting_resumes(device: str, dtype: str) -> None:
     """A search from before a setting existed resumes if it did what the setting now says, and is refused otherwise."""
-    given = {"budget_ms": 10.0, "device": device, "dtype": dtype, "mode": "eager", "channels_last": False}
+    settings = {"budget_ms": 10.0, "device": device, "dtype": dtype, "mode": "eager", "channels_last": False}
     train_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
-    now = fixed_part(SearchConfig(**given, train_dtype=train_dtype), {})  # type: ignore[arg-type]
+    now = fixed_part(SearchConfig(**settings, train_dtype=train_dtype), {})  # type: ignore[arg-type]
     added = ("budget_ips", "tf32", "cudnn_benchmark", "cold_cache", "train_dtype")
     before = {name: value for name, value in now.items() if name not in added}
     assert check_same(before, now, "there") == {}

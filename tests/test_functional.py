@@ -34,14 +34,14 @@ def naive_concatenate(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 
 def rows(batch: int, positions: int, width: int, seed: int, channels_last: bool = False) -> Tensor:
     """(B, N, E) in fp64, in memory as a map lies: (B, E, N) unless channels last."""
-    made = torch.randn(batch, width, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    made = made.transpose(1, 2)
-    return (made.contiguous() if channels_last else made).requires_grad_()
+    values = torch.randn(batch, width, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    values = values.transpose(1, 2)
+    return (values.contiguous() if channels_last else values).requires_grad_()
 
 
 def numbers(batch: int, positions: int, seed: int) -> Tensor:
-    made = torch.randn(batch, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return made.requires_grad_()
+    values = torch.randn(batch, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.requires_grad_()
 
 
 # name: (ours, naive, inputs of batch, N, M and memory format)
@@ -273,9 +273,9 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if any(t.untyped_storage()._cdata not in given for t in made):
+        inputs = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if any(t.untyped_storage()._cdata not in inputs for t in outputs):
             self.ran.append(func.overloadpacket.__name__)
         return result
 

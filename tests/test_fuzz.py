@@ -138,14 +138,14 @@ def damaged(draw: st.DrawFn, text: str) -> str:
 
 @contextmanager
 def an_error_of_ours_or_none_soon() -> Iterator[None]:
-    begun, said = time.perf_counter(), "no error"
+    start, outcome = time.perf_counter(), "no error"
     try:
         yield
     except AttnSurgeryError as error:
-        said = str(error)
-    assert said.strip()
-    assert len(said) < 5000, "one paragraph"
-    assert time.perf_counter() - begun < SECONDS
+        outcome = str(error)
+    assert outcome.strip()
+    assert len(outcome) < 5000, "one paragraph"
+    assert time.perf_counter() - start < SECONDS
 
 
 @cache
@@ -220,9 +220,9 @@ def test_fuzz_safetensors_read_or_refused(directory: Path, tmp_path: Path, data:
     whole = (directory / "model.safetensors").read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header = data.draw(damaged(whole[8 : 8 + length].decode()[:2000])).encode("utf-8", "surrogatepass")
-    said = data.draw(st.sampled_from([len(header), length, 0, 1, 2**40, 2**63, 2**64 - 1]))
+    stated = data.draw(st.sampled_from([len(header), length, 0, 1, 2**40, 2**63, 2**64 - 1]))
     path = tmp_path / "weights.safetensors"
     body = whole[8 + length :][: data.draw(st.sampled_from([0, 100, len(whole)]))]
-    path.write_bytes(said.to_bytes(8, "little") + header + body)
+    path.write_bytes(stated.to_bytes(8, "little") + header + body)
     with an_error_of_ours_or_none_soon():
         assert all(isinstance(tensor, torch.Tensor) for tensor in read_state_dict(path).values())

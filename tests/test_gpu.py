@@ -251,10 +251,10 @@ def test_gpu_ratio_of_model_to_itself_is_one(mode: str) -> None:
     """
     conditions = Conditions.on("cuda", input_size=(3, 96, 96), mode=mode, batch_size=32)
     backend, model = backend_for(conditions, effort=Effort(max_seconds=2)), timm.create_model("test_resnet")
-    found = [backend.compare(model, model) for _ in range(3)]
-    assert sum(one.ratio_low <= 1 <= one.ratio_high for one in found) >= 2, found
+    comparisons = [backend.compare(model, model) for _ in range(3)]
+    assert sum(one.ratio_low <= 1 <= one.ratio_high for one in comparisons) >= 2, comparisons
     if conditions.graph:
-        assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in found), found
+        assert all((one.ratio_high - one.ratio_low) / 2 < 0.01 for one in comparisons), comparisons
 
 
 def test_gpu_peak_is_weights_and_activations() -> None:
@@ -264,8 +264,8 @@ def test_gpu_peak_is_weights_and_activations() -> None:
         conv = nn.Conv2d(16, 64, 3, padding=1)
         images, maps = batch * 16 * 64 * 64 * 4, batch * 64 * 64 * 64 * 4
         weights = 4 * sum(parameter.numel() for parameter in conv.parameters())
-        found = backend.peak_bytes(conv)
-        assert weights + images + maps <= found <= weights + images + 3 * maps + (64 << 20)
+        peak = backend.peak_bytes(conv)
+        assert weights + images + maps <= peak <= weights + images + 3 * maps + (64 << 20)
         assert backend.peak_bytes(nn.Sequential(conv, nn.Conv2d(64, 64, 1))) >= weights + images + 2 * maps
 
 
@@ -387,20 +387,20 @@ def test_gpu_attention_error_within_cpu(form: str, width: int, value_width: int,
     forms = {
         "as measured": attend,
         "product": cuda_attention.product,
-        "in heads": lambda *given: cuda_attention.fused(*given, True),
-        "one head": lambda *given: cuda_attention.fused(*given, False),
+        "in heads": lambda *sources: cuda_attention.fused(*sources, True),
+        "one head": lambda *sources: cuda_attention.fused(*sources, False),
     }
-    given = [rows(2, 196, width, 1), rows(2, 49, width, 2), rows(2, 49, value_width, 3)]
+    sources = [rows(2, 196, width, 1), rows(2, 49, width, 2), rows(2, 49, value_width, 3)]
 
-    def found(run: Any, device: str, as_dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.to(dtype).to(device, as_dtype).requires_grad_() for t in given]
+    def results_of(run: Any, device: str, as_dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).to(device, as_dtype).requires_grad_() for t in sources]
         y = run(*inputs, scale)
         towards = rows(2, 196, value_width, 4).to(dtype).to(device, as_dtype)
         return [y, *torch.autograd.grad(y, inputs, towards)]
 
-    exact = found(formula, "cpu", torch.float64)
-    on_cpu = found(formula, "cpu", dtype)
-    on_gpu = found(forms[form], "cuda", dtype)
+    exact = results_of(formula, "cpu", torch.float64)
+    on_cpu = results_of(formula, "cpu", dtype)
+    on_gpu = results_of(forms[form], "cuda", dtype)
     for expected, cpu, gpu in zip(exact, on_cpu, on_gpu, strict=True):
         assert gpu.shape == expected.shape
         assert relative_error(gpu, expected) <= error_tolerated(relative_error(cpu, expected), dtype)
@@ -412,17 +412,17 @@ def test_gpu_attention_error_within_cpu(form: str, width: int, value_width: int,
 def test_gpu_concatenation_error_within_cpu(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product and the sorted form err no more than the formula on a CPU, forward and in gradients, against fp64."""
     monkeypatch.setattr(cuda_attention, "LARGEST_MATRIX", limit)
-    given = [rows(2, 196, 1, 1)[:, :, 0], rows(2, 49, 1, 2)[:, :, 0], rows(2, 49, 64, 3)]
+    sources = [rows(2, 196, 1, 1)[:, :, 0], rows(2, 49, 1, 2)[:, :, 0], rows(2, 49, 64, 3)]
 
     def formula(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
         return torch.relu(a[:, :, None] + b[:, None, :]) @ g / b.shape[1]
 
-    def found(run: Any, device: str, as_dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.to(dtype).to(device, as_dtype).requires_grad_() for t in given]
+    def results_of(run: Any, device: str, as_dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).to(device, as_dtype).requires_grad_() for t in sources]
         y = run(*inputs)
         towards = rows(2, 196, 64, 4).to(dtype).to(device, as_dtype)
         return [y, *torch.autograd.grad(y, inputs, towards)]
 
-    exact, on_cpu = found(formula, "cpu", torch.float64), found(formula, "cpu", dtype)
-    for expected, cpu, gpu in zip(exact, on_cpu, found(concatenate, "cuda", dtype), strict=True):
+    exact, on_cpu = results_of(formula, "cpu", torch.float64), results_of(formula, "cpu", dtype)
+    for expected, cpu, gpu in zip(exact, on_cpu, results_of(concatenate, "cuda", dtype), strict=True):
         assert relative_error(gpu, expected) <= error_tolerated(relative_error(cpu, expected), dtype)

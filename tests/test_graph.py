@@ -89,13 +89,13 @@ def test_survey_shapes_equal_real_forward(name: str) -> None:
     model, size = build(name), HOSTS[name][0]
     anatomy = survey(model, (3, size, size))
     outputs = {site.address: site.shape for site in anatomy.sites if site.node is None}
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         if path in outputs:
-            module.register_forward_hook(lambda _m, _i, out, path=path: seen.__setitem__(path, tuple(out.shape[1:])))
+            module.register_forward_hook(lambda _m, _i, out, path=path: shapes.__setitem__(path, tuple(out.shape[1:])))
     with torch.no_grad():
         model(images(size))
-    assert seen == outputs
+    assert shapes == outputs
 
 
 def test_survey_leaves_the_model_unchanged() -> None:
@@ -187,10 +187,10 @@ def test_selector_sans_match_names_nearest(selector: str, message: str, resnet50
 def test_selector_of_any_text_is_safe(text: str, resnet50: Anatomy) -> None:
     """Any text is a selector that matches, or a clear error."""
     try:
-        found = select(text, resnet50)
+        sites = select(text, resnet50)
     except SiteError as error:
-        found, message = (), str(error)
-    assert found or "resnet50" in message or re.search(r"is not a (stage selector|pattern|span)\b", message)
+        sites, message = (), str(error)
+    assert sites or "resnet50" in message or re.search(r"is not a (stage selector|pattern|span)\b", message)
 
 
 def test_site_unknown_names_nearest(resnet50: Anatomy) -> None:

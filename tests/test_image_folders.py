@@ -38,7 +38,7 @@ from attnsurgery.search.coordinator import search as study
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.given_base import can_reorder, check_head, label_names, plain, reordered
+from attnsurgery.search.execution.pretrained_base import can_reorder, check_head, label_names, reorder, resolve_base
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import for_images
@@ -70,7 +70,7 @@ def two_classes(root: Path, count: int = 6, **how: object) -> Path:
     return root
 
 
-def said(data: Data) -> str:
+def notes_of(data: Data) -> str:
     return "\n".join(data.notes)
 
 
@@ -94,7 +94,7 @@ def test_files_without_image_count_by_suffix(tmp_path: Path) -> None:
     (tmp_path / "cat" / "labels.txt").write_text("cat")
     (tmp_path / "dog" / "photo.heic").write_bytes(b"ftypheic")
     (tmp_path / "dog" / "other.heic").write_bytes(b"ftypheic")
-    assert "not read as images: 2 .heic, 1 .txt" in said(load_data(str(tmp_path), SMALL))
+    assert "not read as images: 2 .heic, 1 .txt" in notes_of(load_data(str(tmp_path), SMALL))
 
 
 def test_class_of_unreadable_kinds_refused(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_folders_of_systems_are_left_out(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), SMALL)
     assert data.classes == ("cat", "dog")
     assert len(data.train) + len(data.val) + len(data.test) == 12
-    assert "left out: 4 hidden files or folders" in said(data)
+    assert "left out: 4 hidden files or folders" in notes_of(data)
 
 
 def test_hidden_folder_is_no_class(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_empty_class_loose_images_are_named(tmp_path: Path) -> None:
     two_classes(tmp_path)
     (tmp_path / "bird").mkdir()
     noise(0).save(tmp_path / "loose.png")
-    text = said(load_data(str(tmp_path), SMALL))
+    text = notes_of(load_data(str(tmp_path), SMALL))
     assert "not used: 1 image in no class folder (loose.png is the first)" in text
     assert f"no images in: {tmp_path.name}/bird/" in text
 
@@ -180,7 +180,7 @@ def test_splits_of_other_spelling_recognised(tmp_path: Path, names: tuple[str, .
     data = load_data(str(tmp_path), SMALL)
     assert data.classes == ("cat", "dog")
     assert {image.partition("/")[0] for image in data.test.ids} == {names[2]}
-    assert f"{names[0]}/ is the train split" in said(data)
+    assert f"{names[0]}/ is the train split" in notes_of(data)
 
 
 def test_splits_of_unknown_names_are_refused(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_folders_beside_splits_are_named(tmp_path: Path) -> None:
     two_classes(tmp_path / "train")
     two_classes(tmp_path / "old", first=50)
     write(tmp_path / "test", 5, first=90)
-    text = said(load_data(str(tmp_path), SMALL))
+    text = notes_of(load_data(str(tmp_path), SMALL))
     assert "not used: old/ with 12 images" in text
     assert "not used: test/ with 5 images, which lie in no class folders" in text
 
@@ -260,7 +260,7 @@ def test_16_bit_pixels_are_scaled_not_cut(tmp_path: Path, memory_bytes: int) -> 
             levels = x.flatten(1).mean(dim=1)
             assert (x >= 1.0).float().mean() < 0.01
             assert torch.allclose(levels, torch.where(y == 0, 1000 / 4095, 3000 / 4095), atol=0.03)
-    assert "scaled to 8 bits: all images of whole numbers, 0 to 4095 becoming 0 to 255" in said(data)
+    assert "scaled to 8 bits: all images of whole numbers, 0 to 4095 becoming 0 to 255" in notes_of(data)
 
 
 def test_16_bit_scale_is_same_without_check(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_exif_orientation_is_counted(tmp_path: Path) -> None:
     exif[0x0112] = 6
     for name in ("cat", "dog"):
         noise(7).save(tmp_path / name / "phone.jpg", exif=exif)
-    assert "turned upright: 2 images, as their EXIF data says" in said(load_data(str(tmp_path), SMALL))
+    assert "turned upright: 2 images, as their EXIF data says" in notes_of(load_data(str(tmp_path), SMALL))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -424,8 +424,8 @@ def test_split_copied_from_training_is_named(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), SMALL)
     assert data.shared is not None
     text = "the same byte for byte: 10 of 12 test images are also among the training images (test/cat/"
-    assert text in said(data)
-    assert "2 of 12 test images are also among the validation images" in said(data), "held out of training"
+    assert text in notes_of(data)
+    assert "2 of 12 test images are also among the validation images" in notes_of(data), "held out of training"
 
 
 def test_disjoint_splits_share_nothing(tmp_path: Path) -> None:
@@ -454,8 +454,8 @@ def test_near_copies_are_found(tmp_path: Path, change: str) -> None:
         if change == "brighter":
             again = again.point(lambda value: min(255, value + 4))
         again.save(tmp_path / "test" / name / "again.jpg", quality=60)
-    found = said(load_data(str(tmp_path), SMALL))
-    assert "the same but for small differences: 2 of 8 test images are also among the training images" in found
+    notes = notes_of(load_data(str(tmp_path), SMALL))
+    assert "the same but for small differences: 2 of 8 test images are also among the training images" in notes
 
 
 @pytest.mark.parametrize(("side", "pixels"), [(64, 1), (224, 4)])
@@ -470,11 +470,11 @@ def test_shifted_copies_are_found(tmp_path: Path, side: int, pixels: int) -> Non
 
     write(tmp_path / "cat", 36, draw=shifted)
     write(tmp_path / "dog", 36, first=36, draw=shifted)
-    found = re.search(
-        r"small differences: (\d+) of 14 test images are also among the tr", said(load_data(str(tmp_path), SMALL))
+    match = re.search(
+        r"small differences: (\d+) of 14 test images are also among the tr", notes_of(load_data(str(tmp_path), SMALL))
     )
-    assert found
-    assert int(found[1]) >= 10
+    assert match
+    assert int(match[1]) >= 10
     for folder in ("cat", "dog"):
         for path in (tmp_path / folder).iterdir():
             if int(path.stem) % 6:
@@ -501,7 +501,7 @@ def test_image_in_two_classes_is_reported(tmp_path: Path) -> None:
     """An image that is in two classes is reported."""
     two_classes(tmp_path)
     noise(0).save(tmp_path / "dog" / "cat.png")
-    assert "in two classes: 1 image is a byte copy of one of another class (dog/cat.png is cat/0.png)" in said(
+    assert "in two classes: 1 image is a byte copy of one of another class (dog/cat.png is cat/0.png)" in notes_of(
         load_data(str(tmp_path), SMALL)
     )
 
@@ -533,7 +533,7 @@ def test_group_by_keeps_group_in_one_split(tmp_path: Path, pattern: str) -> None
     for split in (data.train, data.val, data.test):
         assert split.labels.unique().tolist() == [0, 1]
     assert len(data.val) == pytest.approx(36 / 5, abs=3)
-    assert "grouped: 36 images in 12 groups, each in one split" in said(data)
+    assert "grouped: 36 images in 12 groups, each in one split" in notes_of(data)
     assert groups(load_data(str(tmp_path), SMALL, group_by=pattern)) == (train, val, test)
     apart_train, apart_val, _ = groups(load_data(str(tmp_path), SMALL))
     assert apart_train & apart_val, "without the pattern they are torn apart"
@@ -558,7 +558,7 @@ def test_group_in_two_splits_is_reported(tmp_path: Path) -> None:
     """A group that is in two splits of the folder is reported with a warning."""
     patients(tmp_path / "train")
     patients(tmp_path / "test", count=4, scans=4)
-    text = said(load_data(str(tmp_path), SMALL, group_by=r"(p\d+)"))
+    text = notes_of(load_data(str(tmp_path), SMALL, group_by=r"(p\d+)"))
     assert "WARNING groups in two splits: 4 groups of the test split are in the training split too (p00)" in text
 
 
@@ -610,15 +610,15 @@ def test_mirroring_off_if_labels_change(arrows: Path) -> None:
     """Where left and right are the classes, images are shifted and not mirrored."""
     data = load_data(str(arrows), SMALL)
     assert data.augment == "shift"
-    assert "not mirrored, which seems to change labels" in said(data)
-    assert "--augment none" in said(data)
+    assert "not mirrored, which seems to change labels" in notes_of(data)
+    assert "--augment none" in notes_of(data)
 
 
 def test_mirroring_on_demand_warns(arrows: Path) -> None:
     """Mirroring that the user chose is done, with a warning."""
     data = load_data(str(arrows), SMALL, augment="light")
     assert data.augment == "light"
-    assert "WARNING mirroring seems to change labels" in said(data)
+    assert "WARNING mirroring seems to change labels" in notes_of(data)
 
 
 def test_mirroring_is_on_if_sides_are_alike(tmp_path: Path) -> None:
@@ -627,7 +627,7 @@ def test_mirroring_is_on_if_sides_are_alike(tmp_path: Path) -> None:
     write(tmp_path / "up", 60, draw=lambda index: arrow(False, index).rotate(90))
     data = load_data(str(tmp_path), SMALL)
     assert data.augment == "light"
-    assert "WARNING" not in said(data)
+    assert "WARNING" not in notes_of(data)
 
 
 def test_digits_are_shifted_not_mirrored() -> None:
@@ -638,11 +638,11 @@ def test_digits_are_shifted_not_mirrored() -> None:
 @pytest.mark.parametrize("augment", ["none", "shift", "light", "timm"])
 def test_augmentation_is_same_from_files(arrows: Path, augment: str) -> None:
     """Augmentation is the same whether or not memory holds the images."""
-    kept, read = (
+    in_memory, from_files = (
         load_data(str(arrows), SMALL, augment=augment, memory_bytes=memory, workers=0, check=False).train
         for memory in (2**30, 0)
     )
-    both = zip(kept.train_batches(16, "cpu", 3, 1), read.train_batches(16, "cpu", 3, 1), strict=True)
+    both = zip(in_memory.train_batches(16, "cpu", 3, 1), from_files.train_batches(16, "cpu", 3, 1), strict=True)
     for (x, y), (x_read, y_read) in both:
         assert torch.equal(x, x_read)
         assert torch.equal(y, y_read)
@@ -652,8 +652,8 @@ def test_augment_none_leaves_images_alone(arrows: Path) -> None:
     """Without augmentation a training image is unchanged."""
     split = load_data(str(arrows), SMALL, augment="none", check=False).train
     plain, _ = next(split.eval_batches(len(split), "cpu"))
-    given, _ = next(split.train_batches(len(split), "cpu", 0, 0))
-    assert torch.equal(plain.sort(dim=0)[0], given.sort(dim=0)[0])
+    batch, _ = next(split.train_batches(len(split), "cpu", 0, 0))
+    assert torch.equal(plain.sort(dim=0)[0], batch.sort(dim=0)[0])
 
 
 def test_augment_unknown_is_refused(arrows: Path) -> None:
@@ -671,7 +671,9 @@ def test_unbalanced_classes_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "few", 4, 160)
     data = load_data(str(tmp_path), SMALL)
     assert data.unbalanced
-    assert "unbalanced: 120 training images of many, 2 of few. Always predicting many is right for 97.6 %" in said(data)
+    assert "unbalanced: 120 training images of many, 2 of few. Always predicting many is right for 97.6 %" in notes_of(
+        data
+    )
 
 
 def test_photo_with_preview_is_one_image(tmp_path: Path) -> None:
@@ -680,16 +682,16 @@ def test_photo_with_preview_is_one_image(tmp_path: Path) -> None:
     noise(7).save(tmp_path / "cat" / "phone.mpo", save_all=True, append_images=[noise(8)])
     data = load_data(str(tmp_path), SMALL)
     assert len(data.train) + len(data.val) + len(data.test) == 13
-    assert "frame" not in said(data)
+    assert "frame" not in notes_of(data)
     noise(7).save(tmp_path / "cat" / "film.gif", save_all=True, append_images=[noise(8)])
-    assert "first frame only: 1 image with several frames" in said(load_data(str(tmp_path), SMALL))
+    assert "first frame only: 1 image with several frames" in notes_of(load_data(str(tmp_path), SMALL))
 
 
 def test_balanced_classes_are_not_reported(tmp_path: Path) -> None:
     """Balanced classes have no note."""
     data = load_data(str(two_classes(tmp_path)), SMALL)
     assert not data.unbalanced
-    assert "unbalanced" not in said(data)
+    assert "unbalanced" not in notes_of(data)
 
 
 def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
@@ -817,7 +819,7 @@ def test_hub_split_without_labels_is_unused(hub: Hub) -> None:
     hub(FEATURES, train=[row(i, label=i % 2) for i in range(12)], test=[row(50 + i, label=-1) for i in range(4)])
     data = load_data("hfds/benchmark", SMALL)
     assert [len(data.train), len(data.val), len(data.test)] == [8, 2, 2]
-    assert "not used: the test split, whose 4 images have no labels" in said(data)
+    assert "not used: the test split, whose 4 images have no labels" in notes_of(data)
 
 
 @pytest.mark.parametrize(("label", "split"), [(-1, "test"), (2, "test"), (1, "validation")])
@@ -874,20 +876,20 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 def test_head_check_accepts_right_order(greys: Data) -> None:
     """A classifier whose outputs are in the order of the images' classes fits."""
-    found = check_head(Reader([0, 1, 2]), greys, TrainSettings())
-    assert found.right == 1.0
-    assert found.fits
-    assert "is kept, whose classes have no names: it gets 100.0 % of 18 validation images right" in found.words()
+    check = check_head(Reader([0, 1, 2]), greys, TrainSettings())
+    assert check.right == 1.0
+    assert check.fits
+    assert "is kept, whose classes have no names: it gets 100.0 % of 18 validation images right" in check.words()
 
 
 @pytest.mark.parametrize("order", [[1, 2, 0], [1, 0, 2]])
 def test_head_check_refuses_other_order(greys: Data, order: list[int]) -> None:
     """A classifier whose outputs are in another order does not fit, and its best order is reported."""
-    found = check_head(Reader(order), greys, TrainSettings())
-    assert found.right < 0.4
-    assert found.best_order == 1.0
-    assert not found.fits
-    assert "100.0 % with its outputs in another order" in found.words()
+    check = check_head(Reader(order), greys, TrainSettings())
+    assert check.right < 0.4
+    assert check.best_order == 1.0
+    assert not check.fits
+    assert "100.0 % with its outputs in another order" in check.words()
 
 
 def test_head_check_refuses_zero_weights(greys: Data) -> None:
@@ -903,11 +905,11 @@ def test_head_is_reordered_by_names() -> None:
     model, x = Reader([0, 1, 2]), torch.rand(5, 3, 4, 4)
     before = model(x)
     assert can_reorder(model, 3)
-    reordered(model, ["a", "b", "c"], ["c", "a", "b"])
+    reorder(model, ["a", "b", "c"], ["c", "a", "b"])
     assert torch.equal(model(x), before[:, [2, 0, 1]])
 
 
-def given_weights(folder: Path, classes: list[str] | None = None, name: str = "test_resnet", **how: Any) -> Path:
+def base_weights(folder: Path, classes: list[str] | None = None, name: str = "test_resnet", **how: Any) -> Path:
     """A timm directory as `save_for_hf` writes it."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=how.pop("num_classes", len(classes or [1, 2])), **how)
@@ -924,37 +926,37 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[str]]:
-    said: list[str] = []
+    lines: list[str] = []
 
     class Hears(Listener):
         def phase(self, text: str) -> None:
-            said.append(text)
+            lines.append(text)
 
         def data(self, words: str, notes: Sequence[str]) -> None:
-            said.extend([words, *notes])
+            lines.extend([words, *notes])
 
     config = small_search(photos, write_space(tmp_path), tmp_path / "run").model_copy(update=changes)
-    return assemble(config, Hears()), said
+    return assemble(config, Hears()), lines
 
 
 def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
     """A classifier with names of classes is put into the order of the images' classes."""
-    given = given_weights(tmp_path / "given", ["light", "dark"])
-    bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
-    rows = load_file(given / "model.safetensors")["fc.weight"]
+    base_folder = base_weights(tmp_path / "given", ["light", "dark"])
+    bench, lines = bench_of(tmp_path, photos, checkpoint=str(base_folder))
+    rows = load_file(base_folder / "model.safetensors")["fc.weight"]
     assert torch.equal(bench.base.fc.weight.cpu(), rows[[1, 0]])
     assert bench.fresh == "nothing"
-    assert "the outputs of the given classifier are put into the order of the images' classes" in said
+    assert "the outputs of the given classifier are put into the order of the images' classes" in lines
 
 
 def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> None:
     """Images are normalised with the mean and standard deviation of the directory's config.json."""
-    given = given_weights(tmp_path / "given", ["dark", "light"])
-    usual, _ = bench_of(tmp_path, photos, checkpoint=str(given))
-    config = json.loads((given / "config.json").read_text())
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"])
+    usual, _ = bench_of(tmp_path, photos, checkpoint=str(base_folder))
+    config = json.loads((base_folder / "config.json").read_text())
     config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.25]}
-    (given / "config.json").write_text(json.dumps(config))
-    for checkpoint in (given, given / "model.safetensors"):
+    (base_folder / "config.json").write_text(json.dumps(config))
+    for checkpoint in (base_folder, base_folder / "model.safetensors"):
         bench, _ = bench_of(tmp_path, photos, checkpoint=str(checkpoint))
         assert bench.base.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
         pixels, other = (next(one.data.val.eval_batches(2, "cpu"))[0] for one in (usual, bench))
@@ -964,25 +966,25 @@ def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> Non
         expected = (raw - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.4, 0.25]).view(3, 1, 1)
         assert torch.allclose(other, expected, atol=1e-5)
     loose = tmp_path / "loose.safetensors"
-    loose.write_bytes((given / "model.safetensors").read_bytes())
+    loose.write_bytes((base_folder / "model.safetensors").read_bytes())
     bench, _ = bench_of(tmp_path, photos, checkpoint=str(loose))
     assert Preprocessing.of(bench.base) == of_usual
 
 
 def test_bench_refits_head_of_other_classes(tmp_path: Path, photos: Path) -> None:
     """A classifier of other classes is fitted anew, although their number is the same."""
-    given = given_weights(tmp_path / "given", ["cat", "dog"])
-    bench, said = bench_of(tmp_path, photos, checkpoint=str(given))
+    base_folder = base_weights(tmp_path / "given", ["cat", "dog"])
+    bench, lines = bench_of(tmp_path, photos, checkpoint=str(base_folder))
     assert bench.fresh == "head"
     assert any(
-        "is of other classes (cat, dog) than the images (dark, light): a new one is fitted" in one for one in said
+        "is of other classes (cat, dog) than the images (dark, light): a new one is fitted" in one for one in lines
     )
 
 
 def test_bench_checks_unnamed_head_on_images(tmp_path: Path, photos: Path) -> None:
     """A classifier without names of classes is checked on the validation images."""
-    given = given_weights(tmp_path / "given")
-    bench, _ = bench_of(tmp_path, photos, checkpoint=str(given / "model.safetensors"))
+    base_folder = base_weights(tmp_path / "given")
+    bench, _ = bench_of(tmp_path, photos, checkpoint=str(base_folder / "model.safetensors"))
     (tmp_path / "run").mkdir()
     starting_weights(bench, Watching(Listener(), lambda: False))
     assert bench.fresh == "head"
@@ -991,9 +993,9 @@ def test_bench_checks_unnamed_head_on_images(tmp_path: Path, photos: Path) -> No
 
 def test_bench_reports_data_before_training(tmp_path: Path, photos: Path) -> None:
     """The data are described before training."""
-    bench, said = bench_of(tmp_path, photos)
-    assert "images: 24 train, 8 validation, 8 test, 2 classes: dark, light" in said
-    assert any(line.startswith("training images: shifted by up to 1/8") for line in said)
+    bench, lines = bench_of(tmp_path, photos)
+    assert "images: 24 train, 8 validation, 8 test, 2 classes: dark, light" in lines
+    assert any(line.startswith("training images: shifted by up to 1/8") for line in lines)
     assert bench.config.augment == "light"
 
 
@@ -1003,8 +1005,8 @@ def test_bench_reports_data_before_training(tmp_path: Path, photos: Path) -> Non
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_bench_builds_vit_for_image_size(tmp_path: Path, photos: Path, pretrained: bool) -> None:
     """A vision transformer is built for the size of the images."""
-    given = {"checkpoint": str(given_weights(tmp_path / "given", ["dark", "light"], "test_vit"))} if pretrained else {}
-    bench, _ = bench_of(tmp_path, photos, base="test_vit", input_size=64, space="se", **given)
+    fields = {"checkpoint": str(base_weights(tmp_path / "given", ["dark", "light"], "test_vit"))} if pretrained else {}
+    bench, _ = bench_of(tmp_path, photos, base="test_vit", input_size=64, space="se", **fields)
     assert bench.anatomy.input_size == (3, 64, 64)
     assert bench.base(torch.rand(2, 3, 64, 64)).shape == (2, 2)
 
@@ -1025,8 +1027,8 @@ def test_bench_refuses_size_no_patches_fill(tmp_path: Path, photos: Path) -> Non
 @pytest.mark.parametrize("channels", [1, 4])
 def test_bench_takes_weights_of_channels(tmp_path: Path, photos: Path, channels: int) -> None:
     """Weights for one or four channels are used with images of as many."""
-    given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=channels)
-    bench, _ = bench_of(tmp_path, photos, checkpoint=str(given))
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"], in_chans=channels)
+    bench, _ = bench_of(tmp_path, photos, checkpoint=str(base_folder))
     x, _ = next(bench.data.val.eval_batches(2, "cpu"))
     assert x.shape[1] == channels
     assert bench.base(x).shape == (2, 2)
@@ -1034,47 +1036,47 @@ def test_bench_takes_weights_of_channels(tmp_path: Path, photos: Path, channels:
 
 def test_bench_refuses_12_channel_weights(tmp_path: Path, photos: Path) -> None:
     """Weights for channels that no image file has are refused."""
-    given = given_weights(tmp_path / "given", ["dark", "light"], in_chans=12)
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"], in_chans=12)
     with pytest.raises(SearchError, match="the model takes 12 channels, and image files have"):
-        bench_of(tmp_path, photos, checkpoint=str(given))
+        bench_of(tmp_path, photos, checkpoint=str(base_folder))
 
 
 def test_base_may_be_a_timm_directory(tmp_path: Path, photos: Path) -> None:
     """A timm directory can be the base, with its tag and its weights."""
-    given = given_weights(tmp_path / "given", ["dark", "light"])
-    bench, _ = bench_of(tmp_path, photos, base=f"local-dir:{given}")
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"])
+    bench, _ = bench_of(tmp_path, photos, base=f"local-dir:{base_folder}")
     assert bench.config.base == "test_resnet.r160_in1k", "with the tag whose mean and std it was trained with"
-    assert torch.equal(bench.base.fc.weight.cpu(), load_file(given / "model.safetensors")["fc.weight"])
+    assert torch.equal(bench.base.fc.weight.cpu(), load_file(base_folder / "model.safetensors")["fc.weight"])
 
 
 def test_base_may_be_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of the hub can be the base, at a revision."""
-    given = given_weights(tmp_path / "given", ["dark", "light"])
-    asked: list[tuple[str, str, str | None]] = []
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"])
+    downloads: list[tuple[str, str, str | None]] = []
 
     def download(model: str, file: str, revision: str | None = None) -> str:
-        asked.append((model, file, revision))
-        return str(given / file)
+        downloads.append((model, file, revision))
+        return str(base_folder / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    found = plain("hf-hub:someone/birds@main", None)
-    assert (found.base, found.checkpoint) == ("test_resnet.r160_in1k", str(given / "model.safetensors"))
-    assert asked[0] == ("someone/birds", "config.json", "main")
+    base = resolve_base("hf-hub:someone/birds@main", None)
+    assert (base.base, base.checkpoint) == ("test_resnet.r160_in1k", str(base_folder / "model.safetensors"))
+    assert downloads[0] == ("someone/birds", "config.json", "main")
 
 
 def test_base_refusals_say_what_to_pass(tmp_path: Path) -> None:
     """A recipe, a bare path and a surgical directory are refused as a base with what to pass instead."""
     with pytest.raises(UsageError, match=r"best\.yaml is a recipe"):
-        plain("runs/best.yaml", None)
-    given = given_weights(tmp_path / "given", ["dark", "light"])
-    with pytest.raises(UsageError, match=rf"Give it as local-dir:{given}"):
-        plain(str(given), None)
-    config = json.loads((given / "config.json").read_text())
-    (given / "config.json").write_text(
+        resolve_base("runs/best.yaml", None)
+    base_folder = base_weights(tmp_path / "given", ["dark", "light"])
+    with pytest.raises(UsageError, match=rf"Give it as local-dir:{base_folder}"):
+        resolve_base(str(base_folder), None)
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(
         json.dumps({**config, "architecture": "surgery", "model_args": {"base": "vgg11"}})
     )
     with pytest.raises(UsageError, match=r"was operated on, .* Give its base, vgg11"):
-        plain(f"local-dir:{given}", None)
+        resolve_base(f"local-dir:{base_folder}", None)
 
 
 # What a search does with all this.
@@ -1146,13 +1148,13 @@ def test_winner_directory_has_class_names(searched: tuple[Path, str, list[object
 
 def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search settles whether images may be mirrored, and its workers use that."""
-    given: list[SearchConfig] = []
-    monkeypatch.setattr(study, "LAUNCHERS", {"local": given.append})
+    configs: list[SearchConfig] = []
+    monkeypatch.setattr(study, "LAUNCHERS", {"local": configs.append})
     monkeypatch.setattr(study, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
     config = small_search(arrows, write_space(tmp_path), tmp_path / "run").model_copy(update={"workers": 1})
     with study._pool(config, Listener(), lambda: False, None) as (bench, _):
         assert bench.config.augment == "shift"
-    assert [one.augment for one in given] == ["shift"]
+    assert [one.augment for one in configs] == ["shift"]
 
 
 def test_search_command_has_data_settings(tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ def _deterministic() -> Iterator[None]:
 def test_block_training_is_deterministic(name: str) -> None:
     """Under deterministic algorithms a training step runs, and gives the same gradients twice."""
     block = perturbed(make(name)).train()
-    found = []
+    gradients = []
     for _ in range(2):
         x = images(8, 8).requires_grad_()
         torch.manual_seed(0)
-        found.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()], allow_unused=True))
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+        gradients.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()], allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @every_block
@@ -117,9 +117,9 @@ def test_block_memory_is_linear_in_positions(name: str) -> None:
         pytest.skip(unsupported(block)["any_size"])
     side = 56
     x = torch.randn(2 if "one_image" in unsupported(block) else 1, CHANNELS, side, side, requires_grad=True)
-    with LargestTensor() as seen:
+    with LargestTensor() as watch:
         block(x).sum().backward()
     if "linear_memory" in unsupported(block):
-        assert seen.largest >= side**4
+        assert watch.largest >= side**4
     else:
-        assert seen.largest <= side**4 // 8  # tiles of a few hundred rows are no matrix
+        assert watch.largest <= side**4 // 8  # tiles of a few hundred rows are no matrix

@@ -74,7 +74,7 @@ def which(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def crew_of(config: SearchConfig, stop: Asking | None = None) -> WorkerPool:
+def pool_of(config: SearchConfig, stop: Asking | None = None) -> WorkerPool:
     stop = stop or Asking()
     if config.workers:
         return ProcessPool(LAUNCHERS[config.launcher](config), Listener(), stop)
@@ -91,7 +91,7 @@ def waited(pool: WorkerPool) -> list[Done]:
 def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
     """Each job comes back once, with the result that a call in this process gives."""
     config = config_in(tmp_path / "run", which)
-    pool = crew_of(config)
+    pool = pool_of(config)
     try:
         (weights,) = pool.all([Job("weights")])
         jobs = [Job("base scores", tag=7), Job("base latency", tag=8), Job("base scores", tag=9)]
@@ -101,20 +101,20 @@ def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
         done = waited(pool)
         assert sorted(one.job.tag for one in done) == [7, 8, 9]
         assert pool.wait(0.1) == []
-        found = {one.job.tag: one.result for one in done}
+        results = {one.job.tag: one.result for one in done}
         bench = assemble(config, Listener())
         watch = Watching(Listener(), lambda: False)
         assert perform(bench, Job("weights"), watch) == weights
         for job in jobs:
-            expected, got = perform(bench, job, watch), found[job.tag]
+            expected, got = perform(bench, job, watch), results[job.tag]
             assert got is not None
             for one in (expected, got):
                 for score in one.get("scores", ()):
                     score.pop("seconds")
             assert got == expected
-        kept: list[int] = []
-        pool.all([Job("base latency"), Job("base latency")], lambda at, result: kept.append(at))
-        assert sorted(kept) == [0, 1]
+        indices: list[int] = []
+        pool.all([Job("base latency"), Job("base latency")], lambda at, result: indices.append(at))
+        assert sorted(indices) == [0, 1]
     finally:
         pool.close()
 
@@ -124,7 +124,7 @@ def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
     """An error of the package comes back with its class and text, and `all` raises it."""
     config = config_in(tmp_path / "run", which)
     (tmp_path / "run" / "base.safetensors").write_bytes(b"no weights")
-    pool = crew_of(config)
+    pool = pool_of(config)
     try:
         pool.give(Job("weights"))
         (done,) = waited(pool)
@@ -139,7 +139,7 @@ def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
 def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
     """A job whose worker runs out of memory is repeated in pieces, and is lost after the last attempt."""
     config = config_in(tmp_path / "run", which)
-    pool = crew_of(config)
+    pool = pool_of(config)
     try:
         pool.all([Job("weights")])
         (tmp_path / "injected_faults" / "memory-1").touch()
@@ -170,15 +170,15 @@ def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
 
 def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
     """A CUDA context that is broken stays broken, so a second attempt in the same process would be in vain."""
-    pool = crew_of(config_in(tmp_path / "run", "here"))
+    pool = pool_of(config_in(tmp_path / "run", "here"))
     pool.all([Job("weights")])
     for index in range(2):
         (tmp_path / "injected_faults" / f"device-{index}").touch()
     pool.give(Job("base scores", trial=3))
-    said = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
-    with pytest.raises(SearchError, match=said):
+    message = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
+    with pytest.raises(SearchError, match=message):
         pool.wait(1.0)
-    assert [left.name for left in (tmp_path / "injected_faults").iterdir()] == ["device-1"], "begun once"
+    assert [entry.name for entry in (tmp_path / "injected_faults").iterdir()] == ["device-1"], "begun once"
 
 
 class Breaking(FixedLatency):
@@ -213,22 +213,22 @@ def test_worker_tells_faults_from_mistakes(
 ) -> None:
     """A worker tells faults of the device from mistakes of the user, also where an error wraps another."""
 
-    def fails(*given: object) -> None:
+    def fails(*arguments: object) -> None:
         raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
 
     monkeypatch.setattr(worker, "perform", fails)
     monkeypatch.setattr(worker._Worker, "_ready", lambda self: None)
     begin = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
-    made = worker._Worker(begin, worker.Wire(io.StringIO()), threading.Event())
-    made.assemble()  # in vain, for there are no images
-    assert made.answer(Job("base latency")) == answer
+    subject = worker._Worker(begin, worker.Wire(io.StringIO()), threading.Event())
+    subject.assemble()  # in vain, for there are no images
+    assert subject.answer(Job("base latency")) == answer
 
 
 def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop ends the jobs that run and those that wait, and no new ones start."""
     monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
     stop = Asking()
-    pool = crew_of(config_in(tmp_path / "run", which), stop)
+    pool = pool_of(config_in(tmp_path / "run", which), stop)
     try:
         pool.all([Job("weights")])
         stop.now = True
