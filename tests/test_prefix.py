@@ -11,7 +11,7 @@ from torch import nn
 
 import attnsurgery
 from attnsurgery.evaluate import EVALUATORS, Data, TrainSettings, Watch, load_data
-from attnsurgery.evaluate.blocks_only import Kept, blocks_and_norms
+from attnsurgery.evaluate.blocks_only import FeatureSplit, blocks_and_norms
 from attnsurgery.evaluate.prefix import Prefix
 from attnsurgery.evaluate.preprocess import Preprocessing
 from tests.conftest import wake
@@ -53,7 +53,7 @@ def test_prefix_forward_equals_whole(base: str, at: str, size: int, last: str) -
     expected, every = model(images), len(calls)
     features = prefix.features(images)
     calls.clear()
-    with prefix.handed_over(features):
+    with prefix.resume_from(features):
         assert torch.equal(model(torch.empty(7, 3, size, size)), expected)
     assert len(calls) < every
     for handle in handles:
@@ -110,7 +110,7 @@ def digits() -> Data:
 def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only blocks and norms learn, whether features are stored or not."""
     if not stored:
-        monkeypatch.setattr("attnsurgery.evaluate.blocks_only.KEPT_BYTES", 0)
+        monkeypatch.setattr("attnsurgery.evaluate.blocks_only.MAX_FEATURE_BYTES", 0)
     model = surgical("test_resnet", "stage:4 branches", num_classes=10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     evaluator = EVALUATORS["blocks"](digits, TrainSettings(epochs=2))
@@ -157,7 +157,7 @@ def test_features_are_halved_to_fit_memory(digits: Data, monkeypatch: pytest.Mon
 
     prefix = Prefix.find(surgical("test_resnet", "stage:4 branches"), torch.randn(4, 3, 32, 32))
     assert prefix is not None
-    whole, recorder = Kept(digits.val, prefix, TrainSettings()), Recorder()
+    whole, recorder = FeatureSplit(digits.val, prefix, TrainSettings()), Recorder()
     features = prefix.features
 
     def cramped(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_features_are_halved_to_fit_memory(digits: Data, monkeypatch: pytest.Mon
         return features(x_BCHW)
 
     monkeypatch.setattr(prefix, "features", cramped)
-    halves = Kept(digits.val, prefix, TrainSettings(), recorder)
+    halves = FeatureSplit(digits.val, prefix, TrainSettings(), recorder)
     assert recorder.halves == [32, 16, 8, 4]
     assert recorder.steps >= len(digits.val) / 4
     for (one, labels), (other, same) in zip(whole.eval_batches(50, "cpu"), halves.eval_batches(50, "cpu"), strict=True):

@@ -1,4 +1,4 @@
-"""How good: the score of a model on images, and the contract that every evaluator keeps."""
+"""The score of a model on images, how it is trained, and the contract that every evaluator keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrainSettings:
     """How a model is trained; the same for every model of a search.
 
     Raises:
-        UsageError: a number that trains nothing.
+        UsageError: a number with which training is impossible.
     """
 
     epochs: int = 4
@@ -31,21 +31,21 @@ class TrainSettings:
     """Any name that timm's create_optimizer_v2 knows."""
     lr: float = 1e-3
     new_lr_scale: float = 10.0
-    """Grafted blocks learn so many times faster than the weights that were there before."""
+    """Factor on the learning rate of blocks, which are new, relative to that of the base's weights."""
     weight_decay: float = 0.05
     warmup: float = 0.1
-    """Share of all steps over which the learning rate rises."""
+    """Share of all steps over which the learning rate rises linearly."""
     label_smoothing: float = 0.05
     grad_clip: float = 1.0
     device: str = "cpu"
     amp: bool = False
-    """bfloat16 autocast; on CUDA only."""
+    """Whether to use bfloat16 autocast; on CUDA only."""
     channels_last: bool = False
-    """Convolutions with channels last; on CUDA only, for on a CPU they always are."""
+    """Whether convolutions use the channels-last format on CUDA; on a CPU they always do."""
     tf32: bool = False
-    """float32 convolutions and matrix products may round to TF32; on CUDA only."""
+    """Whether float32 convolutions and matrix products may round to TF32; on CUDA only."""
     pieces: int = 1
-    """A batch is passed in so many from the start, their gradients added up: where memory is known to be short."""
+    """Number of parts that a batch is split into, with accumulated gradients, where memory is known to be short."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
@@ -57,52 +57,60 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch is done; what a display or a stop button needs."""
+    """A finished epoch, as it is reported."""
 
     index: int
+    """Its number, from 1 on."""
     of: int
+    """Number of epochs in all."""
     loss: float
     """Mean training loss."""
 
 
 class Watch:
-    """Looks on while a model trains; whatever a method raises ends the training and comes out."""
+    """Callbacks during training; an exception in one of them ends the training and is passed on."""
 
     def step(self) -> None:
-        """Before each batch, trained on or judged by."""
+        """Called before each batch, of training and of evaluation."""
 
     def epoch(self, epoch: Epoch) -> None:
-        """After each epoch."""
+        """Called after each epoch."""
 
     def accumulating(self, images: int) -> None:
-        """Memory ran out: from now on at most so many images are passed at a time."""
+        """Called when memory did not suffice: from now on at most so many images are processed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How a model did on one split after its training."""
+    """Results of a model on one split after its training."""
 
     top1: float
-    """Share of images whose most likely class is right, 0 to 1."""
+    """Top-1 accuracy, 0 to 1."""
     loss: float
-    """Mean cross-entropy without smoothing."""
+    """Mean cross-entropy without label smoothing."""
     seconds: float
+    """Time that training and evaluation took."""
     epochs: int
+    """Number of epochs of the training."""
     correct: torch.Tensor = field(repr=False, compare=False)
-    """(N,) booleans in the order of the split: what a paired test needs."""
+    """Whether each image is predicted correctly, for paired tests: booleans (N,) in the order of the split."""
     balanced: float | None = None
-    """Mean over the classes of their shares of right answers; None where classes are not of very different sizes."""
+    """Balanced accuracy, the mean of the accuracies of all classes; None where the classes are balanced."""
 
 
 class Evaluator(ABC):
-    """Gives a model a score, training it in place as far as the strategy does so at all.
+    """Gives a model a score, after training it in place if the strategy trains.
 
-    Laws: the same model, data, settings and seed give the same score on the same machine; what the watch raises comes
-    out; a training that yields no finite number is a SearchError that says when.
+    Laws: the same model, data, settings and seed give the same score on the same machine; an exception of the watch is
+    passed on; a training that diverges raises a SearchError that names the epoch.
+
+    Args:
+        data: the three splits.
+        settings: how models are trained.
     """
 
     final = True
-    """False: it helps to choose, and the winner is confirmed by a fine-tuning."""
+    """False for a strategy that only ranks candidates, so that the winner is fine-tuned for its confirmation."""
 
     def __init__(self, data: Data, settings: TrainSettings) -> None:
         self.data = data
@@ -110,13 +118,20 @@ class Evaluator(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
-        """Train `model` in place, then measure it on the split called `on`.
+        """Train `model` in place, then evaluate it on a split.
+
+        Args:
+            model: a classifier for the classes of the data.
+            seed: of the training: order and augmentation of images, dropout.
+            on: the split to evaluate on.
+            watch: callbacks.
 
         Raises:
             SearchError: training diverged.
         """
 
     def split(self, name: SplitName) -> Split:
+        """The split of this name."""
         return self.data.val if name == "val" else self.data.test
 
 

@@ -1,4 +1,4 @@
-"""Batches of one split: from memory where the whole split fits, else decoded by worker processes as they are needed.
+"""Batches of one split: from memory where the whole split fits, otherwise decoded by worker processes on demand.
 
 Shape letters in this file:  N images of the split, B batch, C channels, H W height and width.
 """
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate.augment import SHIFT, mirrors
-from attnsurgery.evaluate.memory import current, moved, room_for
+from attnsurgery.evaluate.memory import allocate_for, current, to_device
 from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.evaluate.scan import brief, refuse_unreadable
@@ -36,8 +36,14 @@ _DECODE_THREADS = 4
 class Split(ABC):
     """One of the three parts of the data.
 
-    Laws, which tests/test_evaluate.py checks: evaluation batches come in order, all of them, unaugmented; training
-    batches are a function of seed and epoch alone, also of whether memory holds the images.
+    Laws, which tests/test_evaluate.py checks: evaluation batches hold all images, in order and unaugmented; training
+    batches depend on seed and epoch alone, and not on whether the images are in memory.
+
+    Args:
+        source: the images with their labels.
+        preprocessing: size, mean and std of the model's input.
+        rendering: how decoded images become 8-bit ones.
+        augment: how training batches are augmented.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Split(ABC):
         return len(self.ids)
 
     def train_batches(self, batch_size: int, device: str, seed: int, epoch: int) -> Iterator[Batch]:
-        """Shuffled and augmented (B, C, H, W) in float, with labels (B,); a last smaller batch is left out."""
+        """Shuffled, augmented images (B, C, H, W) in float and labels (B,); an incomplete last batch is dropped."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         order_N = torch.randperm(len(self), generator=generator)
         size = min(batch_size, len(self))
@@ -62,23 +68,30 @@ class Split(ABC):
         return self._load(picks, device, generator)
 
     def eval_batches(self, batch_size: int, device: str, start: int = 0) -> Iterator[Batch]:
-        """Every image from number `start` on once, in the order of `ids`, as it is."""
+        """Every image from index `start` on, in the order of `ids`, unaugmented."""
         return self._load(list(torch.split(torch.arange(start, len(self)), batch_size)), device, None)
 
     @abstractmethod
-    def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]: ...
+    def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
+        """Normalised batches on the device.
+
+        Args:
+            picks: by batch, the indices of its images, (B,).
+            device: of the batches.
+            augment: random numbers for the augmentation; None for no augmentation.
+        """
 
     def _moves(self, batch: int, size: Sequence[int], generator: torch.Generator | None) -> list[torch.Tensor]:
-        """How each image of a batch is moved, as `drawn` says; nothing where images are left as they are."""
+        """The shifts and mirrorings of a batch, as `draw_moves`; [] where images are not augmented."""
         if generator is None or self.augment not in ("shift", "light"):
             return []
-        return drawn(batch, size, mirrors(self.augment), generator)
+        return draw_moves(batch, size, mirrors(self.augment), generator)
 
     def _normalised(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 to float with the model's mean and std."""
         if pixels_BCHW.device not in self._mean_and_std:
             count = self.preprocessing.input_size[0]
-            with torch.inference_mode(False):  # training takes them too
+            with torch.inference_mode(False):  # training uses them too
                 mean, std = (
                     torch.tensor([values[i % len(values)] for i in range(count)]).view(1, -1, 1, 1)
                     for values in (self.preprocessing.mean, self.preprocessing.std)
@@ -89,9 +102,9 @@ class Split(ABC):
 
 
 class MemorySplit(Split):
-    """Decoded once into a uint8 tensor, when it is first needed or asked to; augmented a batch at a time.
+    """Decoded once into a uint8 tensor, at the first use or by `decode`; augmented a batch at a time.
 
-    A CUDA device keeps the pixels too, where they leave room for all else.
+    The pixels stay on a CUDA device too, where they leave enough memory for everything else.
     """
 
     def __init__(
@@ -117,31 +130,31 @@ class MemorySplit(Split):
         return self._resident["cpu"]
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
-        pixels_NCHW = self._kept_for(device)
+        pixels_NCHW = self._pixels_on(device)
         for picks_B in picks:
             numbers = [picks_B, self.labels[picks_B], *self._moves(len(picks_B), pixels_NCHW.shape[2:], augment)]
-            there_B, labels_B, *moves = moved(torch.stack(numbers), device)  # all that a batch needs, in one copy
-            if pixels_NCHW.device == there_B.device:
-                x_BCHW = pixels_NCHW[there_B]
+            index_B, labels_B, *moves = to_device(torch.stack(numbers), device)  # all that a batch needs, in one copy
+            if pixels_NCHW.device == index_B.device:
+                x_BCHW = pixels_NCHW[index_B]
             else:
-                x_BCHW = moved(pixels_NCHW[picks_B], device)
+                x_BCHW = to_device(pixels_NCHW[picks_B], device)
             if moves:
-                x_BCHW = shifted(x_BCHW, *moves)
+                x_BCHW = apply_moves(x_BCHW, *moves)
             yield self._normalised(x_BCHW), labels_B
 
-    def _kept_for(self, device: str) -> torch.Tensor:
-        """The pixels, on the device or else on the host, as was decided when they were first asked for."""
+    def _pixels_on(self, device: str) -> torch.Tensor:
+        """All pixels, on the device if it had enough memory at the first call, otherwise on the host."""
         pixels_NCHW = self.decode()
         if device not in self._resident:
             with torch.inference_mode(False):
-                room_NCHW = room_for(pixels_NCHW.shape, pixels_NCHW.dtype, device)
+                room_NCHW = allocate_for(pixels_NCHW.shape, pixels_NCHW.dtype, device)
                 on_host = room_NCHW.device.type == "cpu"
                 self._resident[device] = pixels_NCHW if on_host else room_NCHW.copy_(pixels_NCHW)
         return self._resident[device]
 
 
 class FileSplit(Split):
-    """Decoded by worker processes each time, for data that memory does not hold and for timm's transforms."""
+    """Decoded by worker processes in each epoch, for data that does not fit into memory and for timm's transforms."""
 
     def __init__(
         self, source: Source, preprocessing: Preprocessing, rendering: Rendering, augment: Augment, workers: int
@@ -161,7 +174,7 @@ class FileSplit(Split):
             num_workers=self._workers,
             pin_memory=torch.device(device).type == "cuda",
         )
-        with current(device):  # where its thread pins memory
+        with current(device):  # for which the loader's thread pins memory
             batches = iter(loader)
         while True:
             with current(device):
@@ -170,15 +183,18 @@ class FileSplit(Split):
                 return
             x_BCHW, labels_B = (tensor.to(device, non_blocking=True) for tensor in batch)
             if moves := self._moves(len(labels_B), x_BCHW.shape[2:], augment):
-                x_BCHW = shifted(x_BCHW, *moved(torch.stack(moves), device))
+                x_BCHW = apply_moves(x_BCHW, *to_device(torch.stack(moves), device))
             yield self._normalised(x_BCHW), labels_B
 
 
 class _Images(Dataset[tuple[torch.Tensor, int]]):
-    """Images of the input's size.
+    """Images resized to the size of the input.
 
     Args:
-        seed: timm's training transform, drawn from it; None fits them as for evaluation.
+        source: the images.
+        preprocessing: size of the input.
+        rendering: how decoded images become 8-bit ones.
+        seed: of timm's training transform; None for the evaluation transform.
     """
 
     def __init__(
@@ -200,7 +216,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
     def _fitted(self, image: Image.Image, index: int) -> Any:
         if self._seed is None or self._training is None:
             return self._fit(image)
-        with torch.random.fork_rng(devices=[]):  # a function of image and epoch, however many workers there are
+        with torch.random.fork_rng(devices=[]):  # depends on image and epoch, and not on the number of workers
             torch.manual_seed(self._seed + index)
             random.seed(self._seed + index)
             return np.asarray(self._training(image))
@@ -209,7 +225,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
 class _Fit:
     """Resizes and crops an image as timm does for evaluation, to (C, H, W) in uint8.
 
-    Images no larger than the input are not cropped: their border is all there is.
+    Images no larger than the input are resized without a crop.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -227,7 +243,7 @@ def decode_all(
     """Every image as uint8, (N, C, H, W), resized and cropped as timm does for evaluation.
 
     Raises:
-        SearchError: images that cannot be read.
+        SearchError: images that cannot be read; the message counts them and lists the first.
     """
     fit = _Fit(preprocessing)
     pixels_NCHW = torch.empty((len(source.ids), *preprocessing.input_size), dtype=torch.uint8)
@@ -235,38 +251,44 @@ def decode_all(
     def decode(index: int) -> str | None:
         try:
             pixels_NCHW[index] = torch.as_tensor(fit(rendering(source.open(index))))
-        except Exception as error:  # whatever a decoder throws at a damaged file
+        except Exception as error:  # decoders raise anything for damaged files
             return f"{source.ids[index]} ({brief(error)})"
         return None
 
-    bad: list[str] = []
+    unreadable: list[str] = []
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        for done, problem in enumerate(pool.map(decode, range(len(source.ids))), start=1):
+        for count, problem in enumerate(pool.map(decode, range(len(source.ids))), start=1):
             if problem:
-                bad.append(problem)
-            if on_progress and (done % 256 == 0 or done == len(source.ids)):
-                on_progress(done, len(source.ids))
-    refuse_unreadable(bad, len(source.ids))
+                unreadable.append(problem)
+            if on_progress and (count % 256 == 0 or count == len(source.ids)):
+                on_progress(count, len(source.ids))
+    refuse_unreadable(unreadable, len(source.ids))
     return pixels_NCHW
 
 
-def augmented(pixels_BCHW: torch.Tensor, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Each image shifted by its own offset (borders mirrored) and, if `flip`, mirrored with probability 1/2."""
+def augment_images(pixels_BCHW: torch.Tensor, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Each image shifted by its own random offset and, if `flip`, mirrored with probability 1/2."""
     batch, _, *size = pixels_BCHW.shape
-    return shifted(pixels_BCHW, *(moves_B.to(pixels_BCHW.device) for moves_B in drawn(batch, size, flip, generator)))
+    return apply_moves(
+        pixels_BCHW, *(moves_B.to(pixels_BCHW.device) for moves_B in draw_moves(batch, size, flip, generator))
+    )
 
 
-def drawn(batch: int, size: Sequence[int], flip: bool, generator: torch.Generator) -> list[torch.Tensor]:
-    """By how many rows and columns each image is shifted, and 1 where it is mirrored, else 0; all (B,), on the host."""
+def draw_moves(batch: int, size: Sequence[int], flip: bool, generator: torch.Generator) -> list[torch.Tensor]:
+    """Random shifts and mirrorings of a batch.
+
+    Returns:
+        Row offset, column offset, and 1 where an image is mirrored, else 0; each (B,), on the host.
+    """
     top_B, left_B = (torch.randint(2 * (side // SHIFT) + 1, (batch,), generator=generator) for side in size)
     mirror_B = torch.rand(batch, generator=generator) < (0.5 if flip else 0.0)
     return [top_B, left_B, mirror_B.long()]
 
 
-def shifted(
+def apply_moves(
     pixels_BCHW: torch.Tensor, top_B: torch.Tensor, left_B: torch.Tensor, mirror_B: torch.Tensor
 ) -> torch.Tensor:
-    """Each image moved as `drawn` says."""
+    """Images shifted, with reflected borders, and mirrored, as `draw_moves` returns; (B, C, H, W) in float."""
     batch, _, height, width = pixels_BCHW.shape
     device = pixels_BCHW.device
     reach_h, reach_w = height // SHIFT, width // SHIFT

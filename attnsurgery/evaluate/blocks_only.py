@@ -1,7 +1,7 @@
-"""Trains the blocks and the norms behind them, and nothing else: a first look at a candidate, for little.
+"""Trains only the blocks and the norms: a cheap first evaluation of a candidate.
 
-The rest of the model is frozen, so what it computes in front of the first block is computed once for every image and
-kept, if memory holds it. Images are then not augmented, and batches not decoded again.
+The rest of the model is frozen, so the features in front of the first block are computed once for every image and
+cached, if they fit into memory. In this case images are not augmented.
 """
 
 from __future__ import annotations
@@ -16,101 +16,108 @@ from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, 
 from attnsurgery.evaluate.batches import Batch, Split
 from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.finetune import accuracy, train
-from attnsurgery.evaluate.frozen import only
-from attnsurgery.evaluate.memory import halving, moved, room_for
+from attnsurgery.evaluate.frozen import train_only
+from attnsurgery.evaluate.memory import allocate_for, halve_until_it_fits, to_device
 from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.prefix import Prefix
 
-KEPT_BYTES = 4 * 2**30
-"""Features of all images may take so much memory; more, and they are computed in every epoch. What is free does not
-matter here: training on kept features gives other scores, for their images are not augmented."""
+MAX_FEATURE_BYTES = 4 * 2**30
+"""Size of the features of all images above which they are not cached, but computed in every epoch. It does not depend
+on the free memory, since training on cached features, without augmentation, gives other scores."""
 _BATCH = 64
 
 
 @EVALUATORS.register("blocks")
 class BlocksOnly(Evaluator):
-    """Blocks and norms, `settings.epochs` epochs; every other weight is what it was before.
+    """Trains blocks and norms for `settings.epochs` epochs; all other weights stay the same.
 
-    It tells blocks apart at a fraction of a fine-tuning's cost, and says nothing of what the rest of the model would
-    learn beside them.
+    It ranks candidates at a fraction of the cost of fine-tuning, and does not show what the rest of the model would
+    learn together with the blocks.
     """
 
     final = False
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
-        settings, judged = self.settings, self.split(on)
+        settings, evaluated = self.settings, self.split(on)
         model.to(settings.device).eval()
         with torch.no_grad():
-            some, _ = next(self.data.train.eval_batches(4, settings.device))
-            prefix = Prefix.find(model, some)
-            size = 0 if prefix is None else prefix.features(some[:1]).nbytes
-        with only(blocks_and_norms(model), model):
-            if prefix is None or size * (len(self.data.train) + len(judged)) > KEPT_BYTES:
+            images, _ = next(self.data.train.eval_batches(4, settings.device))
+            prefix = Prefix.find(model, images)
+            size = 0 if prefix is None else prefix.features(images[:1]).nbytes
+        with train_only(blocks_and_norms(model), model):
+            if prefix is None or size * (len(self.data.train) + len(evaluated)) > MAX_FEATURE_BYTES:
                 train(model, self.data.train, settings, seed, watch)
-                top1, loss, correct_N = accuracy(model, judged, settings, watch=watch)
+                top1, loss, correct_N = accuracy(model, evaluated, settings, watch=watch)
             else:
-                shape = some.shape[1:]
+                shape = images.shape[1:]
 
-                def forward(features: torch.Tensor) -> torch.Tensor:
-                    with prefix.handed_over(features):
-                        logits: torch.Tensor = model(features.new_zeros(()).expand(len(features), *shape))
+                def forward(features_B: torch.Tensor) -> torch.Tensor:
+                    with prefix.resume_from(features_B):
+                        logits: torch.Tensor = model(features_B.new_zeros(()).expand(len(features_B), *shape))
                     return logits
 
-                train(model, Kept(self.data.train, prefix, settings, watch), settings, seed, watch, forward)
-                kept = Kept(judged, prefix, settings, watch)
-                top1, loss, correct_N = accuracy(model, kept, settings, forward, watch)
-        balanced = self.data.balanced(judged, correct_N)
+                train(model, FeatureSplit(self.data.train, prefix, settings, watch), settings, seed, watch, forward)
+                features_split = FeatureSplit(evaluated, prefix, settings, watch)
+                top1, loss, correct_N = accuracy(model, features_split, settings, forward, watch)
+        balanced = self.data.balanced(evaluated, correct_N)
         return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
 
 
-class Kept(Split):
-    """A split whose images are features of a prefix, computed once.
+class FeatureSplit(Split):
+    """A split whose images are replaced by features of a prefix of the model, which are computed once.
 
-    They lie on the device where they leave room for all else, or else on the host, which changes no number.
+    They stay on the device if they leave enough memory for everything else, and otherwise on the host; the numbers are
+    the same.
+
+    Args:
+        split: the images.
+        prefix: computes the features.
+        settings: device, memory format and precision.
+        watch: callbacks.
     """
 
     def __init__(self, split: Split, prefix: Prefix, settings: TrainSettings, watch: Watch | None = None) -> None:
         self.ids = split.ids
         self.labels = split.labels
         watch = watch or Watch()
-        device, done = settings.device, 0
-        room: torch.Tensor | None = None
+        device, count = settings.device, 0
+        features_N: torch.Tensor | None = None
 
-        def go_on(size: int) -> None:
-            nonlocal done, room
-            for x_BCHW, _ in split.eval_batches(size, device, done):
+        def compute(size: int) -> None:
+            nonlocal count, features_N
+            for x_BCHW, _ in split.eval_batches(size, device, count):
                 watch.step()
                 features_B = layout.run(prefix.features, x_BCHW)
-                if room is None:
-                    room = room_for((len(split), *features_B.shape[1:]), features_B.dtype, device)
-                room[done : done + len(features_B)].copy_(features_B)
-                done += len(features_B)
+                if features_N is None:
+                    features_N = allocate_for((len(split), *features_B.shape[1:]), features_B.dtype, device)
+                features_N[count : count + len(features_B)].copy_(features_B)
+                count += len(features_B)
 
         with (
             torch.no_grad(),
             ChannelsLast(prefix.model, device, settings.channels_last) as layout,
             float32_as(settings),
         ):
-            halving(go_on, _BATCH, settings.pieces, on_half=watch.accumulating)
-        assert room is not None, "a split has images"
-        self._features_N = room
+            halve_until_it_fits(compute, _BATCH, settings.pieces, on_smaller=watch.accumulating)
+        assert features_N is not None, "a split has images"
+        self._features_N = features_N
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
         for picks_B in picks:
-            there_B, labels_B = moved(torch.stack([picks_B, self.labels[picks_B]]), device)
-            if self._features_N.device == there_B.device:
-                yield self._features_N[there_B], labels_B
+            index_B, labels_B = to_device(torch.stack([picks_B, self.labels[picks_B]]), device)
+            if self._features_N.device == index_B.device:
+                yield self._features_N[index_B], labels_B
             else:
-                yield moved(self._features_N[picks_B], device), labels_B
+                yield to_device(self._features_N[picks_B], device), labels_B
 
 
 def blocks_and_norms(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of every block, and of every norm that is not in one."""
-    found: dict[int, nn.Parameter] = {}
+    """The parameters of all blocks, and of all norms outside of blocks."""
+    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if getattr(module, "grafted", False):
-            found.update((id(parameter), parameter) for parameter in module.parameters())
+            parameters.update((id(parameter), parameter) for parameter in module.parameters())
         elif isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__:
-            found.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
-    return list(found.values())
+            parameters.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
+    return list(parameters.values())

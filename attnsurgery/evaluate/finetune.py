@@ -1,8 +1,8 @@
-"""Fine-tunes the whole model for a few epochs, then counts right answers: the plain way to see what a change is worth.
+"""Fine-tunes the whole model for a few epochs, then evaluates it: the standard way to compare candidates.
 
-timm does the grouping: no weight decay on biases, norms and one-dimensional parameters, so a block's gate is free to
-leave zero. Grafted blocks begin as the identity and know nothing, so they learn faster than the weights around them,
-which know their job. The learning rate rises linearly and falls as a cosine.
+timm groups the parameters: no weight decay on biases, norms and one-dimensional parameters, so a block's gate is free
+to leave zero. Blocks are new, so their learning rate is higher than that of the pretrained weights. The learning rate
+rises linearly and then falls as a cosine.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.channels_last import ChannelsLast
-from attnsurgery.evaluate.memory import free_memory, halving
+from attnsurgery.evaluate.memory import free_memory, halve_until_it_fits
 from attnsurgery.evaluate.precision import autocast, float32_as
 from attnsurgery.faults import Fault, fault_of
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
-_LEAST_PIECE = 2
-"""Batch norms need two images to have a variance."""
+_MIN_PIECE = 2
+"""Smallest number of images in a part of a batch: a batch norm needs two for a variance."""
 _optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
 
 
 @EVALUATORS.register("finetune")
 class FineTune(Evaluator):
-    """All weights, `settings.epochs` epochs, the same order of images for every model that has the same seed."""
+    """Trains all weights for `settings.epochs` epochs, with the same order of images for the same seed."""
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
@@ -55,19 +55,23 @@ def train(
     watch: Watch | None = None,
     forward: Forward | Sequence[Forward] | None = None,
 ) -> None:
-    """Train `model` in place, what of it requires a gradient; it ends in eval mode.
+    """Train the parameters of `model` that require a gradient, in place; it ends in eval mode.
+
+    A batch that does not fit into memory is split into two, four, eight ... parts with accumulated gradients. Only batch
+    norms then compute something else: statistics of the parts.
 
     Args:
-        split: to train on.
-        forward: from a batch of the split to logits; by default the model itself. Of several, each is run on every
-            batch, and a step follows the mean of their gradients.
-
-    A batch that memory does not hold is passed in two, four, eight ... pieces, whose gradients are added up; batch
-    norms then see the pieces, everything else the whole.
+        model: trained in place.
+        split: images to train on.
+        settings: how it is trained.
+        seed: of the order and augmentation of images, and of dropout.
+        watch: callbacks.
+        forward: maps a batch of the split to logits; by default the model itself. With several, each is applied to
+            every batch, and a step follows the mean of their gradients.
 
     Raises:
-        SearchError: the loss is not finite.
-        torch.OutOfMemoryError: two images at a time are too many.
+        SearchError: training diverged: the loss is infinite or NaN.
+        torch.OutOfMemoryError: two images at a time do not fit.
     """
     model.to(settings.device)
     steps = max(1, len(split) // min(settings.batch_size, len(split)))
@@ -89,7 +93,7 @@ def train(
         ChannelsLast(model, settings.device, settings.channels_last) as layout,
         float32_as(settings),
     ):
-        pieces = min(settings.pieces, max(1, settings.batch_size // _LEAST_PIECE))
+        pieces = min(settings.pieces, max(1, settings.batch_size // _MIN_PIECE))
         run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces)
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
@@ -100,7 +104,7 @@ def train(
 
 
 def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """timm's groups, each split in grafted and other parameters; timm's schedules multiply by `lr_scale`."""
+    """timm's parameter groups, each divided into blocks and the rest; timm's schedules multiply by `lr_scale`."""
     exempt: Any = getattr(model, "no_weight_decay", set)
     groups = _optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt())
     new = {id(p) for module in model.modules() if getattr(module, "grafted", False) for p in module.parameters()}
@@ -115,7 +119,7 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
 
 @dataclass
 class _Run:
-    """One training, from its first step to its last."""
+    """The state of one training; its fields are the arguments of `train` and what is made from them."""
 
     model: nn.Module
     forwards: Sequence[Forward]
@@ -127,10 +131,14 @@ class _Run:
     watch: Watch
     layout: ChannelsLast
     pieces: int
-    """A batch is passed in so many, one after the other, for want of memory."""
+    """Number of parts that a batch is split into for want of memory."""
 
     def epoch(self, epoch: int) -> float:
-        """One pass over the images; the mean loss."""
+        """Train on all images once; returns the mean loss.
+
+        Raises:
+            SearchError: it is infinite or NaN.
+        """
         settings, split = self.settings, self.split
         total, count = torch.zeros((), device=settings.device), 0
         step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
@@ -151,16 +159,16 @@ class _Run:
         return mean
 
     def _gradients(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-        """Of the mean loss of a batch, which is returned; in as many pieces as memory asks for."""
+        """Compute the gradients of the mean loss of a batch, in as many parts as memory requires; returns the loss."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._in_pieces(x_BCHW, labels_B)
             except Exception as error:
                 lacking = fault_of(error) is Fault.OUT_OF_MEMORY
-                if not lacking or len(labels_B) // (2 * self.pieces) < _LEAST_PIECE:
+                if not lacking or len(labels_B) // (2 * self.pieces) < _MIN_PIECE:
                     raise
-            self.pieces *= 2  # out of the handler, whose traceback holds on to the memory
+            self.pieces *= 2  # after the handler, whose traceback keeps tensors alive
             free_memory()
             self.watch.accumulating(math.ceil(len(labels_B) / self.pieces))
 
@@ -184,28 +192,34 @@ def accuracy(
     forward: Forward | None = None,
     watch: Watch | None = None,
 ) -> tuple[float, float, torch.Tensor]:
-    """Top-1 from 0 to 1, mean cross-entropy, and which images were right as (N,) booleans.
+    """Evaluate a model on a split.
 
-    Where memory does not hold a batch, the images that are left are taken in batches of half the size.
+    Where a batch does not fit into memory, the remaining images are processed in batches of half the size.
 
     Args:
-        forward: from a batch of the split to logits; by default the model itself.
+        model: put into eval mode.
+        split: the images.
+        settings: device, memory format and precision.
+        forward: maps a batch of the split to logits; by default the model itself.
         watch: its `step` is called before each batch.
+
+    Returns:
+        Top-1 accuracy from 0 to 1, mean cross-entropy, and whether each image is predicted correctly: booleans (N,).
 
     Raises:
         SearchError: the model's outputs are not finite.
-        torch.OutOfMemoryError and others: one image at a time is too many.
+        torch.OutOfMemoryError: one image at a time does not fit.
     """
     correct: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
 
-    def keep(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
+    def collect(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
         right_B = (logits_BK.argmax(dim=1) == labels_B).float()
-        found = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
-        correct.append(found[0] > 0)
-        losses.append(found[1])
+        batch_2B = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
+        correct.append(batch_2B[0] > 0)
+        losses.append(batch_2B[1])
 
-    _over(model, split, settings, keep, forward, watch)
+    _predict(model, split, settings, collect, forward, watch)
     correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
     if not math.isfinite(loss):
         raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
@@ -213,39 +227,41 @@ def accuracy(
 
 
 def answers(model: nn.Module, split: Split, settings: TrainSettings, watch: Watch | None = None) -> torch.Tensor:
-    """The most likely class of each image, (N,)."""
-    kept: list[torch.Tensor] = []
-    _over(model, split, settings, lambda logits_BK, _: kept.append(logits_BK.argmax(dim=1).cpu()), None, watch)
-    return torch.cat(kept)
+    """The predicted class of each image, (N,)."""
+    predictions: list[torch.Tensor] = []
+    _predict(
+        model, split, settings, lambda logits_BK, _: predictions.append(logits_BK.argmax(dim=1).cpu()), None, watch
+    )
+    return torch.cat(predictions)
 
 
-def _over(
+def _predict(
     model: nn.Module,
     split: Split,
     settings: TrainSettings,
-    take: Callable[[torch.Tensor, torch.Tensor], None],
+    collect: Callable[[torch.Tensor, torch.Tensor], None],
     forward: Forward | None,
     watch: Watch | None,
 ) -> None:
-    """Hand the logits and labels of all images to `take`, in batches that memory holds."""
+    """Call `collect` with the logits and labels of all images, in batches that fit into memory."""
     model.to(settings.device).eval()
-    watch, done = watch or Watch(), 0
+    watch, count = watch or Watch(), 0
 
-    def go_on(size: int) -> None:
-        nonlocal done
-        for x_BCHW, labels_B in split.eval_batches(size, settings.device, done):
+    def process(size: int) -> None:
+        nonlocal count
+        for x_BCHW, labels_B in split.eval_batches(size, settings.device, count):
             watch.step()
             with autocast(settings):
                 logits_BK = layout.run(forward or model, x_BCHW).float()
-            take(logits_BK, labels_B)
-            done += len(labels_B)
+            collect(logits_BK, labels_B)
+            count += len(labels_B)
 
     with (
         ChannelsLast(model, settings.device, settings.channels_last) as layout,
         float32_as(settings),
         torch.inference_mode(),
     ):
-        halving(go_on, _EVAL_BATCH, settings.pieces, on_half=watch.accumulating)
+        halve_until_it_fits(process, _EVAL_BATCH, settings.pieces, on_smaller=watch.accumulating)
 
 
 def _cuda_devices(device: str) -> list[torch.device]:

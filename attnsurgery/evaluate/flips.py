@@ -79,7 +79,7 @@ def check_flips(source: Source, rendering: Rendering) -> FlipCheck:
     Images that cannot be read are skipped; decoding reports them.
     """
     picks = _balanced_sample(source.labels)
-    pixels_NCHW, labels_N = _read_images(source, picks, Rendering("L", rendering.whole, rendering.real))
+    pixels_NCHW, labels_N = _read_images(source, picks, Rendering("L", rendering.integers, rendering.floats))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         filters = _filters(pixels_NCHW, generator)

@@ -1,7 +1,6 @@
-"""An image folder as its owner means it: which folders are splits, which are classes, which files are images.
+"""Reads the structure of an image folder: which folders are splits, which are classes, which files are images.
 
-What is not read is never passed over in silence: it is counted, by the kind of file, and told. docs/data.md has the
-rules as a table.
+Whatever is not read is counted and reported, by the kind of file. docs/data.md has the rules as a table.
 """
 
 from __future__ import annotations
@@ -27,79 +26,80 @@ _SPELLINGS = {
 }
 _ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 _FILLERS = ("set", "sets", "split", "data", "dataset", "image", "images", "img", "imgs", "folder", "the")
-"""What stands beside a split's name in a folder's: train_set, Training Set, test-images, valData."""
+"""Words beside a split's name in the name of its folder: train_set, Training Set, test-images, valData."""
 _NO_PHOTOS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
-"""Formats that PIL knows by name and hands to other programs, or whose files hold something else as a rule."""
+"""Formats that PIL passes to other programs, or whose files usually hold something else than a photo."""
 _PICTURES = (
     *(".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"),
     *(".dcm", ".nii", ".exr", ".hdr", ".webp", ".jp2", ".tif", ".tiff"),
 )
-"""Files that hold an image for certain, whether or not PIL reads them here."""
+"""Endings of files that certainly hold an image, whether or not this PIL can read it."""
 _RUBBISH_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found")
 _RUBBISH_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
-_NAMED = 5
-"""So many things a message lists."""
+_LISTED = 5
+"""Number of things that a message lists."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What an image folder holds."""
+    """Splits, classes and images of an image folder."""
 
     classes: tuple[str, ...]
     parts: Mapping[str, tuple[tuple[Path, int], ...]]
-    """Of each split that is there: the image files with the number of their class, in a fixed order."""
+    """By split: the image files with the number of their class, in a fixed order."""
     notes: tuple[str, ...]
-    """What was left out or is named otherwise, a line each."""
+    """What was left out or has an unusual name, a line each."""
 
 
 def read_folder(root: Path) -> Folder:
     """Find splits, classes and images; no file is opened.
 
     Raises:
-        SearchError: there are no two classes, or it cannot be told what is meant.
+        SearchError: there are fewer than two classes, or the structure is ambiguous.
     """
-    found = _walk(root)
-    parts = _splits(root, found)
-    told = _Told()
+    tree = _walk(root)
+    parts = _splits(root, tree)
+    notes = _Notes()
     if parts:
-        listed, rest = _read_parts(root, found, parts, told)
+        _note_other_folders(tree, parts, notes)
+        loose = [*tree.files, *(path for part in parts.values() for path in part.files)]
     else:
-        _refuse_hidden_splits(root, found)
-        listed, rest = {TRAIN: found}, found.files
-    listed = {role: _in_one_spelling(part, told) for role, part in listed.items()}
-    classes = tuple(_full(listed[TRAIN]))
-    told.beside(root, rest)
-    for role, part in listed.items():
-        _check_classes(part, classes, role, told)
-    told.skipped(found, listed.values())
-    held = {
-        role: tuple((path, classes.index(name)) for name, paths in _full(part).items() for path in paths)
-        for role, part in listed.items()
+        _refuse_hidden_splits(root, tree)
+        parts, loose = {TRAIN: tree}, tree.files
+    parts = {role: _normalised(part, notes) for role, part in parts.items()}
+    classes = tuple(_classes_of(parts[TRAIN]))
+    notes.loose(root, loose)
+    for role, part in parts.items():
+        _check_classes(part, classes, role, notes)
+    notes.skipped(tree, parts.values())
+    images = {
+        role: tuple((path, classes.index(name)) for name, paths in _classes_of(part).items() for path in paths)
+        for role, part in parts.items()
     }
-    return Folder(classes, held, tuple(told.lines))
+    return Folder(classes, images, tuple(notes.lines))
 
 
 @cache
 def readable() -> frozenset[str]:
-    """The endings of files that PIL reads here, in lower case, with those of plugins that registered themselves."""
+    """The endings of files that this PIL reads, in lower case, those of registered plugins included."""
     Image.init()
-    ways = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    others = {ending for ending, kind in Image.registered_extensions().items() if kind in _NO_PHOTOS}
-    return frozenset(ways - others | {".mpo"})  # several photos in one JPEG file
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    excluded = {ending for ending, kind in Image.registered_extensions().items() if kind in _NO_PHOTOS}
+    return frozenset(endings - excluded | {".mpo"})  # several photos in one JPEG file
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow decodes by itself. A file is opened as one of these, whatever its name says.
+    """The formats that Pillow decodes by itself; no file is opened in any other format, whatever its name.
 
-    Pillow recognises a format by content: EPS under the name of a JPEG would go to Ghostscript.
+    Pillow recognises formats by content: it would pass an EPS file with the name of a JPEG file to Ghostscript.
     """
     Image.init()
     return tuple(kind for kind in Image.OPEN if kind not in _NO_PHOTOS)
 
 
 def role_of(name: str) -> str | None:
-    """The split that a folder's name means: 'Training Set' is train, 'val2017' is val; None of any other name."""
+    """The split that a folder's name stands for: 'Training Set' is train, 'val2017' is val; None for other names."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     joined = "".join(word for word in words if word not in _FILLERS)
     if joined not in _ROLES:
@@ -109,18 +109,19 @@ def role_of(name: str) -> str | None:
 
 @dataclass
 class _Tree:
-    """A folder with what lies in it."""
+    """A folder with its content."""
 
     path: Path
     files: list[Path] = field(default_factory=list)
-    """Images that lie in the folder itself."""
+    """Images in the folder itself."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Other files there, by their endings."""
+    """Number of other files in the folder itself, by ending."""
     dangling: list[Path] = field(default_factory=list)
-    """Links to nothing: images that were never fetched, or whose cache was moved."""
+    """Links to missing files: images that were never fetched, or whose cache was moved."""
     hidden: int = 0
-    """Files that a system has put there, and whole folders of them."""
+    """Number of files and folders that operating systems create."""
     folders: dict[str, _Tree] = field(default_factory=dict)
+    """Folders in this folder, by name."""
 
     def all(self) -> Iterator[_Tree]:
         yield self
@@ -128,10 +129,10 @@ class _Tree:
             yield from folder.all()
 
     def images(self) -> list[Path]:
-        """At any depth, in the order of their paths."""
+        """Images at any depth, in the order of their paths."""
         return sorted(path for tree in self.all() for path in tree.files)
 
-    def holds_classes(self) -> bool:
+    def has_classes(self) -> bool:
         return any(folder.images() for folder in self.folders.values())
 
 
@@ -157,145 +158,145 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> _Tree:
     return tree
 
 
-def _splits(root: Path, found: _Tree) -> dict[str, _Tree]:
-    """The folders that are splits, by what they are for; none where the folders are classes.
+def _splits(root: Path, tree: _Tree) -> dict[str, _Tree]:
+    """The folders that are splits, by split; {} where the folders are classes.
 
     Raises:
-        SearchError: two of them are for the same, or there is nothing to train on.
+        SearchError: two folders are for the same split, or there is no training split.
     """
-    named: dict[str, list[str]] = {}
-    for name, folder in found.folders.items():
-        if (role := role_of(name)) and folder.holds_classes():
-            named.setdefault(role, []).append(name)
-    for role, names in named.items():
+    folders: dict[str, list[str]] = {}
+    for name, folder in tree.folders.items():
+        if (role := role_of(name)) and folder.has_classes():
+            folders.setdefault(role, []).append(name)
+    for role, names in folders.items():
         if len(names) > 1:
             raise SearchError(
                 f"{root} has {' and '.join(f'{name}/' for name in names)}, which both read as the {role} split. "
                 "Keep one, and move the other out of the folder or put their images together."
             )
-    if named and TRAIN not in named:
-        there = ", ".join(names[0] for names in named.values())
-        raise SearchError(f"{root} has {there}/ but no train/. Add it, or give a folder of classes alone.")
-    return {role: found.folders[named[role][0]] for role in _SPELLINGS if role in named}
+    if folders and TRAIN not in folders:
+        existing = ", ".join(names[0] for names in folders.values())
+        raise SearchError(f"{root} has {existing}/ but no train/. Add it, or give a folder of classes alone.")
+    return {role: tree.folders[folders[role][0]] for role in _SPELLINGS if role in folders}
 
 
-def _read_parts(root: Path, found: _Tree, parts: dict[str, _Tree], told: _Told) -> tuple[dict[str, _Tree], list[Path]]:
-    """The splits, and images that lie in none of their classes; what else is there is told."""
+def _note_other_folders(tree: _Tree, parts: Mapping[str, _Tree], notes: _Notes) -> None:
+    """Note folders that are read as splits under another name, and folders with images that are not read."""
     renamed = [f"{part.path.name}/ is the {role} split" for role, part in parts.items() if part.path.name != role]
     if renamed:
-        told.lines.append(f"read as splits: {', '.join(renamed)}")
-    known = {folder.path for folder in parts.values()}
-    for name, folder in found.folders.items():
-        if folder.path not in known and (count := len(folder.images())):
-            labels = "" if folder.holds_classes() or not role_of(name) else ", which lie in no class folders"
-            told.lines.append(f"not used: {name}/ with {_count(count, 'image')}{labels}")
-    return parts, [*found.files, *(path for part in parts.values() for path in part.files)]
+        notes.lines.append(f"read as splits: {', '.join(renamed)}")
+    part_paths = {folder.path for folder in parts.values()}
+    for name, folder in tree.folders.items():
+        if folder.path not in part_paths and (count := len(folder.images())):
+            labels = "" if folder.has_classes() or not role_of(name) else ", which lie in no class folders"
+            notes.lines.append(f"not used: {name}/ with {_count(count, 'image')}{labels}")
 
 
-def _refuse_hidden_splits(root: Path, found: _Tree) -> None:
+def _refuse_hidden_splits(root: Path, tree: _Tree) -> None:
     """
     Raises:
-        SearchError: the folders have the same folders in them, as splits have and classes have not.
+        SearchError: the folders contain folders of the same names, which is usual for splits and not for classes.
     """
-    inner = {name: set(_full(folder)) for name, folder in found.folders.items() if folder.images()}
+    inner = {name: set(_classes_of(folder)) for name, folder in tree.folders.items() if folder.images()}
     if len(inner) < 2:
         return
-    most = max(inner.values(), key=len)
-    if all(len(names) > 1 and names <= most for names in inner.values()):
+    largest = max(inner.values(), key=len)
+    if all(len(names) > 1 and names <= largest for names in inner.values()):
         raise SearchError(
-            f"the folders of {root} ({_listed(inner)}) hold folders of the same names ({_listed(sorted(most))}), as "
+            f"the folders of {root} ({_listed(inner)}) hold folders of the same names ({_listed(sorted(largest))}), as "
             "splits do and classes do not. If they are splits, call them train/, val/ and test/; one without the "
             "others is a data set by itself. If they are classes, put each one's images into one folder."
         )
 
 
-def _in_one_spelling(part: _Tree, told: _Told) -> _Tree:
-    """The same with classes by names that can be written and compared: composed Unicode, and nothing that is no UTF-8.
+def _normalised(part: _Tree, notes: _Notes) -> _Tree:
+    """The same part with the names of classes in composed Unicode (NFC), and bytes that are no UTF-8 escaped.
 
-    macOS writes an accented letter as two characters and other systems as one, so that one class came to be two.
+    macOS writes an accented letter as two characters and other systems as one, which would make two classes of one.
     """
     folders: dict[str, _Tree] = {}
     for name, folder in part.folders.items():
         spelled = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
         if spelled in folders:
-            told.lines.append(f"two folders for one class, read as one: {spelled}")
-            both = folders[spelled]
-            folders[spelled] = _Tree(both.path, folders={"": both, " ": folder})
+            notes.lines.append(f"two folders for one class, read as one: {spelled}")
+            existing = folders[spelled]
+            folders[spelled] = _Tree(existing.path, folders={"": existing, " ": folder})
         else:
             folders[spelled] = folder
     return replace(part, folders=folders)
 
 
-def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, told: _Told) -> None:
+def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, notes: _Notes) -> None:
     """
     Raises:
-        SearchError: too few classes, one that training lacks, or one whose images cannot be read here at all.
+        SearchError: too few classes, one that the training split lacks, or one none of whose images can be read.
     """
-    full = _full(part)
+    images = _classes_of(part)
     for name, folder in part.folders.items():
         dangling = [path for tree in folder.all() for path in tree.dangling]
-        if name not in full and dangling:
+        if name not in images and dangling:
             raise SearchError(
                 f"{folder.path} holds {_count(len(dangling), 'link')} to files that are not there ({dangling[0].name} "
                 f"is the first), and no image: without them the class {name!r} would be left out. Fetch the images "
                 "(dvc pull, git annex get), or remove the links."
             )
         skipped = sum((tree.skipped for tree in folder.all()), Counter[str]())
-        if name not in full and (kinds := sorted(ending for ending in skipped if ending in _PICTURES)):
+        if name not in images and (kinds := sorted(ending for ending in skipped if ending in _PICTURES)):
             raise SearchError(
                 f"{folder.path} holds {_count(sum(skipped[kind] for kind in kinds), 'image')} of kinds that PIL does "
                 f"not read here ({', '.join(kinds)}), and no other: without them the class {name!r} would be left "
                 "out. Convert them, to PNG for instance, or install PIL's plugin for them."
             )
-    if strange := sorted(set(full) - set(classes)):
-        raise SearchError(f"{part.path} has classes that training does not have: {_listed(strange)}.")
-    if len(full) < 2:
-        raise SearchError(_too_few(part, full))
-    if empty := sorted(name for name in part.folders if name not in full):
-        told.lines.append(f"no images in: {_listed(f'{part.path.name}/{name}/' for name in empty)}")
-    if role != TRAIN and (missing := [name for name in classes if name not in full and name not in empty]):
-        told.lines.append(f"the {role} split has no images of {_listed(missing)}")
+    if unexpected := sorted(set(images) - set(classes)):
+        raise SearchError(f"{part.path} has classes that training does not have: {_listed(unexpected)}.")
+    if len(images) < 2:
+        raise SearchError(_too_few(part, images))
+    if empty := sorted(name for name in part.folders if name not in images):
+        notes.lines.append(f"no images in: {_listed(f'{part.path.name}/{name}/' for name in empty)}")
+    if role != TRAIN and (missing := [name for name in classes if name not in images and name not in empty]):
+        notes.lines.append(f"the {role} split has no images of {_listed(missing)}")
 
 
-def _too_few(part: _Tree, full: Mapping[str, Sequence[Path]]) -> str:
-    said = (
-        f"{part.path} holds {_count(len(full), 'class')} with images ({len(part.folders)} sub-folders); at least two "
+def _too_few(part: _Tree, images: Mapping[str, Sequence[Path]]) -> str:
+    message = (
+        f"{part.path} holds {_count(len(images), 'class')} with images ({len(part.folders)} sub-folders); at least two "
         "are needed. An image folder has one sub-folder a class: DIR/cat/1.jpg, DIR/dog/2.jpg."
     )
     if loose := len(part.files):
-        said += f" {_count(loose, 'image')} lie in the folder itself, in no class."
+        message += f" {_count(loose, 'image')} lie in the folder itself, in no class."
     skipped = sum((tree.skipped for tree in part.all()), Counter[str]())
     if skipped:
-        said += f" Not read as images: {_by_kind(skipped)}."
+        message += f" Not read as images: {_by_kind(skipped)}."
     with_images = [folder for folder in part.folders.values() if folder.images()]
-    if len(with_images) == 1 and len(_full(with_images[0])) > 1:
-        said += f" Is {with_images[0].path} meant?"
-    return said
+    if len(with_images) == 1 and len(_classes_of(with_images[0])) > 1:
+        message += f" Did you mean {with_images[0].path}?"
+    return message
 
 
-class _Told:
-    """The lines about what is not as one might think."""
+class _Notes:
+    """Collects lines about whatever is left out or has an unusual name."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def beside(self, root: Path, loose: Sequence[Path]) -> None:
+    def loose(self, root: Path, loose: Sequence[Path]) -> None:
+        """Images that lie in no class folder."""
         if loose:
             first = loose[0].relative_to(root).as_posix()
             self.lines.append(f"not used: {_count(len(loose), 'image')} in no class folder ({first} is the first)")
 
-    def skipped(self, found: _Tree, read: Iterable[_Tree]) -> None:
-        """Files in what is read; beside that, such as hold an image for certain."""
-        every = [tree for top in read for tree in top.all()]
-        skipped, hidden = sum((tree.skipped for tree in every), Counter[str]()), sum(tree.hidden for tree in every)
-        known = {tree.path for tree in every}
-        for tree in found.all():
-            if tree.path not in known:
+    def skipped(self, root: _Tree, parts: Iterable[_Tree]) -> None:
+        """Files that are not read: all in the parts that are read, and elsewhere those that certainly hold an image."""
+        trees = [tree for top in parts for tree in top.all()]
+        skipped, hidden = sum((tree.skipped for tree in trees), Counter[str]()), sum(tree.hidden for tree in trees)
+        tree_paths = {tree.path for tree in trees}
+        for tree in root.all():
+            if tree.path not in tree_paths:
                 skipped += Counter({ending: n for ending, n in tree.skipped.items() if ending in _PICTURES})
         if skipped:
             self.lines.append(f"not read as images: {_by_kind(skipped)}")
-        if dangling := [path for tree in found.all() for path in tree.dangling]:
-            first = dangling[0].relative_to(found.path).as_posix()
+        if dangling := [path for tree in root.all() for path in tree.dangling]:
+            first = dangling[0].relative_to(root.path).as_posix()
             self.lines.append(
                 f"left out: {_count(len(dangling), 'link')} to files that are not there ({first} is the first)"
             )
@@ -303,23 +304,23 @@ class _Told:
             self.lines.append(f"left out: {_count(hidden, 'hidden file or folder')} such as .DS_Store and __MACOSX")
 
 
-def _full(part: _Tree) -> dict[str, list[Path]]:
-    """The classes that have images, with these."""
-    found = {name: folder.images() for name, folder in part.folders.items()}
-    return {name: paths for name, paths in found.items() if paths}
+def _classes_of(part: _Tree) -> dict[str, list[Path]]:
+    """By the name of each class that has images, these images."""
+    images = {name: folder.images() for name, folder in part.folders.items()}
+    return {name: paths for name, paths in images.items() if paths}
 
 
 def _by_kind(skipped: Counter[str]) -> str:
     kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in kinds[: 2 * _NAMED])
+    return ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in kinds[: 2 * _LISTED])
 
 
-def _count(count: int, what: str) -> str:
-    plural = {"class": "classes", "hidden file or folder": "hidden files or folders"}.get(what, f"{what}s")
-    return f"{count:,} {what if count == 1 else plural}"
+def _count(count: int, noun: str) -> str:
+    plural = {"class": "classes", "hidden file or folder": "hidden files or folders"}.get(noun, f"{noun}s")
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def _listed(names: Iterable[str]) -> str:
-    every = list(names)
-    more = len(every) - _NAMED
-    return ", ".join(every[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    items = list(names)
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Training a part of a model, the rest held as it is."""
+"""Training of a part of a model while the rest is frozen."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 @contextmanager
-def only(learning: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Nothing else of the model requires a gradient for as long as this lasts."""
-    wanted = {id(parameter) for parameter in learning}
+def train_only(learning: Sequence[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """A context in which only these parameters of the model require a gradient."""
+    learning_ids = {id(parameter) for parameter in learning}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in wanted)
+        parameter.requires_grad_(id(parameter) in learning_ids)
     try:
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)

@@ -1,9 +1,9 @@
-"""A new classifier on weights that know their job: fitted by itself before anything else is trained.
+"""Fits a new classifier on a pretrained model by itself, before anything else is trained.
 
-A classifier drawn at random sends noise back through everything below it, and the first steps of a fine-tuning spoil
-features with that; so it is fitted first, on the frozen model (Kumar et al., "Fine-tuning can distort pretrained
-features and underperform out-of-distribution", ICLR 2022). And what is trained with the rest frozen, such as blocks
-alone, has something to be judged by.
+The gradients of a randomly initialised classifier are noise, and the first steps of fine-tuning would distort the
+pretrained features. So the classifier is fitted first, on the frozen model (Kumar et al., "Fine-tuning can distort
+pretrained features and underperform out-of-distribution", ICLR 2022). This also makes it possible to train blocks alone
+and to evaluate them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from torch import nn
 from attnsurgery.evaluate._base import TrainSettings, Watch
 from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.finetune import train
-from attnsurgery.evaluate.frozen import only
+from attnsurgery.evaluate.frozen import train_only
 
 
 def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
-    """Train what timm calls the model's classifier, and nothing else; statistics of batch norms settle on the images.
+    """Train the model's classifier, as timm names it, and nothing else; batch norms update their running statistics.
+
+    Args:
+        model: trained in place.
+        split: images to train on.
+        settings: how it is trained.
+        seed: of the training.
+        watch: callbacks.
 
     Raises:
         SearchError: the loss is not finite.
     """
-    found: Any = model.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, tuple | list) else [found]
-    with only([parameter for head in heads for parameter in head.parameters()], model):
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple | list) else [classifier]
+    with train_only([parameter for head in heads for parameter in head.parameters()], model):
         train(model, split, settings, seed, watch)

@@ -1,8 +1,7 @@
-"""A decoded image file as the pixels that its owner sees: upright, in 8 bits a channel, without transparency.
+"""Turns decoded image files into upright images of 8 bits a channel without transparency.
 
-Three things go wrong where an image is simply converted to RGB. Cameras store a photo as the sensor saw it and its
-orientation beside it, in the EXIF tag. Images of more than 8 bits a channel are cut off at 255. And of what is
-transparent there are pixels too, whose colours nobody was meant to see.
+A plain conversion to RGB makes three mistakes. It ignores the orientation that cameras store in the EXIF data. It clips
+images of more than 8 bits a channel at 255. And it shows the colours of transparent pixels.
 """
 
 from __future__ import annotations
@@ -21,49 +20,53 @@ _WHITE = (255, 255, 255)
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Which values of images of more than 8 bits a channel become 0 and 255; the same for all images of a data set."""
+    """The range of values of images of more than 8 bits a channel, the same for all images of a data set."""
 
     low: float
+    """The value that becomes 0."""
     high: float
+    """The value that becomes 255."""
 
     @classmethod
-    def over(cls, ranges: Iterable[Depth], whole: bool = True) -> Depth | None:
-        """One that holds the values of all images; None if there are none.
+    def over(cls, ranges: Iterable[Depth], integers: bool = True) -> Depth | None:
+        """A range that contains those of all images; None if there are no images.
 
         Args:
-            whole: values are whole numbers: from 0 to the largest number of as many bits as the largest value has.
-                Else they are taken as 0 to 1 or 0 to 255 where they are within that.
+            ranges: the range of each image.
+            integers: integers range from 0 to the largest number of as many bits as the largest value has, and
+                floating-point numbers from 0 to 1 or 0 to 255 where they are within that.
         """
-        found = list(ranges)
-        if not found:
+        depths = list(ranges)
+        if not depths:
             return None
-        low, high = min(one.low for one in found), max(one.high for one in found)
-        if whole and low >= 0:
+        low, high = min(depth.low for depth in depths), max(depth.high for depth in depths)
+        if integers and low >= 0:
             return cls(0.0, float(2 ** max(8, math.ceil(math.log2(high + 1))) - 1))
-        if not whole and low >= 0 and high <= 255:
+        if not integers and low >= 0 and high <= 255:
             return cls(0.0, 1.0 if high <= 1 else 255.0)
         return cls(low, high)
 
     def describe(self) -> str:
+        """Both ends of the range, in words."""
         return f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How decoded images become 8-bit ones in the colours that a model takes.
+    """Converts decoded images to 8-bit ones in the colours that a model takes.
 
     Args:
         mode: PIL's name of these colours: L, RGB or RGBA.
-        whole: for images of whole numbers of more than 8 bits; None where it is not known: the image's own range.
-        real: for images of floating-point numbers, likewise.
+        integers: the range of images of integers of more than 8 bits; None for the range of each image.
+        floats: the range of images of floating-point numbers, likewise.
     """
 
     mode: str = "RGB"
-    whole: Depth | None = None
-    real: Depth | None = None
+    integers: Depth | None = None
+    floats: Depth | None = None
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An image of `mode`; the one given is left alone."""
+        """The image in `mode`; the original is unchanged."""
         if is_deep(image):
             image = self._scaled(image)
         if self.mode == "RGBA":
@@ -77,8 +80,8 @@ class Rendering:
         return image.convert(self.mode)
 
     def _scaled(self, image: Image.Image) -> Image.Image:
-        whole = image.mode != "F"
-        depth = (self.whole if whole else self.real) or Depth.over([values_of(image)], whole)
+        integers = image.mode != "F"
+        depth = (self.integers if integers else self.floats) or Depth.over([values_of(image)], integers)
         assert depth is not None, "an image has values"
         values_HW = np.nan_to_num(_array(image), nan=depth.low, posinf=depth.high, neginf=depth.low)
         shares_HW = (values_HW - depth.low) / ((depth.high - depth.low) or 1.0)
@@ -86,16 +89,16 @@ class Rendering:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as its EXIF orientation says; an image whose EXIF data is damaged is taken as it is."""
+    """The image rotated and mirrored as its EXIF orientation says; unchanged where the EXIF data is damaged."""
     try:
-        turned = ImageOps.exif_transpose(image)
-    except Exception:  # whatever a parser throws at damaged tags; the pixels are sound all the same
+        rotated = ImageOps.exif_transpose(image)
+    except Exception:  # the parser raises anything for damaged tags, and the pixels are intact
         return image
-    return turned if turned is not None else image
+    return rotated if rotated is not None else image
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether its EXIF data asks for another orientation than that of the pixels."""
+    """Whether the EXIF data asks for another orientation than that of the pixels."""
     try:
         return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
     except Exception:
@@ -103,17 +106,17 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether it has one channel of more than 8 bits. PIL itself reads several of them in 8 bits."""
+    """Whether an image has one channel of more than 8 bits. PIL reads several such channels in 8 bits by itself."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether pixels may be transparent, by a channel of their own or by a colour that stands for it."""
+    """Whether pixels may be transparent, by an alpha channel or by a colour that is declared transparent."""
     return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 def values_of(image: Image.Image) -> Depth:
-    """The least and the largest finite value of an image that `is_deep`."""
+    """The smallest and the largest finite value of an image that `is_deep`."""
     values_HW = _array(image)
     finite = values_HW[np.isfinite(values_HW)]
     return Depth(float(finite.min()), float(finite.max())) if len(finite) else Depth(0.0, 0.0)
@@ -124,10 +127,10 @@ def _array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    """PIL converts this one mode by colour profiles alone."""
+    """An RGB image from one in LAB, which PIL converts only by colour profiles."""
     from PIL import ImageCms
 
-    there, here = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    turned = ImageCms.profileToProfile(image, there, here, outputMode="RGB")
-    assert turned is not None, "it is not done in place"
-    return turned
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None, "None is returned only for a conversion in place"
+    return converted

@@ -1,9 +1,9 @@
-"""What a model computes before its first attention block, computed once for every image.
+"""The features of a model in front of its first attention block, so that they can be computed once for every image.
 
-Where only blocks, and what comes behind them, are trained, everything in front gives the same in each epoch. Which
-modules are in front shows in one forward: those that are done before the first block begins. In a forward with kept
-features the last of these hands them over, and the others return zeros that nobody reads. That this is so is not
-assumed: the outputs have to be equal bit for bit, or else an earlier module is tried, or nothing is kept.
+Where only blocks and later layers are trained, the modules in front of the first block compute the same features in
+each epoch. One forward pass shows which modules these are: those that finish before the first block begins. In a
+forward pass with cached features the last of them returns the features, and the others return zeros that nothing reads.
+This is checked: unless the outputs are equal bit for bit, an earlier module is tried, or nothing is cached.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_map_only
 
 from attnsurgery.faults import fault_of
 
-_TRIES = 32
-"""Modules, from the last one backwards, that are tried as the one that hands over."""
+_MAX_ATTEMPTS = 32
+"""Number of modules, from the last one backwards, that are tried as the end of the prefix."""
 
 
-class _Reached(Exception):
+class _PrefixOutput(Exception):
+    """Ends a forward pass at the end of the prefix, with the features."""
+
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
         self.output = output
@@ -32,9 +34,10 @@ class Prefix:
     """The part of a model in front of its first block. Made by `find`.
 
     Args:
-        model: with blocks in it.
-        last: the module that hands the features over.
-        before: modules that are done earlier, with what they return for a batch of `batch` images.
+        model: a model with blocks.
+        last: the module whose output is the features.
+        before: earlier modules, with their outputs, as meta tensors, for a batch of `batch` images.
+        batch: the size of that batch.
     """
 
     def __init__(self, model: nn.Module, last: nn.Module, before: dict[nn.Module, Any], batch: int) -> None:
@@ -45,49 +48,49 @@ class Prefix:
 
     @classmethod
     def find(cls, model: nn.Module, x_BCHW: torch.Tensor) -> Prefix | None:
-        """The longest prefix whose features can stand for it; None if there is none, or no block.
+        """The longest prefix that its features can replace; None if there is none, or no block.
 
         Args:
             model: in eval mode.
-            x_BCHW: some images, two or more.
+            x_BCHW: at least two images.
         """
-        done = _done_before_blocks(model, x_BCHW)
-        fewer = x_BCHW[1:]  # shapes that do not follow the number of images show
-        expected = model(fewer)
-        for number in range(len(done) - 1, max(-1, len(done) - 1 - _TRIES), -1):
-            last, output = done[number]
+        modules = _modules_before_blocks(model, x_BCHW)
+        images = x_BCHW[1:]  # another batch size reveals modules whose output has no batch dimension
+        expected = model(images)
+        for number in range(len(modules) - 1, max(-1, len(modules) - 1 - _MAX_ATTEMPTS), -1):
+            last, output = modules[number]
             if not isinstance(output, torch.Tensor):
                 continue
-            found = cls(model, last, dict(done[:number]), len(x_BCHW))
+            prefix = cls(model, last, dict(modules[:number]), len(x_BCHW))
             try:
-                with found.handed_over(found.features(fewer)):
-                    got = model(torch.zeros_like(fewer))
-            except Exception as error:  # zeros where a forward asks for more than a shape
+                with prefix.resume_from(prefix.features(images)):
+                    outputs = model(torch.zeros_like(images))
+            except Exception as error:  # a forward that depends on more than the shape of what is zero here
                 if fault_of(error) is not None:
                     raise
                 continue
-            if isinstance(got, torch.Tensor) and torch.equal(got, expected):
-                return found
+            if isinstance(outputs, torch.Tensor) and torch.equal(outputs, expected):
+                return prefix
         return None
 
     def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """What the prefix gives for these images; the rest of the model does not run."""
+        """The output of the prefix for these images, (B, ...); the rest of the model does not run."""
 
         def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            raise _Reached(output)
+            raise _PrefixOutput(output)
 
         handle = self._last.register_forward_hook(stop)
         try:
             self.model(x_BCHW)
-        except _Reached as reached:
+        except _PrefixOutput as reached:
             return reached.output
         finally:
             handle.remove()
-        raise RuntimeError("the module that hands features over did not run")
+        raise RuntimeError("the last module of the prefix did not run")
 
     @contextmanager
-    def handed_over(self, features: torch.Tensor) -> Iterator[None]:
-        """In this context a forward of the model begins with these features; of its images only the number counts."""
+    def resume_from(self, features: torch.Tensor) -> Iterator[None]:
+        """A context in which a forward pass begins with these features; of its images only their number matters."""
         count = len(features)
 
         def zeros(output: torch.Tensor) -> torch.Tensor:
@@ -107,33 +110,36 @@ class Prefix:
                 del module.__dict__["forward"]
 
 
-def _done_before_blocks(model: nn.Module, x_BCHW: torch.Tensor) -> list[tuple[nn.Module, Any]]:
-    """The largest modules that are done, once, before the first block begins, in that order.
+def _modules_before_blocks(model: nn.Module, x_BCHW: torch.Tensor) -> list[tuple[nn.Module, Any]]:
+    """The largest modules that run once and finish before the first block begins, in this order.
 
-    With what they return, as meta tensors.
+    Returns:
+        Each module with its output as meta tensors.
     """
-    done: list[tuple[nn.Module, Any]] = []
+    results: list[tuple[nn.Module, Any]] = []
     blocks = [module for module in model.modules() if getattr(module, "grafted", False)]
     if not blocks:
         return []
     calls: dict[nn.Module, int] = {}
-    over: list[bool] = []
+    blocks_begun: list[bool] = []
 
-    def begins(module: nn.Module, args: Any) -> None:
-        over.append(True)
+    def on_block(module: nn.Module, args: Any) -> None:
+        blocks_begun.append(True)
 
-    def ends(module: nn.Module, args: Any, output: Any) -> None:
+    def on_end(module: nn.Module, args: Any, output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
-        if not over:
-            done.append((module, tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)))
+        if not blocks_begun:
+            results.append((module, tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)))
 
-    handles = [block.register_forward_pre_hook(begins) for block in blocks]
-    handles += [module.register_forward_hook(ends) for module in model.modules()]
+    handles = [block.register_forward_pre_hook(on_block) for block in blocks]
+    handles += [module.register_forward_hook(on_end) for module in model.modules()]
     try:
         model(x_BCHW)
     finally:
         for handle in handles:
             handle.remove()
-    finished = [(module, output) for module, output in done if calls[module] == 1 and "forward" not in module.__dict__]
+    finished = [
+        (module, output) for module, output in results if calls[module] == 1 and "forward" not in module.__dict__
+    ]
     inside = {child for module, _ in finished for child in module.modules() if child is not module}
     return [(module, output) for module, output in finished if module not in inside]

@@ -1,4 +1,4 @@
-"""What a model expects of its images: size, mean, std, interpolation and crop, as timm records them."""
+"""How images are prepared for a model: size, mean, std, interpolation and crop, as timm records them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,25 @@ class Preprocessing:
     input_size: tuple[int, int, int]
     """Channels, height, width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel of an image with values from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Each channel is divided by it."""
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    """Share of the resized image's side that the crop takes."""
     crop_mode: str = "center"
+    """timm's name of the kind of crop."""
 
     @classmethod
     def of(cls, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Preprocessing:
-        """Read off the model's `pretrained_cfg`; `input_size` (channels, height, width) overrides its size."""
-        given = {} if input_size is None else {"input_size": input_size}
-        config = _data.resolve_data_config(given, model=model)
+        """The preprocessing in a model's `pretrained_cfg`.
+
+        Args:
+            model: a timm model.
+            input_size: channels, height, width; by default those of the model.
+        """
+        overrides = {} if input_size is None else {"input_size": input_size}
+        config = _data.resolve_data_config(overrides, model=model)
         return cls(
             input_size=tuple(config["input_size"]),
             mean=tuple(config["mean"]),
@@ -42,10 +51,10 @@ class Preprocessing:
 
     @property
     def image_mode(self) -> str:
-        """How PIL calls the colours of the input.
+        """PIL's name of the input's colours.
 
         Raises:
-            SearchError: no image has so many channels.
+            SearchError: image files do not have this number of channels.
         """
         channels = self.input_size[0]
         if channels not in _MODES:
@@ -60,11 +69,11 @@ class Preprocessing:
         return self._transform(self.crop_pct)
 
     def filling(self) -> Any:
-        """The same without cropping: for images no larger than the input, whose border is all there is."""
+        """As `fitting`, without a crop: for images no larger than the input."""
         return self._transform(1.0)
 
     def training(self) -> Any:
-        """timm's training transform, from PIL to uint8 of `input_size`; it draws from torch's and Python's state."""
+        """timm's training transform, from PIL to uint8 of `input_size`; it uses torch's and Python's random numbers."""
         return _data.create_transform(
             self.input_size,
             is_training=True,

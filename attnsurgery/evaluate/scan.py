@@ -83,10 +83,10 @@ def scan(source: Source, on_progress: OnProgress | None = None) -> Scan:
     """
     looks: list[Look] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, look in enumerate(pool.map(lambda index: _look(source, index), range(len(source.ids))), start=1):
+        for count, look in enumerate(pool.map(lambda index: _look(source, index), range(len(source.ids))), start=1):
             looks.append(look)
-            if on_progress and (done % 256 == 0 or done == len(source.ids)):
-                on_progress(done, len(source.ids))
+            if on_progress and (count % 256 == 0 or count == len(source.ids)):
+                on_progress(count, len(source.ids))
     outcomes = zip(source.ids, looks, strict=True)
     refuse_unreadable([f"{name} ({look.problem})" for name, look in outcomes if look.problem], len(looks))
     return Scan(source.ids, tuple(looks))
@@ -137,11 +137,11 @@ def depths_of(sources: Sequence[Source]) -> tuple[Depth | None, Depth | None]:
 
 
 def _depths(ranges: Any) -> tuple[Depth | None, Depth | None]:
-    whole: list[Depth] = []
-    real: list[Depth] = []
+    integers: list[Depth] = []
+    floats: list[Depth] = []
     for mode, values in ranges:
-        (real if mode == "F" else whole).append(values)
-    return Depth.over(whole), Depth.over(real, whole=False)
+        (floats if mode == "F" else integers).append(values)
+    return Depth.over(integers), Depth.over(floats, integers=False)
 
 
 def conversion_notes(scans: Sequence[Scan]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Labelled images before they are split: the embedded digits, an image folder, or a data set known to timm by name.
+"""Labelled images before they are split: the embedded digits, an image folder, or a data set that timm knows by name.
 
-Nothing is decoded before it is opened, and an image that cannot be read fails then.
+Images are decoded when they are opened, and one that cannot be read fails then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnsurgery.settings import Augment
 
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees
 _HUB = "hfds/"
-_NAMED = (_HUB, "torch/")
+_PREFIXES = (_HUB, "torch/")
 _STREAMED = ("hfids/", "tfds/", "wds/")
 _SHOWN = 5
 
@@ -32,14 +32,15 @@ class Source:
     """Images with labels, in a fixed order."""
 
     ids: tuple[str, ...]
-    """What tells an image from every other: a path relative to the data, or a split and a number."""
+    """A unique name of each image: its path relative to the data, or a split and a number."""
     labels: tuple[int, ...]
+    """The number of the class of each image."""
     open: Callable[[int], Image.Image]
-    """Decoded, and upright."""
+    """Decodes the image at an index, upright."""
     paths: tuple[Path, ...] = ()
-    """Of the image files, where there are such."""
+    """The image files; () where the data is no files."""
     content: Callable[[], str] = str
-    """Tells the data that is no files from others: a digest of the whole data set, '' where there are files."""
+    """Computes a digest of data that is no files; '' where there are files."""
 
     def take(self, picks: Sequence[int]) -> Source:
         """The images at these positions."""
@@ -56,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything a specification named; `val` and `test` are None where it has no such part."""
+    """The data that a specification names, in its own splits; `val` and `test` are None where it has none."""
 
     name: str
     classes: tuple[str, ...]
@@ -64,9 +65,9 @@ class Sources:
     val: Source | None = None
     test: Source | None = None
     augment: Augment = "light"
-    """How training images are varied unless something else is asked for."""
+    """How training images are varied by default."""
     notes: tuple[str, ...] = ()
-    """What was left out or is named otherwise than it is used, a line each."""
+    """What was left out or has an unusual name, a line each."""
 
 
 def find_sources(spec: str | None) -> Sources:
@@ -78,8 +79,8 @@ def find_sources(spec: str | None) -> Sources:
 
     Raises:
         UsageError: nothing of that name, or a kind of data set that cannot be split.
-        SearchError: a directory without classes or images, a split with classes that training does not have, or one
-            of which it cannot be told what is meant.
+        SearchError: a directory without classes or images or with an ambiguous structure, or a split with classes that
+            the training split does not have.
     """
     if spec is None:
         return _digits()
@@ -90,11 +91,11 @@ def find_sources(spec: str | None) -> Sources:
             f"--data {spec}: a streamed data set has no order to split by. Use its random-access form (hfds/...) "
             "or an image folder."
         )
-    if spec.startswith(_NAMED):
-        return _named(spec)
+    if spec.startswith(_PREFIXES):
+        return _timm_sources(spec)
     raise UsageError(
         f"--data {spec}: there is no such directory, and it is not the name of a data set "
-        f"({', '.join(prefix + '...' for prefix in _NAMED)}). An image folder has one sub-folder a class, or train/ "
+        f"({', '.join(prefix + '...' for prefix in _PREFIXES)}). An image folder has one sub-folder a class, or train/ "
         "and test/ with one a class. Without --data the embedded digits are used."
     )
 
@@ -114,10 +115,10 @@ def _digits() -> Sources:
 
 
 def _folder(root: Path) -> Sources:
-    found = read_folder(root)
-    parts = {role: _of_files(root, images) for role, images in found.parts.items()}
+    folder = read_folder(root)
+    parts = {role: _of_files(root, images) for role, images in folder.parts.items()}
     name = root.name or str(root.resolve().name)
-    return Sources(name, found.classes, parts[TRAIN], parts.get(VAL), parts.get(TEST), notes=found.notes)
+    return Sources(name, folder.classes, parts[TRAIN], parts.get(VAL), parts.get(TEST), notes=folder.notes)
 
 
 def _of_files(root: Path, images: Sequence[tuple[Path, int]]) -> Source:
@@ -125,13 +126,13 @@ def _of_files(root: Path, images: Sequence[tuple[Path, int]]) -> Source:
     return Source(
         ids=tuple(path.relative_to(root).as_posix() for path in paths),
         labels=tuple(label for _, label in images),
-        open=lambda index: decoded(paths[index]),
+        open=lambda index: decode(paths[index]),
         paths=paths,
     )
 
 
-def decoded(file: Any) -> Image.Image:
-    """The image in a file, upright: a truncated one fails here and not later in a transform.
+def decode(file: Any) -> Image.Image:
+    """The image in a file, upright. A truncated file fails here and not later in a transform.
 
     Args:
         file: a path, or a binary file.
@@ -141,58 +142,58 @@ def decoded(file: Any) -> Image.Image:
         return upright(image.copy())
 
 
-def _named(spec: str) -> Sources:
-    """Through timm's own factory, so what it knows is known here.
+def _timm_sources(spec: str) -> Sources:
+    """A data set that timm's own factory makes.
 
     Raises:
-        UsageError, SearchError: as `find_sources`; also labels that are none.
+        UsageError, SearchError: as `find_sources`; also for labels that are not classes.
     """
     name, columns = _with_columns(spec) if spec.startswith(_HUB) else (spec, {})
-    train = _named_split(name, "train", columns)
+    train = _timm_split(name, "train", columns)
     if train is None:
         raise UsageError(f"--data {spec}: it has no training split, or cannot be fetched from here.")
-    # torchvision's sets have one held-out part, whatever it is called for
-    others = ("test",) if spec.startswith("torch/") else ("validation", "test")
-    rest = {split: _named_split(name, split, columns) for split in others}
+    # torchvision's data sets have one held-out split, and return it under any of the names
+    held_out_names = ("test",) if spec.startswith("torch/") else ("validation", "test")
+    held_out = {split: _timm_split(name, split, columns) for split in held_out_names}
     notes = []
-    for split, part in rest.items():
+    for split, part in held_out.items():
         if part is not None and all(label < 0 for label in part[0].labels):
             notes.append(f"not used: the {split} split, whose {len(part[0].ids):,} images have no labels")
-            rest[split] = None
-    found = {split: part[0] for split, part in {"train": train, **rest}.items() if part is not None}
-    classes = _class_names(spec, train[1], found)
-    return Sources(name, classes, found["train"], found.get("validation"), found.get("test"), notes=tuple(notes))
+            held_out[split] = None
+    parts = {split: part[0] for split, part in {"train": train, **held_out}.items() if part is not None}
+    classes = _class_names(spec, train[1], parts)
+    return Sources(name, classes, parts["train"], parts.get("validation"), parts.get("test"), notes=tuple(notes))
 
 
-def _class_names(spec: str, given: Sequence[str], parts: Mapping[str, Source]) -> tuple[str, ...]:
-    """The names of the classes; their numbers where they have none.
+def _class_names(spec: str, names: Sequence[str], parts: Mapping[str, Source]) -> tuple[str, ...]:
+    """The names of the classes, or else their numbers.
 
     Raises:
-        SearchError: a split has labels that the training split does not have, or that are no number of a class.
+        SearchError: a split has labels that the training split does not have, or that are no class.
     """
     known = set(parts["train"].labels)
-    count = max(len(given), max(known) + 1)
+    count = max(len(names), max(known) + 1)
     for split, part in parts.items():
-        strange = sorted(label for label in set(part.labels) if label < 0 or label >= count or label not in known)
-        if strange:
-            listed = ", ".join(map(str, strange[:_SHOWN])) + (" ..." if len(strange) > _SHOWN else "")
-            images = sum(label in strange for label in part.labels)
+        unexpected = sorted(label for label in set(part.labels) if label < 0 or label >= count or label not in known)
+        if unexpected:
+            listed = ", ".join(map(str, unexpected[:_SHOWN])) + (" ..." if len(unexpected) > _SHOWN else "")
+            images = sum(label in unexpected for label in part.labels)
             lacks = "has no class" if split == "train" else "the training split does not have"
             raise SearchError(
                 f"--data {spec}: {images:,} images of the {split} split are labelled {listed}, which {lacks}. "
                 "Use data whose images all have one of the labels of training, for instance an image folder made of it."
             )
-    return tuple(map(str, given)) if len(given) == count else tuple(map(str, range(count)))
+    return tuple(map(str, names)) if len(names) == count else tuple(map(str, range(count)))
 
 
 def _with_columns(spec: str) -> tuple[str, dict[str, str]]:
-    """The name without what stands behind its colon, and timm's arguments for the columns of image and label.
+    """The name before the colon, and timm's arguments for the columns of images and labels.
 
     Raises:
-        UsageError: the data set has no such columns, or several; or the package is missing.
+        UsageError: the data set has no such columns, or several; or the package `datasets` is missing.
         SearchError: it cannot be loaded.
     """
-    name, _, asked = spec.partition(":")
+    name, _, listing = spec.partition(":")
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -201,34 +202,41 @@ def _with_columns(spec: str) -> tuple[str, dict[str, str]]:
         features: Mapping[str, Any] = datasets.load_dataset(name.removeprefix(_HUB), split="train").features
     except Exception as error:  # hub, network and builder errors have no common root
         raise SearchError(f"--data {spec} could not be loaded: {str(error).splitlines()[0]}") from error
-    wanted = [column for column in asked.split(",") if column]
-    if missing := [column for column in wanted if column not in features]:
+    requested = [column for column in listing.split(",") if column]
+    if missing := [column for column in requested if column not in features]:
         raise UsageError(f"--data {spec}: there is no column {missing[0]!r}, but {', '.join(features)}.")
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column, kind in kinds.items() if kind == "Image"]
     labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
-    if not labels:  # labels that are numbers and have no names
+    if not labels:  # labels that are numbers without names
         labels = [column for column, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
     return name, {
-        "input_key": _the_column(spec, "images", images, wanted, features),
-        "target_key": _the_column(spec, "labels", labels, wanted, features),
+        "input_key": _only_column(spec, "images", images, requested, features),
+        "target_key": _only_column(spec, "labels", labels, requested, features),
     }
 
 
-def _the_column(spec: str, what: str, fitting: Sequence[str], wanted: Sequence[str], every: Mapping[str, Any]) -> str:
-    chosen = [column for column in fitting if column in wanted] or list(fitting)
-    if len(chosen) == 1:
-        return chosen[0]
+def _only_column(
+    spec: str, content: str, fitting: Sequence[str], requested: Sequence[str], columns: Mapping[str, Any]
+) -> str:
+    candidates = [column for column in fitting if column in requested] or list(fitting)
+    if len(candidates) == 1:
+        return candidates[0]
     if not fitting:
-        raise UsageError(f"--data {spec}: none of its columns holds {what}; it has {', '.join(every)}.")
+        raise UsageError(f"--data {spec}: none of its columns holds {content}; it has {', '.join(columns)}.")
     raise UsageError(
-        f"--data {spec}: {len(chosen)} of its columns hold {what}: {', '.join(chosen)}. Say which one is meant behind "
-        f"a colon, such as {spec.partition(':')[0]}:{chosen[0]}."
+        f"--data {spec}: {len(candidates)} of its columns hold {content}: {', '.join(candidates)}. Name one of them "
+        f"behind a colon, such as {spec.partition(':')[0]}:{candidates[0]}."
     )
 
 
-def _named_split(spec: str, split: str, columns: Mapping[str, str]) -> tuple[Source, Sequence[str]] | None:
-    """Images and labels of a split, with the names of its classes as far as they are known."""
+def _timm_split(spec: str, split: str, columns: Mapping[str, str]) -> tuple[Source, Sequence[str]] | None:
+    """A split of a data set, and the names of its classes; None where there is no such split.
+
+    Raises:
+        UsageError: a package is missing, or timm does not know the data set.
+        SearchError: the training split could not be loaded.
+    """
     root = Path.home() / ".cache" / "attnsurgery" / "data" if spec.startswith("torch/") else None
     if root:
         root.mkdir(parents=True, exist_ok=True)
@@ -250,7 +258,7 @@ def _named_split(spec: str, split: str, columns: Mapping[str, str]) -> tuple[Sou
 
     def opened(index: int) -> Image.Image:
         if reader is not None:  # past timm's data set, which puts another image in the place of one it cannot read
-            return decoded(reader[index][0])
+            return decode(reader[index][0])
         return upright(dataset[index][0])
 
     source = Source(
@@ -264,7 +272,7 @@ def _named_split(spec: str, split: str, columns: Mapping[str, str]) -> tuple[Sou
 
 
 def _labels(dataset: Any) -> Sequence[int]:
-    """Without decoding the images, where the data set has its labels apart."""
+    """The labels of a data set; images are decoded only where these are not stored separately."""
     if hasattr(dataset, "targets"):
         return list(dataset.targets)
     reader: Any = getattr(dataset, "reader", None)

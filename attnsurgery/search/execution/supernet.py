@@ -63,25 +63,25 @@ class Switch(Block):
         self.gates = gates
         self._columns = {self.labels[label] for label in columns}
         self.grafted = True
-        self.chosen: str | None = None
+        self._active: str | None = None
 
     def choose(self, label: str) -> None:
         """Run the block of that label from now on; none, if it is not here."""
-        self.chosen = self.labels.get(label)
+        self._active = self.labels.get(label)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.chosen is None:
+        if self._active is None:
             return x.new_ones(1, 1, 1, 1) if self.gates else x.clone()
-        block, (height, width) = self.blocks[self.chosen], x.shape[2:]
-        if self.chosen not in self._columns:
+        block, (height, width) = self.blocks[self._active], x.shape[2:]
+        if self._active not in self._columns:
             return block(x)  # type: ignore[no-any-return]
         y: torch.Tensor = block(x.flatten(2).unsqueeze(3))  # by itself it would get that: another shape, other rounding
         return y.reshape(*y.shape[:2], height, width) if y.shape[2] == height * width else y
 
     def cost(self, height: int, width: int) -> Cost:
-        if self.chosen is None:
+        if self._active is None:
             return Cost(0, 0)
-        block = self.blocks[self.chosen]
+        block = self.blocks[self._active]
         assert isinstance(block, Block)
         return block.cost(height, width)
 
@@ -220,17 +220,17 @@ def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy)
             insertion = _insertion(first, site, base, anatomy)
             operate(model, (insertion,))
             host, _, name = model.__dict__[PATHS][-1].rpartition(".")
-            there = getattr(model.get_submodule(host), name)
-            tensor = next(there.parameters())
+            inserted = getattr(model.get_submodule(host), name)
+            tensor = next(inserted.parameters())
             blocks = {}
             for label, edit in group.items():
-                one = _insertion(edit, site, base, anatomy)
+                block_insertion = _insertion(edit, site, base, anatomy)
                 blocks[label] = build_block(
-                    one.block, one.site.channels, one.options, one.start, device=tensor.device, dtype=tensor.dtype
+                    block_insertion.block, block_insertion.site.channels, block_insertion.options, block_insertion.start, device=tensor.device, dtype=tensor.dtype
                 )
             tokens = insertion.site.grid is not None
             switch = Switch(blocks, gates, [label for label in group if tokens and _order_free(group[label])])
-            switch.train(there.training)
+            switch.train(inserted.training)
             setattr(model.get_submodule(host), name, switch)
             yield switch
 
