@@ -60,7 +60,7 @@ def weights(tmp_path: Path, tensors: Tensors) -> Path:
     return tmp_path / "weights.pth"
 
 
-def built(directory: Path) -> nn.Module:
+def load_directory(directory: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
 
 
@@ -207,7 +207,7 @@ def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     output = " ".join(done.output.split())
     assert "last.ckpt: under 'state_dict'; names without 'model.' (Lightning); 1 other tensors left out" in output
-    assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
+    assert torch.equal(load_directory(tmp_path / "out")(images(64)), base(images(64)))
 
 
 def test_layout_entry_and_prefix_by_hand(base: nn.Module, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_delta_accepts_every_layout_of_base(base: nn.Module, weights: Path, tmp_
         [(weights, Layout()), (tmp_path / "last.ckpt", Layout()), (tmp_path / "own.pth", Layout("mine", "net."))]
     ):
         assert merge_delta(tmp_path / "delta", file, tmp_path / f"whole{index}", layout) == saved.digest
-    assert torch.equal(built(tmp_path / "whole2")(images(64)), base(images(64)))
+    assert torch.equal(load_directory(tmp_path / "whole2")(images(64)), base(images(64)))
     commands = [
         ["delta", tmp_path / "whole0", "-b", tmp_path / "own.pth", "-o", tmp_path / "d2"],
         ["merge", tmp_path / "delta", "-b", tmp_path / "own.pth", "-o", tmp_path / "w2"],
@@ -349,7 +349,7 @@ def test_apply_flattens_surgical_base(tmp_path: Path, in_a_new_process: Fresh) -
 def test_apply_surgical_base_plain_weights(weights: Path, base: nn.Module, tmp_path: Path) -> None:
     """A recipe on a surgical name also takes the weights of the plain base."""
     apply(recipe(ECA, base="test_resnet_se"), weights, tmp_path / "out")
-    assert torch.equal(built(tmp_path / "out")(images(64)), base(images(64)))
+    assert torch.equal(load_directory(tmp_path / "out")(images(64)), base(images(64)))
 
 
 def test_apply_flattens_registered_names(
@@ -414,7 +414,7 @@ def test_flattened_recipe_adds_up_limits() -> None:
 def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
     """A directory that apply wrote, trained since."""
     apply(recipe(), weights, tmp_path / "first")
-    model = move_gates(built(tmp_path / "first"))
+    model = move_gates(load_directory(tmp_path / "first"))
     (tmp_path / "first" / "model.safetensors").unlink()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "first" / "model.safetensors", {"format": "pt"})
     return tmp_path / "first", model
@@ -434,7 +434,7 @@ def test_apply_continues_from_own_directory(
     output, weights = in_a_new_process(tmp_path / "second")
     assert torch.equal(output, model(images(64)))
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
-    assert len(grafted_blocks(built(tmp_path / "second"))) == 5
+    assert len(grafted_blocks(load_directory(tmp_path / "second"))) == 5
     assert load(tmp_path / "second" / "recipe.yaml").edits == [SE, ECA]
 
 
@@ -445,7 +445,7 @@ def test_delta_on_directory_holds_new_block(surgical: tuple[Path, nn.Module], tm
     assert saved.changed == ()
     assert all(".attn." in key for key in saved.added)
     merge_delta(tmp_path / "delta", directory, tmp_path / "whole")
-    assert torch.equal(built(tmp_path / "whole")(images(64)), model(images(64)))
+    assert torch.equal(load_directory(tmp_path / "whole")(images(64)), model(images(64)))
 
 
 def test_apply_continues_from_surgical_name(tmp_path: Path) -> None:
@@ -496,8 +496,8 @@ def test_written_model_builds_in_new_process(
     """A new process builds the model that was written."""
     apply(recipe(SE, Edit(at="layer3.0", block="non_local")), weights, tmp_path / "out", start=start)
     output, process_weights = in_a_new_process(tmp_path / "out")
-    assert torch.equal(output, built(tmp_path / "out")(images(64)))
-    assert same(process_weights, dict(built(tmp_path / "out").state_dict()))
+    assert torch.equal(output, load_directory(tmp_path / "out")(images(64)))
+    assert same(process_weights, dict(load_directory(tmp_path / "out").state_dict()))
 
 
 def test_write_refuses_unbuildable_model(base: nn.Module, tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ def test_write_compares_bfloat16_model(base: nn.Module, tmp_path: Path) -> None:
     """A model in half precision and channels last is compared in what its directory holds."""
     model = copy.deepcopy(base).to(torch.bfloat16).to(memory_format=torch.channels_last)
     write_directory(model, tmp_path / "out")
-    assert torch.equal(built(tmp_path / "out").fc.weight, model.fc.weight.float())
+    assert torch.equal(load_directory(tmp_path / "out").fc.weight, model.fc.weight.float())
 
 
 # ---- what config.json says
@@ -600,13 +600,13 @@ def test_written_config_has_classes_once(weights: Path, base: nn.Module, tmp_pat
     model = as_transformers_builds(tmp_path / "out").eval()
     model.load_state_dict(read_state_dict(tmp_path / "out"))
     assert torch.equal(model(images(64)), base(images(64)))
-    trained = move_gates(built(tmp_path / "out"))
+    trained = move_gates(load_directory(tmp_path / "out"))
     trained.reset_classifier(4)
     write_directory(trained, tmp_path / "again")
     save_delta(trained, weights, tmp_path / "delta")
     for directory in (tmp_path / "again", tmp_path / "delta"):
         assert "num_classes" not in json.loads((directory / "config.json").read_text())["model_args"]
-    assert built(tmp_path / "again").num_classes == 4
+    assert load_directory(tmp_path / "again").num_classes == 4
 
 
 def test_old_directory_classes_twice_loads(weights: Path, tmp_path: Path) -> None:
@@ -615,7 +615,7 @@ def test_old_directory_classes_twice_loads(weights: Path, tmp_path: Path) -> Non
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["model_args"]["num_classes"] = 10
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    assert built(tmp_path / "out").num_classes == 10
+    assert load_directory(tmp_path / "out").num_classes == 10
 
 
 def test_written_config_has_new_in_chans(tmp_path: Path) -> None:
@@ -625,7 +625,7 @@ def test_written_config_has_new_in_chans(tmp_path: Path) -> None:
     model.conv1[0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1, bias=False)
     attnsurgery.operate(model, recipe().as_dict(), input_size=(4, 64, 64))
     write_directory(model, tmp_path / "out")
-    again = built(tmp_path / "out")
+    again = load_directory(tmp_path / "out")
     assert torch.equal(again(images(64, channels=4)), model(images(64, channels=4)))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["in_chans"] == 4
     model.conv1[0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1)
@@ -638,7 +638,7 @@ def test_written_config_has_weights_in_chans(tmp_path: Path) -> None:
     model = build("test_resnet", num_classes=10, in_chans=4)
     torch.save(model.state_dict(), tmp_path / "four.pth")
     apply(recipe(), tmp_path / "four.pth", tmp_path / "out")
-    assert torch.equal(built(tmp_path / "out")(images(64, channels=4)), model(images(64, channels=4)))
+    assert torch.equal(load_directory(tmp_path / "out")(images(64, channels=4)), model(images(64, channels=4)))
 
 
 def test_apply_error_line_right_on_directory(surgical: tuple[Path, nn.Module]) -> None:

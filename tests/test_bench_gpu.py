@@ -25,7 +25,7 @@ from gpu_bench.rows import NoTime, Refused
 
 HERE = Path(__file__).parent
 
-def made(rows, key, maker=None):
+def make_row(rows, key, maker=None):
     def noted():
         with (HERE / "made.txt").open("a") as file:
             file.write(key + "\\n")
@@ -34,26 +34,26 @@ def made(rows, key, maker=None):
 
 def three(rows, tiny):
     for key in "abc":
-        made(rows, key)
+        make_row(rows, key)
     print("printed, and no row: {'step': 'x'}")
 
 def slow(rows, tiny):
-    made(rows, "first")
+    make_row(rows, "first")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (HERE / "child.txt").write_text(str(child.pid))
-    made(rows, "second", lambda: time.sleep(60))
+    make_row(rows, "second", lambda: time.sleep(60))
 
 def mixed(rows, tiny):
     def refuse():
         raise Refused("no place for it")
-    made(rows, "good")
-    made(rows, "refused", refuse)
-    made(rows, "bad", lambda: 1 / 0 if not (HERE / "mended").exists() else {"say": "mended"})
+    make_row(rows, "good")
+    make_row(rows, "refused", refuse)
+    make_row(rows, "bad", lambda: 1 / 0 if not (HERE / "mended").exists() else {"say": "mended"})
 
 def dying(rows, tiny):
-    made(rows, "before")
-    made(rows, "deadly", lambda: os.kill(os.getpid(), signal.SIGKILL))
-    made(rows, "after")
+    make_row(rows, "before")
+    make_row(rows, "deadly", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    make_row(rows, "after")
 
 def hasty(rows, tiny):
     def too_long():

@@ -87,11 +87,11 @@ def test_fx_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) ->
     model, x = operated(name, options), images(64)
     assert torch.allclose(fuse(model)(x), model(x), atol=1e-4, rtol=1e-3)
     features = create_feature_extractor(model, ["layer3.0"])(x)["layer3.0"]
-    assert torch.equal(features, _at(model, "layer3.0", x))
+    assert torch.equal(features, _output_at(model, "layer3.0", x))
     assert torch.equal(copy.deepcopy(fx.symbolic_trace(model))(x), model(x))
 
 
-def _at(model: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
+def _output_at(model: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
     """What a module of the model returns."""
     outputs: list[torch.Tensor] = []
     handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, output: outputs.append(output.clone()))
@@ -318,7 +318,7 @@ def test_pool_window_is_clipped_to_map(height: int, width: int, expected: tuple[
 SMALL_SWIN = {"window_size": 4, "embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 4)}
 
 
-def through_a_directory(model: nn.Module, directory: Path, **arguments: Any) -> nn.Module:
+def reload_from(model: nn.Module, directory: Path, **arguments: Any) -> nn.Module:
     save_for_hf(model, directory)
     again: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True, **arguments)
     return again.eval()
@@ -355,8 +355,8 @@ def test_saved_model_loads_at_another_size(
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
     x = torch.randn(1, arguments.get("in_chans", 3), *2 * (arguments.get("img_size", 64),))
-    assert torch.allclose(through_a_directory(model, tmp_path / "as_saved")(x), model(x), atol=1e-5)
-    other = through_a_directory(model, tmp_path / "other", **other_arguments)
+    assert torch.allclose(reload_from(model, tmp_path / "as_saved")(x), model(x), atol=1e-5)
+    other = reload_from(model, tmp_path / "other", **other_arguments)
     x = torch.randn(1, other_arguments.get("in_chans", 3), *2 * (other_arguments.get("img_size", 64),))
     assert torch.isfinite(other(x)).all()
     mine, theirs = model.state_dict(), other.state_dict()
@@ -377,7 +377,7 @@ def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
     named = timm.create_model(attnsurgery.register({**auto_recipe, "name": "test_resnet_kept_auto"}))
     for number, model in enumerate((of_verb, generic, named)):
         own_recipe = attnsurgery.recipe_of(model)
-        again = attnsurgery.recipe_of(through_a_directory(model, tmp_path / str(number)))
+        again = attnsurgery.recipe_of(reload_from(model, tmp_path / str(number)))
         assert own_recipe is not None
         assert own_recipe == again
         assert all(isinstance(edit.options["subsample"], int) for edit in own_recipe.edits)
@@ -390,7 +390,7 @@ def test_no_auto_options_saves_no_settled(tmp_path: Path) -> None:
     assert "settled" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
 
 
-def in_another_shape(name: str, size: tuple[int, int], other: tuple[int, int], **small: Any) -> None:
+def check_cubic_layouts(name: str, size: tuple[int, int], other: tuple[int, int], **small: Any) -> None:
     """Layouts in a model whose maps are as wide as they have channels are those that images of another shape tell."""
     cubes = attnsurgery.inspect(timm.create_model(name, **small), (3, *size))
     plain = {
@@ -404,12 +404,12 @@ def in_another_shape(name: str, size: tuple[int, int], other: tuple[int, int], *
 
 def test_layout_of_convnext_with_cubic_maps() -> None:
     """A small convnext with maps of 16 x 16 x 16: its permuted maps are channels last, the others channels first."""
-    in_another_shape("convnext_tiny", (64, 64), (64, 128), depths=(2, 1, 1, 1), dims=(16, 24, 32, 48))
+    check_cubic_layouts("convnext_tiny", (64, 64), (64, 128), depths=(2, 1, 1, 1), dims=(16, 24, 32, 48))
 
 
 def test_layout_of_maxvit_with_cubic_maps() -> None:
     """In a small maxvit with cubic maps, convolutions are channels first and attention is channels last."""
-    in_another_shape("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
+    check_cubic_layouts("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
 
 
 def test_layout_of_model_with_set_input_size() -> None:

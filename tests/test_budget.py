@@ -82,22 +82,22 @@ def test_budget_pruned_before_building(config: SearchConfig, monkeypatch: pytest
     model = build("test_resnet")
     model.reset_classifier(10)
     most = sum(parameter.numel() for parameter in model.parameters()) + 2500  # some of 80 candidates add no more
-    built: list[int] = []
+    sizes: list[int] = []
     real = trial_module.build
 
-    def counts(*args: object) -> nn.Module:
+    def count_and_build(*args: object) -> nn.Module:
         candidate = real(*args)  # type: ignore[arg-type]
-        built.append(sum(parameter.numel() for parameter in candidate.parameters()))
+        sizes.append(sum(parameter.numel() for parameter in candidate.parameters()))
         return candidate
 
-    monkeypatch.setattr(trial_module, "build", counts)
+    monkeypatch.setattr(trial_module, "build", count_and_build)
     # places by themselves, uniformly: this sampler knows nothing of budgets
     outcome = run(change(config, budget_ms=None, budget_params=most, sampler="random", trials=8))
     over = [record for record in outcome.records if record.state == "over_budget"]
     assert over
     assert all(record.timing is None and record.reason and "parameters" in record.reason for record in over)
-    assert built
-    assert max(built) <= most
+    assert sizes
+    assert max(sizes) <= most
     assert outcome.trained == 8
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
     trial = study.trials[over[0].number]

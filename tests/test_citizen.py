@@ -116,7 +116,7 @@ def make(name: str, host: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **{"num_classes": 10, **HOSTS[host][1], **kwargs})
 
 
-def woken(host: str, **kwargs: Any) -> nn.Module:
+def awake_model(host: str, **kwargs: Any) -> nn.Module:
     """The base with its weights moved, and tables that are no weights as they are."""
     model = make(host, host, **kwargs)
     model.load_state_dict(wake(copy.deepcopy(model)).state_dict())
@@ -133,7 +133,7 @@ def hrnets_as_they_were() -> Iterator[None]:
 
 @functools.cache
 def _base(host: str) -> nn.Module:
-    return woken(host)
+    return awake_model(host)
 
 
 @functools.cache
@@ -327,7 +327,7 @@ def _features_of_base(host: str, how: str | None) -> tuple[nn.Module, Outputs] |
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            model = woken(host, **_features(how))
+            model = awake_model(host, **_features(how))
             return model, tensors(model(photo(host)))
     except Exception as error:
         return f"raises for the base: {type(error).__name__} {str(error)[:100]}"
@@ -519,7 +519,7 @@ def test_surgical_model_takes_base_arguments(host: str, family: str, arguments: 
     """Arguments with which timm builds the base build the surgical model too."""
     surgical(host, family)
     x = photo(host, channels=arguments.get("in_chans", 3))
-    base = woken(host, **arguments)
+    base = awake_model(host, **arguments)
     model = make(f"{host}_{family}", host, **arguments).eval()
     model.load_state_dict(base.state_dict())
     with torch.no_grad():

@@ -69,7 +69,7 @@ def trained(base: nn.Module) -> nn.Module:
     return move_gates(model).eval()
 
 
-def stored(directory: Path) -> Tensors:
+def delta_tensors(directory: Path) -> Tensors:
     return safetensors.torch.load_file(directory / DELTA_NAME)
 
 
@@ -189,7 +189,7 @@ def test_delta_merges_to_the_same_bits(base: nn.Module, base_file: Path, tmp_pat
     changed = {key for key, value in base.state_dict().items() if not torch.equal(value, model.state_dict()[key])}
     assert changed >= {"fc.weight", "fc.bias", "bn1.running_mean", "bn1.num_batches_tracked"}
     assert "conv1.0.weight" not in changed
-    assert set(stored(tmp_path / "delta")) == of_blocks | changed
+    assert set(delta_tensors(tmp_path / "delta")) == of_blocks | changed
     assert (set(saved.added), set(saved.changed), saved.dropped) == (of_blocks, changed, ())
     assert saved.kept + len(saved.added) + len(saved.changed) == len(model.state_dict())
     assert saved.bytes == (tmp_path / "delta" / DELTA_NAME).stat().st_size < saved.whole_bytes / 2
@@ -211,7 +211,7 @@ def test_delta_of_directory_restores_files(base: nn.Module, base_file: Path, tmp
     write_directory(model, tmp_path / "whole", texts={"recipe.yaml": "version: 1\n"})
     saved = save_delta(tmp_path / "whole", base_file, tmp_path / "delta")
     live = save_delta(model, base_file, tmp_path / "live")
-    assert equal(stored(tmp_path / "delta"), stored(tmp_path / "live"))
+    assert equal(delta_tensors(tmp_path / "delta"), delta_tensors(tmp_path / "live"))
     assert (saved.digest, saved.base_digest) == (live.digest, live.base_digest)
     merge_delta(tmp_path / "delta", base_file, tmp_path / "merged")
     whole, merged = (sorted((tmp_path / name).iterdir()) for name in ("whole", "merged"))
@@ -228,7 +228,7 @@ def test_delta_of_directory_restores_files(base: nn.Module, base_file: Path, tmp
 def test_apply_as_delta_writes_blocks_alone(base: nn.Module, base_file: Path, tmp_path: Path):
     """`apply --delta` writes the blocks alone; but for the weights, its directory is that of `apply`."""
     report, saved = apply_as_delta(RECIPE, base_file, tmp_path / "delta")
-    assert set(saved.added) == set(report.keys_added) == set(stored(tmp_path / "delta"))
+    assert set(saved.added) == set(report.keys_added) == set(delta_tensors(tmp_path / "delta"))
     assert not saved.changed
     x = images(64)
     model = load_delta(tmp_path / "delta", base_file)
@@ -254,7 +254,7 @@ def test_delta_of_half_model_on_full_base(dtype: torch.dtype, base: nn.Module, b
     model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE)).to(dtype)
     saved = save_delta(model, base_file, tmp_path / "delta")
     assert not saved.changed
-    assert {tensor.dtype for tensor in stored(tmp_path / "delta").values()} == {dtype, torch.int64}
+    assert {tensor.dtype for tensor in delta_tensors(tmp_path / "delta").values()} == {dtype, torch.int64}
     loaded = load_delta(tmp_path / "delta", base_file)
     assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
     merge_delta(tmp_path / "delta", base_file, tmp_path / "whole")
@@ -607,7 +607,7 @@ def test_delta_and_merge_commands_round_trip(base: nn.Module, base_file: Path, t
     again = call("delta", whole, "--base", base_file, "--output", second, "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["changed"] == []
-    assert equal(stored(first), stored(second))
+    assert equal(delta_tensors(first), delta_tensors(second))
     as_json = call("apply", recipe, "--checkpoint", base_file, "--output", tmp_path / "third", "--delta", "--json")
     assert json.loads(as_json.stdout)["delta"]["base"] == "test_resnet"
     assert call("merge", first, "--base", base_file, "--output", tmp_path / "spoken").stdout.startswith(

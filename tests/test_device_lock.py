@@ -15,22 +15,22 @@ import pytest
 import torch
 
 from attnsurgery.search import Listener
-from attnsurgery.search import device_lock as quiet
+from attnsurgery.search import device_lock as lock_module
 from attnsurgery.search.device_lock import DeviceLock, device_lock
 from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.search.workers import worker
 
-pytestmark = pytest.mark.skipif(quiet.fcntl is None, reason="this system has no flock")
+pytestmark = pytest.mark.skipif(lock_module.fcntl is None, reason="this system has no flock")
 
 PROGRAM = """
 import importlib.util, os, sys, time
-spec = importlib.util.spec_from_file_location("quiet", sys.argv[1])
-quiet = importlib.util.module_from_spec(spec)
-sys.modules["quiet"] = quiet
-spec.loader.exec_module(quiet)
+spec = importlib.util.spec_from_file_location("lock_module", sys.argv[1])
+lock_module = importlib.util.module_from_spec(spec)
+sys.modules["lock_module"] = lock_module
+spec.loader.exec_module(lock_module)
 kind, name, folder = sys.argv[2:]
 log = os.open(f"{folder}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-lock, deadline = quiet.device_lock("cpu"), time.monotonic() + 60
+lock, deadline = lock_module.device_lock("cpu"), time.monotonic() + 60
 
 def note(what):
     os.write(log, f"{name} {what} {time.monotonic_ns()}\\n".encode())
@@ -63,15 +63,15 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "locks"
 
 
-def started(kind: str, name: str, folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(quiet.__file__), kind, name, str(folder)])
+def start_process(kind: str, name: str, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(lock_module.__file__), kind, name, str(folder)])
 
 
 def test_lock_measurements_exclude_steps(tmp_path: Path) -> None:
     """Measurements of two processes overlap with no step of two trainings, and are not starved by them."""
     (tmp_path / "log").touch()
-    training = [started("train", f"train{number}", tmp_path) for number in range(2)]
-    measuring = [started("measure", f"measure{number}", tmp_path) for number in range(2)]
+    training = [start_process("train", f"train{number}", tmp_path) for number in range(2)]
+    measuring = [start_process("measure", f"measure{number}", tmp_path) for number in range(2)]
     try:
         assert [process.wait(timeout=120) for process in measuring] == [0, 0]
         (tmp_path / "stop").touch()
@@ -107,7 +107,7 @@ def test_lock_measurements_exclude_steps(tmp_path: Path) -> None:
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     """A lock is released when the process that holds it is killed."""
     (tmp_path / "log").touch()
-    process = started("train", "train0", tmp_path)
+    process = start_process("train", "train0", tmp_path)
     try:
         while "end" not in (tmp_path / "log").read_text():
             assert process.poll() is None
@@ -128,7 +128,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
         process.wait()
 
 
-def another(locks: Path) -> DeviceLock:
+def lock_elsewhere(locks: Path) -> DeviceLock:
     """As another process or search has it."""
     device_lock("cpu")
     return DeviceLock("cpu", locks / "cpu")
@@ -144,7 +144,7 @@ def refuse() -> None:
 
 def test_lock_never_waits_for_itself(locks: Path) -> None:
     """A measurement within a job waits for other processes and never for itself."""
-    lock, other = device_lock("cpu"), another(locks)
+    lock, other = device_lock("cpu"), lock_elsewhere(locks)
     assert device_lock("cpu") is lock
     other.waiting = lock.waiting = refuse
     with lock.shared():
@@ -169,7 +169,7 @@ def test_lock_never_waits_for_itself(locks: Path) -> None:
 
 def test_lock_abandoned_wait_opens_the_gate(locks: Path) -> None:
     """A process that gives up waiting leaves no gate closed."""
-    lock, other = device_lock("cpu"), another(locks)
+    lock, other = device_lock("cpu"), lock_elsewhere(locks)
     other.waiting = lock.waiting = refuse
     with lock.shared():
         with pytest.raises(Refused), other.exclusive():
@@ -194,7 +194,7 @@ def test_step_yields_to_measurement_and_stop(locks: Path) -> None:
         while not done.is_set():
             watch.step()
         thread.join()
-    other = another(locks)
+    other = lock_elsewhere(locks)
     answers = iter([False, False, True])
     watch = Watching(Listener(), lambda: next(answers), device_lock("cpu"))
     with other.exclusive(), pytest.raises(StopAsked):
@@ -204,19 +204,19 @@ def test_step_yields_to_measurement_and_stop(locks: Path) -> None:
 def test_lock_synchronizes_before_release(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is synchronized before it is released, or its queued work would run during the measurement."""
     order: list[str] = []
-    lock, other = device_lock("cpu"), another(locks)
+    lock, other = device_lock("cpu"), lock_elsewhere(locks)
     monkeypatch.setattr(lock, "_synchronize", lambda: order.append("finished"))
     with lock.shared():
         lock.yield_to_measurements()
         assert not order, "nobody waits, so nothing is waited for"
 
-        def leaves() -> None:
+        def leave() -> None:
             order.append("left")
-            quiet._unlock(gate)
+            lock_module._unlock(gate)
 
         gate = other._files[1]
-        assert quiet._take_at_once(gate, alone=True)
-        lock.waiting = leaves
+        assert lock_module._take_at_once(gate, alone=True)
+        lock.waiting = leave
         lock.yield_to_measurements()
     assert order == ["finished", "left", "finished"]
     with lock.shared(), lock.exclusive():
@@ -228,21 +228,21 @@ def test_lock_names_card_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = {0: "6f9e0b1c-0000-4c4e-8a50-000000000001", 1: "6f9e0b1c-0000-4c4e-8a50-000000000002"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=cards[index]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    names = [quiet._name(device) for device in ("cuda:0", "cuda:1", "cuda", "cpu")]
+    names = [lock_module._name(device) for device in ("cuda:0", "cuda:1", "cuda", "cpu")]
     assert names == [f"cuda-{cards[0]}", f"cuda-{cards[1]}", f"cuda-{cards[1]}", "cpu"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setitem(cards, 0, cards[1])
-    assert quiet._name("cuda:0") == names[1]
+    assert lock_module._name("cuda:0") == names[1]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="an old one"))
-    assert quiet._name("cuda:0") == "cuda-0-1", "by what is left"
+    assert lock_module._name("cuda:0") == "cuda-0-1", "by what is left"
 
 
 def test_lock_folder_ignores_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
     """All searches of a user share one folder of locks, whatever TMPDIR is."""
     monkeypatch.delenv("ATTNSURGERY_LOCKS")
-    folder = quiet._folder()
+    folder = lock_module._folder()
     monkeypatch.setenv("TMPDIR", "/somewhere/else")
-    assert quiet._folder() == folder
+    assert lock_module._folder() == folder
     assert folder.stat().st_uid == os.getuid()
 
 

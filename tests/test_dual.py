@@ -37,12 +37,12 @@ FEW: list[dict[str, Any]] = [
 ]
 
 
-def of(options: dict[str, Any]) -> str:
+def option_id(options: dict[str, Any]) -> str:
     return "-".join(str(value) for value in options.values()) or "default"
 
 
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=of)
-few_options = pytest.mark.parametrize("options", FEW, ids=of)
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+few_options = pytest.mark.parametrize("options", FEW, ids=option_id)
 
 
 def images(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,8 +81,8 @@ def naive(block: DualAttention, x: Tensor, options: dict[str, Any]) -> Tensor:
     if block.sa is not None:
         terms.append(block.sa.gamma * naive_position(block.sa, x))
     if block.sc is not None:
-        of = x + sum(terms) if options.get("fusion") == "sequential" else x
-        terms.append(block.sc.gamma * naive_channel(of, energy))
+        channel_input = x + sum(terms) if options.get("fusion") == "sequential" else x
+        terms.append(block.sc.gamma * naive_channel(channel_input, energy))
     if options.get("fusion") == "paper_sum":
         return sum(x + term for term in terms)  # type: ignore[return-value]
     return x + sum(terms)

@@ -501,13 +501,13 @@ class Card:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-        self.kept: list[tuple[int, ...]] = []
+        self.allocations: list[tuple[int, ...]] = []
         self._empty = torch.empty
         monkeypatch.setattr(torch, "empty", self.empty)
 
     def empty(self, *size: object, device: object = None, **named: object) -> torch.Tensor:
         if str(device).startswith("cuda"):
-            self.kept.append(size[0])  # type: ignore[arg-type]
+            self.allocations.append(size[0])  # type: ignore[arg-type]
         return self._empty(*size, **named)  # type: ignore[call-overload, no-any-return]
 
 
@@ -515,10 +515,10 @@ def test_data_takes_quarter_of_card_memory(monkeypatch: pytest.MonkeyPatch) -> N
     """Images take at most a quarter of the free memory of a card, and otherwise stay on the host."""
     card = Card(monkeypatch, free=4000)
     allocate_for((10, 100), torch.uint8, "cuda")
-    assert card.kept == [(10, 100)]
+    assert card.allocations == [(10, 100)]
     allocate_for((11, 100), torch.uint8, "cuda")
     allocate_for((10, 100), torch.float32, "cuda:1")
-    assert card.kept == [(10, 100)], "the others stay on the host"
+    assert card.allocations == [(10, 100)], "the others stay on the host"
 
 
 def test_tf32_follows_settings_then_restored() -> None:

@@ -137,7 +137,7 @@ def damaged(draw: st.DrawFn, text: str) -> str:
 
 
 @contextmanager
-def an_error_of_ours_or_none_soon() -> Iterator[None]:
+def package_error_or_none() -> Iterator[None]:
     start, outcome = time.perf_counter(), "no error"
     try:
         yield
@@ -154,7 +154,7 @@ def host() -> tuple[nn.Module, Anatomy]:
     return model, survey(model)
 
 
-def essence(model: nn.Module) -> tuple[Any, ...]:
+def structure(model: nn.Module) -> tuple[Any, ...]:
     return tuple((name, type(module)) for name, module in model.named_modules()), tuple(model.state_dict())
 
 
@@ -163,17 +163,17 @@ def essence(model: nn.Module) -> tuple[Any, ...]:
 def test_fuzz_recipe_is_read_or_refused(tmp_path: Path, text: str) -> None:
     """A damaged recipe is resolved or refused within its time, and the model stays as it was."""
     model, anatomy = host()
-    before = essence(model)
+    before = structure(model)
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    with an_error_of_ours_or_none_soon():
+    with package_error_or_none():
         recipe = load(path)
         assert loads(path.read_text(encoding="utf-8")).digest() == recipe.digest()
         plan = resolve(recipe, anatomy)
         if sum(cost_of(insertion).params for insertion in plan) < MOST_PARAMETERS:
             twin = timm.create_model("test_resnet").eval()
             operate(twin, plan)
-    assert essence(model) == before
+    assert structure(model) == before
     assert not Path("pwned").exists()
 
 
@@ -184,7 +184,7 @@ def test_fuzz_space_is_read_or_refused(tmp_path: Path, text: str) -> None:
     _, anatomy = host()
     path = tmp_path / "space.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    with an_error_of_ours_or_none_soon():
+    with package_error_or_none():
         bound = bind(load_space(str(path)), anatomy, "test_resnet")
         assert bound.size() >= 0
     assert not Path("pwned").exists()
@@ -208,7 +208,7 @@ def test_fuzz_config_is_built_or_refused(directory: Path, tmp_path: Path, data: 
     folder.mkdir(exist_ok=True)
     text = data.draw(damaged(json.dumps(json.loads((directory / "config.json").read_text()))))
     (folder / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    with an_error_of_ours_or_none_soon():
+    with package_error_or_none():
         assert isinstance(open_model(str(folder), weights=False), nn.Module)
     assert not Path("pwned").exists()
 
@@ -224,5 +224,5 @@ def test_fuzz_safetensors_read_or_refused(directory: Path, tmp_path: Path, data:
     path = tmp_path / "weights.safetensors"
     body = whole[8 + length :][: data.draw(st.sampled_from([0, 100, len(whole)]))]
     path.write_bytes(stated.to_bytes(8, "little") + header + body)
-    with an_error_of_ours_or_none_soon():
+    with package_error_or_none():
         assert all(isinstance(tensor, torch.Tensor) for tensor in read_state_dict(path).values())

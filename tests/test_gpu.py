@@ -280,17 +280,17 @@ def test_gpu_compiles_each_of_ten_candidates() -> None:
         assert counters["stats"]["unique_graphs"] >= 1, f"candidate {depth} of 10"
 
 
-class Kept(nn.Module):
+class StoredOutput(nn.Module):
     """Keeps its last output where a graph can write it."""
 
     def __init__(self, model: nn.Module, like: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("kept", torch.zeros_like(like))
+        self.register_buffer("output", torch.zeros_like(like))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.model(x)
-        self.kept.copy_(y)
+        self.output.copy_(y)
         return y
 
 
@@ -300,20 +300,20 @@ def test_gpu_modes_compute_the_model(mode: str, monkeypatch: pytest.MonkeyPatch)
     conditions = Conditions.on("cuda", input_size=(3, 64, 64), batch_size=4, mode=mode)
     backend = backend_for(conditions, effort=QUICK)
     model = timm.create_model("test_resnet").eval()
-    subjects: list[tuple[Kept, Tensor]] = []
+    subjects: list[tuple[StoredOutput, Tensor]] = []
     make = backend._subject
 
-    def remembered(model: nn.Module) -> Any:
+    def record_subject(model: nn.Module) -> Any:
         subjects.append(make(model))  # type: ignore[arg-type]
         return subjects[-1]
 
-    monkeypatch.setattr(backend, "_subject", remembered)
-    backend.measure(Kept(model, torch.zeros(4, model.num_classes)))
+    monkeypatch.setattr(backend, "_subject", record_subject)
+    backend.measure(StoredOutput(model, torch.zeros(4, model.num_classes)))
     subject, x_BCHW = subjects[0]
     with torch.no_grad():
         expected = copy.deepcopy(model).bfloat16().double().cpu()(x_BCHW.double().cpu())
         eager = relative_error(subject.model(x_BCHW), expected)
-    assert relative_error(subject.kept, expected) <= error_tolerated(eager, torch.bfloat16)
+    assert relative_error(subject.output, expected) <= error_tolerated(eager, torch.bfloat16)
 
 
 class Uncapturable(nn.Module):

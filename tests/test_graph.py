@@ -251,7 +251,7 @@ def test_sites_skip_reparametrized_modules() -> None:
     assert not any("conv_kxk" in site.address for site in anatomy.sites)
 
 
-class Asking(nn.Module):
+class TypeChecking(nn.Module):
     """Asks about types as dual path networks do: of what it is given, or only of what it was made with."""
 
     def __init__(self, of_input: bool) -> None:
@@ -269,11 +269,11 @@ class Asking(nn.Module):
 
 def test_trace_owner_refuses_type_of_input() -> None:
     """A forward that asks for the type of its input is not traced; one that asks for another type is."""
-    assert trace_owner(Asking(of_input=True)) is None
-    graph = trace_owner(Asking(of_input=False))
+    assert trace_owner(TypeChecking(of_input=True)) is None
+    graph = trace_owner(TypeChecking(of_input=False))
     assert graph is not None
     x = torch.randn(2, 4, 3, 5)
-    assert fx.GraphModule(Asking(of_input=False), graph)(x).shape == (2, 4, 15)
+    assert fx.GraphModule(TypeChecking(of_input=False), graph)(x).shape == (2, 4, 15)
     assert not hasattr(sys.modules[__name__], "isinstance")
 
 

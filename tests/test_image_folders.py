@@ -331,7 +331,7 @@ def test_nan_and_infinite_pixels_are_black() -> None:
     assert pixels(image, Rendering("L")).tolist() == [[0, 255, 0, 255]]
 
 
-def oriented(orientation: int) -> Image.Image:
+def photo_with_exif(orientation: int) -> Image.Image:
     """An upright image that is red in its left half, as a camera stores it: turned, with the way back beside it."""
     image = Image.new("RGB", (40, 20), "blue")
     ImageDraw.Draw(image).rectangle((0, 0, 19, 19), fill="red")
@@ -352,7 +352,7 @@ def oriented(orientation: int) -> Image.Image:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(ending: str, orientation: int) -> None:
     """A photo is turned upright by the orientation of its EXIF data."""
-    stored, file = oriented(orientation), io.BytesIO()
+    stored, file = photo_with_exif(orientation), io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(file, ending, exif=exif, **({"quality": 95} if ending != "tiff" else {}))
@@ -928,7 +928,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[str]]:
     lines: list[str] = []
 
-    class Hears(Listener):
+    class Lines(Listener):
         def phase(self, text: str) -> None:
             lines.append(text)
 
@@ -936,7 +936,7 @@ def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[
             lines.extend([words, *notes])
 
     config = small_search(photos, write_space(tmp_path), tmp_path / "run").model_copy(update=changes)
-    return assemble(config, Hears()), lines
+    return assemble(config, Lines()), lines
 
 
 def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
@@ -1088,7 +1088,7 @@ def cli(*words: object) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[object]]:
+def finished_search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[object]]:
     """A short search of unbalanced data with a copy in the test split: its directory, output and command."""
     root = tmp_path_factory.mktemp("searched")
     with pytest.MonkeyPatch.context() as patch:
@@ -1106,9 +1106,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[
     return root / "run", output, words
 
 
-def test_search_describes_its_data_first(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_describes_its_data_first(finished_search: tuple[Path, str, list[object]]) -> None:
     """A search describes its data before it trains the base."""
-    _, output, _ = searched
+    _, output, _ = finished_search
     lines = [line.strip() for line in output.splitlines()]
     assert lines[1] == "data     images: 30 train, 30 validation, 31 test, 2 classes: few, many"
     before = lines[: next(number for number, line in enumerate(lines) if line.startswith("training the base"))]
@@ -1117,33 +1117,33 @@ def test_search_describes_its_data_first(searched: tuple[Path, str, list[object]
     assert any(line.startswith("the same byte for byte: 1 of 31 test images are also") for line in before)
 
 
-def test_search_prints_balanced_accuracy(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_prints_balanced_accuracy(finished_search: tuple[Path, str, list[object]]) -> None:
     """Balanced accuracy is printed beside top-1."""
-    _, output, _ = searched
+    _, output, _ = finished_search
     assert re.search(r"base     .* % \(balanced \d+\.\d\d %\)  loss", output)
     assert "With all classes counted alike" in " ".join(output.split())
 
 
-def test_report_describes_the_data(searched: tuple[Path, str, list[object]]) -> None:
+def test_report_describes_the_data(finished_search: tuple[Path, str, list[object]]) -> None:
     """The report describes the data, and marks splits that share images."""
-    page = (searched[0] / "report.html").read_text()
+    page = (finished_search[0] / "report.html").read_text()
     assert "2 classes: few, many" in page
     assert "training images: as they are" in page
     assert re.search(r"Are the images of each split in no other\?</td><td class=\"no\">", page)
 
 
-def test_search_resume_refuses_augmentation(searched: tuple[Path, str, list[object]]) -> None:
+def test_search_resume_refuses_augmentation(finished_search: tuple[Path, str, list[object]]) -> None:
     """A search does not resume with another augmentation."""
-    _, _, words = searched
+    _, _, words = finished_search
     code, output = cli(*words, "--augment", "light")
     assert code == 1
     assert "augment: was 'none', is now 'light'" in " ".join(output.split())
 
 
-def test_winner_directory_has_class_names(searched: tuple[Path, str, list[object]]) -> None:
+def test_winner_directory_has_class_names(finished_search: tuple[Path, str, list[object]]) -> None:
     """The directory of the winner has the names of its classes."""
-    config = json.loads((searched[0] / "best" / "config.json").read_text())
-    assert label_names(str(searched[0] / "best"), nn.Identity()) == ("few", "many"), config
+    config = json.loads((finished_search[0] / "best" / "config.json").read_text())
+    assert label_names(str(finished_search[0] / "best"), nn.Identity()) == ("few", "many"), config
 
 
 def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

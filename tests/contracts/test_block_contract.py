@@ -37,7 +37,7 @@ def images(*size: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, CHANNELS, *size, generator=torch.Generator().manual_seed(1))
 
 
-def made_for(name: str, size: tuple[int, int], start: str = "identity") -> Block:
+def block_for(name: str, size: tuple[int, int], start: str = "identity") -> Block:
     """The block, where it has a meaning on such a map; a refusal has its own tests."""
     block = make(name, start)
     try:
@@ -82,7 +82,7 @@ def perturbed(block: Block) -> Block:
 @pytest.mark.parametrize("training", [True, False])
 def test_block_identity_start_is_bit_exact(name: str, size: tuple[int, int], training: bool) -> None:
     """At an identity start the output equals the input bit for bit, in training and in evaluation, at odd sizes too."""
-    block, x = made_for(name, size).train(training), images(*size)
+    block, x = block_for(name, size).train(training), images(*size)
     assert torch.equal(block(x), neutral(block, x))
 
 
@@ -98,7 +98,7 @@ def test_block_output_differs_once_moved(name: str) -> None:
 @every_size
 def test_block_output_keeps_form_of_input(name: str, start: str, size: tuple[int, int]) -> None:
     """The output has the shape, dtype and memory format of the input, and shares no memory with it."""
-    block = made_for(name, size, start).eval()
+    block = block_for(name, size, start).eval()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = images(*size, batch=3).to(memory_format=memory_format)
         y = block(x)

@@ -86,7 +86,7 @@ def test_block_eval_images_are_independent(name: str) -> None:
     assert torch.allclose(block(x)[1:2], block(x[1:2]), atol=1e-5)
 
 
-def refused(block: Block, height: int, width: int) -> str:
+def refusal_of(block: Block, height: int, width: int) -> str:
     """Why the block does not take such a map, or nothing."""
     try:
         block.check_map(height, width)
@@ -100,7 +100,7 @@ def test_block_single_position_never_silent(name: str) -> None:
     """No block divides by the zero variance of one position, or takes a softmax over one value, in silence."""
     block = perturbed(make(name)).eval()
     x = images(1, 1)
-    if refusal := refused(block, 1, 1):
+    if refusal := refusal_of(block, 1, 1):
         assert "1 x 1" in refusal
         return
     y = block(x)

@@ -58,7 +58,7 @@ def config_in(folder: Path, pool: str) -> SearchConfig:
     )
 
 
-class Asking:
+class StopFlag:
     """Says stop once it is told to."""
 
     now = False
@@ -74,14 +74,14 @@ def which(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def pool_of(config: SearchConfig, stop: Asking | None = None) -> WorkerPool:
-    stop = stop or Asking()
+def pool_of(config: SearchConfig, stop: StopFlag | None = None) -> WorkerPool:
+    stop = stop or StopFlag()
     if config.workers:
         return ProcessPool(LAUNCHERS[config.launcher](config), Listener(), stop)
     return InProcessPool(assemble(config, Listener()), Listener(), stop)
 
 
-def waited(pool: WorkerPool) -> list[Done]:
+def finished_jobs(pool: WorkerPool) -> list[Done]:
     done: list[Done] = []
     while pool.busy:
         done += pool.wait(1.0)
@@ -98,7 +98,7 @@ def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
         for job in jobs:
             pool.give(job)
         assert pool.busy == 3
-        done = waited(pool)
+        done = finished_jobs(pool)
         assert sorted(one.job.tag for one in done) == [7, 8, 9]
         assert pool.wait(0.1) == []
         results = {one.job.tag: one.result for one in done}
@@ -127,7 +127,7 @@ def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
     pool = pool_of(config)
     try:
         pool.give(Job("weights"))
-        (done,) = waited(pool)
+        (done,) = finished_jobs(pool)
         assert isinstance(done.error, CheckpointError)
         assert "base.safetensors" in str(done.error)
         with pytest.raises(CheckpointError, match=r"base\.safetensors"):
@@ -144,18 +144,18 @@ def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
         pool.all([Job("weights")])
         (tmp_path / "injected_faults" / "memory-1").touch()
         pool.give(Job("base scores"))
-        (done,) = waited(pool)
+        (done,) = finished_jobs(pool)
         assert done.result is not None
         assert (done.job.attempt, done.job.pieces) == (2, 2)
         if which != "here":  # which a kill would end
             (tmp_path / "injected_faults" / "kill-1").touch()
             pool.give(Job("base scores"))
-            (done,) = waited(pool)
+            (done,) = finished_jobs(pool)
             assert done.result is not None
             assert done.job.attempt == 2
             (tmp_path / "injected_faults" / "device-1").touch()
             pool.give(Job("base scores", most=1))
-            (done,) = waited(pool)
+            (done,) = finished_jobs(pool)
             assert done.result is None
             assert done.lost == "CUDA error: an illegal memory access was encountered"
             return  # the rest is the same for all, and here at once
@@ -181,7 +181,7 @@ def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "injected_faults").iterdir()] == ["device-1"], "begun once"
 
 
-class Breaking(FixedLatency):
+class BrokenBackend(FixedLatency):
     """A meter that wraps what a device says, as the real ones do."""
 
     def measure(self, model: nn.Module) -> Latency:
@@ -195,7 +195,7 @@ def test_pool_measurement_fault_is_of_device(tmp_path: Path) -> None:
     """A device that breaks during a measurement is reported as such, not as a mistake of the user."""
     config = config_in(tmp_path / "run", "here")
     bench = assemble(config, Listener())
-    pool = InProcessPool(replace(bench, backend=Breaking(bench.backend.conditions)), Listener(), Asking())
+    pool = InProcessPool(replace(bench, backend=BrokenBackend(bench.backend.conditions)), Listener(), StopFlag())
     with pytest.raises(SearchError, match="the base latency broke the device"):
         pool.all([Job("base latency")])
 
@@ -213,13 +213,13 @@ def test_worker_tells_faults_from_mistakes(
 ) -> None:
     """A worker tells faults of the device from mistakes of the user, also where an error wraps another."""
 
-    def fails(*arguments: object) -> None:
+    def fail(*arguments: object) -> None:
         raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
 
-    monkeypatch.setattr(worker, "perform", fails)
+    monkeypatch.setattr(worker, "perform", fail)
     monkeypatch.setattr(worker._Worker, "_ready", lambda self: None)
-    begin = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
-    subject = worker._Worker(begin, worker.Wire(io.StringIO()), threading.Event())
+    message = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
+    subject = worker._Worker(message, worker.Wire(io.StringIO()), threading.Event())
     subject.assemble()  # in vain, for there are no images
     assert subject.answer(Job("base latency")) == answer
 
@@ -227,14 +227,14 @@ def test_worker_tells_faults_from_mistakes(
 def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop ends the jobs that run and those that wait, and no new ones start."""
     monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
-    stop = Asking()
+    stop = StopFlag()
     pool = pool_of(config_in(tmp_path / "run", which), stop)
     try:
         pool.all([Job("weights")])
         stop.now = True
         for tag in range(4):
             pool.give(Job("base scores", tag=tag))
-        done = waited(pool)
+        done = finished_jobs(pool)
         assert sorted(one.job.tag for one in done) == [0, 1, 2, 3]
         assert all(one.stopped for one in done)
         with pytest.raises(StopAsked):
