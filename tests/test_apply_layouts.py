@@ -1,4 +1,4 @@
-"""Checkpoints as people have them go in, and what comes out builds in a new process, or nothing comes out."""
+"""Checkpoints in the layouts of trainers and wrappers are read; what is written builds in a new process."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def under(prefix: str) -> Callable[[nn.Module], Any]:
 
 
 class Lightning(nn.Module):
-    """Also holds a loss with a weight of its own, as training modules do."""
+    """A training module, which also holds a loss with a weight of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ def test_flattened_recipe_adds_up_limits() -> None:
 
 @pytest.fixture
 def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
-    """A directory that apply wrote, trained since."""
+    """A directory that `apply` wrote, with trained weights."""
     apply(recipe(), weights, tmp_path / "first")
     model = move_gates(load_directory(tmp_path / "first"))
     (tmp_path / "first" / "model.safetensors").unlink()
@@ -576,7 +576,7 @@ def test_write_compares_bfloat16_model(base: nn.Module, tmp_path: Path) -> None:
 
 
 def as_transformers_builds(directory: Path) -> nn.Module:
-    """TimmWrapperForImageClassification: the number of classes from the top, and model_args beside it."""
+    """Builds as TimmWrapperForImageClassification: number of classes from the top, then model_args."""
     config = json.loads((directory / "config.json").read_text())
     labels = config.pop("num_classes")
     return timm.create_model(config["architecture"], pretrained=False, num_classes=labels, **config["model_args"])

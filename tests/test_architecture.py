@@ -1,4 +1,4 @@
-"""The package itself: which layer may import which, what is public, what importing costs."""
+"""The architecture of the package: which layer may import which, what is public, what importing costs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Graph = Mapping[str, set[str]]
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
-    """Every module of the package by its dotted name, a package by its own."""
+    """Every module of the package by its dotted name, and a package by its own."""
     files = {}
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package.parent).with_suffix("").parts
@@ -55,7 +55,7 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
-    """What each module imports of the package, in functions and for type checkers too."""
+    """The modules of the package that each module imports, in functions and for type checkers too."""
     known = modules(package)
     graph: dict[str, set[str]] = {}
     for name, file in known.items():
@@ -89,7 +89,7 @@ def wrong_ways(graph: Graph, root: str, layers: list[set[str]]) -> list[str]:
 
 
 def circle(graph: Graph) -> list[str]:
-    """Modules that import each other in a circle; none if there is none."""
+    """Modules that import each other in a circle, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -98,7 +98,7 @@ def circle(graph: Graph) -> list[str]:
 
 
 def by_part(graph: Graph, depth: int) -> dict[str, set[str]]:
-    """The graph of packages, cut after so many parts of the names."""
+    """The graph of packages, whose names are cut after `depth` parts."""
 
     def cut(name: str) -> str:
         return ".".join(name.split(".")[:depth])

@@ -1,4 +1,4 @@
-"""attnsurgery.attention_map: what blocks weigh on one image, against the outputs that the weights explain."""
+"""attnsurgery.attention_map: the weights of blocks on one image, against the outputs that they explain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE = images(64, batch=1)[0]
 
 
 def in_and_out(model: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a module is given and returns."""
+    """The input and the output of a module."""
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = model.get_submodule(path).register_forward_hook(lambda _m, args, y: tensors.append((args[0].clone(), y)))
     with torch.no_grad():

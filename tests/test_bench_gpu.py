@@ -1,4 +1,4 @@
-"""The runner of scripts/bench/gpu, on made-up steps: limits, going on, deaths, what is red, names; without a GPU."""
+"""The runner of scripts/bench/gpu on dummy steps: limits, resuming, killed processes and red rows; without a GPU."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tests(rows, tiny):
 
 @pytest.fixture(autouse=True)
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """scripts/bench can be imported, steps find the dummies, and signals are the test's own again afterwards."""
+    """Makes scripts/bench importable, lets steps find the dummies, and restores signal handlers afterwards."""
     (tmp_path / "dummy.py").write_text(DUMMY)
     monkeypatch.syspath_prepend(str(BENCH))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -80,7 +80,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[int, dict[str, dict[str, object]]]]:
-    """Runs dummies as steps; the exit code, and how each came out."""
+    """Runs dummies as steps; returns the exit code, and how each step ended."""
 
     def of(
         *names: str, limit_s: float = 60.0, minutes: float = 2.0, tiny: bool = False
@@ -123,7 +123,7 @@ def test_time_limit_kills_step_and_children(run: Callable[..., object], tmp_path
 
 
 def has_ended(pid: int) -> bool:
-    """Within a moment; a zombie that nobody has waited for counts."""
+    """Whether a process ends soon; a zombie that nobody has waited for counts as ended."""
     for _ in range(100):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -227,7 +227,7 @@ def test_partial_rows_suffice_in_tiny_run(
 
 
 def test_rows_survive_a_killed_runner(tmp_path: Path) -> None:
-    """What was finished is on the disk, and nothing that was started is left."""
+    """Rows that were finished are on disk, and no process that was started is left."""
     program = f"""
 import sys
 sys.path.insert(0, {str(BENCH)!r})

@@ -1,4 +1,4 @@
-"""Blocks in the hands of other tools (symbolic traces, quantisation, sharding), on small maps, and old checkpoints."""
+"""Blocks with other tools (symbolic traces, quantisation, sharding), on small maps, and in old checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recipe(base: str, at: str, name: str, options: dict[str, Any]) -> dict[str, 
 
 
 def operated(name: str, options: dict[str, Any], base: str = "test_resnet", at: str = "layer2.0") -> nn.Module:
-    """A small model whose every parameter, of the block too, is off its start."""
+    """A small model with a block, in which every parameter has moved off its start."""
     torch.manual_seed(0)
     model = attnsurgery.operate(build(base), recipe(base, at, name, options), input_size=(3, 64, 64))
     with torch.no_grad():
@@ -56,7 +56,7 @@ def operated(name: str, options: dict[str, Any], base: str = "test_resnet", at: 
 
 
 def moved(name: str, options: dict[str, Any]) -> Block:
-    """The block on 16 channels, off its start."""
+    """The block on 16 channels, with every parameter moved off its start."""
     torch.manual_seed(0)
     block = build_block(name, 16, options, "identity").eval()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_fx_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) ->
 
 
 def _output_at(model: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
-    """What a module of the model returns."""
+    """The output of a module of the model."""
     outputs: list[torch.Tensor] = []
     handle = model.get_submodule(path).register_forward_hook(lambda _m, _i, output: outputs.append(output.clone()))
     model(x)
@@ -138,7 +138,7 @@ def test_fx_quantisation_error_near_base(name: str, options: dict[str, Any], err
 
 
 class Around(fx.Tracer):
-    """Traces the forward of one module, every module in it being one call."""
+    """Traces the forward of one module, in which every inner module is one call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -391,7 +391,7 @@ def test_no_auto_options_saves_no_settled(tmp_path: Path) -> None:
 
 
 def check_cubic_layouts(name: str, size: tuple[int, int], other: tuple[int, int], **small: Any) -> None:
-    """Layouts in a model whose maps are as wide as they have channels are those that images of another shape tell."""
+    """Layouts of maps as wide as they have channels are those that images of another shape show."""
     cubes = attnsurgery.inspect(timm.create_model(name, **small), (3, *size))
     plain = {
         site.address: site.layout for site in attnsurgery.inspect(timm.create_model(name, **small), (3, *other)).sites

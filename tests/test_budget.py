@@ -1,4 +1,4 @@
-"""Budgets for parameters, multiply-accumulates and memory: known or measured before training, and kept to."""
+"""Budgets of parameters, multiply-accumulates and memory are known or measured before training, and are held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights come in from every honest file, from no hostile one, and go out as a whole directory or not at all."""
+"""Weights are read from every honest file and no hostile one, and are written as a whole directory or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RECIPE = Recipe(
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """Every parameter and buffer away from its start: zero-initialised norms would hide what a block does."""
+    """Moves every parameter and buffer off its start, because zero-initialised norms would hide what a block does."""
     generator = torch.Generator().manual_seed(0)
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
@@ -156,7 +156,7 @@ def huge(content: bytes) -> bytes:
         ("weights.safetensors", lying, "damaged or truncated .*header too large"),
         ("weights.safetensors", huge, "damaged or truncated .*invalid shape"),
         ("weights.safetensors", lambda content: content + b"x", "damaged or truncated .*not fully covered"),
-        ("weights.safetensors", lambda content: content[:5], "a binary file of no kind that is known here"),
+        ("weights.safetensors", lambda content: content[:5], "a binary file of no known kind"),
         ("weights.pth", lambda content: b"", r"is empty \(0 bytes\)"),
     ],
 )
@@ -173,7 +173,7 @@ def test_read_of_damaged_file_says_so(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a small file of each kind."""
+    """The bytes of a small file of each format."""
     folder = tmp_path_factory.mktemp("small")
     for name in ("weights.pth", "legacy.pt", "weights.safetensors"):
         WRITERS[name]({"a.weight": torch.ones(2, 3), "a.steps": torch.tensor(3)}, folder / name)
@@ -209,7 +209,7 @@ def test_read_of_broken_bytes_gives_an_error(small: dict[str, bytes], data: st.D
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer .* 'git lfs pull'"),
         (b"\x1f\x8b\x08rest", "compressed with gzip; unpack it first"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-        (bytes(range(256)), "a binary file of no kind that is known here"),
+        (bytes(range(256)), "a binary file of no known kind"),
     ],
 )
 def test_read_names_file_of_another_kind(content: bytes, message: str, tmp_path: Path):

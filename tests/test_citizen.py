@@ -117,7 +117,7 @@ def make(name: str, host: str, **kwargs: Any) -> nn.Module:
 
 
 def awake_model(host: str, **kwargs: Any) -> nn.Module:
-    """The base with its weights moved, and tables that are no weights as they are."""
+    """The base with moved weights; tables that are no weights are unchanged."""
     model = make(host, host, **kwargs)
     model.load_state_dict(wake(copy.deepcopy(model)).state_dict())
     return model.eval()
@@ -125,7 +125,7 @@ def awake_model(host: str, **kwargs: Any) -> nn.Module:
 
 @pytest.fixture(scope="module", autouse=True)
 def hrnets_as_they_were() -> Iterator[None]:
-    """timm 1.0.20 writes what one hrnet is given into its table of all."""
+    """Restores the table of all hrnets, into which timm 1.0.20 writes the arguments of one."""
     before = copy.deepcopy(hrnet.cfg_cls)
     yield
     hrnet.cfg_cls.update(before)
@@ -148,7 +148,7 @@ def base_of(host: str) -> nn.Module:
 
 
 def surgical(host: str, family: str) -> nn.Module:
-    """On the base's weights: every block is the identity."""
+    """The surgical model on the weights of the base, with every block at the identity."""
     return copy.deepcopy(_surgical(host, family))
 
 
@@ -172,7 +172,7 @@ def tensors(value: Any) -> Outputs:
 
 
 def of_base(host: str, ask: Callable[[nn.Module], Any], model: nn.Module | None = None) -> Outputs:
-    """What the base answers; where it cannot, neither need we."""
+    """The answer of the base; skips the test where the base raises."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -259,7 +259,7 @@ def larger_images(model: nn.Module, host: str) -> Any:
 
 
 def without_tail(model: nn.Module, host: str) -> Any:
-    """All intermediates are kept and the head is not."""
+    """Prunes the head and keeps all intermediate features."""
     model.prune_intermediate_layers(1, prune_norm=True, prune_head=True)
     return model.forward_intermediates(photo(host), indices=1, intermediates_only=True)
 

@@ -1,4 +1,4 @@
-"""Who wins, and whether it is better: finalists, budgets that hold twice, the chance of images and of trainings."""
+"""Confirmation: finalists, budgets that are checked twice, and the variance of images and of trainings."""
 
 from __future__ import annotations
 

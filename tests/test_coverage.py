@@ -49,7 +49,7 @@ def base() -> Base:
 
 @pytest.fixture
 def subject(base: Base) -> Iterator[Subject]:
-    """Built, and with the base's weights; these are not shared, so nothing done to it is left in the base."""
+    """A subject with the weights of the base, which it does not share, so that no change reaches the base."""
     subject = Subject(base, "nonlocal")
     CHECKS["plan"](subject)
     CHECKS["keys"](subject)
@@ -66,7 +66,7 @@ def test_families_of_timm_are_all_here() -> None:
 
 
 def examined(arch: str) -> list[dict[str, Any]]:
-    """One row for each family of blocks, as scripts/coverage keeps them."""
+    """One row for each family of blocks, as scripts/coverage saves them."""
     torch.set_num_threads(1)
     with warnings.catch_warnings(), surveyed_once():
         warnings.simplefilter("ignore")  # timm's own, about this and that
@@ -77,7 +77,7 @@ def examined(arch: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
-    """Examines an architecture: ten minutes of work for one core, so on every core where not tests are so already."""
+    """Examines architectures, which takes ten minutes of one core, on every core that runs no other tests."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield examined
         return

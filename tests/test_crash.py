@@ -1,4 +1,4 @@
-"""Searches that are killed, stopped, or run out of disk: a short form of scripts/bench/crash.py."""
+"""Searches that are killed, are stopped, or run out of disk: a short form of scripts/bench/crash.py."""
 
 from __future__ import annotations
 

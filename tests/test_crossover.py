@@ -1,4 +1,4 @@
-"""From rows that were measured on a card to the table that the package reads: scripts/bench/blocks.py --table."""
+"""The table that the package reads, made by scripts/bench/blocks.py --table from rows measured on a card."""
 
 from __future__ import annotations
 

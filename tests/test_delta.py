@@ -1,4 +1,4 @@
-"""Deltas: only what differs is kept, the whole comes back bit for bit, and a wrong or hostile part is an error."""
+"""Deltas hold only what differs, are merged bit for bit, and are refused when a part is wrong or hostile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import attnsurgery.checkpoint.directory
 from attnsurgery.checkpoint.delta import apply_as_delta, digest, load_delta, merge_delta, save_delta
 from attnsurgery.checkpoint.difference import Difference, same_bits
 from attnsurgery.checkpoint.directory import apply, read_state_dict, write_directory
-from attnsurgery.checkpoint.weights import DELTA_NAME
+from attnsurgery.checkpoint.formats import DELTA_NAME
 from attnsurgery.cli import build_app
 from attnsurgery.errors import CheckpointError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
@@ -57,7 +57,7 @@ def base_file(base: nn.Module, tmp_path: Path) -> Path:
 
 
 def trained(base: nn.Module) -> nn.Module:
-    """Blocks, head and statistics have moved; all else is frozen."""
+    """A model whose blocks, head and statistics have moved, and whose other weights are frozen."""
     model = attnsurgery.operate(copy.deepcopy(base), RECIPE).train()
     own = [p for block in grafted_blocks(model).values() for p in block.parameters()]
     optimizer = torch.optim.SGD([*own, *model.get_classifier().parameters()], lr=0.1)
@@ -141,7 +141,7 @@ DTYPES = [
 
 @st.composite
 def bits(draw: st.DrawFn) -> torch.Tensor:
-    """A tensor of any type and any bits, NaNs among them."""
+    """A tensor of any type and any bits, among them NaNs."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     count = torch.empty(shape, dtype=dtype).nbytes

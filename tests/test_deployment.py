@@ -58,7 +58,7 @@ def surgical(name: str) -> nn.Module:
 
 @cache
 def export_of(name: str) -> Exported:
-    """An export takes a second or more, so tests of what follows share it."""
+    """The export of a model, shared by tests because it takes a second or more."""
     return exported(surgical(name), (1, *SIZE), torch.float32, "onnxruntime")
 
 
@@ -68,7 +68,7 @@ def model() -> nn.Module:
 
 
 def prepared(name: str, architecture: str = "test_resnet_nonlocal_s3", **changes: Any) -> RuntimeLatency:
-    """A backend that has the model's export already."""
+    """A backend that already has the export of the model."""
     runtime = backend(name, **changes)
     runtime._exports[surgical(architecture)] = (_state_of(surgical(architecture)), export_of(architecture))
     return runtime
@@ -76,7 +76,7 @@ def prepared(name: str, architecture: str = "test_resnet_nonlocal_s3", **changes
 
 @pytest.fixture
 def without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exporter that loses the blocks."""
+    """Replaces the exporter by one that loses the blocks."""
     real = torch.onnx.export
 
     def broken(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +267,7 @@ def test_call_keeps_input_and_outputs_alive(name: str) -> None:
 
 
 def referents(start: object, kind: Any) -> list[object]:
-    """What of that kind is held by an object or what it refers to, two steps deep."""
+    """The objects of a kind that are held by an object or by what it refers to, two steps deep."""
     one = gc.get_referents(start)
     return [referent for referent in [*one, *gc.get_referents(*one)] if isinstance(referent, kind)]
 

@@ -1,4 +1,4 @@
-"""A measurement is alone on its device: between processes, between searches, and without ever waiting for itself."""
+"""A measurement is alone on its device, between processes and searches, and never waits for itself."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def lock_elsewhere(locks: Path) -> DeviceLock:
-    """As another process or search has it."""
+    """The lock as another process or search has it."""
     device_lock("cpu")
     return DeviceLock("cpu", locks / "cpu")
 

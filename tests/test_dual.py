@@ -68,7 +68,7 @@ def naive_position(module: PositionAttention, x: Tensor) -> Tensor:
 
 
 def naive_channel(x: Tensor, energy: str) -> Tensor:
-    """Equations 3 and 4, or the authors' code for equation 3."""
+    """Equations 3 and 4 of the paper, or the authors' code for equation 3."""
     product = torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2))
     if energy == "code":
         product = product.amax(dim=-1, keepdim=True) - product
@@ -165,7 +165,7 @@ def test_dual_options_script_to_same_outputs(options: dict[str, Any]) -> None:
 
 
 def dynamic(block: DualAttention) -> dict[str, Any]:
-    """Any size that leaves two positions a side."""
+    """Shapes of any size that leaves two positions a side."""
     sides = {axis: torch.export.Dim(name, min=2 * block.subsample) for axis, name in ((2, "height"), (3, "width"))}
     return {"x": {0: torch.export.Dim("batch"), **sides}}
 

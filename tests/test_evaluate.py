@@ -1,4 +1,4 @@
-"""Data in three splits that share nothing, and training that is the same twice."""
+"""Data in three splits that share nothing, and training that is repeatable."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_train_settings_need_an_epoch() -> None:
 
 
 class Cramped(nn.Module):
-    """Has room for so many images at a time, and for any number in the first `free` forwards."""
+    """A model with room for `room` images at a time, and for any number in the first `free` forwards."""
 
     def __init__(self, room: int, inputs: int = 3 * 32 * 32, classes: int = 2, says: str = "") -> None:
         super().__init__()
@@ -452,7 +452,7 @@ def test_augmentation_moves_equal_augmented() -> None:
 
 
 class Convolving(nn.Module):
-    """Notes the strides of the weights and of the features that its forward meets."""
+    """A model that notes the strides of the weights and features that its forward meets."""
 
     def __init__(self, views: bool) -> None:
         super().__init__()
@@ -495,7 +495,7 @@ def test_channels_last_on_cpu_where_possible(flat_folder: Path, monkeypatch: pyt
 
 
 class Card:
-    """Has so much free memory, and keeps what is put there apart."""
+    """A card with `free` bytes of memory, which notes what is allocated on it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))

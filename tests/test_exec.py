@@ -1,4 +1,4 @@
-"""`attnsurgery exec`: a script sees what Python would show it, and what timm's scripts do keeps blocks alive.
+"""`attnsurgery exec` shows a script what Python would, and timm's scripts keep the blocks of a model alive.
 
 The scripts in timm_scripts/ know nothing of surgery; they do what the options of timm's train.py, validate.py and
 onnx_export.py do, through timm's public functions.
@@ -37,7 +37,7 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder of two classes, dark and light."""
+    """A folder of images of two classes, dark and light."""
     folder = tmp_path_factory.mktemp("pictures")
     numbers = np.random.default_rng(0)
     for split, count in (("train", 8), ("validation", 2)):
@@ -50,14 +50,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(pictures: Path, output: Path, model: str, *options: object) -> Path:
-    """Run the training script; its checkpoint."""
+    """Runs the training script and returns its checkpoint."""
     result = call(SCRIPTS / "train.py", pictures, "--output", output, "--model", model, "--num-classes", 2, *options)
     assert result.exit_code == 0, result.stderr[-3000:]
     return output / "last.pth.tar"
 
 
 def check_alive(name: str, checkpoint: Path, tolerance: float = 0.0, ema: bool = False, **arguments: object) -> None:
-    """Every block learnt in training; loaded back by timm it runs once and gives the answers that the script wrote."""
+    """Asserts that every block has learnt, and that timm loads the checkpoint and computes the script's outputs."""
     torch.manual_seed(0)
     start = timm.create_model(name, num_classes=2, **arguments)
     weights = torch.load(checkpoint, weights_only=False)["state_dict_ema" if ema else "state_dict"]
@@ -145,7 +145,7 @@ def test_check_alive_notices_lost_block(pictures: Path, tmp_path: Path, monkeypa
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
-    """Checkpoints with every parameter awake, the blocks' gates far from their start, and the models they are of."""
+    """Checkpoints whose parameters and gates are all far from their start, with their models."""
     trainings = {}
     for name in ("test_resnet_nonlocal_s3", "test_efficientnet_se", "repghostnet_050_se"):
         torch.manual_seed(1)
@@ -212,7 +212,7 @@ def test_onnx_export_py_exports_the_blocks(checkpoints: dict[str, tuple[Path, nn
 
 
 def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own that finds this package, and nothing else of ours."""
+    """Runs Python in a process of its own that finds this package, and nothing else of the repository."""
     environment = {**os.environ, "PYTHONPATH": str(Path(attnsurgery.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)

@@ -1,4 +1,4 @@
-"""A search that goes on under other terms: a budget of another size, a space that offers more, another sampler."""
+"""Extending a search under other terms: another budget, a larger search space, another sampler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MORE = TWO_BLOCKS.replace("max_blocks: 2", "max_blocks: 3").replace("[4, 16]", "
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Candidates of one or two blocks, all within the budget."""
+    """A search whose candidates have one or two blocks and are all within the budget."""
     folder = tmp_path_factory.mktemp("search")
     config = small_search(write_images(folder / "images"), write_space(folder), folder / "run")
     Path(config.space).write_text(TWO_BLOCKS)
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.fixture
 def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
-    """Of a copy of that search."""
+    """The configuration of a copy of that search."""
     shutil.copytree(finished.folder, tmp_path / "run")
     space = tmp_path / "space.yaml"
     space.write_text(TWO_BLOCKS)
@@ -47,7 +47,7 @@ def config(finished: Outcome, tmp_path: Path) -> SearchConfig:
 
 
 def tighter_than(finished: Outcome, rank: int = -2) -> float:
-    """A budget that all trained candidates keep to but the slowest, or the time of another one in their order."""
+    """One of the sorted latencies of trained candidates as a budget; by default only the slowest exceeds it."""
     times = sorted({record.timing.ms for record in trained(finished.records) if record.timing})
     assert len(times) > 2, "candidates that all take as long test nothing"
     return times[rank]

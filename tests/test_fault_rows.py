@@ -1,4 +1,4 @@
-"""Faults that outside cases found, of which no other file is about: traces, names, models without values."""
+"""Faults found in use that no other file tests: traces, names, and models without values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of a device are told from a model's own, in whatever they are wrapped."""
+"""Errors of a device are told from those of a model, in whatever error they are wrapped."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_fault_of_wrapped_error(how: str) -> None:
 
 
 def test_fault_nearest_to_surface_holds() -> None:
-    """The device that broke while memory was being freed is broken."""
+    """A device that broke while memory was being freed is broken."""
     outer = RuntimeError(DEVICE[0])
     outer.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
     assert fault_of(outer) is Fault.DEVICE

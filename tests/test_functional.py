@@ -1,4 +1,4 @@
-"""The exact forms of pairwise sums against the formulas with their N x M matrix."""
+"""The exact forms of pairwise sums against their formulas with an N x M matrix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def naive_concatenate(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 
 
 def rows(batch: int, positions: int, width: int, seed: int, channels_last: bool = False) -> Tensor:
-    """(B, N, E) in fp64, in memory as a map lies: (B, E, N) unless channels last."""
+    """(B, N, E) in fp64, laid out in memory as a map is: (B, E, N) unless channels last."""
     values = torch.randn(batch, width, positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     values = values.transpose(1, 2)
     return (values.contiguous() if channels_last else values).requires_grad_()
@@ -265,7 +265,7 @@ def test_channel_energy_avoids_fp16(autocast: bool) -> None:
 
 
 class Kernels(TorchDispatchMode):
-    """Names of the operators that ran and that move or make numbers; views are left out."""
+    """Notes the names of operators that move or compute numbers, and leaves views out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def test_fused_on_cuda_copies_nothing(
     """The fused form on CUDA copies nothing where no width has to be padded."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Its result lies in memory as that of CUDA's kernels: heads behind positions."""
+        """Returns memory as CUDA's kernels lay it out: heads behind positions."""
         batch, heads, positions, _ = query.shape
         return query.new_empty(batch, positions, heads, value.shape[3]).transpose(1, 2)
 
@@ -322,7 +322,7 @@ RULES: tuple[crossover.Rule, ...] = (
 
 @pytest.fixture
 def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A card with RULES, on which tensors of the CPU are taken to be; the forms that run."""
+    """Takes the CPU for a card with RULES, and gives the list of forms that run."""
     monkeypatch.setattr(crossover, "CARDS", {"some-card": ((9, 0), RULES)})
     monkeypatch.setattr(cuda_attention, "CARDS", crossover.CARDS)
     monkeypatch.setattr(cuda_attention, "_card", lambda device: ("some-card", (9, 0)))
@@ -519,7 +519,7 @@ def test_channel_attention_fuses_if_possible(
     """Attention over channels is fused where the kernel can do it."""
 
     class Map:
-        """A tensor that cannot be had without a card."""
+        """A tensor on a card, which this machine need not have."""
 
         def __init__(self) -> None:
             self.dtype, self.shape, self.device = dtype, (2, 8, positions), torch.device(device)

@@ -1,4 +1,4 @@
-"""Files from elsewhere, damaged or hostile: an error of ours or a right result, soon, and the model is never half cut.
+"""Damaged or hostile files give an error of the package or a right result, soon, and never a half-cut model.
 
 `FUZZ=2500 pytest tests/test_fuzz.py` tries as many of each of the four kinds of files, each within 2 s.
 """
@@ -124,7 +124,7 @@ HOSTILE = [
 
 @st.composite
 def damaged(draw: st.DrawFn, text: str) -> str:
-    """The text with one to four spans cut out, doubled, or replaced by something hostile."""
+    """The text with one to four spans cut out, doubled, or replaced by hostile text."""
     for _ in range(draw(st.integers(1, 4))):
         begin = draw(st.integers(0, len(text)))
         end = min(len(text), begin + draw(st.sampled_from([0, 1, 2, 5, 17, 60])))

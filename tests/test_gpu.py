@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: searches, mixed precision, memory, compilers, graphs, faults, the meter, attention.
+"""Tests that need a CUDA device: searches, mixed precision, memory, compilers, graphs, faults, attention.
 
 Each test is skipped with its reason where there is no such device. All of them take a few minutes.
 """
@@ -45,7 +45,7 @@ BY_DEVICE = {"dtype", "mode", "channels_last", "train_dtype", "latency"}
 
 @pytest.fixture
 def config(tmp_path: Path) -> SearchConfig:
-    """The small search of other tests, with everything that a CUDA device has by default."""
+    """The small search of other tests, with all defaults of a CUDA device."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
     small = small_search(images, space, tmp_path / "run")
     return SearchConfig(**small.model_dump(exclude=BY_DEVICE) | {"device": "cuda", "trials": 3, "latency_seconds": 0.3})
@@ -84,7 +84,7 @@ def test_gpu_killed_worker_is_replaced(config: SearchConfig) -> None:
 
 
 def own_workers() -> list[int]:
-    """Workers that this process has started."""
+    """The ids of the workers that this process has started."""
     children = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     return [
         pid for pid in children if b"attnsurgery.search.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -110,7 +110,7 @@ def test_gpu_measurement_stays_on_its_device() -> None:
 
 
 class Noise(Split):
-    """Two classes that any model learns to tell apart, made on the device."""
+    """Two classes that any model learns to separate, made on the device."""
 
     def __init__(self, images: int, size: int) -> None:
         self.ids = [str(number) for number in range(images)]
@@ -126,7 +126,7 @@ class Noise(Split):
 
 
 class Net(nn.Module):
-    """Convolutions, each as wide as it is told, in front of a classifier."""
+    """Convolutions of equal width in front of a classifier."""
 
     def __init__(self, depth: int, width: int = 8, classes: int = 2) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_gpu_mixed_precision_lowers_the_loss(channels_last: bool) -> None:
 
 @pytest.fixture
 def memory_limit() -> Iterator[Any]:
-    """Limits what torch may hold to so many bytes more than it holds now."""
+    """Limits the memory of torch to so many bytes more than it holds now."""
 
     def limit(more: float) -> None:
         torch.cuda.synchronize()
@@ -187,7 +187,7 @@ def memory_limit() -> Iterator[Any]:
 
 
 def peak_of(work: Any) -> int:
-    """Most bytes allocated in `work`, beside what there was before."""
+    """The largest number of bytes that `work` allocates, beside what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -198,7 +198,7 @@ def peak_of(work: Any) -> int:
 
 
 def batch_sizes(model: nn.Module) -> list[int]:
-    """Filled with the size of every batch that the model finishes."""
+    """A list that gets the size of every batch that the model finishes."""
     sizes: list[int] = []
     model.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
     return sizes
@@ -281,7 +281,7 @@ def test_gpu_compiles_each_of_ten_candidates() -> None:
 
 
 class StoredOutput(nn.Module):
-    """Keeps its last output where a graph can write it."""
+    """Stores its last output where a graph can write it."""
 
     def __init__(self, model: nn.Module, like: Tensor) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ def test_gpu_modes_compute_the_model(mode: str, monkeypatch: pytest.MonkeyPatch)
 
 
 class Uncapturable(nn.Module):
-    """Asks the device for a number in the middle of its forward, which no graph can hold."""
+    """Reads a number from the device in the middle of its forward, which no graph can capture."""
 
     def __init__(self) -> None:
         super().__init__()

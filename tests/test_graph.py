@@ -1,4 +1,4 @@
-"""Where blocks can go: sites, their shapes, stages and roles, and the selectors that mean them."""
+"""Where blocks can stand: sites, their shapes, stages and roles, and the selectors that match them."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_sites_skip_reparametrized_modules() -> None:
 
 
 class TypeChecking(nn.Module):
-    """Asks about types as dual path networks do: of what it is given, or only of what it was made with."""
+    """Asks for types as dual path networks do: of its input, or only of its own attribute."""
 
     def __init__(self, of_input: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image folders as people have them: read as they are meant, or the first lines say what was not."""
+"""Image folders as people have them are read as they are meant, or the first lines say what was left out."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_nan_and_infinite_pixels_are_black() -> None:
 
 
 def photo_with_exif(orientation: int) -> Image.Image:
-    """An upright image that is red in its left half, as a camera stores it: turned, with the way back beside it."""
+    """An upright image, red in its left half, as a camera stores it: rotated, with its EXIF orientation."""
     image = Image.new("RGB", (40, 20), "blue")
     ImageDraw.Draw(image).rectangle((0, 0, 19, 19), fill="red")
     back = {
@@ -436,7 +436,7 @@ def test_disjoint_splits_share_nothing(tmp_path: Path) -> None:
 
 
 def photo(index: int) -> Image.Image:
-    """Something that has shapes: smooth noise."""
+    """Smooth noise, which has shapes as a photo has."""
     small = Image.fromarray(np.random.default_rng(index).integers(0, 255, (6, 6, 3)).astype(np.uint8))
     return small.resize((64, 64), Image.Resampling.BICUBIC)
 
@@ -711,7 +711,7 @@ def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
 
 
 class Image_:
-    """Known by the name of its type, which is 'Image'."""
+    """The type of a column of images, known by its name 'Image'."""
 
     def __init__(self, decode: bool = True) -> None:
         self.decode = decode
@@ -731,7 +731,7 @@ Image_.__name__ = "Image"
 
 
 class Rows:
-    """As much of a datasets.Dataset as timm's reader asks for."""
+    """The part of a datasets.Dataset that timm's reader uses."""
 
     def __init__(self, features: dict[str, object], rows: list[dict[str, object]]) -> None:
         self.features, self._rows = features, rows
@@ -753,7 +753,7 @@ Hub = Callable[..., None]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Stands in for the package `datasets`, which need not be installed: one data set, with the splits it is given."""
+    """Replaces the package `datasets`, which need not be installed, by one data set with the splits of the test."""
 
     def publish(features: dict[str, object], **splits: list[dict[str, object]]) -> None:
         def load_dataset(name: str, split: str = "train", cache_dir: str | None = None) -> Rows:
@@ -846,7 +846,7 @@ def test_hub_without_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Reader(nn.Module):
-    """Tells how dark an image is: sure of its classes, whose outputs are in the order that it is given."""
+    """Classifies how dark an image is, with certainty, in the order of outputs that it is given."""
 
     def __init__(self, order: list[int]) -> None:
         super().__init__()
@@ -946,7 +946,7 @@ def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
     rows = load_file(base_folder / "model.safetensors")["fc.weight"]
     assert torch.equal(bench.base.fc.weight.cpu(), rows[[1, 0]])
     assert bench.fresh == "nothing"
-    assert "the outputs of the given classifier are put into the order of the images' classes" in lines
+    assert "the outputs of the pretrained classifier are reordered as the images' classes" in lines
 
 
 def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> None:

@@ -23,13 +23,13 @@ every_size = pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5)])
 
 
 def make(name: str, start: str = "identity", dtype: torch.dtype | None = None) -> Block:
-    """The block with its default options, or where these do not fit 16 channels and 8 x 8, with its own example."""
+    """The block with its default options, or with its own example where these do not fit 16 channels and 8 x 8."""
     torch.manual_seed(0)
     return build_block(name, CHANNELS, getattr(BLOCKS[name], "example", {}), start, dtype=dtype)
 
 
 def unsupported(block: Block) -> Mapping[str, str]:
-    """What somebody else's module cannot do, with the reason; the tests below make sure that it really cannot."""
+    """What a module of another library cannot do, with the reason; the tests make sure that it really cannot."""
     return getattr(block, "unsupported", {})
 
 
@@ -38,7 +38,7 @@ def images(*size: int, batch: int = 2) -> torch.Tensor:
 
 
 def block_for(name: str, size: tuple[int, int], start: str = "identity") -> Block:
-    """The block, where it has a meaning on such a map; a refusal has its own tests."""
+    """The block; skips the test where it refuses such a map, for which other tests exist."""
     block = make(name, start)
     try:
         block.check_map(*size)
@@ -48,12 +48,12 @@ def block_for(name: str, size: tuple[int, int], start: str = "identity") -> Bloc
 
 
 def neutral(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """What an identity start returns: its input, or the factor 1 of a span's output."""
+    """The output of an identity start, which is its input, or the factor 1 where a block scales a span's output."""
     return torch.ones_like(x) if block.gates else x
 
 
 def smallest_side(block: Block) -> int:
-    """Side of the smallest square map that the block takes, 2 at least."""
+    """The side of the smallest square map that the block takes, at least 2."""
     for side in range(2, 33):
         try:
             block.check_map(side, side)
@@ -311,6 +311,6 @@ def gpu_image(name: str) -> torch.Tensor:
 
 
 def reference(moved: Block, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In fp64, from weights and images that are rounded to `dtype`."""
+    """The output in fp64, from weights and images that are rounded to `dtype`."""
     with torch.no_grad():
         return copy.deepcopy(moved).to(dtype).double()(image.to(dtype).double())

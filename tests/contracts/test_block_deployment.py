@@ -1,4 +1,4 @@
-"""What every block of the catalog keeps elsewhere: ONNX, determinism, bounded memory, the smallest batch and map."""
+"""The laws of a block in deployment: ONNX, determinism, bounded memory, the smallest batch and the smallest map."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_block_eval_images_are_independent(name: str) -> None:
 
 
 def refusal_of(block: Block, height: int, width: int) -> str:
-    """Why the block does not take such a map, or nothing."""
+    """The reason why the block refuses such a map, or an empty string."""
     try:
         block.check_map(height, width)
     except OptionError as error:

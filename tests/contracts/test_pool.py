@@ -1,4 +1,4 @@
-"""What every pool promises of its jobs, whoever does them: pool.py's laws."""
+"""The laws of every pool of workers, whichever way it runs its jobs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Known to this process as to workers."""
+    """The dummy evaluator, which this process and its workers can import."""
     assert "finetune" in EVALUATORS, "all others are loaded"
     EVALUATORS.register("dummy")(Dummy)
     monkeypatch.setenv("PYTHONPATH", PLUGINS)
@@ -59,7 +59,7 @@ def config_in(folder: Path, pool: str) -> SearchConfig:
 
 
 class StopFlag:
-    """Says stop once it is told to."""
+    """Says whether to stop; `now` sets it."""
 
     now = False
 
@@ -182,7 +182,7 @@ def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
 
 
 class BrokenBackend(FixedLatency):
-    """A meter that wraps what a device says, as the real ones do."""
+    """A latency backend that wraps an error of the device, as the real ones do."""
 
     def measure(self, model: nn.Module) -> Latency:
         try:
