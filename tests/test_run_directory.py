@@ -355,12 +355,12 @@ def test_resume_refuses_other_weights(copied: SearchConfig, tmp_path: Path, othe
 def test_weights_are_known_by_their_content(finished: Outcome, tmp_path: Path) -> None:
     """The same weights in another file are the same."""
     torch.save(safetensors.torch.load_file(str(finished.config.checkpoint)), tmp_path / "same.pth")
-    digests = {assemble(change(finished.config, checkpoint=name), Listener()).given for name in (
+    digests = {assemble(change(finished.config, checkpoint=name), Listener()).source_digest for name in (
         finished.config.checkpoint, str(tmp_path / "same.pth")
     )}  # fmt: skip
     assert len(digests) == 1
     assert None not in digests
-    assert assemble(change(finished.config, checkpoint=None), Listener()).given is None
+    assert assemble(change(finished.config, checkpoint=None), Listener()).source_digest is None
 
 
 def test_older_search_without_digest_resumes() -> None:
@@ -611,7 +611,7 @@ def test_changed_weights_are_trained_again(copied: SearchConfig, monkeypatch: py
     monkeypatch.setattr(FineTune, "score", score)
     again = change(copied, confirm_seeds=2)
     with monkeypatch.context() as patched:
-        patched.setattr(jobs_module, "judged", dies)
+        patched.setattr(jobs_module, "final_verdict", dies)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     assert len(seeds) == 4

@@ -11,7 +11,8 @@ from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.checkpoint.directory import opened
-from attnsurgery.checkpoint.weights import DELTA_NAME, read_state_dict
+from attnsurgery.checkpoint.formats import DELTA_NAME
+from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.cli._settings import checked
 from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.timm_plugin.architectures import check_base, weightless

@@ -45,13 +45,13 @@ def search(
     ATTNSURGERY_BUDGET_MS, or from the file of --config.
     """
     from attnsurgery.search.execution.assemble import pick_device
-    from attnsurgery.search.execution.given_base import plain
+    from attnsurgery.search.execution.pretrained_base import resolve_base
     from attnsurgery.search.space import load
 
     if (storage := settings.get("storage")) and storage != os.environ.get(STORAGE_VARIABLE):
         _warn_of_password(storage)
     space = settings.get("space", SearchConfig.model_fields["space"].default)
-    named = plain(model or settings.get("base") or load(space).base or DEFAULT_BASE, settings.get("checkpoint"))
+    named = resolve_base(model or settings.get("base") or load(space).base or DEFAULT_BASE, settings.get("checkpoint"))
     output = settings.pop("output", None)
     device = pick_device(settings.get("device", "auto"))
     place = {"base": named.base, "checkpoint": named.checkpoint, "device": device, "output": output or ""}

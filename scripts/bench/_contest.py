@@ -19,7 +19,7 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search import Timing
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
-from attnsurgery.search.execution.verdict import judge
+from attnsurgery.search.execution.verdict import compare_on_test
 from attnsurgery.search.files import Journal
 from attnsurgery.search.seeds import seed_of
 
@@ -39,7 +39,7 @@ def trained(bench: Bench, recipes: Recipes, seeds: int, path: Path) -> dict[str,
             key = (_digest(recipe), seed)
             if key in known:
                 continue
-            score = bench.judge.score(_made(bench, recipe), seed_of(bench.config.seed, "contest", seed), on="test")
+            score = bench.final_evaluator.score(_made(bench, recipe), seed_of(bench.config.seed, "contest", seed), on="test")
             known[key] = np.packbits(score.correct.numpy()).tobytes().hex()
             journal.append({"digest": key[0], "seed": seed, "name": name, "top1": score.top1, "right": known[key]})
             print(f"{name}, seed {seed + 1} of {seeds}: {100 * score.top1:.2f} %", flush=True)
@@ -113,7 +113,7 @@ def _unpacked(right: str, images: int) -> torch.Tensor:
 
 
 def _compared(first: Rights, second: Rights) -> dict[str, Any]:
-    found = judge("", second, first, 0, Timing(0.0, 0.0, 0.0, 0.0))
+    found = compare_on_test("", second, first, 0, Timing(0.0, 0.0, 0.0, 0.0))
     return {
         "gain": found.winner_top1 - found.base_top1,
         "gains": [

@@ -157,25 +157,27 @@ def calibrate(
     costs = Costs.count(bound, anatomy, base)
     meter = alone_on_device(backend_for(conditions(size), backend, EFFORT))
     base = base.to(meter.conditions.device)
-    shelf = LatencyCache(meter, base_key(base, model))
-    measured, kinds = shelf.read()
-    before = len(measured)
+    cache = LatencyCache(meter, base_key(base, model))
+    measurements, kinds = cache.read()
+    count_before = len(measurements)
     base_ms = meter.measure(base).p50_ms
-    for one in calibrated(bound, costs, measured, kinds, in_place(base, anatomy, bound, costs, meter), seconds):
-        shelf.add(one, costs.kinds)
-        measured.append(one)
+    for measurement in calibrated(
+        bound, costs, measurements, kinds, in_place(base, anatomy, bound, costs, meter), seconds
+    ):
+        cache.add(measurement, costs.kinds)
+        measurements.append(measurement)
         if on_measured:
-            on_measured(len(measured) - before)
+            on_measured(len(measurements) - count_before)
     return Calibration(
         model=model,
         space=bound.name,
         conditions=meter.describe(),
         base_ms=base_ms,
         kinds=len(costs.kinds),
-        measured=len(measured),
-        before=before,
-        quality=quality(costs.base["macs"], {**kinds, **costs.kinds}, measured),
-        path=str(shelf.path),
+        measured=len(measurements),
+        before=count_before,
+        quality=quality(costs.base["macs"], {**kinds, **costs.kinds}, measurements),
+        path=str(cache.path),
     )
 
 
@@ -191,8 +193,10 @@ def in_place(base: nn.Module, anatomy: Anatomy, space: BoundSpace, costs: Costs,
         recipe = space.recipe_of(space.places.params(picks))
         assert recipe is not None, "a candidate has a block"
         model = operate(copy.deepcopy(base), resolve(recipe, anatomy)).to(backend.conditions.device)
-        found = backend.compare(base, model)
-        return Measured(dict(costs.counts(picks)), found.ratio, (found.ratio_high - found.ratio_low) / Z_INTERVAL)
+        comparison = backend.compare(base, model)
+        return Measured(
+            dict(costs.counts(picks)), comparison.ratio, (comparison.ratio_high - comparison.ratio_low) / Z_INTERVAL
+        )
 
     return measure
 
@@ -200,7 +204,7 @@ def in_place(base: nn.Module, anatomy: Anatomy, space: BoundSpace, costs: Costs,
 def calibrated(
     space: BoundSpace,
     costs: Costs,
-    known: Sequence[Measured],
+    measured_before: Sequence[Measured],
     kinds: Mapping[str, Kind],
     measure: Measure,
     seconds: float,
@@ -209,19 +213,19 @@ def calibrated(
     """Measure one candidate after another for so long, each time the one that would tell most.
 
     Args:
-        known: measured before, of these `kinds` or of the space's own.
+        measured_before: measured before, of these `kinds` or of the space's own.
     """
     rng = np.random.default_rng(seed)
     everything = {**kinds, **costs.kinds}
-    found = list(known)
+    measurements = list(measured_before)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        model = LatencyModel(costs.base["macs"], everything, found)
+        model = LatencyModel(costs.base["macs"], everything, measurements)
         drawn = [picks for _ in range(_DRAWN) if (picks := space.places.drawn(rng, lambda _: True))]
         if not drawn:
             return
-        found.append(measure(max(drawn, key=lambda picks: model.gain(costs.counts(picks)))))
-        yield found[-1]
+        measurements.append(measure(max(drawn, key=lambda picks: model.gain(costs.counts(picks)))))
+        yield measurements[-1]
 
 
 def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measured]) -> Quality | None:
@@ -230,12 +234,12 @@ def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measur
         return None
     predicted = np.empty(len(measured))
     for fold in range(_FOLDS):
-        told = [one for index, one in enumerate(measured) if index % _FOLDS != fold]
-        model = LatencyModel(base_macs, kinds, told)
-        predicted[fold::_FOLDS] = [model.predict(one.counts).ratio for one in measured[fold::_FOLDS]]
-    true = np.array([one.ratio for one in measured])
+        training = [measurement for index, measurement in enumerate(measured) if index % _FOLDS != fold]
+        model = LatencyModel(base_macs, kinds, training)
+        predicted[fold::_FOLDS] = [model.predict(measurement.counts).ratio for measurement in measured[fold::_FOLDS]]
+    true = np.array([measurement.ratio for measurement in measured])
     errors = np.abs(predicted / true - 1.0)
-    noise = float(np.median([one.sigma / one.ratio for one in measured]))
+    noise = float(np.median([measurement.sigma / measurement.ratio for measurement in measured]))
     return Quality(len(measured), float(errors.mean()), float(errors.max()), spearman(predicted, true), noise)
 
 

@@ -60,22 +60,22 @@ class Costs:
         blocks: list[tuple[Counter[str], ...]] = []
         kinds: dict[str, Kind] = {}
         for variable in space.variables:
-            found = np.zeros((len(EXACT), len(variable.choices)))
+            added_CL = np.zeros((len(EXACT), len(variable.choices)))
             counts: tuple[Counter[str], ...] = tuple(Counter() for _ in variable.choices)
             for index, label in enumerate(variable.choices):
                 recipe = space.recipe_of(space.nothing | {variable.name: label})
                 for insertion in resolve(recipe, anatomy) if recipe else ():
                     cost = cost_of(insertion)
-                    found[:, index] += (cost.params, cost.macs)
+                    added_CL[:, index] += (cost.params, cost.macs)
                     key = _kind(insertion)
                     counts[index][key] += 1
                     kinds[key] = Kind(cost.macs, math.prod(insertion.site.shape))
             blocks.append(counts)
-            for name, row in zip(EXACT, found, strict=True):
+            for name, row in zip(EXACT, added_CL, strict=True):
                 rows[name].append(row)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         before = {"parameters": parameters, "macs": count_macs(base, anatomy.input_size)}
-        return cls(before, {name: tuple(found) for name, found in rows.items()}, tuple(blocks), kinds)
+        return cls(before, {name: tuple(values) for name, values in rows.items()}, tuple(blocks), kinds)
 
     def counts(self, picks: Picks) -> Counter[str]:
         """How often each kind of block is in a candidate."""
@@ -104,13 +104,13 @@ class Costs:
         nothing = (0,) * len(values)
         if best(places, values, None, list(exact.values()), {nothing}) is not None:
             return
-        said = [
+        statements = [
             f"the base alone has {_amount(self.base[name], _KINDS[name].unit)}, and no block of the space adds less "
             f"than {_amount(min(row[1:].min() for row in self.added[name]), _KINDS[name].unit)}"
             for name in exact
         ]
         raise NothingFeasibleError(
-            f"no candidate keeps to {budgets.describe()}: {'; '.join(said)}. "
+            f"no candidate keeps to {budgets.describe()}: {'; '.join(statements)}. "
             f"Raise {' or '.join('--' + _KINDS[name].field.replace('_', '-') for name in exact)}, "
             "choose a smaller MODEL, or a --space with cheaper blocks."
         )

@@ -15,7 +15,7 @@ from attnsurgery.latency.model import Kind, LatencyModel, Measured, Prediction
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Picks, Places
 from attnsurgery.samplers.threads import on_one_thread
-from attnsurgery.search.budgets.calibrate import Z_INTERVAL, Shelf
+from attnsurgery.search.budgets.calibrate import Z_INTERVAL, LatencyCache
 from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
@@ -46,9 +46,9 @@ class LatencyPredictor:
         self._model: LatencyModel | None = None
 
     @staticmethod
-    def measured_before(shelf: Shelf) -> dict[str, Any]:
+    def measured_before(cache: LatencyCache) -> dict[str, Any]:
         """The earlier measurements of this machine as JSON data; a resumed search has to begin with the same ones."""
-        measurements, kinds = shelf.read()
+        measurements, kinds = cache.read()
         return {
             "measured": [asdict(measurement) for measurement in measurements],
             "kinds": {key: asdict(kind) for key, kind in kinds.items()},
@@ -61,11 +61,11 @@ class LatencyPredictor:
                 self._own[record.digest] = measured(self._costs, self._places, record, self._reference_ms)
                 self._model = None
 
-    def keep(self, record: Record, shelf: Shelf) -> None:
+    def keep(self, record: Record, cache: LatencyCache) -> None:
         """Save the measurement of a trial for later searches; a full disk does not end this search."""
         if record.timing is not None and record.state != "duplicate":
             with suppress(SearchError):
-                shelf.add(measured(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
+                cache.add(measured(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
 
     @on_one_thread
     def predict(self, assignment: Mapping[str, str]) -> Prediction | None:

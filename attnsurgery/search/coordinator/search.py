@@ -25,7 +25,7 @@ from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
 from attnsurgery.search.coordinator.resume import open_store
 from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
-from attnsurgery.search.execution.assemble import assemble, keep_digests
+from attnsurgery.search.execution.assemble import assemble, save_digests
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
@@ -113,7 +113,7 @@ def run(
         with writing_errors(), _pool(config, listener, pulse, backend) as (bench, pool):
             bench.weights = _weights(pool, bench, folder, facts, listener)
             store, changes = open_store(bench, folder, listener)
-            keep_digests(bench, folder)
+            save_digests(bench, folder)
             # `extend` holds for one run, and not for later ones that read this file
             write_own(folder, CONFIG, bench.config.model_copy(update={"extend": False}).as_yaml())
             pulse.beat = store.beat
@@ -222,7 +222,7 @@ class _Search:
         self.about = remember(store, bench, self.reference, command, changes)
         latencies = store.fixed("latencies")
         if latencies is None:
-            latencies = LatencyPredictor.measured_before(bench.shelf)
+            latencies = LatencyPredictor.measured_before(bench.latency_cache)
             store.fix("latencies", latencies)
         predictor = LatencyPredictor(bench.costs, bench.places, bench.budgets, self.reference, latencies)
         self.trials = TrialLoop(

@@ -18,7 +18,7 @@ from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import any_left
 from attnsurgery.search.execution.jobs import Job
-from attnsurgery.search.execution.trial import at_once, outlined
+from attnsurgery.search.execution.trial import outline, settle_early
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.storage.schema import KNOWN
@@ -175,10 +175,10 @@ class TrialLoop:
         over = self.predictor.surely_over_ms(request.assignment)
         if over is not None and not trained(self.records) and not self._any_predicted():
             over = None  # a search that ends without a result has measured, and not only predicted, that none fits
-        record = outlined(self.bench, request.number, request.assignment, over)
+        record = outline(self.bench, request.number, request.assignment, over)
         self.listener.trial_started(request.number, record.recipe["name"] if record.recipe else "the base as it is")
         earlier = {other.digest: other for other in self.records if other.digest and other.state in KNOWN}
-        if (settled := at_once(self.bench, record, {**earlier, "": self.base})) is not None:
+        if (settled := settle_early(self.bench, record, {**earlier, "": self.base})) is not None:
             self._finish(settled)
         elif any(self._digest(other) == record.digest for other in self._running.values()):
             self._twins.append(request)
@@ -215,7 +215,7 @@ class TrialLoop:
     def _finish(self, record: Record) -> None:
         """Store the record of a trial, unless another search has taken the trial over."""
         stored = self.store.finish(record)
-        self.predictor.keep(record, self.bench.shelf)
+        self.predictor.keep(record, self.bench.latency_cache)
         if stored is None:
             self.refresh()
             return

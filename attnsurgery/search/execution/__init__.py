@@ -1,1 +1,1 @@
-"""What a worker does: assembles model and data, measures, trains, scores, judges."""
+"""The work of a worker: assembles model and data, measures, trains and scores candidates."""

@@ -1,4 +1,4 @@
-"""Loads and builds everything that a search stands on, once."""
+"""Loads and builds all that trials need: base, data, space, latency backend, evaluators."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
-from attnsurgery.search.budgets.calibrate import Shelf, base_key
+from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
 from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.device_lock import alone_on_device
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench, Fresh
-from attnsurgery.search.execution.given_base import (
+from attnsurgery.search.execution.pretrained_base import (
     can_reorder,
     label_names,
+    mismatch,
     normalization,
-    other_classes,
-    plain,
-    reordered,
+    reorder,
+    resolve_base,
 )
 from attnsurgery.search.execution.scorers import Alone, Scorer, Shared
 from attnsurgery.search.execution.supernet import Supernet
@@ -55,30 +55,32 @@ from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 _TOLERANCE = 0.005
+"""Half the 95 % interval at which a measurement may end, as a share of the latency."""
 _DEFAULT_SIZE = 48
+"""Height and width of the embedded digits, in pixels."""
 
 
-def keep_digests(bench: Bench, folder: Path) -> None:
-    """Keep in the run directory what was found of image files; where that cannot be, they are read again."""
+def save_digests(bench: Bench, folder: Path) -> None:
+    """Save the digests of image files in the run directory; if they cannot be written, images are read again."""
     if bench.digests and bench.digests != load_digests(folder / IMAGES):
         with suppress(SearchError):
             write_own(folder, IMAGES, json.dumps(bench.digests))
 
 
-def pick_device(asked: str) -> str:
-    """'auto' is CUDA where there is one, else the CPU; anything else is checked.
+def pick_device(device: str) -> str:
+    """The device of a setting: 'auto' is CUDA where there is one, else the CPU; any other device is checked.
 
     Raises:
-        UsageError: torch does not know the device, or sees none of it.
+        UsageError: torch does not know the device, or the machine does not have it.
     """
-    if asked == "auto":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=asked)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {asked}: {reason}. Use auto, cpu, cuda or cuda:<number>.") from None
-    return asked
+        raise UsageError(f"--device {device}: {reason}. Use auto, cpu, cuda or cuda:<number>.") from None
+    return device
 
 
 def prepare(
@@ -91,10 +93,14 @@ def prepare(
     """Load and build everything; train the base if it comes without weights.
 
     Args:
-        folder: the run directory; taken in place of the configuration's.
+        config: all settings.
+        folder: the run directory, instead of the configuration's.
+        listener: told of progress.
+        stop: whether the user asked for an end.
+        backend: measures latencies instead of the backend that the configuration names.
 
     Raises:
-        what `assemble` raises.
+        AttnSurgeryError: as `assemble`.
         CheckpointError: the run directory's weights cannot be read.
     """
     bench = assemble(config.model_copy(update={"output": str(folder)}), listener, backend)
@@ -110,23 +116,26 @@ def assemble(
     decode: bool = True,
     check: bool = True,
 ) -> Bench:
-    """Load and build everything but the weights of a base that comes without; nothing is written.
+    """Load and build everything but the weights of a base that comes without any; nothing is written.
 
     Args:
-        decode: False leaves images alone until they are needed, if ever.
-        check: open all images once and say what is to be said of them; False where the search itself has done that.
+        config: all settings.
+        listener: told of progress.
+        backend: measures latencies instead of the backend that the configuration names.
+        decode: decode images now; False decodes them when they are needed.
+        check: open all images once and report what is unusual; False if the search itself has done that.
 
     Raises:
         UnknownNameError: no such base, space, sampler, evaluator or backend; nothing was read yet.
-        RecipeError, SiteError, OptionError: the space does not read, or does not fit the base.
+        RecipeError, SiteError, OptionError: the space cannot be parsed, or does not fit the base.
         NothingFeasibleError: no candidate can keep to the budgets for parameters and multiply-accumulates.
-        UsageError, SearchError: the data, the device, or a choice of both weights that exclude each other.
-        CheckpointError: the weights cannot be read or fetched.
+        UsageError, SearchError: the data or the device cannot be used, or settings exclude each other.
+        CheckpointError: the weights cannot be read or downloaded.
     """
     if config.pretrained and config.checkpoint:
         raise UsageError("--pretrained and --checkpoint both say where the base's weights come from; give one.")
-    named = plain(config.base, config.checkpoint)
-    config = config.model_copy(update={"base": named.base, "checkpoint": named.checkpoint})
+    resolved = resolve_base(config.base, config.checkpoint)
+    config = config.model_copy(update={"base": resolved.base, "checkpoint": resolved.checkpoint})
     check_base(config.base, "MODEL")
     space_file = load(config.space)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
@@ -134,12 +143,12 @@ def assemble(
     sized = for_images(config.base, size[1:])
     backend = backend or _backend(config, size)
     *lower, top = rungs_of(config)
-    SAMPLERS[config.sampler]  # whatever the configuration names exists, before images are read and bases trained
+    SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
     if check:
         listener.phase(f"reading {config.data or 'the embedded digits'}")
-    twin = weightless(config.base)
+    architecture = weightless(config.base)
     normalized = normalization(config.checkpoint)
-    fitted = replace(Preprocessing.of(twin, size), **normalized)
+    fitted = replace(Preprocessing.of(architecture, size), **normalized)
     data = load_data(
         config.data,
         fitted,
@@ -163,7 +172,9 @@ def assemble(
         channels_last=config.channels_last,
         tf32=config.tf32,
     )
-    base, fresh, given = _untrained(config, data.classes, weights, sized, listener if check else Listener())
+    base, untrained_part, source_digest = _untrained(
+        config, data.classes, weights, sized, listener if check else Listener()
+    )
     base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
@@ -174,17 +185,32 @@ def assemble(
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
     evaluator = EVALUATORS[top.evaluator](data, settings)
     places = replace(space.places, budgets=costs.budgets(budgets))
-    shelf = Shelf(backend, base_key(base, config.base))
+    latency_cache = LatencyCache(backend, base_key(base, config.base))
     scorers = (*rungs, Alone(evaluator))
-    made = Bench(config, base, anatomy, space, data, scorers, evaluator, backend, budgets, costs, places, shelf, fresh)
-    made.given, made.digests = given, digests
-    return made
+    bench = Bench(
+        config,
+        base,
+        anatomy,
+        space,
+        data,
+        scorers,
+        evaluator,
+        backend,
+        budgets,
+        costs,
+        places,
+        latency_cache,
+        untrained_part,
+    )
+    bench.source_digest, bench.digests = source_digest, digests
+    return bench
 
 
 def conditions_of(config: SearchConfig, size: tuple[int, int, int]) -> Conditions:
-    """What a latency is measured under.
+    """The conditions of a latency measurement.
 
     Args:
+        config: all settings.
         size: (C, H, W) of an image.
     """
     return Conditions(
@@ -225,7 +251,7 @@ def _scorer(
 
 
 def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, int, int]:
-    """What was asked for; else the model's own where its weights expect it; else near the images' own size."""
+    """(C, H, W) of an image: as configured; else as the weights expect it; else near the images' own size."""
     model = weightless(config.base)
     channels, height, width = Preprocessing.of(model).input_size
     if weights is not None:
@@ -248,16 +274,19 @@ def _untrained(
     sized: Mapping[str, Any],
     listener: Listener,
 ) -> tuple[nn.Module, Fresh, str | None]:
-    """The base for these classes, with the weights it was given, or fresh ones that depend on the seed alone.
+    """The base for these classes, with its pretrained weights, or with random ones that depend only on the seed.
 
     Args:
+        config: all settings.
+        classes: names of the images' classes.
         weights: of the checkpoint, if there is one.
         sized: arguments of the architecture for the size of the images.
+        listener: told of progress.
 
     Returns:
-        The model, what of it is to be trained, and the digest of the weights that it was given.
+        The model, the part of it that is still to be trained, and the digest of its pretrained weights.
     """
-    fresh: Fresh = "nothing" if config.pretrained or config.checkpoint else "all"
+    untrained_part: Fresh = "nothing" if config.pretrained or config.checkpoint else "all"
     img_size = sized.get("img_size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -267,17 +296,17 @@ def _untrained(
             model = build_base(config.base, img_size=img_size)
         else:
             model = timm.create_model(config.base, num_classes=len(classes), **sized)
-        given = None if fresh == "all" else digest(model.state_dict()).removeprefix("sha256:")[:16]
-        names = label_names(config.checkpoint, model) if fresh == "nothing" else ()
+        source_digest = None if untrained_part == "all" else digest(model.state_dict()).removeprefix("sha256:")[:16]
+        names = label_names(config.checkpoint, model) if untrained_part == "nothing" else ()
         if getattr(model, "num_classes", len(classes)) != len(classes):
             model.reset_classifier(len(classes))  # type: ignore[operator]
-            fresh = "head"
+            untrained_part = "head"
         elif names and list(names) != list(classes):
             if sorted(names) == sorted(classes) and can_reorder(model, len(classes)):
-                reordered(model, names, classes)
-                listener.phase("the outputs of the given classifier are put into the order of the images' classes")
+                reorder(model, names, classes)
+                listener.phase("the outputs of the pretrained classifier are reordered as the images' classes")
             else:
-                listener.phase(f"{other_classes(names, classes)}: a new one is fitted")
+                listener.phase(f"{mismatch(names, classes)}: a new one is fitted")
                 model.reset_classifier(len(classes))  # type: ignore[operator]
-                fresh = "head"
-    return model, fresh, given
+                untrained_part = "head"
+    return model, untrained_part, source_digest

@@ -18,7 +18,7 @@ from attnsurgery.evaluate import (
 )
 from attnsurgery.latency import Latency
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.given_base import (
+from attnsurgery.search.execution.pretrained_base import (
     check_head,
     label_names,
 )
@@ -29,14 +29,14 @@ from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.watching import Watching
 
 _BASE_LR = 3.0
-"""A base or a head from scratch learns this many times faster than a fine-tuning may."""
+"""Learning rate of a base or a head trained from scratch, relative to that of fine-tuning."""
 
 
 def starting_weights(bench: Bench, watch: Watching) -> str:
-    """Load them from the run directory, or make them and put them there; their hash.
+    """Load the starting weights from the run directory, or make and write them; return their hash.
 
     Raises:
-        CheckpointError: those of the run directory cannot be read.
+        CheckpointError: the weights in the run directory cannot be read.
         SearchError: training diverged, or the run directory cannot be written.
     """
     config, base = bench.config, bench.base
@@ -51,7 +51,7 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
             watch.listener.phase(f"training the base {config.base} {length}")
             train(base, bench.data.train, settings, config.seed, watch)
         elif bench.fresh == "nothing" and not label_names(config.checkpoint, base):
-            bench.head = _judge_head(bench, watch)
+            bench.head = _check_head(bench, watch)
         if bench.fresh == "head":
             watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
             fit_head(base, bench.data.train, settings, config.seed, watch)
@@ -60,38 +60,38 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
     return hash_of(path)
 
 
-def _judge_head(bench: Bench, watch: Watching) -> str:
-    """Ask the validation images whether a classifier without names is theirs; if not, another is drawn, to be fitted.
+def _check_head(bench: Bench, watch: Watching) -> str:
+    """Test on the validation images whether a classifier without class names fits; if not, replace it by a new one.
 
     Returns:
-        What was found, for people.
+        The result in words.
     """
-    found = check_head(bench.base, bench.data, bench.evaluator.settings, watch)
-    watch.listener.phase(found.words())
-    if found.fits:
-        return found.words()
+    check = check_head(bench.base, bench.data, bench.evaluator.settings, watch)
+    watch.listener.phase(check.words())
+    if check.fits:
+        return check.words()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.config.seed)
         bench.base.reset_classifier(bench.data.num_classes)  # type: ignore[operator]
     bench.base.to(bench.config.device)
     bench.fresh = "head"
-    return f"{found.words()}; a new one was fitted"
+    return f"{check.words()}; a new one was fitted"
 
 
 def hash_of(path: Path) -> str:
-    """What tells weights from others."""
+    """The first 16 hexadecimal digits of the SHA-256 digest of a weights file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def base_latency(bench: Bench, watch: Watching) -> Latency:
-    """The base's own: the scale of every other."""
+    """The base's latency, which those of candidates are relative to."""
     watch.listener.phase("measuring the base")
     with bench.backend.carefully():
         return bench.backend.measure(bench.base)
 
 
 def base_scores(bench: Bench, seed: int, watch: Watching) -> list[Score]:
-    """The base trained as each candidate is, on every rung from the lowest; a supernet is trained for all on the way.
+    """The scores of the base, trained as each candidate is, on every rung from the lowest. This trains a supernet, too.
 
     Raises:
         SearchError: training diverged.

@@ -1,4 +1,4 @@
-"""What trials are made on: base with its weights, data, places, latency backend, evaluator."""
+"""The bench: all that trials need, with the base and its weights, data, space, latency backend and evaluators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnsurgery.evaluate import (
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.budgets.calibrate import Shelf
+from attnsurgery.search.budgets.calibrate import LatencyCache
 from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.compatibility import VERSIONS, WEIGHTS_GIVEN
 from attnsurgery.search.config import SearchConfig
@@ -27,49 +27,57 @@ from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.space import BoundSpace
 
 Fresh = Literal["all", "head", "nothing"]
+"""Which part of the base is trained before the search begins."""
 
 
 @dataclass
 class Bench:
-    """What trials are made on."""
+    """All that trials need."""
 
     config: SearchConfig
+    """All settings of the search."""
     base: nn.Module
-    """With its starting weights, on the device, in eval mode; only ever copied."""
+    """The base with its starting weights, on the device, in eval mode. It is copied and never changed."""
     anatomy: Anatomy
+    """The sites of the base."""
     space: BoundSpace
+    """The search space for the base."""
     data: Data
+    """The images in their splits."""
     rungs: tuple[Scorer, ...]
-    """From the lowest, which every trial is scored on, to the top, which decides."""
+    """From the lowest rung, on which every trial is scored, to the top rung, which decides."""
     evaluator: Evaluator
-    """Of the top rung."""
+    """The evaluator of the top rung."""
     backend: LatencyBackend
+    """Measures latencies."""
     budgets: Budgets
+    """Limits that candidates have to keep to."""
     costs: Costs
+    """The exact costs of all candidates."""
     places: Places
     """The space as samplers see it, with the budgets that are known exactly."""
-    shelf: Shelf
+    latency_cache: LatencyCache
     """Latencies that this machine has measured before."""
     fresh: Fresh
-    """What of the base has to be trained before the search begins."""
+    """Which part of the base is trained before the search begins."""
     head: str = ""
-    """What became of a classifier that came with weights, and whose classes have no names."""
-    given: str | None = None
-    """Digest of the weights that the base came with, from a file or published; None where it came without."""
+    """What the check of a pretrained classifier without class names found; '' if there was none."""
+    source_digest: str | None = None
+    """Digest of the weights that the base came with, from a file or published; None if it came without weights."""
     digests: dict[str, list[Any]] = field(default_factory=dict)
-    """Of the image files, as `attnsurgery.evaluate.contents` keeps them."""
+    """Digests of the image files, as `attnsurgery.evaluate.contents` stores them."""
     weights: str = ""
     """Hash of the starting weights."""
 
     @property
-    def judge(self) -> Evaluator:
-        """Has the last word on the winner."""
+    def final_evaluator(self) -> Evaluator:
+        """The evaluator that trains finalists for the confirmation."""
         if self.evaluator.final:
             return self.evaluator
         return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings)
 
     def in_pieces(self, pieces: int) -> Bench:
-        """The same, with training batches passed in so many pieces."""
+        """The same bench, with each training batch split into so many pieces to save memory."""
         if pieces == 1:
             return self
         settings = replace(self.evaluator.settings, pieces=pieces)
@@ -81,14 +89,14 @@ class Bench:
         return picks_of(self.places, assignment)
 
     def peak_mb(self, model: nn.Module) -> float | None:
-        """Memory of a forward, where there is a budget for it."""
+        """Peak memory of one forward pass, in MB, if there is a budget for it, else None."""
         return self.backend.peak_bytes(model) / 1e6 if "memory" in self.budgets.most else None
 
     def environment(self) -> dict[str, Any]:
-        """What stands behind the names of the configuration."""
+        """What the names in the configuration stand for: digests of images and weights, choices, versions."""
         return {
             "images": self.data.fingerprint,
-            WEIGHTS_GIVEN: self.given,
+            WEIGHTS_GIVEN: self.source_digest,
             "weights": self.weights,
             "choices": self.space.as_dict(),
             "conditions": asdict(self.backend.conditions),
@@ -96,5 +104,5 @@ class Bench:
         }
 
     def versions(self) -> dict[str, str]:
-        """Of software and machine, for the latency and for the training."""
+        """Versions of software and machine, for latencies and training."""
         return self.backend.versions() | {"attnsurgery": __version__, "timm": timm.__version__}

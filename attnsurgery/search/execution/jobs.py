@@ -17,7 +17,7 @@ from attnsurgery.latency import Latency
 from attnsurgery.search.execution.baseline import base_latency, base_scores, starting_weights
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import promote, run_trial, train_seed
-from attnsurgery.search.execution.verdict import judged, measured_again, trained_again
+from attnsurgery.search.execution.verdict import final_verdict, measure_again, train_again
 from attnsurgery.search.result.record import Promotion, Record
 from attnsurgery.search.watching import Watching
 
@@ -120,19 +120,19 @@ def _promotion(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Rec
 
 
 def _timing(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return asdict(measured_again(bench, Record.from_dict(payload["record"]), payload["reference"], watch))
+    return asdict(measure_again(bench, Record.from_dict(payload["record"]), payload["reference"], watch))
 
 
 def _training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return trained_again(bench, payload["record"], payload["index"], watch, final=False)
+    return train_again(bench, payload["record"], payload["index"], watch, final=False)
 
 
 def _final_training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return trained_again(bench, payload["record"], payload["index"], watch, final=True)
+    return train_again(bench, payload["record"], payload["index"], watch, final=True)
 
 
 def _verdict(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return judged(bench, Record.from_dict(payload["record"]), payload["reference"], watch).as_dict()
+    return final_verdict(bench, Record.from_dict(payload["record"]), payload["reference"], watch).as_dict()
 
 
 KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {

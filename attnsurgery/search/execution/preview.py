@@ -1,4 +1,4 @@
-"""What a search would be, before it is begun: how large, how much of it fits, how long. Nothing is written anywhere."""
+"""Previews a search: its size, the share of candidates within the budgets, and its duration. Nothing is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
-from attnsurgery.search.execution.trial import build, outlined, train_seed
+from attnsurgery.search.execution.trial import build, outline, train_seed
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
 from attnsurgery.search.result.record import Timing
@@ -32,59 +32,71 @@ from attnsurgery.search.storage.urls import check_url
 from attnsurgery.search.watching import StopAsked
 
 DRAWN = 12
-"""Candidates that are built and measured."""
+"""Number of candidates that are built and measured."""
 _COUNTED = 2000
-"""Candidates that are held against the budgets that need no measurement."""
+"""Number of candidates that are compared with the exact budgets, which need no measurement."""
 _STEPS = 12
 _SECONDS = 10.0
-"""Training steps that are timed, or as many as fit into that time; the first one, which allocates, is left out."""
+"""Training steps that are timed, and the time after which fewer do; the first step, which allocates, is left out."""
 _FORWARD = 1 / 3
-"""Of a training step: a forward is about a third of forward and backward."""
+"""The share of a forward pass in a training step, roughly."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A search before it is begun."""
+    """What is known of a search before it begins."""
 
     base: str
+    """Name of the base."""
     space: str
+    """Name of the search space."""
     places: int
+    """Number of places in the space."""
     candidates: int
+    """Number of candidates in the space."""
     most_blocks: int | None
+    """Maximum number of blocks in one candidate."""
     left_out: tuple[str, ...]
-    """Choices that this model cannot take, with the reason."""
+    """Choices that this model does not allow, with the reason."""
     budgets: str
+    """The budgets in words."""
     conditions: str
+    """The conditions of the latency in words."""
     data: str
+    """The data in words."""
     base_ms: float
+    """Latency of the base, in ms."""
     base_parameters: int
+    """Number of parameters of the base."""
     base_macs: int
+    """Multiply-accumulates of the base for one image."""
     fitting: int
-    """The number of the candidates drawn that are within all budgets."""
+    """Number of measured candidates within all budgets."""
     drawn: int
-    """The number drawn uniformly among those within the exact budgets; 0 where chance finds none."""
+    """Number of measured candidates, drawn uniformly within the exact budgets; 0 if the draws found none."""
     exact_share: float
-    """Of the space, within the budgets for parameters and multiply-accumulates."""
+    """Share of the space within the budgets for parameters and multiply-accumulates, 0 to 1."""
     low: float
+    """Lower end of the 95 % interval of the share of the space within all budgets (Wilson, of `fitting` in `drawn`)."""
     high: float
-    """95 % interval of the share of the space that is within all budgets (Wilson, of `fitting` in `drawn`)."""
+    """Upper end of that interval."""
     rungs: tuple[tuple[str, int, float], ...]
-    """From the lowest: how it trains, how many candidates, and the seconds to train and score one."""
+    """For each rung from the lowest: how it trains, number of candidates, seconds to train and score one of them."""
     seconds: float
-    """Of the whole search; more where less than expected is within the budgets. Where none of the drawn is, until the
-    search gives up."""
+    """Expected duration of the whole search. If none of the measured candidates fits, the time until it gives up."""
 
     @property
     def share(self) -> float:
-        """Of the space, within all budgets."""
+        """Estimated share of the space within all budgets, 0 to 1."""
         return self.exact_share * self.fitting / max(1, self.drawn)
 
     @property
     def none_fits(self) -> bool:
-        """Of those that were drawn."""
+        """Whether candidates were measured and none of them is within all budgets."""
         return self.drawn > 0 and self.fitting == 0
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON data."""
         return asdict(self) | {"share": self.share, "none_fits": self.none_fits}
 
 
@@ -93,7 +105,7 @@ class _Enough(Exception):
 
 
 class _Timer(Watch):
-    """Notes when each training step begins, and ends the training when there are enough."""
+    """Records when each training step begins, and ends the training after enough steps."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self._stop = stop
@@ -112,7 +124,7 @@ class _Timer(Watch):
 
     @property
     def seconds(self) -> float:
-        """Of one step, the median."""
+        """Median duration of a step, in s; 0 if there were too few."""
         return float(np.median(np.diff(self._times)[1:])) if len(self._times) > 2 else 0.0
 
 
@@ -125,9 +137,15 @@ def preview(
 ) -> Preview:
     """Build the base, measure it and a few candidates, and time a few training steps.
 
+    Args:
+        config: all settings of the search.
+        listener: told of progress.
+        stop: whether the user asked for an end.
+        backend: measures latencies instead of the backend that the configuration names.
+
     Raises:
         StopAsked: the user asked for an end.
-        NothingFeasibleError and what else `run` raises before its first trial.
+        AttnSurgeryError: as `run` before its first trial.
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
     check_free(Path(config.output))
@@ -138,24 +156,24 @@ def preview(
     listener.phase("measuring the base")
     reference = bench.backend.measure(bench.base)
     rng = np.random.default_rng(0)
-    counted = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
-    exact = sum(map(bench.places.holds, counted)) / max(1, len(counted))
+    candidates = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
+    exact = sum(map(bench.places.holds, candidates)) / max(1, len(candidates))
     fitting, measured, model, assignment = 0, 0, bench.base, bench.space.nothing
-    seen: set[Picks] = set()
+    drawn: set[Picks] = set()
     for index in range(DRAWN):
         if stop():
             raise StopAsked
-        picks = bench.places.drawn(rng, lambda picks: picks not in seen)
+        picks = bench.places.drawn(rng, lambda picks: picks not in drawn)
         if picks is None:
             break
-        seen.add(picks)
+        drawn.add(picks)
         listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
         assignment = bench.space.places.params(picks)
         model, fits = _measured(bench, assignment, reference)
         fitting, measured = fitting + fits, measured + 1
     listener.phase("timing training steps")
     counts = places_on(len(bench.rungs), config.trials, config.halving)
-    if shares(config):  # those that tell whether it is to be believed go on too
+    if shares(config):  # the candidates that a supernet is checked by are promoted as well
         counts[1] = min(counts[0], counts[1] + CHECKED)
     rungs = tuple(
         (str(rung), count, _trial_seconds(bench, scorer, Candidate(copy.deepcopy(model), assignment), count, stop))
@@ -187,28 +205,28 @@ def preview(
 
 
 def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
-    """The candidate, and whether it is within the budgets that have to be measured."""
+    """The model of a candidate, and whether its measured costs are within the budgets."""
     recipe = bench.space.recipe_of(assignment)
     assert recipe is not None, "what is drawn has a block"
     model = build(bench, recipe)
     timing = Timing.of(bench.backend.compare(bench.base, model, reference))
-    record = replace(outlined(bench, 0, assignment), timing=timing, peak_mb=bench.peak_mb(model))
+    record = replace(outline(bench, 0, assignment), timing=timing, peak_mb=bench.peak_mb(model))
     return model, bench.budgets.check(record).within
 
 
 def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: int, stop: Callable[[], bool]) -> float:
-    """To score one of `count` candidates on that rung: its training, or its share of a training for all."""
+    """Seconds to score one of `count` candidates on a rung: its own training, or its share of a supernet's."""
     timer, shared = _Timer(stop), isinstance(scorer, Shared)
     size = min(bench.config.train_batch_size, len(bench.data.train))
     steps = scorer.settings.epochs * len(bench.data.train) / size
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         if isinstance(scorer, Shared):
             scorer.train(train_seed(bench), timer)
         else:
             scorer.score(candidate, train_seed(bench), timer)
-            return time.perf_counter() - began  # so short that it was over before there were enough steps
-        training = time.perf_counter() - began
+            return time.perf_counter() - start  # the training ended before there were enough steps
+        training = time.perf_counter() - start
     except _Enough:
         training = timer.seconds * steps
     forward = training / steps * _FORWARD
@@ -218,21 +236,23 @@ def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: in
 
 
 def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> float:
-    """Candidates on every rung, the base beside them, the confirmation, and the measurements of all that are asked for.
+    """Expected duration of a search in s: base and candidates on every rung, confirmation, and all measurements.
 
     Args:
-        rungs: candidates on each, and the seconds of one.
+        bench: what trials are made on.
+        rungs: the number of candidates on each rung, and the seconds of one.
+        share: of the candidates that is within the budgets, 0 to 1.
     """
     config = bench.config
-    begun = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
+    initial = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
     if share == 0.0:
-        return sum(seconds for _, seconds in rungs) + begun * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
-    chosen_from = min(config.finalists, rungs[-1][0])
-    last = float((2 + (chosen_from if chosen_from > 1 else 0)) * config.confirm_seeds)
-    last += begun
+        return sum(seconds for _, seconds in rungs) + initial * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
+    finalists = min(config.finalists, rungs[-1][0])
+    extra_trainings = float((2 + (finalists if finalists > 1 else 0)) * config.confirm_seeds)
+    extra_trainings += initial
     measured = config.trials / share + 4 + 2 * config.finalists
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
-    return trainings + last * rungs[-1][1] + measured * config.latency_seconds
+    return trainings + extra_trainings * rungs[-1][1] + measured * config.latency_seconds
 
 
 def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""How a candidate comes to its score on one rung: trained by itself, or as a path through a supernet."""
+"""Scorers: how a candidate is scored on one rung, by its own training or as a path through a supernet."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from attnsurgery.search.storage.run_directory import is_own, write_own
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that may be trained in place, and the choices that it was made from."""
+    """A candidate as a model."""
 
     model: nn.Module
+    """The model, which may be trained in place."""
     assignment: Mapping[str, str]
+    """A label for every variable."""
 
 
 class Scorer(ABC):
-    """Of one rung. The same candidate and seed give the same score on the same machine."""
+    """Scores candidates on one rung. The same candidate and seed give the same score on the same machine."""
 
     data: Data
     settings: TrainSettings
 
     @abstractmethod
     def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
-        """On the validation split.
+        """Train a candidate and score it on the validation split.
 
         Raises:
             SearchError: training diverged.
@@ -39,11 +41,11 @@ class Scorer(ABC):
 
     @abstractmethod
     def in_pieces(self, pieces: int) -> Scorer:
-        """The same, with training batches passed in so many pieces."""
+        """The same scorer, with each training batch split into so many pieces to save memory."""
 
 
 class Alone(Scorer):
-    """Each candidate is trained by itself, as the evaluator does."""
+    """Trains each candidate by itself, with an evaluator."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
@@ -57,18 +59,20 @@ class Alone(Scorer):
 
 
 class Shared(Scorer):
-    """All candidates are paths through one supernet. It is trained before the first score, and kept in a file.
+    """Scores candidates as paths through one supernet, which is trained before the first score and saved in a file.
 
-    A training that is broken off begins anew: what is kept is whole. A file that no search has written there is not
-    read, and is renamed.
+    An interrupted training starts again, as only complete weights are saved. A file that the search has not written is
+    not read, but renamed.
+
+    Args:
+        supernet: of the space.
+        base: the model that the supernet was made of. Training starts from its weights at the time of the first score.
+        data: the images.
+        settings: of the training.
+        path: of the file.
     """
 
     def __init__(self, supernet: Supernet, base: nn.Module, data: Data, settings: TrainSettings, path: Path) -> None:
-        """
-        Args:
-            base: the model that the supernet was made of; its weights of the moment of the first score are begun with.
-            path: of the file.
-        """
         self.data, self.settings = data, settings
         self._supernet, self._base, self._path = supernet, base, path
         self._ready = False
@@ -88,7 +92,7 @@ class Shared(Scorer):
         return Shared(self._supernet, self._base, self.data, settings, self._path)
 
     def train(self, seed: int, watch: Watch | None = None) -> None:
-        """Train the supernet, and keep nothing of it on the disk.
+        """Train the supernet without saving it.
 
         Raises:
             SearchError: training diverged.

@@ -1,14 +1,14 @@
-"""Supernet: every choice of a space in one model, trained at once; a candidate is a path through it.
+"""Supernet: one model with every choice of a space, trained at once. A candidate is a path through it.
 
-At each place of the space sits a switch that holds the block of every choice and runs one of them, or none. Each
-training step follows the base's own path and two paths drawn uniformly (the sandwich rule of Yu and Huang, "Universally
-slimmable networks", ICCV 2019, with the base as the smallest network and nothing as the largest), so the base never
-forgets its work and every block sees many neighbours. A candidate is then scored on its path, with the weights that all
-share; the statistics of batch norms, which are of no path in particular, are counted anew for it (Guo et al., "Single
+Each place of the space has a switch, which holds the block of every choice and runs one of them or none. Each training
+step follows the base's own path and two paths drawn uniformly (the sandwich rule of Yu and Huang, "Universally
+slimmable networks", ICCV 2019, with the base as the smallest network and without a largest one). So the base keeps its
+accuracy, and every block is trained with many neighbours. A candidate is then scored on its path with the shared
+weights. Batch norm statistics, which belong to no path in particular, are estimated again for it (Guo et al., "Single
 path one-shot neural architecture search with uniform sampling", ECCV 2020).
 
-One training for a whole space is cheap. Whether its ranking is that of networks trained on their own is another
-question, which the search asks each time: see rungs.py.
+One training for a whole space is cheap. Whether it ranks candidates as separate trainings do is tested in every search:
+see attnsurgery/search/rungs.py.
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ from attnsurgery.surgery.operate import PATHS, operate
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 PASSES = 3
-"""Paths that each training step follows: the base's own and some drawn."""
+"""Number of paths that each training step follows: the base's own and others drawn at random."""
 COUNTED = 32
-"""Batches from which a path's batch norms are counted anew."""
+"""Number of batches from which the batch norm statistics of a path are estimated."""
 
 
 class Switch(Block):
     """One of several blocks, or none, at one place.
 
     Args:
-        columns: the labels of blocks that take tokens as they come, in one column, where others take them as a map.
+        blocks: by label.
+        gates: whether the blocks are gates, so that no block means a gate of ones.
+        columns: the labels of blocks that take tokens as one column, where the others take them as a map.
     """
 
     child_name = "switch"
@@ -66,7 +68,7 @@ class Switch(Block):
         self._active: str | None = None
 
     def choose(self, label: str) -> None:
-        """Run the block of that label from now on; none, if it is not here."""
+        """Run the block of a label from now on; none if the switch does not have it."""
         self._active = self.labels.get(label)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +77,9 @@ class Switch(Block):
         block, (height, width) = self.blocks[self._active], x.shape[2:]
         if self._active not in self._columns:
             return block(x)  # type: ignore[no-any-return]
-        y: torch.Tensor = block(x.flatten(2).unsqueeze(3))  # by itself it would get that: another shape, other rounding
+        y: torch.Tensor = block(
+            x.flatten(2).unsqueeze(3)
+        )  # the shape that it gets outside a supernet, for equal rounding
         return y.reshape(*y.shape[:2], height, width) if y.shape[2] == height * width else y
 
     def cost(self, height: int, width: int) -> Cost:
@@ -87,13 +91,18 @@ class Switch(Block):
 
 
 class Supernet:
-    """The base with a switch at every place of a space."""
+    """The base with a switch at every place of a space.
+
+    Args:
+        base: the model, which is copied.
+        space: for this model.
+        anatomy: the sites of this model.
+
+    Raises:
+        SurgeryError: two decisions of the space meet in a way that no single model can hold.
+    """
 
     def __init__(self, base: nn.Module, space: BoundSpace, anatomy: Anatomy) -> None:
-        """
-        Raises:
-            SurgeryError: two decisions of the space meet in a way that no single model can hold.
-        """
         self.model = copy.deepcopy(base)
         self.places = space.places
         self.switches: dict[str, list[Switch]] = {}
@@ -101,17 +110,17 @@ class Supernet:
             self.switches[variable.name] = list(_switched(self.model, variable, space.base, anatomy))
 
     def choose(self, assignment: Mapping[str, str]) -> None:
-        """Take the path of this candidate from now on."""
+        """Run the path of a candidate from now on."""
         for name, switches in self.switches.items():
             for switch in switches:
                 switch.choose(assignment[name])
 
     def begin_from(self, base: nn.Module) -> None:
-        """Take the weights of the model that this was made of; blocks stay as they are."""
+        """Load the weights of the base; the weights of blocks stay as they are."""
         self.model.load_state_dict({**self.model.state_dict(), **base.state_dict()})
 
     def train(self, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
-        """Train all paths. Each of them passes every batch by the base, so an epoch costs what three of a model cost.
+        """Train all paths. Each batch passes along three of them, so an epoch costs as much as three of one model.
 
         Raises:
             SearchError: training diverged.
@@ -137,16 +146,16 @@ class Supernet:
         seed: int,
         watch: Watch | None = None,
     ) -> Score:
-        """Of one candidate on the validation split, with the weights that all share."""
+        """The score of one candidate on the validation split, with the shared weights."""
         start = time.perf_counter()
         self.choose(assignment)
-        self._count_anew(data, settings, seed, watch or Watch())
+        self._estimate_statistics(data, settings, seed, watch or Watch())
         top1, loss, correct_N = accuracy(self.model, data.val, settings, watch=watch)
         balanced = data.balanced(data.val, correct_N)
         return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
 
     def save(self, path: Path) -> None:
-        """Write the weights, as a whole or not at all.
+        """Write the weights completely or not at all.
 
         Raises:
             SearchError: the disk is full or not writable.
@@ -154,11 +163,11 @@ class Supernet:
         write_weights(path, self.model)
 
     def load(self, path: Path) -> None:
-        """Take weights that `save` has written.
+        """Load weights that `save` has written.
 
         Raises:
-            SearchError: they are not of this supernet.
-            CheckpointError: the file does not read.
+            SearchError: the weights are not of this supernet.
+            CheckpointError: the file cannot be read.
         """
         try:
             self.model.load_state_dict(read_state_dict(path))
@@ -171,8 +180,8 @@ class Supernet:
         logits_BK: torch.Tensor = self.model(x_BCHW)
         return logits_BK
 
-    def _count_anew(self, data: Data, settings: TrainSettings, seed: int, watch: Watch) -> None:
-        """The statistics of batch norms; where memory does not hold a batch, from batches of half the size."""
+    def _estimate_statistics(self, data: Data, settings: TrainSettings, seed: int, watch: Watch) -> None:
+        """Estimate the batch norm statistics of the present path; batches are halved if memory runs out."""
         norms = [
             module for module in self.model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats
         ]
@@ -194,7 +203,7 @@ class Supernet:
 
 @contextmanager
 def _counting(norms: list[BatchNorm]) -> Iterator[None]:
-    """Their statistics begin anew, and become plain means over all batches meanwhile."""
+    """Reset the statistics of batch norms, and make them plain means over all batches within the context."""
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -209,12 +218,12 @@ def _counting(norms: list[BatchNorm]) -> Iterator[None]:
 
 
 def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy) -> Iterator[Switch]:
-    """Put switches to the variable's sites: one for what takes a place there, one for what gates."""
+    """Insert switches at the variable's sites, separate ones for blocks that are gates and for other blocks."""
     edits = {label: edit for label, edit in variable.choices.items() if edit is not None}
     kinds = sorted(edits, key=lambda label: BLOCKS[edits[label].block].gates)
     for gates, labels in groupby(kinds, key=lambda label: BLOCKS[edits[label].block].gates):
         group = {label: edits[label] for label in labels}
-        # one that asks how positions lie, if there is any: what the others are given then is a map too
+        # a block that needs the positions, if there is one, comes first: then all blocks get a map
         first = min(group.values(), key=_order_free)
         for site in variable.sites:
             insertion = _insertion(first, site, base, anatomy)
@@ -226,7 +235,12 @@ def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy)
             for label, edit in group.items():
                 block_insertion = _insertion(edit, site, base, anatomy)
                 blocks[label] = build_block(
-                    block_insertion.block, block_insertion.site.channels, block_insertion.options, block_insertion.start, device=tensor.device, dtype=tensor.dtype
+                    block_insertion.block,
+                    block_insertion.site.channels,
+                    block_insertion.options,
+                    block_insertion.start,
+                    device=tensor.device,
+                    dtype=tensor.dtype,
                 )
             tokens = insertion.site.grid is not None
             switch = Switch(blocks, gates, [label for label in group if tokens and _order_free(group[label])])
@@ -236,7 +250,7 @@ def _switched(model: nn.Module, variable: Variable, base: str, anatomy: Anatomy)
 
 
 def _insertion(edit: Edit, site: str, base: str, anatomy: Anatomy) -> Insertion:
-    """What the edit means at that one site."""
+    """The insertion of an edit at one site."""
     recipe = Recipe(version=1, name="switch", base=base, edits=[edit.model_copy(update={"at": site})])
     (insertion,) = resolve(recipe, anatomy)
     return insertion

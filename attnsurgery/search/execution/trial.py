@@ -1,4 +1,4 @@
-"""One trial: build the candidate, prove that it starts as the base, measure it, train it if it is within the budget."""
+"""One trial: build a candidate, check that its outputs equal the base's, measure it, train it if within the budget."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _PROXY_BATCH = 64
 
 
 def build(bench: Bench, recipe: Recipe) -> nn.Module:
-    """The base with its starting weights, operated; its outputs are proved equal to the base's, bit for bit.
+    """The base with its starting weights and the blocks of a recipe; its outputs equal the base's bit for bit.
 
     Raises:
-        SiteError, OptionError: the recipe does not fit.
+        SiteError, OptionError: the recipe does not fit the base.
         SurgeryError: the outputs differ.
     """
     candidate = _operated(bench, recipe)
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(2, *bench.anatomy.input_size, generator=generator).to(bench.config.device)
     with torch.inference_mode():
-        expected, got = bench.base(x_BCHW), candidate(x_BCHW)
-    if not torch.equal(expected, got):
-        worst = float((expected - got).abs().max())
+        expected, actual = bench.base(x_BCHW), candidate(x_BCHW)
+    if not torch.equal(expected, actual):
+        worst = float((expected - actual).abs().max())
         raise SurgeryError(f"the candidate does not start as the base: outputs differ by up to {worst:.3g}.")
     return candidate
 
@@ -52,8 +52,15 @@ def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
     return model.to(bench.config.device).eval()
 
 
-def outlined(bench: Bench, number: int, assignment: Mapping[str, str], predicted_ms: float | None = None) -> Record:
-    """All that is known of a candidate before it is built; it is pending until more is known."""
+def outline(bench: Bench, number: int, assignment: Mapping[str, str], predicted_ms: float | None = None) -> Record:
+    """The pending record of a candidate, with all that is known before it is built.
+
+    Args:
+        bench: what trials are made on.
+        number: of the trial.
+        assignment: a label for every variable.
+        predicted_ms: the predicted latency, if it is certainly over the budget.
+    """
     recipe = bench.space.recipe_of(assignment)
     return Record(
         number=number,
@@ -68,14 +75,16 @@ def outlined(bench: Bench, number: int, assignment: Mapping[str, str], predicted
     )
 
 
-def at_once(bench: Bench, record: Record, seen: Mapping[str, Record]) -> Record | None:
-    """What becomes of a candidate of which that is known without building it; None of others.
+def settle_early(bench: Bench, record: Record, known_records: Mapping[str, Record]) -> Record | None:
+    """The record of a candidate whose result is known without building it; None if it has to be built.
 
     Args:
-        seen: earlier records by digest, the base as it is under ''.
+        bench: what trials are made on.
+        record: the candidate's outline.
+        known_records: earlier records by digest; the base without blocks under ''.
     """
-    if (earlier := seen.get(record.digest or "")) is not None:
-        return _again(record, earlier)
+    if (previous := known_records.get(record.digest or "")) is not None:
+        return _again(record, previous)
     if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
         return replace(record, state="too_many_blocks")
     check = bench.budgets.check(record)
@@ -85,12 +94,18 @@ def at_once(bench: Bench, record: Record, seen: Mapping[str, Record]) -> Record 
 
 
 def run_trial(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Record:
-    """Build the candidate that is outlined, measure it, and train it if it is within the budget.
+    """Build the candidate of an outline, measure it, and train it if it is within the budget.
+
+    Args:
+        bench: what trials are made on.
+        record: the candidate's outline.
+        reference: the base's latency.
+        watch: told of progress.
 
     Raises:
         StopAsked: the user asked for an end.
-        RuntimeError and others: of a device that is broken or out of memory (`attnsurgery.faults`), which tells
-            nothing of the candidate.
+        RuntimeError and others: the device failed or ran out of memory (`attnsurgery.faults`), which says nothing about
+            the candidate.
     """
     try:
         return _measure_and_train(bench, record, Recipe.model_validate(record.recipe), reference, watch)
@@ -122,8 +137,7 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
 
 
 def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching) -> dict[str, float]:
-    """Scores of a candidate as it is before training; without those that cannot be taken of this model, or for which
-    memory does not suffice.
+    """Training-free scores of a candidate, by name. A score that this model or the memory does not allow is left out.
 
     Raises:
         StopAsked: the user asked for an end.
@@ -136,26 +150,26 @@ def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching)
         batches = bench.data.train.train_batches(_PROXY_BATCH, bench.config.device, train_seed(bench), epoch=0)
         return grad_norm(candidate, *next(batches), pieces=pieces)
 
-    ways: dict[str, Callable[[], float]] = {
+    measures: dict[str, Callable[[], float]] = {
         "grad_norm": gradient,
         "synflow": lambda: synflow(_operated(bench, opened), bench.anatomy.input_size),
     }
-    found: dict[str, float] = {}
-    for name, way in ways.items():
+    scores: dict[str, float] = {}
+    for name, measure in measures.items():
         watch.step()
         try:
-            value = way()
+            value = measure()
         except (RuntimeError, ValueError, MemoryError) as error:
             if fault_of(error) is Fault.DEVICE:
                 raise
             continue
         if math.isfinite(value):
-            found[name] = value
-    return found
+            scores[name] = value
+    return scores
 
 
 def promote(bench: Bench, record: Record, watch: Watching) -> Record:
-    """The record with its score on the rung above its own, or with the reason why it has none.
+    """The record with its score on the next rung, or with the reason why it has none.
 
     Raises:
         StopAsked, RuntimeError: as `run_trial`.
@@ -171,19 +185,19 @@ def promote(bench: Bench, record: Record, watch: Watching) -> Record:
 
 
 def _of_the_candidate(error: Exception) -> bool:
-    """True of an error that comes again wherever this candidate is built, measured or trained."""
+    """Whether the candidate itself causes an error, so that it would recur in another attempt."""
     of_models = isinstance(error, AttnSurgeryError | RuntimeError | ValueError)
-    of_kernels = type(error).__module__.startswith("triton.")  # such as OutOfResources, which is no RuntimeError
+    of_kernels = type(error).__module__.startswith("triton.")  # for example OutOfResources, which is no RuntimeError
     return (of_models or of_kernels) and fault_of(error) is None
 
 
 def train_seed(bench: Bench) -> int:
-    """One for all trials: every candidate sees the same images in the same order, so differences are its own."""
+    """The seed of all trials: every candidate sees the same images in the same order, so that only blocks differ."""
     return seed_of(bench.config.seed, "train")
 
 
 def reason_of(error: Exception) -> str:
-    """What the error says, in one line; of a device's, the first line, for torch says below how to look for kernels."""
+    """The message of an error in one line. Of a device fault, the first line: below it, torch explains debugging."""
     text = str(error).strip()
     if fault_of(error) is not None:
         text = text.partition("\n")[0]
@@ -191,7 +205,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _again(record: Record, earlier: Record) -> Record:
-    """The same candidate once more costs nothing and is told the same."""
+    """The record of a duplicate: the results of the earlier trial, at no cost."""
     return replace(
         earlier,
         number=record.number,

@@ -1,4 +1,4 @@
-"""What a worker does for the verdict: measures finalists again, trains them again, judges and saves the winner."""
+"""The jobs of the confirmation: measure and train finalists again, compare the winner with the base, save it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from attnsurgery.search.storage.run_directory import BEST, CONFIRMING, replace_o
 from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import for_images
 
-_LOOKS = (2.0, 8.0)
-"""Times as long as in its trial a finalist is measured; the second look where the first leaves it open."""
+_LENGTHS = (2.0, 8.0)
+"""Lengths of the measurements of a finalist, relative to its trial; the second is made if the first is undecided."""
 
 
-def measured_again(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Timing:
-    """Twice as long as in its trial, or eight times where that does not tell on which side of the budget it is."""
+def measure_again(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Timing:
+    """Measure a finalist twice as long as in its trial; eight times as long if its interval contains the budget."""
     watch.listener.phase(f"confirming: measuring trial {record.number} again")
     candidate = build(bench, Recipe.model_validate(record.recipe))
-    for times in _LOOKS:
+    for times in _LENGTHS:
         watch.step()
         with bench.backend.carefully(times):
             timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
@@ -52,23 +52,27 @@ def measured_again(bench: Bench, record: Record, reference: Latency, watch: Watc
     return timing
 
 
-def trained_again(
+def train_again(
     bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching, *, final: bool
 ) -> dict[str, Any]:
     """Train a finalist, or the base, from one of the seeds of the confirmation.
 
     Args:
-        final: from a seed that nothing is chosen by; the weights go to the run directory, for the verdict.
+        bench: what trials are made on.
+        record: of the finalist as JSON data; None for the base.
+        index: of the seed.
+        watch: told of progress.
+        final: use a seed that nothing is chosen by, and write the weights to the run directory for the verdict.
 
     Returns:
-        "top1" and "loss" on the validation split, and of a final training the hash of its "weights"; or why it
-        "failed".
+        "top1" and "loss" on the validation split, and of a final training the hash of its "weights"; or the reason why
+        it "failed".
     """
     name_of_model = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
     watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of {bench.config.confirm_seeds}")
     model = _begun(bench, record)
     try:
-        score = bench.judge.score(
+        score = bench.final_evaluator.score(
             model, seed_of(bench.config.seed, "verdict" if final else "confirm", index), watch=watch
         )
     except SearchError as error:
@@ -82,11 +86,11 @@ def trained_again(
     return {**result, "weights": hash_of(folder / name)}
 
 
-def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
-    """Winner against base on the test split, as `trained_again` has left both; the winner is measured again and saved.
+def final_verdict(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
+    """Compare winner and base, with the weights of `train_again`, on the test split; measure and save the winner.
 
     Raises:
-        CheckpointError: the winner cannot be saved; an older one is still there.
+        CheckpointError: the winner cannot be saved; an earlier one is unchanged.
     """
     folder, winner, recipe = Path(bench.config.output), record.as_dict(), Recipe.model_validate(record.recipe)
     rights: dict[bool, list[torch.Tensor]] = {}
@@ -96,21 +100,30 @@ def judged(bench: Bench, record: Record, reference: Latency, watch: Watching) ->
             model = _begun(bench, None if base else winner)
             path = folder / weights_of(None if base else winner, index)
             load_weights(model, read_state_dict(path), str(path))
-            rights.setdefault(base, []).append(accuracy(model, bench.data.test, bench.judge.settings, watch=watch)[2])
+            rights.setdefault(base, []).append(
+                accuracy(model, bench.data.test, bench.final_evaluator.settings, watch=watch)[2]
+            )
             if not base and index == 0:
                 best = model
     watch.listener.phase("confirming: measuring the winner again")
     with bench.backend.carefully():
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
-    if kept := save(bench, best, recipe, folder):
-        watch.listener.phase(f"{BEST} holds what the search has not written, and is kept as {kept}")
-    found = judge(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
-    return replace(found, balanced=_balanced(bench, rights))
+    if new_name := save(bench, best, recipe, folder):
+        watch.listener.phase(f"{BEST} holds files that the search has not written, and is kept as {new_name}")
+    confirmation = compare_on_test(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
+    return replace(confirmation, balanced=_balanced(bench, rights))
 
 
 def _balanced(bench: Bench, rights: Mapping[bool, Sequence[torch.Tensor]]) -> tuple[float, float] | None:
-    """Of base and winner, from which test images each got right, by whether it is the base."""
-    base, winner = ([bench.data.balanced(bench.data.test, one) for one in rights[side]] for side in (True, False))
+    """The mean balanced accuracies of base and winner on the test images; None if the classes are of similar sizes.
+
+    Args:
+        bench: holds the test images.
+        rights: (N,) booleans for each seed, true where an image was classified correctly; the base's under True.
+    """
+    base, winner = (
+        [bench.data.balanced(bench.data.test, right_N) for right_N in rights[side]] for side in (True, False)
+    )
     means = [fmean(share for share in side if share is not None) for side in (base, winner) if None not in side]
     return (means[0], means[1]) if len(means) == 2 else None
 
@@ -119,11 +132,19 @@ def _begun(bench: Bench, data: Mapping[str, Any] | None) -> nn.Module:
     return copy.deepcopy(bench.base) if data is None else build(bench, Recipe.model_validate(data["recipe"]))
 
 
-def judge(
+def compare_on_test(
     digest: str, base: Sequence[torch.Tensor], winner: Sequence[torch.Tensor], epochs: int, timing: Timing
 ) -> Confirmation:
-    """From which images each got right, (N,) booleans a seed, to a verdict."""
-    base_SN, winner_SN = (torch.stack(list(some)).numpy() for some in (base, winner))
+    """The verdict on the winner from its answers and the base's on the same N test images.
+
+    Args:
+        digest: of the winner.
+        base: (N,) booleans for each seed, true where the base classified an image correctly.
+        winner: the same for the winner.
+        epochs: length of each training.
+        timing: the winner's latency.
+    """
+    base_SN, winner_SN = (torch.stack(list(rights)).numpy() for rights in (base, winner))
     gain = gain_of(winner_SN, base_SN)
     verdict: Verdict = "no significant difference"
     if gain.p_value < SIGNIFICANT:
@@ -144,18 +165,25 @@ def judge(
 
 
 def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
-    """`best` of a run directory, a timm directory that `timm.create_model("local-dir:...", pretrained=True)` rebuilds.
+    """Write `best` of a run directory: a timm directory, which `timm.create_model("local-dir:...", pretrained=True)`
+    rebuilds.
+
+    Args:
+        bench: what trials are made on.
+        model: the trained winner.
+        recipe: of the winner.
+        folder: the run directory.
 
     Returns:
-        The new name of an older one with something in it that the search has not written; '' where there was none, or
-        it was the search's alone, and is replaced.
+        The new name of an earlier `best` with files that the search has not written; '' if there was none, or if it was
+        the search's own and is replaced.
 
     Raises:
-        CheckpointError, SearchError: it cannot be written; an older one is still there.
+        CheckpointError, SearchError: `best` cannot be written; an earlier one is unchanged.
     """
-    for left in folder.glob(f".{BEST}.*.new*"):  # by a search that died
-        shutil.rmtree(left, ignore_errors=True)
-    beside = folder / f".{BEST}.{secrets.token_hex(4)}.new"
+    for leftover in folder.glob(f".{BEST}.*.new*"):  # left by a search that died
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder / f".{BEST}.{secrets.token_hex(4)}.new"
     arguments = {
         "base": recipe.base,
         "recipe": recipe.as_dict(),
@@ -168,8 +196,8 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
     config = {**getattr(model, "pretrained_cfg", {}), "input_size": size, "num_classes": classes}
     config["label_names"] = list(bench.data.classes)
     model.pretrained_cfg = config  # type: ignore[assignment]
-    write_directory(model.cpu(), beside, architecture="surgery", model_args=arguments, texts=texts)
+    write_directory(model.cpu(), temporary, architecture="surgery", model_args=arguments, texts=texts)
     try:
-        return replace_own(folder, BEST, beside)
+        return replace_own(folder, BEST, temporary)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # it is there still where it could not be put in its place
+        shutil.rmtree(temporary, ignore_errors=True)  # exists only if it could not be renamed
