@@ -16,7 +16,7 @@ from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
 from attnsurgery.graph import find
-from attnsurgery.graph.record import autocast_on_meta
+from attnsurgery.graph.forward_run import autocast_on_meta
 from attnsurgery.timm_plugin.architectures import weightless
 from scripts.coverage_weights import fresh, swift, weights_at_load, woken
 

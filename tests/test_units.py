@@ -10,7 +10,8 @@ import torch
 
 import attnsurgery
 from attnsurgery.errors import SiteError
-from attnsurgery.graph.layout import guess_layout, map_to_tokens, tokens_to_map
+from attnsurgery.graph.channel_layout import map_to_tokens, tokens_to_map
+from attnsurgery.graph.detect_layout import guess_layout
 from tests.conftest import move_gates, wake
 
 

@@ -1,8 +1,8 @@
-"""Anatomy: a model's places for blocks, found as they are asked for.
+"""Anatomy: the sites of a model, found on demand.
 
-Outputs of modules come with the one forward of the twin; what happens inside a module costs a trace of it. A selector
-such as 'stage:3 before_last_block' needs no trace and 'stage:3 branches' only those of that stage's blocks, so a
-trace is made when somebody asks.
+Outputs of modules are known from the one forward of the twin, but sites inside a module need a trace of it. A selector
+such as 'stage:3 before_last_block' needs no trace, and 'stage:3 branches' only those of that stage's blocks, so traces
+are made on demand.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from functools import cached_property
 from torch import fx, nn
 
 from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.forward_run import ForwardRun, UnstagedSite, map_shape
 from attnsurgery.graph.inside import Shapes, inner_sites
-from attnsurgery.graph.record import Found, Run, map_shape
 from attnsurgery.graph.site import Role, Site
 from attnsurgery.graph.trace import trace_owner, uncut_class
 from attnsurgery.graph.units import adds
 
 
 class Anatomy:
-    """What `inspect` returns.
+    """The sites of a model, as returned by `inspect`.
 
     Args:
-        name: what the model is called in messages.
-        input_size: (C, H, W) of the images the shapes were found with.
-        outputs: what modules return, in order of execution.
-        owners: modules whose forward can be traced for more, by path, on the meta device.
+        name: name of the model in messages.
+        input_size: (C, H, W) of the images that the shapes hold for.
+        outputs: sites at the outputs of modules, in order of execution.
+        owners: modules whose forward can be traced for further sites, by path, on the meta device.
         run: the recorded forward.
-        models: paths of the models that say where stages are; the whole, or those in a larger whole.
-        finish: makes a Site of what was found.
+        finish: adds layout and stage to a site.
+        models: paths of the timm models, which define the stages: the root, or models inside it.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Anatomy:
         input_size: tuple[int, int, int],
         outputs: tuple[Site, ...],
         owners: dict[str, nn.Module],
-        run: Run,
-        finish: Callable[[Found], Site],
+        run: ForwardRun,
+        finish: Callable[[UnstagedSite], Site],
         models: tuple[str, ...] = ("",),
     ) -> None:
         self.name = name
@@ -57,14 +57,21 @@ class Anatomy:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in order of execution; where a tensor is both, its module's parent holds it."""
-        found = {site.address: site for site in self._outputs}
+        """All sites, in order of execution.
+
+        Where a tensor is the output of a module and a value in its parent's forward, the site is the parent's.
+        """
+        by_address = {site.address: site for site in self._outputs}
         for path in self._owners:
-            found.update((site.address, site) for site in self._sites_inside(path))
-        return tuple(sorted(found.values(), key=lambda site: site.depth))
+            by_address.update((site.address, site) for site in self._sites_inside(path))
+        return tuple(sorted(by_address.values(), key=lambda site: site.depth))
 
     def of(self, model: str) -> Anatomy:
-        """The places of one of the models that a larger whole holds."""
+        """The sites of one of `models`.
+
+        Args:
+            model: path of the model.
+        """
 
         def below(path: str) -> bool:
             return not model or path == model or path.startswith(f"{model}.")
@@ -76,13 +83,13 @@ class Anatomy:
         return part
 
     def hint(self) -> str:
-        """Why there may be no place where one would be, in words; empty where nothing is in the way."""
-        often = next((path for path, count in self._run.calls.items() if path and count > 1), None)
-        if often is None or self._outputs:
+        """A possible reason why sites are missing, for messages; empty if there is none."""
+        repeated = next((path for path, count in self._run.calls.items() if path and count > 1), None)
+        if repeated is None or self._outputs:
             return ""
         return (
-            f" Its modules run more than once in one forward ({often!r} {self._run.calls[often]} times), and a block "
-            "must run exactly once: operate on the module that is called so often by itself."
+            f" Its modules run more than once in one forward ({repeated!r} {self._run.calls[repeated]} times), and a "
+            "block must run exactly once: operate on the module that is called so often by itself."
         )
 
     def site(self, address: str) -> Site:
@@ -100,40 +107,45 @@ class Anatomy:
         )
 
     def grid_at(self, owner: str, node: str | None, element: tuple[int, int] | None) -> tuple[int, int] | None:
-        """The grid of a tensor inside a module, or of what that returns."""
-        near = self._outputs if node is None else self._sites_inside(owner)
-        sites = (site for site in near if (site.owner, site.node, site.element) == (owner, node, element))
+        """The grid of the tensor with this owner, node and element (see `Site`); None if there is none."""
+        candidates = self._outputs if node is None else self._sites_inside(owner)
+        sites = (site for site in candidates if (site.owner, site.node, site.element) == (owner, node, element))
         return next((site.grid for site in sites), None)
 
     def blocks(self, stage: int) -> tuple[Site, ...]:
-        """Outputs of the stage's blocks, in order."""
+        """Outputs of the stage's blocks, in order of execution."""
         return tuple(site for site in self._outputs if site.stage == stage and site.role == "block")
 
     def sides(self, stage: int, role: Role) -> tuple[Site, ...]:
-        """The stage's residual branches, in order: where they end ('branch'), what they read ('branch_input'), and what
-        they are added to ('shortcut')."""
-        found = {
+        """Sites of the stage's residual branches, in order of execution.
+
+        Args:
+            stage: number of the stage.
+            role: 'branch' for the ends of branches, 'branch_input' for what they read, or 'shortcut' for what they are
+                added to.
+        """
+        by_address = {
             site.address: site
             for path, owner in self._owners.items()
             if adds(uncut_class(owner))
             for site in self._sites_inside(path)
             if site.stage == stage and site.role == role
         }
-        return tuple(sorted(found.values(), key=lambda site: site.depth))
+        return tuple(sorted(by_address.values(), key=lambda site: site.depth))
 
     def spatial(self, stage: int) -> tuple[Site, ...]:
-        """What the last 3x3 (or larger) convolution of each block gives, normalised and activated."""
-        within = tuple(f"{block.owner}." for block in self.blocks(stage))
+        """For each block, the result of the last 3x3 (or larger) convolution after its normalization and activation."""
+        prefixes = tuple(f"{block.owner}." for block in self.blocks(stage))
         last = {}
         for path in self._owners:
-            block = next((start for start in within if f"{path}.".startswith(start)), None)
+            block = next((start for start in prefixes if f"{path}.".startswith(start)), None)
             for site in self._sites_inside(path) if block else ():
                 if site.spatial:
                     last[block] = site
         return tuple(sorted(last.values(), key=lambda site: site.depth))
 
     def trunk(self, stage: int) -> tuple[Site, ...]:
-        """The stage's last blocks in a row, as far back as none changes the size of the map: what a span may cover."""
+        """The longest run of blocks at the end of the stage that keep the size of the map, which a span may cover."""
         row: list[Site] = []
         for site in reversed(self.blocks(stage)):
             if not self.keeps_size(site) or (row and not self._hands_on(site, row[-1])):
@@ -142,28 +154,32 @@ class Anatomy:
         return tuple(reversed(row))
 
     def around(self, site: Site) -> Site | None:
-        """What the nearest module around a place returns whose positions lie as in the image, if there is one."""
-        returned = {output.owner: output for output in self._outputs if output.ordered and output.element is None}
+        """The output of the nearest enclosing module whose positions lie as in the image; None if there is none."""
+        by_owner = {output.owner: output for output in self._outputs if output.ordered and output.element is None}
         path = site.owner
-        while path and path not in returned:
+        while path and path not in by_owner:
             path = path.rpartition(".")[0]
-        return returned.get(path)
+        return by_owner.get(path)
 
     def keeps_size(self, site: Site) -> bool:
-        """True if the site is what a module returns, of the shape it was given: it can be a span of one."""
-        # a bare activation is no trunk: many work in place, on the very tensor that a mask reads
-        composite = site.owner in self._owners and not site.host
-        own = composite and site.node is None and not site.users and not _second(site)
-        return own and self._taken(site) == site.shape
+        """True if the site is the output of a module with the shape of its input, so it can be a span of one."""
+        # an activation alone is no span: many work in place, on the tensor that a mask reads
+        is_composite = site.owner in self._owners and not site.host
+        is_output = is_composite and site.node is None and not site.users and not _is_further_output(site)
+        return is_output and self._input_shape(site) == site.shape
 
     def span(self, first: Site, last: Site) -> Site:
-        """From the input of one module to the output of another, through a chain of blocks or of one parent's modules.
+        """The span from the input of one module to the output of another.
+
+        Args:
+            first: the output of the first module.
+            last: the output of the last module, reached through a chain of blocks or of modules with one parent.
 
         Raises:
-            SiteError: they are no such chain, or what goes in has another shape than what comes out.
+            SiteError: there is no such chain, or the span's input and output have different shapes.
         """
         address = f"{first.address} .. {last.address}"
-        if _second(first) or _second(last):
+        if _is_further_output(first) or _is_further_output(last):
             raise SiteError(f"{address!r}: a span reads and returns the first of several tensors only.")
         for end in (first, last):
             if end.node is not None or end.span:
@@ -172,7 +188,7 @@ class Anatomy:
         row = [
             site
             for site in self._outputs
-            if (site.owner.rpartition(".")[0] == parent or site.role == "block") and not _second(site)
+            if (site.owner.rpartition(".")[0] == parent or site.role == "block") and not _is_further_output(site)
         ]
         chain = [first]
         while chain[-1].owner != last.owner:
@@ -184,29 +200,29 @@ class Anatomy:
                     f"{last.owner!r} that way."
                 )
             chain.append(behind[0])
-        if self._taken(first) != last.shape:
+        if self._input_shape(first) != last.shape:
             raise SiteError(
-                f"{address!r} takes {_times(self._taken(first))} and returns {_times(last.shape)}: a span keeps the "
-                f"shape. Begin it behind {first.owner!r}."
+                f"{address!r} takes {_times(self._input_shape(first))} and returns {_times(last.shape)}: a span keeps "
+                f"the shape. Begin it behind {first.owner!r}."
             )
         return dataclasses.replace(
             last, address=address, owner=first.owner, span=tuple(site.owner for site in chain), role="span"
         )
 
-    def _taken(self, site: Site) -> tuple[int, ...] | None:
-        """The shape of what a module is given."""
+    def _input_shape(self, site: Site) -> tuple[int, ...] | None:
+        """The shape of a module's first argument; None if it is no map."""
         args, _ = self._run.inputs[site.owner]
         return map_shape(args[0]) if args else None
 
     def _hands_on(self, site: Site, behind: Site) -> bool:
-        """True if the one module takes the very tensor that the other returned."""
+        """True if the module of `behind` takes the tensor object that the module of `site` returned."""
         args, _ = self._run.inputs[behind.owner]
         output = self._run.outputs[site.owner]
         return bool(args) and args[0] is (output[site.element[0]] if site.element else output)
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
-        """Stages that have a block, ascending; the stem is none."""
+        """Numbers of the stages that have a block, ascending; the stem is no stage."""
         return tuple(sorted({s.stage for s in self._outputs if s.stage and s.role == "block"}))
 
     def _sites_inside(self, path: str) -> tuple[Site, ...]:
@@ -216,15 +232,16 @@ class Anatomy:
 
     def _trace(self, path: str) -> Iterator[Site]:
         owner = self._owners[path]
-        kind = _kind(owner)
-        if kind not in self._graphs:
-            self._graphs[kind] = trace_owner(owner)
-        graph = self._graphs[kind]
+        key = _trace_key(owner)
+        if key not in self._graphs:
+            self._graphs[key] = trace_owner(owner)
+        graph = self._graphs[key]
         if graph is not None:
             yield from map(self._finish, inner_sites(path, owner, graph, self._run, self._shapes))
 
 
-def _second(site: Site) -> bool:
+def _is_further_output(site: Site) -> bool:
+    """True for all but the first of several tensors that a module returns."""
     return site.element is not None and site.element[0] > 0
 
 
@@ -232,10 +249,10 @@ def _times(shape: tuple[int, ...] | None) -> str:
     return "x".join(map(str, shape)) if shape else "something else"
 
 
-def _kind(owner: nn.Module) -> str:
-    """What a forward can depend on: class, plain values and kinds of children. The twelve blocks of a ViT are of one.
+def _trace_key(owner: nn.Module) -> str:
+    """What a forward can depend on: class, plain attributes and classes of children. All blocks of a ViT share a key.
 
-    Good enough to find places; a cut is made into a graph of its very owner.
+    This is precise enough to find sites; `operate` traces each owner itself.
     """
     plain = [(k, v) for k, v in owner.__dict__.items() if isinstance(v, (bool, int, float, str, tuple, type(None)))]
     children = [(name, id(type(child))) for name, child in owner._modules.items()]

@@ -1,8 +1,8 @@
-"""A model's Sites, from one forward of a weightless twin.
+"""Find a model's sites, from one forward of a twin without weights.
 
-Hooks on the twin tell what each module returns and in which order; the graph of each module's own forward tells what
-happens between its children. From these come, without any table of model families, the blocks and stages (`units`), the
-layouts and grids (`layout`), and the places inside blocks (`inside`).
+Hooks on the twin record what each module returns and in which order. The graph of a module's own forward shows what
+happens between its children. Without any table of model families, these two give the blocks and stages (`units`), the
+layouts and grids (`detect_layout`), and the sites inside blocks (`inside`).
 """
 
 from __future__ import annotations
@@ -10,85 +10,98 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from torch import fx, nn
 
 from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
-from attnsurgery.graph.layout import Reader
-from attnsurgery.graph.record import LOOPS, NORMS, Found, Run, map_shape, record, same_data, tensors
+from attnsurgery.graph.detect_layout import LayoutDetector
+from attnsurgery.graph.forward_run import (
+    LOOPS,
+    NORMS,
+    ForwardRun,
+    UnstagedSite,
+    map_shape,
+    record_forward,
+    same_data,
+    tensors,
+)
 from attnsurgery.graph.site import Role, Site
+from attnsurgery.graph.submodels import described_models, model_paths
 from attnsurgery.graph.trace import rebuilds, replaces_itself, uncut_class
 from attnsurgery.graph.twin import meta_twin
 from attnsurgery.graph.units import Rows, is_container, runs_in_a_row, staging
-from attnsurgery.graph.within import models_within, speakers
 from attnsurgery.graph.wrappers import replaced_forward, unwrapped
 
 LEADING = re.compile(r"(^|\.)(stem|patch_embed|downsample)")
-"""What timm calls the modules between stages and before the first."""
+"""timm's names for the modules before the first stage and between stages."""
 BARE_HOSTS = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "timm.layers.activations")
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) of the images a built timm model takes, also inside a wrapper or a larger whole.
+    """(C, H, W) of the images that a built timm model takes, also inside a wrapper or a larger module.
 
-    A model's own settings come before its pretrained_cfg, and what the outermost model says before what is in it.
+    Attributes of a model take precedence over its pretrained_cfg, and outer models over inner ones.
     """
-    said = list(speakers(model))
-    configs: list[dict[str, Any]] = [config for config in map(_config, said) if config.get("input_size")]
+    models = list(described_models(model))
+    configs: list[dict[str, Any]] = [config for config in map(_config, models) if config.get("input_size")]
     channels, height, width = configs[0]["input_size"] if configs else (3, 224, 224)
     sizes = (
         getattr(part, "_traits", {}).get("img_size") or getattr(getattr(part, "patch_embed", None), "img_size", None)
-        for part in said
+        for part in models
     )
     size = next((size for size in sizes if size is not None), None)
     if size is not None:
         height, width = size
-    return _channels(said, int(channels)), int(height), int(width)
+    return _channels(models, int(channels)), int(height), int(width)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    found: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    return found if isinstance(found, dict) else {}
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def _architecture(model: nn.Module) -> str | None:
-    """What timm calls the model; a model that describes itself by a base and a recipe has the name of its base."""
-    kept: dict[str, Any] = getattr(model, "_model_args", None) or {}
-    found = kept.get("base") if "recipe" in kept else None
-    return found or _config(model).get("architecture")
+    """timm's name for the model; for a model that describes itself by a base and a recipe, the name of the base."""
+    arguments: dict[str, Any] = getattr(model, "_model_args", None) or {}
+    base = arguments.get("base") if "recipe" in arguments else None
+    return base or _config(model).get("architecture")
 
 
-def _channels(said: list[nn.Module], usual: int) -> int:
-    """Of the images: what the first convolution takes, or what the model says where its stem folds pixels."""
-    for model in said:
-        kept: dict[str, Any] = getattr(model, "_model_args", {})
-        told = getattr(model, "in_chans", kept.get("in_chans"))
-        told = told if isinstance(told, int) else None
-        named = _config(model).get("first_conv") or ""
-        first = next(iter(named), "") if isinstance(named, tuple | list) else named
-        weight = dict(model.named_parameters()).get(f"{first}.weight")
-        usual = usual if told is None else told
-        if weight is not None and weight.ndim > 1 and weight.shape[1] % usual:
+def _channels(models: list[nn.Module], default: int) -> int:
+    """Number of channels of the images, by the first model that has it as an attribute or in its first convolution.
+
+    The convolution may take a multiple of it, where the stem folds pixels into channels.
+    """
+    for model in models:
+        arguments: dict[str, Any] = getattr(model, "_model_args", {})
+        declared = getattr(model, "in_chans", arguments.get("in_chans"))
+        declared = declared if isinstance(declared, int) else None
+        first_conv = _config(model).get("first_conv") or ""
+        name = next(iter(first_conv), "") if isinstance(first_conv, tuple | list) else first_conv
+        weight = dict(model.named_parameters()).get(f"{name}.weight")
+        default = default if declared is None else declared
+        if weight is not None and weight.ndim > 1 and weight.shape[1] % default:
             return weight.shape[1]
-        if weight is not None or told is not None:
-            return usual
-    return usual
+        if weight is not None or declared is not None:
+            return default
+    return default
 
 
 def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spend: bool = False) -> Anatomy:
-    """Every Site of the model.
+    """Find all sites of the model.
 
     Args:
-        model: a built timm model, on any device, with or without earlier surgery, in wrappers or inside a larger whole;
-            it is left as it was, and none of its hooks is run.
-        input_size: (C, H, W) of one image; by default what the model is built for.
-        spend: nobody wants the model afterwards: one without weights need not be copied.
+        model: a built timm model, on any device, with or without earlier surgery, in wrappers or inside a larger
+            module. It is not changed, and none of its hooks is run.
+        input_size: (C, H, W) of one image; by default the size that the model is built for.
+        spend: the caller does not need the model afterwards, so a model without weights need not be copied.
 
     Raises:
-        UsageError: an input size that is none, or a model that cannot be looked into as it is; says what to do.
+        UsageError: the input size is invalid, or the model is in a wrapper that does not allow this; the message says
+            what to do.
         SurgeryError: the model does not run on such images.
     """
     model = unwrapped(model, "inspect")
@@ -96,62 +109,99 @@ def survey(model: nn.Module, input_size: tuple[int, int, int] | None = None, spe
     if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UsageError(f"input_size is (channels, height, width) of one image, and not {size!r}.")
     twin = meta_twin(model, copied=not spend)
-    modules = {path: module for path, module in _not_ours(twin)}
-    replaced = {path for path, module in modules.items() if replaced_forward(module)}
-    run = record(twin, modules, size)
-    within = models_within(modules, run)
-    rows = Rows(modules, run, within)
-    hosts = dict(_hosts(modules, within))
-    reader = Reader(twin, size[1:], modules, run, hosts, within)
+    modules = dict(_base_modules(twin))
+    replaced = {path for path, module in modules.items() if replaced_forward(module)}  # recording replaces some too
+    run = record_forward(twin, modules, size)
+    models = model_paths(modules, run)
+    rows = Rows(modules, run, models)
+    hosts = dict(_hosts(modules, models))
+    detector = LayoutDetector(twin, size[1:], modules, run, hosts, models)
     units = rows.units()
-    strides = {path: _stride(reader, path, size) for path in units}
-    stagings = {path: staging(path, modules[path], run, size[1:], _below(path, strides)) for path in within}
+    finisher = _Finisher(detector, size, units, replaced)
+    outputs = sorted(map(finisher.finish, _output_sites(hosts, run, rows, units)), key=lambda site: site.depth)
+    owners = {
+        path: module
+        for path, module in hosts.items()
+        if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS))
+        if run.once(path) and finisher.is_in_body(path)
+    }
+    name = next(filter(None, map(_architecture, described_models(model))), None)
+    sites = tuple(_with_blocks(_demote_leading(outputs, rows)))
+    return Anatomy(name or type(model).__name__, size, sites, owners, run, finisher.finish, models)
 
-    def stage_of(path: str, order: float, stride: float | None) -> int | None:
-        """The stage in the model that the module belongs to; None in what the whole adds to its models."""
-        model = next((known for known in within if f"{path}.".startswith(f"{known}." if known else "")), None)
-        return None if model is None else stagings[model](order, stride)
 
-    def finish(place: Found) -> Site:
-        read = reader.read(place.shape, place.owner, place.order, place.node, place.element and place.element[0])
+class _Finisher:
+    """Adds layout, grid and stage to the sites of one recorded model.
+
+    Args:
+        detector: detects layouts and grids in the model.
+        size: (C, H, W) of the images.
+        units: paths of the model's blocks.
+        replaced: paths of modules whose forward was replaced on the object, which can hold no block.
+    """
+
+    def __init__(
+        self, detector: LayoutDetector, size: tuple[int, int, int], units: Iterable[str], replaced: Container[str]
+    ) -> None:
+        self._detector = detector
+        self._run = detector.run
+        self._pixels = size[1] * size[2]
+        self._replaced = replaced
+        strides = {path: self._stride(path) for path in units}
+        self._stagings = {
+            path: staging(path, detector.modules[path], self._run, size[1:], _below(path, strides))
+            for path in detector.models
+        }
+
+    def finish(self, place: UnstagedSite) -> Site:
+        """The complete site."""
+        element = place.element and place.element[0]
+        detected = self._detector.detect(place.shape, place.owner, place.order, place.node, element)
         site = Site(
             address=place.address,
             owner=place.owner,
             node=place.node,
             shape=place.shape,
-            layout=read.layout,
+            layout=detected.layout,
             stage=None,
             depth=place.order,
             role=place.role,
-            prefix_tokens=read.prefix_tokens,
+            prefix_tokens=detected.prefix_tokens,
             users=place.users,
             element=place.element,
             host=place.host,
-            grid=read.grid,
-            grid_names=read.grid_names,
-            grid_source=read.grid_source,
-            source_layout=read.source_layout,
-            ordered=read.ordered,
+            grid=detected.grid,
+            grid_names=detected.grid_names,
+            grid_source=detected.grid_source,
+            source_layout=detected.source_layout,
+            ordered=detected.ordered,
             spatial=place.spatial,
-            refused=_REPLACED.format(path=place.owner) if place.owner in replaced else read.refused,
+            refused=_REPLACED.format(path=place.owner) if place.owner in self._replaced else detected.refused,
         )
-        stride = math.sqrt(size[1] * size[2] / site.positions)
-        return dataclasses.replace(site, stage=stage_of(place.owner, place.order, stride))
+        stride = math.sqrt(self._pixels / site.positions)
+        return dataclasses.replace(site, stage=self._stage_of(place.owner, place.order, stride))
 
-    def in_body(path: str) -> bool:
-        """What comes after the last feature of a model, its head, is not a map any more."""
-        outside = not any(f"{path}.".startswith(f"{known}." if known else "") for known in within)
-        return outside or stage_of(path, run.finished[path], None) is not None
+    def is_in_body(self, path: str) -> bool:
+        """False for a module in the head of a model, which comes after the last feature and has no map."""
+        return self._model_of(path) is None or self._stage_of(path, self._run.order[path], None) is not None
 
-    outputs = sorted(map(finish, _output_places(hosts, run, rows, units)), key=lambda site: site.depth)
-    owners = {
-        path: module
-        for path, module in hosts.items()
-        if any(module.children()) and not isinstance(module, (*LOOPS, *NORMS)) and run.once(path) and in_body(path)
-    }
-    name = next(filter(None, map(_architecture, speakers(model))), None)
-    found = tuple(_with_blocks(_richest(outputs, rows)))
-    return Anatomy(name or type(model).__name__, size, found, owners, run, finish, within)
+    def _model_of(self, path: str) -> str | None:
+        """The path of the model that a module belongs to; None for modules outside of all models."""
+        prefixes = ((model, f"{model}." if model else "") for model in self._detector.models)
+        return next((model for model, prefix in prefixes if f"{path}.".startswith(prefix)), None)
+
+    def _stage_of(self, path: str, order: float, stride: float | None) -> int | None:
+        """The stage of a module in its model; None outside of all models and in a head."""
+        model = self._model_of(path)
+        return None if model is None else self._stagings[model](order, stride)
+
+    def _stride(self, path: str) -> float:
+        """Stride of the first map that a module returns: the square root of the pixels of the image per position."""
+        shape = next(shape for tensor in tensors(self._run.outputs[path]) if (shape := map_shape(tensor)))
+        detected = self._detector.detect(shape, path, self._run.order[path])
+        sides = {"NCHW": shape[1:], "NHWC": shape[:2], "NLC": (shape[0] - detected.prefix_tokens, 1)}
+        height, width = sides[detected.layout]
+        return math.sqrt(self._pixels / (height * width))
 
 
 _REPLACED = (
@@ -164,16 +214,8 @@ def _below(path: str, strides: dict[str, float]) -> dict[str, float]:
     return {unit: stride for unit, stride in strides.items() if not path or unit.startswith(f"{path}.")}
 
 
-def _stride(reader: Reader, path: str, size: tuple[int, int, int]) -> float:
-    """Of the first map that a module returns: the square root of the image's pixels for each position."""
-    shape = next(shape for tensor in tensors(reader.run.outputs[path]) if (shape := map_shape(tensor)))
-    read = reader.read(shape, path, reader.run.finished[path])
-    height, width = {"NCHW": shape[1:], "NHWC": shape[:2], "NLC": (shape[0] - read.prefix_tokens, 1)}[read.layout]
-    return math.sqrt(size[1] * size[2] / (height * width))
-
-
-def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by path, less attention blocks of ours, grafted or built in."""
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by path, without attention blocks of this package, inserted or built in."""
     hidden: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if hidden and path.startswith(hidden):
@@ -184,30 +226,33 @@ def _not_ours(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _hosts(modules: dict[str, nn.Module], within: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Those that can hold a block: not the root, and none that will be rebuilt.
+def _hosts(modules: dict[str, nn.Module], models: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that can hold a block: all but the root and those that are rebuilt for deployment.
 
-    Below a module that fuses itself for deployment nothing lasts, and one with `fuse` is itself replaced by the result,
-    if that is another. A whole model's `fuse` has its modules do so, and says nothing of those that do not.
+    A module that fuses itself for deployment replaces its children, and `fuse` may return another module for it. The
+    `fuse` of a whole model only calls that of its modules.
 
     Args:
-        within: paths of the models.
+        modules: all modules by path.
+        models: paths of the timm models.
     """
     hidden: tuple[str, ...] = ()
     for path, module in modules.items():
         if hidden and path.startswith(hidden):
             continue
-        if path not in ("", *within) and rebuilds(type(module)):
+        if path not in ("", *models) and rebuilds(type(module)):
             hidden = (*hidden, f"{path}.")
-        # a torch.fx graph writes its forward anew whenever it is recompiled or copied
+        # a GraphModule generates its forward again whenever it is recompiled or copied
         if path and not replaces_itself(uncut_class(module)) and not isinstance(module, fx.GraphModule):
             yield path, module
 
 
-def _output_places(modules: dict[str, nn.Module], run: Run, rows: Rows, units: dict[str, None]) -> Iterator[Found]:
-    """What modules return: those with children and a forward of their own, and bare activations in a container."""
+def _output_sites(
+    modules: dict[str, nn.Module], run: ForwardRun, rows: Rows, units: dict[str, None]
+) -> Iterator[UnstagedSite]:
+    """Outputs of modules that have children and a forward of their own, and of activations in a container."""
     for path, module in modules.items():
-        # a list with a forward of its own, such as a dense block, cannot have one child more, but its last child can
+        # a container with its own forward, such as a dense block, can have no further child, but its last child can
         looping = isinstance(module, LOOPS) and path in units
         if not run.once(path) or (isinstance(module, (*LOOPS, *NORMS)) and not looping):
             continue
@@ -219,47 +264,51 @@ def _output_places(modules: dict[str, nn.Module], run: Run, rows: Rows, units: d
         output = run.outputs[path]
         shape = map_shape(output)
         if shape is not None:
-            yield Found(run.finished[path], path, path, None, shape, role, host=host)
+            yield UnstagedSite(run.order[path], path, path, None, shape, role, host=host)
         elif type(output) in (list, tuple):
             arity = len(output) if isinstance(output, tuple) else 0
             for index, value in enumerate(output):
                 shape = map_shape(value)
-                before = [*run.given[path], *((earlier, earlier._version) for earlier in tensors(output[:index]))]
+                before = [
+                    *run.input_tensors[path],
+                    *((earlier, earlier._version) for earlier in tensors(output[:index])),
+                ]
                 if shape is None or same_data(before, [(value, value._version)]):
                     continue
-                order = run.finished[path] + index * 1e-3
-                main: Role = role if value.ndim == tensors(output)[0].ndim else "inner"  # the state of a mixer is none
-                yield Found(order, f"{path}:{index}", path, None, shape, main, element=(index, arity), host=host)
+                order = run.order[path] + index * 1e-3
+                # a tensor of another rank is no map, such as the state of a mixer
+                main: Role = role if value.ndim == tensors(output)[0].ndim else "inner"
+                yield UnstagedSite(order, f"{path}:{index}", path, None, shape, main, element=(index, arity), host=host)
 
 
 def _may_host_bare(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """A module without children may hold a block only where no forward stands above it, and nobody ever swaps it."""
+    """True if a module without children may hold a block: it is in a container and is never replaced."""
     parent = modules.get(path.rpartition(".")[0])
     stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
     return parent is not None and is_container(parent) and stateless and type(module).__module__.startswith(BARE_HOSTS)
 
 
-def _richest(sites: list[Site], rows: Rows) -> list[Site]:
-    """A stage's blocks less what only leads to them, if there are others: stems, downsampling, position encodings."""
+def _demote_leading(sites: list[Site], rows: Rows) -> list[Site]:
+    """Make stems, downsampling and position encodings inner sites, if their stage has larger blocks."""
     weights = {
         site.address: 0 if LEADING.search(site.address) else rows.weights(site.owner)
         for site in sites
         if site.role == "block"
     }
-    most: dict[int | None, int] = {}
+    largest: dict[int | None, int] = {}
     for site in sites:
-        most[site.stage] = max(most.get(site.stage, 0), weights.get(site.address, 0))
+        largest[site.stage] = max(largest.get(site.stage, 0), weights.get(site.address, 0))
     return [
         dataclasses.replace(site, role="inner")
-        if site.role == "block" and weights[site.address] < 2 <= most[site.stage]
+        if site.role == "block" and weights[site.address] < 2 <= largest[site.stage]
         else site
         for site in sites
     ]
 
 
 def _with_blocks(sites: list[Site]) -> Iterator[Site]:
-    """Stages of bare layers (vgg, densenet) have no block; what may hold one there counts as one."""
-    served = {site.stage for site in sites if site.role == "block"}
+    """Make all outputs block sites in stages that consist of single layers (vgg, densenet) and so have no block."""
+    stages_with_blocks = {site.stage for site in sites if site.role == "block"}
     for site in sites:
-        bare = site.node is None and site.layout == "NCHW" and site.stage not in served
-        yield dataclasses.replace(site, role="block") if bare and site.stage else site
+        is_plain_output = site.node is None and site.layout == "NCHW" and site.stage not in stages_with_blocks
+        yield dataclasses.replace(site, role="block") if is_plain_output and site.stage else site

@@ -1,4 +1,4 @@
-"""Sites inside one module's own forward: what its children return, what its operations give, where its branches end."""
+"""Sites inside one module's own forward: outputs of its children and operations, and the ends of its branches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from attnsurgery.graph.record import Found, Run, map_shape
+from attnsurgery.graph.forward_run import ForwardRun, UnstagedSite, map_shape
 from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
 
@@ -19,48 +19,53 @@ DROPS = {"DropPath", "Dropout", "Identity", "DropBlock2d"}
 
 
 Shapes = dict[fx.Node, tuple[int, ...] | None]
-"""Of each node that gives a tensor a block could take."""
+"""Shape without batch of each node's value; None where it is no tensor that a block could take."""
 
 
 def inner_sites(
-    path: str, owner: nn.Module, graph: fx.Graph, run: Run, known: dict[Hashable, Shapes]
-) -> Iterator[Found]:
+    path: str, owner: nn.Module, graph: fx.Graph, run: ForwardRun, cache: dict[Hashable, Shapes]
+) -> Iterator[UnstagedSite]:
     """Every tensor of the graph that a block could take, in order.
 
-    `known` keeps what replays gave: most blocks of a stage are alike to the last shape.
+    Args:
+        path: path of the owner.
+        owner: the module whose forward the graph is.
+        graph: the traced forward.
+        run: the recorded forward of the model.
+        cache: results of replays, which are shared because most blocks of a stage have the same shapes.
     """
-    key = _alike(path, owner, graph, run)
-    if key not in known:
-        known[key] = replayed_shapes(path, owner, graph, run)
-    shapes = known[key]
+    key = _replay_key(path, owner, graph, run)
+    if key not in cache:
+        cache[key] = replayed_shapes(path, owner, graph, run)
+    shapes = cache[key]
     additions = _residual_additions(owner, graph, shapes)
     ends = {addition.end for addition in additions.values()}
     spatial = _last_spatial(owner, graph, shapes)
-    last_child = run.finished[path] - 1.0
-    named: set[str] = set()
+    last_child = run.order[path] - 1.0
+    listed: set[str] = set()
     total = len(graph.nodes) + 1
     for position, node in enumerate(graph.nodes):
         order = last_child + position / total
         address = f"{path}:{node.name}"
         if node.op == "call_module":
-            last_child = float(run.finished.get(f"{path}.{node.target}", last_child))
+            last_child = float(run.order.get(f"{path}.{node.target}", last_child))
             order = last_child + position / total
-            if node.target not in named:
+            if node.target not in listed:
                 address = f"{path}.{node.target}"
-                named.add(str(node.target))
+                listed.add(str(node.target))
         if node in additions:
             yield from _sides(path, node, additions[node], shapes, order)
         shape = shapes.get(node)
         if shape is None or node.op in ("placeholder", "output", "get_attr"):
             continue
         role: Role = "branch" if node in ends else "inner"
-        yield Found(order, address, path, node.name, shape, role, spatial=node is spatial)
+        yield UnstagedSite(order, address, path, node.name, shape, role, spatial=node is spatial)
 
 
-def _sides(path: str, node: fx.Node, addition: Addition, shapes: Shapes, order: float) -> Iterator[Found]:
-    """The places that belong to one use of a tensor rather than to the tensor: what the branch reads, and the shortcut.
+def _sides(path: str, node: fx.Node, addition: Addition, shapes: Shapes, order: float) -> Iterator[UnstagedSite]:
+    """The two sites of an addition that are one use of a tensor each: the input of the branch, and the shortcut.
 
-    A shortcut is usually the very tensor the branch reads; a block there must leave the other side alone.
+    The shortcut is usually the same tensor as the branch input, and a block at one of them must not change the other.
     """
     sides: list[tuple[str, Role, fx.Node, tuple[str, ...]]] = [
         ("shortcut", "shortcut", addition.shortcut, (node.name,)),
@@ -71,11 +76,11 @@ def _sides(path: str, node: fx.Node, addition: Addition, shapes: Shapes, order: 
         shape = shapes.get(source)
         if shape is not None:
             before = order - (len(sides) - index) * 1e-6
-            yield Found(before, f"{path}:{node.name}.{name}", path, source.name, shape, role, users)
+            yield UnstagedSite(before, f"{path}:{node.name}.{name}", path, source.name, shape, role, users)
 
 
-def _alike(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Hashable:
-    """What a replay's shapes follow from: the graph, and the sizes of what the owner was given, holds and hears."""
+def _replay_key(path: str, owner: nn.Module, graph: fx.Graph, run: ForwardRun) -> Hashable:
+    """What the shapes of a replay depend on: the graph, and sizes of inputs, parameters, buffers and child outputs."""
     children = [run.outputs.get(f"{path}.{name}") for name in _called(graph)]
     return graph, _sizes(run.inputs[path]), _sizes(owner._parameters), _sizes(owner._buffers), _sizes(children)
 
@@ -85,7 +90,7 @@ def _called(graph: fx.Graph) -> Iterator[str]:
 
 
 def _sizes(value: Any) -> Hashable:
-    """The value with sizes in place of tensors; what is no plain value stands for itself alone."""
+    """The value with sizes in place of tensors; an object that is not plain data is represented by its id."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
     if isinstance(value, (list, tuple)):
@@ -95,8 +100,8 @@ def _sizes(value: Any) -> Hashable:
     return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def replayed_shapes(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> Shapes:
-    """What every node of the graph gives, replayed with the recorded outputs of the owner's children."""
+def replayed_shapes(path: str, owner: nn.Module, graph: fx.Graph, run: ForwardRun) -> Shapes:
+    """Shapes of all values of the graph, which is replayed with the recorded outputs of the owner's children."""
     shapes: Shapes = {}
 
     class Replay(fx.Interpreter):
@@ -115,7 +120,7 @@ def replayed_shapes(path: str, owner: nn.Module, graph: fx.Graph, run: Run) -> S
     try:
         with torch.no_grad(), ONE_AT_A_TIME:
             Replay(owner, graph=graph).run(*list(bound.arguments.values())[:symbolic])
-    except Exception:  # an operation that meta tensors do not know: the sites up to there still stand
+    except Exception:  # an operation without meta support; the sites before it are still valid
         return shapes
     return shapes
 
@@ -124,20 +129,21 @@ class Addition(NamedTuple):
     """The two sides of a residual addition."""
 
     end: fx.Node
-    """The branch's last value, before whatever only drops it."""
+    """The last value of the branch, before dropout or stochastic depth."""
     shortcut: fx.Node
+    """The value that the branch is added to."""
     start: fx.Node | None
-    """The one value that the branch reads; None where it reads several."""
+    """The only value that the branch reads; None if it reads several."""
     readers: tuple[str, ...]
-    """The nodes of the branch that read it."""
+    """Names of the nodes of the branch that read it."""
 
 
 def _residual_additions(owner: nn.Module, graph: fx.Graph, shapes: Shapes) -> dict[fx.Node, Addition]:
-    """The additions that end a residual branch: of the two sides, the branch is the one that went the longer way.
+    """The additions that end a residual branch: the branch is the side with more module calls behind it.
 
-    What only drops the branch on its last step is stepped over, so that a block comes before stochastic depth.
+    Dropout and stochastic depth at the end of the branch are skipped, so a block is put before them.
     """
-    found = {}
+    additions = {}
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         sides = node.all_input_nodes
@@ -156,22 +162,24 @@ def _residual_additions(owner: nn.Module, graph: fx.Graph, shapes: Shapes) -> di
             end = end.all_input_nodes[0]
         if end.op in ("placeholder", "get_attr") or shapes.get(end) is None:
             continue
-        own = ancestors[branch] - ancestors[shortcut]
-        # of a forward's other arguments, such as a mask, none is a map
+        branch_nodes = ancestors[branch] - ancestors[shortcut]
+        # other arguments of the forward, such as a mask, are no maps
         reads = {
             source: None
-            for reader in own
+            for reader in branch_nodes
             for source in reader.all_input_nodes
-            if source not in own and shapes.get(source) is not None
+            if source not in branch_nodes and shapes.get(source) is not None
         }
         start = next(iter(reads)) if len(reads) == 1 else None
-        readers = tuple(n.name for n in graph.nodes if start is not None and n in own and start in n.all_input_nodes)
-        found[node] = Addition(end, shortcut, start, readers)
-    return found
+        readers = tuple(
+            n.name for n in graph.nodes if start is not None and n in branch_nodes and start in n.all_input_nodes
+        )
+        additions[node] = Addition(end, shortcut, start, readers)
+    return additions
 
 
 def _last_spatial(owner: nn.Module, graph: fx.Graph, shapes: Shapes) -> fx.Node | None:
-    """What the last 3x3 (or larger) convolution gives, after the normalisation and activation right behind it."""
+    """The result of the last 3x3 (or larger) convolution, after the normalization and activation that follow it."""
     node = next((n for n in reversed(graph.nodes) if n.op == "call_module" and _is_spatial(owner, n)), None)
     while node is not None and len(node.users) == 1:
         behind = next(iter(node.users))

@@ -1,8 +1,8 @@
-"""Selectors: what people type to mean Sites.
+"""Selectors: text that selects sites of a model.
 
     layer3.5.bn3                  one address
     layer[234].*.bn3              a pattern; * and ? stay within one part of the path, ** crosses parts
-    stage:3 before_last_block     stage-relative, the same words for every model
+    stage:3 before_last_block     stage-relative, the same rules for every model
     stage:34 every:2              stages 3 and 4, after every second block
     stage:* branches              the end of every residual branch (of every block, where there are no branches)
     stage:* branch_inputs         what every residual branch reads; the shortcut stays as it is
@@ -15,8 +15,8 @@
     stage:3 span                  a span over all blocks of the stage that keep the map's size
     stage:3 spans:2               the same blocks in spans of two
 
-Where a larger whole holds several timm models, stages are those of each. Nothing matched is an error, never an empty
-answer.
+If a larger module holds several timm models, a stage selector applies to each of them. A selector that matches nothing
+is an error.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ _STAGE = re.compile(
 
 
 def select(selector: str, anatomy: Anatomy) -> tuple[Site, ...]:
-    """The sites meant, in order of execution.
+    """The sites that a selector matches, in order of execution.
 
     Raises:
-        SiteError: the selector cannot be read, or matches nothing; the message names the nearest that would.
+        SiteError: the selector is invalid or matches nothing; the message names the nearest that would match.
     """
     text = selector.strip()
     if text.startswith("stage:"):
         return _by_stage(text, anatomy)
     if ".." in text:
         return _spans(text, anatomy)
-    found = tuple(site for site in anatomy.sites if site.address == text)  # names of modules may have brackets in them
-    if not found:
+    sites = tuple(site for site in anatomy.sites if site.address == text)  # names of modules may have brackets in them
+    if not sites:
         try:
             pattern = re.compile(_regex(text))
         except re.error:
             raise SiteError(f"{selector!r} is not a pattern: a set of characters reads [34] or [1-4].") from None
-        found = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
-    if not found:
+        sites = tuple(site for site in anatomy.sites if pattern.fullmatch(site.address))
+    if not sites:
         near = did_you_mean(text, sorted({_like(text, site.address) for site in anatomy.sites}))
         raise SiteError(
             f"{selector!r} matches none of the {len(anatomy.sites)} sites of {anatomy.name}.{near}{anatomy.hint()} "
             f"See them all: attnsurgery inspect {anatomy.name} --all"
         )
-    return found
+    return sites
 
 
 def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
@@ -98,8 +98,8 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
         raise SiteError(f"{text!r}: there is no rule {rule!r}.{did_you_mean(rule, rules)} Rules: {', '.join(RULES)}.")
     models = [anatomy] if len(anatomy.models) == 1 else [anatomy.of(path) for path in anatomy.models]
     stages = _stages(text, match["stages"], anatomy)
-    found = tuple(site for stage in stages for model in models for site in rules[rule](model, stage))
-    if not found:
+    sites = tuple(site for stage in stages for model in models for site in rules[rule](model, stage))
+    if not sites:
         why = {
             "branch_inputs": "it adds no branch to a shortcut there",
             "shortcuts": "it adds no branch to a shortcut there",
@@ -109,7 +109,7 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
         }
         reason = why.get(rule, "its stages have too few blocks for that step")
         raise SiteError(f"{text!r} matches nothing in {anatomy.name}: {reason}.")
-    return found
+    return sites
 
 
 def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
@@ -118,69 +118,74 @@ def _every(blocks: tuple[Site, ...], step: int) -> tuple[Site, ...]:
 
 
 def _trunk(anatomy: Anatomy, stage: int) -> tuple[Site, ...]:
-    """Two blocks, as the residual attention paper's t = 2 (section 3), or as many as there are.
+    """A span over two blocks, as t = 2 in the residual attention paper (section 3), or over one if there is only one.
 
-    Where they work on patches or windows cut apart, a mask means nothing between them: then what holds them.
+    If the blocks work on patches or windows, a mask inside them is meaningless, so it is the module around them.
     """
     row = anatomy.trunk(stage)[-2:] or anatomy.blocks(stage)[-1:]
-    if not row:  # another model of the whole has the stage
+    if not row:  # only another of the models has this stage
         return ()
-    around = None if row[-1].ordered else anatomy.around(row[-1])
-    if around is not None:
-        return (around,)
+    enclosing = None if row[-1].ordered else anatomy.around(row[-1])
+    if enclosing is not None:
+        return (enclosing,)
     return (anatomy.span(row[0], row[-1]),) if anatomy.keeps_size(row[-1]) else row
 
 
 def _in_spans(anatomy: Anatomy, stage: int, length: int) -> tuple[Site, ...]:
-    """The stage's trunk cut into spans of so many blocks; what is left over at its start stays plain."""
+    """The stage's trunk in spans of `length` blocks; a remainder at its start is in no span."""
     row = anatomy.trunk(stage)
     starts = range(len(row) % length, len(row), length)
     return tuple(anatomy.span(row[start], row[start + length - 1]) for start in starts)
 
 
 def _spans(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
-    """Each first module with the nearest last one behind it that has the same parent."""
+    """A span from each first module to the nearest last module behind it, with the same parent if possible."""
     parts = [part.strip() for part in text.split("..")]
     if len(parts) != 2 or not all(parts):
         raise SiteError(f"{text!r} is not a span. It reads: FIRST .. LAST, such as 'layer2.1 .. layer2.2'.")
     firsts, lasts = (select(part, anatomy) for part in parts)
-    found = []
+    spans = []
     for first in firsts:
         behind = [last for last in lasts if last.depth >= first.depth]
         near = [last for last in behind if last.owner.rpartition(".")[0] == first.owner.rpartition(".")[0]]
         if not behind:
             raise SiteError(f"{text!r}: {lasts[-1].address!r} runs before {first.address!r}. Name the first one first.")
-        found.append(anatomy.span(first, (near or behind)[0]))
-    return tuple(found)
+        spans.append(anatomy.span(first, (near or behind)[0]))
+    return tuple(spans)
 
 
-def _stages(text: str, asked: str, anatomy: Anatomy) -> tuple[int, ...]:
-    there = anatomy.stages
-    if asked == "*" and there:
-        return there
-    if asked.startswith("-") and 0 < int(asked[1:]) <= len(there):
-        return (there[int(asked)],)
-    wanted = tuple(sorted({int(digit) for digit in asked if digit.isdigit()})) if asked != "*" else ()
-    missing = [stage for stage in wanted if stage not in there]
-    if asked.startswith("-") or missing or not wanted:
-        have = ", ".join(map(str, there)) or "none"
-        count = sum(len(anatomy.blocks(stage)) for stage in there)
+def _stages(text: str, requested: str, anatomy: Anatomy) -> tuple[int, ...]:
+    """Numbers of the stages in a stage selector.
+
+    Raises:
+        SiteError: the model has no such stage.
+    """
+    stages = anatomy.stages
+    if requested == "*" and stages:
+        return stages
+    if requested.startswith("-") and 0 < int(requested[1:]) <= len(stages):
+        return (stages[int(requested)],)
+    numbers = tuple(sorted({int(digit) for digit in requested if digit.isdigit()})) if requested != "*" else ()
+    missing = [stage for stage in numbers if stage not in stages]
+    if requested.startswith("-") or missing or not numbers:
+        listed = ", ".join(map(str, stages)) or "none"
+        count = sum(len(anatomy.blocks(stage)) for stage in stages)
         few = f" It has {count} block{'s' * (count != 1)}, too few for one in every stage." if 0 < count < 4 else ""
         raise SiteError(
-            f"{text!r}: {anatomy.name} has no stage {missing[0] if missing and asked.isdigit() else asked}. "
-            f"Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: {have}.{few}{anatomy.hint()} "
+            f"{text!r}: {anatomy.name} has no stage {missing[0] if missing and requested.isdigit() else requested}. "
+            f"Its stages, by stride 4, 8, 16, 32 or by quarters of the depth: {listed}.{few}{anatomy.hint()} "
             f"See them: attnsurgery inspect {anatomy.name}"
         )
-    return wanted
+    return numbers
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Says of a path whether it is one that the pattern means; of none, where the text is no pattern."""
+    """A function that is true for paths that match the pattern, or that equal it."""
     try:
-        made = re.compile(_regex(pattern.strip()))
+        compiled = re.compile(_regex(pattern.strip()))
     except re.error:
         return lambda path: path == pattern.strip()
-    return lambda path: path == pattern.strip() or made.fullmatch(path) is not None
+    return lambda path: path == pattern.strip() or compiled.fullmatch(path) is not None
 
 
 def _regex(pattern: str) -> str:
@@ -197,7 +202,7 @@ def _regex(pattern: str) -> str:
 
 def _like(pattern: str, address: str) -> str:
     """The address with '*' wherever the pattern has one, so that patterns are compared with patterns."""
-    asked, there = pattern.split("."), address.split(".")
-    if len(asked) != len(there):
+    pattern_parts, address_parts = pattern.split("."), address.split(".")
+    if len(pattern_parts) != len(address_parts):
         return address
-    return ".".join("*" if a == "*" else t for a, t in zip(asked, there, strict=True))
+    return ".".join("*" if a == "*" else t for a, t in zip(pattern_parts, address_parts, strict=True))

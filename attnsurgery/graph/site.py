@@ -1,4 +1,4 @@
-"""Site: one place in a model where a block could go."""
+"""Site: one address in a model where a block can stand."""
 
 from __future__ import annotations
 
@@ -11,56 +11,59 @@ Role = Literal["block", "branch", "shortcut", "branch_input", "span", "inner"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A tensor on its way through a model.
+    """A tensor in a model's forward where a block can stand.
 
-    `address` is what people type: `layer3.5` is what that module returns, `layer3.5.bn3` what its child returns,
-    `layer3.5:add` the result of an operation in its forward. The two sides of a residual addition are places, too:
-    `layer3.5:add.shortcut` is what comes over the shortcut, `layer3.5:add.input` what goes into the branch. A span,
-    `layer3.1 .. layer3.2`, is a chain of modules: what goes into the first and what comes out of the last.
+    `layer3.5` is the output of that module, `layer3.5.bn3` the output of its child, and `layer3.5:add` the result of an
+    operation in its forward. The two sides of a residual addition are sites too: `layer3.5:add.shortcut` is the
+    shortcut, and `layer3.5:add.input` the input of the branch. A span, `layer3.1 .. layer3.2`, is a chain of modules,
+    from the input of the first to the output of the last.
     """
 
     address: str
+    """The selector that matches this site only."""
     owner: str
     """Path of the module whose own forward holds the tensor, and which gets the block as a child."""
     node: str | None
-    """The fx node in the owner's forward; None is what the owner returns."""
+    """Name of the fx node in the owner's forward; None for what the owner returns."""
     shape: tuple[int, ...]
-    """Without the batch: (C, H, W), (H, W, C) or (N, C), as `layout` says."""
+    """Shape without the batch: (C, H, W), (H, W, C) or (N, C), depending on `layout`."""
     layout: Layout
+    """Order of the tensor's axes."""
     stage: int | None
     """1, 2, 3, 4 for strides 4, 8, 16, 32; quarters of the depth where the stride never changes; None in a head."""
     depth: float
     """Position in the order of execution, counted in modules that have returned."""
     role: Role
-    """'block': the output of a residual block or its like. 'branch': the end of a residual branch, before the addition.
-    'branch_input', 'shortcut': what that branch reads, and what it is added to. 'span': a chain of modules."""
+    """'block': the output of a block. 'branch': the end of a residual branch, before the addition. 'branch_input' and
+    'shortcut': what that branch reads, and what it is added to. 'span': a chain of modules. 'inner': any other."""
     prefix_tokens: int = 0
-    """Tokens of an NLC tensor that are no image position (class, registers); a block leaves them alone."""
+    """Number of tokens of an NLC tensor that are no image position (class, registers); a block does not change them."""
     users: tuple[str, ...] = ()
-    """fx nodes for which the block's result replaces the tensor; empty means all that use it."""
+    """fx nodes for which the block's result replaces the tensor; empty means all its users."""
     span: tuple[str, ...] = ()
-    """Paths of the modules of a span, in order; the first is the owner. Empty for a single place."""
+    """Paths of the modules of a span, in order; the first is the owner. Empty if the site is no span."""
     element: tuple[int, int] | None = None
-    """Where the owner returns several tensors, which of how many this is; of 0 where they come as a list."""
+    """Index of the tensor and number of tensors where the owner returns a tuple; the number is 0 for a list."""
     host: str = ""
     """The child of the owner that holds the block, where the owner loops over its children and can have no other."""
     grid: tuple[int, int] | None = None
-    """(H, W) of an NLC tensor whose positions are the rows of a map one after the other, as far as that is known."""
+    """(H, W) of an NLC tensor whose positions are those of a map in raster order; None if unknown."""
     grid_names: tuple[str, ...] = ()
-    """Where the owner is told that size with every call, and images of any size go: the arguments that say it."""
+    """Names of the owner's arguments that pass the grid, so that images of any size work."""
     grid_source: str = ""
-    """Else the module that makes the map which the tokens are of: in each forward, its result says the size."""
+    """Path of the module that makes the map of the tokens, whose output gives the grid in each forward."""
     source_layout: Layout = "NCHW"
-    """Of that result."""
+    """Layout of the output of `grid_source`."""
     ordered: bool = True
-    """False where the positions do not lie as in the image: windows cut apart, or a reordered sequence."""
+    """False if the positions do not lie as in the image, because of windows or a reordered sequence."""
     spatial: bool = False
-    """The result of a block's last spatial convolution (3x3 or larger), after its normalisation and activation."""
+    """True for the result of a block's last spatial convolution (3x3 or larger), after normalization and activation."""
     refused: str = ""
-    """Why no block can stand here, in words; empty where one can."""
+    """The reason why no block can stand here; empty if one can."""
 
     @property
     def channels(self) -> int:
+        """C, the number of channels."""
         return self.shape[0] if self.layout == "NCHW" else self.shape[-1]
 
     @property
@@ -74,5 +77,6 @@ class Site:
 
     @property
     def positions(self) -> int:
+        """The number of positions of the map, H * W."""
         height, width = self.map_size
         return height * width

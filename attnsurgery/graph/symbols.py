@@ -1,7 +1,8 @@
-"""The values that torch.fx hands to a forward it traces, with two things fx does not do.
+"""Symbols: the values that a forward gets while torch.fx traces it, with two additions to fx.
 
-Unpacking `B, C, H, W = x.shape` makes fx take the whole forward's bytecode apart each time, a sixth of an inspection;
-here it is once. And a forward that asks for the *type* of a symbol is heard: the answer would be frozen into the graph.
+For unpacking such as `B, C, H, W = x.shape`, fx disassembles the whole forward each time, a sixth of the time of an
+inspection; here that is cached. And a forward that checks the *type* of a symbol raises an error, because the answer
+would be baked into the graph.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import fx, nn
 
 @cache
 def _unpacked(code: CodeType) -> dict[int, int]:
-    """Into how many values each unpacking of a function goes, by its place in the bytecode."""
+    """The number of values of each sequence unpacking in a function, by its offset in the bytecode."""
     return {at.offset: at.argval for at in dis.get_instructions(code) if at.opname == "UNPACK_SEQUENCE"}
 
 
 class Symbol(fx.Proxy):
-    """A value that is not known while a forward is traced."""
+    """A value that is unknown while a forward is traced."""
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
@@ -37,29 +38,29 @@ class Symbol(fx.Proxy):
 
 
 class _Attribute(Symbol, fx.proxy.Attribute):
-    """An attribute of a symbol, a node only if it turns out not to be a method."""
+    """An attribute of a symbol; it becomes a node unless it is called as a method."""
 
 
 @contextmanager
-def types_unasked(cls: type[nn.Module]) -> Iterator[None]:
-    """Make a question of a symbol's type an error in the forward of `cls`.
+def type_checks_refused(cls: type[nn.Module]) -> Iterator[None]:
+    """Make a type check of a symbol an error in the forward of `cls`.
 
-    `isinstance(x, tuple)` is False of any symbol, and the graph would hold what follows from that. The question is
-    heard by the name `isinstance` in the modules that define the class.
+    `isinstance(x, tuple)` is False for every symbol, and the graph would depend on that. The name `isinstance` is
+    replaced in the modules that define the class and its bases.
     """
 
-    def heard(value: Any, kinds: Any) -> bool:
+    def checked(value: Any, kinds: Any) -> bool:
         if issubclass(type(value), fx.Proxy):
-            raise TypeError(f"the type of a symbol was asked for: isinstance({value}, {kinds})")
+            raise TypeError(f"the forward checks the type of a symbol: isinstance({value}, {kinds})")
         return isinstance(value, kinds)
 
     names = {base.__module__ for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "torch")}
-    homes = [vars(sys.modules[name]) for name in names if name in sys.modules]
-    homes = [home for home in homes if "isinstance" not in home]
-    for home in homes:
-        home["isinstance"] = heard
+    namespaces = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    namespaces = [namespace for namespace in namespaces if "isinstance" not in namespace]
+    for namespace in namespaces:
+        namespace["isinstance"] = checked
     try:
         yield
     finally:
-        for home in homes:
-            del home["isinstance"]
+        for namespace in namespaces:
+            del namespace["isinstance"]

@@ -1,11 +1,11 @@
-"""One module's own forward as a torch.fx graph, with every child a leaf.
+"""Trace one module's own forward as a torch.fx graph, with every child a leaf.
 
-A whole-model GraphModule loses what makes a timm model one (`forward_features`, `reset_classifier`, ...), and tracing
-through children bakes their state. So the unit of tracing here is a single module: its children stay calls by name, and
-what is baked is only what that one forward does in Python.
+A GraphModule of the whole model loses timm's methods (`forward_features`, `reset_classifier`, ...), and tracing through
+children bakes their state into the graph. So the unit of tracing here is a single module: its children remain calls by
+name, and only the Python code of that one forward is baked in.
 
-What it does in Python can still depend on `self.training` or on optional arguments. `trace_owner` therefore traces in
-both modes, and keeps the optional arguments symbolic only where the forward never asks about them.
+That code can still depend on `self.training` or on optional arguments. Therefore both modes can be traced, and optional
+arguments stay symbolic only if the forward never branches on them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from attnsurgery.graph.symbols import Symbol, types_unasked
+from attnsurgery.graph.symbols import Symbol, type_checks_refused
 
-# Python state that is expected to change after surgery; a forward that reads it cannot be frozen into a graph.
+# Attributes that may change after surgery; a forward that reads them cannot become a graph.
 CHANGING_STATE = ("grad_checkpointing",)
-# Methods by which a module rebuilds itself for deployment: its forward afterwards is another one.
+# Methods by which a module rebuilds itself for deployment; its forward is another one afterwards.
 REBUILDS = ("reparameterize", "fuse", "switch_to_deploy")
 
 ONE_AT_A_TIME = threading.RLock()
-"""torch.fx patches nn.Module for as long as it traces; another forward at that moment would end up in the trace."""
+"""torch.fx patches nn.Module while it traces, so another forward at that time would become part of the trace."""
 
 
-class _OwnForward(fx.Tracer):
-    """Traces one forward: every child is a call, and so is every function timm asks not to trace."""
+class _ForwardTracer(fx.Tracer):
+    """Traces one forward; each child is a call, and so is each function that timm registers as not traceable."""
 
     def __init__(self) -> None:
         # without autowrap_modules=(), fx wraps every function of `math` anew for each trace, a third of its time
@@ -56,7 +56,7 @@ def rebuilds(cls: type[nn.Module]) -> bool:
 
 @cache
 def replaces_itself(cls: Any) -> bool:
-    """True if timm puts what `fuse` returns in the place of such a module; some only change themselves."""
+    """True if timm replaces such a module by what `fuse` returns; the `fuse` of some only changes the module."""
     try:
         return hasattr(cls, "fuse") and re.search(r"^\s+return self\s*$", inspect.getsource(cls.fuse), re.M) is None
     except (OSError, TypeError):
@@ -64,12 +64,12 @@ def replaces_itself(cls: Any) -> bool:
 
 
 def uncut_class(module: nn.Module) -> Any:
-    """The class whose forward is traced: what the module was before any surgery."""
+    """The class of a module before any surgery, whose forward is traced."""
     return getattr(type(module), "uncut_class", type(module))
 
 
 def uncut_copy(module: nn.Module) -> nn.Module:
-    """A shallow copy with the module's first class; children are shared, the table of children is not."""
+    """A shallow copy with the module's class before surgery; children are shared, the dictionary of children is not."""
     twin: nn.Module = object.__new__(uncut_class(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = dict(module._modules)
@@ -77,29 +77,29 @@ def uncut_copy(module: nn.Module) -> nn.Module:
 
 
 def trace_owner(module: nn.Module, training: bool = False) -> fx.Graph | None:
-    """The module's own forward as a graph in the given mode, or None where no graph can stand for it.
+    """The module's own forward as a graph in the given mode, or None if it cannot be a graph.
 
-    That is: Python control flow on tensors or on their type, state that timm changes later (`grad_checkpointing`), a
-    forward that is rebuilt for deployment. A site at the module's *output* needs no trace and works there all the same.
+    It cannot be one if it has Python control flow on tensors or their types, reads state that timm changes later
+    (`grad_checkpointing`), or is rebuilt for deployment. A site at the module's *output* needs no trace.
     """
     return _trace(module, training)[0]
 
 
 def trace_in_both_modes(module: nn.Module) -> tuple[fx.Graph, fx.Graph] | None:
-    """The graphs in eval and in train mode; one graph twice where the forward never asks which mode it is in."""
-    evaluating, asked = _trace(module, False)
-    training = _trace(module, True)[0] if asked else evaluating
+    """The graphs in eval and in train mode; the same graph twice if the forward never reads `self.training`."""
+    evaluating, reads_training = _trace(module, False)
+    training = _trace(module, True)[0] if reads_training else evaluating
     return None if evaluating is None or training is None else (evaluating, training)
 
 
 def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
-    """The graph, and whether the forward asked for `self.training` on the way."""
+    """The graph, and whether the forward reads `self.training`."""
     if any(name in module.__dict__ for name in CHANGING_STATE) or rebuilds(type(module)):
         return None, False
     twin = uncut_copy(module)
     cls: Any = type(twin)
-    twin.__class__ = _watching(cls)
-    twin.__dict__.update(mode=training, asked=False)
+    twin.__class__ = _reporting_training(cls)
+    twin.__dict__.update(mode=training, reads_training=False)
     for name, child in twin._modules.items():
         if isinstance(child, nn.modules.dropout._DropoutNd):
             twin._modules[name] = _with_symbolic_rate(child, name, twin)
@@ -110,45 +110,45 @@ def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, bool]:
         fixed = _try_trace(twin, defaults)
         if graph is None or fixed is None or _operations(graph) != _operations(fixed):
             graph = fixed
-    return graph, bool(twin.__dict__["asked"])
+    return graph, bool(twin.__dict__["reads_training"])
 
 
 def _with_symbolic_rate(dropout: nn.Module, name: str, host: nn.Module) -> nn.Module:
-    """A stand-in whose rate `p` stays an attribute in the graph: schedules change it, and attentions read it."""
+    """A stand-in whose rate `p` stays an attribute in the graph, because schedules change it and attention reads it."""
 
-    def read(self: nn.Module) -> Any:
+    def rate(self: nn.Module) -> Any:
         return host.__dict__["tracer"].create_proxy("get_attr", f"{name}.p", (), {})
 
-    stand_in: nn.Module = object.__new__(type("Dropout", (type(dropout),), {"p": property(read)}))
+    stand_in: nn.Module = object.__new__(type("Dropout", (type(dropout),), {"p": property(rate)}))
     stand_in.__dict__.update((key, value) for key, value in dropout.__dict__.items() if key != "p")
     return stand_in
 
 
 @cache
-def _watching(cls: Any) -> type[nn.Module]:
-    """The class with a `training` that remembers being read."""
+def _reporting_training(cls: Any) -> type[nn.Module]:
+    """A subclass whose property `training` notes that it was read."""
 
-    def read(self: nn.Module) -> bool:
-        self.__dict__["asked"] = True
+    def training(self: nn.Module) -> bool:
+        self.__dict__["reads_training"] = True
         return bool(self.__dict__["mode"])
 
-    return type(cls.__name__, (cls,), {"training": property(read), "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"training": property(training), "__module__": cls.__module__})
 
 
-def same(one: fx.Graph, other: fx.Graph) -> bool:
-    """True if two graphs do the same, whatever objects they are made of."""
-    if one is other:
+def same(first: fx.Graph, second: fx.Graph) -> bool:
+    """True if two graphs have the same nodes."""
+    if first is second:
         return True
 
     def content(graph: fx.Graph) -> list[tuple[str, str, str]]:
         return [(node.name, str(node.target), str((node.args, node.kwargs))) for node in graph.nodes]
 
-    return content(one) == content(other)
+    return content(first) == content(second)
 
 
 @contextmanager
 def _symbolic_dropout_in_attention() -> Iterator[None]:
-    """For torch before 2.7, whose fused attention does not take a symbol for its dropout rate."""
+    """Make fused attention accept a symbolic dropout rate, which it does not before torch 2.7."""
     if torch.__version__ >= "2.7":
         yield
         return
@@ -168,13 +168,13 @@ def _symbolic_dropout_in_attention() -> Iterator[None]:
 
 
 def _try_trace(module: nn.Module, concrete: dict[str, Any] | None) -> fx.Graph | None:
-    tracer = module.__dict__["tracer"] = _OwnForward()
+    tracer = module.__dict__["tracer"] = _ForwardTracer()
     try:
-        with ONE_AT_A_TIME, _symbolic_dropout_in_attention(), types_unasked(type(module)):
+        with ONE_AT_A_TIME, _symbolic_dropout_in_attention(), type_checks_refused(type(module)):
             graph = tracer.trace(module, concrete_args=concrete)
-    except Exception:  # whatever a foreign forward raises on symbolic values, the answer is the same: no graph
+    except Exception:  # whatever a forward raises on symbolic values, it cannot be a graph
         return None
-    # what torch computed from a buffer while it traced is a constant that would follow neither .to() nor a new size
+    # a value that is computed from a buffer during tracing is a constant, which .to() and a new size do not change
     return None if any("_tensor_constant" in str(node.target) for node in graph.nodes) else graph
 
 
@@ -188,7 +188,7 @@ def _optional_arguments(module: nn.Module) -> dict[str, Any]:
 
 
 def _operations(graph: fx.Graph) -> list[str]:
-    """The calls of a graph, less the checks that fx adds for fixed arguments."""
+    """The operations of a graph, without the checks that fx adds for fixed arguments."""
     checks = {"_assert_is_none", "_assert", "eq"}
     return [
         f"{node.op} {node.target}"

@@ -15,9 +15,9 @@ from attnsurgery.blocks.loading import watch
 from attnsurgery.errors import SiteError
 from attnsurgery.graph.find import survey
 from attnsurgery.graph.site import Site
+from attnsurgery.graph.submodels import feature_infos
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.twin import meta_twin
-from attnsurgery.graph.within import feature_infos
 from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
 from attnsurgery.surgery.insertion import Insertion, Insertions

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from attnsurgery.blocks import Block
-from attnsurgery.graph.layout import Grid
+from attnsurgery.graph.channel_layout import Grid
 from attnsurgery.graph.wrappers import bare, submodule, walk
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
 from attnsurgery.surgery.rewrite import find_slot

@@ -36,7 +36,7 @@ import torch
 from torch import fx, nn
 
 from attnsurgery.errors import SiteError, SurgeryError
-from attnsurgery.graph.layout import FROM_NCHW, TO_NCHW, map_to_tokens, tokens_to_map
+from attnsurgery.graph.channel_layout import FROM_NCHW, TO_NCHW, map_to_tokens, tokens_to_map
 from attnsurgery.graph.trace import same, trace_in_both_modes, uncut_class, uncut_copy
 from attnsurgery.surgery.gate import carried, carry
 from attnsurgery.surgery.graft import RECORD, Graft, Slot

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnsurgery.blocks import Block
 from attnsurgery.errors import SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of
-from attnsurgery.graph.record import example
-from attnsurgery.graph.twin import meta_twin, quietly, weighted_twin
-from attnsurgery.graph.within import speakers
+from attnsurgery.graph.forward_run import example
+from attnsurgery.graph.submodels import described_models
+from attnsurgery.graph.twin import meta_twin, weighted_twin, without_side_effects
 from attnsurgery.graph.wrappers import unwrapped, walk
 from attnsurgery.surgery.owners import PATHS, grafted_blocks, joined, operated
 from attnsurgery.surgery.remove import remove
@@ -113,7 +113,7 @@ def verify(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     size = input_size or input_size_of(model)
     _check_records(model)
     _check_finite(model)
-    with quietly():
+    with without_side_effects():
         return _compared(model, weighted_twin(model), size)
 
 
@@ -164,7 +164,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     twin = meta_twin(model).requires_grad_(False)  # the counter hooks into gradients, which parameters as inputs lack
     image = example(twin, input_size, "meta")[:1]  # what is done once a batch, such as folding weights, counts in full
     counter = FlopCounterMode(display=False)
-    with quietly(), counter, torch.no_grad():
+    with without_side_effects(), counter, torch.no_grad():
         twin(image)
     return int(counter.get_total_flops()) // 2
 
@@ -311,7 +311,7 @@ def _probed(model: nn.Module, images: torch.Tensor) -> _Heard:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         stuck = set()  # all of it is frozen: nobody means to train it
     nowhere = unheard
-    for part in speakers(model):
+    for part in described_models(model):
         for name in ("forward_features", "forward_intermediates"):  # pit's features are its class tokens alone
             features = getattr(part, name, None)
             if nowhere and features is not None:
