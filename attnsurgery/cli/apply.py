@@ -41,8 +41,9 @@ def apply(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Put the blocks of a recipe into a trained model, prove the result, and write a timm directory."""
-    from attnsurgery.checkpoint import directory as files
     from attnsurgery.checkpoint.delta import save_operated
+    from attnsurgery.checkpoint.directory import refuse_existing
+    from attnsurgery.checkpoint.operated import operated_base, write_operated
     from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import building, busy, print_json, print_lines, print_report
     from attnsurgery.cli.delta import told
@@ -51,20 +52,20 @@ def apply(
     read = load(recipe)
     begin: Start | None = None if start is None else start.value
     saved = None
-    files.refuse_existing(output)
+    refuse_existing(output)
     with busy(f"operating on {read.base}"):
-        done = files.operated_base(read, checkpoint, pretrained=pretrained, start=begin, layout=Layout(key, prefix))
+        done = operated_base(read, checkpoint, pretrained=pretrained, start=begin, layout=Layout(key, prefix))
         if delta:
             saved = save_operated(done, checkpoint, output)
         else:
-            files.write_operated(done, output)
+            write_operated(done, output)
     if as_json:
         more = {"delta": saved.as_dict()} if saved else {}
-        print_json({"output": str(output), "weights": done.told, **done.report.as_dict(), **more})
+        print_json({"output": str(output), "weights": done.source_notes, **done.report.as_dict(), **more})
         return
     print_report(done.report)
-    if done.told:
-        print_lines([f"weights    {checkpoint}: {done.told}"])
+    if done.source_notes:
+        print_lines([f"weights    {checkpoint}: {done.source_notes}"])
     print_lines(["checked    built again from what was written, as a new process does: weights, blocks, outputs"])
     if saved:
         print_lines(told(saved, output))

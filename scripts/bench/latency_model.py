@@ -31,7 +31,7 @@ from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.latency.model import LatencyModel, Measured
 from attnsurgery.latency.self_test import self_test
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.budgets.calibrate import EFFORT, Measure, calibrated, in_place, spearman
+from attnsurgery.search.budgets.calibrate import EFFORT, Measure, calibrated, measure_by_building, spearman
 from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.space import bind, load
 
@@ -75,7 +75,7 @@ def predicted(
     anatomy = survey(base)
     space = bind(load(space_name), anatomy, name)
     costs = Costs.count(space, anatomy, base)
-    measure = in_place(base, anatomy, space, costs, backend)
+    measure = measure_by_building(base, anatomy, space, costs, backend)
     if design == "alone":
         told = alone(costs, space.places, measure, seconds)
     else:
@@ -84,7 +84,7 @@ def predicted(
     rng = np.random.default_rng(1)
     drawn: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]
     careful = meter(base, Effort(tolerance=0.003, max_seconds=check_seconds))
-    apart = [in_place(base, anatomy, space, costs, careful)(picks) for picks in drawn]
+    apart = [measure_by_building(base, anatomy, space, costs, careful)(picks) for picks in drawn]
     said = [model.predict(one.counts) for one in apart]
     true, got = np.array([one.ratio for one in apart]), np.array([one.ratio for one in said])
     errors = np.abs(got / true - 1)

@@ -1,1 +1,1 @@
-"""Costs of candidates: counted exactly, measured, calibrated and predicted."""
+"""The costs of candidates: exact ones, and latencies that are calibrated and predicted."""

@@ -1,7 +1,7 @@
-"""Measure candidates of a space for the latency model, and keep what was measured for the next time.
+"""Calibration: measures candidates of a space for the latency model, and caches the measurements.
 
-What is kept depends on the machine, the software, the conditions and the base, all of which name the file it is in, and
-on the kinds of blocks in a candidate; spaces share it.
+Measurements depend on machine, software, conditions and base, and each combination has its own cache file. Within a
+file, they depend only on the kinds of blocks in a candidate, so spaces share them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from attnsurgery.surgery.operate import operate
 from attnsurgery.timm_plugin.architectures import check_base
 
 _DRAWN = 64
-"""So many candidates are drawn, and that one measured of which the model knows least."""
+"""Number of candidates that are drawn for each measurement; the one with the largest expected gain is measured."""
 _FOLDS = 4
-"""Each tells how wrong a model is that was told the others."""
+"""Number of folds of the cross-validation."""
 EFFORT = Effort(tolerance=0.003, max_seconds=1.0, min_rounds=2, placements=2)
-"""Of one candidate: many measured roughly say more than few measured well."""
+"""Effort for one candidate: many rough measurements say more than few precise ones."""
 Z_INTERVAL = 3.92
 """Width of a 95 % interval in standard errors."""
 
@@ -48,20 +48,22 @@ Measure = Callable[[Picks], Measured]
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How wrong the model is on candidates that it was not told."""
+    """The cross-validated error of the latency model."""
 
     candidates: int
+    """Number of candidates."""
     mean: float
-    """Mean absolute error of the time, as a share of it."""
+    """Mean absolute error of the latency, relative to it."""
     worst: float
+    """Largest absolute error, relative to the latency."""
     spearman: float
-    """Rank correlation of predicted and measured times."""
+    """Rank correlation of predicted and measured latencies."""
     noise: float
-    """Standard error of one measurement, as a share of it, the median; the errors have it in them."""
+    """Median of the relative standard errors of the measurements, which the errors include."""
 
 
 class LatencyCache:
-    """What was measured on this machine under these conditions, in one file of the user's cache.
+    """The measurements of this machine under the same conditions, in one file of the user's cache.
 
     The folder is $ATTNSURGERY_CACHE, or attnsurgery in $XDG_CACHE_HOME or ~/.cache.
     """
@@ -76,10 +78,7 @@ class LatencyCache:
         )
 
     def read(self) -> tuple[list[Measured], dict[str, Kind]]:
-        """All that is there, with the kinds of blocks in it.
-
-        A file that does not read is as good as none: then all is measured anew.
-        """
+        """All measurements, and the kinds of blocks in them; none if the file cannot be read."""
         try:
             entries = [entry for entry in Journal(self.path).read() if "counts" in entry]
             kinds = {key: Kind(**kind) for entry in entries for key, kind in entry["kinds"].items()}
@@ -88,7 +87,7 @@ class LatencyCache:
             return [], {}
 
     def add(self, measured: Measured, kinds: Mapping[str, Kind]) -> None:
-        """Keep one more.
+        """Append a measurement.
 
         Raises:
             SearchError: the disk is full or not writable.
@@ -105,22 +104,29 @@ class LatencyCache:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` has found."""
+    """The result of `calibrate`."""
 
     model: str
+    """The timm name of the base."""
     space: str
+    """Name of the search space."""
     conditions: str
+    """The conditions of the latency in words."""
     base_ms: float
+    """Latency of the base, in ms."""
     kinds: int
-    """Kinds of blocks that the space has here."""
+    """Number of kinds of blocks in the space for this model."""
     measured: int
+    """Number of measured candidates in the cache."""
     before: int
-    """Of these, measured earlier."""
+    """How many of them were measured earlier."""
     quality: Quality | None
-    """None of too few candidates."""
+    """The error of the latency model; None if there are too few candidates."""
     path: str
+    """The cache file."""
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON data."""
         return asdict(self)
 
 
@@ -135,17 +141,21 @@ def calibrate(
     backend: str | None = None,
     on_measured: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Measure candidates of the space for so long, and keep them.
+    """Measure candidates of a space for a while, and cache the measurements.
 
     Args:
         model: any timm name; its weights do not matter.
-        conditions: from (C, H, W) of the images to the conditions.
-        classes: of the classifier; by default the model's own.
-        on_measured: told the number of candidates measured so far.
+        space: the search space.
+        conditions: returns the conditions for (C, H, W) of an image.
+        seconds: how long to measure.
+        classes: number of classes; by default the model's own.
+        input_size: height and width of an image; by default the model's own.
+        backend: name of the latency backend; by default the device's own.
+        on_measured: called with the number of candidates measured so far.
 
     Raises:
         UnknownNameError, SiteError, OptionError: no such model, or a space that does not fit it.
-        UsageError: conditions that this machine or model does not have.
+        UsageError: conditions that this machine or model does not support.
         SearchError: the cache cannot be written.
     """
     check_base(model, "MODEL")
@@ -162,7 +172,7 @@ def calibrate(
     count_before = len(measurements)
     base_ms = meter.measure(base).p50_ms
     for measurement in calibrated(
-        bound, costs, measurements, kinds, in_place(base, anatomy, bound, costs, meter), seconds
+        bound, costs, measurements, kinds, measure_by_building(base, anatomy, bound, costs, meter), seconds
     ):
         cache.add(measurement, costs.kinds)
         measurements.append(measurement)
@@ -182,12 +192,14 @@ def calibrate(
 
 
 def base_key(base: nn.Module, name: str) -> dict[str, Any]:
-    """What of a base its latency depends on."""
+    """The properties of a base that its latency depends on: architecture and number of classes."""
     return {"name": name.partition(".")[0], "classes": getattr(base, "num_classes", None)}
 
 
-def in_place(base: nn.Module, anatomy: Anatomy, space: BoundSpace, costs: Costs, backend: LatencyBackend) -> Measure:
-    """Measures candidates by building them from the base and comparing the two."""
+def measure_by_building(
+    base: nn.Module, anatomy: Anatomy, space: BoundSpace, costs: Costs, backend: LatencyBackend
+) -> Measure:
+    """A function that builds a candidate from the base and measures the two alternately."""
 
     def measure(picks: Picks) -> Measured:
         recipe = space.recipe_of(space.places.params(picks))
@@ -210,10 +222,16 @@ def calibrated(
     seconds: float,
     seed: int = 0,
 ) -> Iterator[Measured]:
-    """Measure one candidate after another for so long, each time the one that would tell most.
+    """Measure one candidate after another, each time the one with the largest expected gain for the latency model.
 
     Args:
-        measured_before: measured before, of these `kinds` or of the space's own.
+        space: whose candidates are measured.
+        costs: of its candidates.
+        measured_before: earlier measurements, of these `kinds` or of the space's own.
+        kinds: of blocks in earlier measurements.
+        measure: measures a candidate.
+        seconds: how long to measure.
+        seed: of the draws.
     """
     rng = np.random.default_rng(seed)
     everything = {**kinds, **costs.kinds}
@@ -229,7 +247,7 @@ def calibrated(
 
 
 def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measured]) -> Quality | None:
-    """The error on every candidate, of a model that was told three quarters of the others; None of fewer than 8."""
+    """The cross-validated error of the latency model; None for fewer than 8 candidates."""
     if len(measured) < 2 * _FOLDS:
         return None
     predicted = np.empty(len(measured))

@@ -17,14 +17,14 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.costs import cost_of
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
-from attnsurgery.search.result.limits import _KINDS, EXACT, Budgets, _amount
+from attnsurgery.search.result.limits import COST_KINDS, EXACT, Budgets, amount
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.verify import count_macs
 
 
 def _kind(insertion: Insertion) -> str:
-    """What the time of a block depends on: its options, and the tensor that it is put on."""
+    """The key of a kind of block. Its latency depends on the block's options and on the tensor that it gets."""
     options = ", ".join(f"{name}={value}" for name, value in sorted(insertion.options.items()))
     shape = "x".join(map(str, insertion.site.shape))
     return f"{insertion.block}({options}) on {shape} {insertion.site.layout}"
@@ -42,10 +42,10 @@ class Costs:
     """The exact costs of every candidate of a space.
 
     Args:
-        base: of the model without any block.
-        added: by each choice at each place.
+        base: costs of the model without any block, by name.
+        added: costs that each choice adds at each place, by name.
         blocks: the kinds of blocks of each choice at each place, for the latency model.
-        kinds: what these keys stand for.
+        kinds: the kinds of blocks, by their keys in `blocks`.
     """
 
     base: Mapping[str, int]
@@ -55,7 +55,13 @@ class Costs:
 
     @classmethod
     def count(cls, space: BoundSpace, anatomy: Anatomy, base: nn.Module) -> Costs:
-        """Count them, of blocks without weights; nothing is built."""
+        """Compute the costs from the blocks' formulas; no candidate is built.
+
+        Args:
+            space: for this model.
+            anatomy: the sites of this model.
+            base: the model.
+        """
         rows: dict[str, list[Floats]] = {name: [] for name in EXACT}
         blocks: list[tuple[Counter[str], ...]] = []
         kinds: dict[str, Kind] = {}
@@ -78,15 +84,15 @@ class Costs:
         return cls(before, {name: tuple(values) for name, values in rows.items()}, tuple(blocks), kinds)
 
     def counts(self, picks: Picks) -> Counter[str]:
-        """How often each kind of block is in a candidate."""
+        """The number of blocks of each kind in a candidate."""
         return sum((row[pick] for row, pick in zip(self.blocks, picks, strict=True)), Counter())
 
     def of(self, name: str, picks: Picks) -> int:
-        """One of EXACT of a candidate."""
+        """A cost of a candidate, by its name in EXACT."""
         return self.base[name] + int(sum(row[pick] for row, pick in zip(self.added[name], picks, strict=True)))
 
     def budgets(self, budgets: Budgets) -> dict[str, Budget]:
-        """What is left of each budget for the blocks."""
+        """For each exact budget, the part of it that the blocks may use."""
         return {
             name: Budget(self.added[name], budgets.most[name] - self.base[name])
             for name in EXACT
@@ -94,10 +100,14 @@ class Costs:
         }
 
     def check_feasible(self, places: Places, budgets: Budgets) -> None:
-        """Refuse a search in which no candidate can keep to its exact budgets.
+        """Refuse a search in which no candidate can keep to the exact budgets.
+
+        Args:
+            places: the space as samplers see it.
+            budgets: limits of the search.
 
         Raises:
-            NothingFeasibleError: says what the base alone costs, and the least that any block adds.
+            NothingFeasibleError: the message has the costs of the base and the least that any block adds.
         """
         exact = self.budgets(budgets)
         values = [np.zeros(len(choices)) for choices in places.choices.values()]
@@ -105,12 +115,12 @@ class Costs:
         if best(places, values, None, list(exact.values()), {nothing}) is not None:
             return
         statements = [
-            f"the base alone has {_amount(self.base[name], _KINDS[name].unit)}, and no block of the space adds less "
-            f"than {_amount(min(row[1:].min() for row in self.added[name]), _KINDS[name].unit)}"
+            f"the base alone has {amount(self.base[name], COST_KINDS[name].unit)}, and no block of the space adds less "
+            f"than {amount(min(row[1:].min() for row in self.added[name]), COST_KINDS[name].unit)}"
             for name in exact
         ]
         raise NothingFeasibleError(
             f"no candidate keeps to {budgets.describe()}: {'; '.join(statements)}. "
-            f"Raise {' or '.join('--' + _KINDS[name].field.replace('_', '-') for name in exact)}, "
+            f"Raise {' or '.join('--' + COST_KINDS[name].field.replace('_', '-') for name in exact)}, "
             "choose a smaller MODEL, or a --space with cheaper blocks."
         )

@@ -1,1 +1,1 @@
-"""What is known of candidates and of a search, as plain data, and the statistics of it."""
+"""Results of candidates and of a search as plain data, and their statistics."""

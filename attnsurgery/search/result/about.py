@@ -1,7 +1,7 @@
-"""About: what a search stands on, as plain data in the study, so that its report needs neither model nor data.
+"""About: the conditions of a search as plain data in the study, so that its report needs neither model nor data.
 
-It is written when a search begins or goes on. What a later run changes, such as the number of trials, is as of that
-run; the versions of the code are those of all runs.
+It is written when a search begins or is resumed. Values that a later run changes, such as the number of trials, are
+those of that run; the versions of the code are those of all runs.
 """
 
 from __future__ import annotations
@@ -13,91 +13,105 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A site of the space."""
+    """A site of the space, with the shape of its tensor."""
 
     address: str
+    """The site's address, as recipes have it."""
     stage: int | None
-    """None outside the stages."""
+    """The stage of the model; None outside the stages."""
     depth: float
     """Position in the order of execution."""
     role: str
+    """What the site is in its block."""
     channels: int
+    """C of its tensor."""
     height: int
+    """H of its tensor."""
     width: int
+    """W of its tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One choice of the space: a name that assignments use, and the sites that it decides on together."""
+    """A place of the space: one or several sites that get the same block."""
 
     name: str
+    """The key of the place in assignments."""
     spots: tuple[Spot, ...]
+    """Its sites."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the model, with the map that its last block returns."""
+    """A stage of the model."""
 
     number: int
+    """The stage's number, as its sites have it."""
     blocks: int
+    """Number of blocks of the stage."""
     channels: int
+    """C of the map that its last block returns."""
     height: int
+    """H of that map."""
     width: int
+    """W of that map."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a search stands on."""
+    """The conditions of a search."""
 
     command: str
-    """The command line that does the same; '' where it was run from Python."""
+    """The equivalent command line; '' if the search was run from Python."""
     conditions: str
-    """Of the latency, for people."""
+    """The conditions of the latency in words."""
     data: str
+    """The data in words."""
     images: Mapping[str, int]
-    """How many there are of each split."""
+    """Number of images in each split."""
     fingerprint: str
-    """Of images, labels and splits."""
+    """Digest of images, labels and splits."""
     weights: str
     """Hash of the base's starting weights."""
     candidates: int
-    """How many the space has."""
+    """Number of candidates in the space."""
     training: Mapping[str, Any]
     """How each model is trained, by the fields of TrainSettings."""
     versions: Mapping[str, str]
     """Software and hardware of the latency."""
     code: tuple[str, ...]
-    """The versions of the code that worked on it, the first first."""
+    """The versions of the code of all runs, the earliest first."""
     noise: float
-    """Half the 95 % interval of the base's latency, as a share of it."""
+    """Half the 95 % interval of the base's latency, relative to it."""
     steady: bool
-    """False if the machine did something else while the base was measured."""
+    """False if the machine was disturbed while the base was measured."""
     input_size: tuple[int, ...]
     """(C, H, W) of an image."""
     places: tuple[Place, ...]
-    """In order of execution."""
+    """The places of the space in order of execution."""
     stages: tuple[Stage, ...]
+    """The stages of the model."""
     beside: str = ""
-    """Beside the base's latency: its eager time, and the clocks of the card, for people."""
+    """Additions to the base's latency in words: its eager latency, and the clocks of the GPU."""
     fresh: str = ""
-    """What of the base was trained before the search: all, its head, or nothing."""
+    """Which part of the base was trained before the search: all, head or nothing."""
     head: str = ""
-    """What became of a classifier that came with weights, and whose classes have no names."""
+    """The result of the check of a pretrained classifier without class names, in words."""
     notes: tuple[str, ...] = ()
-    """What of the images is not as one might think, a line each."""
+    """What is unusual about the images, one sentence each."""
     shared: tuple[str, ...] | None = None
-    """What the splits have in common, a line each; None where that was not looked for."""
+    """What the splits have in common, one sentence each; None if that was not checked."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data from which `from_dict` makes an equal one."""
+        """JSON data from which `from_dict` makes an equal description."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> About:
-        """Fields that another version has written beside ours are left out."""
-        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        places = tuple(Place(given["name"], tuple(Spot(**spot) for spot in given["spots"])) for given in data["places"])
-        stages = tuple(Stage(**given) for given in data["stages"])
+        """The description in JSON data; fields that another version has added are ignored."""
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        places = tuple(Place(place["name"], tuple(Spot(**spot) for spot in place["spots"])) for place in data["places"])
+        stages = tuple(Stage(**stage) for stage in data["stages"])
         tuples: dict[str, Any] = {"code": tuple(data["code"]), "input_size": tuple(data["input_size"])}
         tuples |= {name: tuple(data[name]) for name in ("notes", "shared") if data.get(name) is not None}
-        return cls(**{**known, **tuples, "places": places, "stages": stages})
+        return cls(**{**values, **tuples, "places": places, "stages": stages})

@@ -1,4 +1,4 @@
-"""The verdict on a search, as plain data: winner against base on images that the search never saw."""
+"""The confirmation of a search as plain data: winner against base on images that the search never saw."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from attnsurgery.settings import RankBy
 
 Verdict = Literal["better", "no significant difference", "worse"]
 SIGNIFICANT = 0.05
-"""A p-value below it makes a difference more than chance."""
+"""The significance level of the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """One of the few best, trained again."""
+    """One of the best candidates, which are trained again to choose the winner."""
 
     number: int
+    """Number of its trial."""
     digest: str
+    """Digest of its recipe."""
     top1s: tuple[float, ...]
-    """On the validation split, of every seed; none if one of them failed."""
+    """Top-1 on the validation split for every seed, 0 to 1; empty if a training failed."""
     loss: float | None
-    """There too, the mean over the seeds."""
+    """Loss on the validation split, the mean over the seeds."""
     failed: str = ""
-    """Why it was not trained again, or could not be."""
+    """Why it was not trained again; '' if it was."""
     slow: bool = False
-    """When it was measured again, it was not surely within its budget."""
+    """True if its second measurement was not surely within the budget."""
 
     def rank(self, by: RankBy) -> tuple[float, float]:
-        """Larger is better."""
+        """A key to order finalists by; larger is better."""
         if self.loss is None:
             return -math.inf, 0.0
         top1 = fmean(self.top1s)
         return (top1, -self.loss) if by == "top1" else (-self.loss, top1)
 
     def score(self, by: RankBy) -> str:
-        """What it is ranked by, the mean over the seeds, for people."""
+        """The score that it is ranked by, as text; the mean over the seeds."""
         return f"{100 * fmean(self.top1s):.2f} %" if by == "top1" else f"loss {self.loss:.4f}"
 
 
@@ -48,33 +50,41 @@ class Confirmation:
     """Winner against base on the test split."""
 
     digest: str
+    """Digest of the winner's recipe."""
     images: int
+    """Number of test images."""
     seeds: int
+    """Number of trainings of each."""
     epochs: int
+    """Epochs of each training."""
     base_top1: float
-    """Mean over the seeds, 0 to 1."""
+    """Top-1 of the base, the mean over the seeds, 0 to 1."""
     winner_top1: float
+    """Top-1 of the winner, the mean over the seeds, 0 to 1."""
     low: float
-    """95 % interval of the gain, winner less base, 0 to 1."""
+    """Lower end of the 95 % interval of the gain, winner minus base."""
     high: float
+    """Upper end of that interval."""
     p_value: float
+    """Two-sided p-value of the gain."""
     verdict: Verdict
+    """The result of the test at level SIGNIFICANT."""
     timing: Timing
-    """Measured again, after everything else."""
+    """Latency of the winner, measured at the end of the search."""
     finalists: tuple[Finalist, ...] = ()
-    """Among whom the winner was chosen, the best of the search first."""
+    """The candidates that the winner was chosen from, the best of the search first."""
     rank_by: RankBy = "top1"
+    """The score that the winner was chosen by."""
     anew: bool = False
-    """The trainings that were tested are none of those that the winner was chosen by. False of verdicts from before
-    that was so."""
+    """True if the tested trainings are others than those that the winner was chosen by; False in old studies."""
     balanced: tuple[float, float] | None = None
-    """Of base and winner: the mean over the classes of their shares of right test images, and over the seeds; None
-    where classes are of similar sizes."""
+    """Balanced accuracy of base and winner on the test split, the mean over the seeds, 0 to 1; None if the classes are
+    of similar sizes."""
     looks: int = field(default=1, compare=False)
-    """How often this search has looked at the test images by now: each look after the first is a chance more."""
+    """How often this search has evaluated on the test images; each time after the first is another chance to err."""
 
     def sentence(self) -> str:
-        """The result for people, with its numbers."""
+        """The result as a sentence, with its numbers."""
         gain = 100 * (self.winner_top1 - self.base_top1)
         numbers = (
             f"{100 * self.winner_top1:.2f} % against {100 * self.base_top1:.2f} % of the base trained equally long "
@@ -95,43 +105,52 @@ class Confirmation:
         return f"{words[self.verdict]}: {numbers}.{self._by_class()}{again}"
 
     def _by_class(self) -> str:
-        """Balanced accuracy, where top-1 is mostly that of the largest class."""
+        """Balanced accuracy as a sentence, if the classes are of different sizes."""
         if self.balanced is None:
             return ""
         base, winner = self.balanced
         return f" With all classes counted alike, {100 * winner:.2f} % against {100 * base:.2f} %."
 
     def choice(self) -> str:
-        """How the winner came out of the finalists; nothing where there was only one."""
+        """How the winner was chosen among the finalists, in words; '' if there was only one."""
         if len(self.finalists) < 2:
             return ""
         means = ", ".join(
-            f"{one.score(self.rank_by)} (trial {one.number}{', the winner' if one.digest == self.digest else ''})"
-            for one in self.finalists
-            if not one.failed
+            f"{finalist.score(self.rank_by)} (trial {finalist.number}"
+            f"{', the winner' if finalist.digest == self.digest else ''})"
+            for finalist in self.finalists
+            if not finalist.failed
         )
-        out = ", ".join(f"trial {one.number} ({one.failed.rstrip('.')})" for one in self.finalists if one.failed)
-        count = sum(not one.failed for one in self.finalists)
-        who = f"the {count} best" if count > 1 else "the best"
+        out = ", ".join(
+            f"trial {finalist.number} ({finalist.failed.rstrip('.')})" for finalist in self.finalists if finalist.failed
+        )
+        count = sum(not finalist.failed for finalist in self.finalists)
+        best = f"the {count} best" if count > 1 else "the best"
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         left_out = f"; left out: {out}" if out else ""
         anew = "; trained once more for the verdict, from fresh seeds" if self.anew and count > 1 else ""
-        return f"{who}, trained again from {seeds}, on validation images: {means}{left_out}{anew}"
+        return f"{best}, trained again from {seeds}, on validation images: {means}{left_out}{anew}"
 
-    def answers(self, order: Sequence[Record], wanted: int | None = None, seeds: int | None = None) -> bool:
-        """True if these would be confirmed in this order, and as many, from as many seeds, as are wanted."""
-        digests = [one.digest for one in self.finalists]
-        if digests != [one.digest for one in order[: len(digests)]] or self.seeds != (seeds or self.seeds):
+    def answers(self, order: Sequence[Record], count: int | None = None, seeds: int | None = None) -> bool:
+        """Whether another confirmation would have the same finalists and seeds.
+
+        Args:
+            order: all candidates that may be the winner, the best first.
+            count: requested number of finalists; None for any.
+            seeds: requested number of trainings; None for any.
+        """
+        digests = [finalist.digest for finalist in self.finalists]
+        if digests != [record.digest for record in order[: len(digests)]] or self.seeds != (seeds or self.seeds):
             return False
-        there = sum(not one.slow for one in self.finalists)
-        return wanted is None or there == wanted or (there < wanted and len(digests) == len(order))
+        actual = sum(not finalist.slow for finalist in self.finalists)
+        return count is None or actual == count or (actual < count and len(digests) == len(order))
 
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
-        """The same, counted as one look more than an earlier confirmation of the same search."""
+        """This confirmation, counted as one more look at the test images than an earlier one of the same search."""
         return replace(self, looks=1 + (earlier.get("looks", 1) if earlier else 0))
 
     def undone(self) -> Confirmation:
-        """The same as one that answers nothing any more, but counts as a look at the test images."""
+        """This confirmation without finalists: it is made again, but still counts as a look at the test images."""
         return replace(self, finalists=(), seeds=0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,6 +159,9 @@ class Confirmation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
-        finalists = tuple(Finalist(**{**one, "top1s": tuple(one["top1s"])}) for one in data.get("finalists", ()))
+        """The confirmation in JSON data."""
+        finalists = tuple(
+            Finalist(**{**finalist, "top1s": tuple(finalist["top1s"])}) for finalist in data.get("finalists", ())
+        )
         balanced = None if data.get("balanced") is None else tuple(data["balanced"])
         return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists, "balanced": balanced})

@@ -1,7 +1,7 @@
-"""Budgets: the most that a candidate may cost, and by how much one is over.
+"""Budgets: upper limits of a candidate's costs, and by how much a candidate exceeds them.
 
-Parameters and multiply-accumulates add up, so they are known of every candidate before any is built: what is over
-such a budget is neither built nor measured. Milliseconds and memory are measured, before any training.
+Parameters and multiply-accumulates are sums over blocks, so they are known before a candidate is built, and one that is
+over such a budget is neither built nor measured. Latency and memory are measured before any training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.result.record import Record
 
 EXACT = ("parameters", "macs")
-"""Costs that are sums over blocks, by the fields of a record."""
+"""Costs that are known exactly, as sums over blocks, by the fields of a record."""
 
 
 Rule = Literal["estimate", "low", "high"]
@@ -25,21 +25,26 @@ surely, so it is judged by the high end."""
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A candidate against the budgets."""
+    """The result of comparing a candidate with the budgets."""
 
     within: bool
+    """Whether no known cost is over its budget."""
     by: Mapping[str, float]
-    """Of each budget whose cost is known: by how much it is exceeded, as a share of it; below 0 within."""
+    """The relative excess over each budget whose cost is known: cost / budget - 1, at most 0 within the budget."""
     words: str
-    """The costs that are over their budgets; '' if none is."""
+    """The costs that are over their budgets, in words; '' if none is."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class CostKind:
+    """A kind of cost that may have a budget."""
+
     field: str
-    """Of SearchConfig."""
+    """The field of SearchConfig that holds the budget."""
     of: Callable[[Record, Rule], float | None]
+    """The cost of a candidate; None if it is not known."""
     unit: str
+    """The unit for messages."""
 
 
 def _milliseconds(record: Record, rule: Rule) -> float | None:
@@ -48,47 +53,52 @@ def _milliseconds(record: Record, rule: Rule) -> float | None:
     return {"estimate": record.timing.ms, "low": record.timing.low_ms, "high": record.timing.high_ms}[rule]
 
 
-_KINDS = {
-    "latency": _Kind("most_ms", _milliseconds, "ms"),
-    "parameters": _Kind("budget_params", lambda record, rule: record.parameters, "parameters"),
-    "macs": _Kind("budget_macs", lambda record, rule: record.macs, "MACs"),
-    "memory": _Kind("budget_mb", lambda record, rule: record.peak_mb, "MB"),
+COST_KINDS = {
+    "latency": CostKind("most_ms", _milliseconds, "ms"),
+    "parameters": CostKind("budget_params", lambda record, rule: record.parameters, "parameters"),
+    "macs": CostKind("budget_macs", lambda record, rule: record.macs, "MACs"),
+    "memory": CostKind("budget_mb", lambda record, rule: record.peak_mb, "MB"),
 }
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What candidates have to keep to, by the name of the cost."""
+    """The limits that candidates have to keep to."""
 
     most: Mapping[str, float]
+    """The largest allowed cost, by the name of the cost."""
     images_per_second: float | None = None
-    """The throughput that the latency budget was asked for as, if it was."""
+    """The requested throughput, if the latency budget was given as one."""
 
     @classmethod
     def of(cls, config: SearchConfig) -> Budgets:
-        asked = {name: getattr(config, kind.field) for name, kind in _KINDS.items()}
-        return cls({name: float(most) for name, most in asked.items() if most is not None}, config.budget_ips)
+        """The budgets in the settings of a search."""
+        limits = {name: getattr(config, kind.field) for name, kind in COST_KINDS.items()}
+        return cls({name: float(most) for name, most in limits.items() if most is not None}, config.budget_ips)
 
     def check(self, record: Record, rule: Rule = "estimate") -> Check:
-        """Whether a candidate keeps to all budgets, as far as its costs are known.
+        """Compare a candidate's known costs with the budgets.
 
         Args:
-            rule: which number stands for a latency that was measured.
+            record: of the candidate.
+            rule: which number stands for a measured latency.
         """
-        costs = {name: _KINDS[name].of(record, rule) for name in self.most}
-        known = {name: cost for name, cost in costs.items() if cost is not None}
-        excess = {name: cost / self.most[name] - 1.0 for name, cost in known.items()}
-        words = ", ".join(_amount(known[name], _KINDS[name].unit) for name, share in excess.items() if share > 0)
+        costs = {name: COST_KINDS[name].of(record, rule) for name in self.most}
+        known_costs = {name: cost for name, cost in costs.items() if cost is not None}
+        excess = {name: cost / self.most[name] - 1.0 for name, cost in known_costs.items()}
+        words = ", ".join(
+            amount(known_costs[name], COST_KINDS[name].unit) for name, share in excess.items() if share > 0
+        )
         return Check(not words, excess, words)
 
     def describe(self) -> str:
-        """For people: '10 ms and 26 M parameters'."""
+        """The budgets in words, such as '10 ms and 26 M parameters'."""
         throughput = f" ({self.images_per_second:g} images a second)" if self.images_per_second else ""
-        said = {name: _amount(most, _KINDS[name].unit) for name, most in self.most.items()}
-        return " and ".join(words + (throughput if name == "latency" else "") for name, words in said.items())
+        amounts = {name: amount(most, COST_KINDS[name].unit) for name, most in self.most.items()}
+        return " and ".join(text + (throughput if name == "latency" else "") for name, text in amounts.items())
 
 
-def _amount(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
     if unit in ("ms", "MB"):
         return f"{value:.4g} {unit}"
     power = next((power for power in (9, 6, 3) if value >= 10**power), 0)

@@ -1,4 +1,4 @@
-"""What a search came to."""
+"""The outcome of a search: its records, winner, Pareto front and confirmation."""
 
 from __future__ import annotations
 
@@ -19,38 +19,47 @@ from attnsurgery.search.rungs import shares
 
 @dataclass(frozen=True)
 class Outcome:
-    """A search, finished or not."""
+    """The results of a search, finished or not."""
 
     config: SearchConfig
+    """All settings of the search."""
     folder: Path
+    """The run directory."""
     about: About
+    """The conditions of the search."""
     base: Record
+    """The base without blocks."""
     records: list[Record]
+    """All finished trials, in order."""
     confirmation: Confirmation | None
-    """The last word; None before it was said."""
+    """The comparison of winner and base; None until it was made."""
     interrupted: bool
+    """Whether the user ended the search early."""
     seconds: float | None = None
-    """On the clock, over all runs, from measuring the base on."""
+    """Duration over all runs, from the measurement of the base on."""
     unwritten: str = ""
-    """Why report, recipe or front could not be written; '' if they are there."""
+    """Why report, recipe or front could not be written; '' if they were."""
 
     @cached_property
     def budgets(self) -> Budgets:
+        """The limits that candidates had to keep to."""
         return Budgets.of(self.config)
 
     @cached_property
     def best(self) -> Record | None:
-        """Whom the confirmation chose; before there is one, whom the trials put first."""
+        """The winner of the confirmation; before that, the best trained candidate."""
         if self.confirmation:
             return next(record for record in trained(self.records) if record.digest == self.confirmation.digest)
         return best(self.records, self.config.rank_by)
 
     @cached_property
     def front(self) -> list[Record]:
+        """The Pareto front of score and latency, the fastest first."""
         return front(self.records, self.config.rank_by)
 
     @property
     def trained(self) -> int:
+        """Number of trained candidates within the budget."""
         return len(trained(self.records))
 
     @property
@@ -60,24 +69,24 @@ class Outcome:
 
     @property
     def top_rung(self) -> int:
-        """The highest rung of fidelity that any candidate was on."""
+        """The highest rung that the best candidate was trained on, 0 being the lowest."""
         return self.best.reached if self.best else 0
 
     @property
     def trust(self) -> Trust | None:
-        """How well a supernet ranks candidates; None if there was none, or that is not known yet."""
+        """The check of the supernet's ranking; None if there was no supernet, or it was not checked yet."""
         return trust(self.records, self.config.rank_by) if shares(self.config) else None
 
     @property
     def counts(self) -> Counter[str]:
-        """How many trials ended in which state."""
+        """Number of trials by state."""
         return Counter(record.state for record in self.records)
 
     def check_feasible(self) -> None:
-        """Refuse to call a search done that found nothing.
+        """Raise an error if the search ended without a candidate within the budget.
 
         Raises:
-            NothingFeasibleError: lists the fastest candidates that were measured.
+            NothingFeasibleError: lists the fastest measured candidates.
         """
         if self.trained or self.interrupted:
             return
@@ -96,6 +105,6 @@ class Outcome:
 
 
 def _costs(record: Record) -> str:
-    """What was measured of it."""
+    """The measured costs of a candidate in words."""
     ms = f"{record.timing.ms:.3g} ms" if record.timing else ""
     return ms if record.peak_mb is None else f"{ms} and {record.peak_mb:.4g} MB"

@@ -1,4 +1,4 @@
-"""Successive halving: who goes on to the next rung, and whether the ranking of a supernet is used."""
+"""Successive halving: which candidate is promoted next, and whether the ranking of a supernet is used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from attnsurgery.search.result.statistics import kendall_tau_b
 from attnsurgery.settings import RankBy
 
 CHECKED = 6
-"""So many candidates drawn at random tell whether the supernet's ranking is used."""
+"""Number of candidates, drawn at random, that decide whether the supernet's ranking is used."""
 
 
 def places_on(rungs: int, candidates: int, halving: int) -> list[int]:
-    """How many of so many candidates each rung trains, from the lowest: all, a third, a ninth ..., at least one."""
+    """The number of candidates that each rung trains, from the lowest: all, a third, a ninth ..., at least one.
+
+    Args:
+        rungs: number of rungs.
+        candidates: number of candidates on the lowest rung.
+        halving: reduction factor (eta) of successive halving.
+    """
     counts = [candidates]
     while len(counts) < rungs:
         counts.append(math.ceil(counts[-1] / halving))
@@ -24,42 +30,45 @@ def places_on(rungs: int, candidates: int, halving: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """How the supernet orders a few candidates drawn at random, against training each by itself."""
+    """The rank correlation of supernet scores and separate trainings, on a few candidates drawn at random."""
 
     tau: float | None
-    """Kendall's tau-b; None where either gives the same to all."""
+    """Kendall's tau-b; None if all scores of one kind are equal."""
     candidates: int
+    """Number of candidates."""
 
     @property
     def holds(self) -> bool:
-        """The supernet's order is worth following: it rather agrees than not.
+        """Whether the supernet's ranking is used, which needs tau > 0.
 
-        Of so few candidates that is weak evidence, and enough: to follow an order that means nothing is no worse than
-        to follow none, only one that is reversed does harm.
+        Few candidates are weak evidence, but enough: a ranking without meaning does no more harm than none, and only a
+        reversed one does.
         """
         return self.tau is not None and self.tau > 0
 
     def sentence(self) -> str:
-        """What was found, and what follows from it."""
+        """The result and its consequence as a sentence."""
         tau = "undefined" if self.tau is None else f"{self.tau:.2f}"
-        found = f"on {self.candidates} candidates drawn at random, supernet and training alone agree with tau-b {tau}"
+        statement = (
+            f"on {self.candidates} candidates drawn at random, supernet and training alone agree with tau-b {tau}"
+        )
         if self.holds:
-            return f"{found}, so its ranking was used"
-        return f"{found}, so its ranking was not used, and those asked for first went on"
+            return f"{statement}, so its ranking was used"
+        return f"{statement}, so its ranking was not used, and those asked for first went on"
 
 
 def checked(records: Sequence[Record]) -> list[Record]:
-    """The candidates by which a supernet is judged: the first that were drawn at random."""
+    """The candidates that a supernet is checked by: the first that were drawn at random."""
     return [record for record in trained(records) if record.drawn][:CHECKED]
 
 
 def trust(records: Sequence[Record], by: RankBy) -> Trust | None:
-    """Of a supernet on the lowest rung; None before those that tell were on the next one."""
-    there = [record for record in checked(records) if record.reached]
-    if len(there) < 2 or any(_may_rise(record, 0) for record in checked(records)):
+    """The check of a supernet on the lowest rung; None until its candidates were trained on the next rung."""
+    promoted = [record for record in checked(records) if record.reached]
+    if len(promoted) < 2 or any(_may_rise(record, 0) for record in checked(records)):
         return None
-    lower, upper = ([_score(record, rung, by) for record in there] for rung in (0, 1))
-    return Trust(kendall_tau_b(lower, upper), len(there))
+    lower, upper = ([_score(record, rung, by) for record in promoted] for rung in (0, 1))
+    return Trust(kendall_tau_b(lower, upper), len(promoted))
 
 
 def next_promotion(
@@ -70,26 +79,33 @@ def next_promotion(
     by: RankBy = "top1",
     going: Collection[int] = (),
 ) -> Record | None:
-    """Who is to be trained on the rung above its own: the best not promoted yet on the lowest rung with room above.
+    """The next candidate to train on a higher rung: the best one on the lowest rung whose next rung has room.
 
     Args:
-        supernet: the lowest rung is one; those that it is judged by go first.
-        going: numbers of those that are on their way up. Who follows them is asked again when they are there.
+        records: of finished trials.
+        rungs: number of rungs.
+        halving: reduction factor (eta) of successive halving.
+        supernet: whether the lowest rung is a supernet; the candidates that it is checked by are promoted first.
+        by: the score that candidates are ranked by.
+        going: numbers of the trials that are being promoted.
+
+    Returns:
+        None if there is no such candidate, or if it is being promoted already.
     """
     blind = False
     if supernet:
         tests = [record for record in checked(records) if _may_rise(record, 0)]
         if tests:
             return next((record for record in tests if record.number not in going), None)
-        found = trust(records, by)
-        blind = found is None or not found.holds
+        check = trust(records, by)
+        blind = check is None or not check.holds
     for rung, room in enumerate(places_on(rungs, len(trained(records)), halving)[1:]):
-        there = [record for record in trained(records) if record.reached > rung or _may_rise(record, rung)]
+        candidates = [record for record in trained(records) if record.reached > rung or _may_rise(record, rung)]
         if blind and rung == 0:
-            there.sort(key=lambda record: record.number)
+            candidates.sort(key=lambda record: record.number)
         else:
-            there.sort(key=lambda record: (_score(record, rung, by), -record.number), reverse=True)
-        rising = [record for record in there[:room] if record.reached == rung]
+            candidates.sort(key=lambda record: (_score(record, rung, by), -record.number), reverse=True)
+        rising = [record for record in candidates[:room] if record.reached == rung]
         if rising:
             return next((record for record in rising if record.number not in going), None)
     return None

@@ -1,4 +1,4 @@
-"""Record: all that is known of one trial, as plain data for the study, the journal and the report."""
+"""Record: the result of one trial as plain data for the study, the journal and the report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from attnsurgery.latency import Comparison
 from attnsurgery.settings import RankBy
 
 State = Literal["pending", "trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
-"""What became of a candidate; it is pending until that is known, and no pending one is stored."""
+"""The state of a trial: pending until it has a result; pending records are not stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A candidate's latency on the scale of the base's reference."""
+    """A candidate's latency: its measured ratio to the base times the base's reference latency."""
 
     ms: float
+    """The latency, in ms."""
     low_ms: float
+    """Lower end of its 95 % interval, in ms."""
     high_ms: float
-    """95 % interval."""
+    """Upper end of its 95 % interval, in ms."""
     ratio: float
+    """The latency relative to the base's."""
 
     @classmethod
     def of(cls, comparison: Comparison) -> Timing:
+        """The latency of a measured comparison with the base."""
         reference = comparison.reference_ms
         return cls(
             ms=comparison.variant_ms,
@@ -38,63 +42,79 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """What a candidate came to on a higher rung of fidelity, trained anew from the base's starting weights."""
+    """The score of a candidate on a higher rung, where it is trained again from the base's starting weights."""
 
     top1: float
-    """On the validation split, 0 to 1."""
+    """Top-1 on the validation split, 0 to 1."""
     loss: float
+    """Loss on the validation split."""
     seconds: float
+    """Duration of training and scoring."""
     epochs: int
+    """Epochs of the training."""
     balanced: float | None = None
-    """As in `Record`."""
+    """Balanced accuracy on the validation split, 0 to 1; None if the classes are of similar sizes."""
 
     @classmethod
     def of(cls, score: Score) -> Promotion:
+        """The score of an evaluator, without the answers to single images."""
         return cls(score.top1, score.loss, score.seconds, score.epochs, score.balanced)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One trial. `number` is the study's; -1 is the base as it is."""
+    """The result of one trial, or of the base."""
 
     number: int
+    """Number of the study's trial; -1 for the base without blocks."""
     state: State
+    """The state of the trial."""
     assignment: Mapping[str, str] = field(default_factory=dict)
+    """A label for every place of the space."""
     recipe: Mapping[str, Any] | None = None
+    """The recipe as JSON data; None for the base without blocks."""
     digest: str | None = None
+    """Digest of the recipe; '' for the base without blocks."""
     blocks: int = 0
+    """Number of blocks."""
     timing: Timing | None = None
+    """The measured latency."""
     predicted_ms: float | None = None
-    """What the latency model said, where that was so far over the budget that nothing was measured."""
+    """The predicted latency, in ms, if it was certainly over the budget, so that nothing was measured."""
     top1: float | None = None
-    """On the validation split, 0 to 1; on the lowest rung, which every trained candidate has been on."""
+    """Top-1 on the validation split, 0 to 1, on the lowest rung, where every trained candidate is scored."""
     loss: float | None = None
+    """Loss on the validation split, on the lowest rung."""
     balanced: float | None = None
-    """Mean over the classes of their shares of right answers there; None where classes are of similar sizes."""
+    """Balanced accuracy on the validation split, 0 to 1, on the lowest rung; None if classes are of similar sizes."""
     promotions: tuple[Promotion, ...] = ()
-    """On the rungs above, from the second lowest up, as far as it came."""
+    """Scores on the higher rungs that it reached, from the second lowest up."""
     halted: str | None = None
-    """Why it could not be trained on the next rung, though it was its turn."""
+    """Why its training on the next rung failed; None if it did not."""
     parameters: int | None = None
+    """Number of parameters."""
     macs: int | None = None
     """Multiply-accumulates of one image."""
     peak_mb: float | None = None
-    """Most memory at a time in a forward under the conditions of the latency; measured if there is a budget for it."""
+    """Peak memory of a forward pass under the conditions of the latency, in MB, if there is a budget for it."""
     proxies: Mapping[str, float] = field(default_factory=dict)
-    """What could be known of it without training, by the proxy's name."""
+    """Training-free scores, by name."""
     seconds: float = 0.0
+    """Duration of training and scoring on the lowest rung."""
     epochs: int = 0
+    """Epochs of the training on the lowest rung."""
     slot: int | None = None
-    """How many candidates the search had asked for before this one."""
+    """Number of candidates that the search had asked for before this one."""
     attempts: int = 1
-    """How often it was begun: more than once where a worker did not come back from it."""
+    """Number of times that work on it began; more than one if a worker was lost."""
     reason: str | None = None
-    """Why it failed, or what it costs that is over a budget."""
+    """Why it failed, or the costs that are over a budget."""
     duplicate_of: int | None = None
+    """Number of the earlier trial with the same candidate."""
     drawn: bool = False
-    """True if it was drawn uniformly at random, and nothing that was learned had a say in it."""
+    """True if it was drawn uniformly at random, independently of all results."""
     fell_back: bool = False
-    """True if the sampler's model did not fit what was known by then, and TPE chose."""
+    """True if the sampler's model did not fit the results, and TPE chose."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal record."""
@@ -102,6 +122,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """The record in JSON data, also of version 0.1."""
         timing = data.get("timing")
         promotions = tuple(Promotion(**fields) for fields in data.get("promotions", ()))
         if "foretold_ms" in data:  # its name in studies of version 0.1
@@ -111,23 +132,23 @@ class Record:
 
     def what(self) -> str:
         """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'."""
-        placed = [f"{label} at {place}" for place, label in self.assignment.items() if label != "none"]
+        placed = [f"{label} at {site}" for site, label in self.assignment.items() if label != "none"]
         return ", ".join(placed) or "the base as it is"
 
     def top1_on(self, rung: int) -> float | None:
-        """On the validation split, trained as on that rung, 0 being the lowest; None where it has not been."""
+        """Top-1 on the validation split on a rung, 0 being the lowest; None if it was not trained there."""
         if rung == 0:
             return self.top1
         return self.promotions[rung - 1].top1 if rung <= len(self.promotions) else None
 
     def balanced_on(self, rung: int) -> float | None:
-        """The balanced accuracy there."""
+        """Balanced accuracy on the validation split on a rung; None if it was not trained there."""
         if rung == 0:
             return self.balanced
         return self.promotions[rung - 1].balanced if rung <= len(self.promotions) else None
 
     def score_on(self, rung: int, by: RankBy) -> float | None:
-        """The same by what candidates are ranked by; larger is better."""
+        """The score on a rung that candidates are ranked by, larger is better; None if it was not trained there."""
         if by == "top1" or self.top1_on(rung) is None:
             return self.top1_on(rung)
         loss = self.promotions[rung - 1].loss if rung else self.loss
@@ -135,50 +156,51 @@ class Record:
 
     @property
     def reached(self) -> int:
-        """The highest rung it has been on."""
+        """The highest rung that it was trained on, 0 being the lowest."""
         return len(self.promotions)
 
     @property
     def final_top1(self) -> float | None:
-        """On the highest rung it has been on; to be compared with others of that rung only."""
+        """Top-1 on the highest rung that it was trained on; comparable only with candidates of the same rung."""
         return self.top1_on(self.reached)
 
     @property
     def final_loss(self) -> float | None:
-        """There, too."""
+        """Loss on the highest rung that it was trained on; comparable only with candidates of the same rung."""
         return self.promotions[-1].loss if self.promotions else self.loss
 
     def rank(self, by: RankBy) -> tuple[float, ...]:
-        """Larger is better: rung, score there, then latency, then the other score."""
-        score, other = (self.score_on(self.reached, one) for one in (by, "loss" if by == "top1" else "top1"))
-        return self.reached, _or_worst(score), -(self.timing.ms if self.timing else 0.0), _or_worst(other)
+        """A key to order candidates by, larger is better: rung, score on it, lower latency, the other score."""
+        score = self.score_on(self.reached, by)
+        other_score = self.score_on(self.reached, "loss" if by == "top1" else "top1")
+        return self.reached, _or_worst(score), -(self.timing.ms if self.timing else 0.0), _or_worst(other_score)
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
-    """Those that count: within the budget, and trained themselves."""
+    """The records of trained candidates within the budget; duplicates are not among them."""
     return [record for record in records if record.state == "trained"]
 
 
 def best(records: Iterable[Record], by: RankBy) -> Record | None:
-    """Of those on the highest rung that any is on: the best score, then the lowest latency."""
+    """The candidate with the best score on the highest rung that any has reached; ties go to the lower latency."""
     return max(trained(records), key=lambda record: record.rank(by), default=None)
 
 
 def contenders(records: Iterable[Record], by: RankBy) -> list[Record]:
-    """Those on the highest rung that any is on, the best first."""
+    """The candidates on the highest rung that any has reached, the best first."""
     order = sorted(trained(records), key=lambda record: record.rank(by), reverse=True)
     return [record for record in order if record.reached == order[0].reached]
 
 
 def front(records: Iterable[Record], by: RankBy) -> list[Record]:
-    """Those on the highest rung that no other there beats in both score and latency, the fastest first."""
+    """The Pareto front of score and latency on the highest rung that any candidate has reached, the fastest first."""
     order = contenders(records, by)
     order.sort(key=lambda record: record.timing.ms if record.timing else 0.0)
-    kept: list[Record] = []
+    optimal: list[Record] = []
     for record in order:
-        if not kept or record.rank(by)[:2] > kept[-1].rank(by)[:2]:
-            kept.append(record)
-    return kept
+        if not optimal or record.rank(by)[:2] > optimal[-1].rank(by)[:2]:
+            optimal.append(record)
+    return optimal
 
 
 def _or_worst(score: float | None) -> float:

@@ -17,19 +17,19 @@ from attnsurgery.search.space import NONE
 
 _Z = float(ndtri(0.975))
 _ADDED = (1, -1, 0, 0)
-"""Gains of images that an interval counts besides those that there are."""
+"""Gains of four additional images that intervals count, so that they hold for few images."""
 
 
 def best_so_far(scores: Sequence[float]) -> list[float]:
-    """The best of the first one, two, three ... of them."""
+    """The running maximum of the scores."""
     return list(itertools.accumulate(scores, max))
 
 
 def expected_best(scores: Sequence[float]) -> list[float]:
-    """The expected best of one, two, three ... of them, drawn without putting back; over all subsets, exactly.
+    """The expected maximum of one, two, three ... scores drawn without replacement, exactly.
 
-    The k-th lowest of m is the best of n drawn if it is among them, and all others are of the k - 1 below it: so in
-    C(k - 1, n - 1) of the C(m, n) subsets.
+    The k-th lowest of m scores is the maximum of n drawn ones in C(k - 1, n - 1) of the C(m, n) subsets: it is drawn,
+    and all others are among the k - 1 below it.
     """
     ascending_M = np.sort(np.asarray(scores, dtype=float))
     rank_M = np.arange(1, len(ascending_M) + 1)
@@ -43,28 +43,33 @@ def expected_best(scores: Sequence[float]) -> list[float]:
 
 
 def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """How far two scores of the same things order them alike: 1 the same, 0 unrelated, -1 reversed; ties count half.
+    """Kendall's rank correlation tau-b, which corrects for ties: 1 equal order, -1 reversed order.
 
-    None where either gives the same to all, so that there is no order.
+    None if all values of one series are equal.
     """
-    one_N, other_N = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    one_NN, other_NN = np.sign(one_N[:, None] - one_N), np.sign(other_N[:, None] - other_N)
-    pairs = float((one_NN**2).sum() * (other_NN**2).sum())
-    return float((one_NN * other_NN).sum()) / pairs**0.5 if pairs else None
+    first_N, second_N = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    first_NN, second_NN = np.sign(first_N[:, None] - first_N), np.sign(second_N[:, None] - second_N)
+    pairs = float((first_NN**2).sum() * (second_NN**2).sum())
+    return float((first_NN * second_NN).sum()) / pairs**0.5 if pairs else None
 
 
 def gains(records: Iterable[Record], base: float) -> dict[tuple[str, str], list[float]]:
-    """By place and block: how much better than the base each candidate is that has that block there."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """For each place and block, the top-1 gains over the base of all candidates with that block there.
+
+    Args:
+        records: of candidates.
+        base: top-1 of the base, 0 to 1.
+    """
+    gains_by_choice: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in records:
         for place, label in record.assignment.items():
             if label != NONE and record.top1 is not None:
-                found[place, label].append(record.top1 - base)
-    return dict(found)
+                gains_by_choice[place, label].append(record.top1 - base)
+    return dict(gains_by_choice)
 
 
 def without_outliers(values: Sequence[float]) -> list[float]:
-    """Those that a picture can show side by side: within three times the middle half's width from that half."""
+    """The values within three interquartile ranges of the quartiles, which a figure can show on one scale."""
     low, high = np.quantile(values, (0.25, 0.75)) if values else (0.0, 0.0)
     reach = 3 * (high - low)
     if not reach:
@@ -74,33 +79,37 @@ def without_outliers(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """By how much one model is more often right than another, and how far that can be relied on."""
+    """The difference in accuracy of two models, with its uncertainty."""
 
     mean: float
-    """Shares of right answers, first less second, the mean over their trainings."""
+    """Accuracy of the first minus that of the second, the mean over their trainings."""
     low: float
+    """Lower end of the 95 % interval, over images of the same kind and over trainings of both models."""
     high: float
-    """95 % interval: of other images of the kind, and of other trainings of both."""
+    """Upper end of that interval."""
     p_value: float
-    """Two-sided."""
+    """Two-sided p-value."""
 
 
 def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -> Gain:
-    """Compare two models by what each of S trainings of theirs gets right of the same N images.
+    """Compare two models by the answers of S trainings of each to the same N images.
 
-    Trainings of one model differ in accuracy, by half a point on ten thousand images as easily as not; so a test that
-    counts images alone takes the luck of a training for a better model. This is the analysis of variance of readers
-    and cases: trainings read, images are the cases, and each model has its own readers (Hillis, Berbaum and Metz,
+    Trainings of one model easily differ in accuracy by half a point on ten thousand images, so a test that counts
+    images only takes a lucky training for a better model. This is the analysis of variance for readers and cases:
+    trainings are the readers, images are the cases, and each model has its own readers (Hillis, Berbaum and Metz,
     "Recent developments in the Dorfman-Berbaum-Metz procedure for multireader ROC study analysis", 2008, with readers
-    nested in tests). One training a model tells nothing of others: then images are all that the interval speaks of,
-    and the p-value is McNemar's exact one.
+    nested in tests). A single training of each model says nothing about other trainings. Then the interval is about
+    images only, and the p-value is that of McNemar's exact test.
 
-    The interval also holds for few images, of which none may tell the models apart: it is that of four images more, one
-    for each way in which two models can be right or wrong (as Agresti and Min add to pairs of proportions, "Simple
-    improved confidence intervals for comparing matched proportions", 2005). And it is never narrower than what images
-    alone would make it, however alike the trainings came out.
+    The interval also holds for few images and for equal answers: it counts four additional images, one for each way in
+    which two models can be right or wrong (as Agresti and Min do for pairs of proportions, "Simple improved confidence
+    intervals for comparing matched proportions", 2005). It is never narrower than the interval of images only.
+
+    Args:
+        first_SN: booleans, true where a training of the first model classified an image correctly.
+        second_SN: the same for the second model.
     """
-    first, second = (np.asarray(some, dtype=float) for some in (first_SN, second_SN))
+    first, second = (np.asarray(rights, dtype=float) for rights in (first_SN, second_SN))
     trainings, images = first.shape
     gain_N = first.mean(0) - second.mean(0)
     mean = float(gain_N.mean())
@@ -117,13 +126,13 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
     if trainings == 1:
         return gain(exact, of_images, images - 1)
     freedom = 2 * (trainings - 1)
-    by_training = rest = 0.0
-    for some in (first, second):
-        share_S1 = some.mean(1, keepdims=True)
+    by_training = residual = 0.0
+    for rights in (first, second):
+        share_S1 = rights.mean(1, keepdims=True)
         by_training += images * float(share_S1.var(ddof=1)) / 2
-        rest += float(((some - share_S1 - some.mean(0) + some.mean()) ** 2).sum()) / (freedom * (images - 1))
-    wide = max(by_training, rest) + max(of_images - rest, 0.0)
-    variance = by_training + max(by_image - rest, 0.0)
+        residual += float(((rights - share_S1 - rights.mean(0) + rights.mean()) ** 2).sum()) / (freedom * (images - 1))
+    wide = max(by_training, residual) + max(of_images - residual, 0.0)
+    variance = by_training + max(by_image - residual, 0.0)
 
     def freedom_of(variance: float) -> float:
         return float(min(images - 1, freedom * (variance / by_training) ** 2) if by_training else images - 1)
@@ -136,13 +145,14 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
 
 
 def pooled(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
-    """One value out of several, and half its 95 % interval, which is wider where they differ by more than chance.
+    """The random-effects mean of several estimates, and half its 95 % interval.
 
-    DerSimonian and Laird, "Meta-analysis in clinical trials", 1986: what the values differ by beyond their own
-    intervals is a variance between them, which each of them has besides its own.
+    DerSimonian and Laird, "Meta-analysis in clinical trials", 1986: differences beyond the estimates' own intervals are
+    a variance between them, which is added to the variance of each.
 
     Args:
-        halves: of the 95 % intervals of the values.
+        values: the estimates.
+        halves: half the 95 % interval of each.
     """
     value_K = np.asarray(values, dtype=float)
     own_K = np.maximum((np.asarray(halves, dtype=float) / _Z) ** 2, (1e-9 * value_K) ** 2 + 1e-300)
@@ -156,7 +166,12 @@ def pooled(values: Sequence[float], halves: Sequence[float]) -> tuple[float, flo
 
 
 def sign_test(first: int, second: int) -> float:
-    """Two-sided exact p-value that so uneven a split of votes comes from a fair coin (McNemar's exact test)."""
+    """Two-sided p-value of the exact sign test, which is McNemar's exact test for pairs of answers.
+
+    Args:
+        first: number of images that only the first model classified correctly.
+        second: number of images that only the second model classified correctly.
+    """
     count = first + second
     tail = sum(math.comb(count, k) for k in range(min(first, second) + 1))
     return float(min(1.0, 2 * tail / 2**count))
