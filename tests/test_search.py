@@ -1,4 +1,4 @@
-"""The search on tiny images with a computed latency: what it promises about budgets, resuming and honesty."""
+"""The search on tiny images with a computed latency keeps budgets, resumes, and reports honestly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def essence(records: list[Record]) -> list[tuple[object, ...]]:
 
 
 def differences(actual: list[Record], expected: list[Record]) -> str:
-    """The first difference, short: pytest would compare the long reprs for minutes."""
+    """Returns the first difference, since pytest would compare the long reprs for minutes."""
     for one, other in zip(essence(actual), essence(expected), strict=False):
         if one != other:
             return f"{one} != {other}"
@@ -76,7 +76,7 @@ def base_ms(outcome: Outcome) -> float:
 
 
 class StopAfter:
-    """Says stop once it was asked so many times."""
+    """Requests a stop after it was called `asks` times."""
 
     def __init__(self, asks: int) -> None:
         self.left = asks
@@ -616,7 +616,7 @@ def test_optunas_dashboard_shows_the_study(finished: Outcome) -> None:
 
 
 def response_of(site: Any, path: str) -> str:
-    """What a WSGI site answers."""
+    """Returns the response of a WSGI site."""
     status: list[str] = []
     environ: dict[str, Any] = {"PATH_INFO": path}
     wsgiref.util.setup_testing_defaults(environ)

@@ -1,4 +1,4 @@
-"""The supernet: a path through it is the candidate, weight for weight, and its score is the path's alone."""
+"""A path through the supernet is the candidate, weight for weight, and its score is that of the path alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wake_blocks(supernet: Supernet) -> None:
 
 
 def draw_candidates(space: BoundSpace, count: int) -> list[dict[str, str]]:
-    """Candidates, no two alike."""
+    """Draws candidates, no two of which are equal."""
     rng = np.random.default_rng(1)
     distinct: list[tuple[int, ...]] = []
     while len(distinct) < count:
@@ -69,7 +69,7 @@ def draw_candidates(space: BoundSpace, count: int) -> list[dict[str, str]]:
 
 
 def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: dict[str, str]) -> nn.Module:
-    """The candidate as it is built by itself, with the supernet's weights."""
+    """Builds the candidate by itself, with the supernet's weights."""
     base = timm.create_model(space.base, num_classes=2).eval()
     shared = supernet.model.state_dict()
     base.load_state_dict({key: shared[key] for key in base.state_dict()})
@@ -236,7 +236,7 @@ def test_preview_shares_supernet_training(config: SearchConfig, monkeypatch: pyt
 
 
 def promoted(records: list[Record], alone: dict[int, float]) -> list[int]:
-    """Who goes on from a supernet, in order, where training by itself gives each that score."""
+    """Returns the promoted numbers in order, where training by itself gives each candidate its score in `alone`."""
     order: list[int] = []
     while (who := next_promotion(records, 2, 3, supernet=True)) is not None:
         order.append(who.number)
@@ -246,7 +246,7 @@ def promoted(records: list[Record], alone: dict[int, float]) -> list[int]:
 
 
 def by_supernet(count: int, drawn: int) -> list[Record]:
-    """Scores that rise with the number; the first were drawn at random."""
+    """Returns records whose scores rise with the number, the first of them drawn at random."""
     return [Record(number, "trained", top1=0.01 * number, drawn=number < drawn) for number in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Blocks, stages, layouts and grids, as they are read off families that write their rows in different ways."""
+"""Blocks, stages, layouts and grids are read off families that write their rows in different ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that are killed, hang, or lose their memory or device; what becomes of their trials, and of the search."""
+"""Workers that are killed, hang, or run out of memory cost one attempt of a trial, and the search goes on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = str(Path(__file__).parents[1])
 
 @pytest.fixture(scope="module", autouse=True)
 def dummy() -> Iterator[None]:
-    """Known to this process as to workers."""
+    """Registers the evaluator 'dummy' in this process, as the plugin does in workers."""
     assert "finetune" in EVALUATORS, "all others are loaded"
     if "dummy" not in EVALUATORS:
         EVALUATORS.register("dummy")(Dummy)
@@ -56,11 +56,11 @@ def config(tmp_path: Path) -> SearchConfig:
     return change(small_search(images, space, tmp_path / "run"), workers=1, evaluator="dummy")
 
 
-class Hearing(Listener):
-    """Has injected faults happen once the trials begin, and keeps what it was told."""
+class FaultInjector(Listener):
+    """Injects the planned faults once the trials begin, and records the phases."""
 
     def __init__(self, injected_faults: Path | None = None, planned: tuple[str, ...] = ()) -> None:
-        self.heard: list[str] = []
+        self.phases: list[str] = []
         self._faults, self._planned = injected_faults, planned
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
@@ -69,7 +69,7 @@ class Hearing(Listener):
             (self._faults / one).touch()
 
     def phase(self, text: str) -> None:
-        self.heard.append(text)
+        self.phases.append(text)
 
 
 def essence(outcome: Outcome) -> list[tuple[object, ...]]:
@@ -81,7 +81,7 @@ def scores(tmp_path: Path) -> list[dict[str, object]]:
 
 
 def states(outcome: Outcome) -> list[str]:
-    """Of the study's trials."""
+    """Returns the states of the study's trials."""
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
     return [trial.state.name for trial in study.trials]
 
@@ -110,13 +110,13 @@ def test_injected_fault_costs_one_attempt(
     config: SearchConfig, injected_faults: Path, tmp_path: Path, kind: str, reason: str
 ) -> None:
     """A fault costs its trial one more attempt, and a second one costs the trial."""
-    hearing = Hearing(injected_faults, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
-    outcome = run(change(config, patience_minutes=4 / 60, trials=2), hearing)
+    injector = FaultInjector(injected_faults, (f"{kind}-1", f"{kind}-2", f"{kind}-3"))
+    outcome = run(change(config, patience_minutes=4 / 60, trials=2), injector)
     failed, *rest = outcome.records
     assert (failed.state, failed.reason, failed.attempts) == ("failed", reason, 2)
     assert [(record.state, record.attempts) for record in rest] == [("trained", 2), ("trained", 1)]
     half = ", at half the batch" if kind in ("kill", "memory") else ""
-    assert hearing.heard.count(f"begun again{half}: {reason}") == 2
+    assert injector.phases.count(f"begun again{half}: {reason}") == 2
     _, again, whole, *_ = scores(tmp_path)  # the base is the first
     assert (again["pieces"], whole["pieces"]) == (2 if half else 1, 1)
     assert not list(injected_faults.iterdir())
@@ -148,10 +148,10 @@ def test_workers_train_as_many_as_wanted(config: SearchConfig, injected_faults: 
 def test_stop_leaves_nothing_running(config: SearchConfig, injected_faults: Path) -> None:
     """A stop leaves nothing running, and the next run takes the trial up."""
     straight = run(change(config, trials=3, output=f"{config.output}-straight"))
-    hearing = Hearing()
+    injector = FaultInjector()
     numbers: list[int] = []
 
-    class TrialRecorder(Hearing):
+    class TrialRecorder(FaultInjector):
         def trial_started(self, number: int, name: str) -> None:
             numbers.append(number)
 
@@ -164,7 +164,7 @@ def test_stop_leaves_nothing_running(config: SearchConfig, injected_faults: Path
     assert stopped.trained == 1
     assert states(stopped) == ["COMPLETE", "WAITING"]
     assert (stopped.folder / "report.html").is_file()
-    assert essence(run(change(config, trials=3), hearing)) == essence(straight)
+    assert essence(run(change(config, trials=3), injector)) == essence(straight)
 
 
 def test_worker_error_ends_the_search(config: SearchConfig, tmp_path: Path) -> None:
