@@ -44,7 +44,8 @@ def test_blocks_are_what_stands_in_a_row(arch: str, blocks: dict[int, str]) -> N
     assert {stage: " ".join(site.address for site in anatomy.blocks(stage)) for stage in blocks} == blocks
 
 
-def test_branches_of_several_strides_are_counted_by_their_own() -> None:
+def test_branch_stages_follow_own_strides() -> None:
+    """Branches of several strides are counted by their own stride."""
     anatomy = attnsurgery.inspect("hrnet_w18_small")
     assert anatomy.stages == (1, 2, 3, 4)
     assert "stage4.0.branches.3.1" in {site.address for site in anatomy.blocks(4)}
@@ -78,7 +79,8 @@ def test_layouts_prefixes_and_grids(arch: str, at: str, layout: str, prefix: int
     assert site.ordered is (layout != "NLC" or grid is not None)
 
 
-def test_windows_cut_apart_are_maps_without_an_order() -> None:
+def test_windows_are_maps_without_order() -> None:
+    """Windows that are cut apart are maps without an order of positions."""
     site = attnsurgery.inspect("nest_tiny").site("levels.0.transformer_encoder.0")
     assert (site.layout, site.shape, site.ordered) == ("NHWC", (16, 196, 96), False)
     with pytest.raises(SiteError, match="positions do not lie as in the image"):
@@ -86,12 +88,14 @@ def test_windows_cut_apart_are_maps_without_an_order() -> None:
     assert attnsurgery.plan("nest_tiny", recipe("stage:1 last", "dual"))
 
 
-def test_proportions_decide_where_no_layer_tells() -> None:
+def test_guess_layout_by_proportions() -> None:
+    """Proportions decide on the layout where no layer tells."""
     assert guess_layout((8, 4, 2), (64, 32), False) == "NCHW"
     assert guess_layout((4, 2, 8), (64, 32), False) == "NHWC"
 
 
-def test_a_map_of_tokens_has_the_rows_of_the_image() -> None:
+def test_tokens_to_map_keeps_image_rows() -> None:
+    """A map of tokens has the rows of the image."""
     tokens = torch.arange(2 * 6 * 3.0).reshape(2, 6, 3)
     x = tokens_to_map(tokens, 2, 3)
     assert x.shape == (2, 3, 2, 3)
@@ -115,9 +119,10 @@ CASES = [
 
 @pytest.mark.parametrize("block", ["non_local", "residual_attention"])
 @pytest.mark.parametrize(("arch", "kwargs", "size", "at"), CASES, ids=[case[0] for case in CASES])
-def test_a_block_anywhere_is_the_identity_until_its_gate_moves(
+def test_block_anywhere_starts_at_identity(
     arch: str, kwargs: dict[str, object], size: tuple[int, int], at: str, block: str
 ) -> None:
+    """A block anywhere is the identity until its gate moves."""
     base = small(arch, **kwargs)
     x = torch.randn(2, 3, *size)
     expected = base(x)
@@ -140,7 +145,8 @@ ANY_SIZE = {
 
 
 @pytest.mark.parametrize("arch", ANY_SIZE)
-def test_images_of_any_size_work_where_the_size_is_told_in_each_forward(arch: str) -> None:
+def test_block_follows_any_image_size(arch: str) -> None:
+    """Images of any size work where the size is told in each forward."""
     base = small(arch)
     model = attnsurgery.operate(copy.deepcopy(base), recipe(ANY_SIZE[arch], "non_local", subsample=2), (3, 64, 64))
     moved = move_gates(copy.deepcopy(model))
@@ -152,7 +158,8 @@ def test_images_of_any_size_work_where_the_size_is_told_in_each_forward(arch: st
     assert not any("_attnsurgery" in name for m in attnsurgery.remove(moved).modules() for name in vars(m))
 
 
-def test_a_map_that_tells_its_size_compiles_and_exports() -> None:
+def test_map_of_own_size_compiles_exports() -> None:
+    """A model whose map tells its size can be compiled and exported."""
     model = move_gates(
         attnsurgery.operate(small("test_vit"), recipe("blocks.1", "non_local", subsample=2), (3, 64, 64))
     )
@@ -162,7 +169,8 @@ def test_a_map_that_tells_its_size_compiles_and_exports() -> None:
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-5)
 
 
-def test_prefix_tokens_are_no_part_of_the_grid() -> None:
+def test_prefix_tokens_are_no_part_of_grid() -> None:
+    """Prefix tokens are no part of the grid."""
     base = small("vit_tiny_patch16_224", img_size=48)
     model = attnsurgery.operate(copy.deepcopy(base), recipe("blocks.1", "non_local", subsample=3))
     move_gates(model)
@@ -172,7 +180,8 @@ def test_prefix_tokens_are_no_part_of_the_grid() -> None:
     assert not torch.equal(ours[:, 1:], theirs[:, 1:])
 
 
-def test_a_dense_block_keeps_its_children_and_the_block_hides_in_the_last() -> None:
+def test_dense_block_keeps_its_children() -> None:
+    """A dense block keeps its children, and the block stands in the last of them."""
     model = attnsurgery.operate(small("densenet121"), recipe("features.denseblock1", "se"), (3, 64, 64))
     assert len(model.features.denseblock1) == 6
     assert {key for key in model.state_dict() if ".se." in key} == {
@@ -180,10 +189,12 @@ def test_a_dense_block_keeps_its_children_and_the_block_hides_in_the_last() -> N
     }
 
 
-def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None:
+def test_trunk_is_last_two_equal_blocks() -> None:
+    """The trunk of a mask is the last two blocks that keep the size."""
+
     def places(arch: str) -> list[str]:
-        found = attnsurgery.plan(arch, recipe("stage:* trunk", "residual_attention"))
-        return [planned.address for planned in found.blocks]
+        forecast = attnsurgery.plan(arch, recipe("stage:* trunk", "residual_attention"))
+        return [planned.address for planned in forecast.blocks]
 
     assert places("resnet50")[2] == "layer3.4 .. layer3.5"
     assert places("resnet18")[3] == "layer4.1 .. layer4.1"
@@ -191,13 +202,15 @@ def test_the_trunk_of_a_mask_is_the_last_two_blocks_that_keep_the_size() -> None
     assert places("mvitv2_tiny")[2] == "stages.2.blocks.3:0 .. stages.2.blocks.4:0"
 
 
-def test_where_windows_or_patches_are_cut_apart_the_mask_is_for_what_holds_them() -> None:
+def test_trunk_holds_windows_and_patches() -> None:
+    """Where windows or patches are cut apart, the mask is for the module that holds them."""
     for arch, at in (("nest_tiny", "levels.1"), ("mobilevitv2_050", "stages.2.1 .. stages.2.1")):
         (planned,) = attnsurgery.plan(arch, recipe("stage:2 trunk", "residual_attention")).blocks
         assert planned.address == at
 
 
-def test_blocks_go_into_residual_branches_also_where_feature_info_names_no_modules() -> None:
+def test_branches_without_feature_modules() -> None:
+    """Blocks go into residual branches also where feature_info names no modules."""
     anatomy = attnsurgery.inspect("twins_svt_small")
     assert {site.owner for site in anatomy.sides(1, "branch")} == {"blocks.0.0", "blocks.0.1"}
     assert not any(site.owner.startswith("head") for site in anatomy.sites)
