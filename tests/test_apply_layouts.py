@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 import attnsurgery
 import attnsurgery.checkpoint.directory
 from attnsurgery.checkpoint.delta import apply_as_delta, digest, merge_delta, save_delta
-from attnsurgery.checkpoint.directory import apply, operated_base, prove_directory, write_directory
+from attnsurgery.checkpoint.directory import prove_directory, write_directory
+from attnsurgery.checkpoint.operated import apply, operated_base
 from attnsurgery.checkpoint.weights import Layout, read, read_state_dict
 from attnsurgery.cli import build_app
 from attnsurgery.errors import CheckpointError, RecipeError, UsageError
@@ -192,10 +193,10 @@ def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: 
     assert torch.equal(done.model(images(64)), base(images(64)))
     assert same(done.weights, dict(base.state_dict()))
     if note is None:
-        assert done.told is None
+        assert done.source_notes is None
     else:
-        assert done.told is not None
-        assert re.match(note, done.told), done.told
+        assert done.source_notes is not None
+        assert re.match(note, done.source_notes), done.source_notes
 
 
 def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> None:
@@ -429,7 +430,8 @@ def test_apply_continues_from_own_directory(
     edits = (SE, ECA) if both else (ECA,)
     done = operated_base(recipe(*edits), directory)
     assert done.report.max_abs_diff == 0
-    assert done.told == ("of a surgical model; 4 blocks stay as they were (layer1.0.se, layer2.0.se, layer3.0.se, ...)")
+    blocks = "layer1.0.se, layer2.0.se, layer3.0.se, ..."
+    assert done.source_notes == f"of a surgical model; 4 blocks stay as they were ({blocks})"
     apply(recipe(*edits), directory, tmp_path / "second")
     output, weights = in_a_new_process(tmp_path / "second")
     assert torch.equal(output, model(images(64)))

@@ -22,7 +22,8 @@ from torch import nn
 
 import attnsurgery.checkpoint.directory
 from attnsurgery.checkpoint.base import build_base
-from attnsurgery.checkpoint.directory import apply, read_state_dict, write_directory
+from attnsurgery.checkpoint.directory import read_state_dict, write_directory
+from attnsurgery.checkpoint.operated import apply
 from attnsurgery.errors import CheckpointError, SiteError, UnknownNameError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import load, loads

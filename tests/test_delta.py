@@ -24,8 +24,9 @@ import attnsurgery.checkpoint.base
 import attnsurgery.checkpoint.directory
 from attnsurgery.checkpoint.delta import apply_as_delta, digest, load_delta, merge_delta, save_delta
 from attnsurgery.checkpoint.difference import Difference, same_bits
-from attnsurgery.checkpoint.directory import apply, read_state_dict, write_directory
+from attnsurgery.checkpoint.directory import read_state_dict, write_directory
 from attnsurgery.checkpoint.formats import DELTA_NAME
+from attnsurgery.checkpoint.operated import apply
 from attnsurgery.cli import build_app
 from attnsurgery.errors import CheckpointError, UsageError
 from attnsurgery.recipe.schema import Edit, Recipe
@@ -395,7 +396,7 @@ def test_delta_refuses_half_a_block(delta: Path, base: nn.Module, base_file: Pat
     difference = Difference.read(delta / DELTA_NAME)
     del difference.tensors[lost]
     difference.write(delta / DELTA_NAME)
-    with pytest.raises(CheckpointError, match="do not make the model that was taken apart"):
+    with pytest.raises(CheckpointError, match="do not give the model that was saved"):
         load_delta(delta, base_file)
 
 
@@ -404,7 +405,7 @@ def test_delta_notices_one_changed_bit(delta: Path, base_file: Path):
     content = bytearray((delta / DELTA_NAME).read_bytes())
     content[-1] ^= 1
     (delta / DELTA_NAME).write_bytes(content)
-    with pytest.raises(CheckpointError, match="do not make the model that was taken apart"):
+    with pytest.raises(CheckpointError, match="do not give the model that was saved"):
         load_delta(delta, base_file)
 
 

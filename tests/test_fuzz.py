@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attnsurgery.checkpoint.directory import apply
+from attnsurgery.checkpoint.operated import apply
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.cli._models import open_model
 from attnsurgery.errors import AttnSurgeryError

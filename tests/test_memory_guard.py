@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnsurgery
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import build_block, check_options
-from attnsurgery.checkpoint import directory as checkpoint
+from attnsurgery.checkpoint import operated as checkpoint
 from attnsurgery.errors import OptionError, RecipeError, SiteError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey

@@ -132,7 +132,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")
     recipe = {"version": 1, "name": "r18se", "base": "resnet18", "edits": SE}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    attnsurgery.checkpoint.directory.apply(
+    attnsurgery.checkpoint.operated.apply(
         attnsurgery.timm_plugin.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical"
     )
     write_directory(trained(operated("resnet18", SE)), folder / "trained")

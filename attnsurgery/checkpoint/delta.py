@@ -1,8 +1,8 @@
-"""Deltas: a surgical model kept as what training has changed, and put together again with the weights of its base.
+"""Deltas: surgical models that are stored as their difference from the base, and restored with the base's weights.
 
-A *delta directory* holds config.json, as a timm directory does, and the tensors that differ from the base: blocks,
-statistics of batch norms, the head, whatever was fine-tuned. Both files name the base and the digest of its weights.
-`attnsurgery.checkpoint.difference` says what a digest is; nothing in a delta is ever unpickled.
+A *delta directory* holds config.json, as a timm directory does, and the tensors that differ from the base's: blocks,
+statistics of batch norms, the head, everything that was fine-tuned. Both files name the base and the digest of its
+weights, which `attnsurgery.checkpoint.difference` defines. No part of a delta is ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from attnsurgery.checkpoint.base import build_base, check_weights, fitted, load_
 from attnsurgery.checkpoint.difference import Difference, digest
 from attnsurgery.checkpoint.directory import (
     ARCHITECTURE,
-    Operated,
     beside,
     built,
-    operated_base,
     prove_directory,
     read_state_dict,
     refuse_existing,
     storable,
     write_config,
 )
-from attnsurgery.checkpoint.weights import AS_FOUND, DELTA_NAME, Layout, StateDict, read
+from attnsurgery.checkpoint.formats import DELTA_NAME
+from attnsurgery.checkpoint.operated import Operated, operated_base
+from attnsurgery.checkpoint.weights import AUTOMATIC, Layout, StateDict, read
 from attnsurgery.errors import AttnSurgeryError, CheckpointError, UsageError
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
@@ -48,41 +48,45 @@ Weights = str | Path | Mapping[str, torch.Tensor] | None
 """A base's weights: a file or directory, tensors by name, or None for those that timm publishes."""
 
 _SECTION = "delta"
-"""The entry of config.json that says what the delta differs from."""
+"""The entry of config.json that describes the delta and its base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a delta holds, and what it saves."""
+    """A summary of a delta that was written."""
 
     base: str
+    """timm name of the base."""
     base_digest: str
+    """Digest of the base's weights."""
     digest: str
-    """Of the whole model."""
+    """Digest of the model's weights."""
     kept: int
-    """Tensors that are the base's, and are not in the delta."""
+    """Number of the model's tensors that are equal to the base's, and so are not in the delta."""
     changed: tuple[str, ...]
-    """Tensors of the base with other numbers or another shape."""
+    """Names of the base's tensors that have other values or another shape in the model."""
     added: tuple[str, ...]
+    """Names of tensors that the base does not have."""
     dropped: tuple[str, ...]
-    """Tensors of the base that the model does not have."""
+    """Names of the base's tensors that the model does not have."""
     bytes: int
-    """Of the delta's weights file."""
+    """Size of the delta's weights file."""
     whole_bytes: int
-    """Of all the model's tensors."""
+    """Size of all the model's tensors."""
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields as plain data."""
         return asdict(self)
 
 
-def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path, layout: Layout = AS_FOUND) -> Saved:
-    """Write what differs between a model and its base; put together again, it is compared with the model.
+def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path, layout: Layout = AUTOMATIC) -> Saved:
+    """Write the difference between a model and its base, and check that the model can be restored from it.
 
     Args:
-        model: a surgical model, or the directory of one; a plain fine-tuned timm model does as well.
-        base: the weights that the model came from; classes and channels may have changed since.
+        model: a surgical model, or the directory of one, or any fine-tuned timm model.
+        base: the weights that the model started from; the numbers of classes and channels may have changed since.
         output: a directory that does not exist yet.
-        layout: where the weights of the base lie in their file.
+        layout: where the weights of the base are in their file.
 
     Raises:
         UsageError: `output` exists, or the directory is no timm directory.
@@ -124,33 +128,47 @@ def apply_as_delta(
     *,
     pretrained: bool = False,
     start: Start | None = None,
-    layout: Layout = AS_FOUND,
+    layout: Layout = AUTOMATIC,
 ) -> tuple[Report, Saved]:
-    """As `checkpoint.apply`, but what is written is the difference from the base: at first, the blocks."""
+    """Operate on a base, and write a delta; arguments and errors as `attnsurgery.checkpoint.operated.apply`."""
     refuse_existing(output)
-    done = operated_base(recipe, checkpoint, pretrained=pretrained, start=start, layout=layout)
-    return done.report, save_operated(done, checkpoint, output)
+    operation = operated_base(recipe, checkpoint, pretrained=pretrained, start=start, layout=layout)
+    return operation.report, save_operated(operation, checkpoint, output)
 
 
-def save_operated(done: Operated, checkpoint: Path | None, output: Path) -> Saved:
-    """What an operation has added to the weights in `checkpoint`, None for those that timm publishes."""
+def save_operated(operation: Operated, checkpoint: Path | None, output: Path) -> Saved:
+    """Write the model of an operation as a delta.
+
+    Args:
+        operation: the operation.
+        checkpoint: the weights before the operation; None for those that timm publishes.
+        output: a directory that does not exist yet.
+
+    Raises:
+        UsageError, CheckpointError: as `save_delta`.
+    """
     return _write(
         output,
-        done.model,
-        done.recipe.base,
-        done.weights,
-        str(checkpoint or f"published weights of {done.recipe.base}"),
-        {"recipe.yaml": dumps(done.recipe)},
-        lambda path: write_config(done.model, path, ARCHITECTURE, done.model_args),
+        operation.model,
+        operation.recipe.base,
+        operation.weights,
+        str(checkpoint or f"published weights of {operation.recipe.base}"),
+        {"recipe.yaml": dumps(operation.recipe)},
+        lambda path: write_config(operation.model, path, ARCHITECTURE, operation.model_args),
     )
 
 
-def load_delta(directory: str | Path, base: Weights, layout: Layout = AS_FOUND) -> nn.Module:
-    """The whole model in eval mode: the base's weights and the delta, loaded strictly.
+def load_delta(directory: str | Path, base: Weights, layout: Layout = AUTOMATIC) -> nn.Module:
+    """The model of a delta in eval mode, with all of its weights.
+
+    Args:
+        directory: a delta directory.
+        base: the weights of the base.
+        layout: where the weights of the base are in their file.
 
     Raises:
         UsageError: no delta directory.
-        CheckpointError: damaged, or not the base that the delta was made against; says which that was.
+        CheckpointError: the delta is damaged, or of another base; the message names its base.
 
     Example: of a delta that `save_delta` wrote
         >>> base = timm.create_model("test_resnet")
@@ -163,26 +181,34 @@ def load_delta(directory: str | Path, base: Weights, layout: Layout = AS_FOUND) 
         True
     """
     directory = Path(directory)
-    whole = _whole(directory, base, layout)
+    weights = _restored_weights(directory, base, layout)
     try:
         model: nn.Module = timm.create_model(f"local-dir:{directory}")
-    except Exception as error:  # its twin without memory was built before
+    except Exception as error:  # although it could be built on the meta device
         raise _unbuildable(directory, error) from error
-    dtypes = {tensor.dtype for tensor in whole.values() if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in whole:
-            tensor.data = tensor.data.to(whole[name].dtype)
-    load_weights(model, whole, str(directory))
+        if name in weights:
+            tensor.data = tensor.data.to(weights[name].dtype)
+    load_weights(model, weights, str(directory))
     return model.eval()
 
 
-def merge_delta(directory: str | Path, base: Weights, output: str | Path, layout: Layout = AS_FOUND) -> str:
-    """Write the whole model as a timm directory, for `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
+def merge_delta(directory: str | Path, base: Weights, output: str | Path, layout: Layout = AUTOMATIC) -> str:
+    """Write the model of a delta as a timm directory, for `timm.create_model("local-dir:OUTPUT", pretrained=True)`.
+
+    The directory is checked: it builds the same model.
+
+    Args:
+        directory: a delta directory.
+        base: the weights of the base.
+        output: a directory that does not exist yet.
+        layout: where the weights of the base are in their file.
 
     Returns:
-        The digest of its weights, which was compared; as the model was that is built from what was written.
+        The digest of the model's weights.
 
     Raises:
         UsageError: `output` exists, or there is no delta directory.
@@ -190,14 +216,14 @@ def merge_delta(directory: str | Path, base: Weights, output: str | Path, layout
     """
     directory, output = Path(directory), Path(output)
     refuse_existing(output)
-    whole = storable(_whole(directory, base, layout))
+    weights = storable(_restored_weights(directory, base, layout))
     model = load_delta(directory, base, layout)
     config = {key: value for key, value in _config(directory).items() if key != _SECTION}
     with beside(output) as partial:
-        safetensors.torch.save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         _write_texts(partial, {**_texts(directory), "config.json": json.dumps(config, indent=2)})
         prove_directory(partial, model, output)
-    return digest(whole)
+    return digest(weights)
 
 
 def _write(
@@ -210,60 +236,74 @@ def _write(
     describe: Callable[[Path], None] | None = None,
     tensors: StateDict | None = None,
 ) -> Saved:
-    """`describe` writes the config.json, unless it is among the texts; `tensors` are the model's as a file has them."""
-    whole = storable(model.state_dict()) if tensors is None else tensors
-    of_base = native(weightless(name), weights)
-    found = Difference.between(whole, of_base, base=name, base_file=Path(source).name, base_digest=digest(weights))
+    """Write a delta directory.
+
+    Args:
+        output: a directory that does not exist yet.
+        model: the model.
+        name: timm name of its base.
+        weights: the base's weights, as their file holds them.
+        source: the name of that file.
+        texts: contents of files, by name.
+        describe: writes config.json to a path, unless it is one of the texts.
+        tensors: the model's weights; by default its state dict.
+    """
+    all_tensors = storable(model.state_dict()) if tensors is None else tensors
+    base_tensors = native(weightless(name), weights)
+    difference = Difference.between(
+        all_tensors, base_tensors, base=name, base_file=Path(source).name, base_digest=digest(weights)
+    )
     with beside(output) as partial:
-        found.write(partial / DELTA_NAME)
+        difference.write(partial / DELTA_NAME)
         _write_texts(partial, texts)
         if describe:
             describe(partial / "config.json")
-        config = {**_config(partial), _SECTION: _section(found)}
+        config = {**_config(partial), _SECTION: _section(difference)}
         _write_texts(partial, {"config.json": json.dumps(config, indent=2)})
-        size = (partial / DELTA_NAME).stat().st_size
+        delta_bytes = (partial / DELTA_NAME).stat().st_size
         prove_directory(partial, model, output, lambda delta: load_delta(delta, weights))
     return Saved(
         base=name,
-        base_digest=found.base_digest,
-        digest=found.digest,
-        kept=len(whole) - len(found.tensors),
-        changed=tuple(key for key in found.tensors if key in of_base),
-        added=tuple(key for key in found.tensors if key not in of_base),
-        dropped=found.dropped,
-        bytes=size,
-        whole_bytes=sum(tensor.nbytes for tensor in whole.values()),
+        base_digest=difference.base_digest,
+        digest=difference.digest,
+        kept=len(all_tensors) - len(difference.tensors),
+        changed=tuple(key for key in difference.tensors if key in base_tensors),
+        added=tuple(key for key in difference.tensors if key not in base_tensors),
+        dropped=difference.dropped,
+        bytes=delta_bytes,
+        whole_bytes=sum(tensor.nbytes for tensor in all_tensors.values()),
     )
 
 
-def _whole(directory: Path, base: Weights, layout: Layout) -> StateDict:
-    """All weights of the model, proven to be those that were saved and to fit the model that config.json names."""
+def _restored_weights(directory: Path, base: Weights, layout: Layout) -> StateDict:
+    """All weights of the model of a delta, checked against its digest and against the model that config.json names."""
     config = _config(directory)
     if _SECTION not in config:
         raise UsageError(f"{str(directory)!r} is no delta; 'attnsurgery delta' writes one.")
-    found = Difference.read(directory / DELTA_NAME)
-    if config[_SECTION] != _section(found):
+    difference = Difference.read(directory / DELTA_NAME)
+    if config[_SECTION] != _section(difference):
         raise CheckpointError(f"{directory}: config.json and {DELTA_NAME} are not of the same delta.")
-    check_base(found.base)
-    weights, source = _base_weights(found.base, base, layout)
-    given = digest(weights)
-    if given != found.base_digest:
+    check_base(difference.base)
+    weights, source = _base_weights(difference.base, base, layout)
+    actual = digest(weights)
+    if actual != difference.base_digest:
         raise CheckpointError(
-            f"{source} is not the base of {directory}: that is {found.base} with the digest {found.base_digest} (read "
-            f"from {found.base_file} when the delta was made), and these weights have {given}."
+            f"{source} is not the base of {directory}: that is {difference.base} with the digest "
+            f"{difference.base_digest} (read from {difference.base_file} when the delta was written), and these "
+            f"weights have {actual}."
         )
-    whole = found.joined(native(weightless(found.base), weights), str(directory))
-    check_weights(_twin(directory), whole, str(directory))
-    return whole
+    restored = difference.joined(native(weightless(difference.base), weights), str(directory))
+    check_weights(_twin(directory), restored, str(directory))
+    return restored
 
 
 def _base_weights(name: str, base: Weights, layout: Layout) -> tuple[StateDict, str]:
-    """The base's tensors as their file holds them, less what wrappers add to names; and what they are called."""
+    """The base's tensors as their file holds them, without the prefixes of wrappers, and their name for messages."""
     if base is None:
         return dict(build_base(name).state_dict()), f"published weights of {name}"
     if isinstance(base, (str, Path)):
         return fitted(weightless(name), read(base, layout.key), layout.prefix).tensors, str(base)
-    return dict(base), "what was given"
+    return dict(base), "the given dictionary of tensors"
 
 
 def _base_name(recipe: Recipe | None, architecture: object) -> str:
@@ -272,18 +312,18 @@ def _base_name(recipe: Recipe | None, architecture: object) -> str:
     return name
 
 
-def _section(found: Difference) -> dict[str, str]:
+def _section(difference: Difference) -> dict[str, str]:
     return {
-        "base": found.base,
-        "base_file": found.base_file,
-        "base_digest": found.base_digest,
-        "digest": found.digest,
+        "base": difference.base,
+        "base_file": difference.base_file,
+        "base_digest": difference.base_digest,
+        "digest": difference.digest,
         "weights": DELTA_NAME,
     }
 
 
 def _twin(directory: Path) -> nn.Module:
-    """The model that config.json names, without memory where it can be: sizes are compared before any is taken."""
+    """The model that config.json names, on the meta device if possible, so that shapes can be compared first."""
     try:
         return weightless(f"local-dir:{directory}")
     except Exception as error:
@@ -293,8 +333,8 @@ def _twin(directory: Path) -> nn.Module:
 def _unbuildable(directory: Path, error: Exception) -> AttnSurgeryError:
     if isinstance(error, AttnSurgeryError):
         return error
-    said = " ".join(str(error).split())[:200]
-    return CheckpointError(f"the model in {str(directory)!r} cannot be built ({type(error).__name__}: {said}).")
+    message = " ".join(str(error).split())[:200]
+    return CheckpointError(f"the model in {str(directory)!r} cannot be built ({type(error).__name__}: {message}).")
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -311,7 +351,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _texts(directory: Path) -> dict[str, str]:
-    """The recipe that lies beside the weights, if there is one."""
+    """The recipe in a directory, by the name of its file; {} if there is none."""
     path = directory / "recipe.yaml"
     return {"recipe.yaml": path.read_text(encoding="utf-8")} if path.is_file() else {}
 

@@ -1,9 +1,9 @@
-"""What a trained model has that its base does not: the tensors that differ, bit for bit, in one safetensors file.
+"""The difference between a model's weights and its base's: the tensors that are not equal bit for bit, in one file.
 
-Two sets of weights are told apart by their *digest*: sha256 over their tensors in the order of their names, each as one
-line of JSON [name, dtype, shape] and then its bytes. A .pth and a .safetensors file of the same weights have the same.
-The file keeps two: of the base's weights, as their file holds them, and of the whole, so that what is put together
-again is proven to be what was taken apart.
+Weights are identified by their *digest*: sha256 over their tensors in the order of their names, each as one line of
+JSON [name, dtype, shape] followed by its bytes. So a .pth and a .safetensors file of the same weights have the same
+digest. The safetensors file of a difference contains the digests of the base's weights, as their file holds them, and
+of the model's weights, which are compared when the model is restored.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ import safetensors
 import safetensors.torch
 import torch
 
-from attnsurgery.checkpoint.weights import DELTA_MARK, StateDict
+from attnsurgery.checkpoint.formats import DELTA_MARK
+from attnsurgery.checkpoint.weights import StateDict
 from attnsurgery.errors import CheckpointError
 
 VERSION = "1"
 
 _CASTS = ("float64", "float32", "float16", "bfloat16")
-"""Types between which a base's tensor may be converted on the way back: one rounding, the same everywhere."""
+"""Types between which a base's tensor may be converted when the model is restored: the rounding is the same on every
+machine."""
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """'sha256:' and 64 digits, of names, dtypes, shapes and bytes; tensor by tensor, without copies on the CPU."""
-    found = hashlib.sha256()
+    """'sha256:' and 64 hexadecimal digits, from names, dtypes, shapes and bytes of all tensors."""
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(json.dumps([name, _dtype(tensor), list(tensor.shape)]).encode() + b"\n")
-        found.update(_bytes(name, tensor).numpy().data)
-    return f"sha256:{found.hexdigest()}"
+        sha256.update(json.dumps([name, _dtype(tensor), list(tensor.shape)]).encode() + b"\n")
+        sha256.update(_bytes(name, tensor).numpy().data)
+    return f"sha256:{sha256.hexdigest()}"
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """True for the same dtype, shape and bytes: a NaN equals itself, and 0 is not -0."""
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and torch.equal(_bytes("", one), _bytes("", other))
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and torch.equal(_bytes("", first), _bytes("", second))
 
 
 class _Header(pydantic.BaseModel):
-    """What the file says besides its tensors."""
+    """The metadata of the file, validated."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -61,31 +63,36 @@ class _Header(pydantic.BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A model's weights as what differs from its base's."""
+    """A model's weights as their difference from its base's."""
 
     base: str
     """timm name of the base."""
     base_file: str
-    """What the base's weights were called when this was made; says nothing about what they must be called."""
+    """Name of the file of the base's weights when the difference was computed, for information."""
     base_digest: str
+    """Digest of the base's weights, as their file holds them."""
     digest: str
-    """Of the whole."""
+    """Digest of the model's weights."""
     tensors: StateDict
-    """New ones, and those of the base with other numbers or another shape."""
+    """New tensors, and those of the base with other values or another shape."""
     dropped: tuple[str, ...] = ()
-    """Tensors of the base that the model does not have."""
+    """Names of the base's tensors that the model does not have."""
     cast: Mapping[str, tuple[str, ...]] | None = None
-    """By dtype: tensors that are the base's, converted."""
+    """By dtype: names of tensors that are the base's, converted to this type."""
 
     @classmethod
     def between(cls, whole: StateDict, native: StateDict, *, base: str, base_file: str, base_digest: str) -> Difference:
-        """
+        """The difference between a model's weights and its base's.
+
         Args:
             whole: the model's weights.
             native: the base's weights under timm's names.
+            base: timm name of the base.
+            base_file: name of the file of the base's weights.
+            base_digest: digest of the base's weights, as their file holds them.
 
         Raises:
-            CheckpointError: the base has none of the model's tensors, so it is the base of something else.
+            CheckpointError: the base has none of the model's tensors, so it is the base of another model.
         """
         if not any(name in whole and whole[name].shape == tensor.shape for name, tensor in native.items()):
             raise CheckpointError(
@@ -95,10 +102,10 @@ class Difference:
         tensors: StateDict = {}
         cast: dict[str, list[str]] = {}
         for name, tensor in whole.items():
-            there = native.get(name)
-            if there is not None and same_bits(tensor, there):
+            original = native.get(name)
+            if original is not None and same_bits(tensor, original):
                 continue
-            if there is not None and _is_cast(tensor, there):
+            if original is not None and _is_converted(tensor, original):
                 cast.setdefault(_dtype(tensor), []).append(name)
             else:
                 tensors[name] = tensor
@@ -113,10 +120,14 @@ class Difference:
         )
 
     def joined(self, native: StateDict, source: str) -> StateDict:
-        """The whole again, from the base's weights under timm's names.
+        """The model's weights, restored.
+
+        Args:
+            native: the base's weights under timm's names.
+            source: the name of the difference in messages.
 
         Raises:
-            CheckpointError: what comes out has not the digest of what was taken apart.
+            CheckpointError: the result does not have the digest of the model's weights.
         """
         whole = {name: tensor for name, tensor in native.items() if name not in set(self.dropped)}
         for dtype, names in (self.cast or {}).items():
@@ -127,14 +138,14 @@ class Difference:
         whole.update(self.tensors)
         if digest(whole) != self.digest:
             raise CheckpointError(
-                f"{source} and its base do not make the model that was taken apart: its digest was {self.digest}, and "
-                f"this is {digest(whole)}. The delta was changed since, or this timm renames the base's tensors "
+                f"{source} and its base do not give the model that was saved: its digest was {self.digest}, and this "
+                f"is {digest(whole)}. The delta was changed since, or this version of timm renames the base's tensors "
                 "in another way."
             )
         return whole
 
     def write(self, path: Path) -> None:
-        """As a safetensors file; what goes with the tensors stands in its metadata."""
+        """Write a safetensors file; everything except the tensors is in its metadata."""
         header = {
             DELTA_MARK: VERSION,
             "base": self.base,
@@ -148,17 +159,19 @@ class Difference:
 
     @classmethod
     def read(cls, path: Path) -> Difference:
-        """
+        """Read a file that `write` wrote.
+
+        Memory is allocated only after the sizes in the file's header were compared with the size of the file.
+
         Raises:
-            CheckpointError: missing, damaged, not such a file, or of a later version. Nothing is allocated before the
-                sizes in the file's header have been found to fill the file.
+            CheckpointError: missing, damaged, another kind of file, or of a later version.
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                said = dict(file.metadata() or {})
-        except Exception as error:  # the library raises its own, OSError, ValueError and more for damaged files
+                metadata = dict(file.metadata() or {})
+        except Exception as error:  # safetensors raises exceptions of many classes for damaged files
             raise _damaged(path, error) from None
-        header = _header(path, said)
+        header = _header(path, metadata)
         try:
             tensors = safetensors.torch.load_file(path)
         except Exception as error:
@@ -174,34 +187,34 @@ class Difference:
         )
 
 
-def _header(path: Path, said: dict[str, str]) -> _Header:
-    version = said.get(DELTA_MARK)
+def _header(path: Path, metadata: dict[str, str]) -> _Header:
+    version = metadata.get(DELTA_MARK)
     if version is None:
-        raise CheckpointError(f"{path} is a safetensors file but no delta: it does not say what it differs from.")
+        raise CheckpointError(f"{path} is a safetensors file but no delta: its metadata names no base.")
     if version != VERSION:
         raise CheckpointError(f"{path} is a delta of version {version[:20]!r}; this attnsurgery reads {VERSION!r}.")
     try:
-        fields: dict[str, Any] = {key: value for key, value in said.items() if key != "format"}
+        fields: dict[str, Any] = {key: value for key, value in metadata.items() if key != "format"}
         for key in ("dropped", "cast"):
             fields[key] = json.loads(fields.get(key, ""))
         return _Header.model_validate(fields)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])[:60]
-        raise CheckpointError(f"{path} is a damaged delta: its {field!r} is not right ({first['msg']}).") from None
+        raise CheckpointError(f"{path} is a damaged delta: its {field!r} is not valid ({first['msg']}).") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is a damaged delta: its metadata does not read as JSON.") from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    said = " ".join(str(error).split())[:120]
-    return CheckpointError(f"{path} is no readable delta: damaged, truncated or another kind of file ({said}).")
+    message = " ".join(str(error).split())[:120]
+    return CheckpointError(f"{path} is no readable delta: damaged, truncated or another kind of file ({message}).")
 
 
-def _is_cast(tensor: torch.Tensor, there: torch.Tensor) -> bool:
-    """True if the model's tensor is the base's in another type."""
-    types = _dtype(tensor), _dtype(there)
-    return types[0] != types[1] and set(types) <= set(_CASTS) and same_bits(tensor, there.to(tensor.dtype))
+def _is_converted(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    """True if the model's tensor is the base's, converted to another type."""
+    types = _dtype(tensor), _dtype(original)
+    return types[0] != types[1] and set(types) <= set(_CASTS) and same_bits(tensor, original.to(tensor.dtype))
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -209,7 +222,11 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory, row by row, as a flat row of bytes on the CPU."""
+    """The tensor's values in row-major order as bytes on the CPU.
+
+    Raises:
+        CheckpointError: it is sparse, quantised or on the meta device.
+    """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise CheckpointError(f"{name!r} is sparse, quantised or without data; only plain tensors can be compared.")
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

@@ -1,8 +1,8 @@
-"""The way back: a surgical model as one of timm's own attention models, which needs no plugin to load.
+"""Exports a surgical model as one of timm's own attention models, which loads without this package.
 
 Many attention models of timm are a plain model of timm plus blocks; `PAIRS` lists them. With `start="paper"` the
-weights of the two are the same tensors. A block that started as the identity has twice a gate, x * 2 sigmoid(...),
-where timm has x * sigmoid(...). The factor 2 goes into the layers around the block, by one of two *folds*:
+weights of the two are the same tensors. A block that started as the identity has a doubled gate, x * 2 sigmoid(...),
+where timm has x * sigmoid(...). The factor 2 is folded into the layers around the block, in one of two ways:
 
 * in front: double weight and bias of the batch norm that feeds the block, through ReLUs if there are any, and halve the
   layer that reads the block's pooled input, less its bias;
@@ -40,11 +40,11 @@ from attnsurgery.graph.trace import trace_owner
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.operate import grafted_blocks, operated
 
-STRAIGHT = (nn.Identity, nn.ReLU, nn.LeakyReLU)
-"""What a factor of two passes through unchanged."""
+PASS_THROUGH = (nn.Identity, nn.ReLU, nn.LeakyReLU)
+"""Layers f with f(2 x) = 2 f(x)."""
 
-READS = {"se": "fc1", "timm:se": "fc1", "timm:eca": "conv"}
-"""The layer of a block that reads the mean over positions, where that mean is all that the block reads."""
+POOLED_READERS = {"se": "fc1", "timm:se": "fc1", "timm:eca": "conv"}
+"""By block, the layer that reads the mean over positions, for blocks that read nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +56,32 @@ class Pair:
     edits: tuple[Edit, ...]
 
     def recipe(self, start: Start) -> Recipe:
+        """The edits as a recipe, all with this start."""
         edits = [edit.model_copy(update={"start": start}) for edit in self.edits]
         return Recipe(version=1, name=f"{self.base}_as_{self.stock}", base=self.base, edits=edits)
 
 
 def _regnet(base: str, stock: str, stem: int, stages: tuple[tuple[int, int], ...]) -> Pair:
-    """Width and depth of each stage; the squeezed width is a quarter of a block's *input*, so its first one differs."""
-    edits, before = [], stem
+    """A pair of RegNets.
+
+    The squeezed width is a quarter of a block's *input*, so the first block of a stage differs from the others.
+
+    Args:
+        base, stock: names of the two models.
+        stem: width of the stem.
+        stages: width and depth of each stage.
+    """
+    edits, previous_width = [], stem
     for number, (width, depth) in enumerate(stages, 1):
-        squeezed = {f"s{number}.b1.conv2": before, f"s{number}.b[2-9].conv2": width, f"s{number}.b1?.conv2": width}
-        for (at, channels), there in zip(squeezed.items(), (1, 2, 10), strict=True):
-            if depth >= there:
+        squeezed = {
+            f"s{number}.b1.conv2": previous_width,
+            f"s{number}.b[2-9].conv2": width,
+            f"s{number}.b1?.conv2": width,
+        }
+        for (at, channels), index in zip(squeezed.items(), (1, 2, 10), strict=True):
+            if depth >= index:
                 edits.append(Edit(at=at, block="se", options={"width": round(channels / 4)}))
-        before = width
+        previous_width = width
     return Pair(base, stock, tuple(edits))
 
 
@@ -99,43 +112,46 @@ PAIRS: tuple[Pair, ...] = tuple(_pairs())
 
 
 def export_stock(directory: Path, output: Path | None = None) -> tuple[str, Path]:
-    """Write the model of a timm directory that holds surgery as a plain timm directory.
+    """Write the surgical model of a timm directory as a timm directory of one of timm's own models.
 
     Args:
-        directory: what `apply` or `save_for_hf` wrote, trained since or not.
+        directory: a directory that `apply` or `save_for_hf` wrote.
         output: a directory that does not exist yet; by default `<directory>-<architecture>`.
 
     Returns:
-        The architecture and the directory.
+        The name of timm's model, and the directory that was written.
 
     Raises:
         UsageError: no such directory, no surgery in it, or a surgery that no model of timm has.
         CheckpointError: the weights do not load, or the output cannot be written.
-        SurgeryError: the outputs are not the same bits; nothing is written.
+        SurgeryError: the outputs are not equal bit for bit; nothing is written.
     """
-    model, arguments = _read(directory)
+    model, arguments = _load_directory(directory)
     stock = to_stock(model)
     config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     name = str(stock.pretrained_cfg["architecture"])  # type: ignore[index]
     target = output or Path(f"{os.path.abspath(directory)}-{name}")
-    kept = {key: value for key, value in arguments.items() if key not in ("base", "recipe", "start")}
+    stock_args = {key: value for key, value in arguments.items() if key not in ("base", "recipe", "start")}
     config = {key: value for key, value in config.items() if key != "tag"}  # the tag is of the base's weights
     stock.pretrained_cfg = stock.default_cfg = {**config, "architecture": name}  # type: ignore[assignment]
-    stock._model_args = kept  # type: ignore[assignment]
+    stock._model_args = stock_args  # type: ignore[assignment]
     write_directory(stock, target, architecture=name)
     return name, target
 
 
 def to_stock(model: nn.Module) -> nn.Module:
-    """timm's own attention model with the numbers of a surgical one, in eval mode; the model given is left as it is.
+    """timm's own attention model with the weights of a surgical one, in eval mode.
+
+    Args:
+        model: a surgical model; it is not changed.
 
     Raises:
         UsageError: no surgery, or one that no model of timm has: another block, place, option or start.
-        SurgeryError: the outputs are not the same bits.
+        SurgeryError: the outputs are not equal bit for bit.
     """
     recipe = api.recipe_of(model)
     if recipe is None or not grafted_blocks(model):
-        raise UsageError("there is no surgery in this model: it is one of timm's already.")
+        raise UsageError("this model has no surgery: it is one of timm's already.")
     base = recipe.base.partition(".")[0]
     candidates = [pair.stock for pair in PAIRS if pair.base == base]
     if not candidates:
@@ -144,7 +160,7 @@ def to_stock(model: nn.Module) -> nn.Module:
     factors = _gate_factors(model)
     misfits = []
     for name in candidates:
-        stock = _fresh(name, model)
+        stock = _new_stock(name, model)
         misfit = _misfit(stock, model.state_dict())
         if not misfit:
             load_weights(stock, fold(model, factors), "the folded model")
@@ -157,8 +173,12 @@ def to_stock(model: nn.Module) -> nn.Module:
 def fold(model: nn.Module, factors: Mapping[str, int] | None = None) -> StateDict:
     """The model's state dict with every doubled gate folded into the layers around its block.
 
+    Args:
+        model: a surgical model; it is not changed.
+        factors: by the path of each block, the factor of its gate, 1 or 2; by default they are determined.
+
     Raises:
-        UsageError: a block that timm does not have, or whose factor nothing around it can take.
+        UsageError: a block that timm does not have, or one without a layer around it that can take the factor.
     """
     factors = _gate_factors(model) if factors is None else factors
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -170,12 +190,12 @@ def fold(model: nn.Module, factors: Mapping[str, int] | None = None) -> StateDic
                 continue
             graph = trace_owner(owner)
             call = None if graph is None else _call_of(graph, graft.child)
-            norm = None if call is None or graft.block not in READS else _norm_in_front(owner, call)
+            norm = None if call is None or graft.block not in POOLED_READERS else _norm_in_front(owner, call)
             convolution = None if call is None or norm else _convolution_behind(owner, call)
             if norm:
                 weights[f"{prefix}{norm}.weight"] *= 2
                 weights[f"{prefix}{norm}.bias"] *= 2
-                weights[f"{address}.{READS[graft.block]}.weight"] /= 2
+                weights[f"{address}.{POOLED_READERS[graft.block]}.weight"] /= 2
             elif convolution:
                 weights[f"{prefix}{convolution}.weight"] *= 2
             else:
@@ -187,7 +207,7 @@ def fold(model: nn.Module, factors: Mapping[str, int] | None = None) -> StateDic
 
 
 def _gate_factors(model: nn.Module) -> dict[str, int]:
-    """For every block by its path, 1 or 2: what it multiplies timm's gate with.
+    """By the path of each block, the factor of its gate relative to timm's, 1 or 2.
 
     Raises:
         UsageError: a block that timm does not have.
@@ -206,23 +226,24 @@ def _gate_factor(block: nn.Module, owner: str, name: str) -> int:
     if isinstance(block, SqueezeExcite):
         if block.spatial is None:
             return int(block.gate_scale)
-        why = "timm has no squeeze-and-excitation over positions"
+        reason = "timm has no squeeze-and-excitation over positions"
     elif isinstance(block, TimmAttention):
         if block.alpha is None and doubled <= 1 and name != "timm:lcbam":
             return 1 + doubled
-        why = "its identity start has what timm's module lacks; with start: paper it would be timm's own"
+        reason = "its identity start has what timm's module lacks; with start: paper it would be timm's own"
     else:
-        why = "timm's attention models have no such block"
-    raise UsageError(f"in {owner!r} there is a block {name!r}, and {why}.")
+        reason = "timm's attention models have no such block"
+    raise UsageError(f"in {owner!r} there is a block {name!r}, and {reason}.")
 
 
 def _call_of(graph: fx.Graph, child: str) -> fx.Node | None:
+    """The call of a child module, if there is exactly one."""
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == child]
     return calls[0] if len(calls) == 1 else None
 
 
 def _norm_in_front(owner: nn.Module, call: fx.Node) -> str | None:
-    """Path, in the owner, of the batch norm whose output reaches the block alone and only through ReLUs."""
+    """Path, in the owner, of the batch norm whose output reaches only the block, and only through ReLUs."""
     node = call.args[0]
     while isinstance(node, fx.Node) and node.op == "call_module" and len(node.users) == 1:
         path = str(node.target)
@@ -231,16 +252,16 @@ def _norm_in_front(owner: nn.Module, call: fx.Node) -> str | None:
             path, module = f"{path}.bn", module.bn
         if isinstance(module, nn.BatchNorm2d):
             inside = [child for name, child in module.named_children() if name in ("act", "drop")]
-            straight = all(isinstance(child, STRAIGHT) for child in inside)
+            straight = all(isinstance(child, PASS_THROUGH) for child in inside)
             return path if module.affine and straight else None
-        if not isinstance(module, STRAIGHT):
+        if not isinstance(module, PASS_THROUGH):
             return None
         node = node.args[0]
     return None
 
 
 def _convolution_behind(owner: nn.Module, call: fx.Node) -> str | None:
-    """Path, in the owner, of the convolution that alone gets the block's output, through nothing but ReLUs."""
+    """Path, in the owner, of the convolution that alone reads the block's output, through nothing but ReLUs."""
     node = call
     while len(node.users) == 1:
         node = next(iter(node.users))
@@ -252,13 +273,17 @@ def _convolution_behind(owner: nn.Module, call: fx.Node) -> str | None:
             return f"{path}.conv" if type(module.conv) is nn.Conv2d else None
         if type(module) is nn.Conv2d:
             return path
-        if not isinstance(module, STRAIGHT):
+        if not isinstance(module, PASS_THROUGH):
             return None
     return None
 
 
-def _fresh(name: str, model: nn.Module) -> nn.Module:
-    """The architecture with the classes and input channels of the model."""
+def _new_stock(name: str, model: nn.Module) -> nn.Module:
+    """A new model of timm's architecture with the classes and input channels of the surgical model.
+
+    Raises:
+        UsageError: it cannot be built with the arguments of the surgical model.
+    """
     arguments = {
         key: value
         for key, value in getattr(model, "_model_args", {}).items()
@@ -274,36 +299,40 @@ def _fresh(name: str, model: nn.Module) -> nn.Module:
 
 
 def _misfit(stock: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
-    """In which names or shapes the stock model differs, in words; '' where in none."""
-    own = stock.state_dict()
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    for what, keys in (("also has", missing), ("does not have", unexpected), ("has in another shape", shapes)):
+    """How names or shapes of the stock model's tensors differ, in words; '' if they do not."""
+    expected = stock.state_dict()
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
+    shapes = [key for key in expected if key in weights and expected[key].shape != weights[key].shape]
+    for relation, keys in (("also has", missing), ("does not have", unexpected), ("has in another shape", shapes)):
         if keys:
-            return f"{what} {keys[0]!r}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
+            return f"{relation} {keys[0]!r}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
     return ""
 
 
 def _prove(model: nn.Module, stock: nn.Module, name: str) -> None:
-    """Both compute the same bits in both modes: as they are, and with blocks and norms moved off their start.
+    """Check that both models compute the same bits in both modes, as they are and with perturbed blocks and norms.
 
-    A block that has never been trained computes nothing, and behind a norm that starts at zero it is given nothing, so
-    only then another activation or gate shows.
+    The perturbation reveals another activation or gate: an untrained block computes the identity, and behind a norm
+    that starts at zero its input is zero.
+
+    Raises:
+        UsageError: weights are not finite, or the blocks compute something else.
+        SurgeryError: the outputs differ.
     """
     broken = [key for key, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
     if broken:
-        some = ", ".join(broken[:3]) + ", ..." * (len(broken) > 3)
-        raise UsageError(f"some weights are not finite ({some}), so no outputs can be compared. Nothing was written.")
-    moved, other = copy.deepcopy(model), copy.deepcopy(stock)
+        listed = ", ".join(broken[:3]) + ", ..." * (len(broken) > 3)
+        raise UsageError(f"some weights are not finite ({listed}), so no outputs can be compared. Nothing was written.")
+    perturbed, perturbed_stock = copy.deepcopy(model), copy.deepcopy(stock)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        of_blocks = {id(p) for block in grafted_blocks(moved).values() for p in block.parameters()}
-        for parameter in moved.parameters():
+        of_blocks = {id(p) for block in grafted_blocks(perturbed).values() for p in block.parameters()}
+        for parameter in perturbed.parameters():
             if id(parameter) in of_blocks or parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
-    load_weights(other, fold(moved), "the folded model")
-    if not _same_bits(moved, other):
+    load_weights(perturbed_stock, fold(perturbed), "the folded model")
+    if not _same_bits(perturbed, perturbed_stock):
         raise UsageError(
             f"the blocks have the shapes of those in {name} and compute something else: an option, such as the "
             "activation or the gate, differs. Nothing was written."
@@ -312,14 +341,15 @@ def _prove(model: nn.Module, stock: nn.Module, name: str) -> None:
         raise SurgeryError(f"{name} would not compute the same numbers. Nothing was written.")
 
 
-def _same_bits(one: nn.Module, other: nn.Module) -> bool:
-    channels, height, width = input_size_of(one)
-    parameter = next(one.parameters())
+def _same_bits(model_a: nn.Module, model_b: nn.Module) -> bool:
+    """Whether both models compute equal outputs, bit for bit, in eval and in train mode."""
+    channels, height, width = input_size_of(model_a)
+    parameter = next(model_a.parameters())
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
     for training in (False, True):
         outputs = []
-        for model in (one, other):
-            # in one memory format: another one takes other kernels, with other rounding
+        for model in (model_a, model_b):
+            # in one memory format: others use other kernels, with other rounding
             twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format).train(training)
             with torch.no_grad(), torch.random.fork_rng():  # dropout draws the same numbers in both
                 torch.manual_seed(0)
@@ -329,8 +359,13 @@ def _same_bits(one: nn.Module, other: nn.Module) -> bool:
     return True
 
 
-def _read(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a timm directory with its weights, and the arguments it was built with."""
+def _load_directory(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a timm directory with its weights, and the arguments that it was built with.
+
+    Raises:
+        UsageError: no timm directory.
+        CheckpointError: the model cannot be built, or the weights do not fit.
+    """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         arguments = dict(config.get("model_args") or {})

@@ -37,7 +37,8 @@ from _common import go_on, linked, on_scale, write
 from _contest import BASE, WINNER, Recipes, conclude, entries, show, trained
 
 from attnsurgery.checkpoint.base import build_base
-from attnsurgery.checkpoint.weights import SUFFIXES, StateDict, read_state_dict
+from attnsurgery.checkpoint.formats import SUFFIXES
+from attnsurgery.checkpoint.weights import StateDict, read_state_dict
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.evaluate import Preprocessing, TrainSettings, load_data, train
 from attnsurgery.latency import Effort, Latency, LatencyBackend, backend_for
