@@ -64,7 +64,8 @@ def test_block_alone_learns_from_identity(name: str, options: dict[str, object])
     assert max(losses) < 2 * losses[0]
 
 
-def test_every_family_is_here() -> None:
+def test_families_cover_every_block() -> None:
+    """Every family of blocks is tested here."""
     families = {name for name in BLOCKS if not name.startswith("timm:")}
     assert families <= {name for name, _ in FAMILIES}
     with pytest.raises(OptionError, match="cannot take mode='other'"):

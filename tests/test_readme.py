@@ -57,7 +57,8 @@ def test_readme_recipe_and_commands_work(
     timm.create_model("local-dir:resnet18_se_nl", pretrained=True)
 
 
-def test_every_option_in_readme_exists() -> None:
+def test_readme_options_exist() -> None:
+    """Every option of a command in README exists."""
     import typer
 
     from attnsurgery.cli import build_app

@@ -51,7 +51,8 @@ def recipe_with(options: dict[str, Any]) -> Recipe:
 # ---- reading and writing
 
 
-def test_a_recipe_reads_as_it_is_written():
+def test_loads_reads_all_fields():
+    """A recipe is read as it is written."""
     recipe = text.loads(GOOD)
     assert recipe.name == "resnet50_se_nl"
     assert recipe.edits[0] == Edit(at="layer[234].*.bn3", block="se", options={"reduction": 16})
@@ -299,7 +300,8 @@ def test_missing_file_suggests_nearest(tmp_path: Path):
         text.load(tmp_path)
 
 
-def test_a_byte_order_mark_does_no_harm(tmp_path: Path):
+def test_load_ignores_a_byte_order_mark(tmp_path: Path):
+    """A byte order mark does no harm."""
     path = tmp_path / "recipe.yaml"
     path.write_text(GOOD, encoding="utf-8-sig")
     assert text.load(path) == text.loads(GOOD)

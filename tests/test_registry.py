@@ -177,7 +177,8 @@ def test_pretrained_uses_timms_own_loading(tmp_path: Path) -> None:
     assert torch.equal(fitted.forward_features(x), plain.forward_features(x))
 
 
-def test_a_tag_selects_the_bases_weights() -> None:
+def test_tag_selects_the_bases_weights() -> None:
+    """A tag selects the weights of the base, and an unknown tag is refused."""
     cfg = timm.create_model("resnet18_se.fb_ssl_yfcc100m_ft_in1k").pretrained_cfg
     assert (cfg["tag"], cfg["hf_hub_id"]) == ("fb_ssl_yfcc100m_ft_in1k", "timm/resnet18.fb_ssl_yfcc100m_ft_in1k")
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
@@ -201,7 +202,8 @@ def test_registered_recipe_saves_as_name(tmp_path: Path) -> None:
     assert torch.equal(again(images(64)), model(images(64)))
 
 
-def test_a_taken_name_is_refused() -> None:
+def test_register_refuses_a_taken_name() -> None:
+    """A taken name is refused."""
     attnsurgery.register(RECIPE | {"name": "taken_name"})
     for name in ("taken_name", "resnet18", "resnet50_se", "resnet18_nonlocal_s3"):
         other = RECIPE | {"name": name, "base": "resnet18"}

@@ -126,7 +126,8 @@ def test_newer_format_is_refused(finished: Outcome, damaged: Path) -> None:
     assert (damaged / TRIALS).read_bytes() == journal
 
 
-def test_the_command_says_what_it_found(damaged: Path) -> None:
+def test_repair_command_reports_its_finds(damaged: Path) -> None:
+    """The command says which file it could not read and how many trials there are."""
     overwrite(damaged / STUDY)
     result = CliRunner().invoke(build_app(), ["repair", str(damaged)])
     assert result.exit_code == 0, result.output

@@ -387,7 +387,8 @@ def test_halted_promotion_tells_its_reason(tmp_path: Path) -> None:
     assert "not promoted: out of &lt;memory&gt;" in render(outcome(tmp_path, [halted]))
 
 
-def test_the_rungs_are_among_the_conditions(tmp_path: Path) -> None:
+def test_conditions_list_the_rungs(tmp_path: Path) -> None:
+    """The rungs are among the conditions of the report."""
     search_outcome = outcome(tmp_path, search(3))
     config = search_outcome.config.model_copy(update={"rungs": "blocks:1", "halving": 4})
     assert "blocks, 1 epoch; then finetune" in render(replace(search_outcome, config=config))

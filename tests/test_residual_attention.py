@@ -242,7 +242,8 @@ def test_mask_keeps_layout_and_counts_macs(options: dict[str, Any], start: str) 
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_option_trains_in_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_mask_trains_in_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Every option trains under autocast with finite gradients."""
     block, x = woken(**options), images(16, 17)
     with torch.autocast("cpu", dtype=dtype):
         factor = block.train()(x)

@@ -205,7 +205,8 @@ def test_failed_promotion_goes_to_the_next(config: SearchConfig, monkeypatch: py
     assert sum(bool(line.get("halted")) for line in lines) == 1
 
 
-def test_a_preview_counts_every_rung(config: SearchConfig) -> None:
+def test_preview_counts_every_rung(config: SearchConfig) -> None:
+    """A preview counts the candidates of every rung."""
     predicted = preview(config)
     assert [(how, count) for how, count, _ in predicted.rungs] == [("blocks, 1 epoch", 4), ("finetune, 1 epoch", 2)]
     assert predicted.seconds > sum(count * seconds for _, count, seconds in predicted.rungs)

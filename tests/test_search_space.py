@@ -64,7 +64,8 @@ def test_shipped_space_fits_model_families(name: str, model: str) -> None:
     assert recipe.base == model
 
 
-def test_the_sizes_in_their_readme_are_so() -> None:
+def test_shipped_space_sizes_equal_readme() -> None:
+    """The sizes in search_spaces/README.md are those of the spaces."""
     anatomy = survey(weightless("resnet50"))
     text = (Path(__file__).parent.parent / "search_spaces" / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
@@ -166,7 +167,8 @@ def test_choice_illegal_here_is_left_out(anatomy: Anatomy) -> None:
     assert "layer1.0.bn2" in bound.left_out[0]
 
 
-def test_an_unknown_block_is_named(anatomy: Anatomy) -> None:
+def test_unknown_block_is_named(anatomy: Anatomy) -> None:
+    """An unknown block is named."""
     with pytest.raises(UnknownNameError, match="sea"):
         bind(read(SE.format(each="true").replace("block: se", "block: sea")), anatomy, "test_resnet")
 

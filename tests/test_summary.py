@@ -47,7 +47,8 @@ def test_gpu_run_of_skips_says_so_and_fails(tmp_path: Path, quiet: tuple[str, ..
     assert "2 skipped" in output
 
 
-def test_one_gpu_test_that_ran_is_enough(tmp_path: Path) -> None:
+def test_gpu_run_with_one_test_passes(tmp_path: Path) -> None:
+    """A run of GPU tests passes when at least one of them ran."""
     code, output = pytest_run(tmp_path, "-m", "gpu", "-q", skipped=False)
     assert code == 0
     assert NOTHING_RAN not in output

@@ -533,7 +533,8 @@ def test_fx_features_cannot_be_verified() -> None:
 
 
 @pytest.mark.parametrize("model", [None, "resnet18", 3])
-def test_what_is_no_model_is_refused(model: object) -> None:
+def test_operate_refuses_what_is_no_model(model: object) -> None:
+    """An argument that is no built model is refused."""
     recipe = {"version": 1, "name": "m", "base": "test_resnet", "edits": [{"at": "layer1.0.bn2", "block": "se"}]}
     with pytest.raises(attnsurgery.AttnSurgeryError, match="surgery needs a built model"):
         attnsurgery.operate(model, recipe)  # type: ignore[arg-type]

@@ -382,7 +382,7 @@ def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) 
     assert torch.equal(model(images(64)), expected)
 
 
-def test_what_cannot_be_copied_is_shared() -> None:
+def test_twin_shares_what_cannot_be_copied() -> None:
     """A module may hold a generator, an open file, a lock: nothing of that is part of its numbers."""
     model = build("test_resnet")
     model.log = open(__file__)  # noqa: SIM115

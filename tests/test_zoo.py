@@ -60,7 +60,8 @@ def test_zoo_file_has_its_name_and_paper(file: Path) -> None:
         assert file.stem == "resnet50_nonlocal5"
 
 
-def test_what_ships_is_listed() -> None:
+def test_zoo_names_are_listed() -> None:
+    """Every recipe that ships is listed by timm."""
     assert set(NAMES) <= set(timm.list_models(module="zoo"))
     assert set(NAMES) <= set(registry.grafted_names())
 
@@ -85,7 +86,8 @@ def test_zoo_models_build_and_are_alive(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_ships_is_planned_at_full_size(name: str) -> None:
+def test_zoo_models_are_planned_at_full_size(name: str) -> None:
+    """Every recipe that ships is planned at full size within moderate cost."""
     recipe = registry.recipe_of(name)
     forecast = plan_recipe(recipe, weightless(recipe.base))
     assert len(forecast.blocks) == EXPECTED[name][0]
