@@ -328,7 +328,7 @@ def test_pointers_in_place_of_images(tmp_path: Path, content: bytes, words: str)
         load_data(str(tmp_path), SMALL)
 
 
-def test_one_class_in_two_unicode_forms(tmp_path: Path) -> None:
+def test_class_names_in_two_unicode_forms(tmp_path: Path) -> None:
     """TheLastGimbus/GooglePhotosTakeoutHelper#247: macOS writes names decomposed, Linux composed.
 
     One class was two, or a class of the validation split was one "that training does not have".

@@ -237,7 +237,7 @@ def test_empty_text_says_how_to_begin(empty: str):
 
 
 @pytest.mark.parametrize("other", ["- a\n", "[]", "word", "12"])
-def test_no_mapping_says_what_it_is(other: str):
+def test_text_of_no_mapping_is_described(other: str):
     """The error for a text that is no mapping says what it begins with."""
     assert "begins with" in refusal(other)
 

@@ -110,7 +110,7 @@ def test_expired_lease_returns_trial_once(storage: str, tmp_path: Path) -> None:
     assert [trial.number for trial in one.lost()] == [reissued]
 
 
-def test_one_member_leads_at_a_time(storage: str, tmp_path: Path) -> None:
+def test_members_have_one_leader_at_a_time(storage: str, tmp_path: Path) -> None:
     """One member leads, and the next one when it has left."""
     _, one = member(storage, tmp_path / "1")
     _, other = member(storage, tmp_path / "2")
