@@ -211,7 +211,7 @@ def test_load_allows_one_tensor_of_a_block(weights: Tensors) -> None:
     assert attnsurgery.load_report(model, {key: weights[key]}).kind == "part"
 
 
-# ---- the roads
+# ---- the loaders
 
 
 def test_load_by_timm_refuses_missing_block(weights: Tensors, tmp_path: Path) -> None:

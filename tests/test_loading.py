@@ -69,7 +69,7 @@ def half(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in model.state_dict().items() if key != missing_key}
 
 
-# ---- the roads
+# ---- the loaders
 
 
 def by_checkpoint_path(name: str, file: Path, **kwargs: Any) -> nn.Module:
@@ -117,7 +117,7 @@ def by_directory(name: str, file: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
 
 
-ROADS = [by_checkpoint_path, by_overlay, by_load_checkpoint, by_load_pretrained, by_resuming, by_directory]
+LOADERS = [by_checkpoint_path, by_overlay, by_load_checkpoint, by_load_pretrained, by_resuming, by_directory]
 ADAPTING = [by_overlay, by_load_pretrained]
 
 
@@ -126,29 +126,29 @@ def saved(weights: dict[str, torch.Tensor], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
+@pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
 def test_loaders_take_base_and_surgical(
-    road: Callable[..., nn.Module], case: tuple[str, nn.Module, nn.Module], tmp_path: Path
+    loader: Callable[..., nn.Module], case: tuple[str, nn.Module, nn.Module], tmp_path: Path
 ) -> None:
     """Each loader takes weights of the base and of the surgical model, and refuses part of a block."""
     name, base, model = case
     x = images(64)
-    assert torch.equal(road(name, saved(base.state_dict(), tmp_path / "base.pth"))(x), base(x))
-    loaded = road(name, saved(model.state_dict(), tmp_path / "surgical.pth"))
+    assert torch.equal(loader(name, saved(base.state_dict(), tmp_path / "base.pth"))(x), base(x))
+    loaded = loader(name, saved(model.state_dict(), tmp_path / "surgical.pth"))
     assert torch.equal(loaded(x), model(x))
     assert not torch.equal(base(x), model(x))
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=r"the checkpoint holds only a part of the block"):
-        road(name, saved(half(model), tmp_path / "half.pth"))
+        loader(name, saved(half(model), tmp_path / "half.pth"))
     unknown = {**base.state_dict(), "layer9.weight": torch.ones(1)}
     with pytest.raises(RuntimeError, match=r"Unexpected key.*layer9\.weight"):
-        road(name, saved(unknown, tmp_path / "unknown.pth"))
+        loader(name, saved(unknown, tmp_path / "unknown.pth"))
 
 
-@pytest.mark.parametrize("road", ADAPTING, ids=lambda road: road.__name__)
+@pytest.mark.parametrize("loader", ADAPTING, ids=lambda loader: loader.__name__)
 @pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"in_chans": 1}], ids=str)
 def test_loaders_adapt_classes_and_channels(
-    road: Callable[..., nn.Module],
+    loader: Callable[..., nn.Module],
     kwargs: dict[str, int],
     case: tuple[str, nn.Module, nn.Module],
     tmp_path: Path,
@@ -157,20 +157,20 @@ def test_loaders_adapt_classes_and_channels(
     name, base, model = case
     x = images(64, channels=kwargs.get("in_chans", 3))
     file = saved(base.state_dict(), tmp_path / "base.pth")
-    expected = road(host_of(name), file, **kwargs).forward_features(x)
-    assert torch.equal(road(name, file, **kwargs).forward_features(x), expected)
-    loaded = road(name, saved(model.state_dict(), tmp_path / "surgical.pth"), **kwargs)
+    expected = loader(host_of(name), file, **kwargs).forward_features(x)
+    assert torch.equal(loader(name, file, **kwargs).forward_features(x), expected)
+    loaded = loader(name, saved(model.state_dict(), tmp_path / "surgical.pth"), **kwargs)
     assert loaded(x).shape == (2, kwargs.get("num_classes", 10))
     assert not torch.equal(loaded.forward_features(x), expected)
     for key in (f"{path}.{own}" for path, block in grafted_blocks(model).items() for own in block.state_dict()):
         assert torch.equal(loaded.state_dict()[key], model.state_dict()[key])
     with pytest.raises(RuntimeError, match=r"the checkpoint holds only a part of the block"):
-        road(name, saved(half(model), tmp_path / "half.pth"), **kwargs)
+        loader(name, saved(half(model), tmp_path / "half.pth"), **kwargs)
 
 
 @pytest.mark.parametrize("name", ["test_vit_se", "test_vit_nonlocal_s3", f"{SWIN}_se"])
-@pytest.mark.parametrize("road", ADAPTING, ids=lambda road: road.__name__)
-def test_loaders_resample_positions(road: Callable[..., nn.Module], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ADAPTING, ids=lambda loader: loader.__name__)
+def test_loaders_resample_positions(loader: Callable[..., nn.Module], name: str, tmp_path: Path) -> None:
     """Position embeddings are resampled for another image size."""
     base = base_of(name)
     model = make(name)
@@ -178,12 +178,12 @@ def test_loaders_resample_positions(road: Callable[..., nn.Module], name: str, t
     x = images(96)
     larger = {"img_size": 96, **({"window_size": 3} if name.startswith(SWIN) else {})}
     file = saved(base.state_dict(), tmp_path / "base.pth")
-    expected = road(host_of(name), file, **larger)(x)
-    assert torch.equal(road(name, file, **larger)(x), expected)
+    expected = loader(host_of(name), file, **larger)(x)
+    assert torch.equal(loader(name, file, **larger)(x), expected)
     surgical = saved(move_gates(model).state_dict(), tmp_path / "surgical.pth")
-    assert not torch.equal(road(name, surgical, **larger)(x), expected)
+    assert not torch.equal(loader(name, surgical, **larger)(x), expected)
     with pytest.raises(RuntimeError, match=r"the checkpoint holds only a part of the block"):
-        road(name, saved(half(model), tmp_path / "half.pth"), **larger)
+        loader(name, saved(half(model), tmp_path / "half.pth"), **larger)
 
 
 # ---- the authors' own names
@@ -219,8 +219,8 @@ def test_loaders_filter_original_names(
     keys = set(original(base.state_dict())["model"])
     assert keys != set(base.state_dict())
     x = images(64)
-    for road in (by_overlay, by_load_checkpoint, by_load_pretrained):
-        model = road(name, tmp_path / "original.pth")
+    for loader in (by_overlay, by_load_checkpoint, by_load_pretrained):
+        model = loader(name, tmp_path / "original.pth")
         assert torch.equal(model(x), base(x))
         assert not torch.equal(move_gates(model)(x), base(x))
 

@@ -403,9 +403,9 @@ def test_plan_refuses_as_operate_does(case: str) -> None:
     attnsurgery.operate(model, recipe({"at": "layer2.0", "block": "se"}))
     keys = list(model.state_dict())
     messages = []
-    for road in (attnsurgery.plan, attnsurgery.operate):
+    for verb in (attnsurgery.plan, attnsurgery.operate):
         with pytest.raises(kind) as caught:
-            road(model, recipe(edit))
+            verb(model, recipe(edit))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert list(model.state_dict()) == keys

@@ -93,17 +93,11 @@ def test_page_forbids_any_connection(tmp_path: Path) -> None:
     fetching = {"src", "srcset", "data", "action", "poster", "background"}
     assert not [tag for tag in page.tags if fetching & set(tag[1])]
     assert {tag for tag, _ in page.tags} & {"link", "iframe", "img", "object", "embed", "base"} == set()
-    assert all(
-        attributes["href"].startswith("#") for tag, attributes in page.tags if attributes.get("href") is not None
-    )  # type: ignore[union-attr]
+    assert all(attrs["href"].startswith("#") for tag, attrs in page.tags if attrs.get("href") is not None)  # type: ignore[union-attr]
     style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert len(style) == 1
     assert not re.search(r"url\(|@import", style[0])
-    policy = next(
-        attributes["content"]
-        for _, attributes in page.tags
-        if attributes.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
     assert policy == (
         f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; "
@@ -132,7 +126,7 @@ def test_page_escapes_foreign_text(tmp_path: Path) -> None:
     page = Page(render(search_outcome, Control(tmp_path / evil, search(5))))
     assert {tag for tag, _ in page.tags} & {"img"} == set()
     assert len(page.scripts) == 2
-    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert page.words.count("alert(1)") > 40
 
 
