@@ -596,11 +596,13 @@ def test_conditions_describe_rounding_flush() -> None:
 
 
 def test_throttle_reasons_have_names() -> None:
+    """Throttle reasons have names."""
     assert card.reasons(0x1 | 0x2) == []  # idle, and clocks that someone has set
     assert card.reasons(0x4 | 0x40) == ["power cap", "hardware thermal slowdown"]
 
 
 def test_card_without_nvml_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without NVML the state of a card is empty."""
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert card.state("cuda") == {}
 
@@ -617,6 +619,7 @@ def test_singles_time_one_call_each(backend: LatencyBackend) -> None:
 
 
 def test_throughput_is_of_the_whole_batch() -> None:
+    """The throughput counts all images of a batch."""
     latency = backend_for(replace(SMALL, batch_size=8), "fixed").measure(convs(1))
     assert latency.images_per_second == pytest.approx(8000 / latency.p50_ms)
 
@@ -644,7 +647,8 @@ def test_cold_cache_times_single_calls() -> None:
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_tf32_is_switched_and_put_back(precision: str) -> None:
+def test_tf32_is_switched_and_restored(precision: str) -> None:
+    """TF32 is switched inside the context and restored behind it, at every precision."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     usual = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     try:

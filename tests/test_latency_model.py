@@ -110,6 +110,7 @@ def test_quality_is_by_cross_validation() -> None:
 
 
 def test_spearman_is_that_of_ranks() -> None:
+    """Spearman's correlation is that of the ranks."""
     assert spearman(np.array([1.0, 2.0, 30.0]), np.array([0.1, 0.2, 0.3])) == pytest.approx(1.0)
     assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
 

@@ -85,7 +85,8 @@ def test_launcher_refuses_unknown_arguments(
         run(change(config, launcher=launcher, launcher_args=launcher_args))
 
 
-def test_workers_of_none_cannot_be_launched() -> None:
+def test_launcher_needs_workers_to_start() -> None:
+    """A launcher together with --workers 0 is refused."""
     with pytest.raises(UsageError, match="--launcher ray starts workers, and --workers 0 wants none"):
         SearchConfig(budget_ms=1.0, workers=0, launcher="ray")
 

@@ -161,7 +161,8 @@ def test_non_local_scripts_exactly(options: dict[str, Any]) -> None:
 
 
 @few_options
-def test_options_compile_to_the_same_numbers(options: dict[str, Any]) -> None:
+def test_non_local_compiles_exactly(options: dict[str, Any]) -> None:
+    """The options compute the same numbers when they are compiled."""
     block, x = build_block(options, awake=True), images(2, 16, 8, 9)
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
@@ -203,7 +204,8 @@ def test_non_local_exports_with_any_size(options: dict[str, Any]) -> None:
 
 
 @few_options
-def test_options_are_deterministic(options: dict[str, Any]) -> None:
+def test_non_local_is_deterministic(options: dict[str, Any]) -> None:
+    """The options give the same gradients twice with torch's deterministic algorithms."""
     block = build_block(options, awake=True).train()
     torch.use_deterministic_algorithms(True)
     try:
@@ -232,19 +234,22 @@ def test_non_local_cost_equals_torch_count(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("channels", "params"), [(256, 132_224), (512, 526_592), (1024, 2_101_760), (2048, 8_397_824)])
 @pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product"])
-def test_parameters_are_the_published_ones(mode: str, channels: int, params: int) -> None:
+def test_non_local_has_paper_parameters(mode: str, channels: int, params: int) -> None:
+    """The block has the published number of parameters."""
     assert sum(p.numel() for p in NonLocal(channels, mode=mode, device="meta").parameters()) == params
 
 
 @pytest.mark.parametrize(("mode", "params"), [("gaussian", 1_052_160), ("concatenation", 2_102_784)])
-def test_parameters_of_the_other_modes(mode: str, params: int) -> None:
+def test_non_local_parameters_by_mode(mode: str, params: int) -> None:
+    """The Gaussian and the concatenation mode have their own numbers of parameters."""
     assert sum(p.numel() for p in NonLocal(1024, mode=mode, device="meta").parameters()) == params
 
 
 @pytest.mark.parametrize(
     ("name", "params"), [("resnet50_nonlocal_s3", 27_658_792), ("resnet50_nonlocal5", 25_557_032 + 7_358_464)]
 )
-def test_parameters_of_the_papers_models(name: str, params: int) -> None:
+def test_non_local_models_have_parameters(name: str, params: int) -> None:
+    """The models of the paper have the published number of parameters."""
     with torch.device("meta"):
         model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == params

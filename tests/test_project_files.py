@@ -24,17 +24,20 @@ def rows_below(heading: str) -> list[set[str]]:
 
 
 def test_contributing_names_paths_that_exist() -> None:
+    """Every path that CONTRIBUTING.md names exists."""
     named = re.findall(r"`((?:attnsurgery|tests|scripts|docs|search_spaces)/[\w./]*)[ `]", TEXT)
     assert len(named) > 20
     assert [path for path in named if not re.search("NAME", path) and not (ROOT / path).exists()] == []
 
 
 def test_contributing_lists_layers_and_rooms() -> None:
+    """The tables of CONTRIBUTING.md list the layers and rooms that test_architecture.py checks."""
     assert rows_below("layer") == LAYERS
     assert set().union(*rows_below("room")) == set().union(*ROOMS)
 
 
 def test_version_is_declared_once() -> None:
+    """The version is declared in one place, and CITATION.cff repeats it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert "version" in project["dynamic"]

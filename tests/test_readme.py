@@ -29,7 +29,8 @@ def test_readme_begins_with_code() -> None:
     assert "```python" in "\n".join(README.splitlines()[:10])
 
 
-def test_python_blocks_run_in_order() -> None:
+def test_readme_python_runs_in_order() -> None:
+    """The Python blocks of README run in their order."""
     namespace: dict[str, object] = {}
     for language, block in BLOCKS:
         if language == "python":

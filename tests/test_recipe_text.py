@@ -311,6 +311,7 @@ def test_load_ignores_a_byte_order_mark(tmp_path: Path):
 
 
 def test_where_names_file_line_and_field():
+    """A place in a recipe is named by file, line and field."""
     recipe = text.loads(GOOD, "recipe.yaml")
     assert text.where(recipe, "edits[1].at") == "recipe.yaml:8: edits[1].at"
     assert text.where(recipe, "edits[1].options.subsample") == "recipe.yaml:10: edits[1].options.subsample"

@@ -123,6 +123,7 @@ def test_names_take_timms_arguments(name: str, suffix: str) -> None:
 
 @pytest.mark.parametrize("out_indices", [(1, 2, 3), (2,)])
 def test_features_only_sees_the_blocks(out_indices: tuple[int, ...]) -> None:
+    """A feature extractor computes with the blocks, and has the channels of the plain model."""
     x = images(64)
     plain, surgical = (
         timm.create_model(name, features_only=True, out_indices=out_indices).eval()
@@ -138,6 +139,7 @@ def test_features_only_sees_the_blocks(out_indices: tuple[int, ...]) -> None:
 
 
 def test_names_stack_in_the_order_spelled() -> None:
+    """The blocks of a name are inserted in the order in which they are spelled."""
     recipe = registry.recipe_of("test_resnet_se_nonlocal_s3")
     assert [edit.block for edit in recipe.edits] == ["se", "non_local"]
     assert recipe.base == "test_resnet"

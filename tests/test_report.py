@@ -222,7 +222,8 @@ def test_best_so_far_averages_to_expected() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_tau_is_that_of_scipy(seed: int) -> None:
+def test_kendall_tau_equals_scipys(seed: int) -> None:
+    """Kendall's tau-b is that of SciPy."""
     stats = pytest.importorskip("scipy.stats")
     first, second = np.random.default_rng(seed).integers(0, 6, (2, 20)).tolist()
     assert kendall_tau_b(first, second) == pytest.approx(stats.kendalltau(first, second).statistic)
@@ -270,7 +271,8 @@ def test_heat_map_shows_means_and_counts(tmp_path: Path) -> None:
     assert mapper.low == -mapper.high == pytest.approx(-6.0)
 
 
-def test_outliers_do_not_squeeze_a_picture() -> None:
+def test_outliers_are_left_out_of_figures() -> None:
+    """Outliers do not squeeze a figure, where enough values remain."""
     assert without_outliers([0.1, *([0.8, 0.81, 0.82, 0.83] * 3)]) == [0.8, 0.81, 0.82, 0.83] * 3
     assert without_outliers([0.1, 0.8, 0.8, 0.8, 0.8]) == [0.1, 0.8, 0.8, 0.8, 0.8]
     assert without_outliers([]) == []
@@ -560,7 +562,8 @@ def test_report_of_moved_directory_is_equal(copied: Path) -> None:
     assert after == before
 
 
-def test_json_is_the_result_as_data(copied: Path) -> None:
+def test_report_json_is_the_result(copied: Path) -> None:
+    """The option --json prints the result and the files as data."""
     data = json.loads(report(copied, "--json").stdout)
     assert data["trained"] == 3
     assert data["files"]["report.html"] == str(copied / "report.html")

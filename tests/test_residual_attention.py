@@ -138,7 +138,8 @@ def test_masks_of_extreme_logits_are_finite(norm: str, dtype: torch.dtype, value
 
 
 @pytest.mark.parametrize(("depth", "r"), [(1, 1), (2, 1), (3, 1), (4, 1), (3, 2), (0, 1)])
-def test_number_of_units_is_the_papers(depth: int, r: int) -> None:
+def test_mask_has_the_papers_units(depth: int, r: int) -> None:
+    """The number of units of a mask is the paper's."""
     block = ResidualAttention(16, depth=depth, r=r, device="meta")
     units = [module for module in block.modules() if isinstance(module, PreActUnit)]
     assert len(units) == ((2 * r + 1) * (depth - 1) + 2 * r if depth else 2 * r)

@@ -118,6 +118,7 @@ def next_choice(name: str, places: Places, study: optuna.Study, seed: int) -> Ma
 @every_history
 @every_sampler
 def test_sampler_gives_labels_of_the_space(name: str, history: str, space: str) -> None:
+    """A sampler gives labels of the space."""
     places = SPACES[space]
     picks = places.picks(next_choice(name, places, history_of(places, history), seed=3) or {})
     assert picks is not None
@@ -137,6 +138,7 @@ def test_sampler_repeats_with_same_seed(name: str, history: str, space: str) -> 
 
 @every_sampler
 def test_sampler_depends_on_the_seed(name: str) -> None:
+    """A sampler depends on the seed."""
     study = optuna.create_study(direction="maximize")
     picks = {ROOMY.picks(next_choice(name, ROOMY, study, seed) or {}) for seed in range(8)}
     assert len(picks) > 1
@@ -204,7 +206,8 @@ def test_choice_ignores_other_spaces(name: str) -> None:
 
 
 @every_sampler
-def test_sampler_is_asked_by_optuna_too(name: str) -> None:
+def test_sampler_works_inside_optuna(name: str) -> None:
+    """A sampler also works as the sampler of an Optuna study."""
     study = history_of(ROOMY, "open")
     study.sampler = SAMPLERS[name](ROOMY, 4, 70.0)
     assert ROOMY.picks(study.ask(distributions(ROOMY)).params) is not None
@@ -378,6 +381,7 @@ def test_search_refuses_broken_sampler_first(tmp_path: Path, monkeypatch: pytest
 
 
 def test_sampler_example_runs() -> None:
+    """The example in the docstring of `Sampler` runs."""
     results = doctest.testmod(base_module)
     assert results.attempted > 5
     assert results.failed == 0

@@ -34,6 +34,7 @@ def all_of(places: Places) -> list[Picks]:
 @pytest.mark.parametrize("steps", [None, 1], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("seed", range(40))
 def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The knapsack solver finds the best candidates one after the other, as an enumeration does."""
     if steps:
         monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STEPS", steps)
     rng = np.random.default_rng(seed)
@@ -143,6 +144,7 @@ def test_knapsack_keeps_one_of_equal_states(worth: Picks, step: float | None) ->
 
 @pytest.mark.parametrize("seed", range(20))
 def test_knapsack_is_exact_among_equals(seed: int) -> None:
+    """The knapsack solver is exact also where many candidates have equal values."""
     rng = np.random.default_rng(seed)
     places = Places({f"p{place}": CHOICES for place in range(4)}, most_blocks=int(rng.integers(1, 5)))
     values, costs = ([np.append(0.0, rng.integers(low, 3, 3)).astype(float) for _ in places.choices] for low in (-1, 0))
@@ -159,6 +161,7 @@ def test_knapsack_is_exact_among_equals(seed: int) -> None:
 
 
 def test_places_draw_uniformly() -> None:
+    """Candidates are drawn uniformly from those within all limits."""
     places = Places({f"p{n}": CHOICES[: 2 + n % 3] for n in range(4)}, blocks={"p1": 2}, most_blocks=2)
     legal = [picks for picks in all_of(places) if any(picks) and places.holds(picks)]
     assert len(legal) == places.size()
@@ -174,6 +177,7 @@ def test_places_draw_uniformly() -> None:
 
 
 def test_places_size_counts_candidates() -> None:
+    """The size is the number of candidates that can be drawn."""
     places = Places({"a": CHOICES, "b": CHOICES[:2], "c": CHOICES[:3]}, blocks={"b": 2}, most_blocks=3)
     fitting = [picks for picks in all_of(places) if 0 < places.count(picks) <= 3]
     assert places.size() == len(fitting)
@@ -205,6 +209,7 @@ def draw(count: int, seed: int) -> list[Picks]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_surrogate_recovers_additive_effects(seed: int) -> None:
+    """The surrogate recovers effects that add up."""
     candidates, score = draw(60, seed), adding(seed, noise=0.05)
     posterior = Surrogate(PLACES).fit(candidates, [score(picks) for picks in candidates], np.random.default_rng(0))
     for values, true in zip(posterior.mean_effects().values, effects(seed), strict=True):
@@ -215,6 +220,7 @@ def test_surrogate_recovers_additive_effects(seed: int) -> None:
 
 
 def test_posterior_samples_narrow_with_data() -> None:
+    """Samples of the posterior have a smaller standard deviation with more data."""
     score = adding(0, noise=0.05)
 
     def std(count: int) -> float:
@@ -227,6 +233,7 @@ def test_posterior_samples_narrow_with_data() -> None:
 
 
 def test_surrogate_is_robust_to_an_outlier() -> None:
+    """One outlier does not hide the effects."""
     candidates, score = draw(40, 3), adding(3, noise=0.05)
     scores = [score(picks) for picks in candidates]
     scores[7] = -1e6
@@ -241,6 +248,7 @@ def signs(picks: Picks) -> float:
 
 
 def test_surrogate_learns_the_residual() -> None:
+    """The surrogate learns interactions, which do not add up, and knows less of new candidates."""
     places = Places({f"p{i}": CHOICES for i in range(3)})
     candidates = [picks[:3] for picks in draw(60, 4)]
     posterior = Surrogate(places).fit(candidates, [signs(picks) for picks in candidates], np.random.default_rng(0))
@@ -274,6 +282,7 @@ def test_posterior_beats_leave_one_out() -> None:
 
 
 def test_surrogate_prior_is_heavy_tailed() -> None:
+    """The prior is heavy-tailed: an untried choice sometimes has a large standard deviation."""
     rng = np.random.default_rng(0)
     covered = [picks for picks in all_of(PLACES) if picks[5] != 3]  # a non-local block anywhere but at the last place
     candidates = [covered[index] for index in rng.choice(len(covered), 24, replace=False)]
@@ -290,6 +299,7 @@ def test_surrogate_prior_is_heavy_tailed() -> None:
 
 
 def test_cross_validation_is_bad() -> None:
+    """The cross-validation is bad where it is worse than its reference, and that one predicts something."""
     assert CrossValidation(r2=0.1, reference_r2=0.4).is_bad
     assert not CrossValidation(r2=0.3, reference_r2=0.4).is_bad
     assert not CrossValidation(r2=-3.0, reference_r2=0.1).is_bad  # that one knows nothing either
@@ -298,6 +308,7 @@ def test_cross_validation_is_bad() -> None:
 def test_additive_falls_back_to_tpe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The additive sampler falls back to TPE where its model predicts badly."""
     study, _ = play("additive", adding(0), trained=18, budget=9.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
     next_picks = []
@@ -338,12 +349,14 @@ def play(
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_sampler_searches_within_a_budget(name: str) -> None:
+    """Every sampler finishes a search within a budget."""
     study, sequence = play(name, adding(0), trained=6, budget=2.0)
     assert sum(t.state is TrialState.COMPLETE for t in study.trials) == 6
     assert all(len(picks) == len(PLACES.choices) for picks in sequence)
 
 
 def test_additive_exhausts_a_small_space() -> None:
+    """The additive sampler chooses every candidate of a small space once, and then any."""
     places = Places({"a": CHOICES, "b": CHOICES[:2]})
     study, sequence = play("additive", lambda picks: 70.0 + sum(picks), trained=places.size(), budget=99, places=places)
     assert len(sequence) == len(set(sequence)) == places.size()
@@ -360,6 +373,8 @@ def test_additive_learns_pruned_trials_cost() -> None:
 
 
 def test_additive_is_better_than_random() -> None:
+    """The additive sampler finds better candidates than random search."""
+
     def reached(name: str, seed: int) -> float:
         score = adding(seed)
         fitting = [picks for picks in all_of(PLACES) if cost(picks) <= 2.0]
@@ -391,6 +406,7 @@ def test_additive_repeats_interrupted_trial() -> None:
 
 
 def test_additive_avoids_running_candidates() -> None:
+    """The additive sampler does not choose a candidate that is running."""
     study, _ = play("additive", adding(2), trained=3, budget=2.0)
     space = {name: CategoricalDistribution(choices) for name, choices in PLACES.choices.items()}
     running = []

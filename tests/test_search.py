@@ -144,7 +144,8 @@ def test_additive_sampler_resumes_equally(config: SearchConfig, tmp_path: Path) 
     assert [record.state for record in straight.records] == ["trained"] * 3
 
 
-def test_another_seed_gives_other_trials(config: SearchConfig, finished: Outcome) -> None:
+def test_seed_changes_the_trials(config: SearchConfig, finished: Outcome) -> None:
+    """Another seed gives other trials."""
     other = run(change(config, seed=1, trials=2))
     assert differences(other.records, finished.records[:2]) != ""
 
@@ -283,6 +284,7 @@ def test_nothing_fits_error_lists_fastest(config: SearchConfig, finished: Outcom
 
 
 def test_nothing_feasible_exits_with_3(config: SearchConfig) -> None:
+    """The command exits with 3 when no candidate fits the budget."""
     args = ["--budget-ms", "0.001", "--data", str(config.data), "--space", config.space, "--latency", "fixed"]
     result = CliRunner().invoke(
         build_app(),
@@ -449,6 +451,7 @@ def test_front_leaves_out_dominated_records() -> None:
 
 
 def test_passwords_are_never_shown(config: SearchConfig) -> None:
+    """Passwords in URLs of databases are never shown."""
     url = "postgresql://me:secret@host/db"
     assert "secret" not in without_password(url)
     assert "secret" not in command_of(change(config, storage=url))
@@ -531,7 +534,8 @@ def test_search_command_prints_plain_lines(search_cli: Callable[..., object]) ->
     assert "\x1b" not in result.output  # type: ignore[attr-defined]
 
 
-def test_json_is_all_that_stdout_gets(search_cli: Callable[..., object]) -> None:
+def test_search_json_is_all_of_stdout(search_cli: Callable[..., object]) -> None:
+    """With --json the result is all that is written to stdout."""
     result = search_cli("--json")
     data = json.loads(result.stdout)  # type: ignore[attr-defined]
     assert data["trained"] == 1
@@ -600,6 +604,7 @@ def test_optuna_command_reads_the_study(finished: Outcome) -> None:
 
 
 def test_optunas_dashboard_shows_the_study(finished: Outcome) -> None:
+    """Optuna's dashboard shows the study and its trials."""
     dashboard = pytest.importorskip("optuna_dashboard")
     storage = optuna.storages.RDBStorage(f"sqlite:///{finished.folder / 'study.db'}")
     try:

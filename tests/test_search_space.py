@@ -196,6 +196,7 @@ def test_misspelled_space_names_nearest(tmp_path: Path) -> None:
 
 
 def test_fingerprint_changes_with_any_choice(anatomy: Anatomy) -> None:
+    """The fingerprint changes with any choice."""
     first = bind(read(SE.format(each="true")), anatomy, "test_resnet")
     assert first.fingerprint() == bind(read(SE.format(each="true")), anatomy, "test_resnet").fingerprint()
     other = bind(read(SE.format(each="true").replace("8", "16")), anatomy, "test_resnet")

@@ -64,6 +64,7 @@ def test_setting_is_option_under_heading(command: Command) -> None:
 
 
 def test_setting_is_read_from_options(command: Command) -> None:
+    """A setting is read from its option."""
     command("--tricks", "4", "--bold")
     assert command.settings == {"tricks": 4, "bold": True}
 
@@ -117,6 +118,7 @@ def test_setting_newer_than_search_defaults() -> None:
 
 
 def test_setting_is_in_the_report() -> None:
+    """A setting is in the report."""
     assert _settings(Tricky(budget_ms=2.0, tricks=7)) == "budget_ms 2.0, tricks 7"
 
 
@@ -181,6 +183,7 @@ def test_amounts_are_read_with_suffixes(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "M", "many", "1MM", "1e", "12Q", "1M2", "nan", "inf"])
 def test_amount_that_is_none_is_refused(text: str) -> None:
+    """A text that is no amount is refused."""
     with pytest.raises(ValueError, match="is no number such as"):
         amount(text)
 

@@ -174,6 +174,7 @@ def test_spans_nest_overlap_and_share_ends() -> None:
 
 
 def test_prefix_tokens_pass_a_span_untouched() -> None:
+    """Prefix tokens pass a span untouched."""
     base = build("test_vit", dynamic_img_size=False)
     model = operated(copy.deepcopy(base), ("blocks.1 .. blocks.2", "residual_attention", {"depth": 0}))
     x = torch.randn(2, 17, base.embed_dim)

@@ -40,6 +40,7 @@ def small(name: str, **kwargs: object) -> torch.nn.Module:
     ],
 )
 def test_blocks_are_what_stands_in_a_row(arch: str, blocks: dict[int, str]) -> None:
+    """The blocks of a stage are the modules that stand in a row."""
     anatomy = attnsurgery.inspect(arch)
     assert {stage: " ".join(site.address for site in anatomy.blocks(stage)) for stage in blocks} == blocks
 
@@ -74,6 +75,7 @@ def test_branch_stages_follow_own_strides() -> None:
     ],
 )
 def test_layouts_prefixes_and_grids(arch: str, at: str, layout: str, prefix: int, grid: tuple[int, int] | None) -> None:
+    """A site has the layout, the number of prefix tokens and the grid of its family."""
     site = attnsurgery.inspect(arch).site(at)
     assert (site.layout, site.prefix_tokens, site.grid) == (layout, prefix, grid)
     assert site.ordered is (layout != "NLC" or grid is not None)

@@ -210,6 +210,7 @@ def test_stages_of_feature_extractor(indices: tuple[int, ...] | None) -> None:
 
 
 def test_stages_of_a_vit_of_two_blocks() -> None:
+    """A ViT of two blocks has two of four stages, and the error for the others says so."""
     with torch.device("meta"):
         model = timm.create_model("test_vit_nonlocal_s3", img_size=64, depth=2)
         assert list(grafted_blocks(model)) == ["blocks.1.non_local"]
@@ -262,6 +263,7 @@ def test_feature_without_channels_no_place(name: str) -> None:
 
 
 def test_hooks_of_the_user_are_not_run() -> None:
+    """Hooks of a user are not run by any function of the package, and stay in place."""
     model = build("test_resnet")
     calls: list[Any] = []
 
@@ -509,6 +511,7 @@ def test_verify_follows_later_wrappers(around: str, what: str) -> None:
 
 
 def test_remove_goes_through_wrappers() -> None:
+    """`remove` finds blocks inside wrappers."""
     base = build("test_resnet")
     model = cut(copy.deepcopy(base))
     model.layer3[0] = checkpoint_wrapper(model.layer3[0])
@@ -532,6 +535,7 @@ def test_checkpoint_wrapper_keeps_addresses() -> None:
 
 
 def test_data_parallel_is_operated_on_inside() -> None:
+    """Surgery on a DataParallel model changes the model inside."""
     base = build("test_resnet")
     model = nn.DataParallel(copy.deepcopy(base))
     assert cut(model) is model
@@ -678,6 +682,7 @@ def test_compiled_part_hinders_itself_alone() -> None:
 
 
 def test_docs_have_a_row_for_every_wrapper() -> None:
+    """docs/wrappers.md has a row for every wrapper."""
     from attnsurgery.graph.wrappers import KINDS
 
     text = (Path(__file__).resolve().parents[1] / "docs" / "wrappers.md").read_text(encoding="utf-8")
@@ -718,7 +723,8 @@ def test_first_convolution_of_other_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value: float) -> None:
+def test_verify_refuses_non_finite_weights(value: float) -> None:
+    """`verify` refuses weights that are NaN or infinite, and names the tensor."""
     model = cut(build("test_resnet"))
     with torch.no_grad():
         model.layer2[0].conv1.weight[0, 0, 0, 0] = value
