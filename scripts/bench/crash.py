@@ -43,7 +43,7 @@ from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.storage.load import copy_study
 from attnsurgery.search.storage.repair import repair
 from attnsurgery.search.storage.schema import FACT, STUDY, TRIALS, records_of, trials_of
-from attnsurgery.search.workers.pool import ESSENTIAL, GOES_ON
+from attnsurgery.search.workers.pool import ESSENTIAL, RESUME_HINT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +116,7 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
                 0 if planned else asked.memory + asked.hangs - len(list(injected_faults.iterdir()))
             )
             said = (scratch / "log").read_text()
-            if GOES_ON not in said[-200:] or suffered < given_up * ESSENTIAL:
+            if RESUME_HINT not in said[-200:] or suffered < given_up * ESSENTIAL:
                 raise SystemExit(f"the search ended with {code}: {said[-2000:]}")
     found = with_study(output, of_study)
     records = found["records"]

@@ -21,7 +21,7 @@ from attnsurgery.search.execution.jobs import Job, perform
 from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.search.workers import worker
 from attnsurgery.search.workers.launch import LAUNCHERS
-from attnsurgery.search.workers.pool import Done, InProcessPool, WorkerPool
+from attnsurgery.search.workers.pool import JobOutcome, InProcessPool, WorkerPool
 from attnsurgery.search.workers.processes import ProcessPool
 from tests.plugins.attnsurgery_dummy import Dummy
 
@@ -81,8 +81,8 @@ def pool_of(config: SearchConfig, stop: StopFlag | None = None) -> WorkerPool:
     return InProcessPool(assemble(config, Listener()), Listener(), stop)
 
 
-def finished_jobs(pool: WorkerPool) -> list[Done]:
-    done: list[Done] = []
+def finished_jobs(pool: WorkerPool) -> list[JobOutcome]:
+    done: list[JobOutcome] = []
     while pool.busy:
         done += pool.wait(1.0)
     return done

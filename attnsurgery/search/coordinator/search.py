@@ -55,7 +55,7 @@ from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
 from attnsurgery.search.watching import StopAsked
 from attnsurgery.search.workers.launch import LAUNCHERS
-from attnsurgery.search.workers.pool import Done, InProcessPool, WorkerPool
+from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
 from attnsurgery.search.workers.processes import ProcessPool
 
 
@@ -306,7 +306,7 @@ class _Search:
                 running.discard(done.job.trial or 0)
         self.trials.check_stop()
 
-    def _promoted(self, done: Done) -> None:
+    def _promoted(self, done: JobOutcome) -> None:
         """Store the record of a trial that was trained on a higher rung."""
         if done.error:
             raise done.error

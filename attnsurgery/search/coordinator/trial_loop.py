@@ -24,7 +24,7 @@ from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.storage.schema import KNOWN
 from attnsurgery.search.storage.store import Request, Store
 from attnsurgery.search.watching import StopAsked
-from attnsurgery.search.workers.pool import Done, WorkerPool
+from attnsurgery.search.workers.pool import JobOutcome, WorkerPool
 
 WAIT_S = 1.0
 """Seconds between two looks at what other searches do."""
@@ -196,7 +196,7 @@ class TrialLoop:
             payload = {"record": record, "reference": self.reference}
             self.pool.give(Job("trial", payload, trial=request.number, before=attempts - 1))
 
-    def _take_in(self, done: Done) -> None:
+    def _take_in(self, done: JobOutcome) -> None:
         """Record the result of a trial that a worker had."""
         if done.error:
             raise done.error

@@ -1,1 +1,1 @@
-"""Processes that do jobs of a search, and what starts them."""
+"""The workers of a search: pools, processes that do jobs, and launchers that start them."""

@@ -1,9 +1,9 @@
-"""Who does the jobs: this process itself, or processes that may die and are replaced, while the search goes on.
+"""Pools of workers: this process itself, or processes that may die and are replaced while the search continues.
 
-A job that a worker did not come back from, because it was killed, hung, or lost its device or its memory, is begun once
-more on a fresh one: at half the batch, its gradients added up, where memory was the cause. After that it is lost, with
-the reason; whose job it was decides what follows. One that the search cannot do without is begun some more times.
-Where this process does the jobs itself, only memory is worth another attempt: a CUDA context that is broken stays so.
+A job is repeated on a new worker if its worker was killed, hung, lost its device or ran out of memory; after running
+out of memory, with half batches whose gradients are accumulated. After its last attempt the job is lost, with the
+reason, and its owner decides what follows. Jobs that the search cannot do without have more attempts. If this process
+does the jobs itself, only running out of memory is worth another attempt, because a broken CUDA context stays broken.
 """
 
 from __future__ import annotations
@@ -24,31 +24,37 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.watching import StopAsked, Watching
 
 ESSENTIAL = 4
-"""How often a job is begun, in one run, that the search cannot do without."""
-GOES_ON = "What was finished is kept, and the same command goes on from there."
+"""Maximum number of attempts, in one run, of a job that the search cannot do without."""
+RESUME_HINT = "What was finished is kept, and the same command goes on from there."
+_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What became of a job: one of the four."""
+class JobOutcome:
+    """How a job ended: with a result, with an error, lost or stopped."""
 
     job: Job
+    """The job, as of its last attempt."""
     result: Result | None = None
+    """What `perform` returned."""
     error: AttnSurgeryError | None = None
-    """It cannot be done."""
+    """Why the job cannot be done."""
     lost: str = ""
-    """No worker came back from it; why."""
+    """Why every worker that attempted the job was lost."""
     stopped: bool = False
-    """The user asked for an end, and it was given up."""
+    """True if the job was abandoned because the user asked for an end."""
 
 
 class WorkerPool(ABC):
-    """Workers, each at one job at a time.
+    """Workers that do one job at a time each.
 
-    Laws, which tests/contracts/test_pool.py checks of every pool: each job that was given comes back from `wait` once;
-    a result is what `perform` returns; what `perform` raises of attnsurgery's own errors comes back as `error`; a
-    worker that breaks is replaced, and its job begun once more, or `wait` raises where none can be replaced; after
-    `close` nothing runs.
+    Laws, which tests/contracts/test_pool.py checks for every pool: `wait` returns each given job once; a result is what
+    `perform` returns; attnsurgery's own errors that `perform` raises are returned as `error`; a broken worker is
+    replaced and its job repeated, or `wait` raises if workers cannot be replaced; nothing runs after `close`.
+
+    Args:
+        listener: told of the workers' progress.
+        stop: whether the user asked for an end.
     """
 
     def __init__(self, listener: Listener, stop: Callable[[], bool]) -> None:
@@ -58,67 +64,67 @@ class WorkerPool(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """How many jobs are worked on at a time."""
+        """Number of workers."""
 
     @property
     @abstractmethod
     def busy(self) -> int:
-        """How many jobs have been given and not come back."""
+        """Number of given jobs that `wait` has not returned yet."""
 
     @abstractmethod
     def give(self, job: Job) -> None:
-        """Have a job done, as soon as a worker is free."""
+        """Queue a job for the next free worker."""
 
     @abstractmethod
-    def wait(self, seconds: float) -> list[Done]:
-        """What has come back; waits at most so long for the first.
+    def wait(self, seconds: float) -> list[JobOutcome]:
+        """The jobs that have ended, perhaps none; waits at most so many seconds for the first.
 
         Raises:
-            SearchError: no worker can do any job any more.
+            SearchError: no worker can do any more jobs.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End all workers, whatever they do."""
+        """End all workers, also in the middle of a job."""
 
     def all(self, jobs: list[Job], keep: Callable[[int, Data], None] | None = None) -> list[Data]:
-        """Have jobs done that the search cannot do without; their results, JSON data, in the same order.
+        """Do jobs that the search cannot do without; return their results, JSON data, in the same order.
 
         Args:
-            keep: told the place of each job and its result, as soon as that is there.
+            jobs: to be done.
+            keep: called with the index of each job and its result, as soon as it is done.
 
         Raises:
             StopAsked: the user asked for an end.
-            AttnSurgeryError: one of them cannot be done.
+            AttnSurgeryError: one of the jobs cannot be done.
         """
         for tag, job in enumerate(jobs):
             self.give(replace(job, tag=tag, most=ESSENTIAL))
-        done: list[Done] = []
+        outcomes: list[JobOutcome] = []
         while self.busy:
-            for one in self.wait(_A_WHILE):
-                done.append(one)
-                if keep and isinstance(one.result, dict):
-                    keep(one.job.tag, one.result)
-        for one in done:
-            if one.error:
-                raise one.error
-            if one.lost:
-                times = f"the last of {one.job.attempt} attempts"
-                raise SearchError(f"{_name(one.job)} could not be done: {one.lost} ({times}). {GOES_ON}")
-        if any(one.stopped for one in done):
+            for outcome in self.wait(_WAIT_S):
+                outcomes.append(outcome)
+                if keep and isinstance(outcome.result, dict):
+                    keep(outcome.job.tag, outcome.result)
+        for outcome in outcomes:
+            if outcome.error:
+                raise outcome.error
+            if outcome.lost:
+                times = f"the last of {outcome.job.attempt} attempts"
+                raise SearchError(f"{_name(outcome.job)} could not be done: {outcome.lost} ({times}). {RESUME_HINT}")
+        if any(outcome.stopped for outcome in outcomes):
             raise StopAsked
-        results = {one.job.tag: one.result for one in done if isinstance(one.result, dict)}
+        results = {outcome.job.tag: outcome.result for outcome in outcomes if isinstance(outcome.result, dict)}
         return [results[tag] for tag in range(len(jobs))]
 
 
-_A_WHILE = 1.0
-
-
 class InProcessPool(WorkerPool):
-    """This process does everything itself: nothing to start, and nothing that could be replaced.
+    """Does all jobs in this process, which cannot be replaced.
 
     Args:
-        bench: what jobs are done on.
+        bench: what trials are made on.
+        listener: told of progress.
+        stop: whether the user asked for an end.
     """
 
     def __init__(self, bench: Bench, listener: Listener, stop: Callable[[], bool]) -> None:
@@ -140,7 +146,7 @@ class InProcessPool(WorkerPool):
     def give(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self, seconds: float) -> list[Done]:
+    def wait(self, seconds: float) -> list[JobOutcome]:
         if not self._jobs:
             return []
         job = self._jobs[0]
@@ -150,31 +156,31 @@ class InProcessPool(WorkerPool):
         self._jobs.popleft()
         return [done]
 
-    def _attempt(self, job: Job) -> Done | None:
-        """What became of the job; None if memory ran out and it may be begun again.
+    def _attempt(self, job: Job) -> JobOutcome | None:
+        """How the job ended; None if memory ran out and it may be attempted again.
 
-        It returns before the next attempt, so that no traceback holds on to the memory of this one.
+        This returns before the next attempt, so that no traceback keeps the memory of this one alive.
 
         Raises:
-            SearchError: the device is lost to this process.
+            SearchError: the device is broken for this process.
         """
         try:
             with self._lock.shared():
-                return Done(job, perform(self._bench, job, self._watch))
+                return JobOutcome(job, perform(self._bench, job, self._watch))
         except StopAsked:
-            return Done(job, stopped=True)
+            return JobOutcome(job, stopped=True)
         except Exception as error:
             fault = fault_of(error)
             if fault is Fault.DEVICE:
                 reason = reason_of(error).rstrip(".")
                 raise SearchError(
                     f"{_name(job)} broke the device: {reason}. This process cannot use the device any more. "
-                    f"{GOES_ON} With --workers 1 a worker process does the work, and is replaced when this happens."
+                    f"{RESUME_HINT} With --workers 1 a worker process does the work, and is replaced when this happens."
                 ) from error
             if fault is Fault.OUT_OF_MEMORY:
-                return None if job.attempt < job.most else Done(job, lost=reason_of(error))
+                return None if job.attempt < job.most else JobOutcome(job, lost=reason_of(error))
             if isinstance(error, AttnSurgeryError):
-                return Done(job, error=error)
+                return JobOutcome(job, error=error)
             raise
 
     def close(self) -> None:

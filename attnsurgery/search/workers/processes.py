@@ -1,4 +1,4 @@
-"""Workers that may die: each is given one job at a time, and is replaced, while the search goes on."""
+"""A pool of worker processes: each does one job at a time, and is replaced if it dies or hangs."""
 
 from __future__ import annotations
 
@@ -17,42 +17,49 @@ from attnsurgery.search.execution.jobs import Job, result_from_data
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.workers.launch import Launcher, Link, Message, WorkerExited
-from attnsurgery.search.workers.pool import GOES_ON, Done, WorkerPool
+from attnsurgery.search.workers.pool import RESUME_HINT, JobOutcome, WorkerPool
 
 _STOP_S = 30.0
-"""A worker that was asked to give up its job has so long, then it is ended."""
+"""Time that a worker has to stop its job before it is ended, in s."""
 _START_S = 300.0
-"""A new worker has so long until it says anything: it imports torch."""
+"""Time that a new worker has until its first message, in s; it imports torch."""
 _STARTS = 3
-"""A worker that does not come to say anything is started so often."""
+"""Number of failed starts of a worker after which the search ends."""
 _POLL_S = 0.25
+"""Longest wait for messages before hung workers are looked for, in s."""
 
 
 @dataclass(eq=False)
 class WorkerSlot:
-    """One worker, or the place for one."""
+    """The place of one worker in the pool; workers that die are replaced in it."""
 
     index: int
+    """Number of the place, from 0."""
     listener: Listener
+    """Told of the worker's progress."""
     link: Link | None = None
-    life: object = None
-    """Tells the worker that is there from those that were."""
+    """The connection to the present worker; None if there is none."""
+    generation: object = None
+    """Identifies the present worker, to ignore messages of earlier ones."""
     job: Job | None = None
-    signed: float = 0.0
-    """When it last gave a sign of life."""
-    heard: bool = False
-    """It has given one."""
-    in_vain: int = 0
-    """How often it was started and gave none."""
+    """The job that the worker does."""
+    last_sign: float = 0.0
+    """Time of its last message, or of the beginning of its job, on the monotonic clock, in s."""
+    alive: bool = False
+    """Whether it has sent a message."""
+    failed_starts: int = 0
+    """Number of workers in a row that ended without a message."""
 
 
 class ProcessPool(WorkerPool):
-    """So many workers, started as they are needed.
+    """Worker processes, started when they are needed.
 
     Args:
-        launcher: starts them.
-        patience_s: a worker that gives no sign of life for so long is hung, and is ended.
-        versions: the software and machine that each is to have; None: any.
+        launcher: starts workers.
+        listener: told of progress.
+        stop: whether the user asked for an end.
+        patience_s: time without a message after which a worker is ended, in s; by default as configured.
+        versions: of software and machine that each worker must have; None for any.
     """
 
     def __init__(
@@ -68,168 +75,175 @@ class ProcessPool(WorkerPool):
         self._patience_s = patience_s or 60 * launcher.config.patience_minutes
         self._versions = versions
         size = launcher.size
-        self._hands = [WorkerSlot(index, listener.lane(index) if size > 1 else listener) for index in range(size)]
+        self._slots = [WorkerSlot(index, listener.lane(index) if size > 1 else listener) for index in range(size)]
         self._waiting: deque[Job] = deque()
-        self._heard: queue.Queue[tuple[WorkerSlot, object, Message | WorkerExited]] = queue.Queue()
+        self._messages: queue.Queue[tuple[WorkerSlot, object, Message | WorkerExited]] = queue.Queue()
         self._stopped_at: float | None = None
 
     @property
     def size(self) -> int:
-        return len(self._hands)
+        return len(self._slots)
 
     @property
     def busy(self) -> int:
-        return len(self._waiting) + sum(hand.job is not None for hand in self._hands)
+        return len(self._waiting) + sum(slot.job is not None for slot in self._slots)
 
     def give(self, job: Job) -> None:
         self._waiting.append(job)
-        self._hand_out()
+        self._assign()
 
-    def wait(self, seconds: float) -> list[Done]:
-        done: list[Done] = []
+    def wait(self, seconds: float) -> list[JobOutcome]:
+        outcomes: list[JobOutcome] = []
         until = time.monotonic() + seconds
-        while not done and self.busy and (left := until - time.monotonic()) > 0:
-            done += self._stopping()
+        while not outcomes and self.busy and (remaining_s := until - time.monotonic()) > 0:
+            outcomes += self._stopping()
             try:
-                heard = [self._heard.get(timeout=min(left, _POLL_S))]
-                while not self._heard.empty():
-                    heard.append(self._heard.get())
+                messages = [self._messages.get(timeout=min(remaining_s, _POLL_S))]
+                while not self._messages.empty():
+                    messages.append(self._messages.get())
             except queue.Empty:
-                heard = []
-            for hand, life, message in heard:
-                if life is hand.life:  # and not what one that was ended since has left
-                    done += self._hear(hand, message)
-            done += self._hung()
-            self._hand_out()
-        return done
+                messages = []
+            for slot, life, message in messages:
+                if life is slot.generation:  # ignore messages of an earlier worker
+                    outcomes += self._receive(slot, message)
+            outcomes += self._hung()
+            self._assign()
+        return outcomes
 
     def close(self) -> None:
         self._waiting.clear()
-        for hand in self._hands:
-            hand.job = None
-            self._end(hand)
+        for slot in self._slots:
+            slot.job = None
+            self._end(slot)
         self._launcher.close()
 
-    def _hand_out(self) -> None:
+    def _assign(self) -> None:
         if self._stopped_at is not None:
             return
-        for hand in self._hands:
-            if self._waiting and hand.link is None:  # all at once: where there is one job there will be more
-                self._start(hand)
-        for hand in self._hands:
-            if self._waiting and hand.job is None and hand.link is not None and not hand.link.queued:
-                hand.job, hand.signed = self._waiting.popleft(), time.monotonic()
-                hand.link.tell({"job": hand.job.as_dict()})
+        for slot in self._slots:
+            if self._waiting and slot.link is None:  # start all workers: more jobs will follow
+                self._start(slot)
+        for slot in self._slots:
+            if self._waiting and slot.job is None and slot.link is not None and not slot.link.queued:
+                slot.job, slot.last_sign = self._waiting.popleft(), time.monotonic()
+                slot.link.send({"job": slot.job.as_dict()})
 
-    def _start(self, hand: WorkerSlot) -> None:
+    def _start(self, slot: WorkerSlot) -> None:
         life = object()
-        hand.life, hand.heard = life, False
-        hand.link = self._launcher.start(hand.index, lambda message: self._heard.put((hand, life, message)))
+        slot.generation, slot.alive = life, False
+        slot.link = self._launcher.start(slot.index, lambda message: self._messages.put((slot, life, message)))
 
-    def _hear(self, hand: WorkerSlot, message: Message | WorkerExited) -> list[Done]:
+    def _receive(self, slot: WorkerSlot, message: Message | WorkerExited) -> list[JobOutcome]:
         if isinstance(message, WorkerExited):
-            self._end(hand)
-            return self._lost(hand, message)
-        hand.signed, hand.heard, hand.in_vain = time.monotonic(), True, 0
-        if "say" in message:
-            _say(hand.listener, *message["say"])
+            self._end(slot)
+            return self._replace(slot, message)
+        slot.last_sign, slot.alive, slot.failed_starts = time.monotonic(), True, 0
+        if "event" in message:
+            _forward(slot.listener, *message["event"])
             return []
         if "versions" in message:
-            self._same_versions(hand, **message["versions"])
+            self._same_versions(slot, **message["versions"])
             return []
-        if "sign" in message or hand.job is None:
+        if "sign" in message or slot.job is None:
             return []
         if "broken" in message:
-            self._end(hand)
-            return self._lost(hand, WorkerExited(*message["broken"]))
-        job, hand.job = hand.job, None
+            self._end(slot)
+            return self._replace(slot, WorkerExited(*message["broken"]))
+        job, slot.job = slot.job, None
         if "error" in message:
             name, text = message["error"]
-            return [Done(job, error=getattr(errors, name, AttnSurgeryError)(text))]
+            return [JobOutcome(job, error=getattr(errors, name, AttnSurgeryError)(text))]
         return (
-            [Done(job, stopped=True)] if "stopped" in message else [Done(job, result_from_data(job, message["result"]))]
+            [JobOutcome(job, stopped=True)]
+            if "stopped" in message
+            else [JobOutcome(job, result_from_data(job, message["result"]))]
         )
 
-    def _same_versions(self, hand: WorkerSlot, node: str, found: Mapping[str, str]) -> None:
-        """
+    def _same_versions(self, slot: WorkerSlot, node: str, worker_versions: Mapping[str, str]) -> None:
+        """Make sure that a worker has the expected versions.
+
         Raises:
-            SearchError: a worker has other software than this process, or sits on another machine.
+            SearchError: a worker has other software than this process, or another kind of machine.
         """
         if self._versions is None or self._launcher.config.extend:
             return
-        others = differences({VERSIONS: self._versions}, {VERSIONS: found})
-        if others:
-            said = "; ".join(f"{key}: here {here}, there {there}" for key, (here, there) in others.items())
+        differing = differences({VERSIONS: self._versions}, {VERSIONS: worker_versions})
+        if differing:
+            text = "; ".join(f"{key}: here {own}, there {other}" for key, (own, other) in differing.items())
             raise SearchError(
-                f"worker {hand.index} on {node} has other software, or is another machine, which may change scores and "
-                f"latencies. {said}. Give all workers the same, or go on all the same with --extend."
+                f"worker {slot.index} on {node} has other software, or is another machine, which may change scores and "
+                f"latencies. {text}. Give all workers the same, or continue nevertheless with --extend."
             )
 
-    def _hung(self) -> list[Done]:
-        done: list[Done] = []
-        for hand in self._hands:
-            if hand.job is None:
+    def _hung(self) -> list[JobOutcome]:
+        outcomes: list[JobOutcome] = []
+        for slot in self._slots:
+            if slot.job is None:
                 continue
-            patience_s = self._patience_s if hand.heard else max(_START_S, self._patience_s)
-            if time.monotonic() - hand.signed > patience_s:
-                self._end(hand)
-                done += self._lost(hand, WorkerExited(f"its worker gave no sign of life for {patience_s:g} s"))
-        return done
+            patience_s = self._patience_s if slot.alive else max(_START_S, self._patience_s)
+            if time.monotonic() - slot.last_sign > patience_s:
+                self._end(slot)
+                outcomes += self._replace(slot, WorkerExited(f"its worker gave no sign of life for {patience_s:g} s"))
+        return outcomes
 
-    def _stopping(self) -> list[Done]:
-        """Ask for an end once; what is not begun then never is, and who does not answer is ended."""
+    def _stopping(self) -> list[JobOutcome]:
+        """Once the user asks for an end: ask workers to stop, drop queued jobs, end workers that do not answer."""
         if self._stopped_at is None:
             if not self.stop():
                 return []
             self._stopped_at = time.monotonic()
-            for hand in self._hands:
-                if hand.link is not None and hand.job is not None:
-                    hand.link.tell({"stop": True})
-        done = [Done(job, stopped=True) for job in self._waiting]
+            for slot in self._slots:
+                if slot.link is not None and slot.job is not None:
+                    slot.link.send({"stop": True})
+        outcomes = [JobOutcome(job, stopped=True) for job in self._waiting]
         self._waiting.clear()
         if time.monotonic() - self._stopped_at > _STOP_S:
-            for hand in self._hands:
-                if hand.job is not None:
-                    self._end(hand)
-                    done += self._lost(hand, WorkerExited(""))
-        return done
+            for slot in self._slots:
+                if slot.job is not None:
+                    self._end(slot)
+                    outcomes += self._replace(slot, WorkerExited(""))
+        return outcomes
 
-    def _lost(self, hand: WorkerSlot, how: WorkerExited) -> list[Done]:
-        """
+    def _replace(self, slot: WorkerSlot, exit: WorkerExited) -> list[JobOutcome]:
+        """Queue the job of a lost worker for another attempt, or return it as lost or stopped.
+
         Raises:
-            SearchError: workers end before they come to say anything, again and again.
+            SearchError: workers end repeatedly before their first message.
         """
-        job, hand.job = hand.job, None
-        if not hand.heard:
-            hand.in_vain += 1
-            if hand.in_vain >= _STARTS and self._stopped_at is None:
-                raise SearchError(f"worker {hand.index} was started {_STARTS} times in vain: {how.reason}. {GOES_ON}")
+        job, slot.job = slot.job, None
+        if not slot.alive:
+            slot.failed_starts += 1
+            if slot.failed_starts >= _STARTS and self._stopped_at is None:
+                raise SearchError(
+                    f"worker {slot.index} was started {_STARTS} times in vain: {exit.reason}. {RESUME_HINT}"
+                )
         if job is None:
             return []
         if self._stopped_at is not None:
-            return [Done(job, stopped=True)]
-        if not hand.heard:  # and nothing of the job was begun
+            return [JobOutcome(job, stopped=True)]
+        if not slot.alive:  # the job did not begin
             self._waiting.appendleft(job)
             return []
         if job.attempt >= job.most:
-            return [Done(job, lost=how.reason)]
-        self._waiting.appendleft(job.again(how.out_of_memory))
-        half = ", at half the batch" if how.out_of_memory else ""
-        hand.listener.phase(f"begun again{half}: {how.reason}")
+            return [JobOutcome(job, lost=exit.reason)]
+        self._waiting.appendleft(job.again(exit.out_of_memory))
+        half = ", at half the batch" if exit.out_of_memory else ""
+        slot.listener.phase(f"begun again{half}: {exit.reason}")
         return []
 
-    def _end(self, hand: WorkerSlot) -> None:
-        link, hand.link, hand.life = hand.link, None, None
+    def _end(self, slot: WorkerSlot) -> None:
+        link, slot.link, slot.generation = slot.link, None, None
         if link is not None:
             link.end()
 
 
-def _say(listener: Listener, method: str, *given: Any) -> None:
+def _forward(listener: Listener, method: str, *arguments: Any) -> None:
+    """Pass an event of a worker on to its listener."""
     if method == "epoch":
-        listener.epoch(Epoch(**given[0]))
+        listener.epoch(Epoch(**arguments[0]))
     elif method == "timed":
-        listener.timed(given[0], Timing(**given[1]))
+        listener.timed(arguments[0], Timing(**arguments[1]))
     elif method == "loading":
-        listener.loading(*given)
+        listener.loading(*arguments)
     elif method == "phase":
-        listener.phase(*given)
+        listener.phase(*arguments)

@@ -1,7 +1,7 @@
 """A worker: a process that does jobs for the search that started it, one at a time, and may die at any moment.
 
-It is told JSON lines and answers with JSON lines: over its standard input and output, whatever else is printed going to
-its log, or by way of a mailbox. When the search is gone its input ends, and then it ends too, whatever it is doing.
+It reads JSON lines and writes JSON lines, on standard input and output or through a mailbox; other output goes to its
+log. When the search ends, so does the worker's input, and then the worker exits, also in the middle of a job.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from attnsurgery.search.watching import StopAsked, Watching
 from attnsurgery.search.workers.launch.mailbox import ANSWERS, Inbox, Outbox
 
 _SIGN_S = 1.0
-"""A sign of life that often, while a model trains."""
+"""Shortest time between two signs of life, in s."""
 
 
 class Out(Protocol):
-    """Takes text that is on its way after a flush."""
+    """A text stream that sends on flush."""
 
     def write(self, text: str, /) -> Any: ...
 
@@ -51,37 +51,42 @@ class Out(Protocol):
 
 
 class Wire(Listener):
-    """Writes answers, and what there is to tell on the way to them."""
+    """Writes answers, events and signs of life.
+
+    Args:
+        out: the stream to the search.
+    """
 
     def __init__(self, out: Out) -> None:
         self._out = out
         self._signed = 0.0
 
     def send(self, message: Mapping[str, Any]) -> None:
+        """Write a message as one JSON line."""
         self._out.write(json.dumps(message) + "\n")
         self._out.flush()
 
     def sign(self) -> None:
-        """Say that something goes on, if that was not said for a while."""
+        """Send a sign of life if the last one was sent a while ago."""
         if time.monotonic() - self._signed > _SIGN_S:
             self._signed = time.monotonic()
             self.send({"sign": True})
 
     def phase(self, text: str) -> None:
-        self.send({"say": ["phase", text]})
+        self.send({"event": ["phase", text]})
 
     def loading(self, split: str, done: int, total: int) -> None:
-        self.send({"say": ["loading", split, done, total]})
+        self.send({"event": ["loading", split, done, total]})
 
     def epoch(self, epoch: Epoch) -> None:
-        self.send({"say": ["epoch", asdict(epoch)]})
+        self.send({"event": ["epoch", asdict(epoch)]})
 
     def timed(self, number: int, timing: Timing) -> None:
-        self.send({"say": ["timed", number, asdict(timing)]})
+        self.send({"event": ["timed", number, asdict(timing)]})
 
 
 class _Attentive(Watching):
-    """Gives signs of life, also while it waits for the device."""
+    """Sends signs of life, also while the worker waits for the device."""
 
     def __init__(self, wire: Wire, stop: threading.Event, lock: DeviceLock) -> None:
         super().__init__(wire, stop.is_set, lock)
@@ -101,7 +106,7 @@ class _Worker:
         self._refused: Exception | None = None
 
     def assemble(self) -> None:
-        """Make everything ready that jobs need and that is there already; what is wrong, the first job says."""
+        """Load and build what jobs need, as far as it exists already; the first job reports an error."""
         try:
             use_device(self._begin["config"]["device"])
             self._config = SearchConfig(**self._begin["config"])
@@ -116,7 +121,7 @@ class _Worker:
             self._refused = error
 
     def answer(self, job: Job) -> dict[str, Any]:
-        """The message that a job comes to."""
+        """Do a job; return the message with its result, error or fault."""
         try:
             bench = self._ready()
             with self._lock.shared():
@@ -125,7 +130,7 @@ class _Worker:
             return {"stopped": True}
         except Exception as error:
             if (fault := fault_of(error)) is not None:
-                traceback.print_exception(error)  # to the log, for whoever wants to know where
+                traceback.print_exception(error)  # to the log
                 return {"broken": [reason_of(error), fault is Fault.OUT_OF_MEMORY]}
             if isinstance(error, AttnSurgeryError):
                 return {"error": [type(error).__name__, str(error)]}
@@ -141,32 +146,32 @@ class _Worker:
 
 
 def use_device(device: str) -> None:
-    """Make a numbered card the current one, before anything opens a CUDA context on card 0.
+    """Make a numbered GPU the current one, before anything opens a CUDA context on GPU 0.
 
     Raises:
-        UsageError: there is no such card.
+        UsageError: there is no such GPU.
     """
-    wanted = torch.device(device)
-    if wanted.type != "cuda" or wanted.index is None:
+    parsed = torch.device(device)
+    if parsed.type != "cuda" or parsed.index is None:
         return
     try:
-        torch.cuda.set_device(wanted)
+        torch.cuda.set_device(parsed)
     except (RuntimeError, AssertionError) as error:
-        if fault_of(error) is not None and wanted.index < torch.cuda.device_count():
-            raise  # it is there, and does not work: another process may
+        if fault_of(error) is not None and parsed.index < torch.cuda.device_count():
+            raise  # the GPU exists but fails: another process may be able to use it
         raise UsageError(
             f"--device {device}: {platform.node()} has {torch.cuda.device_count()} CUDA devices ({reason_of(error)})."
         ) from error
 
 
 def serve(orders: Iterable[str], out: Out) -> None:
-    """Do what is ordered until there are no more orders, or the device breaks; then the process ends.
+    """Do jobs until the orders end or the device breaks; then the process exits.
 
     Args:
-        orders: lines of JSON; waits for them.
-        out: gets lines of JSON.
+        orders: lines of JSON; iterating waits for the next one.
+        out: the stream for lines of JSON.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then asks for an end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which sends "stop"
     wire, stop, waiting = Wire(out), threading.Event(), queue.Queue[dict[str, Any]]()
 
     def read() -> None:
@@ -191,15 +196,15 @@ def serve(orders: Iterable[str], out: Out) -> None:
 
 
 def serve_mailbox(folder: str) -> None:
-    """`serve`, by way of files, unless it was begun there before: Slurm may put a job back into its queue."""
+    """`serve` through files, unless a worker ran in the folder before: Slurm may put a job back into its queue."""
     if not (Path(folder) / ANSWERS).stat().st_size:
         serve(Inbox(Path(folder)), Outbox(Path(folder)))
 
 
 def main() -> None:
-    """`serve`, on pipes."""
+    """`serve` on standard input and output."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print to the log
     serve(sys.stdin, answers)
 
 

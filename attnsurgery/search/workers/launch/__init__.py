@@ -1,4 +1,4 @@
-"""Where workers run: as processes of this machine, on a Ray cluster, as jobs of Slurm."""
+"""Launchers of workers: processes of this machine, actors of a Ray cluster, jobs of Slurm."""
 
 from attnsurgery.search.workers.launch._base import LAUNCHERS, Launcher, Link, Message, OnMessage, WorkerExited
 

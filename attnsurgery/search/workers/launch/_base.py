@@ -1,6 +1,6 @@
-"""What starts workers, and the line to each of them.
+"""Launchers start workers; a link is the connection to one of them.
 
-A launcher decides where a worker runs; what it is told and what it answers is the same everywhere, JSON objects that
+A launcher decides where a worker runs. The messages are the same everywhere: JSON objects, which
 attnsurgery/search/workers/worker.py reads and writes.
 """
 
@@ -30,59 +30,63 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class WorkerExited:
-    """The last that is heard of a worker."""
+    """The last message of a worker."""
 
     reason: str
-    """How it ended, as the end of a sentence."""
+    """How it ended, as a clause without a full stop."""
     out_of_memory: bool = False
-    """Half a batch may do what a whole one could not."""
+    """Whether memory ran out, so that smaller batches may help."""
 
 
 OnMessage = Callable[[Message | WorkerExited], None]
-"""Told what a worker says, from any thread; WorkerExited at last, and once."""
+"""Called with each message of a worker, from any thread; the last one is WorkerExited, once."""
 
 
 class Link(ABC):
-    """A worker that was started, and the line to it."""
+    """The connection to a worker that was started."""
 
     queued: bool = False
-    """It has no machine yet, so it is given nothing to do."""
+    """True while the worker waits for a machine; it gets no jobs then."""
 
     @abstractmethod
-    def tell(self, message: Message) -> None:
-        """Send a message; to a worker that is gone, nothing happens."""
+    def send(self, message: Message) -> None:
+        """Send a message; without effect if the worker has exited."""
 
     @abstractmethod
     def end(self) -> None:
-        """End it at once, whatever it does; harmless when it is gone."""
+        """End the worker at once, also in the middle of a job; without effect if it has exited."""
 
 
 class Launcher(ABC):
     """Starts workers of one search.
 
-    Laws, which tests/contracts/test_pool.py checks of every launcher: a worker is an interpreter of its own; it hears
-    messages in the order in which they were told; when it ends, however it does, WorkerExited is heard; none outlives
-    `close`, or the end of the search's own process, by more than a moment.
+    Laws, which tests/contracts/test_pool.py checks for every launcher: a worker is an interpreter of its own; it gets
+    messages in the order in which they were sent; however it ends, WorkerExited is reported; no worker outlives `close`
+    or the search's own process by more than a moment.
 
     Args:
-        config: of the search; `launcher_args` says what this launcher is asked for.
+        config: of the search; `launcher_args` has the arguments of the launcher.
+
+    Raises:
+        UsageError: the launcher has no such argument.
     """
 
     name: str = ""
-    takes: frozenset[str] | None = frozenset()
-    """The names that `launcher_args` may use; None where that is for others to say."""
+    """The name of the launcher in `--launcher`."""
+    argument_names: frozenset[str] | None = frozenset()
+    """The names that `launcher_args` may use; None if another library checks them."""
 
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self.size = max(1, config.workers)
-        self.asked = _pairs(config.launcher_args)
-        unknown = [] if self.takes is None else sorted(self.asked.keys() - self.takes)
+        self.arguments = _pairs(config.launcher_args)
+        unknown = [] if self.argument_names is None else sorted(self.arguments.keys() - self.argument_names)
         if unknown:
-            known, others = ", ".join(sorted(self.takes or ())) or "nothing", ", ".join(unknown)
-            raise UsageError(f"--launcher-args: {config.launcher} does not take {others}. It takes {known}.")
+            names, extra = ", ".join(sorted(self.argument_names or ())) or "nothing", ", ".join(unknown)
+            raise UsageError(f"--launcher-args: {config.launcher} does not take {extra}. It takes {names}.")
 
     def begin(self, index: int) -> dict[str, Any]:
-        """What a worker is told first."""
+        """The first message to a worker."""
         config = self.config.model_copy(update={"device": self.device(index)})
         return {
             "config": config.model_dump(exclude={"storage"}),  # which may hold a password
@@ -91,11 +95,11 @@ class Launcher(ABC):
 
     @property
     def threads(self) -> int:
-        """CPU threads of each worker: as many as this process has, shared out where they train on the CPU."""
+        """CPU threads of each worker: those of this process, divided among the workers if they train on the CPU."""
         return max(1, torch.get_num_threads() // (self.size if self._on_cpu else 1))
 
     def device(self, index: int) -> str:
-        """What a worker measures and trains on, as torch names it there."""
+        """The device that a worker measures and trains on, as torch names it there."""
         return self.config.device
 
     @property
@@ -103,19 +107,23 @@ class Launcher(ABC):
         return torch.device(self.config.device).type == "cpu"
 
     def log(self, index: int) -> Path:
-        """Where whatever a worker prints goes."""
+        """The file that a worker's output goes to."""
         return Path(self.config.output) / f"worker-{index}.log"
 
     @abstractmethod
-    def start(self, index: int, heard: OnMessage) -> Link:
-        """Start a worker, which then says that it lives.
+    def start(self, index: int, on_message: OnMessage) -> Link:
+        """Start a worker, which then sends a sign of life.
+
+        Args:
+            index: number of the worker's place, from 0.
+            on_message: called with its messages.
 
         Raises:
-            SearchError: it cannot be started.
+            SearchError: the worker cannot be started.
         """
 
     def close(self) -> None:
-        """Leave nothing behind that nobody needs; the workers have ended."""
+        """Remove what is not needed after the workers have ended, such as empty logs."""
         for index in range(self.size):
             with suppress(OSError):
                 if not self.log(index).stat().st_size:
@@ -125,17 +133,22 @@ class Launcher(ABC):
 LAUNCHERS: Catalog[Launcher] = Catalog("launcher", "attnsurgery.search.workers.launch", group="attnsurgery.launchers")
 
 COMMAND = (sys.executable, "-m", "attnsurgery.search.workers.worker")
-"""Begins a worker that reads its standard input and answers on its standard output."""
+"""Starts a worker on standard input and output."""
 
 
 def import_path() -> str:
-    """PYTHONPATH of a worker: this attnsurgery, also where it runs without being installed, and what it is here."""
+    """PYTHONPATH of a worker: this attnsurgery, which need not be installed, and the PYTHONPATH of this process."""
     source = str(Path(attnsurgery.__file__).resolve().parents[1])
     return os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def last_line(path: Path, most: int = 2000) -> str:
-    """What a log ends with; '' where there is none."""
+    """The last line of a log; '' if there is none.
+
+    Args:
+        path: of the log.
+        most: number of bytes at its end that are read.
+    """
     try:
         with path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - most))
@@ -146,25 +159,25 @@ def last_line(path: Path, most: int = 2000) -> str:
 
 
 def missing(name: str, extra: str, error: ImportError) -> UsageError:
-    """That a launcher needs a package which an extra of this one installs."""
+    """The error that a launcher needs a package which an extra of this package installs."""
     install = f"pip install 'attnsurgery[{extra}]'"
     return UsageError(f"--launcher {name} needs a package that is missing: {error}. Install it with  {install}")
 
 
 def _pairs(text: str) -> dict[str, Any]:
-    """'time=2 partition=gpu' as data; values are what YAML makes of them.
+    """Parse 'time=2 partition=gpu'; values are parsed as YAML.
 
     Raises:
-        UsageError: it does not read so.
+        UsageError: the text cannot be parsed.
     """
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     try:
         for word in shlex.split(text):
             key, equals, value = word.partition("=")
             if not (key and equals):
                 raise ValueError(word)
-            found[key] = yaml.safe_load(value)
+            pairs[key] = yaml.safe_load(value)
     except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise UsageError(f"--launcher-args {text!r} does not read as NAME=VALUE NAME=VALUE ...: {said}.") from None
-    return found
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--launcher-args {text!r} does not read as NAME=VALUE NAME=VALUE ...: {reason}.") from None
+    return pairs

@@ -1,8 +1,8 @@
-"""The line to a worker as files of a folder that both see, for where no pipe leads.
+"""The connection to a worker through files of a shared folder, where no pipe is possible.
 
-Each side adds whole lines to a file of its own and reads the other's, opening it anew every time: that is when network
-file systems look whether there is more. The search shows that it lives by counting in a third file; a worker that does
-not see it count for a while ends, and so does one whose folder is gone.
+Each side appends complete lines to its own file and reads the other's. A file is opened again for every read, because
+network file systems look for changes then. The search counts up in a third file as a sign of life; a worker exits if
+the count does not change for a while, or if the folder is removed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 
 ORDERS, ANSWERS, BEAT = "orders.jsonl", "answers.jsonl", "beat"
 BEAT_S = 5.0
-"""The search counts that often."""
-GONE_S = 120.0
-"""It is gone when it has not counted for so long: network file systems may show a change as late as after a minute."""
+"""Time between two counts of the search, in s."""
+SILENCE_S = 120.0
+"""Time without a new count after which the search has ended, in s; network file systems may delay a change by 60 s."""
 POLL_S = 0.2
+"""Time between two reads of a file, in s."""
 
 
 class Lines:
@@ -25,27 +26,32 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read = 0
+        self._offset = 0
 
     def new(self) -> list[str]:
-        """Whole lines that were not there before.
+        """Complete lines that were added since the last call.
 
         Raises:
-            FileNotFoundError: the file is not there.
+            FileNotFoundError: the file does not exist.
         """
         with self._path.open("rb") as file:
-            file.seek(self._read)
+            file.seek(self._offset)
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return whole.decode().splitlines()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return complete.decode().splitlines()
 
 
 class Inbox:
-    """A worker's orders, waited for; ends when the search is gone."""
+    """The orders of a worker; iterating waits for the next one and ends when the search has ended.
 
-    def __init__(self, folder: Path, gone_s: float = GONE_S) -> None:
-        self._orders, self._beat, self._gone_s = Lines(folder / ORDERS), folder / BEAT, gone_s
+    Args:
+        folder: the mailbox.
+        timeout_s: time without a sign of life after which the search has ended, in s.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float = SILENCE_S) -> None:
+        self._orders, self._beat, self._timeout_s = Lines(folder / ORDERS), folder / BEAT, timeout_s
 
     def __iter__(self) -> Iterator[str]:
         count, since = "", time.monotonic()
@@ -59,15 +65,19 @@ class Inbox:
                         count, since = now, time.monotonic()
             except FileNotFoundError:
                 return
-            except OSError:  # a file server that is away for a moment
+            except OSError:  # the file server does not respond for a moment
                 pass
-            if time.monotonic() - since > self._gone_s:
+            if time.monotonic() - since > self._timeout_s:
                 return
             time.sleep(POLL_S)
 
 
 class Outbox:
-    """A worker's answers."""
+    """The answers of a worker.
+
+    Args:
+        folder: the mailbox.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ANSWERS
@@ -77,13 +87,13 @@ class Outbox:
         self._text += text
 
     def flush(self) -> None:
-        """Lines are there as a whole, and seen from elsewhere, when this returns."""
+        """Write the text to the disk, where other machines see it."""
         add(self._path, self._text)
         self._text = ""
 
 
 def add(path: Path, text: str) -> None:
-    """Append to a file; whoever opens it after this returns sees all of it."""
+    """Append text to a file and write it to the disk."""
     with path.open("ab") as file:
         file.write(text.encode())
         file.flush()

@@ -1,7 +1,7 @@
-"""Workers as processes of this machine: each has its own interpreter, and a device of its own where there are enough.
+"""Workers as processes of this machine, each with its own interpreter and, if there are enough, its own device.
 
-They are fresh interpreters and no forks, so they share nothing that could break, and need no guard around the main
-module of whoever runs a search. What they print goes to `worker-<number>.log` in the run directory.
+They are new interpreters and not forks, so they share no state, and a script that runs a search needs no guard around
+its main code. Their output goes to `worker-<number>.log` in the run directory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnsurgery.search.workers.launch._base import (
 
 @LAUNCHERS.register("local")
 class Processes(Launcher):
-    """Processes of this machine; 'cuda' stands for all of its CUDA devices in turn."""
+    """Starts processes on this machine; 'cuda' stands for all of its CUDA devices in turn."""
 
     name = "local"
 
@@ -42,27 +42,27 @@ class Processes(Launcher):
             return f"cuda:{index % torch.cuda.device_count()}"
         return self.config.device
 
-    def start(self, index: int, heard: OnMessage) -> Link:
+    def start(self, index: int, on_message: OnMessage) -> Link:
         log = self.log(index)
         try:
             process = spawn(log, import_path())
         except OSError as error:
             raise SearchError(f"a worker cannot be started: {error.strerror}.") from None
-        link = _Process(process)
-        link.tell({"begin": self.begin(index)})
-        threading.Thread(target=_listen, args=(process, log, heard), daemon=True).start()
+        link = _PipeLink(process)
+        link.send({"begin": self.begin(index)})
+        threading.Thread(target=_listen, args=(process, log, on_message), daemon=True).start()
         return link
 
 
 def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
-    """A worker on pipes.
+    """Start a worker on pipes.
 
     Args:
-        log: what it prints is added to this file.
+        log: the file that its output is appended to.
         path: its PYTHONPATH.
 
     Raises:
-        OSError: there is no room for a process, or for its log.
+        OSError: the process or its log cannot be created.
     """
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -71,16 +71,16 @@ def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=file,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C in the terminal is not for it
+            start_new_session=True,  # Ctrl-C in the terminal does not reach it
         )
 
 
 def end_of(code: int, log: Path) -> WorkerExited:
-    """What an exit code says.
+    """How a worker ended.
 
     Args:
-        code: negative where a signal has ended the process, as of subprocess.
-        log: its last line is the reason where the code is none.
+        code: its exit code, negative if a signal ended it, as `subprocess` has it.
+        log: its last line is added as the reason.
     """
     if code == -signal.SIGKILL:
         return WorkerExited("its worker was ended by SIGKILL, as a system short of memory does", out_of_memory=True)
@@ -89,13 +89,13 @@ def end_of(code: int, log: Path) -> WorkerExited:
     return WorkerExited(f"{reason}: {last}" if last else reason, fault_of(RuntimeError(last)) is Fault.OUT_OF_MEMORY)
 
 
-class _Process(Link):
+class _PipeLink(Link):
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
-    def tell(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         assert self._process.stdin is not None
-        with suppress(OSError, ValueError):  # it is dead, and its end will be heard of
+        with suppress(OSError, ValueError):  # it has exited, which is reported elsewhere
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -107,15 +107,15 @@ class _Process(Link):
             self._process.stdin.close()
 
 
-def _listen(process: subprocess.Popen[bytes], log: Path, heard: OnMessage) -> None:
+def _listen(process: subprocess.Popen[bytes], log: Path, on_message: OnMessage) -> None:
     assert process.stdout is not None
     with process.stdout as answers:
         for line in answers:
             try:
-                heard(json.loads(line))
-            except ValueError:  # a line that a dying worker has torn
+                on_message(json.loads(line))
+            except ValueError:  # a line that a dying worker has not completed
                 break
-    heard(end_of(process.wait(), log))
+    on_message(end_of(process.wait(), log))
 
 
 def _signal(number: int) -> str:

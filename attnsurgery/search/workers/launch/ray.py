@@ -1,8 +1,7 @@
-"""Workers on a Ray cluster, or on the Ray of one machine: an actor keeps a place for each, with a GPU if one is used.
+"""Workers on a Ray cluster, or on Ray on one machine: an actor reserves the resources of each worker, such as a GPU.
 
-The actor starts the worker as a process of its node and passes lines on, so a worker is the same interpreter as
-everywhere, and may die without the actor. The run directory and the images have to lie where all nodes see them, under
-one path.
+The actor starts the worker as a process of its node and forwards lines. So a worker is the same program as elsewhere,
+and may die without the actor. The run directory and the images must be visible to all nodes under the same path.
 """
 
 from __future__ import annotations
@@ -34,24 +33,27 @@ from attnsurgery.search.workers.launch._base import (
 )
 from attnsurgery.search.workers.launch.processes import end_of, spawn
 
-_GROUPS = ("hear", "tell", "end")
-"""Methods of the actor that do not wait for each other; two calls of the same one keep their order."""
+_GROUPS = ("receive", "send", "end")
+"""Methods of the actor that run concurrently; calls of the same method keep their order."""
 _NICENESS = "RAY_worker_niceness"
-_HEAR_S = 1.0
+_RECEIVE_S = 1.0
 _END_S = 10.0
 
 
 @LAUNCHERS.register("ray")
 class Ray(Launcher):
-    """Joins the cluster at `address` (by default that of RAY_ADDRESS, then one that this machine has started), or
-    starts Ray on this machine.
+    """Joins the cluster at `address`, by default that of RAY_ADDRESS or one on this machine, or starts Ray here.
 
-    `launcher_args` takes address, and num_cpus, num_gpus, memory, resources and accelerator_type of each worker's
-    actor; by default as many CPUs as it has threads, and one GPU where it trains on GPUs.
+    `launcher_args` may have address, and num_cpus, num_gpus, memory, resources and accelerator_type of each worker's
+    actor; the defaults are as many CPUs as it has threads, and one GPU if it trains on GPUs.
+
+    Raises:
+        UsageError: Ray is not installed.
+        SearchError: there is no cluster at the address.
     """
 
     name = "ray"
-    takes = frozenset({"address", "num_cpus", "num_gpus", "memory", "resources", "accelerator_type"})
+    argument_names = frozenset({"address", "num_cpus", "num_gpus", "memory", "resources", "accelerator_type"})
 
     def __init__(self, config: SearchConfig) -> None:
         super().__init__(config)
@@ -61,47 +63,47 @@ class Ray(Launcher):
             raise missing(self.name, "ray", error) from None
         self._ray: Any = ray
         self._ours = not ray.is_initialized()
-        address = self.asked.pop("address", None)
+        address = self.arguments.pop("address", None)
         if self._ours:
             with _own_signals(), _not_nice():
                 try:
                     self._join(address)
                 except (ConnectionError, ValueError, RuntimeError) as error:
-                    said = " ".join(str(error).split())[:300]
-                    raise SearchError(f"--launcher ray: no cluster at {address or 'hand'}: {said}") from None
+                    reason = " ".join(str(error).split())[:300]
+                    raise SearchError(f"--launcher ray: no cluster at {address or 'hand'}: {reason}") from None
 
     def _join(self, address: str | None) -> None:
         quietly = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
         if address:
             self._ray.init(address=address, **quietly)
             return
-        try:  # room for all that were asked for: whether they crowd this machine is for the user to say
+        try:  # enough CPUs for all workers, also if that is more than the machine has: the user decides
             self._ray.init(num_cpus=max(os.cpu_count() or 1, self.size * self.threads), **quietly)
-        except ValueError:  # there is a cluster, which has the CPUs that it has
+        except ValueError:  # a running cluster has a fixed number of CPUs
             self._ray.init(**quietly)
 
     @property
     def threads(self) -> int:
-        return int(self.asked.get("num_cpus", 0)) or super().threads
+        return int(self.arguments.get("num_cpus", 0)) or super().threads
 
     def device(self, index: int) -> str:
         return "cpu" if self._on_cpu else "cuda"  # its actor sees one GPU
 
     @property
     def _gpus(self) -> float:
-        return float(self.asked.get("num_gpus", 0 if self._on_cpu else 1))
+        return float(self.arguments.get("num_gpus", 0 if self._on_cpu else 1))
 
-    def start(self, index: int, heard: OnMessage) -> Link:
-        options = {"num_cpus": self.threads, **self.asked, "num_gpus": self._gpus}
+    def start(self, index: int, on_message: OnMessage) -> Link:
+        options = {"num_cpus": self.threads, **self.arguments, "num_gpus": self._gpus}
         begin = json.dumps({"begin": self.begin(index)})
         log = str(self.log(index).resolve())
         try:
             actor = self._ray.remote(concurrency_groups=dict.fromkeys(_GROUPS, 1), max_restarts=0, **options)(
-                _Place
+                _WorkerActor
             ).remote(os.getcwd(), import_path(), log, begin)
         except (ValueError, TypeError) as error:
             raise UsageError(f"--launcher-args {self.config.launcher_args!r}: Ray says: {error}") from None
-        return _Actor(self._ray, actor, heard)
+        return _ActorLink(self._ray, actor, on_message)
 
     def close(self) -> None:
         super().close()
@@ -109,8 +111,8 @@ class Ray(Launcher):
             self._ray.shutdown()
 
 
-class _Place:
-    """An actor: runs on the node that Ray has chosen."""
+class _WorkerActor:
+    """The actor of one worker, on the node that Ray has chosen."""
 
     def __init__(self, folder: str, path: str, log: str, begin: str) -> None:
         self._log, self._refused = Path(log), ""
@@ -125,7 +127,7 @@ class _Place:
                 "directory has to lie where all nodes see it"
             )
             return
-        self.tell(begin)
+        self.send(begin)
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
@@ -135,8 +137,8 @@ class _Place:
         process.wait()
         self._lines.put(None)
 
-    def hear(self, seconds: float) -> tuple[list[str], tuple[str, bool] | None]:
-        """Lines that were not heard yet, waiting so long for the first; and how the worker has ended, if it has."""
+    def receive(self, seconds: float) -> tuple[list[str], tuple[str, bool] | None]:
+        """New lines of the worker, waiting at most so many seconds for the first; and how it ended, if it has ended."""
         if self._process is None:
             return [], (self._refused, False)
         lines: list[str] = []
@@ -145,11 +147,11 @@ class _Place:
             while line is not None:
                 lines.append(line)
                 line = self._lines.get_nowait()
-            gone = end_of(self._process.returncode, self._log)
-            return lines, (gone.reason, gone.out_of_memory)
+            exit = end_of(self._process.returncode, self._log)
+            return lines, (exit.reason, exit.out_of_memory)
         return lines, None
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         if self._process is not None and self._process.stdin is not None:
             with suppress(OSError, ValueError):
                 self._process.stdin.write(line.encode() + b"\n")
@@ -161,34 +163,34 @@ class _Place:
             self._process.wait()
 
 
-class _Actor(Link):
-    def __init__(self, ray: Any, actor: Any, heard: OnMessage) -> None:
+class _ActorLink(Link):
+    def __init__(self, ray: Any, actor: Any, on_message: OnMessage) -> None:
         self.queued = True
-        self._ray, self._actor, self._heard = ray, actor, heard
+        self._ray, self._actor, self._on_message = ray, actor, on_message
         self._ended = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         while not self._ended:
             try:
-                lines, gone = self._ray.get(self._call("hear", _HEAR_S))
+                lines, exit = self._ray.get(self._call("receive", _RECEIVE_S))
             except Exception as error:  # the actor, its node, or Ray itself has died
-                self._heard(WorkerExited(f"its Ray actor is gone: {' '.join(str(error).split())[:300]}"))
+                self._on_message(WorkerExited(f"its Ray actor is gone: {' '.join(str(error).split())[:300]}"))
                 return
             self.queued = False
             for line in lines:
-                with suppress(ValueError):  # a line that a dying worker has torn
-                    self._heard(json.loads(line))
-            if gone:
-                self._heard(WorkerExited(*gone))
+                with suppress(ValueError):  # a line that a dying worker has not completed
+                    self._on_message(json.loads(line))
+            if exit:
+                self._on_message(WorkerExited(*exit))
                 return
 
-    def _call(self, method: str, *given: Any) -> Any:
-        return getattr(self._actor, method).options(concurrency_group=method).remote(*given)
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._actor, method).options(concurrency_group=method).remote(*arguments)
 
-    def tell(self, message: Message) -> None:
-        with suppress(Exception):  # it is gone, and its end will be heard of
-            self._call("tell", json.dumps(message))
+    def send(self, message: Message) -> None:
+        with suppress(Exception):  # it has exited, which is reported elsewhere
+            self._call("send", json.dumps(message))
 
     def end(self) -> None:
         self._ended = True
@@ -201,8 +203,7 @@ class _Actor(Link):
 
 @contextmanager
 def _not_nice() -> Iterator[None]:
-    """A Ray that is started here has its workers give way to everything else, unless it is told not to; who measures
-    latencies must not."""
+    """Start Ray without lowering the priority of its workers, which would disturb measurements of latency."""
     before = os.environ.get(_NICENESS)
     os.environ.setdefault(_NICENESS, "0")
     try:
@@ -214,7 +215,7 @@ def _not_nice() -> Iterator[None]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of whoever starts it."""
+    """Restore the SIGTERM handler, which Ray replaces when it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
