@@ -52,7 +52,7 @@ def test_zoo_file_has_its_name_and_paper(file: Path) -> None:
     recipe = text.load(file)
     assert recipe.name == file.stem
     assert timm.is_model(recipe.base)
-    spelled = registry._NAME.fullmatch(file.stem)
+    spelled = registry._NAME_PATTERN.fullmatch(file.stem)
     if spelled and spelled["block"] in registry._suffixes():  # then what ships is what the name would have meant
         block = registry._suffixes()[spelled["block"]]
         assert recipe.edits == registry._named_recipe(file.stem, spelled["base"], block, spelled["stages"]).edits

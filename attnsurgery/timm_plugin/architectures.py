@@ -14,13 +14,14 @@ from attnsurgery.graph.find import input_size_of
 
 
 def check_base(name: str, field: str = "base") -> None:
-    """Make sure that timm knows the architecture and its tag.
+    """Check that timm knows an architecture and its tag.
 
     Args:
-        field: where the name stands, for the message.
+        name: the architecture, with or without a tag.
+        field: the origin of the name, for the message.
 
     Raises:
-        UnknownNameError: names the nearest architecture, or the tags that there are.
+        UnknownNameError: the message has the nearest architecture, or the existing tags.
     """
     arch, tag = split_model_name_tag(name)
     if not timm.is_model(arch):
@@ -33,38 +34,43 @@ def check_base(name: str, field: str = "base") -> None:
 
 
 def for_images(name: str, img_size: tuple[int, int] | None) -> dict[str, Any]:
-    """The arguments with which an architecture is built for images of (H, W); none where it takes them as it is.
+    """The arguments to build an architecture for images of a size; {} where it needs none.
+
+    Args:
+        name: the architecture.
+        img_size: (H, W) of the images; None for the architecture's own size.
 
     Raises:
-        UsageError: it cannot be built for them.
+        UsageError: it cannot be built for such images.
     """
     if img_size is None or input_size_of(weightless(name))[1:] == tuple(img_size):
         return {}
     try:
         twin = _weightless(name, img_size=img_size).to("meta").eval()
         twin(torch.empty(1, input_size_of(twin)[0], *img_size, device="meta"))
-    except TypeError:  # most families take images of any size, and no such argument
+    except TypeError:  # most families take images of any size and do not have this argument
         return {}
-    except (AssertionError, ValueError) as error:  # what constructors and forwards think of the size
+    except (AssertionError, ValueError) as error:  # a constructor or forward pass rejects the size
         height, width = img_size
-        said = f": {error}" if str(error) else ""
+        detail = f": {error}" if str(error) else ""
         raise UsageError(
-            f"{name} cannot be built for images of {height} x {width}{said.rstrip('.')}. Choose a multiple of its "
-            "patch size, and of its windows if it has such."
+            f"{name} cannot be built for images of {height} x {width}{detail.rstrip('.')}. Choose a multiple of its "
+            "patch size, and of its window size if it has windows."
         ) from None
     return {"img_size": tuple(img_size)}
 
 
 def weightless(name: str, img_size: tuple[int, int] | None = None) -> nn.Module:
-    """The architecture, for its names and shapes; without memory where it can be.
+    """A model for its names and shapes alone: on the meta device if possible.
 
     Args:
-        img_size: (H, W) of the images, where its constructor wants to know; by default what it is made for.
+        name: the architecture.
+        img_size: (H, W) of the images, for constructors with this argument; by default the architecture's own size.
     """
     if img_size is not None:
         try:
             return _weightless(name, img_size=img_size)
-        except TypeError:  # most families take images of any size, and no such argument
+        except TypeError:  # most families take images of any size and do not have this argument
             pass
     return _weightless(name)
 
@@ -74,6 +80,6 @@ def _weightless(name: str, **sizes: Any) -> nn.Module:
         with torch.device("meta"):
             twin: nn.Module = timm.create_model(name, **sizes)
             return twin
-    except (NotImplementedError, RuntimeError):  # a constructor that looks at numbers
+    except (NotImplementedError, RuntimeError):  # a constructor that computes with values
         model: nn.Module = timm.create_model(name, **sizes)
         return model

@@ -1,15 +1,12 @@
 """Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` as any other.
 
-`<arch>_<block>_s<stages>` exists for every timm architecture, and more come by registering recipes: too many to enter
-one by one at import. timm keeps its entry points in a dictionary; the one put in its place here makes a name when it
-is asked for. What ships in zoo/ and what has been asked for is listed by `timm.list_models`; the rest is not, so the
-listing stays readable.
+`<arch>_<block>_s<stages>` exists for every timm architecture, and registered recipes are names too. These are too many
+to enter at import. timm has its entry points in a dictionary, which is replaced here by one that creates an entry when
+it is looked up. `timm.list_models` lists the names in zoo/ and those that were looked up; the others are not listed, so
+that the listing stays readable.
 
-The cut is made between the construction of the base and the loading of weights: every timm family builds through a
-global `build_model_with_cfg(model_cls, ...)`, and `model_cls` is where the operation is slipped in. So timm's own
-weight loading, its adaptation of classes and channels and its feature extraction all see a surgical model.
-
-Everything that reaches into timm's private names is in this file; tests/test_registry.py says which of them has moved.
+`attnsurgery.timm_plugin.build_hook` operates on a model while timm builds it. These two files use timm's private names,
+and only this one its tables; tests/test_registry.py reports which of them has moved.
 """
 
 from __future__ import annotations
@@ -24,16 +21,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm import models
-from timm.models import _builder, _prune, _registry
+from timm.models import _builder, _registry
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery.errors import RecipeError, UnknownNameError, did_you_mean
 from attnsurgery.timm_plugin import zoo
+from attnsurgery.timm_plugin.build_hook import build_surgical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,29 +38,26 @@ if TYPE_CHECKING:
     from attnsurgery.recipe.schema import Recipe
 
 GENERIC = "surgery"
-"""The architecture that takes `base=` and `recipe=`: how a saved directory describes itself."""
+"""The architecture with the arguments `base` and `recipe`, by which saved directories describe their models."""
 
-_NAME = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-5]+))?", re.ASCII)
-_BASE = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
-_SETTLED = "_attnsurgery_settled"
-_NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
-_FAMILIES = ("timm.models.", "attnsurgery.models")
+_NAME_PATTERN = re.compile(r"(?P<base>[A-Za-z0-9]\w{0,150})_(?P<block>[a-z]+)(?:_s(?P<stages>[1-5]+))?", re.ASCII)
+_BASE_PATTERN = re.compile(r"^base: *([\w.]+)", re.MULTILINE)
+_SETTLED_ATTRIBUTE = "_attnsurgery_settled"
+_UNRECORDED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _lock = threading.RLock()
-_pending: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_pending_operation", default=None)
-_adapted: ContextVar[Callable[..., Any] | None] = ContextVar("attnsurgery_adapted_operation", default=None)
 _recipes: dict[str, Recipe] = {}
 _shipped: set[str] = set()
-"""The surgical names that are there from the start."""
+"""The surgical names that exist after the import."""
 
 
 class _EntryPoints(dict[str, Callable[..., Any]]):
-    """timm's table of entry points; a surgical name is entered the first time anyone asks for it."""
+    """timm's table of entry points, which creates the entry of a surgical name at its first lookup."""
 
     def __contains__(self, name: object) -> bool:
         if super().__contains__(name):
             return True
         if sys._getframe(1).f_code is _registry.register_model.__code__:
-            return False  # timm asks whether a name is taken, and one that nobody has used is free
+            return False  # timm checks whether a name is taken; a surgical name that was not used yet is free
         return isinstance(name, str) and _resolve(name) is not None
 
     def __missing__(self, name: str) -> Callable[..., Any]:
@@ -74,14 +68,14 @@ class _EntryPoints(dict[str, Callable[..., Any]]):
 
 
 def install() -> None:
-    """Make the names known to timm; called once, when this file has been read."""
+    """Make the names known to timm; called once, at the import of this module."""
     if isinstance(_registry._model_entrypoints, _EntryPoints):
         return
     _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
-    importlib.import_module("attnsurgery.models")  # which registers its names as timm's own files do
+    importlib.import_module("attnsurgery.models")  # registers its names as timm's own modules do
     _enter(GENERIC, _generic, base=None)
     for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
-        base = _BASE.search(path.read_text())  # the whole recipe is read, strictly, when the name is asked for
+        base = _BASE_PATTERN.search(path.read_text())  # the whole recipe is parsed at the first lookup
         _enter(path.stem, functools.partial(_from_zoo, path), base=base and base[1])
     _shipped.update(_registry._module_to_models["zoo"])
 
@@ -90,13 +84,13 @@ def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
     """Make a recipe a model name: `timm.create_model(recipe.name)` builds it from then on.
 
     Args:
-        recipe: a Recipe, the same as plain data, or a path of a YAML file.
+        recipe: a Recipe, the same as plain data, or the path of a YAML file.
 
     Returns:
         The name.
 
     Raises:
-        RecipeError: not a recipe; or the name is one of timm's own, or was given to a different recipe before.
+        RecipeError: not a recipe; or the name belongs to timm or to a different recipe.
 
     Example:
         >>> edits = [{"at": "stage:3 last", "block": "se"}]
@@ -106,24 +100,24 @@ def register(recipe: Recipe | Mapping[str, Any] | str | Path) -> str:
         >>> timm.is_model("test_resnet_gated")
         True
     """
-    made = as_recipe(recipe)
-    name = made.name
-    known = _recipes.get(name)
-    if known is not None and known == made:
+    parsed = as_recipe(recipe)
+    name = parsed.name
+    existing = _recipes.get(name)
+    if existing is not None and existing == parsed:
         return name
-    if known is not None or name in _registry._model_entrypoints:
+    if existing is not None or name in _registry._model_entrypoints:
         raise RecipeError(f"the name {name!r} is taken by another model. Give the recipe a name of its own.")
     with _lock:
-        _recipes[name] = made
-        _enter(name, functools.partial(_build, made, name), base=made.base)
+        _recipes[name] = parsed
+        _enter(name, functools.partial(_build, parsed, name), base=parsed.base)
     return name
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """A Recipe from what people hold: itself, plain data, or the path of a YAML file.
+    """A Recipe from a Recipe, plain data, or the path of a YAML file.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: it is no recipe.
     """
     from attnsurgery.recipe import text
     from attnsurgery.recipe.schema import Recipe
@@ -146,7 +140,7 @@ def recipe_of(name: str) -> Recipe | None:
     arch, tag = _registry.split_model_name_tag(name)
     entry = dict.get(_registry._model_entrypoints, arch)
     if entry is not None and entry.__module__ != zoo.__name__:
-        return None  # timm's own, or a name that somebody else has taken since
+        return None  # a name of timm's own, or one that other code has registered
     if arch not in _recipes:
         of_zoo = arch in zoo.__all__ and _zoo_file(arch).is_file()
         if of_zoo:
@@ -158,29 +152,30 @@ def recipe_of(name: str) -> Recipe | None:
 
 
 def flattened(recipe: Recipe) -> Recipe:
-    """The same surgery on a base without any: where `base` is a surgical name, the edits behind that name come first.
+    """The same surgery on a plain base: where `base` is a surgical name, the edits of that name come first.
 
-    A limit on attention is for the blocks of one recipe; two limits are added up, and one alone holds for all blocks.
+    A limit on attention applies to the blocks of one recipe: two limits are added, and a single one applies to all
+    blocks.
 
     Raises:
-        RecipeError: the base is, in the end, the recipe itself.
+        RecipeError: the base is the recipe itself, possibly by way of other recipes.
     """
     from attnsurgery.recipe.text import keep_origin
 
-    written, seen = recipe, {recipe.base}
+    original, bases = recipe, {recipe.base}
     while (inner := recipe_of(recipe.base)) is not None:
-        if inner.base in seen:
+        if inner.base in bases:
             raise RecipeError(f"the recipe {recipe.name!r} has itself as its base, by way of {inner.base!r}.")
-        seen.add(inner.base)
+        bases.add(inner.base)
         limits = [limit for limit in (inner.max_attention_mb, recipe.max_attention_mb) if limit is not None]
         joined = {"base": inner.base, "edits": [*inner.edits, *recipe.edits], "max_attention_mb": sum(limits) or None}
         recipe = recipe.model_copy(update=joined)
-    return recipe if recipe is written else keep_origin(recipe, written)
+    return recipe if recipe is original else keep_origin(recipe, original)
 
 
 @contextmanager
 def as_in_a_fresh_process() -> Iterator[None]:
-    """Only the names that a new process knows: what was registered, or asked for, since is forgotten meanwhile."""
+    """A context with only the names that a new process knows, without those registered or looked up since."""
     with _lock:
         table = _registry._model_entrypoints
         entered = {name for name, entry in table.items() if entry.__module__ == zoo.__name__ and name not in _shipped}
@@ -194,12 +189,12 @@ def as_in_a_fresh_process() -> Iterator[None]:
 
 
 def names_for(arch: str) -> list[str]:
-    """The names of one surgical block per stage, and in all stages, for a timm architecture."""
+    """The names of an architecture with each kind of block in all stages, and in each stage."""
     return [f"{arch}_{suffix}{stage}" for suffix in _suffixes() for stage in ("", "_s1", "_s2", "_s3", "_s4")]
 
 
 def grafted_names() -> list[str]:
-    """Every surgical name timm lists at this moment."""
+    """Every surgical name that timm lists at present."""
     return sorted(name for name in _registry._module_to_models["zoo"] if name != GENERIC)
 
 
@@ -208,7 +203,7 @@ def _zoo_file(name: str) -> Path:
 
 
 def _suffixes() -> dict[str, str]:
-    """How blocks are spelled in names, and what they are called in the catalog."""
+    """By the spelling of each block in names, its name in the catalog."""
     from attnsurgery.blocks import BLOCKS
 
     return {BLOCKS[name].model_suffix: name for name in BLOCKS if BLOCKS[name].model_suffix}
@@ -216,15 +211,15 @@ def _suffixes() -> dict[str, str]:
 
 def _resolve(name: str) -> Callable[..., Any] | None:
     """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None for other names."""
-    match = _NAME.fullmatch(name)
+    match = _NAME_PATTERN.fullmatch(name)
     if match is None:
         return None
     base, suffix, stages = match["base"], match["block"], match["stages"]
     with _lock:
         table = _registry._model_entrypoints
-        known: Callable[..., Any] | None = dict.get(table, name)
-        if known is not None:
-            return known
+        existing: Callable[..., Any] | None = dict.get(table, name)
+        if existing is not None:
+            return existing
         if base == GENERIC or (not dict.__contains__(table, base) and _resolve(base) is None):
             return None
         block = _suffixes().get(suffix)
@@ -237,20 +232,20 @@ def _resolve(name: str) -> Callable[..., Any] | None:
 
 
 def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recipe:
-    """The recipe that a name spells; on a base that is surgical itself, its edits come first."""
+    """The recipe of `<base>_<block>_s<stages>`; the edits of a surgical base come first."""
     from attnsurgery.blocks import BLOCKS
     from attnsurgery.recipe.schema import Edit, Recipe
 
     inner = recipe_of(base)
     edit = Edit(at=f"stage:{stages or '*'} {BLOCKS[block].model_place}", block=block)
     edits = [*inner.edits, edit] if inner else [edit]
-    if inner is not None:  # a limit that it sets holds for the added block, too
+    if inner is not None:  # a limit of the base applies to the added block too
         return inner.model_copy(update={"name": name, "edits": edits})
     return Recipe(version=1, name=name, base=base, edits=edits)
 
 
 def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
-    """Register with timm, under our name and with the base's pretrained configurations."""
+    """Register an entry point with timm under a surgical name, with the base's pretrained configurations."""
     if base is not None:
         configurations = _configurations(base)
         if configurations.tags:  # an architecture of the user's own may have none registered
@@ -258,9 +253,9 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         model: nn.Module = entry(pretrained=pretrained, **kwargs)
-        # timm keeps them since 1.0.31; a saved directory is built with them again
-        kept = {k: v for k, v in kwargs.items() if k not in _NOT_KEPT}
-        model._model_args = {**kept, **vars(model).pop(_SETTLED, {})}  # type: ignore[assignment]
+        # timm records them since 1.0.31; the model of a saved directory is built from them
+        recorded = {k: v for k, v in kwargs.items() if k not in _UNRECORDED}
+        model._model_args = {**recorded, **vars(model).pop(_SETTLED_ATTRIBUTE, {})}  # type: ignore[assignment]
         return model
 
     entry_point.__name__ = entry_point.__qualname__ = name
@@ -270,10 +265,10 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
 
 
 def _configurations(base: str) -> DefaultCfg:
-    """The base's pretrained configurations under their tags; the hub addresses, being complete, stay the base's."""
+    """The base's pretrained configurations by tag; their hub addresses are complete and stay the same."""
     arch, only = _registry.split_model_name_tag(base)
     cfgs = {key.partition(".")[2]: cfg for key, cfg in _registry.get_arch_pretrained_cfgs(arch).items()}
-    if only in cfgs:  # a recipe whose base names a tag: that one comes first
+    if only in cfgs:  # a recipe whose base has a tag: that configuration is the default
         cfgs = {only: cfgs[only], **cfgs}
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
@@ -294,10 +289,10 @@ def _generic(
         raise RecipeError(
             f"the architecture {GENERIC!r} needs a recipe: timm.create_model('{GENERIC}', base='resnet50', recipe=...)."
         )
-    made = as_recipe(recipe)
+    parsed = as_recipe(recipe)
     if base is not None:
-        made = made.model_copy(update={"base": base})
-    return _build(made, GENERIC, pretrained=pretrained, **kwargs)
+        parsed = parsed.model_copy(update={"base": base})
+    return _build(parsed, GENERIC, pretrained=pretrained, **kwargs)
 
 
 def _build(
@@ -310,11 +305,16 @@ def _build(
     settled: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build the recipe's base through its own entry point, with the operation slipped in before weights are loaded.
+    """Build the recipe's base through its own entry point, with the operation before weights are loaded.
 
     Args:
-        settled: the recipe with what blocks took from the size of their maps when such a model was first built; then
-            that counts, so that the model is the same at another size of images.
+        recipe: the edits.
+        name: the surgical name.
+        pretrained, pretrained_cfg, pretrained_cfg_overlay: as in timm.
+        start: replaces the start of every edit.
+        settled: the settled recipe of a saved model, with the values of all options that blocks derived from the size
+            of their maps. It replaces `recipe`, so that the model is the same for another size of images.
+        kwargs: other arguments of the base.
     """
     if settled is not None:
         recipe = as_recipe(settled)
@@ -328,43 +328,11 @@ def _build(
             update={"edits": [edit.model_copy(update={"start": _checked_start(start)}) for edit in recipe.edits]}
         )
     cfg = _configuration(name, arch, tag, pretrained_cfg, pretrained_cfg_overlay)
-    used = False
-    done: Recipe | None = None
-
-    def operated(model_cls: Callable[..., nn.Module], *args: Any, **model_kwargs: Any) -> nn.Module:
-        nonlocal used, done
-        used = True
-        model = model_cls(*args, **model_kwargs)
-        done = _cut(model, recipe, _input_size(cfg, model_kwargs))
-        return model
-
     entry = _registry._model_entrypoints[arch]
-    _patch_builders(entry.__module__)
-    token = _pending.set(operated)
-    try:
-        model: nn.Module = entry(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
-    finally:
-        _pending.reset(token)
-    if not used:
-        done = _cut_afterwards(model, recipe, cfg if pretrained else None, name)
-    if done is not None and done != recipe:
-        vars(model)[_SETTLED] = {"settled": done.as_dict()}
+    model, settled_recipe = build_surgical(entry, recipe, cfg, name, pretrained, kwargs)
+    if settled_recipe != recipe:
+        vars(model)[_SETTLED_ATTRIBUTE] = {"settled": settled_recipe.as_dict()}
     return model
-
-
-def _cut_afterwards(model: nn.Module, recipe: Recipe, cfg: PretrainedCfg | None, name: str) -> Recipe:
-    """For an architecture of the user's own that is not built through timm's build_model_with_cfg.
-
-    What weights the base has, it has loaded by itself; those of a saved directory are of the surgical model.
-    """
-    done = _cut(model, recipe, None)
-    if cfg is not None and cfg.source in ("local-dir", "file"):
-        channels = getattr(model, "in_chans", 3)
-        models.load_pretrained(model, cfg.to_dict(), getattr(model, "num_classes", 1000), channels, strict=True)
-    known: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    described = {**(known if isinstance(known, dict) else {}), "architecture": name}
-    model.pretrained_cfg = model.default_cfg = described  # type: ignore[assignment]
-    return done
 
 
 def _checked_start(start: str) -> str:
@@ -373,89 +341,17 @@ def _checked_start(start: str) -> str:
     return start
 
 
-def _configuration(name: str, arch: str, tag: str, asked: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
-    """The pretrained configuration, under our name: from the argument, else the tag, else the base's default."""
+def _configuration(name: str, arch: str, tag: str, requested: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
+    """The pretrained configuration under the surgical name: the requested one, else the tag's, else the default."""
     variant = name if name in _registry._model_pretrained_cfgs or name in _registry._model_default_cfgs else arch
-    cfg = _builder.resolve_pretrained_cfg(variant, pretrained_cfg=asked or tag or None, pretrained_cfg_overlay=overlay)
+    cfg = _builder.resolve_pretrained_cfg(
+        variant, pretrained_cfg=requested or tag or None, pretrained_cfg_overlay=overlay
+    )
     if cfg.source == "local-dir" and not hasattr(models, "get_model_args"):
-        # before 1.0.31 timm takes the safetensors of a directory for a pickle, and reads those of a file
+        # before 1.0.31 timm reads the safetensors of a directory as a pickle, and those of a file correctly
         weights = Path(str(cfg.file), "model.safetensors")
         cfg = dataclasses.replace(cfg, source="", file=str(weights)) if weights.is_file() else cfg
     return dataclasses.replace(cfg, architecture=name)
-
-
-def _input_size(cfg: PretrainedCfg, model_kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the model is being built for."""
-    channels, height, width = cfg.input_size
-    size = model_kwargs.get("img_size")
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-    return model_kwargs.get("in_chans", channels), height, width
-
-
-def _patch_builders(home: str = "timm.models") -> None:
-    """Put `_building` in the place of every family's `build_model_with_cfg`; it is inert until an operation pends.
-
-    Args:
-        home: the Python module of an architecture, which may be none of timm's.
-    """
-    with _lock:
-        _builder.adapt_model_from_file = _adapting
-        for module in list(sys.modules.values()):
-            named = getattr(module, "__name__", "")
-            of_family = (named == home or named.startswith(_FAMILIES)) and module is not _builder
-            if of_family and module.__dict__.get("build_model_with_cfg") is _builder.build_model_with_cfg:
-                module.build_model_with_cfg = _building  # type: ignore[attr-defined]
-
-
-@functools.wraps(_builder.build_model_with_cfg)
-def _building(model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    operation = _pending.get()
-    if operation is None:
-        return _builder.build_model_with_cfg(model_cls, *args, **kwargs)
-    token = _pending.set(None)  # a backbone built inside this model is not the model asked for
-    try:
-        if not kwargs.get("pruned"):
-            return _builder.build_model_with_cfg(functools.partial(operation, model_cls), *args, **kwargs)
-        return _building_pruned(operation, model_cls, *args, **kwargs)
-    finally:
-        _pending.reset(token)
-
-
-def _building_pruned(operation: Callable[..., Any], model_cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The layers of a pruned architecture change their width after it is built, so the cut comes after that."""
-    given: dict[str, Any] = {}
-
-    def remembering(*inner: Any, **model_kwargs: Any) -> Any:
-        given.update(model_kwargs)
-        return model_cls(*inner, **model_kwargs)
-
-    def adapted(model: nn.Module) -> Any:
-        return operation(lambda **_: model, **given)
-
-    token = _adapted.set(adapted)
-    try:
-        return _builder.build_model_with_cfg(remembering, *args, **kwargs)
-    finally:
-        _adapted.reset(token)
-
-
-@functools.wraps(_builder.adapt_model_from_file)
-def _adapting(*args: Any, **kwargs: Any) -> Any:
-    model = _prune.adapt_model_from_file(*args, **kwargs)
-    cut = _adapted.get()
-    return model if cut is None else cut(model)
-
-
-def _cut(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int] | None) -> Recipe:
-    """Operate; returns the recipe with every option written out that a block has taken from the size of its map."""
-    from attnsurgery.graph.find import survey
-    from attnsurgery.recipe.build import resolve_edits, with_explicit_options
-    from attnsurgery.surgery.operate import operate
-
-    resolved = resolve_edits(recipe, survey(model, input_size))
-    operate(model, tuple(insertion for made in resolved for insertion in made))
-    return with_explicit_options(recipe, resolved)
 
 
 install()

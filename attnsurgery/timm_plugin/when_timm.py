@@ -1,7 +1,7 @@
-"""Makes the surgical names known to timm as soon as there is a timm, without importing it first.
+"""Makes the surgical names known to timm when timm is imported, without importing it.
 
-timm takes seconds to import, and `attnsurgery --help` needs none of it. So importing this package waits: whoever
-imports timm.models, before or after, gets the names.
+timm takes seconds to import, and `attnsurgery --help` does not need it. So the names are installed at once if
+timm.models has been imported, and otherwise by an import hook as soon as it is.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-WAITED_FOR = "timm.models"
+TRIGGER = "timm.models"
 
 
 def install_names() -> None:
-    """Now if timm is there; else right after it is imported."""
-    if WAITED_FOR in sys.modules:
+    """Install the names, now if timm has been imported, and otherwise right after its import."""
+    if TRIGGER in sys.modules:
         _install()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportHook())
 
 
 def _install() -> None:
-    importlib.import_module("attnsurgery.timm_plugin.registry")  # which installs itself
+    importlib.import_module("attnsurgery.timm_plugin.registry")  # installs the names at its import
 
 
-class _Waiting(MetaPathFinder):
-    """Finds nothing but timm.models, and that only once."""
+class _ImportHook(MetaPathFinder):
+    """Finds timm.models, once, and adds the installation to its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WAITED_FOR:
+        if fullname != TRIGGER:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenInstall(spec.loader)
+            spec.loader = _InstallingLoader(spec.loader)
         return spec
 
 
-class _ThenInstall(Loader):
-    """timm's own loader, and the names after it."""
+class _InstallingLoader(Loader):
+    """timm's own loader, followed by the installation of the names."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -57,5 +57,5 @@ class _ThenInstall(Loader):
         self._loader.exec_module(module)
         spec = module.__spec__
         if spec is not None:
-            spec.loader = module.__loader__ = self._loader  # no trace of the wait: resources are read through loaders
+            spec.loader = module.__loader__ = self._loader  # the original one, by which resources are read
         _install()
