@@ -223,7 +223,7 @@ def recipe_of(model: nn.Module) -> Recipe | None:
         recipe = registry.as_recipe(arguments["recipe"])
         recipe = recipe.model_copy(update={"base": arguments.get("base") or recipe.base})
     else:
-        recipe = registry.recipe_of(config.get("architecture") or "")
+        recipe = registry.recipe_by_name(config.get("architecture") or "")
     start = arguments.get("start")
     if recipe is None or start is None:
         return recipe

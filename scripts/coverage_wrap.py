@@ -91,7 +91,7 @@ def compare(base: Base, trained: nn.Module, name: str) -> None:
     """
     prefix, wrap = WHOLES[name]
     size = tuple(base.images.shape[1:])
-    recipe = registry.recipe_of(str(trained.pretrained_cfg["architecture"]))  # by words, which have no addresses
+    recipe = registry.recipe_by_name(str(trained.pretrained_cfg["architecture"]))  # by words, which have no addresses
     if recipe is None:
         raise Wrong("the name of the surgical model has no recipe")
     model = base.build(base.arch)

@@ -70,7 +70,7 @@ def test_costs_equal_those_of_built_model(name: str, shipped: str) -> None:
     for _ in range(4):
         picks = space.places.drawn(rng, lambda _: True)
         assert picks is not None
-        recipe = space.recipe_of(space.places.params(picks))
+        recipe = space.recipe_for(space.places.params(picks))
         assert recipe is not None
         built = operate(weightless(name), resolve(recipe, anatomy))
         assert costs.of("parameters", picks) == sum(parameter.numel() for parameter in built.parameters())

@@ -17,7 +17,7 @@ import torch
 from attnsurgery.search import Listener
 from attnsurgery.search import device_lock as lock_module
 from attnsurgery.search.device_lock import DeviceLock, device_lock
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import StopRequested, Watching
 from attnsurgery.search.workers import worker
 
 pytestmark = pytest.mark.skipif(lock_module.fcntl is None, reason="this system has no flock")
@@ -197,7 +197,7 @@ def test_step_yields_to_measurement_and_stop(locks: Path) -> None:
     other = lock_elsewhere(locks)
     answers = iter([False, False, True])
     watch = Watching(Listener(), lambda: next(answers), device_lock("cpu"))
-    with other.exclusive(), pytest.raises(StopAsked):
+    with other.exclusive(), pytest.raises(StopRequested):
         watch.step()
 
 
@@ -295,7 +295,7 @@ def test_lock_forgets_finished_search(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ATTNSURGERY_LOCKS", str(tmp_path))
     bench = SimpleNamespace(config=SimpleNamespace(device="cpu"), backend=SimpleNamespace())
     pool = InProcessPool(bench, Listener(), lambda: True)  # type: ignore[arg-type]
-    with pytest.raises(StopAsked):
+    with pytest.raises(StopRequested):
         device_lock("cpu").waiting()
     pool.close()
     device_lock("cpu").waiting()

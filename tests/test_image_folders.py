@@ -932,8 +932,8 @@ def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[
         def phase(self, text: str) -> None:
             lines.append(text)
 
-        def data(self, words: str, notes: Sequence[str]) -> None:
-            lines.extend([words, *notes])
+        def data(self, description: str, notes: Sequence[str]) -> None:
+            lines.extend([description, *notes])
 
     config = small_search(photos, write_space(tmp_path), tmp_path / "run").model_copy(update=changes)
     return assemble(config, Lines()), lines

@@ -13,7 +13,7 @@ from attnsurgery.cli._search_view import print_preview
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.execution.preview import DRAWN, Preview, _wilson, preview
-from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.watching import StopRequested
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_preview_predicts_the_time(config: SearchConfig) -> None:
 
 def test_preview_ends_on_a_stop(config: SearchConfig) -> None:
     """A request to stop ends the preview."""
-    with pytest.raises(StopAsked):
+    with pytest.raises(StopRequested):
         preview(config, stop=lambda: True)
 
 

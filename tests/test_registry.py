@@ -140,7 +140,7 @@ def test_features_only_sees_the_blocks(out_indices: tuple[int, ...]) -> None:
 
 def test_names_stack_in_the_order_spelled() -> None:
     """The blocks of a name are inserted in the order in which they are spelled."""
-    recipe = registry.recipe_of("test_resnet_se_nonlocal_s3")
+    recipe = registry.recipe_by_name("test_resnet_se_nonlocal_s3")
     assert [edit.block for edit in recipe.edits] == ["se", "non_local"]
     assert recipe.base == "test_resnet"
 
@@ -316,7 +316,7 @@ def test_users_model_keeps_its_name() -> None:
 
     for entry in (mynet, mynet_se):
         register_model(entry)
-    assert registry.recipe_of("mynet_se") is None
+    assert registry.recipe_by_name("mynet_se") is None
     assert not grafted_blocks(timm.create_model("mynet_se"))
 
 
@@ -341,7 +341,7 @@ def test_zoo_recipes_resolve_by_file_name() -> None:
     files = sorted(Path(registry.zoo.__file__).parent.glob("*.yaml"))
     assert files
     for file in files:
-        recipe = registry.recipe_of(file.stem)
+        recipe = registry.recipe_by_name(file.stem)
         assert recipe is not None
         assert recipe.name == file.stem
         model = weightless(file.stem)

@@ -76,7 +76,7 @@ def test_repair_rebuilds_journal_from_study(finished: Outcome, damaged: Path, cu
     lines = [] if cut == "everything" else [*lines[:3], lines[3][:40] + b"\n", *lines[4:]]
     (damaged / TRIALS).write_bytes(b"".join(lines))
     if lines:
-        with pytest.raises(SearchError, match=r"is damaged and is not the last line\. Of a search, attnsurgery repair"):
+        with pytest.raises(SearchError, match=r"is damaged and is not the last line\. If it is of a search, attnsurgery repair"):
             run(config_in(finished, damaged))
     result = repair(damaged)
     assert result.damaged_lines == (1 if lines else 0)

@@ -91,7 +91,7 @@ def test_best_is_of_the_highest_rung() -> None:
 def test_rung_that_cannot_be_read_is_refused(text: str) -> None:
     """A rung that does not read is refused."""
     with pytest.raises(UsageError, match="no evaluator with epochs"):
-        Rung.read(text)
+        Rung.parse(text)
 
 
 def test_rung_unknown_evaluator_lists_known() -> None:

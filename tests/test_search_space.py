@@ -59,7 +59,7 @@ def test_shipped_space_fits_model_families(name: str, model: str) -> None:
     bound = bind(space, survey(timm.create_model(model), (3, 64, 64)), model)
     assert bound.size() > 1
     some = {variable.name: list(variable.choices)[-1] for variable in bound.variables}
-    recipe = bound.recipe_of(some)
+    recipe = bound.recipe_for(some)
     assert recipe is not None
     assert recipe.base == model
 
@@ -108,7 +108,7 @@ def test_assignments_are_resolvable_recipes(anatomy: Anatomy) -> None:
     bound = bind(read(SE.format(each="true")), anatomy, "test_resnet")
     digests = set()
     for assignment in assignments(bound):
-        recipe = bound.recipe_of(assignment)
+        recipe = bound.recipe_for(assignment)
         if set(assignment.values()) == {NONE}:
             assert recipe is None
             continue
@@ -195,9 +195,9 @@ def test_misspelled_space_names_nearest(tmp_path: Path) -> None:
         find(str(tmp_path / "tiny.yaml"))
 
 
-def test_fingerprint_changes_with_any_choice(anatomy: Anatomy) -> None:
-    """The fingerprint changes with any choice."""
+def test_space_data_changes_with_any_choice(anatomy: Anatomy) -> None:
+    """The JSON data of a space changes with any of its choices."""
     first = bind(read(SE.format(each="true")), anatomy, "test_resnet")
-    assert first.fingerprint() == bind(read(SE.format(each="true")), anatomy, "test_resnet").fingerprint()
+    assert first.as_dict() == bind(read(SE.format(each="true")), anatomy, "test_resnet").as_dict()
     other = bind(read(SE.format(each="true").replace("8", "16")), anatomy, "test_resnet")
-    assert other.fingerprint() != first.fingerprint()
+    assert other.as_dict() != first.as_dict()

@@ -78,7 +78,7 @@ def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: d
         if edit is None:
             continue
         switches = [s for s in supernet.switches[variable.name] if assignment[variable.name] in s.labels]
-        recipe = space.recipe_of(space.nothing | {variable.name: assignment[variable.name]})
+        recipe = space.recipe_for(space.nothing | {variable.name: assignment[variable.name]})
         assert recipe is not None
         for insertion, switch in zip(resolve(recipe, anatomy), switches, strict=True):
             operate(base, (insertion,))

@@ -70,7 +70,7 @@ def test_zoo_names_are_listed() -> None:
 def test_zoo_models_build_and_are_alive(name: str) -> None:
     """Every recipe that ships builds, verifies and is alive."""
     blocks, small = EXPECTED[name]
-    base = build(registry.recipe_of(name).base, num_classes=10, **small)
+    base = build(registry.recipe_by_name(name).base, num_classes=10, **small)
     model = timm.create_model(name, num_classes=10, **small).eval()
     model.load_state_dict(base.state_dict())
     for path, buffer in base.named_buffers():  # those of swin that no checkpoint holds were woken, too
@@ -88,7 +88,7 @@ def test_zoo_models_build_and_are_alive(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_zoo_models_are_planned_at_full_size(name: str) -> None:
     """Every recipe that ships is planned at full size within moderate cost."""
-    recipe = registry.recipe_of(name)
+    recipe = registry.recipe_by_name(name)
     forecast = plan_recipe(recipe, weightless(recipe.base))
     assert len(forecast.blocks) == EXPECTED[name][0]
     assert forecast.input_size == (3, 224, 224)

@@ -114,11 +114,11 @@ def write_config(
 def _unregistered_recipe(model: nn.Module) -> Recipe | None:
     """The recipe of a model whose name only this process knows, since it was registered here; None for others."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    recipe = registry.recipe_of(config.get("architecture") or "")
+    recipe = registry.recipe_by_name(config.get("architecture") or "")
     if recipe is None:
         return None
     with registry.as_in_a_fresh_process():
-        return None if registry.recipe_of(config["architecture"]) is not None else api.recipe_of(model) or recipe
+        return None if registry.recipe_by_name(config["architecture"]) is not None else api.recipe_of(model) or recipe
 
 
 def _plain_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def surgery_in(path: Path) -> Recipe | None:
         return None
     if not isinstance(name, str) or (path / DELTA_NAME).is_file():  # reading a delta says how to merge it
         return None
-    if name != ARCHITECTURE and registry.recipe_of(name) is None:
+    if name != ARCHITECTURE and registry.recipe_by_name(name) is None:
         return None
     with build_errors_named(path):
         return api.recipe_of(weightless(f"local-dir:{path}"))

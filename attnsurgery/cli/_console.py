@@ -309,7 +309,7 @@ def print_singles(found: Latency, singles: Singles) -> None:
         f"{singles.calls:,} calls, each waited for",
         f"throughput  {found.images_per_second:,.1f} images a second",
     ]
-    print_lines([*lines, *([f"beside it   {found.beside()}"] if found.beside() else [])])
+    print_lines([*lines, *([f"beside it   {found.details()}"] if found.details() else [])])
 
 
 def print_self_test(model: str, found: SelfTest, conditions: str, versions: Mapping[str, str]) -> None:

@@ -53,12 +53,12 @@ class PlainView(Listener):
     def phase(self, text: str) -> None:
         self._say(text)
 
-    def data(self, words: str, notes: Sequence[str]) -> None:
-        self._say("\n".join(_data_lines(words, notes)))
+    def data(self, description: str, notes: Sequence[str]) -> None:
+        self._say("\n".join(_data_lines(description, notes)))
 
-    def loading(self, split: str, done: int, total: int) -> None:
+    def loading(self, split: str, count: int, total: int) -> None:
         if time.monotonic() - self._said_at > _SILENCE_S:
-            self._say(f"         {split} {done:,} of {total:,}")
+            self._say(f"         {split} {count:,} of {total:,}")
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
         self._say(f"latency  {conditions}")
@@ -110,8 +110,8 @@ class _Doing(Listener):
     def phase(self, text: str) -> None:
         self._now, self._detail = text, ""
 
-    def loading(self, split: str, done: int, total: int) -> None:
-        self._detail = f"{split} {done:,} of {total:,}"
+    def loading(self, split: str, count: int, total: int) -> None:
+        self._detail = f"{split} {count:,} of {total:,}"
 
     def epoch(self, epoch: Epoch) -> None:
         self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
@@ -134,8 +134,8 @@ class LiveView(_Doing):
         self._lanes.append(_LiveLane(worker))
         return self._lanes[-1]
 
-    def data(self, words: str, notes: Sequence[str]) -> None:
-        for line in _data_lines(words, notes):  # above the live lines, where it stays
+    def data(self, description: str, notes: Sequence[str]) -> None:
+        for line in _data_lines(description, notes):  # above the live lines, where it stays
             self._console.print(Text(line))
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:

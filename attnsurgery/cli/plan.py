@@ -57,7 +57,7 @@ def _recipe(named: str) -> Recipe:
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         return load(path)
     check_base(named, "RECIPE")
-    recipe = registry.recipe_of(named)
+    recipe = registry.recipe_by_name(named)
     if recipe is None:
         raise UnknownNameError(
             f"{named} is a plain model, and no recipe stands behind it. Name a file or a surgical model, such as "

@@ -84,12 +84,12 @@ def _preview(config: SearchConfig, as_json: bool) -> None:
     from attnsurgery.cli._console import print_error, print_json
     from attnsurgery.cli._search_view import print_preview, view
     from attnsurgery.search.execution.preview import preview
-    from attnsurgery.search.watching import StopAsked
+    from attnsurgery.search.watching import StopRequested
 
     with view(config) as listener, _stopping() as stop:
         try:
             found = preview(config, listener, stop.is_set)
-        except StopAsked:
+        except StopRequested:
             found = None
     if found is None:
         print_error("stopped; nothing was written.")
@@ -104,13 +104,13 @@ def _run(config: SearchConfig, as_json: bool) -> None:
     from attnsurgery.cli._console import print_error, print_json
     from attnsurgery.cli._search_view import as_data, print_outcome, view
     from attnsurgery.search import run
-    from attnsurgery.search.watching import StopAsked
+    from attnsurgery.search.watching import StopRequested
 
     command = command_of(config)
     with view(config) as listener, _stopping() as stop:
         try:
             outcome = run(config, listener, stop.is_set, command=command)
-        except StopAsked:
+        except StopRequested:
             outcome = None
     if outcome is None:
         print_error(f"stopped before the first trial; nothing is lost. Go on with:  {command}")

@@ -54,7 +54,7 @@ def device_lock(device: str) -> DeviceLock:
 
 def alone_on_device(backend: LatencyBackend) -> LatencyBackend:
     """The same backend, whose every measurement is made under the exclusive lock of its device."""
-    backend.alone = lambda: device_lock(backend.conditions.device).exclusive()
+    backend.lock = lambda: device_lock(backend.conditions.device).exclusive()
     return backend
 
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and a journal whose last line may be torn."""
+"""Atomic file writes, a journal that survives a crash while writing, and the lock of a run directory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import nn
 from attnsurgery.errors import SearchError
 
 LOCK = ".lock"
-"""File of a run directory that whoever works there holds locked."""
+"""File of a run directory that the search running there holds locked."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to the disk, then rename: a reader sees the old file or the new one.
+    """Write a file completely or not at all: write a temporary file, flush it to the disk, rename it.
 
-    Names of files that are no UTF-8 are written with backslashes: no report is lost for them.
+    Characters that UTF-8 cannot encode, as in some file names, are written as backslash escapes.
 
     Raises:
-        SearchError: the disk is full or not writable; the old file is still there.
+        SearchError: the disk is full or not writable; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -48,7 +48,7 @@ def packed(model: nn.Module) -> bytes:
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
-    """The file that `packed` makes, as a whole or not at all.
+    """Write the file that `packed` makes, completely or not at all.
 
     Raises:
         SearchError: the disk is full or not writable.
@@ -57,10 +57,13 @@ def write_weights(path: Path, model: nn.Module) -> None:
 
 
 class Journal:
-    """One JSON object a line, on the disk before `append` returns.
+    """A file with one JSON object in each line, which is on the disk when `append` returns.
 
-    A process that dies while writing leaves a torn last line. It is left out when reading, and cut off before the next
-    line is written, so that one torn line never spoils the ones after it.
+    A process that dies while writing leaves an incomplete last line. It is ignored when reading, and removed before the
+    next line is written, so that it never damages later lines.
+
+    Args:
+        path: of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +73,7 @@ class Journal:
         """Add a line.
 
         Raises:
-            SearchError: the disk is full or not writable; what was there stays readable.
+            SearchError: the disk is full or not writable; earlier lines stay readable.
         """
         line = json.dumps(entry, sort_keys=True).encode() + b"\n"
         try:
@@ -83,24 +86,24 @@ class Journal:
             raise SearchError(f"cannot write {self.path}: {error.strerror}. Lines before it are kept.") from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line.
+        """The objects of all complete lines.
 
         Raises:
-            SearchError: a line before the last does not read; the message says which.
+            SearchError: a line before the last is damaged; the message has its number.
         """
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = []
-        for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+        for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or an incomplete line
             try:
                 entries.append(json.loads(line))
             except ValueError:
                 if number == len(lines) - 1:
                     break
                 raise SearchError(
-                    f"{self.path}:{number} is damaged and is not the last line. Of a search, attnsurgery repair "
-                    f"{self.path.parent} makes it whole."
+                    f"{self.path}:{number} is damaged and is not the last line. If it is of a search, attnsurgery "
+                    f"repair {self.path.parent} repairs it."
                 ) from None
         return entries
 

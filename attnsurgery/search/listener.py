@@ -1,4 +1,4 @@
-"""What a search tells while it runs; the command line shows it, a notebook may too, and nobody has to listen."""
+"""Listener: the callbacks of a running search, for the command line, a notebook or anything else."""
 
 from __future__ import annotations
 
@@ -9,40 +9,58 @@ from attnsurgery.search.result.record import Record, Timing
 
 
 class Listener:
-    """Every method may be left out; none may change anything."""
+    """Callbacks of a search. Each one may be overridden, and none may change anything."""
 
     def lane(self, worker: int) -> Listener:
-        """Who is told what one of several workers does, from 0 on; by default nobody else."""
+        """The listener for one of several workers, numbered from 0; by default this one."""
         return self
 
     def phase(self, text: str) -> None:
-        """Something long begins: what it is, for people."""
+        """A longer step begins; the text describes it."""
 
-    def data(self, words: str, notes: Sequence[str]) -> None:
-        """The images are known: what they are, and what is not as one might think, for people."""
+    def data(self, description: str, notes: Sequence[str]) -> None:
+        """The images are loaded: a description, and notes on what is unusual."""
 
-    def loading(self, split: str, done: int, total: int) -> None:
-        """Images of a split were decoded."""
+    def loading(self, split: str, count: int, total: int) -> None:
+        """`count` of `total` images of a split are decoded."""
 
     def epoch(self, epoch: Epoch) -> None:
-        """An epoch of whatever is being trained is done."""
+        """An epoch of a training has ended."""
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
-        """The base has its latency and its score; trials begin."""
-
-    def trial_started(self, number: int, name: str) -> None:
-        """A trial begins with the recipe of that name."""
-
-    def timed(self, number: int, timing: Timing) -> None:
-        """A candidate was built, found identical to the base, and measured."""
-
-    def promoted(self, record: Record, rungs: int) -> None:
-        """A candidate was trained on a higher one of so many rungs, or could not be."""
-
-    def trial_finished(self, record: Record, trained: int, total: int) -> None:
-        """A trial is over.
+        """The base is measured and scored, and trials begin.
 
         Args:
-            trained: candidates that are trained by now.
-            wanted: candidates that the search is to train.
+            conditions: of the latency, in words.
+            data: a description of the images.
+            candidates: number of candidates in the space.
+            base: its record.
+        """
+
+    def trial_started(self, number: int, name: str) -> None:
+        """A trial begins.
+
+        Args:
+            number: of the trial.
+            name: of its recipe.
+        """
+
+    def timed(self, number: int, timing: Timing) -> None:
+        """The candidate of a trial was built, its outputs were equal to the base's, and it was measured."""
+
+    def promoted(self, record: Record, rungs: int) -> None:
+        """A candidate was trained on a higher rung, or its training failed.
+
+        Args:
+            record: of the candidate.
+            rungs: number of rungs.
+        """
+
+    def trial_finished(self, record: Record, trained: int, total: int) -> None:
+        """A trial has ended.
+
+        Args:
+            record: of the trial.
+            trained: number of trained candidates.
+            total: number of candidates that the search is to train.
         """

@@ -1,21 +1,21 @@
-"""Rungs of fidelity and successive halving: all candidates are trained cheaply, the best of them again, dearer.
+"""Rungs of fidelity for successive halving: all candidates are trained cheaply, the best of them again at higher cost.
 
-The lowest rung is what the study is told, for every trained candidate has been on it; so the sampler compares like with
-like. When all trials are done, the best third of a rung (`--halving 3`) is trained on the next one, up to the top rung,
-which alone decides who wins.
+The study gets the scores of the lowest rung, on which every trained candidate is scored, so the sampler compares equal
+fidelities. When all trials are done, the best third of a rung (`--halving 3`) is trained on the next one, up to the top
+rung, which alone decides the winner.
 
-A rung trains from the base's starting weights, not on from the rung below: a learning rate that has fallen to nothing
-is no place to go on from, a score depends on candidate and rung alone, and what is done again costs a fraction of the
-rung that it is done for.
+A rung trains from the base's starting weights and does not continue the rung below. A learning rate that has decayed to
+0 is no start for further training, a score then depends only on candidate and rung, and the repeated epochs cost a
+fraction of the higher rung.
 
-A supernet may be the lowest rung (`--rungs supernet:8`): it is trained once, and scores all candidates with the weights
-that they share. Whether it orders them as training by themselves does is not known beforehand, so each search asks: a
-few candidates that were drawn at random go on to the next rung whatever the supernet says of them, and unless it rather
-agrees with what these come to there, the others go on in the order they were asked for, not in the supernet's.
+A supernet may be the lowest rung (`--rungs supernet:8`). It is trained once, and scores all candidates with shared
+weights. Whether its ranking agrees with separate trainings is not known beforehand, so each search tests it: a few
+candidates drawn at random are promoted whatever their supernet scores. The supernet's ranking is used only if it
+correlates (Kendall tau > 0) with their scores on the next rung; otherwise candidates are promoted in trial order.
 
-Successive halving is Jamieson and Talwalkar's ("Non-stochastic best arm identification and hyperparameter
-optimization", AISTATS 2016). ASHA promotes while results come in; with a fixed number of trials, promoting at the end
-trains as many on each rung, and chooses them from all.
+Successive halving is by Jamieson and Talwalkar ("Non-stochastic best arm identification and hyperparameter
+optimization", AISTATS 2016). ASHA promotes while results come in; with a fixed number of trials, promotion at the end
+trains as many candidates on each rung, and chooses them among all.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from attnsurgery.search.config import SearchConfig
 
 SUPERNET = "supernet"
 _ROUNDS = 4
-"""A supernet that no epochs are given for is trained so many times as long as a candidate by itself."""
+"""Epochs of a supernet, relative to those of one candidate, if they are not given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One way to train: how, and how long."""
+    """One fidelity: an evaluator and a length of training."""
 
     evaluator: str
+    """A name of EVALUATORS, or SUPERNET."""
     epochs: int
+    """Epochs of the training."""
 
     @classmethod
-    def read(cls, text: str) -> Rung:
-        """From 'blocks:1'.
+    def parse(cls, text: str) -> Rung:
+        """Parse a rung such as 'blocks:1'.
 
         Raises:
-            UsageError: that is no evaluator, a colon and epochs.
+            UsageError: the text is not an evaluator, a colon and epochs.
             UnknownNameError: there is no such evaluator.
         """
         evaluator, colon, epochs = text.partition(":")
@@ -57,14 +59,14 @@ class Rung:
 
 
 def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
-    """From the lowest to the top, which is the configuration's own evaluator and epochs.
+    """The rungs of a search from the lowest to the top, which has the evaluator and epochs of the settings.
 
-    The evaluator `supernet` is short for a supernet below a fine-tuning.
+    The evaluator `supernet` stands for a supernet rung below a fine-tuning rung.
 
     Raises:
-        UsageError, UnknownNameError: as `Rung.read`; or a supernet is above another rung.
+        UsageError, UnknownNameError: as `Rung.parse`; or a supernet is above another rung.
     """
-    lower = [*map(Rung.read, config.rungs.split())]
+    lower = [*map(Rung.parse, config.rungs.split())]
     top = Rung(_known(config.evaluator, "--evaluator"), config.epochs)
     if config.evaluator == SUPERNET:
         lower.append(Rung(SUPERNET, _ROUNDS * config.epochs))
@@ -75,14 +77,14 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
 
 
 def _known(evaluator: str, option: str) -> str:
-    known = sorted([*EVALUATORS, SUPERNET])
-    if evaluator not in known:
+    names = sorted([*EVALUATORS, SUPERNET])
+    if evaluator not in names:
         raise UnknownNameError(
-            f"{option}: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, known)} Known: {', '.join(known)}."
+            f"{option}: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, names)} Known: {', '.join(names)}."
         )
     return evaluator
 
 
 def shares(config: SearchConfig) -> bool:
-    """True if the lowest rung is a supernet."""
+    """Whether the lowest rung is a supernet, in which candidates share weights."""
     return rungs_of(config)[0].evaluator == SUPERNET

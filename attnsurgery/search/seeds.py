@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for alone."""
+"""Seeds derived from their purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search space: which blocks may go where, as a YAML file, and as one flat choice per place of a given model.
+"""Search spaces: which blocks may go where, as a YAML file, and as one flat choice for each place of a given model.
 
     version: 1
     name: se
@@ -10,15 +10,13 @@
           - block: se
             options: {reduction: [8, 16]}     # a list is several choices
 
-"No block here" is always a choice. The choices of a place are fixed when the space meets the model: only those that are
-legal there, so that no trial is spent on what cannot be built.
+"No block" is always a choice. When a space is bound to a model, each place gets only the choices that are legal there,
+so that no trial is spent on a candidate that cannot be built.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,11 +36,11 @@ from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
 
 NONE = "none"
-"""The choice that leaves a place as it is."""
+"""The label of the choice without a block."""
 
 
 class BlockChoices(Strict):
-    """One block with its options; an option that is a list stands for each of its values."""
+    """One block with its options; a list as an option makes one choice of each of its values."""
 
     block: str = Field(description="a block of the catalog, such as 'se' or 'non_local'")
     options: dict[str, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=32)]] = Field(
@@ -50,14 +48,14 @@ class BlockChoices(Strict):
     )
 
     def expanded(self) -> list[dict[str, Scalar]]:
-        """Every combination of the listed values."""
+        """The options of every combination of listed values."""
         names = list(self.options)
         values = [value if isinstance(value, list) else [value] for value in self.options.values()]
         return [dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)]
 
 
 class Decision(Strict):
-    """Places, and what may go there."""
+    """Places, and the blocks that may go there."""
 
     at: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="a selector, as in a recipe")
     each: bool = Field(default=True, description="true: every matched place decides alone; false: all alike")
@@ -66,7 +64,7 @@ class Decision(Strict):
 
 
 class SearchSpace(Strict):
-    """A file of search_spaces/."""
+    """A search space as a file describes it."""
 
     version: Literal[1] = Field(description="format version of the space")
     name: Name = Field(description="what the space is called; part of the names of the recipes found in it")
@@ -78,27 +76,37 @@ class SearchSpace(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One categorical choice: what goes to these sites."""
+    """The choice of a block for one place: one or several sites that get the same block."""
 
     name: str
+    """The name of the place in assignments."""
     sites: tuple[str, ...]
+    """Addresses of its sites."""
     choices: dict[str, Edit | None]
-    """By label; None is no block. The order never changes."""
+    """The edit of each choice by its label; None for no block. The order never changes."""
 
 
 @dataclass(frozen=True)
 class BoundSpace:
-    """A space for one model: every choice legal, every name fixed."""
+    """A search space for one model, with only the choices that are legal there."""
 
     name: str
+    """Name of the space."""
     base: str
+    """Full name of the model."""
     variables: tuple[Variable, ...]
+    """The choices for all places."""
     max_blocks: int | None
+    """Maximum number of blocks in one candidate."""
     left_out: tuple[str, ...] = ()
-    """Choices that this model cannot take at a place, with the reason, for people."""
+    """Choices that are not legal at a place of this model, with the reason, in words."""
 
-    def recipe_of(self, assignment: Mapping[str, str]) -> Recipe | None:
-        """The recipe of an assignment of a label to every variable; None is the base as it is."""
+    def recipe_for(self, assignment: Mapping[str, str]) -> Recipe | None:
+        """The recipe of a candidate; None for the base without blocks.
+
+        Args:
+            assignment: a label for every variable.
+        """
         edits = [
             edit.model_copy(update={"at": site})
             for variable in self.variables
@@ -113,11 +121,11 @@ class BoundSpace:
 
     @property
     def nothing(self) -> dict[str, str]:
-        """The base as it is."""
+        """The assignment of the base without blocks."""
         return {variable.name: NONE for variable in self.variables}
 
     def blocks(self, assignment: Mapping[str, str]) -> int:
-        """How many blocks an assignment inserts."""
+        """Number of blocks that an assignment inserts."""
         return sum(len(variable.sites) for variable in self.variables if assignment[variable.name] != NONE)
 
     @property
@@ -130,35 +138,33 @@ class BoundSpace:
         )
 
     def size(self) -> int:
-        """Number of candidates that keep to `max_blocks`, the base as it is not counted."""
+        """Number of candidates that keep to `max_blocks`, without the base itself."""
         return self.places.size()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data: the same for spaces that offer the same."""
+        """JSON data, which is equal for spaces with the same choices."""
         return {
             "base": self.base,
             "max_blocks": self.max_blocks,
             "variables": {variable.name: list(variable.choices) for variable in self.variables},
         }
 
-    def fingerprint(self) -> str:
-        """Changes when any choice at any place does."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
 
 def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
     """The space for one model.
 
     Args:
-        base: the model's full name, with its tag if it has one; the recipes are for it.
+        space: as a file describes it.
+        anatomy: the sites of the model.
+        base: the model's full name, with its tag if it has one, for the recipes.
 
     Raises:
-        SiteError: a decision that is not optional matches nothing, or no choice is left at all.
-        OptionError, UnknownNameError: a block or option that no place of this model can take.
+        SiteError: a decision that is not optional matches no site, or no decision matches any.
+        OptionError, UnknownNameError: a block or option that no place of this model allows.
     """
     variables: list[Variable] = []
-    left_out: list[str] = []
-    taken: Counter[str] = Counter()
+    rejected: list[str] = []
+    labels: Counter[str] = Counter()
     for number, decision in enumerate(space.decisions):
         field = where(space, f"decisions[{number}].at")
         try:
@@ -169,28 +175,28 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
             raise SiteError(f"{field}: {error} Mark it 'optional: true' if some models have no such place.") from None
         for group in [(site,) for site in sites] if decision.each else [sites]:
             choices, refused = _legal(decision, group, anatomy, base, field)
-            left_out += refused
+            rejected += refused
             label = group[0] if decision.each else decision.at
-            taken[label] += 1
-            name = label if taken[label] == 1 else f"{label}#{taken[label]}"
+            labels[label] += 1
+            name = label if labels[label] == 1 else f"{label}#{labels[label]}"
             variables.append(Variable(name, group, choices))
     if not variables:
         raise SiteError(
             f"the space {space.name!r} has no place in {anatomy.name}: every decision is optional and none matches. "
             f"See the places there are: attnsurgery inspect {anatomy.name}"
         )
-    return BoundSpace(space.name, base, tuple(variables), space.max_blocks, tuple(left_out))
+    return BoundSpace(space.name, base, tuple(variables), space.max_blocks, tuple(rejected))
 
 
 def _legal(
     decision: Decision, sites: tuple[str, ...], anatomy: Anatomy, base: str, field: str
 ) -> tuple[dict[str, Edit | None], list[str]]:
-    """What can be built at all of the sites, by label, after 'none'; and what cannot, with the reason."""
+    """The choices that are legal at all of the sites, by label, 'none' first; and the others, with the reason."""
     choices: dict[str, Edit | None] = {NONE: None}
     refused: list[str] = []
     for choice in decision.choices:
         for options in choice.expanded():
-            check_options(choice.block, options)  # wrong anywhere, and not only here
+            check_options(choice.block, options)  # raises for options that are wrong at any site
             edit = Edit(at=sites[0], block=choice.block, options=options)
             edits = [edit.model_copy(update={"at": site}) for site in sites]
             try:
@@ -210,11 +216,11 @@ def _label(edit: Edit) -> str:
 
 
 def load(name_or_path: str) -> SearchSpace:
-    """The space of that name, or in that file.
+    """The space of a name or a file.
 
     Raises:
         UnknownNameError: neither a file nor a space that ships.
-        RecipeError: the file does not read as a search space.
+        RecipeError: the file is no valid search space.
     """
     path = find(name_or_path)
     return read_strict(read_text(path), str(path), SearchSpace)
@@ -224,13 +230,13 @@ def find(name_or_path: str) -> Path:
     """The file of a space.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest that ships.
+        UnknownNameError: there is no such space; the message has the most similar name.
     """
-    given = Path(name_or_path)
-    if given.suffix in {".yaml", ".yml"} or given.is_file():
-        if given.is_file():
-            return given
-        raise UnknownNameError(f"--space {name_or_path}: there is no such file. {_shipped_text(given.stem)}")
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if path.is_file():
+            return path
+        raise UnknownNameError(f"--space {name_or_path}: there is no such file. {_shipped_text(path.stem)}")
     spaces = shipped()
     if name_or_path not in spaces:
         raise UnknownNameError(f"there is no search space {name_or_path!r}. {_shipped_text(name_or_path)}")
@@ -241,12 +247,12 @@ def shipped() -> dict[str, Path]:
     """The spaces that come with the package, by name."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "search_spaces", package.parent / "search_spaces"):
-        if found := sorted(folder.glob("*.yaml")):
-            return {path.stem: path for path in found}
+        if files := sorted(folder.glob("*.yaml")):
+            return {path.stem: path for path in files}
     return {}
 
 
-def _shipped_text(asked: str) -> str:
+def _shipped_text(name: str) -> str:
     spaces = shipped()
-    near = did_you_mean(asked, spaces).strip()
+    near = did_you_mean(name, spaces).strip()
     return f"{near} Spaces that ship: {', '.join(spaces) or 'none'}. Or give a YAML file.".strip()

@@ -1,5 +1,4 @@
-"""Between the training and whoever looks on: passes epochs on, ends the training when a stop was asked for, and lets
-other processes measure on the same device between two steps."""
+"""Watches a training: reports epochs, ends it at the user's request, and lets other processes measure between steps."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ from attnsurgery.search.device_lock import DeviceLock
 from attnsurgery.search.listener import Listener
 
 
-class StopAsked(Exception):
-    """The user asked for an end; what was done so far is kept."""
+class StopRequested(Exception):
+    """The user asked for an end; results so far are kept."""
 
 
 class Watching(Watch):
-    """Raises StopAsked within a batch of `stop` becoming true.
+    """Raises StopRequested at most one batch after `stop` returns true.
 
     Args:
         listener: told of epochs and phases.
-        stop: asked before every step, and while the device is waited for.
-        lock: of the device.
+        stop: called before every step, and while the process waits for the device.
+        lock: of the device; None if the device is not shared.
     """
 
     def __init__(self, listener: Listener, stop: Callable[[], bool], lock: DeviceLock | None = None) -> None:
@@ -36,13 +35,13 @@ class Watching(Watch):
             self._lock.yield_to_measurements()
 
     def wait(self) -> None:
-        """Nothing is done now, but a stop is heard.
+        """Called between steps and while the process waits.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         if self.stop():
-            raise StopAsked
+            raise StopRequested
 
     def epoch(self, epoch: Epoch) -> None:
         self.listener.epoch(epoch)

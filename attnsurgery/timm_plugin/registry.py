@@ -135,7 +135,7 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return text.loads(as_json, "recipe")  # JSON is YAML: one reader, one set of messages
 
 
-def recipe_of(name: str) -> Recipe | None:
+def recipe_by_name(name: str) -> Recipe | None:
     """The recipe that a surgical model name stands for; None for a name that is not surgical."""
     arch, tag = _registry.split_model_name_tag(name)
     entry = dict.get(_registry._model_entrypoints, arch)
@@ -163,7 +163,7 @@ def flattened(recipe: Recipe) -> Recipe:
     from attnsurgery.recipe.text import keep_origin
 
     original, bases = recipe, {recipe.base}
-    while (inner := recipe_of(recipe.base)) is not None:
+    while (inner := recipe_by_name(recipe.base)) is not None:
         if inner.base in bases:
             raise RecipeError(f"the recipe {recipe.name!r} has itself as its base, by way of {inner.base!r}.")
         bases.add(inner.base)
@@ -236,7 +236,7 @@ def _named_recipe(name: str, base: str, block: str, stages: str | None) -> Recip
     from attnsurgery.blocks import BLOCKS
     from attnsurgery.recipe.schema import Edit, Recipe
 
-    inner = recipe_of(base)
+    inner = recipe_by_name(base)
     edit = Edit(at=f"stage:{stages or '*'} {BLOCKS[block].model_place}", block=block)
     edits = [*inner.edits, edit] if inner else [edit]
     if inner is not None:  # a limit of the base applies to the added block too
@@ -274,7 +274,7 @@ def _configurations(base: str) -> DefaultCfg:
 
 
 def _from_zoo(path: Path, **kwargs: Any) -> nn.Module:
-    recipe = recipe_of(path.stem)
+    recipe = recipe_by_name(path.stem)
     assert recipe is not None
     return _build(recipe, path.stem, **kwargs)
 

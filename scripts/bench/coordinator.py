@@ -74,7 +74,7 @@ def asking(folder: Path, asks: int) -> list[float]:
         assert picks is not None
         ms = 8.0 + sum(cost[place, pick] for place, pick in enumerate(picks)) + rng.normal(0, 0.02)
         top1 = 0.7 + sum(worth[place, pick] for place, pick in enumerate(picks)) + rng.normal(0, 0.003)
-        recipe = space.recipe_of(asked.assignment)
+        recipe = space.recipe_for(asked.assignment)
         record = Record(
             number=asked.number,
             state="trained" if ms <= 10.0 else "over_budget",

@@ -149,7 +149,7 @@ def played(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
 
 def _looked_up(table: Table, number: int, assignment: Mapping[str, str], seed: int, before: list[Record]) -> Record:
     picks = tuple(assignment[site] for site in table.sites)
-    recipe = table.space.recipe_of(assignment)
+    recipe = table.space.recipe_for(assignment)
     digest, ms = recipe.digest() if recipe else "", table.ms[picks]
     timing = Timing(ms, ms, ms, 1.0)
     score = table.scaled(picks, seed)

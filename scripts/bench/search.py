@@ -50,7 +50,7 @@ from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import write_whole
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.timm_plugin.architectures import weightless
-from attnsurgery.timm_plugin.registry import recipe_of
+from attnsurgery.timm_plugin.registry import recipe_by_name
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {"squeeze-and-excitation everywhere": "se", "non-local block in stage 3": "nonlocal_s3"}
@@ -169,7 +169,7 @@ def bench_of(asked: argparse.Namespace) -> Bench:
 
 
 def by_hand(base: str) -> dict[str, Recipe]:
-    recipes = {name: recipe_of(f"{base}_{spelled}") for name, spelled in BY_HAND.items()}
+    recipes = {name: recipe_by_name(f"{base}_{spelled}") for name, spelled in BY_HAND.items()}
     return {name: recipe for name, recipe in recipes.items() if recipe is not None}
 
 

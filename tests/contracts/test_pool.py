@@ -18,7 +18,7 @@ from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.search import Listener, SearchConfig
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.jobs import Job, perform
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import StopRequested, Watching
 from attnsurgery.search.workers import worker
 from attnsurgery.search.workers.launch import LAUNCHERS
 from attnsurgery.search.workers.pool import JobOutcome, InProcessPool, WorkerPool
@@ -237,7 +237,7 @@ def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypa
         done = finished_jobs(pool)
         assert sorted(one.job.tag for one in done) == [0, 1, 2, 3]
         assert all(one.stopped for one in done)
-        with pytest.raises(StopAsked):
+        with pytest.raises(StopRequested):
             pool.all([Job("base scores")])
     finally:
         pool.close()

@@ -202,7 +202,7 @@ def measure_by_building(
     """A function that builds a candidate from the base and measures the two alternately."""
 
     def measure(picks: Picks) -> Measured:
-        recipe = space.recipe_of(space.places.params(picks))
+        recipe = space.recipe_for(space.places.params(picks))
         assert recipe is not None, "a candidate has a block"
         model = operate(copy.deepcopy(base), resolve(recipe, anatomy)).to(backend.conditions.device)
         comparison = backend.compare(base, model)

@@ -69,7 +69,7 @@ class Costs:
             added_CL = np.zeros((len(EXACT), len(variable.choices)))
             counts: tuple[Counter[str], ...] = tuple(Counter() for _ in variable.choices)
             for index, label in enumerate(variable.choices):
-                recipe = space.recipe_of(space.nothing | {variable.name: label})
+                recipe = space.recipe_for(space.nothing | {variable.name: label})
                 for insertion in resolve(recipe, anatomy) if recipe else ():
                     cost = cost_of(insertion)
                     added_CL[:, index] += (cost.params, cost.macs)

@@ -11,7 +11,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.result.record import Promotion, Record, Timing
 from attnsurgery.search.storage.store import Store
-from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.pool import WorkerPool
 
 _WAIT_S = 1.0
@@ -21,7 +21,7 @@ def base_of(bench: Bench, pool: WorkerPool, store: Store, stop: Callable[[], boo
     """The base's latency and record from the store. What is missing is measured by one of the searches at the study.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
     """
     facts = _wait_for_others(store, stop)
     if facts is None:
@@ -40,12 +40,12 @@ def _wait_for_others(store: Store, stop: Callable[[], bool]) -> Any:
     """What the store has of the base, once it is complete or this search is the one to complete it.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
     """
     sharing = store.sharing
     while sharing is not None and "record" not in (store.fixed("base") or {}) and not sharing.leads():
         if stop():
-            raise StopAsked
+            raise StopRequested
         time.sleep(_WAIT_S)
     return store.fixed("base")
 

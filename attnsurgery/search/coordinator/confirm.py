@@ -54,7 +54,7 @@ def confirm(
         work: does jobs.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
         SearchError: the base, or every finalist, cannot be trained.
     """
     measured = {"reference": reference}

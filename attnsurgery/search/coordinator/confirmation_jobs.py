@@ -20,7 +20,7 @@ class ConfirmationJobs:
         pool: does the jobs.
         store: the study, which holds the results until there is a verdict.
         folder: the run directory, which holds the weights that trainings leave.
-        check_stop: raises StopAsked once the user asked for an end.
+        check_stop: raises StopRequested once the user asked for an end.
     """
 
     def __init__(self, pool: WorkerPool, store: Store, folder: Path, check_stop: Callable[[], None]) -> None:
@@ -31,7 +31,7 @@ class ConfirmationJobs:
         """The results of jobs of one kind, in the order of their payloads.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
             AttnSurgeryError: one of the jobs cannot be done.
         """
         results: dict[str, Any] = self._store.fixed(CONFIRMING) or {}

@@ -56,7 +56,7 @@ def about_of(
         code=code if code_version() in code else (*code, code_version()),
         noise=reference.noise,
         steady=reference.steady,
-        beside=reference.beside(),
+        beside=reference.details(),
         input_size=bench.anatomy.input_size,
         places=_places(bench),
         stages=_stages(bench),
@@ -89,7 +89,7 @@ def _places(bench: Bench) -> tuple[Place, ...]:
     places: list[Place] = []
     for variable in bench.space.variables:
         label = next(label for label, edit in variable.choices.items() if edit is not None)
-        recipe = bench.space.recipe_of(bench.space.nothing | {variable.name: label})
+        recipe = bench.space.recipe_for(bench.space.nothing | {variable.name: label})
         assert recipe is not None, "there is a block in it"
         sites = [insertion.site for insertion in resolve(recipe, bench.anatomy)]
         spots = tuple(

@@ -99,7 +99,7 @@ def _in_space(record: Record, space: BoundSpace) -> Record:
         SearchError: the assignment would stand for another candidate.
     """
     record = replace(record, assignment=space.nothing | dict(record.assignment))
-    recipe = space.recipe_of(record.assignment)
+    recipe = space.recipe_for(record.assignment)
     if (recipe.digest() if recipe else "") != (record.digest or ""):
         raise SearchError(
             f"the space puts the blocks of trial {record.number} in another order now. Leave what it had before in its "

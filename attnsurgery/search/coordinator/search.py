@@ -53,7 +53,7 @@ from attnsurgery.search.storage.run_directory import (
 from attnsurgery.search.storage.schema import SECONDS
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
-from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.launch import LAUNCHERS
 from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
 from attnsurgery.search.workers.processes import ProcessPool
@@ -252,7 +252,7 @@ class _Search:
             if self._leads():
                 self._promotions()
                 self._confirm()
-        except StopAsked:
+        except StopRequested:
             interrupted = True
         except Exception:
             self.trials.put_back()
@@ -266,7 +266,7 @@ class _Search:
         """Whether this search does the rest. Of several at one study, one does; the others wait for its result.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         sharing = self.store.sharing
         while sharing is not None and not sharing.leads():
@@ -284,7 +284,7 @@ class _Search:
         """Train the best candidates on the higher rungs, as many as each rung takes.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         rungs, config = len(self.bench.rungs), self.config
         running: set[int] = set()
@@ -326,7 +326,7 @@ class _Search:
         """Choose the winner and compare it with the base, unless an earlier run has done that for the same finalists.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         order = contenders(self.trials.records, self.config.rank_by)
         if not order:

@@ -23,7 +23,7 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.storage.schema import KNOWN
 from attnsurgery.search.storage.store import Request, Store
-from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.pool import JobOutcome, WorkerPool
 
 WAIT_S = 1.0
@@ -81,7 +81,7 @@ class TrialLoop:
         """Ask, measure and train until enough candidates are trained, or there are no more.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         while True:
             self.refresh()
@@ -113,10 +113,10 @@ class TrialLoop:
         """Do nothing unless the user asked for an end.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
         """
         if self.stop():
-            raise StopAsked
+            raise StopRequested
 
     def put_back(self) -> None:
         """Return all unfinished trials to the study, where the next run or another search gets them."""
@@ -230,5 +230,5 @@ class TrialLoop:
         self._twins.clear()
 
     def _digest(self, request: Request) -> str:
-        recipe = self.bench.space.recipe_of(request.assignment)
+        recipe = self.bench.space.recipe_for(request.assignment)
         return recipe.digest() if recipe else ""

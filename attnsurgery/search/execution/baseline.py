@@ -86,7 +86,7 @@ def hash_of(path: Path) -> str:
 def base_latency(bench: Bench, watch: Watching) -> Latency:
     """The base's latency, which those of candidates are relative to."""
     watch.listener.phase("measuring the base")
-    with bench.backend.carefully():
+    with bench.backend.longer():
         return bench.backend.measure(bench.base)
 
 

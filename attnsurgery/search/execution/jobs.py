@@ -91,7 +91,7 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Result:
         The record of a trial or a promotion; JSON data of any other job.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
         AttnSurgeryError: the job cannot be done, and the search cannot continue without it.
         RuntimeError and others: the device failed or memory ran out; another worker may be able to do the job.
     """

@@ -29,7 +29,7 @@ from attnsurgery.search.result.record import Timing
 from attnsurgery.search.rungs import rungs_of, shares
 from attnsurgery.search.storage.run_directory import check_free
 from attnsurgery.search.storage.urls import check_url
-from attnsurgery.search.watching import StopAsked
+from attnsurgery.search.watching import StopRequested
 
 DRAWN = 12
 """Number of candidates that are built and measured."""
@@ -113,7 +113,7 @@ class _Timer(Watch):
 
     def step(self) -> None:
         if self._stop():
-            raise StopAsked
+            raise StopRequested
         self._times.append(time.perf_counter())
         if len(self._times) > _STEPS or (len(self._times) > 3 and self._times[-1] - self._times[0] > _SECONDS):
             raise _Enough
@@ -144,7 +144,7 @@ def preview(
         backend: measures latencies instead of the backend that the configuration names.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
         AttnSurgeryError: as `run` before its first trial.
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
@@ -162,7 +162,7 @@ def preview(
     drawn: set[Picks] = set()
     for index in range(DRAWN):
         if stop():
-            raise StopAsked
+            raise StopRequested
         picks = bench.places.drawn(rng, lambda picks: picks not in drawn)
         if picks is None:
             break
@@ -206,7 +206,7 @@ def preview(
 
 def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
     """The model of a candidate, and whether its measured costs are within the budgets."""
-    recipe = bench.space.recipe_of(assignment)
+    recipe = bench.space.recipe_for(assignment)
     assert recipe is not None, "what is drawn has a block"
     model = build(bench, recipe)
     timing = Timing.of(bench.backend.compare(bench.base, model, reference))

@@ -61,7 +61,7 @@ def outline(bench: Bench, number: int, assignment: Mapping[str, str], predicted_
         assignment: a label for every variable.
         predicted_ms: the predicted latency, if it is certainly over the budget.
     """
-    recipe = bench.space.recipe_of(assignment)
+    recipe = bench.space.recipe_for(assignment)
     return Record(
         number=number,
         state="pending",
@@ -103,7 +103,7 @@ def run_trial(bench: Bench, record: Record, reference: Latency, watch: Watching)
         watch: told of progress.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
         RuntimeError and others: the device failed or ran out of memory (`attnsurgery.faults`), which says nothing about
             the candidate.
     """
@@ -140,7 +140,7 @@ def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching)
     """Training-free scores of a candidate, by name. A score that this model or the memory does not allow is left out.
 
     Raises:
-        StopAsked: the user asked for an end.
+        StopRequested: the user asked for an end.
         RuntimeError and others: the device is broken.
     """
     opened = recipe.model_copy(update={"edits": [edit.model_copy(update={"start": "paper"}) for edit in recipe.edits]})
@@ -172,7 +172,7 @@ def promote(bench: Bench, record: Record, watch: Watching) -> Record:
     """The record with its score on the next rung, or with the reason why it has none.
 
     Raises:
-        StopAsked, RuntimeError: as `run_trial`.
+        StopRequested, RuntimeError: as `run_trial`.
     """
     recipe, rung = Recipe.model_validate(record.recipe), bench.rungs[record.reached + 1]
     try:

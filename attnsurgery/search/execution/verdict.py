@@ -44,7 +44,7 @@ def measure_again(bench: Bench, record: Record, reference: Latency, watch: Watch
     candidate = build(bench, Recipe.model_validate(record.recipe))
     for times in _LENGTHS:
         watch.step()
-        with bench.backend.carefully(times):
+        with bench.backend.longer(times):
             timing = Timing.of(bench.backend.compare(bench.base, candidate, reference))
         measured = replace(record, timing=timing)
         if bench.budgets.check(measured, "high").within or not bench.budgets.check(measured, "low").within:
@@ -106,7 +106,7 @@ def final_verdict(bench: Bench, record: Record, reference: Latency, watch: Watch
             if not base and index == 0:
                 best = model
     watch.listener.phase("confirming: measuring the winner again")
-    with bench.backend.carefully():
+    with bench.backend.longer():
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
     if new_name := save(bench, best, recipe, folder):
         watch.listener.phase(f"{BEST} holds files that the search has not written, and is kept as {new_name}")

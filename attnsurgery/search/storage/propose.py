@@ -114,7 +114,7 @@ def _draw_new(space: BoundSpace, places: Places, digests: set[str | None], seed:
     """A legal candidate that was not asked for yet, drawn uniformly; None where there seems to be none."""
 
     def is_new(picks: Picks) -> bool:
-        recipe = space.recipe_of(places.params(picks))
+        recipe = space.recipe_for(places.params(picks))
         return recipe is not None and recipe.digest() not in digests
 
     picks = places.drawn(np.random.default_rng(seed), is_new)
@@ -125,7 +125,7 @@ def _digest(space: BoundSpace, places: Places, params: Mapping[str, str]) -> str
     """The digest of the candidate of a running trial; '' where its parameters are not complete yet."""
     if params.keys() != places.choices.keys():
         return ""
-    recipe = space.recipe_of(params)
+    recipe = space.recipe_for(params)
     return recipe.digest() if recipe else ""
 
 

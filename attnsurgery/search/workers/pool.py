@@ -21,7 +21,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Data, Job, Result, perform
 from attnsurgery.search.execution.trial import reason_of
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import StopRequested, Watching
 
 ESSENTIAL = 4
 """Maximum number of attempts, in one run, of a job that the search cannot do without."""
@@ -95,7 +95,7 @@ class WorkerPool(ABC):
             keep: called with the index of each job and its result, as soon as it is done.
 
         Raises:
-            StopAsked: the user asked for an end.
+            StopRequested: the user asked for an end.
             AttnSurgeryError: one of the jobs cannot be done.
         """
         for tag, job in enumerate(jobs):
@@ -113,7 +113,7 @@ class WorkerPool(ABC):
                 times = f"the last of {outcome.job.attempt} attempts"
                 raise SearchError(f"{_name(outcome.job)} could not be done: {outcome.lost} ({times}). {RESUME_HINT}")
         if any(outcome.stopped for outcome in outcomes):
-            raise StopAsked
+            raise StopRequested
         results = {outcome.job.tag: outcome.result for outcome in outcomes if isinstance(outcome.result, dict)}
         return [results[tag] for tag in range(len(jobs))]
 
@@ -133,7 +133,7 @@ class InProcessPool(WorkerPool):
         self._jobs: deque[Job] = deque()
         self._lock = device_lock(bench.config.device)
         self._watch = Watching(listener, stop, self._lock)
-        bench.backend.alone = self._lock.exclusive
+        bench.backend.lock = self._lock.exclusive
 
     @property
     def size(self) -> int:
@@ -167,7 +167,7 @@ class InProcessPool(WorkerPool):
         try:
             with self._lock.shared():
                 return JobOutcome(job, perform(self._bench, job, self._watch))
-        except StopAsked:
+        except StopRequested:
             return JobOutcome(job, stopped=True)
         except Exception as error:
             fault = fault_of(error)

@@ -204,7 +204,7 @@ class ProcessPool(WorkerPool):
                     outcomes += self._replace(slot, WorkerExited(""))
         return outcomes
 
-    def _replace(self, slot: WorkerSlot, exit: WorkerExited) -> list[JobOutcome]:
+    def _replace(self, slot: WorkerSlot, ending: WorkerExited) -> list[JobOutcome]:
         """Queue the job of a lost worker for another attempt, or return it as lost or stopped.
 
         Raises:
@@ -215,7 +215,7 @@ class ProcessPool(WorkerPool):
             slot.failed_starts += 1
             if slot.failed_starts >= _STARTS and self._stopped_at is None:
                 raise SearchError(
-                    f"worker {slot.index} was started {_STARTS} times in vain: {exit.reason}. {RESUME_HINT}"
+                    f"worker {slot.index} was started {_STARTS} times in vain: {ending.reason}. {RESUME_HINT}"
                 )
         if job is None:
             return []
@@ -225,10 +225,10 @@ class ProcessPool(WorkerPool):
             self._waiting.appendleft(job)
             return []
         if job.attempt >= job.most:
-            return [JobOutcome(job, lost=exit.reason)]
-        self._waiting.appendleft(job.again(exit.out_of_memory))
-        half = ", at half the batch" if exit.out_of_memory else ""
-        slot.listener.phase(f"begun again{half}: {exit.reason}")
+            return [JobOutcome(job, lost=ending.reason)]
+        self._waiting.appendleft(job.again(ending.out_of_memory))
+        half = ", at half the batch" if ending.out_of_memory else ""
+        slot.listener.phase(f"begun again{half}: {ending.reason}")
         return []
 
     def _end(self, slot: WorkerSlot) -> None:

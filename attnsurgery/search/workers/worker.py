@@ -35,7 +35,7 @@ from attnsurgery.search.execution.trial import reason_of
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.storage.run_directory import WEIGHTS
-from attnsurgery.search.watching import StopAsked, Watching
+from attnsurgery.search.watching import StopRequested, Watching
 from attnsurgery.search.workers.launch.mailbox import ANSWERS, Inbox, Outbox
 
 _SIGN_S = 1.0
@@ -75,8 +75,8 @@ class Wire(Listener):
     def phase(self, text: str) -> None:
         self.send({"event": ["phase", text]})
 
-    def loading(self, split: str, done: int, total: int) -> None:
-        self.send({"event": ["loading", split, done, total]})
+    def loading(self, split: str, count: int, total: int) -> None:
+        self.send({"event": ["loading", split, count, total]})
 
     def epoch(self, epoch: Epoch) -> None:
         self.send({"event": ["epoch", asdict(epoch)]})
@@ -113,7 +113,7 @@ class _Worker:
             self._lock = device_lock(self._config.device)
             self._watch = _Attentive(self._wire, self._stop, self._lock)
             self._bench = assemble(self._config, self._wire, check=False)
-            self._bench.backend.alone = self._lock.exclusive
+            self._bench.backend.lock = self._lock.exclusive
             self._wire.send({"versions": {"node": platform.node(), "found": self._bench.versions()}})
         except Exception as error:
             if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
@@ -126,7 +126,7 @@ class _Worker:
             bench = self._ready()
             with self._lock.shared():
                 return {"result": result_to_data(perform(bench, job, self._watch))}
-        except StopAsked:
+        except StopRequested:
             return {"stopped": True}
         except Exception as error:
             if (fault := fault_of(error)) is not None:

@@ -147,8 +147,8 @@ class _WorkerActor:
             while line is not None:
                 lines.append(line)
                 line = self._lines.get_nowait()
-            exit = end_of(self._process.returncode, self._log)
-            return lines, (exit.reason, exit.out_of_memory)
+            ending = end_of(self._process.returncode, self._log)
+            return lines, (ending.reason, ending.out_of_memory)
         return lines, None
 
     def send(self, line: str) -> None:
@@ -173,7 +173,7 @@ class _ActorLink(Link):
     def _listen(self) -> None:
         while not self._ended:
             try:
-                lines, exit = self._ray.get(self._call("receive", _RECEIVE_S))
+                lines, ending = self._ray.get(self._call("receive", _RECEIVE_S))
             except Exception as error:  # the actor, its node, or Ray itself has died
                 self._on_message(WorkerExited(f"its Ray actor is gone: {' '.join(str(error).split())[:300]}"))
                 return
@@ -181,8 +181,8 @@ class _ActorLink(Link):
             for line in lines:
                 with suppress(ValueError):  # a line that a dying worker has not completed
                     self._on_message(json.loads(line))
-            if exit:
-                self._on_message(WorkerExited(*exit))
+            if ending:
+                self._on_message(WorkerExited(*ending))
                 return
 
     def _call(self, method: str, *arguments: Any) -> Any:
