@@ -215,7 +215,7 @@ def test_lock_synchronizes_before_release(locks: Path, monkeypatch: pytest.Monke
             lock_module._unlock(gate)
 
         gate = other._files[1]
-        assert lock_module._take_at_once(gate, alone=True)
+        assert lock_module._try_lock(gate, exclusive=True)
         lock.waiting = leave
         lock.yield_to_measurements()
     assert order == ["finished", "left", "finished"]

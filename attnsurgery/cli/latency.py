@@ -50,7 +50,7 @@ def latency(
     from attnsurgery.errors import UsageError
     from attnsurgery.graph.find import input_size_of
     from attnsurgery.latency import backend_for
-    from attnsurgery.search.device_lock import alone_on_device
+    from attnsurgery.search.device_lock import with_device_lock
 
     batch_sizes = _batch_sizes(batch_size)
     if self_test and (versus or len(batch_sizes) > 1):
@@ -62,7 +62,7 @@ def latency(
     channels, height, width = input_size_of(first)
     size = (channels, input_size or height, input_size or width)
     backends = [
-        alone_on_device(
+        with_device_lock(
             backend_for(
                 measured_conditions({**settings, "batch_size": images}, size, "latency"), settings.get("latency")
             )

@@ -1,4 +1,4 @@
-"""The search: which blocks, where, under a latency budget; an Optuna study whose candidates are recipes."""
+"""The search for blocks and their places under a budget, as an Optuna study whose candidates are recipes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _HOMES = {
     "find": "space",
     "run": "coordinator.search",
 }
-"""The module of each name; the settings are read without torch, so that `--help` answers at once."""
+"""The module of each name. Names are imported when they are used: the settings need no torch, so `--help` is fast."""
 
 
 def __getattr__(name: str) -> Any:

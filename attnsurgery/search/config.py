@@ -1,7 +1,7 @@
-"""What a search is asked to do: each setting is declared here, and nowhere else.
+"""The settings of a search, each declared once.
 
-The command line, configuration files, environment variables, the check of a resumed search and the report read what
-they need off these fields (`attnsurgery.settings`).
+The command line, configuration files, environment variables, the check of a resumed search and the report use these
+fields (`attnsurgery.settings`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from attnsurgery.recipe.strict_yaml import writes
 from attnsurgery.settings import Amount, Augment, Mode, RankBy, Setting, TrainDtype, settings_of
 
 DEFAULT_BASE = "test_resnet"
-"""Small enough to search for in minutes on a laptop, with four stages to choose from."""
+"""The default model: small enough for a search in minutes on a laptop, with four stages."""
 
 BUDGET, MODEL, TRAINING = "Budget", "Model and data", "Training"
 CHOOSING, MEASURING, WORKERS, STORING = "Choosing candidates", "Measuring", "Workers", "Storage"
 
 
 class SearchConfig(Strict):
-    """A whole search as data; the same data does the same search."""
+    """All settings of a search; equal settings make the same search."""
 
     budget_ms: Annotated[
         float | None, Field(gt=0, description="Maximum latency of one forward pass, in ms."), Setting(BUDGET)
@@ -263,11 +263,11 @@ class SearchConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _device_defaults(cls, values: Any) -> Any:
-        """What is not given, or is None, is as models are usually deployed and trained on the device."""
+        """Fill in settings that are missing or None with the usual values for the device."""
         if not isinstance(values, Mapping):
             return values
         values = {name: value for name, value in values.items() if value is not None or name not in BY_DEVICE}
-        if values.keys() >= set(BY_DEVICE):  # nothing to fill in: a backend that is gone by now need not be there
+        if values.keys() >= set(BY_DEVICE):  # nothing to fill in: the latency backend need not be installed
             return values
         device, latency = str(values.get("device", "cpu")), values.get("latency")
         return {**defaults_on(device, latency, values.get("dtype")), **values}
@@ -304,10 +304,12 @@ BY_DEVICE = tuple(name for name, setting in settings_of(SearchConfig).items() if
 
 
 def defaults_on(device: str, latency: str | None = None, dtype: str | None = None) -> dict[str, Any]:
-    """Values of `BY_DEVICE` where they are not given.
+    """The default values of `BY_DEVICE`.
 
     Args:
-        latency: a latency backend; None for the device's own.
+        device: as torch names it.
+        latency: name of a latency backend; None for the device's own.
+        dtype: the number format of measurements, if it is given.
 
     Raises:
         UnknownNameError: there is no such backend.

@@ -1,14 +1,14 @@
-"""One lock for each device: who measures on it is alone, and who trains on it lets measurements in between two steps.
+"""One lock for each device: measurements have the device to themselves, and trainings pause for them between two steps.
 
-Two files lie behind a lock. Work is done under a shared lock on the first. A measurement is made under an exclusive
-lock, which it gets when all others have come to the end of their step. So that they do not take the shared lock again
-before that, a measurement first closes the *gate*, the second file, which everybody passes on the way to the first. As
-long as the gate is open nobody waits, and a step costs no more than a look at it.
+A lock has two files. Trainings hold a shared lock on the first. A measurement holds an exclusive lock on it, which it
+gets when all trainings have finished their step. So that they do not take the shared lock again before that, a
+measurement first locks the *gate*, the second file, which every process has to pass before it locks the first. While
+the gate is open nobody waits, and a step costs only one test of the gate.
 
-A card is known by its UUID, whatever CUDA_VISIBLE_DEVICES makes of its number; a CPU is the machine. The files lie in
-one folder for all searches of a user on a machine, /dev/shm or else the temporary directory; the environment variable
-ATTNSURGERY_LOCKS names another, such as one that several containers see. The kernel releases the locks of a process
-that ends, however it does.
+A GPU is identified by its UUID, whatever its number is under CUDA_VISIBLE_DEVICES; all CPUs of a machine are one
+device. The files are in one folder for all searches of a user on a machine, in /dev/shm or else the temporary
+directory; the environment variable ATTNSURGERY_LOCKS names another one, for example to share it between containers. The
+kernel releases the locks of a process when it ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from attnsurgery.latency import LatencyBackend
 # gate by which a waiting measurement is let in between two steps.
 try:
     import fcntl
-except ImportError:  # no such locks on this system; then measurements are as noisy as they are
+except ImportError:  # no such locks on this system; measurements are then disturbed by other processes
     fcntl = None  # type: ignore[assignment]
 
 _MEASURER_S, _WORKER_S = 0.002, 0.01
-"""Who waits looks that often whether the wait is over."""
+"""Time between two attempts to get a lock, for measurements and for trainings, in s."""
 _of_thread = threading.local()
 
 
 def device_lock(device: str) -> DeviceLock:
-    """The lock of that device; a thread gets the same one each time, so it never waits for itself.
+    """The lock of a device; a thread gets the same object each time, so it never waits for itself.
 
     Args:
         device: as torch names it.
@@ -52,50 +52,51 @@ def device_lock(device: str) -> DeviceLock:
     return locks[path]
 
 
-def alone_on_device(backend: LatencyBackend) -> LatencyBackend:
-    """The same backend, whose every measurement is made under the exclusive lock of its device."""
+def with_device_lock(backend: LatencyBackend) -> LatencyBackend:
+    """Make a backend take the exclusive lock of its device for each measurement; returns the backend."""
     backend.lock = lambda: device_lock(backend.conditions.device).exclusive()
     return backend
 
 
 class DeviceLock:
-    """The lock of one device, as one thread holds it. Made by `device_lock`.
+    """The lock of one device for one thread. Use `device_lock` to get it.
 
     Args:
-        path: of the lock file; the gate lies beside it.
+        device: as torch names it.
+        path: of the two files, without their suffixes.
     """
 
     def __init__(self, device: str, path: Path) -> None:
         self.waiting: Callable[[], None] = lambda: None
-        """Called again and again while this lock is waited for; what it raises ends the wait."""
+        """Called repeatedly while this thread waits for the lock; an exception that it raises ends the wait."""
         self._device = torch.device(device)
         self._shared = self._exclusive = False
         self._files: list[int] = []
         weakref.finalize(self, _close, self._files)
         if fcntl is not None:
-            with suppress(OSError):  # a folder that cannot be written: as on a system without locks
+            with suppress(OSError):  # without a writable folder, as on a system without locks
                 for end in ("lock", "gate"):
                     self._files.append(os.open(f"{path}.{end}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-        self._none = len(self._files) < 2
+        self._disabled = len(self._files) < 2
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Work on the device: nobody measures meanwhile, but between two steps."""
-        if self._none or self._shared or self._exclusive:
+        """Hold the shared lock, under which others may measure only between two steps."""
+        if self._disabled or self._shared or self._exclusive:
             yield
             return
         self._enter()
         try:
             yield
         finally:
-            with suppress(RuntimeError):  # of a device that is broken, which was told before
+            with suppress(RuntimeError):  # a broken device has raised before
                 self._synchronize()
             self._leave()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Alone on the device, as soon as all others have come to the end of their step."""
-        if self._none or self._exclusive:
+        """Hold the exclusive lock, once all others have finished their step."""
+        if self._disabled or self._exclusive:
             yield
             return
         worked = self._shared
@@ -104,9 +105,9 @@ class DeviceLock:
             self._leave()
         lock, gate = self._files
         try:
-            self._take(gate, alone=True)
+            self._wait_for(gate, exclusive=True)
             try:
-                self._take(lock, alone=True)
+                self._wait_for(lock, exclusive=True)
                 self._exclusive = True
                 yield
             finally:
@@ -118,26 +119,26 @@ class DeviceLock:
                 self._enter()
 
     def yield_to_measurements(self) -> None:
-        """Between two steps: if somebody waits to measure, finish what the device was told to do, and let him."""
-        if self._none or self._exclusive:
+        """Between two steps: if a measurement waits, finish the device's work and release the lock for it."""
+        if self._disabled or self._exclusive:
             return
         gate = self._files[1]
-        if _take_at_once(gate, alone=False):
+        if _try_lock(gate, exclusive=False):
             _unlock(gate)
         elif self._shared:
             self._synchronize()
             self._leave()
             self._enter()
         else:
-            self._take(gate, alone=False)
+            self._wait_for(gate, exclusive=False)
             _unlock(gate)
 
     def _enter(self) -> None:
-        """Through the gate, and take the shared lock; whoever measures holds both, so it is free then."""
+        """Pass the gate and take the shared lock; a measurement holds both, so the lock is free after the gate."""
         lock, gate = self._files
-        self._take(gate, alone=False)
+        self._wait_for(gate, exclusive=False)
         try:
-            self._take(lock, alone=False)
+            self._wait_for(lock, exclusive=False)
             self._shared = True
         finally:
             _unlock(gate)
@@ -146,20 +147,20 @@ class DeviceLock:
         self._shared = False
         _unlock(self._files[0])
 
-    def _take(self, file: int, *, alone: bool) -> None:
-        while not _take_at_once(file, alone=alone):
+    def _wait_for(self, file: int, *, exclusive: bool) -> None:
+        while not _try_lock(file, exclusive=alone):
             self.waiting()
-            time.sleep(_MEASURER_S if alone else _WORKER_S)
+            time.sleep(_MEASURER_S if exclusive else _WORKER_S)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)
 
 
-def _take_at_once(file: int, *, alone: bool) -> bool:
-    """Whether the lock was free; if it was, it is held now."""
+def _try_lock(file: int, *, exclusive: bool) -> bool:
+    """Take a lock if it is free; returns whether it was."""
     try:
-        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -175,7 +176,7 @@ def _close(files: list[int]) -> None:
 
 
 def _folder() -> Path:
-    """Where this user's locks lie on this machine."""
+    """The folder of this user's locks on this machine."""
     if path := os.environ.get("ATTNSURGERY_LOCKS"):
         folder = Path(path)
         with suppress(OSError):
@@ -186,7 +187,7 @@ def _folder() -> Path:
         folder = parent / f"attnsurgery-{user}"
         with suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
-            if os.access(folder, os.W_OK) and folder.lstat().st_uid == user:  # and nobody else has put it there
+            if os.access(folder, os.W_OK) and folder.lstat().st_uid == user:  # not created by another user
                 return folder
     return Path(tempfile.gettempdir())
 

@@ -28,7 +28,7 @@ from attnsurgery.latency.model import Floats, Kind, LatencyModel, Measured
 from attnsurgery.recipe.build import resolve
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.budgets.costs import Costs
-from attnsurgery.search.device_lock import alone_on_device
+from attnsurgery.search.device_lock import with_device_lock
 from attnsurgery.search.files import Journal
 from attnsurgery.search.space import BoundSpace, SearchSpace, bind
 from attnsurgery.surgery.operate import operate
@@ -165,7 +165,7 @@ def calibrate(
     anatomy = survey(base, size)
     bound = bind(space, anatomy, model)
     costs = Costs.count(bound, anatomy, base)
-    meter = alone_on_device(backend_for(conditions(size), backend, EFFORT))
+    meter = with_device_lock(backend_for(conditions(size), backend, EFFORT))
     base = base.to(meter.conditions.device)
     cache = LatencyCache(meter, base_key(base, model))
     measurements, kinds = cache.read()
@@ -262,7 +262,7 @@ def quality(base_macs: int, kinds: Mapping[str, Kind], measured: Sequence[Measur
 
 
 def spearman(first: Floats, second: Floats) -> float:
-    """Rank correlation of two series without ties."""
-    ranks = np.stack([np.argsort(np.argsort(series)) for series in (first, second)])
-    matrix: Any = np.corrcoef(ranks)
-    return float(matrix[0, 1])
+    """Spearman's rank correlation of two series; NaN if all values of one are equal."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(first, second).statistic)

@@ -33,7 +33,7 @@ from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
 from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.device_lock import alone_on_device
+from attnsurgery.search.device_lock import with_device_lock
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench, Fresh
 from attnsurgery.search.execution.pretrained_base import (
@@ -229,7 +229,7 @@ def conditions_of(config: SearchConfig, size: tuple[int, int, int]) -> Condition
 
 def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
-    return alone_on_device(backend_for(conditions_of(config, size), config.latency, effort))
+    return with_device_lock(backend_for(conditions_of(config, size), config.latency, effort))
 
 
 def _scorer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -255,11 +254,11 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
     return trainings + extra_trainings * rungs[-1][1] + measured * config.latency_seconds
 
 
-def _wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, "Probable inference", JASA 1927)."""
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson, "Probable inference", JASA 1927)."""
+    from scipy.stats import binomtest
+
     if count == 0:
         return 0.0, 0.0
-    share = hits / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

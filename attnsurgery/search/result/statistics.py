@@ -47,10 +47,10 @@ def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float | No
 
     None if all values of one series are equal.
     """
-    first_N, second_N = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    first_NN, second_NN = np.sign(first_N[:, None] - first_N), np.sign(second_N[:, None] - second_N)
-    pairs = float((first_NN**2).sum() * (second_NN**2).sum())
-    return float((first_NN * second_NN).sum()) / pairs**0.5 if pairs else None
+    from scipy.stats import kendalltau
+
+    tau = float(kendalltau(first, second).statistic) if len(first) > 1 else math.nan
+    return None if math.isnan(tau) else tau
 
 
 def gains(records: Iterable[Record], base: float) -> dict[tuple[str, str], list[float]]:
@@ -172,6 +172,6 @@ def sign_test(first: int, second: int) -> float:
         first: number of images that only the first model classified correctly.
         second: number of images that only the second model classified correctly.
     """
-    count = first + second
-    tail = sum(math.comb(count, k) for k in range(min(first, second) + 1))
-    return float(min(1.0, 2 * tail / 2**count))
+    from scipy.stats import binomtest
+
+    return float(binomtest(first, first + second).pvalue) if first + second else 1.0

@@ -1,14 +1,15 @@
-"""Several searches at one study, each on a machine of its own: who works on what, who goes first, what was left.
+"""Coordinates several searches at one study: leases of trials, claims of candidates, a leader, takeover of lost trials.
 
-Every search is a *member*, and every trial that it works on has a *lease*, which names its owner, host and process.
-Both are renewed while it lives. What is not renewed for the length of a lease belongs to nobody, by the reader's own
-clock: the clocks of machines need not agree. A trial so lost is failed, which a database lets only one member do, and
-this one puts the same candidate back into the study for whoever is free.
+Every search is a *member*, and every trial that it works on has a *lease* with its owner, host and process. A living
+member renews both. A lease has expired if it was not renewed for its length by the reader's own clock, so the clocks of
+machines need not agree. A trial with an expired lease is failed, which a database allows only one member to do, and
+this member puts the same candidate back into the study for any free worker.
 
-Two members may come to the same candidate, or both see room for one more. So each *claims* a trial before it works on
-it: it writes the claim, then reads all others. Of two that clash, at least the later one sees the earlier. The higher
-number gives way to a lower one, and any to one that is sure; the lower one waits until the higher has given way or was
-sure before. Then it is sure itself. Nothing but reading and writing is asked of the storage, so any of Optuna's does.
+Two members may choose the same candidate, or both see room for one more. So each *claims* a trial before it works on
+it: it writes its claim, then reads all others. Of two conflicting claims, at least the later one sees the earlier. A
+higher trial number yields to a lower one, and any claim yields to a sure one. The lower number waits until the higher
+one has yielded, or was sure before, and is then sure itself. This needs only reads and writes of the storage, so every
+Optuna storage will do.
 """
 
 from __future__ import annotations
@@ -30,22 +31,27 @@ from attnsurgery.samplers import AGAIN
 from attnsurgery.search.files import write_whole
 
 LEASE, CLAIM = "lease", "claim"
-"""User attributes of a trial: who works on it; which candidate it is, and whether that is sure."""
+"""User attributes of a trial: its lease; the digest of its candidate, and whether the claim is sure."""
 _MEMBER = "member:"
+"""Prefix of the study's keys for members."""
 _OWNER = ".owner"
+"""File of a run directory with its member name."""
 _SETTLED_S = 3.0
-"""Members that join at the same time see each other after so long."""
+"""Time after which members that join at the same moment see each other, in s."""
 _POLL_S = 0.1
+"""Time between two reads of the claims, in s."""
 
 Claimed = Literal["mine", "twin", "full"]
+"""The result of a claim: the trial is this member's; another has the candidate; no more candidates are needed."""
 
 
 class Sharing:
     """One member's view of the study.
 
     Args:
-        folder: the run directory, which gives the member its name: who goes on there has it too.
-        lease_s: seconds.
+        study: shared by all members.
+        folder: the run directory, which determines the member's name, so a resumed search has the same.
+        lease_s: length of a lease, in s.
     """
 
     def __init__(self, study: optuna.Study, folder: Path, lease_s: float) -> None:
@@ -57,14 +63,14 @@ class Sharing:
         self._joined = time.time()
         self._joined_clock = time.monotonic()
         self._working: set[int] = set()
-        """Trials of ours that are leased."""
+        """Numbers of this member's leased trials."""
         self._beat_at = 0.0
         self._observed: dict[str, tuple[Any, float]] = {}
-        """What was last read of a lease, and when it was new, on our clock."""
+        """The last value of each lease, and when this member first read it, on its own clock."""
         self.beat()
 
     def beat(self) -> None:
-        """Renew what is ours, if a third of a lease has passed since."""
+        """Renew this member's leases if a third of their length has passed."""
         if time.monotonic() - self._beat_at < self._lease_s / 3:
             return
         self._beat_at = time.monotonic()
@@ -75,11 +81,11 @@ class Sharing:
                 self._storage.set_trial_user_attr(running[number]._trial_id, LEASE, self._lease())
 
     def leave(self) -> None:
-        """Nothing is ours any more."""
+        """End the membership."""
         self._study.set_user_attr(f"{_MEMBER}{self._owner}", None)
 
     def leads(self) -> bool:
-        """True of one living member at a time: it does what must be done once."""
+        """Whether this member does what must be done once; true of one living member at a time."""
         if time.monotonic() - self._joined_clock < _SETTLED_S:
             return False
         living = {name: member for name, member in self._members().items() if not self._stale(name, member)}
@@ -87,34 +93,34 @@ class Sharing:
         return first == f"{_MEMBER}{self._owner}"
 
     def is_mine(self, trial: FrozenTrial) -> bool:
-        """Leased by this member, perhaps in a run before."""
+        """Whether a trial is leased by this member, perhaps in an earlier run."""
         lease = trial.user_attrs.get(LEASE)
         return lease is not None and lease["owner"] == self._owner
 
     def lease(self, trial: FrozenTrial) -> None:
-        """Work on it from now on."""
+        """Lease a trial."""
         self._storage.set_trial_user_attr(trial._trial_id, LEASE, self._lease())
         self.works_on(trial.number)
 
     def leased(self) -> dict[str, Any]:
-        """User attributes with which a trial is leased from its beginning."""
+        """User attributes that make a new trial leased."""
         return {LEASE: self._lease()}
 
     def works_on(self, number: int) -> None:
-        """A trial of that number is leased."""
+        """Renew the lease of a trial from now on."""
         self._working.add(number)
 
     def release(self, number: int) -> None:
-        """It is finished, or put back."""
+        """Stop renewing the lease of a trial, which is finished or put back."""
         self._working.discard(number)
 
     def elsewhere(self) -> list[FrozenTrial]:
-        """Trials that living members work on."""
+        """Trials that other living members work on."""
         trials = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
         return [trial for trial in trials if not self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
 
     def lost(self) -> list[FrozenTrial]:
-        """Trials whose member is gone."""
+        """Running trials whose lease has expired."""
         trials = (trial for trial in self._trials(TrialState.RUNNING) if trial.number not in self._working)
         return [trial for trial in trials if self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE))]
 
@@ -122,7 +128,8 @@ class Sharing:
         """Fail a lost trial, and put its candidate back under a new number, unless another member was faster.
 
         Args:
-            attributes: that go with it; None where it was not asked for completely, and is nothing to go on with.
+            trial: the lost trial.
+            attributes: user attributes of the new trial; None if the candidate was not complete.
         """
         try:
             self._storage.set_trial_user_attr(trial._trial_id, AGAIN, True)
@@ -141,11 +148,13 @@ class Sharing:
     def claim(
         self, number: int, digest: str, room: Callable[[], int], finished_digests: Callable[[], set[str | None]]
     ) -> Claimed:
-        """Whether this member may work on a trial: another may have the same candidate, or the last place.
+        """Whether this member may work on a trial: another may have the same candidate, or enough are in work.
 
         Args:
-            room: how many candidates are still wanted, those that are worked on counted.
-            finished_digests: digests of all finished candidates.
+            number: of the trial.
+            digest: of its candidate.
+            room: returns how many candidates are still needed, including those in work.
+            finished_digests: returns the digests of all finished candidates.
         """
         mine = self._study.get_trials(deepcopy=False)[number]
         self.lease(mine)
@@ -158,20 +167,20 @@ class Sharing:
                 and trial.user_attrs.get(CLAIM)
                 and (self.is_mine(trial) or not self._stale(f"trial:{trial.number}", trial.user_attrs.get(LEASE)))
             }
-            first = [claim for number_of_claim, claim in claims.items() if number_of_claim < number or claim["sure"]]
-            if digest in finished_digests() or any(claim["digest"] == digest for claim in first):
-                return self._give_way(mine, "twin")
-            if len(first) >= room():
-                return self._give_way(mine, "full")
+            prior = [claim for trial_number, claim in claims.items() if trial_number < number or claim["sure"]]
+            if digest in finished_digests() or any(claim["digest"] == digest for claim in prior):
+                return self._withdraw(mine, "twin")
+            if len(prior) >= room():
+                return self._withdraw(mine, "full")
             if len(claims) < room() and all(claim["digest"] != digest for claim in claims.values()):
                 self._storage.set_trial_user_attr(mine._trial_id, CLAIM, {"digest": digest, "sure": True})
                 return "mine"
             time.sleep(_POLL_S)
             self.beat()
 
-    def _give_way(self, trial: FrozenTrial, why: Claimed) -> Claimed:
+    def _withdraw(self, trial: FrozenTrial, result: Claimed) -> Claimed:
         self._storage.set_trial_user_attr(trial._trial_id, CLAIM, None)
-        return why
+        return result
 
     def _lease(self) -> dict[str, Any]:
         until = time.time() + self._lease_s
@@ -181,7 +190,7 @@ class Sharing:
         return {key: value for key, value in self._study.user_attrs.items() if key.startswith(_MEMBER) and value}
 
     def _stale(self, key: str, lease: Mapping[str, Any] | None) -> bool:
-        """True of a lease that is not renewed any more, or whose process is seen to be dead."""
+        """Whether a lease has expired, or its process on this machine is dead."""
         if lease and lease["host"] == self._host and not _alive(lease["pid"]):
             return True
         value, since = self._observed.get(key, (None, 0.0))
@@ -195,7 +204,7 @@ class Sharing:
 
 
 def _owner(folder: Path) -> str:
-    """The name of a run directory among members, made once."""
+    """The member name of a run directory, which is created once."""
     path = folder / _OWNER
     if not path.exists():
         write_whole(path, secrets.token_hex(8))
