@@ -133,7 +133,7 @@ def _on_its_map(model: nn.Module, path: str, x: torch.Tensor, size: tuple[int, .
     """(1, C, H, W); a block that does not ask how tokens lie gets them as one column, (1, C, N, 1)."""
     for owner, _, grafts in operated(model):
         for graft in grafts:
-            if graft.held and joined(owner, graft.child) == path and graft.layout == "NLC" and not graft.grid:
+            if graft.owns_block and joined(owner, graft.child) == path and graft.layout == "NLC" and not graft.grid:
                 place = graft.span[-1] if graft.span else owner
                 channels, height, width = size
                 grid = base_anatomy(model, (channels, height, width)).grid_at(place, graft.node, graft.element)

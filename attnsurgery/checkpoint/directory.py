@@ -33,8 +33,8 @@ from attnsurgery.graph.find import input_size_of
 from attnsurgery.recipe.build import settled
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.surgery.operate import operated
+from attnsurgery.surgery.outputs import tensors_of
 from attnsurgery.surgery.select_blocks import base_anatomy
-from attnsurgery.surgery.verify import tensors_of
 from attnsurgery.timm_plugin import registry
 from attnsurgery.timm_plugin.architectures import weightless
 

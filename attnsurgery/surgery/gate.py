@@ -1,4 +1,4 @@
-"""The gate of a span, on its way: an attribute of the very tensor that the modules hand on."""
+"""Carry the gate of a span from its first to its last module, as an attribute of the tensor that passes through."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from attnsurgery.errors import SurgeryError
 
 
 def carry(x: torch.Tensor, name: str, gate: torch.Tensor) -> None:
-    """Send the gate along with a tensor through a span.
+    """Attach the gate to a tensor.
 
-    Also on the tensor's memory: where checkpoints are nested, the inner one recomputes from a detached tensor.
+    It is attached to the tensor's storage too, because nested checkpoints recompute from a detached tensor.
     """
     setattr(x, name, gate)
     if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
@@ -18,16 +18,16 @@ def carry(x: torch.Tensor, name: str, gate: torch.Tensor) -> None:
 
 
 def carried(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The gate that travels with a tensor through a span.
+    """The gate that is attached to a tensor.
 
     Raises:
-        SurgeryError: something between the modules of the span made a new tensor, or cut it off from its gradient.
+        SurgeryError: an operation between the modules of the span made a new tensor, or detached the gradient.
     """
     gate: torch.Tensor | None = getattr(x, name, None)
     if gate is None and isinstance(x, torch.Tensor) and not torch.compiler.is_compiling():
         gate = getattr(x.untyped_storage(), name, None)
         if gate is not None and torch.is_grad_enabled() and not gate.requires_grad:
-            gate = None  # computed where no gradient was asked for, and one is asked for here
+            gate = None  # the gate was computed without gradients, and a gradient is needed here
     if gate is None:
         raise SurgeryError(
             f"the gate {name.removeprefix('_attnsurgery_').replace('__', '.')!r} was lost inside its span: between two "

@@ -21,7 +21,7 @@ from attnsurgery.graph.twin import meta_twin
 from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
 from attnsurgery.surgery.insertion import Insertion, Insertions
-from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
+from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, holder_of, joined, operated
 from attnsurgery.surgery.remove import remove
 from attnsurgery.surgery.rewrite import surgical_class
 
@@ -55,10 +55,10 @@ def operate(model: nn.Module, insertions: Insertions) -> nn.Module:
     for path, owner, grafts, blocks, cls in prepared:
         grids.share(owner, grafts)
         for name, block in blocks.items():
-            setattr(*held_at(owner, name), block)
+            setattr(*holder_of(owner, name), block)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
-        resized = _resized(model, path) if any(graft.fixed for graft in grafts) else None
+        resized = _resized(model, path) if any(graft.has_fixed_grid for graft in grafts) else None
         if resized is not None:
             resized.__dict__["set_input_size"] = functools.partial(_set_input_size, resized)
         model.__dict__[PATHS] = (*model.__dict__.get(PATHS, ()), *(joined(path, name) for name in blocks))
@@ -91,7 +91,7 @@ def _set_input_size(model: nn.Module, *args: Any, **kwargs: Any) -> None:
                 last = next((owner for owner in paths if f".{graft.span[-1]}".endswith(f".{owner}")), path)
             return dataclasses.replace(graft, grid=anatomy.grid_at(last, graft.node, graft.element))
 
-        updated = tuple(resized(graft) if graft.fixed else graft for graft in grafts)
+        updated = tuple(resized(graft) if graft.has_fixed_grid else graft for graft in grafts)
         owner.__dict__[RECORD] = updated
         owner.__class__ = surgical_class(owner, updated)
 
@@ -184,7 +184,7 @@ def _report_map_size(model: nn.Module, site: Site, owners: dict[str, _Owner]) ->
     source = site.grid_source
     if source not in owners:
         owners[source] = _Owner(model, source)
-    if not any(graft.part == "tells" for graft in owners[source].grafts):
+    if not any(graft.part == "map_source" for graft in owners[source].grafts):
         reporter = Graft(
             child="",
             node=None,
@@ -194,7 +194,7 @@ def _report_map_size(model: nn.Module, site: Site, owners: dict[str, _Owner]) ->
             block="",
             options={},
             start="identity",
-            part="tells",
+            part="map_source",
             grid=site.grid,
             grid_source=source,
         )

@@ -1,4 +1,4 @@
-"""Where blocks are in a model: the owners that surgery has changed, and the names that blocks have there."""
+"""Find the blocks of a model: the owners that surgery has changed, and the names of the blocks there."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 from attnsurgery.blocks import Block
 from attnsurgery.graph.channel_layout import Grid
 from attnsurgery.graph.wrappers import bare, submodule, walk
+from attnsurgery.surgery.forward_graph import find_slot
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
-from attnsurgery.surgery.rewrite import find_slot
 
 PATHS = "_attnsurgery_blocks"
-"""The attribute of a model that says where blocks were put, so that a lost one is missed."""
+"""The attribute of a model with the paths of its blocks, by which a missing block is detected."""
 
 
-def held_at(owner: nn.Module, child: str) -> tuple[nn.Module, str]:
-    """The module that holds a block, and the block's name there: the owner, or a child of it."""
+def holder_of(owner: nn.Module, child: str) -> tuple[nn.Module, str]:
+    """The module that holds a block, which is the owner or a child of it, and the block's name there."""
     host, _, name = child.rpartition(".")
     return submodule(owner, host), name
 
 
 def operated(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Graft, ...]]]:
-    """Path without wrappers, module and record of every owner that was operated on."""
+    """Path without wrappers, module and grafts of each owner that was operated on."""
     for path, module in walk(model):
         grafts = module.__dict__.get(RECORD)
         if grafts:
@@ -32,41 +32,49 @@ def operated(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Graft, ..
 
 
 def grafted_blocks(model: nn.Module) -> dict[str, Block]:
-    """Every grafted block by its path in the model, wrappers left out of both."""
-    found: dict[str, Any] = {}
+    """All inserted blocks by their paths in the model; wrappers are left out of both."""
+    blocks: dict[str, Any] = {}
     for path, owner, grafts in operated(model):
         for graft in grafts:
-            if graft.held:
-                host, name = held_at(owner, graft.child)
+            if graft.owns_block:
+                host, name = holder_of(owner, graft.child)
                 block = getattr(host, name, None)
                 if block is not None:
-                    found[joined(path, graft.child)] = bare(block)
-    return found
+                    blocks[joined(path, graft.child)] = bare(block)
+    return blocks
 
 
 def joined(path: str, child: str) -> str:
+    """The path of a child; the root has the empty path."""
     return f"{path}.{child}" if path else child
 
 
 class Grids:
-    """The sizes of maps that modules share: one object for a map, held by who tells it and who is told."""
+    """The sizes of maps that modules share: one `Grid` for each map, which its source writes and owners read.
+
+    Args:
+        model: the model that was operated on.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._made: dict[str, Grid] = {}
+        self._grids: dict[str, Grid] = {}
 
     def share(self, owner: nn.Module, grafts: Iterable[Graft]) -> None:
+        """Give an owner the shared sizes that its grafts need."""
         for graft in grafts:
-            if graft.grid_source and graft.grid and graft.told not in owner.__dict__:
+            if graft.grid_source and graft.grid and graft.grid_attribute not in owner.__dict__:
                 source = submodule(self._model, graft.grid_source)
-                known = source.__dict__.get(graft.told) or self._made.setdefault(graft.told, Grid(*graft.grid))
-                owner.__dict__[graft.told] = known
+                grid = source.__dict__.get(graft.grid_attribute) or self._grids.setdefault(
+                    graft.grid_attribute, Grid(*graft.grid)
+                )
+                owner.__dict__[graft.grid_attribute] = grid
 
 
 def child_for(
     trial: nn.Module, block: type[Block], node: str | None, users: tuple[str, ...], span: tuple[str, ...], host: str
 ) -> tuple[str, Slot]:
-    """The name the block gets in its host: of a place the host keeps free for it, else a new one."""
+    """The name of a block in its host, and the slot: a name that the host reserves for such a block, or a new one."""
     if not (users or span or host or block.gates):
         for name in (block.child_name, *block.slots):
             slot = find_slot(trial, name, node)
@@ -77,10 +85,10 @@ def child_for(
     return _free_name(trial, block.child_name), "new"
 
 
-def _free_name(owner: nn.Module, wanted: str) -> str:
-    """`wanted`, or `wanted_2` ...: a name the host already uses, even as None, would be run by its own forward."""
-    name, count = wanted, 1
+def _free_name(owner: nn.Module, preferred: str) -> str:
+    """`preferred`, or `preferred_2` ...; a name that the host has already, even as None, is called by its forward."""
+    name, count = preferred, 1
     while hasattr(owner, name):
         count += 1
-        name = f"{wanted}_{count}"
+        name = f"{preferred}_{count}"
     return name

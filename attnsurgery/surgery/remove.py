@@ -1,8 +1,7 @@
-"""Taking blocks out again: all of them, which gives the base back exactly, or some, which leaves the model as if those
-had never been put in.
+"""Remove blocks: all of them, which restores the base exactly, or some, as if they had never been inserted.
 
-Names of blocks follow from what stands at their host already (`se`, `se_2`), so what is left is named anew, and a
-checkpoint of it loads into the model that the shorter recipe builds.
+The name of a block depends on the names that its host has already (`se`, `se_2`), so the remaining blocks are renamed.
+A checkpoint of the result loads into the model that the shorter recipe builds.
 """
 
 from __future__ import annotations
@@ -19,143 +18,157 @@ from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.wrappers import bare, check_uncompiled, unwrapped, walk
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
-from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, held_at, joined, operated
+from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, holder_of, joined, operated
 from attnsurgery.surgery.rewrite import surgical_class
 
 
 def remove(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Take grafted blocks out again, in place.
+    """Remove inserted blocks, in place.
 
     Args:
-        paths: of the blocks, as `grafted_blocks` names them; by default all, and then classes, children and state dict
-            are those of the base.
+        model: a model, in a wrapper or not.
+        paths: paths of the blocks, as `grafted_blocks` gives them. By default all blocks are removed, and classes,
+            children and state dict are those of the base.
 
     Returns:
         The same object; a model without surgery is returned as it is.
 
     Raises:
-        UsageError: a wrapper that does not allow it; says what to do. The model is unchanged.
-        SurgeryError: some shall go, and one of the others is not there any more. The model is unchanged.
+        UsageError: the model is in a wrapper that does not allow this; the message says what to do. The model is
+            unchanged.
+        SurgeryError: one of the remaining blocks is missing from the model. The model is unchanged.
     """
     original, model = model, unwrapped(model, "remove")
     owners = {path: (owner, grafts) for path, owner, grafts in operated(model)}
     check_uncompiled(model, owners, "remove")
     blocks = grafted_blocks(model)
-    left = {path: [] if paths is None else _left(path, grafts, paths) for path, (_, grafts) in owners.items()}
-    _check_there(left, blocks)
-    told = {graft.grid_source for grafts in left.values() for graft in grafts if graft.part != "tells"}
-    left = {path: [graft for graft in grafts if graft.part != "tells" or path in told] for path, grafts in left.items()}
+    remaining = {path: [] if paths is None else _remaining(path, grafts, paths) for path, (_, grafts) in owners.items()}
+    _check_present(remaining, blocks)
+    sources = {graft.grid_source for grafts in remaining.values() for graft in grafts if graft.part != "map_source"}
+    remaining = {
+        path: [graft for graft in grafts if graft.part != "map_source" or path in sources]
+        for path, grafts in remaining.items()
+    }
     with torch.inference_mode(False):
-        names = _renamed({path: owners[path] for path in left}, left, blocks)
-    # planned; from here on the model changes
+        changes = _renamed(owners, remaining, blocks)
+    # all checks are done; the model is changed from here on
     for owner, grafts in owners.values():
-        for graft in reversed([graft for graft in grafts if graft.held]):
+        for graft in reversed([graft for graft in grafts if graft.owns_block]):
             _take_out(owner, graft)
         for graft in grafts:
-            owner.__dict__.pop(graft.told, None)
+            owner.__dict__.pop(graft.grid_attribute, None)
         owner.__dict__.pop(RECORD, None)
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
     grids = Grids(model)
-    for path, kept in names.items():
+    for path, change in changes.items():
         owner, _ = owners[path]
-        grids.share(owner, kept.grafts)
-        for name, block in kept.blocks.items():
-            setattr(*held_at(owner, name), block)
-        owner.__dict__[RECORD] = kept.grafts
-        owner.__class__ = kept.cls
-    _remember(model, names)
+        grids.share(owner, change.grafts)
+        for name, block in change.blocks.items():
+            setattr(*holder_of(owner, name), block)
+        owner.__dict__[RECORD] = change.grafts
+        owner.__class__ = change.cls
+    _update_record(model, changes)
     return original
 
 
 @dataclasses.dataclass
-class _Kept:
-    """What stays at one owner, under its new names."""
+class _Change:
+    """The remaining surgery on one owner, with new names of blocks."""
 
     grafts: tuple[Graft, ...]
     blocks: dict[str, nn.Module]
-    """As they stand there: in a wrapper, if something has wrapped them."""
+    """The blocks by their new names, in their wrappers if they have any."""
     cls: type[nn.Module]
+    """The owner's new class."""
 
 
-def _first(path: str, graft: Graft) -> str:
-    """The path of the block that a graft is of: it is a child of the first module of its span."""
+def _block_path(path: str, graft: Graft) -> str:
+    """The path of a graft's block, which is a child of the first module of its span."""
     owner = graft.span[0] if graft.span else path
     return joined(owner, graft.child)
 
 
-def _left(path: str, grafts: tuple[Graft, ...], gone: Collection[str]) -> list[Graft]:
-    return [graft for graft in grafts if graft.part == "tells" or _first(path, graft) not in gone]
+def _remaining(path: str, grafts: tuple[Graft, ...], removed: Collection[str]) -> list[Graft]:
+    return [graft for graft in grafts if graft.part == "map_source" or _block_path(path, graft) not in removed]
 
 
-def _check_there(left: dict[str, list[Graft]], blocks: Mapping[str, Block]) -> None:
-    for path, grafts in left.items():
+def _check_present(remaining: dict[str, list[Graft]], blocks: Mapping[str, Block]) -> None:
+    """
+    Raises:
+        SurgeryError: a block of a remaining graft is missing.
+    """
+    for path, grafts in remaining.items():
         for graft in grafts:
-            if graft.part != "tells" and _first(path, graft) not in blocks:
+            if graft.part != "map_source" and _block_path(path, graft) not in blocks:
                 raise SurgeryError(
-                    f"the block {_first(path, graft)!r} is gone: something replaced what it was in after surgery. Take "
-                    "all blocks out (attnsurgery.remove(model)) and operate anew."
+                    f"the block {_block_path(path, graft)!r} is gone: something replaced what it was in after surgery. "
+                    "Take all blocks out (attnsurgery.remove(model)) and operate anew."
                 )
 
 
 def _renamed(
-    owners: dict[str, tuple[nn.Module, tuple[Graft, ...]]], left: dict[str, list[Graft]], blocks: dict[str, Block]
-) -> dict[str, _Kept]:
-    """Every owner that keeps something, with its blocks named in order as if the others had never been there."""
+    owners: dict[str, tuple[nn.Module, tuple[Graft, ...]]],
+    remaining: dict[str, list[Graft]],
+    blocks: dict[str, Block],
+) -> dict[str, _Change]:
+    """The changes of all owners that keep a graft, with blocks named as if the others had never been inserted."""
     names: dict[str, tuple[str, Slot]] = {}
-    trials = {path: _without_blocks(*owners[path]) for path, grafts in left.items() if grafts}
-    held: dict[str, dict[str, nn.Module]] = {path: {} for path in trials}
+    trials = {path: _without_blocks(*owners[path]) for path, grafts in remaining.items() if grafts}
+    children: dict[str, dict[str, nn.Module]] = {path: {} for path in trials}
     for path, trial in trials.items():
-        for graft in left[path]:
-            if not graft.held:
+        for graft in remaining[path]:
+            if not graft.owns_block:
                 continue
-            was = _first(path, graft)
+            block_path = _block_path(path, graft)
             host = graft.child.rpartition(".")[0]
-            name, slot = child_for(trial, type(blocks[was]), graft.node, graft.users, graft.span, host)
-            names[was] = name, slot
-            home, child = held_at(owners[path][0], graft.child)
-            held[path][name] = getattr(home, child)
-            home, child = held_at(trial, name)
-            home.__dict__.pop(child, None)
-            home._modules[child] = blocks[was]
-    found = {}
+            block = blocks[block_path]
+            name, slot = child_for(trial, type(block), graft.node, graft.users, graft.span, host)
+            names[block_path] = name, slot
+            holder, child = holder_of(owners[path][0], graft.child)
+            children[path][name] = getattr(holder, child)
+            holder, child = holder_of(trial, name)
+            holder.__dict__.pop(child, None)
+            holder._modules[child] = block
+    changes = {}
     for path, trial in trials.items():
         grafts = tuple(
-            graft
-            if graft.part == "tells"
-            else dataclasses.replace(graft, child=names[was][0], slot=names[was][1] if graft.held else graft.slot)
-            for graft in left[path]
-            for was in (_first(path, graft),)
+            graft if graft.part == "map_source" else _with_name(graft, *names[_block_path(path, graft)])
+            for graft in remaining[path]
         )
-        found[path] = _Kept(grafts, held[path], surgical_class(trial, grafts))
-    return found
+        changes[path] = _Change(grafts, children[path], surgical_class(trial, grafts))
+    return changes
+
+
+def _with_name(graft: Graft, name: str, slot: Slot) -> Graft:
+    return dataclasses.replace(graft, child=name, slot=slot if graft.owns_block else graft.slot)
 
 
 def _without_blocks(owner: nn.Module, grafts: tuple[Graft, ...]) -> nn.Module:
-    """A shallow copy of an owner as it was before any surgery."""
+    """A shallow copy of an owner in its state before any surgery."""
     trial = uncut_copy(owner)
     trial.__dict__.pop(RECORD, None)
     for host in {graft.child.rpartition(".")[0] for graft in grafts if "." in graft.child}:
-        _replace(trial, host)
-    for graft in reversed([graft for graft in grafts if graft.held]):
+        _copy_path(trial, host)
+    for graft in reversed([graft for graft in grafts if graft.owns_block]):
         _take_out(trial, graft)
     return trial
 
 
-def _replace(trial: nn.Module, path: str) -> None:
-    """Put copies of the modules on the way to `path` into a trial, so that a change there stays in the trial."""
-    at = trial
+def _copy_path(trial: nn.Module, path: str) -> None:
+    """Replace the modules along `path` by copies, so that changes to them do not affect the model."""
+    parent = trial
     for name in path.split("."):
-        child = bare(at._modules[name])  # type: ignore[arg-type]
+        child = bare(parent._modules[name])  # type: ignore[arg-type]
         copied: nn.Module = object.__new__(type(child))
         copied.__dict__.update(child.__dict__)
         copied.__dict__["_modules"] = dict(child._modules)
-        at._modules[name] = copied
-        at = copied
+        parent._modules[name] = copied
+        parent = copied
 
 
 def _take_out(owner: nn.Module, graft: Graft) -> None:
-    """Give the owner back what was at the block's place."""
-    host, name = held_at(owner, graft.child)
+    """Remove a block from its owner and restore what its name stood for before."""
+    host, name = holder_of(owner, graft.child)
     if graft.slot == "identity":
         setattr(host, name, nn.Identity())
     elif hasattr(host, name):
@@ -164,15 +177,15 @@ def _take_out(owner: nn.Module, graft: Graft) -> None:
         setattr(host, name, None)
 
 
-def _remember(model: nn.Module, kept: dict[str, _Kept]) -> None:
-    """What the model itself says about its blocks."""
-    paths = [joined(path, name) for path, left in kept.items() for name in left.blocks]
+def _update_record(model: nn.Module, changes: dict[str, _Change]) -> None:
+    """Update the attributes of the model itself that depend on its blocks."""
+    paths = [joined(path, name) for path, change in changes.items() for name in change.blocks]
     if paths:
         model.__dict__[PATHS] = tuple(paths)
     else:
         model.__dict__.pop(PATHS, None)
         unwatch(model)
-    if not any(graft.fixed for left in kept.values() for graft in left.grafts):
+    if not any(graft.has_fixed_grid for change in changes.values() for graft in change.grafts):
         for _, module in walk(model):
-            if hasattr(type(module), "set_input_size"):  # ours, set on the object
+            if hasattr(type(module), "set_input_size"):  # set by `operate`
                 module.__dict__.pop("set_input_size", None)

@@ -36,7 +36,7 @@ def blocks_by_place(model: nn.Module) -> dict[Key, str]:
         _key(path, graft): joined(path, graft.child)
         for path, _, grafts in operated(model)
         for graft in grafts
-        if graft.held
+        if graft.owns_block
     }
 
 
