@@ -54,7 +54,7 @@ def check_same(
     Raises:
         SearchError: lists the differences, with old and new values, and says what to do.
     """
-    before = {**{key: did for key, did in _as_before(before, now).items() if key in now}, **before}
+    before = {**{key: did for key, did in _implied_settings(before, now).items() if key in now}, **before}
     before = {key: value for key, value in before.items() if key not in _FREE or key in now}
     changes = {key: f"{key}: was {was}, is now {is_now}" for key, (was, is_now) in differences(before, now).items()}
     if grave := {key: description for key, description in changes.items() if not _may_change(key, before, now)}:
@@ -85,7 +85,7 @@ def check_same(
     return changes
 
 
-def _as_before(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _implied_settings(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Values of settings that did not exist yet when a study was written; unknown values count as unchanged."""
     mixed = settings.get("dtype") == "bfloat16" and str(settings.get("device")).startswith("cuda")
     return {
@@ -115,10 +115,10 @@ def _may_change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if key == "budget_mb":  # without this budget, memory was not measured
         return before["budget_mb"] is not None
     if key.startswith(f"{CHOICES}."):
-        one_for_all = (
+        shares_weights = (
             "supernet" in f"{now['evaluator']} {now['rungs']}"
         )  # a supernet was trained with all choices in it
-        return not one_for_all and _offers_more(key, _flat(before), _flat(now))
+        return not shares_weights and _offers_more(key, _flat(before), _flat(now))
     return key.startswith(f"{VERSIONS}.") or key in _BUDGETS or key in _NEXT
 
 

@@ -148,7 +148,7 @@ class DeviceLock:
         _unlock(self._files[0])
 
     def _wait_for(self, file: int, *, exclusive: bool) -> None:
-        while not _try_lock(file, exclusive=alone):
+        while not _try_lock(file, exclusive=exclusive):
             self.waiting()
             time.sleep(_MEASURER_S if exclusive else _WORKER_S)
 

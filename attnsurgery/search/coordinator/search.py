@@ -301,21 +301,21 @@ class _Search:
                 self.pool.give(Job("promotion", {"record": record}, trial=record.number))
             if not self.pool.busy:
                 break
-            for done in self.pool.wait(WAIT_S):
-                self._promoted(done)
-                running.discard(done.job.trial or 0)
+            for outcome in self.pool.wait(WAIT_S):
+                self._promoted(outcome)
+                running.discard(outcome.job.trial or 0)
         self.trials.check_stop()
 
-    def _promoted(self, done: JobOutcome) -> None:
+    def _promoted(self, outcome: JobOutcome) -> None:
         """Store the record of a trial that was trained on a higher rung."""
-        if done.error:
-            raise done.error
-        if done.stopped:
+        if outcome.error:
+            raise outcome.error
+        if outcome.stopped:
             return
-        if isinstance(done.result, Record):
-            record = done.result
+        if isinstance(outcome.result, Record):
+            record = outcome.result
         else:
-            record = replace(done.job.payload["record"], halted=done.lost)
+            record = replace(outcome.job.payload["record"], halted=outcome.lost)
         self.store.promote(record)
         records = self.trials.records
         self.trials.records = [record if other.number == record.number else other for other in records]

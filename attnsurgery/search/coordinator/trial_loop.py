@@ -86,10 +86,10 @@ class TrialLoop:
         while True:
             self.refresh()
             if not self.stop():
-                self._hand_out()
+                self._assign()
             if self.pool.busy:
-                for done in self.pool.wait(WAIT_S):
-                    self._take_in(done)
+                for outcome in self.pool.wait(WAIT_S):
+                    self._receive(outcome)
             elif self.stop() or not self.store.elsewhere():
                 break
             else:
@@ -123,7 +123,7 @@ class TrialLoop:
         for request in [*self._running.values(), *self._queue, *self._twins]:
             self.store.put_back(request.number)
 
-    def _hand_out(self) -> None:
+    def _assign(self) -> None:
         """Give every free worker a trial, as long as more trained candidates are needed."""
         while self.pool.busy < self.pool.size and self._needed() > 0:
             for _ in range(self._due()):
@@ -196,20 +196,20 @@ class TrialLoop:
             payload = {"record": record, "reference": self.reference}
             self.pool.give(Job("trial", payload, trial=request.number, before=attempts - 1))
 
-    def _take_in(self, done: JobOutcome) -> None:
+    def _receive(self, outcome: JobOutcome) -> None:
         """Record the result of a trial that a worker had."""
-        if done.error:
-            raise done.error
-        assert done.job.trial is not None
-        request = self._running.pop(done.job.trial)
-        if done.stopped:
+        if outcome.error:
+            raise outcome.error
+        assert outcome.job.trial is not None
+        request = self._running.pop(outcome.job.trial)
+        if outcome.stopped:
             self._queue.append(request)
             return
-        attempts = done.job.before + done.job.attempt
-        if isinstance(done.result, Record):
-            record = done.result
+        attempts = outcome.job.before + outcome.job.attempt
+        if isinstance(outcome.result, Record):
+            record = outcome.result
         else:
-            record = replace(done.job.payload["record"], state="failed", reason=done.lost)
+            record = replace(outcome.job.payload["record"], state="failed", reason=outcome.lost)
         self._finish(replace(record, attempts=attempts))
 
     def _finish(self, record: Record) -> None:

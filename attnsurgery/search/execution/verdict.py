@@ -70,7 +70,7 @@ def train_again(
     """
     name_of_model = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
     watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of {bench.config.confirm_seeds}")
-    model = _begun(bench, record)
+    model = _initial_model(bench, record)
     try:
         score = bench.final_evaluator.score(
             model, seed_of(bench.config.seed, "verdict" if final else "confirm", index), watch=watch
@@ -97,7 +97,7 @@ def final_verdict(bench: Bench, record: Record, reference: Latency, watch: Watch
     for base in (True, False):
         for index in range(bench.config.confirm_seeds):
             watch.step()
-            model = _begun(bench, None if base else winner)
+            model = _initial_model(bench, None if base else winner)
             path = folder / weights_of(None if base else winner, index)
             load_weights(model, read_state_dict(path), str(path))
             rights.setdefault(base, []).append(
@@ -128,7 +128,7 @@ def _balanced(bench: Bench, rights: Mapping[bool, Sequence[torch.Tensor]]) -> tu
     return (means[0], means[1]) if len(means) == 2 else None
 
 
-def _begun(bench: Bench, data: Mapping[str, Any] | None) -> nn.Module:
+def _initial_model(bench: Bench, data: Mapping[str, Any] | None) -> nn.Module:
     return copy.deepcopy(bench.base) if data is None else build(bench, Recipe.model_validate(data["recipe"]))
 
 
