@@ -15,7 +15,7 @@ from attnsurgery.errors import SearchError
 from attnsurgery.search import Outcome, Record, SearchConfig, run
 from attnsurgery.search.compatibility import check_same, fixed_part
 from attnsurgery.search.result.record import trained
-from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.load import load_search
 from attnsurgery.search.storage.repair import repair
 from attnsurgery.search.storage.schema import STUDY, TRIALS
 from tests._searches import SPACE, change, small_search, write_images, write_space
@@ -139,10 +139,10 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
     more = run(change(config, extend=True, trials=12))
     assert scores(finished.records).items() <= scores(more.records).items()
     new = [record for record in trained(more.records) if record.number > finished.records[-1].number]
-    assert any("eca" in record.what() or "reduction=8" in record.what() or record.blocks == 3 for record in new)
+    assert any("eca" in record.describe() or "reduction=8" in record.describe() or record.blocks == 3 for record in new)
     assert all("layer4" in " ".join(record.assignment) for record in more.records)
     assert any("choices.max_blocks: was 2, is now 3" in text for text in more.about.code)
-    assert read(more.folder).outcome.records == more.records
+    assert load_search(more.folder).outcome.records == more.records
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_extend_resumes_after_interrupt(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:  # the journal is the new one by then, and the study the old one
-        patched.setattr("attnsurgery.search.storage.rebuild.put", die)
+        patched.setattr("attnsurgery.search.storage.rebuild.replace_file", die)
         with pytest.raises(KeyboardInterrupt):
             run(change(other, output=config.output))
     dead = run(change(other, output=config.output))
@@ -248,7 +248,7 @@ def test_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig)
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
     (tighter.folder / STUDY).unlink()
     repair(tighter.folder)
-    repaired = read(tighter.folder).outcome
+    repaired = load_search(tighter.folder).outcome
     assert repaired.records == tighter.records
     assert repaired.seconds == pytest.approx(tighter.seconds, rel=0.5)
     assert run(change(config, budget_ms=tighter_than(finished))).records == tighter.records

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import attnsurgery
 from attnsurgery.errors import LoadError, SearchError, UsageError
 from attnsurgery.evaluate import Preprocessing, load_data
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_atomically
 from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.urls import opened, url_of
 from tests.conftest import build, images, move_gates
@@ -274,7 +274,7 @@ def test_report_with_a_name_that_is_no_utf8(tmp_path: Path) -> None:
 
     A search ended in that error when its report was written, after all trials.
     """
-    write_whole(tmp_path / "report.html", "dunkelgr\udcfcn, gr\u00fcn")
+    write_atomically(tmp_path / "report.html", "dunkelgr\udcfcn, gr\u00fcn")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "dunkelgr\\udcfcn, gr\u00fcn"
 
 

@@ -14,7 +14,7 @@ from attnsurgery.cli import build_app
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Outcome, SearchConfig, run
 from attnsurgery.search.files import Journal, locked
-from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.load import load_search
 from attnsurgery.search.storage.repair import repair
 from attnsurgery.search.storage.schema import STUDY, TRIALS, facts_of, trials_of
 from tests._searches import change, small_search, write_images, write_space
@@ -60,7 +60,7 @@ def test_repair_rebuilds_study_from_journal(finished: Outcome, damaged: Path, da
     result = repair(damaged)
     assert (result.from_study, result.from_journal, result.damaged_lines) == (None, len(finished.records), 0)
     assert trials_in(damaged) == before
-    assert read(damaged).outcome.records == finished.records
+    assert load_search(damaged).outcome.records == finished.records
     again = run(config_in(finished, damaged))
     assert again.records == finished.records
     assert again.confirmation == finished.confirmation
@@ -76,7 +76,9 @@ def test_repair_rebuilds_journal_from_study(finished: Outcome, damaged: Path, cu
     lines = [] if cut == "everything" else [*lines[:3], lines[3][:40] + b"\n", *lines[4:]]
     (damaged / TRIALS).write_bytes(b"".join(lines))
     if lines:
-        with pytest.raises(SearchError, match=r"is damaged and is not the last line\. If it is of a search, attnsurgery repair"):
+        with pytest.raises(
+            SearchError, match=r"is damaged and is not the last line\. If it is of a search, attnsurgery repair"
+        ):
             run(config_in(finished, damaged))
     result = repair(damaged)
     assert result.damaged_lines == (1 if lines else 0)
@@ -94,7 +96,7 @@ def test_repair_of_sound_files_keeps_both(finished: Outcome, damaged: Path) -> N
     assert (damaged / f"{TRIALS}.before-repair-1").read_bytes() == journal
     assert trials_in(damaged) == before
     assert repair(damaged).kept == (f"{STUDY}.before-repair-2", f"{TRIALS}.before-repair-2")
-    assert read(damaged).outcome.records == finished.records
+    assert load_search(damaged).outcome.records == finished.records
 
 
 def test_repair_refuses_unknown_searches(damaged: Path, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_newer_format_is_refused(finished: Outcome, damaged: Path) -> None:
     with (damaged / TRIALS).open("a") as file:
         file.write(json.dumps({"fact": "format", "value": 2}) + "\n")
     journal = (damaged / TRIALS).read_bytes()
-    for way in (lambda: run(config_in(finished, damaged)), lambda: read(damaged), lambda: repair(damaged)):
+    for way in (lambda: run(config_in(finished, damaged)), lambda: load_search(damaged), lambda: repair(damaged)):
         with pytest.raises(SearchError, match=r"written by a newer attnsurgery \(format 2, and this one knows 1\)"):
             way()
     assert (damaged / TRIALS).read_bytes() == journal

@@ -37,8 +37,8 @@ from attnsurgery.search.report.write import write_outcome
 from attnsurgery.search.result.about import About, Place
 from attnsurgery.search.result.record import Promotion
 from attnsurgery.search.result.statistics import best_so_far, expected_best, gains, kendall_tau_b, without_outliers
-from attnsurgery.search.storage.load import Saved, read
-from attnsurgery.search.storage.run_directory import WRITTEN
+from attnsurgery.search.storage.load import Saved, load_search
+from attnsurgery.search.storage.run_directory import FILE_LIST
 from tests._searches import BASE, LABELS, PLACES, about, outcome, search, timing, trial, write_images
 from tests.test_search import SPACE, small_search
 
@@ -150,7 +150,7 @@ def test_page_has_its_words_without_scripts(tmp_path: Path) -> None:
     assert search_outcome.best is not None
     for sentence in (
         search_outcome.confirmation.sentence(),
-        search_outcome.best.what(),
+        search_outcome.best.describe(),
         "Measured again after the search",
         "tau-b",
     ):
@@ -535,7 +535,7 @@ def without_ids(page: str) -> str:
 
 def test_read_equals_what_search_recorded(runs: Path) -> None:
     """What is read from a run directory is what the search recorded."""
-    saved = read(runs / "tpe").outcome
+    saved = load_search(runs / "tpe").outcome
     assert saved.trained == 3
     assert saved.confirmation is not None
     assert not saved.interrupted
@@ -561,7 +561,7 @@ def test_report_of_moved_directory_is_equal(copied: Path) -> None:
     assert set(after) == set(before)
     page = copied / "report.html"
     assert without_ids(after.pop(page).decode()) == without_ids(before.pop(page).decode())
-    assert after.pop(copied / WRITTEN).startswith(before.pop(copied / WRITTEN)), "what is written is noted"
+    assert after.pop(copied / FILE_LIST).startswith(before.pop(copied / FILE_LIST)), "what is written is noted"
     assert after == before
 
 
@@ -575,7 +575,7 @@ def test_report_json_is_the_result(copied: Path) -> None:
 def test_read_of_readonly_study_changes_none(copied: Path) -> None:
     """A study that cannot be written is read and stays as it is."""
     (copied / "study.db").chmod(0o444)
-    assert read(copied).outcome.trained == 3
+    assert load_search(copied).outcome.trained == 3
     assert sorted(path.name for path in copied.glob("study.db*")) == ["study.db"]
 
 
@@ -584,7 +584,7 @@ def test_read_beside_a_writer(copied: Path) -> None:
     with sqlite3.connect(copied / "study.db", timeout=0.1) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE studies SET study_name = 'other'")
-        assert read(copied).outcome.trained == 3
+        assert load_search(copied).outcome.trained == 3
         writer.rollback()
 
 
@@ -598,17 +598,17 @@ def test_read_rolls_back_a_dead_writer(copied: Path, tmp_path: Path) -> None:
         writer.rollback()
     assert (dead / "study.db-journal").stat().st_size > 0
     assert (dead / "study.db").read_bytes() != (copied / "study.db").read_bytes()
-    assert read(dead).outcome.trained == 3
+    assert load_search(dead).outcome.trained == 3
 
 
 def test_unfinished_search_has_no_verdict(copied: Path) -> None:
     """An unfinished search has no verdict yet."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
     study.set_user_attr("ended", None)
-    running = read(copied).outcome
+    running = load_search(copied).outcome
     assert (running.confirmation, running.interrupted) == (None, False)
     study.set_user_attr("ended", "interrupted")
-    stopped = read(copied).outcome
+    stopped = load_search(copied).outcome
     assert (stopped.confirmation, stopped.interrupted) == (None, True)
     assert report(copied).exit_code == 0
     assert "Interrupted: the same command goes on" in (copied / "report.html").read_text()
@@ -616,12 +616,12 @@ def test_unfinished_search_has_no_verdict(copied: Path) -> None:
 
 def test_verdicts_of_a_search_are_counted(copied: Path) -> None:
     """Each verdict of a search is counted as a look at the test images."""
-    first = read(copied).outcome
+    first = load_search(copied).outcome
     again = run(first.config.model_copy(update={"confirm_seeds": 2}))
     assert first.confirmation is not None
     assert again.confirmation is not None
     assert (first.confirmation.looks, again.confirmation.looks, again.confirmation.seeds) == (1, 2, 2)
-    reread = read(copied).outcome
+    reread = load_search(copied).outcome
     assert reread.confirmation is not None
     assert reread.confirmation.looks == 2
     assert reread.seconds is not None
@@ -633,20 +633,20 @@ def test_journal_has_the_last_word(copied: Path) -> None:
     """A process may have died between writing something down and telling the study."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
     number = study.ask().number
-    before = read(copied).outcome.records
+    before = load_search(copied).outcome.records
     assert len(before) == number
     higher = replace(before[0], promotions=(Promotion(0.99, 0.1, 1.0, 9),))
     with (copied / "trials.jsonl").open("a") as file:
         for record in (trial(number, 0.5, 1.0), higher, trial(number + 1, 0.5, 1.0)):
             file.write(json.dumps(record.as_dict()) + "\n")
-    after = read(copied).outcome
+    after = load_search(copied).outcome
     assert [record.number for record in after.records] == list(range(number + 1))  # of one beyond it knows nothing
     assert after.best == higher
 
 
 def test_renamed_directory_resumes_its_study(copied: Path) -> None:
     """A renamed directory resumes in its own study."""
-    config = read(copied).outcome.config
+    config = load_search(copied).outcome.config
     again = run(config.model_copy(update={"trials": 3}))
     assert again.trained == 3
     assert len(optuna.get_all_study_names(f"sqlite:///{copied / 'study.db'}")) == 1
@@ -676,21 +676,21 @@ def test_report_refuses_other_folders(tmp_path: Path, runs: Path) -> None:
     assert "Did you mean 'tpe'?" in result.stderr
     (tmp_path / "photos" / "trials.jsonl").touch()
     with pytest.raises(UsageError, match="give --storage"):
-        read(tmp_path / "photos")
+        load_search(tmp_path / "photos")
     (tmp_path / "photos" / "study.db").write_text("no database at all, but long enough to be looked at" * 9)
     with pytest.raises(SearchError, match=r"study.db cannot be read: file is not a database"):
-        read(tmp_path / "photos")
+        load_search(tmp_path / "photos")
 
 
 def test_read_finds_study_by_folder_name(copied: Path, tmp_path: Path) -> None:
     """A study in another storage is found by the name of the folder."""
     storage = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     (copied / "study.db").rename(tmp_path / "elsewhere.db")
-    assert read(copied, storage).outcome.trained == 3  # the only one there
+    assert load_search(copied, storage).outcome.trained == 3  # the only one there
     optuna.create_study(storage=storage, study_name="another")
     with pytest.raises(UsageError, match=r"has no study 'moved here'.* there are: another, tpe"):
-        read(copied, storage)
-    assert read(copied.rename(tmp_path / "tpe"), storage).outcome.trained == 3
+        load_search(copied, storage)
+    assert load_search(copied.rename(tmp_path / "tpe"), storage).outcome.trained == 3
 
 
 def test_read_of_older_version_gives_advice(copied: Path) -> None:
@@ -699,7 +699,7 @@ def test_read_of_older_version_gives_advice(copied: Path) -> None:
         with sqlite3.connect(copied / "study.db") as database:
             database.execute("DELETE FROM study_user_attributes WHERE key = ?", (key,))
         with pytest.raises(SearchError, match=message):
-            read(copied)
+            load_search(copied)
 
 
 def test_read_of_newer_version_is_refused(copied: Path) -> None:
@@ -709,18 +709,18 @@ def test_read_of_newer_version_is_refused(copied: Path) -> None:
         last = next(line for line in whole.splitlines() if '"fact"' not in line)
         file.write(json.dumps({**json.loads(last), "warp_factor": 9}) + "\n")
     with pytest.raises(SearchError, match=r"this one cannot read: .*warp_factor.* It was attnsurgery 0"):
-        read(copied)
+        load_search(copied)
     (copied / "trials.jsonl").write_text(whole)
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
     study.set_user_attr("asked", {**study.user_attrs["asked"], "warp_factor": 9})
     with pytest.raises(SearchError, match=r"this one cannot read: .*warp_factor.* It was attnsurgery 0"):
-        read(copied)
+        load_search(copied)
 
 
 def test_records_know_whether_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record knows whether its candidate was drawn at random or chosen."""
     monkeypatch.setattr("attnsurgery.search.storage.propose._STARTUP", 1)
-    config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
+    config = load_search(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run"), "trials": 3})
     assert [record.drawn for record in run(config).records][:2] == [True, False]
     blind = config.model_copy(update={"output": str(tmp_path / "blind"), "sampler": "random"})
     assert all(record.drawn for record in run(blind).records)
@@ -739,7 +739,7 @@ def test_report_is_rewritten_seldom(runs: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("attnsurgery.search.coordinator.search.write_outcome", counts)
     monkeypatch.setattr("attnsurgery.search.report.write._SELDOM_S", 1000.0)
-    config = read(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run")})
+    config = load_search(runs / "tpe").outcome.config.model_copy(update={"output": str(tmp_path / "run")})
     run(config)
     assert rewritten == [True, False, False, True]
     old = (tmp_path / "run" / "report.html").stat().st_mtime - 2000

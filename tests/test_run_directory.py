@@ -631,14 +631,14 @@ def test_full_disk_lets_the_report_wait(
     """A full disk lets the report wait, and the search goes on."""
     from attnsurgery.search.storage import run_directory
 
-    real = run_directory.write_whole
+    real = run_directory.write_atomically
 
     def full(path: Path, content: str | bytes) -> None:
         if path.name == "report.html":
             raise SearchError(f"cannot write {path}: No space left on device.")
         real(path, content)
 
-    monkeypatch.setattr(run_directory, "write_whole", full)
+    monkeypatch.setattr(run_directory, "write_atomically", full)
     recorder = PhaseRecorder()
     outcome = run(config, recorder)
     assert outcome.trained == 1
@@ -646,7 +646,7 @@ def test_full_disk_lets_the_report_wait(
     assert "No space left on device" in outcome.unwritten
     assert sum(text.startswith("the report is not written yet: cannot write") for text in recorder.phases) == 1
     assert any("attnsurgery report" in line and "All trials are safe" in line for line in files_of(outcome))
-    monkeypatch.setattr(run_directory, "write_whole", real)
+    monkeypatch.setattr(run_directory, "write_atomically", real)
     result = CliRunner().invoke(build_app(), ["report", config.output])
     assert result.exit_code == 0
     assert (outcome.folder / "report.html").is_file()

@@ -27,7 +27,7 @@ from attnsurgery.errors import NothingFeasibleError, SearchError, SurgeryError, 
 from attnsurgery.evaluate import Epoch, blocks_only, finetune
 from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing, run
-from attnsurgery.search.files import Journal, locked, write_whole
+from attnsurgery.search.files import Journal, locked, write_atomically
 from attnsurgery.search.result.record import Promotion, best, contenders, front
 from attnsurgery.search.storage.schema import trials_of
 from attnsurgery.search.storage.store import Store
@@ -397,14 +397,14 @@ def test_journal_names_a_damaged_line(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that cannot be written leaves the old one, and no other."""
     path = tmp_path / "best.yaml"
-    write_whole(path, "old")
+    write_atomically(path, "old")
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SearchError, match="No space left on device"):
-        write_whole(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
 

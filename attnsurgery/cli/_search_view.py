@@ -70,7 +70,7 @@ class PlainView(Listener):
             return
         outcome = _WORDS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
         numbers = f"{_ms(record.timing)}  {_scores(record, 0)}"
-        self._say(f"[{trained}/{total}] trial {record.number}  {numbers}  {outcome}  {record.what()}")
+        self._say(f"[{trained}/{total}] trial {record.number}  {numbers}  {outcome}  {record.describe()}")
 
     def promoted(self, record: Record, rungs: int) -> None:
         outcome = f"not promoted: {record.halted}" if record.halted else f"rung {record.reached + 1} of {rungs}"
@@ -168,7 +168,7 @@ class LiveView(_Doing):
         found = best(self._records, config.rank_by)
         if found:
             parts.append(
-                _line(f"best     {_ms(found.timing)}  {_scores(found, found.reached)}  {found.what()}", "green")
+                _line(f"best     {_ms(found.timing)}  {_scores(found, found.reached)}  {found.describe()}", "green")
             )
         if self._base is None or not self._lanes:
             parts.append(_line(f"now      {self._now}"))
@@ -206,7 +206,7 @@ def print_outcome(outcome: Outcome) -> None:
         return
     rows = [_row("base", outcome.base), _row("winner", winner)]
     print_table(["", "latency", "val top-1", "val loss", "parameters"], rows)
-    lines = [f"winner     {winner.what()}"]
+    lines = [f"winner     {winner.describe()}"]
     if outcome.trust:
         lines.append(f"supernet   {outcome.trust.sentence()}")
     if outcome.confirmation and (choice := outcome.confirmation.choice()):

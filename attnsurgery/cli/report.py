@@ -33,18 +33,18 @@ def report(
     from attnsurgery.cli._search_view import as_data, files_of
     from attnsurgery.search.report.control import control_of
     from attnsurgery.search.report.write import write_outcome
-    from attnsurgery.search.storage.load import read
+    from attnsurgery.search.storage.load import load_search
     from attnsurgery.search.storage.run_directory import check_free
     from attnsurgery.search.storage.schema import STUDY
 
     def elsewhere(folder: Path) -> str | None:
         return None if (folder / STUDY).is_file() else storage or os.environ.get(STORAGE_VARIABLE)
 
-    saved = read(run_dir, storage or elsewhere(run_dir))
+    saved = load_search(run_dir, storage or elsewhere(run_dir))
     check_free(run_dir)  # where the study is kept elsewhere, any folder would do for it
     beside = None
     if control is not None:
-        beside = control_of(saved, read(control, elsewhere(control)))
+        beside = control_of(saved, load_search(control, elsewhere(control)))
     outcome = saved.outcome
     kept = write_outcome(outcome, beside)
     if as_json:

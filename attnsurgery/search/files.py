@@ -20,7 +20,7 @@ LOCK = ".lock"
 """File of a run directory that the search running there holds locked."""
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file completely or not at all: write a temporary file, flush it to the disk, rename it.
 
     Characters that UTF-8 cannot encode, as in some file names, are written as backslash escapes.
@@ -53,7 +53,7 @@ def write_weights(path: Path, model: nn.Module) -> None:
     Raises:
         SearchError: the disk is full or not writable.
     """
-    write_whole(path, packed(model))
+    write_atomically(path, packed(model))
 
 
 class Journal:

@@ -51,7 +51,7 @@ class Rung:
         evaluator, colon, epochs = text.partition(":")
         if not (colon and epochs.isdecimal() and int(epochs)):
             raise UsageError(f"--rungs: {text!r} is no evaluator with epochs, such as blocks:1 or finetune:2.")
-        return cls(_known(evaluator, "--rungs"), int(epochs))
+        return cls(_check_evaluator(evaluator, "--rungs"), int(epochs))
 
     def __str__(self) -> str:
         length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
@@ -67,7 +67,7 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
         UsageError, UnknownNameError: as `Rung.parse`; or a supernet is above another rung.
     """
     lower = [*map(Rung.parse, config.rungs.split())]
-    top = Rung(_known(config.evaluator, "--evaluator"), config.epochs)
+    top = Rung(_check_evaluator(config.evaluator, "--evaluator"), config.epochs)
     if config.evaluator == SUPERNET:
         lower.append(Rung(SUPERNET, _ROUNDS * config.epochs))
         top = Rung("finetune", config.epochs)
@@ -76,7 +76,7 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
     return (*lower, top)
 
 
-def _known(evaluator: str, option: str) -> str:
+def _check_evaluator(evaluator: str, option: str) -> str:
     names = sorted([*EVALUATORS, SUPERNET])
     if evaluator not in names:
         raise UnknownNameError(

@@ -17,7 +17,7 @@ import torch
 from gpu_bench.rows import short
 
 from attnsurgery.latency import Latency, LatencyBackend, card
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
@@ -45,7 +45,7 @@ def go_on(folder: Path, asked: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.exists() else now
     if changed := [f"{key}: was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
         raise SystemExit(f"{folder} holds the results of another call ({'; '.join(changed)}). Give another --results.")
-    write_whole(path, json.dumps(now, indent=2) + "\n")
+    write_atomically(path, json.dumps(now, indent=2) + "\n")
 
 
 def on_scale(backend: LatencyBackend, base: Latency) -> LatencyBackend:

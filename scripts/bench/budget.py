@@ -38,9 +38,9 @@ from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.latency import Comparison, Latency, LatencyBackend
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.execution.assemble import assemble, prepare
-from attnsurgery.search.files import Journal, write_whole
+from attnsurgery.search.files import Journal, write_atomically
 from attnsurgery.search.result.record import Record
-from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.load import load_search
 
 ROOT = Path(__file__).resolve().parents[2]
 BASES = ("test_resnet", "test_efficientnet", "test_byobnet")
@@ -80,7 +80,7 @@ def budget_of(number: int, asked: argparse.Namespace) -> tuple[float, LatencyBac
     if not path.exists():
         base = bench.backend.measure(bench.base)
         budget_ms = random.Random(number).uniform(*SPACES[probe.space]) * base.p50_ms
-        write_whole(path, json.dumps({"base": asdict(base), "budget_ms": budget_ms}))
+        write_atomically(path, json.dumps({"base": asdict(base), "budget_ms": budget_ms}))
     kept = json.loads(path.read_text())
     return kept["budget_ms"], on_scale(bench.backend, Latency(**kept["base"]))
 
@@ -104,7 +104,7 @@ def of_search(outcome: Outcome) -> dict[str, Any]:
     assert confirmation is not None
     assert base.timing is not None
     return {
-        "winner": winner.what(),
+        "winner": winner.describe(),
         "counts": dict(outcome.counts),
         "reference_ms": base.timing.ms,
         "trial": timing(winner),
@@ -126,7 +126,7 @@ def in_a_fresh_process(folder: Path) -> dict[str, Any]:
 
 def again(folder: Path) -> dict[str, Any]:
     """Measure the winner that a run directory holds, as its search measured it."""
-    saved = read(folder).outcome
+    saved = load_search(folder).outcome
     bench = prepare(saved.config, folder, Listener(), lambda: False)
     winner = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
     assert saved.best is not None
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.again:
-        write_whole(asked.again / AGAIN, json.dumps(again(asked.again)))
+        write_atomically(asked.again / AGAIN, json.dumps(again(asked.again)))
         return
     go_on(asked.results, {"trials": asked.trials, "device": asked.device, "mode": config_of(0, 1.0, asked).mode})
     os.environ["ATTNSURGERY_CACHE"] = str(asked.results / "cache")

@@ -47,7 +47,7 @@ from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
 from attnsurgery.search.execution.assemble import prepare
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_atomically
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.timm_plugin.architectures import weightless
 from attnsurgery.timm_plugin.registry import recipe_by_name
@@ -98,7 +98,7 @@ class Told(Listener):
     def trial_finished(self, record: Record, trained: int, total: int) -> None:
         ms = f"{record.timing.ms:.3f} ms  " if record.timing else ""
         scores = f"{100 * record.top1:.2f} %  loss {record.loss:.4f}  " if record.top1 is not None else ""
-        print(f"  [{trained}/{total}] {ms}{scores}{record.state}  {record.what()}", flush=True)
+        print(f"  [{trained}/{total}] {ms}{scores}{record.state}  {record.describe()}", flush=True)
 
     def promoted(self, record: Record, rungs: int) -> None:
         print(f"  trial {record.number}: {100 * (record.final_top1 or 0.0):.2f} %", flush=True)
@@ -149,7 +149,7 @@ def start_of(asked: argparse.Namespace) -> Path:
         settings = TrainSettings(epochs=asked.base_epochs, lr=asked.lr, device=asked.device)
         train(model, data.train, settings, seed_of(asked.seed, "start"))
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    write_whole(path, safetensors.torch.save(tensors))
+    write_atomically(path, safetensors.torch.save(tensors))
     return path
 
 
@@ -180,7 +180,7 @@ def scale_of(bench: Bench, asked: argparse.Namespace) -> tuple[Latency, float]:
         base = bench.backend.measure(bench.base)
         designs = [build(bench, recipe) for recipe in by_hand(asked.base).values()]
         ratio = asked.budget_ratio or max(bench.backend.compare(bench.base, design).ratio for design in designs)
-        write_whole(path, json.dumps({"base": asdict(base), "budget_ms": ratio * base.p50_ms}))
+        write_atomically(path, json.dumps({"base": asdict(base), "budget_ms": ratio * base.p50_ms}))
     kept = json.loads(path.read_text())
     return Latency(**kept["base"]), kept["budget_ms"]
 
@@ -190,7 +190,7 @@ def searched(sampler: str, backend: LatencyBackend, budget_ms: float, asked: arg
     folder = asked.results / sampler
     os.environ["ATTNSURGERY_CACHE"] = str(folder / "cache")  # no search knows what another has measured
     space = asked.results / "space.yaml"
-    write_whole(space, json.dumps(SPACE, indent=2))
+    write_atomically(space, json.dumps(SPACE, indent=2))
     given = {"space": asked.space or str(space), "sampler": sampler, "budget_ms": budget_ms, "output": str(folder)}
     print(f"searching with {sampler} within {budget_ms:.3f} ms", flush=True)
     try:
@@ -205,7 +205,7 @@ def of_search(outcome: Outcome | None) -> dict[str, Any] | None:
     if outcome is None or outcome.best is None or outcome.confirmation is None:
         return None
     return {
-        "winner": outcome.best.what(),
+        "winner": outcome.best.describe(),
         "counts": dict(outcome.counts),
         "seconds": outcome.seconds,
         "conditions": outcome.about.conditions,

@@ -21,7 +21,7 @@ from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.execution.trial import outline, settle_early
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Record, trained
-from attnsurgery.search.storage.schema import KNOWN
+from attnsurgery.search.storage.schema import FINAL_STATES
 from attnsurgery.search.storage.store import Request, Store
 from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.pool import JobOutcome, WorkerPool
@@ -177,7 +177,7 @@ class TrialLoop:
             over = None  # a search that ends without a result has measured, and not only predicted, that none fits
         record = outline(self.bench, request.number, request.assignment, over)
         self.listener.trial_started(request.number, record.recipe["name"] if record.recipe else "the base as it is")
-        earlier = {other.digest: other for other in self.records if other.digest and other.state in KNOWN}
+        earlier = {other.digest: other for other in self.records if other.digest and other.state in FINAL_STATES}
         if (settled := settle_early(self.bench, record, {**earlier, "": self.base})) is not None:
             self._finish(settled)
         elif any(self._digest(other) == record.digest for other in self._running.values()):

@@ -59,7 +59,7 @@ def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataS
     words = {
         "who": [record_name(record) for record in rows],
         "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in rows],
-        "blocks": [record.what() for record in rows],
+        "blocks": [record.describe() for record in rows],
         "latency": [ms(record.timing) for record in rows],
         "score": [_scores(record) for record in rows],
         "parameters": [f"{record.parameters:,} parameters" if record.parameters else "" for record in rows],

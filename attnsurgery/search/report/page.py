@@ -68,7 +68,7 @@ def _summary(outcome: Outcome) -> Markup:
     return html(
         _SUMMARY,
         verdicts=_verdicts(outcome),
-        best=best.what(),
+        best=best.describe(),
         role="The winner" if confirmation else "Best on validation",
         number=best.number,
         name=best.recipe["name"] if best.recipe else "",

@@ -93,7 +93,7 @@ class Outcome:
         budget = self.budgets.describe()
         measured = {record.digest: record for record in self.records if record.timing}
         fastest = sorted(measured.values(), key=lambda record: record.timing.ms if record.timing else 0.0)[:3]
-        listed = "; ".join(f"{_costs(record)} {record.what()}" for record in fastest)
+        listed = "; ".join(f"{_costs(record)} {record.describe()}" for record in fastest)
         failed = [record.reason for record in self.records if record.state == "failed" and record.reason]
         raise NothingFeasibleError(
             f"no candidate fits {budget} ({self.about.conditions}). "

@@ -130,7 +130,7 @@ class Record:
             del data["foretold_ms"]
         return cls(**{**data, "timing": Timing(**timing) if timing else None, "promotions": promotions})
 
-    def what(self) -> str:
+    def describe(self) -> str:
         """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'."""
         placed = [f"{label} at {site}" for site, label in self.assignment.items() if label != "none"]
         return ", ".join(placed) or "the base as it is"

@@ -28,7 +28,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from attnsurgery.samplers import AGAIN
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_atomically
 
 LEASE, CLAIM = "lease", "claim"
 """User attributes of a trial: its lease; the digest of its candidate, and whether the claim is sure."""
@@ -207,7 +207,7 @@ def _owner(folder: Path) -> str:
     """The member name of a run directory, which is created once."""
     path = folder / _OWNER
     if not path.exists():
-        write_whole(path, secrets.token_hex(8))
+        write_atomically(path, secrets.token_hex(8))
     return path.read_text()
 
 

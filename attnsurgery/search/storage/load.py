@@ -47,7 +47,7 @@ class Saved:
     """What may not change when the search is resumed, as `fixed_part` makes it."""
 
 
-def read(folder: Path, storage: str | None = None) -> Saved:
+def load_search(folder: Path, storage: str | None = None) -> Saved:
     """Load the search of a run directory.
 
     Args:

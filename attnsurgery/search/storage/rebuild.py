@@ -16,12 +16,12 @@ import optuna
 from optuna.trial import TrialState, create_trial
 
 from attnsurgery.samplers import AGAIN
-from attnsurgery.search.files import write_whole
+from attnsurgery.search.files import write_atomically
 from attnsurgery.search.result.record import Record
 from attnsurgery.search.storage.schema import (
     CLOCK,
     FACT,
-    HOW,
+    ORIGIN,
     RECORD,
     SECONDS,
     SLOT,
@@ -65,14 +65,14 @@ def rebuild(
         clock = {CLOCK: clocks[number]} if number in clocks else {}
         lines.append({**records[number].as_dict(), **clock})
     old = _copy_old_files(folder, before)
-    write_whole(folder / TRIALS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    write_atomically(folder / TRIALS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
     for companion in _COMPANIONS:  # SQLite's files of the old database do not belong to the new one
         (folder / companion).unlink(missing_ok=True)
-    put(new_study, folder / STUDY)
+    replace_file(new_study, folder / STUDY)
     return old
 
 
-def put(path: Path, target: Path) -> Path:
+def replace_file(path: Path, target: Path) -> Path:
     """Replace one file by another in one step: a reader sees the old file or the new one."""
     return path.replace(target)
 
@@ -101,7 +101,7 @@ def _build_study(
             study.enqueue_trial(dict(record.assignment))
             trial = study.ask(terms.distributions)
             trial.set_user_attr(SLOT, number if record.slot is None else record.slot)
-            trial.set_user_attr(HOW, {"drawn": record.drawn, "fell_back": record.fell_back})
+            trial.set_user_attr(ORIGIN, {"drawn": record.drawn, "fell_back": record.fell_back})
             trial.set_user_attr(RECORD, record.as_dict())
             if record.promotions or record.halted:
                 study.set_user_attr(promoted_key(number), record.as_dict())

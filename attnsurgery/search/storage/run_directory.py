@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.search.files import Journal, write_whole
+from attnsurgery.search.files import Journal, write_atomically
 from attnsurgery.search.storage.schema import FACT, FORMAT_KEY, STUDY, TRIALS, is_format
 
 CONFIG = "config.yaml"
@@ -47,7 +47,7 @@ IMAGES = ".images.json"
 
 MARK = ".attnsurgery-run"
 """File that makes a directory a run directory."""
-WRITTEN = ".written.jsonl"
+FILE_LIST = ".written.jsonl"
 """File that lists the files which the search has written: one JSON object a line, with name and digest."""
 _NO_CONTENT = {".lock", ".DS_Store", ".gitkeep", ".gitignore", "lost+found"}
 """Names that an empty directory may contain."""
@@ -97,7 +97,7 @@ def mark(folder: Path) -> None:
         for path in folder.glob("*.safetensors"):
             _note(folder, path.name, digest_of(path))
     text = "This directory belongs to attnsurgery search. Remove this file, and no search goes on here.\n"
-    write_whole(folder / MARK, text)
+    write_atomically(folder / MARK, text)
 
 
 def write_own(folder: Path, name: str, content: str | bytes) -> str:
@@ -117,7 +117,7 @@ def write_own(folder: Path, name: str, content: str | bytes) -> str:
     data = content.encode() if isinstance(content, str) else content
     new_name = set_aside(folder, name)
     _note(folder, name, hashlib.sha256(data).hexdigest())
-    write_whole(folder / name, data)
+    write_atomically(folder / name, data)
     return new_name
 
 
@@ -202,14 +202,14 @@ def _files(path: Path) -> list[Path]:
 
 def _note(folder: Path, name: str, digest: str) -> None:
     if (name, digest) not in _own_files(folder):
-        Journal(folder / WRITTEN).append({"name": name, "digest": digest})
+        Journal(folder / FILE_LIST).append({"name": name, "digest": digest})
 
 
 def _own_files(folder: Path) -> set[tuple[str, str]]:
     """Names and digests of all files that the search has ever written; unreadable lines are skipped."""
     return {
         (entry["name"], entry["digest"])
-        for entry in _objects(folder / WRITTEN)
+        for entry in _objects(folder / FILE_LIST)
         if isinstance(entry.get("name"), str) and isinstance(entry.get("digest"), str)
     }
 

@@ -22,7 +22,7 @@ STUDY, TRIALS = "study.db", "trials.jsonl"
 """Files of a run directory: the study, and its journal."""
 RECORD = "record"
 """User attribute of a trial: its record."""
-KNOWN: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
+FINAL_STATES: frozenset[State] = frozenset({"trained", "over_budget", "failed"})
 """States of a candidate that is not tried again."""
 FACT, CLOCK = "fact", "clock"
 """Keys of the journal. A line with the first holds data of the whole search; the second is the search time, in s."""
@@ -30,7 +30,7 @@ SECONDS = "seconds"
 """User attribute of the study: the search time, in s. In the journal, the last trial has it as its clock."""
 FORMAT_KEY, FORMAT = "format", 1
 """The key of the format version in study and journal, and the version; newer versions are not read."""
-SLOT, HOW, BEGUN = "slot", "how", "begun"
+SLOT, ORIGIN, ATTEMPTS = "slot", "how", "begun"
 """User attributes of a trial: how many candidates were asked for before it, set once its candidate is complete; who
 chose it; how often work on it has begun."""
 

@@ -28,13 +28,13 @@ from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.leases import Claimed, Sharing
 from attnsurgery.search.storage.propose import next_slot, propose
 from attnsurgery.search.storage.schema import (
-    BEGUN,
+    ATTEMPTS,
     CLOCK,
     FACT,
+    FINAL_STATES,
     FORMAT,
     FORMAT_KEY,
-    HOW,
-    KNOWN,
+    ORIGIN,
     RECORD,
     SECONDS,
     SLOT,
@@ -235,13 +235,13 @@ class Store:
             self.sharing.lease(self._trial(trial.number))
         if (requeued := Request.of(self._trial(trial.number))) is not None:
             return requeued  # a trial that was put back goes first
-        trial.set_user_attr(HOW, proposal.origin)
+        trial.set_user_attr(ORIGIN, proposal.origin)
         trial.set_user_attr(SLOT, slot)
         return Request(trial.number, {name: str(trial.params[name]) for name in self._distributions}, slot)
 
     def _begin(self, assignment: Mapping[str, str], slot: int, origin: Mapping[str, bool]) -> int:
         """Create a running trial with all its attributes, in one transaction; return its number."""
-        attributes = {SLOT: slot, HOW: dict(origin)} | (self.sharing.leased() if self.sharing else {})
+        attributes = {SLOT: slot, ORIGIN: dict(origin)} | (self.sharing.leased() if self.sharing else {})
         trial = create_trial(
             state=TrialState.RUNNING,
             params=dict(assignment),
@@ -266,7 +266,7 @@ class Store:
         if trial.state.is_finished():
             return None
         attributes = trial.user_attrs
-        record = replace(record, slot=attributes.get(SLOT), **attributes.get(HOW, {}))
+        record = replace(record, slot=attributes.get(SLOT), **attributes.get(ORIGIN, {}))
         # to the trial first: a search that takes over from this one looks for the record there
         data = record.as_dict()
         self._storage.set_trial_user_attr(trial._trial_id, RECORD, data)
@@ -308,7 +308,7 @@ class Store:
             return "mine"
 
         def finished() -> set[str | None]:
-            return {record.digest for record in self.records() if record.state in KNOWN}
+            return {record.digest for record in self.records() if record.state in FINAL_STATES}
 
         return self.sharing.claim(number, digest, lambda: total - len(trained(self.records())), finished)
 
@@ -323,7 +323,9 @@ class Store:
                 with suppress(ValueError, RuntimeError):  # another search was faster
                     self._settle(Record.from_dict(trial.user_attrs[RECORD]))
             elif self.sharing:
-                attributes = {name: trial.user_attrs[name] for name in (SLOT, HOW, BEGUN) if name in trial.user_attrs}
+                attributes = {
+                    name: trial.user_attrs[name] for name in (SLOT, ORIGIN, ATTEMPTS) if name in trial.user_attrs
+                }
                 self.sharing.inherit(trial, attributes if SLOT in attributes else None)
 
     def beat(self) -> None:
@@ -334,8 +336,8 @@ class Store:
     def count_attempt(self, number: int) -> int:
         """Record that work on a trial begins; return how often it has begun over all runs, this time included."""
         trial = self._trial(number)
-        attempt = int(trial.user_attrs.get(BEGUN, 0)) + 1
-        self._storage.set_trial_user_attr(trial._trial_id, BEGUN, attempt)
+        attempt = int(trial.user_attrs.get(ATTEMPTS, 0)) + 1
+        self._storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, attempt)
         return attempt
 
     def promote(self, record: Record) -> None:

@@ -22,7 +22,7 @@ from attnsurgery.evaluate import Data, TrainSettings, Watch, load_data, train
 from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.search import Listener, SearchConfig
 from attnsurgery.search import run as run_search
-from attnsurgery.search.storage.load import read
+from attnsurgery.search.storage.load import load_search
 from attnsurgery.search.storage.schema import TRIALS
 from gpu_bench.rows import RED, Refused, Row, Rows
 from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
@@ -37,7 +37,7 @@ def words(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
 def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
     """What a run directory holds; red unless the search came to a confirmed winner."""
     try:
-        outcome = read(folder).outcome
+        outcome = load_search(folder).outcome
     except AttnSurgeryError as error:
         return {"exit": code, "state": RED, "say": f"the search ended with {code}, and left nothing to read: {error}"}
     states = Counter(record.state for record in outcome.records)

@@ -78,7 +78,7 @@ def _row(record: Record, rungs: Sequence[int], best: int | None) -> _Row:
     parameters = f"{record.parameters:,}" if record.parameters else ""
     return _Row(
         number="base" if record.number < 0 else str(record.number),
-        blocks=record.what(),
+        blocks=record.describe(),
         numbers=[ms(record.timing, unit=""), *scores, parameters],
         outcome=_outcome(record),
         best=record.number == best,
