@@ -29,7 +29,7 @@ from attnsurgery.errors import ExportError, UsageError
 from attnsurgery.latency import LATENCY, Conditions, Effort, backend_for
 from attnsurgery.latency import exported as exporting
 from attnsurgery.latency import runtime as runtimes
-from attnsurgery.latency.exported import Exported, compared, export_onnx, exported, moved
+from attnsurgery.latency.exported import Exported, compare_outputs, export, export_onnx, perturbed
 from attnsurgery.latency.onnxruntime import OnnxRuntimeLatency
 from attnsurgery.latency.runtime import Loaded, RuntimeLatency, _state_of
 from attnsurgery.latency.tensorrt import TensorRtLatency
@@ -59,7 +59,7 @@ def surgical(name: str) -> nn.Module:
 @cache
 def export_of(name: str) -> Exported:
     """The export of a model, shared by tests because it takes a second or more."""
-    return exported(surgical(name), (1, *SIZE), torch.float32, "onnxruntime")
+    return export(surgical(name), (1, *SIZE), torch.float32, "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +96,11 @@ def test_runtime_computes_what_torch_does(name: str, architecture: str) -> None:
         call()
     loaded = runtime.load(one)
     loaded.call()
-    assert compared(one, loaded.outputs(), 1e-4, name) < 1e-4
+    assert compare_outputs(one, loaded.outputs(), 1e-4, name) < 1e-4
     with torch.no_grad():
-        (plain,) = exporting.outputs_of(attnsurgery.remove(moved(surgical(architecture))), one.x_BCHW)
+        (plain,) = exporting.outputs_of(attnsurgery.remove(perturbed(surgical(architecture))), one.x_BCHW)
     with pytest.raises(ExportError, match=r"computes something else in there than in torch: outputs differ by up to"):
-        compared(one, [plain], 1e-3, "there")  # so the blocks do show in what is compared
+        compare_outputs(one, [plain], 1e-3, "there")  # so the blocks do show in what is compared
 
 
 @every_runtime
@@ -118,20 +118,20 @@ def test_moved_copy_shows_lost_blocks(model: nn.Module) -> None:
     x = images(64)
     with torch.no_grad():
         assert torch.equal(model(x), attnsurgery.remove(copy.deepcopy(model))(x))
-        awake = moved(model)
+        awake = perturbed(model)
         assert not torch.allclose(awake(x), attnsurgery.remove(copy.deepcopy(awake))(x), rtol=1e-2)
 
 
 def test_moved_copy_has_no_constant_weight(model: nn.Module) -> None:
     """A moved copy has no parameter that is all 0 or 1, is repeatable, and leaves the model alone."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    copied = moved(model)
+    copied = perturbed(model)
     for key, value in copied.named_parameters():
         assert not bool((value == 0).all() | (value == 1).all()), key
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), moved(model).parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), perturbed(model).parameters(), strict=True))
     trained = move_gates(copy.deepcopy(model))
-    for key, value in moved(trained).named_parameters():
+    for key, value in perturbed(trained).named_parameters():
         constant = (trained.get_parameter(key) == 0).all() | (trained.get_parameter(key) == 1).all()
         assert bool(constant) or torch.equal(value, trained.get_parameter(key)), key
 
@@ -143,18 +143,18 @@ def one_of(*outputs: torch.Tensor) -> Exported:
 def test_compared_refuses_other_outputs() -> None:
     """Outputs of another shape, with other values, or not finite are refused."""
     good = torch.tensor([1.0, -4.0])
-    assert compared(one_of(good, good), [good, good + 0.001], 1e-3, "R") == pytest.approx(0.001 / 4, rel=1e-3)
+    assert compare_outputs(one_of(good, good), [good, good + 0.001], 1e-3, "R") == pytest.approx(0.001 / 4, rel=1e-3)
     for got in ([good], [good, good[None]]):
         with pytest.raises(ExportError, match="outputs of shapes"):
-            compared(one_of(good, good), got, 1e-3, "R")
+            compare_outputs(one_of(good, good), got, 1e-3, "R")
     for got_one in (good * torch.nan, good + 1):
         with pytest.raises(ExportError, match="computes something else in R"):
-            compared(one_of(good), [got_one], 1e-3, "R")
+            compare_outputs(one_of(good), [got_one], 1e-3, "R")
     with pytest.raises(ExportError, match="not finite in torch"):
-        compared(one_of(good * torch.inf), [good], 1e-3, "R")
-    assert compared(one_of(good * 0), [good * 0], 1e-3, "R") == 0.0
+        compare_outputs(one_of(good * torch.inf), [good], 1e-3, "R")
+    assert compare_outputs(one_of(good * 0), [good * 0], 1e-3, "R") == 0.0
     with pytest.raises(ExportError, match="computes something else"):
-        compared(one_of(good * 0), [good], 1e-3, "R")
+        compare_outputs(one_of(good * 0), [good], 1e-3, "R")
 
 
 # ---- the backends
@@ -175,7 +175,7 @@ def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
 def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is exported once until it changes, and its export goes with it."""
     subjects: list[nn.Module] = []
-    monkeypatch.setattr(runtimes, "exported", lambda model, *rest: (subjects.append(model), export_of(SURGICAL[0]))[1])
+    monkeypatch.setattr(runtimes, "export", lambda model, *rest: (subjects.append(model), export_of(SURGICAL[0]))[1])
     one, runtime = copy.deepcopy(model), backend("onnxruntime")
     runtime.measure(one)
     runtime.compare(one, one)
@@ -275,7 +275,7 @@ def referents(start: object, kind: Any) -> list[object]:
 def test_runtime_compares_every_output() -> None:
     """A model with several outputs is compared in each of them."""
     many = timm.create_model("test_resnet", features_only=True).eval()
-    one = exported(many, (1, *SIZE), torch.float32, "onnxruntime")
+    one = export(many, (1, *SIZE), torch.float32, "onnxruntime")
     assert len(one.outputs) > 2
     for name in ON_CPU:
         runtime = backend(name)
@@ -287,7 +287,7 @@ def test_runtime_compares_every_output() -> None:
 def test_export_of_large_weights_uses_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights too large for one protobuf message go into a file of their own, which goes with the export."""
     monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
-    one = exported(model, (1, *SIZE), torch.float32, "onnxruntime")
+    one = export(model, (1, *SIZE), torch.float32, "onnxruntime")
     assert isinstance(one.source, str)
     folder = Path(one.source).parent
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data"]

@@ -152,7 +152,7 @@ def test_sample_places_fresh_warm_copies(again: bool, placement_count: int) -> N
         return repeats * 3.0 * slow
 
     effort = Effort(tolerance=0.0, max_seconds=0.0, placements=5, min_rounds=10)
-    samples = sample(time_block, place, effort, again=lambda: again)
+    samples = sample(time_block, place, effort, may_copy=lambda: again)
     assert places == [False, True, False, True, False][:placement_count]
     assert samples.reverse == [way for way in (places if again else places * 5) for _ in range(2)]
     assert samples.placement == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

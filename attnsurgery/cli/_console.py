@@ -1,7 +1,7 @@
-"""Everything that is printed: the other layers return data and call back, and never print.
+"""All output of the commands; the other layers return data or call back, and never print.
 
 A terminal gets colours and its own width. A pipe or file gets plain lines that are never wrapped, so that `grep` and
-`cut` see whole ones. Results go to stdout; errors and progress to stderr.
+`cut` see complete lines. Results go to stdout; errors and progress go to stderr.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
     from attnsurgery.surgery.verify import Report
 
 _UNWRAPPED = 100_000
+"""Width of lines that are not wrapped."""
 _STEP = 4
 """Columns by which a tree indents one level."""
 _ROLE_STYLE = {"block": "bold", "branch": "cyan"}
-"""Of the roles that are shown without being asked for; the others are dim."""
+"""Styles of the roles that are shown by default; the others are dim."""
 
 
 def stdout() -> Console:
-    """A console on the standard output of this moment."""
+    """A console on the present standard output."""
     return _console(sys.stdout)
 
 
 def stderr() -> Console:
-    """A console on the standard error of this moment."""
+    """A console on the present standard error."""
     return _console(sys.stderr)
 
 
@@ -51,38 +52,47 @@ def _console(file: TextIO) -> Console:
 
 
 def print_json(data: Any) -> None:
-    """`data` as the only thing on stdout."""
+    """Print data as JSON on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
 
 
 def print_error(message: str) -> None:
-    """One paragraph on stderr."""
+    """Print an error as one paragraph on stderr."""
     stderr().print(Text.assemble(("error: ", "bold red"), message))
 
 
 def print_hint(message: str) -> None:
-    """Something worth knowing, on stderr: a pipe gets only what was asked for."""
+    """Print a hint on stderr, so that a pipe gets only the result."""
     stderr().print(Text(message, style="dim"))
 
 
 def print_lines(lines: Iterable[str]) -> None:
+    """Print lines on stdout."""
     console = stdout()
     for line in lines:
         console.print(Text(line))
 
 
 def building(directory: object, *, plugin: bool = True) -> str:
-    """Python that builds the model of a timm directory again, and runs as it is in a fresh interpreter.
+    """Python code that rebuilds the model of a timm directory in a new interpreter.
 
     Args:
-        plugin: the model is made of what timm does not know by itself.
+        directory: the timm directory.
+        plugin: whether the model needs attnsurgery.
     """
     imported = "attnsurgery, timm" if plugin else "timm"
     return f"import {imported}; timm.create_model({f'local-dir:{directory}'!r}, pretrained=True)"
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", words: int = 1) -> None:
-    """A table whose first columns are `words`, left-aligned, and whose others are numbers, right-aligned."""
+    """Print a table on stdout.
+
+    Args:
+        columns: their headings.
+        rows: cells of each row.
+        title: above the table.
+        words: number of leading columns that hold text and are left-aligned; numbers are right-aligned.
+    """
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index < words else "right", no_wrap=not stdout().is_terminal)
@@ -92,19 +102,27 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
 
 
 @contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Show a spinner on stderr while the work lasts; nothing where nobody watches."""
+def busy(description: str) -> Iterator[None]:
+    """Show a spinner on stderr within the context, if stderr is a terminal."""
     console = stderr()
     if not console.is_terminal:
         yield
         return
-    with console.status(what):
+    with console.status(description):
         yield
 
 
 @contextmanager
-def progress(what: str, seconds: float) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr over so many seconds; gives back what is told the number of things done so far."""
+def progress(description: str, seconds: float) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr, if that is a terminal.
+
+    Args:
+        description: beside the bar.
+        seconds: duration that the bar stands for.
+
+    Yields:
+        A function to be called with the number of finished items.
+    """
     console = stderr()
     if not console.is_terminal:
         yield lambda count: None
@@ -112,19 +130,26 @@ def progress(what: str, seconds: float) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn())
     began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=seconds, count=0)
+        task = bar.add_task(description, total=seconds, count=0)
         yield lambda count: bar.update(task, completed=min(seconds, time.monotonic() - began), count=count)
 
 
 def shown_sites(anatomy: Anatomy, everything: bool) -> list[Site]:
-    """Those of the sites that `inspect` shows."""
+    """The sites that `inspect` shows."""
     return [site for site in anatomy.sites if everything or site.role in _ROLE_STYLE]
 
 
 def print_anatomy(
     anatomy: Anatomy, everything: bool, block: str | None = None, prices: Mapping[str, Priced] | None = None
 ) -> None:
-    """A tree of stages, their blocks, and the sites in each block; with what one `block` more would cost at each."""
+    """Print a tree of stages, their blocks and the sites in each block.
+
+    Args:
+        anatomy: of the model.
+        everything: also show sites inside blocks.
+        block: a block whose costs are shown at each site.
+        prices: its costs by the site's address, or the reason why it cannot be there.
+    """
     shown = shown_sites(anatomy, everything)
     width = max((len(site.address) + _STEP * (site.role != "block") for site in shown), default=0)
     role = max((len(site.role) for site in shown), default=0)
@@ -142,7 +167,7 @@ def print_anatomy(
 
 
 def _columns(prices: Mapping[str, Priced]) -> dict[str, str]:
-    """The end of a site's line, by address: each number with its unit."""
+    """The costs at the end of each site's line, by address."""
     costs = [priced for priced in prices.values() if not isinstance(priced, str)]
     params = max((len(f"{cost.params:,}") for cost in costs), default=0)
     macs = max((len(f"{cost.macs:,}") for cost in costs), default=0)
@@ -157,11 +182,11 @@ def _columns(prices: Mapping[str, Priced]) -> dict[str, str]:
 
 
 def _print_sums(block: str, shown: Sequence[Site], prices: Mapping[str, Priced]) -> None:
-    """What blocks at all sites of a kind come to, and why there is none at others."""
+    """Print the total costs of blocks at all sites of a role, and why sites are excluded."""
     lines = ["", f"costs     of one {block} at a site, for one image; attention is in fp32 and as if written out"]
     for role in dict.fromkeys(site.role for site in shown):
-        found = [prices[site.address] for site in shown if site.role == role]
-        costs = [priced for priced in found if not isinstance(priced, str)]
+        role_prices = [prices[site.address] for site in shown if site.role == role]
+        costs = [priced for priced in role_prices if not isinstance(priced, str)]
         if not costs:
             continue
         params, macs = sum(cost.params for cost in costs), sum(cost.macs for cost in costs)
@@ -176,12 +201,12 @@ def _print_sums(block: str, shown: Sequence[Site], prices: Mapping[str, Priced])
     print_lines(lines)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _add_sites(branch: Tree, sites: Sequence[Site], width: int, role: int, ends: Mapping[str, str]) -> None:
-    """Each site below the block that it lies in, in order of execution."""
+    """Add each site below its block, in order of execution."""
     nodes: dict[str, Tree] = {}
     blocks = {site.address: site for site in sites if site.role == "block"}
     for site in sites:
@@ -244,13 +269,13 @@ def print_plan(plan: Plan) -> None:
 
 
 def _options(planned: PlannedBlock) -> str:
-    """What differs from the defaults of the block, and what 'auto' has come to."""
-    told = {**planned.chosen, **planned.settled}
-    return ", ".join(f"{key}={value}" + " (auto)" * (key in planned.settled) for key, value in told.items())
+    """The options that differ from the block's defaults, and the values that 'auto' stands for."""
+    options = {**planned.chosen, **planned.settled}
+    return ", ".join(f"{key}={value}" + " (auto)" * (key in planned.settled) for key, value in options.items())
 
 
 def print_report(report: Report) -> None:
-    """What surgery did, and the proof of it."""
+    """Print what surgery changed, and the checks of the result."""
     print_table(
         ["", "base", "operated", "added"],
         [
@@ -266,30 +291,30 @@ def print_report(report: Report) -> None:
         )
     print_lines([""])
     same = "equal" if report.max_abs_diff == 0 else f"different by up to {report.max_abs_diff:.3g}"
-    lost = f"{len(report.keys_missing)} of the base lost" if report.keys_missing else "none of the base lost"
+    lost_keys = f"{len(report.keys_missing)} of the base lost" if report.keys_missing else "none of the base lost"
     print_lines(
         [
             f"outputs    {same}, on random images of {_times(report.input_size)}",
-            f"keys       {len(report.keys_added)} added, {lost}",
+            f"keys       {len(report.keys_added)} added, {lost_keys}",
             f"attention  {report.attention_bytes:,} bytes if written out, one image in fp32",
         ]
     )
     if inside := [block.path for block in report.blocks if block.reaches == "features"]:
-        print_lines([f"heard      in forward_features alone, the head does not read it: {', '.join(inside)}"])
+        print_lines([f"reaches    forward_features only, the head does not use it: {', '.join(inside)}"])
 
 
-def _change(what: str, before: int, after: int) -> tuple[str, ...]:
+def _change(quantity: str, before: int, after: int) -> tuple[str, ...]:
     share = f" ({(after - before) / before:+.1%})" if before else ""
-    return what, f"{before:,}", f"{after:,}", f"{after - before:+,}{share}"
+    return quantity, f"{before:,}", f"{after:,}", f"{after - before:+,}{share}"
 
 
 def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: str) -> None:
-    """Latencies that were measured together, with the conditions they hold for."""
+    """Print latencies that were measured together, with their conditions."""
     print_table(
         ["model", "p50 ms", "p90 ms", "noise", "runs"],
         [
-            (name, f"{found.p50_ms:.3f}", f"{found.p90_ms:.3f}", f"{found.noise:.2%}", f"{found.runs:,}")
-            for name, found in rows
+            (name, f"{result.p50_ms:.3f}", f"{result.p90_ms:.3f}", f"{result.noise:.2%}", f"{result.runs:,}")
+            for name, result in rows
         ],
     )
     versions = ", ".join(f"{key} {value}" for key, value in rows[0][1].versions.items())
@@ -302,35 +327,35 @@ def print_latencies(rows: Sequence[tuple[str, Latency]], conditions: str) -> Non
         )
 
 
-def print_singles(found: Latency, singles: Singles) -> None:
-    """Single calls, throughput, and what a CUDA graph saves."""
+def print_singles(result: Latency, singles: Singles) -> None:
+    """Print the latency of single calls, throughput, and the gain of a CUDA graph."""
     lines = [
         f"one by one  p50 {singles.p50_ms:.3f} ms, p90 {singles.p90_ms:.3f} ms, p99 {singles.p99_ms:.3f} ms of "
         f"{singles.calls:,} calls, each waited for",
-        f"throughput  {found.images_per_second:,.1f} images a second",
+        f"throughput  {result.images_per_second:,.1f} images a second",
     ]
-    print_lines([*lines, *([f"beside it   {found.details()}"] if found.details() else [])])
+    print_lines([*lines, *([f"beside it   {result.details()}"] if result.details() else [])])
 
 
-def print_self_test(model: str, found: SelfTest, conditions: str, versions: Mapping[str, str]) -> None:
-    """What the meter says of a model compared with itself."""
-    count = len(found.ratios)
-    verdict = "the intervals can be trusted" if found.passed else "the intervals are TOO NARROW on this machine"
+def print_self_test(model: str, result: SelfTest, conditions: str, versions: Mapping[str, str]) -> None:
+    """Print the result of comparing a model with itself."""
+    count = len(result.ratios)
+    verdict = "the intervals can be trusted" if result.passed else "the intervals are TOO NARROW on this machine"
     print_lines(
         [
-            f"{model} against itself: {found.held} of {count} 95 % confidence intervals of the ratio contain 1.0 "
+            f"{model} against itself: {result.held} of {count} 95 % confidence intervals of the ratio contain 1.0 "
             f"(nominal coverage 95 %): {verdict}",
-            f"half an interval is {found.half_width:.2%} of the time; the largest difference seen is {found.worst:.2%}",
+            f"half an interval is {result.half_width:.2%} of the time; the largest difference seen is {result.worst:.2%}",
             f"conditions  {conditions}",
             f"on          {', '.join(f'{key} {value}' for key, value in versions.items())}",
         ]
     )
-    if found.unsteady:
-        print_hint(f"the machine was not steady in {found.unsteady} of {count} comparisons.")
+    if result.unsteady:
+        print_hint(f"the machine was not steady in {result.unsteady} of {count} comparisons.")
 
 
-def print_comparison(base: str, variant: str, found: Comparison, conditions: str) -> None:
-    print_latencies([(base, found.base), (variant, found.variant)], conditions)
-    low, high = found.ratio_low, found.ratio_high
-    sure = "" if low > 1 or high < 1 else ": no difference can be told"
-    print_lines([f"ratio       {found.ratio:.4f}, 95 % between {low:.4f} and {high:.4f}{sure}"])
+def print_comparison(base: str, variant: str, comparison: Comparison, conditions: str) -> None:
+    print_latencies([(base, comparison.base), (variant, comparison.variant)], conditions)
+    low, high = comparison.ratio_low, comparison.ratio_high
+    sure = "" if low > 1 or high < 1 else ": no significant difference"
+    print_lines([f"ratio       {comparison.ratio:.4f}, 95 % between {low:.4f} and {high:.4f}{sure}"])

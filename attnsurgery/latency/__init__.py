@@ -1,8 +1,9 @@
 """How fast: latency of a model with its conditions, and the ratio of two models measured alternately."""
 
-from attnsurgery.latency._base import LATENCY, Comparison, Latency, LatencyBackend, Singles, backend_for
+from attnsurgery.latency._base import LATENCY, LatencyBackend, backend_for
 from attnsurgery.latency.conditions import MODES, Conditions, device_defaults
 from attnsurgery.latency.protocol import Effort
+from attnsurgery.latency.result import Comparison, Latency, Singles
 from attnsurgery.settings import Mode
 
 __all__ = [

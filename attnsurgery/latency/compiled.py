@@ -1,9 +1,9 @@
-"""torch.compile for measurements: what was asked to be compiled is compiled, or the measurement fails and says so.
+"""torch.compile for measurements: a model is compiled, or the measurement fails with an error.
 
-Dynamo keeps compiled code by the code object of a forward, which all models of a class share, and after
-`recompile_limit` (8) variants runs the rest eagerly without an error. A second batch size is compiled for any batch
-size. Both would be measured silently. So each measurement begins with an empty cache and static shapes, and a limit
-that is hit is an error.
+Dynamo caches compiled code by the code object of a forward, which all models of a class share. After
+`recompile_limit` (8) variants it runs further ones eagerly without an error, and a second batch size is compiled for
+dynamic shapes. To measure neither by accident, each measurement begins with an empty cache and static shapes, and
+reaching the limit is an error.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from attnsurgery.errors import UsageError
 
 Forward = Callable[[torch.Tensor], Any]
 _at_reset = 0
-"""Graphs that had been compiled when the cache was emptied."""
+"""Number of graphs that had been compiled when the cache was emptied."""
 _LIMIT = 512
-"""Variants of one code object: a model that is compiled piece by piece may have one for each of its blocks."""
+"""Largest number of variants of one code object: a model that is compiled in parts may have one for each block."""
 
 
 @contextmanager
 def fresh_compiler() -> Iterator[Callable[[], bool]]:
-    """An empty cache of compiled code, and errors where dynamo would give up silently.
+    """A context with an empty cache of compiled code, and errors where dynamo would fall back to eager silently.
 
     Models that the caller has compiled before are compiled again at their next call.
 
     Yields:
-        Asked after each placement of copies: whether another may be made. A copy usually runs what was compiled for
-        its original; where it had to be compiled anew, that takes too long to do it again and again.
+        A function, called after each placement of copies, that says whether there may be another one. A copy usually
+        runs the code of its original; if it is compiled again, more copies would take too long.
     """
     import torch._dynamo as dynamo
 
     settings: Any = dynamo.config
-    wanted = {
+    overrides = {
         **{name: _LIMIT for name in ("recompile_limit", "cache_size_limit")},
         **{name: _LIMIT * 8 for name in ("accumulated_recompile_limit", "accumulated_cache_size_limit")},
         **{name: True for name in ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")},
@@ -45,41 +45,37 @@ def fresh_compiler() -> Iterator[Callable[[], bool]]:
     global _at_reset
     torch.compiler.reset()
     _at_reset = graphs_compiled()
-    with settings.patch({name: value for name, value in wanted.items() if hasattr(settings, name)}):
-        first: list[int] = []
+    with settings.patch({name: value for name, value in overrides.items() if hasattr(settings, name)}):
+        counts: list[int] = []
 
-        def cheap() -> bool:
-            first.append(graphs_compiled())
-            return first[0] == first[-1]
+        def no_recompilation() -> bool:
+            counts.append(graphs_compiled())
+            return counts[0] == counts[-1]
 
-        yield cheap
+        yield no_recompilation
 
 
 def compiled(model: nn.Module) -> Forward:
-    """The model's forward, compiled at its first call.
-
-    Raises, at its first call:
-        UsageError: torch compiles nothing of it.
-    """
+    """The model's forward, compiled at its first call, which raises a UsageError if torch compiles nothing of it."""
     forward: Forward = torch.compile(model, dynamic=False)
-    checked = False
+    is_checked = False
 
     def call(x_BCHW: torch.Tensor) -> Any:
-        nonlocal checked
-        found = forward(x_BCHW)
-        if not checked and graphs_compiled() == _at_reset:  # a twin may use what was compiled for the other
+        nonlocal is_checked
+        outputs = forward(x_BCHW)
+        if not is_checked and graphs_compiled() == _at_reset:  # a copy may use the code of its original
             raise UsageError(
                 f"torch.compile compiled nothing of {type(model).__name__}, so its compiled latency is not known. "
                 "Use --mode eager, or cudagraph on a GPU."
             )
-        checked = True
-        return found
+        is_checked = True
+        return outputs
 
     return call
 
 
 def graphs_compiled() -> int:
-    """Graphs that dynamo has compiled since its counters were reset."""
+    """Number of graphs that dynamo has compiled since its counters were reset."""
     import torch._dynamo.utils as utils
 
     return int(utils.counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""What a latency is measured under. A number without its conditions is no latency, so the two never travel apart."""
+"""The conditions of a latency, without which the number has no meaning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def device_defaults(device: str, dtype: str | None = None) -> dict[str, Any]:
-    """How models are deployed on a device, for whoever does not say: `dtype`, `mode` and `channels_last`.
+    """The defaults of `dtype`, `mode` and `channels_last`: how models are usually deployed on a device.
 
-    On CUDA that is a CUDA graph in bfloat16 with channels last. An eager forward of one image there mostly measures how
-    fast Python launches kernels, and half precision is what tensor cores and their convolution kernels are made for.
+    On CUDA that is a CUDA graph in bfloat16 with channels last. An eager forward pass of one image mostly measures
+    how fast Python launches kernels, and tensor cores and their convolution kernels are made for half precision.
 
     Args:
-        dtype: chosen already; float32 keeps channels first, for which cuDNN's float32 kernels are made.
+        device: a torch device.
+        dtype: the requested type, if any; float32 has channels first, for which cuDNN's float32 kernels are made.
     """
     if device.partition(":")[0] != "cuda":
         return {"dtype": dtype or "float32", "mode": "eager", "channels_last": False}
@@ -36,27 +37,31 @@ def device_defaults(device: str, dtype: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What a latency is measured under; part of the number and of the key that measurements are kept by.
+    """The conditions of a latency. They are part of every result, and of the key of cached measurements.
 
     Raises:
-        UsageError: a value that means nothing, or a mode that this device does not have.
+        UsageError: a value is not valid, or the device does not have the mode.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
+    """One of `DTYPES`."""
     batch_size: int = 1
+    """Number of images in one forward pass."""
     input_size: tuple[int, int, int] = (3, 224, 224)
     """Channels, height, width."""
     mode: Mode = "eager"
+    """How the forward pass runs."""
     channels_last: bool = False
+    """Whether input and convolution weights have the channels-last format."""
     threads: int = 0
-    """CPU threads during the measurement; 0 keeps what the process has."""
+    """CPU threads during the measurement; 0 for those that the process has."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products on CUDA may round their inputs to TF32 (10 bits of mantissa).
 
-    Both or neither: torch's own defaults round convolutions only, which makes attention look slower than it is."""
+    Torch's own defaults round convolutions alone, which makes attention look slower than it is."""
     cudnn_benchmark: bool = False
-    """Whether cuDNN tries its algorithms on the first call of a shape and keeps the fastest."""
+    """Whether cuDNN tries all algorithms at the first call with a shape, and uses the fastest."""
     cold_cache: bool = False
     """Whether the last-level cache is flushed before every forward, so that weights come from memory."""
 
@@ -74,10 +79,15 @@ class Conditions:
             raise UsageError(f"mode {self.mode!r} needs a CUDA device, not {self.device!r}. Use 'eager' or 'compile'.")
 
     @classmethod
-    def on(cls, device: str, **given: Any) -> Conditions:
-        """Conditions on this device; what is not given, or is None, is `device_defaults`."""
-        given = {name: value for name, value in given.items() if value is not None}
-        return cls(device=device, **{**device_defaults(device, given.get("dtype")), **given})
+    def on(cls, device: str, **settings: Any) -> Conditions:
+        """Conditions on this device.
+
+        Args:
+            device: a torch device.
+            settings: fields by name; those that are missing or None are `device_defaults`.
+        """
+        settings = {name: value for name, value in settings.items() if value is not None}
+        return cls(device=device, **{**device_defaults(device, settings.get("dtype")), **settings})
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -86,6 +96,7 @@ class Conditions:
 
     @property
     def cuda(self) -> bool:
+        """Whether the device is a CUDA device."""
         return torch.device(self.device).type == "cuda"
 
     @property
@@ -95,18 +106,18 @@ class Conditions:
 
     @property
     def compiled(self) -> bool:
-        """Whether torch.compile takes part."""
+        """Whether the model is compiled by torch.compile."""
         return self.mode in ("compile", "compile-cudagraph")
 
     def describe(self) -> str:
-        """One line for people, printed beside every number."""
+        """The conditions in one line, which is printed with every result."""
         size = "x".join(map(str, self.input_size))
-        more = [
+        options = [
             "channels_last" if self.channels_last else "",
             f"{self.threads} thread{'s' * (self.threads > 1)}" if self.threads else "",
             ("TF32" if self.tf32 else "no TF32") if self.cuda and self.dtype == "float32" else "",
             "cuDNN benchmark" if self.cudnn_benchmark else "",
             "cold cache" if self.cold_cache else "",
         ]
-        first = [self.device, self.dtype, f"batch {self.batch_size}", f"input {size}", self.mode]
-        return ", ".join([*first, *filter(None, more)])
+        basics = [self.device, self.dtype, f"batch {self.batch_size}", f"input {size}", self.mode]
+        return ", ".join([*basics, *filter(None, options)])

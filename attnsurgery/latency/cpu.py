@@ -13,15 +13,19 @@ from attnsurgery.latency.conditions import Conditions
 from attnsurgery.latency.protocol import Effort
 
 _FLUSHED_BYTES = 256 << 20
-"""More than the last-level cache of any processor that is common."""
+"""More than the last-level cache of common processors."""
 
 
 @LATENCY.register("cpu")
 class CpuLatency(LatencyBackend):
-    """Forwards on the CPU return when they are done, so the wall clock is the latency.
+    """Times forward passes on the CPU by the wall clock, since they return when they are finished.
+
+    Args:
+        conditions: of a CPU.
+        effort: how long it measures; by default `Effort()`.
 
     Raises:
-        UsageError: conditions of another device, where calls return before their work is done.
+        UsageError: conditions of another device, where calls return before their work is finished.
     """
 
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
@@ -41,7 +45,7 @@ class CpuLatency(LatencyBackend):
         return (time.perf_counter() - start) * 1000.0
 
     def _cold_call(self, call: Call) -> float:
-        """One call behind a write that takes up the whole last-level cache."""
+        """The time of one call after a write that fills the last-level cache, in ms."""
         self._flushed.add_(1)
         start = time.perf_counter()
         call()

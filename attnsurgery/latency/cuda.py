@@ -1,7 +1,7 @@
-"""Latency on a CUDA device: two events around a block of forwards, optionally replayed as one CUDA graph.
+"""Latency on a CUDA device: two events around a block of forward passes, optionally replayed as one CUDA graph.
 
-A launch returns before its kernels ran, so only events on the stream, read after a synchronisation, give a time.
-A graph takes the cost of launching out of the number, as a deployment with graphs or TensorRT would.
+A launch returns before its kernels have run, so the time is that between events on the stream, read after a
+synchronisation. A graph excludes the cost of launching kernels, as a deployment with graphs or TensorRT does.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from torch import nn
 from attnsurgery.errors import UsageError
 from attnsurgery.faults import fault_of
 from attnsurgery.latency import card
-from attnsurgery.latency._base import LATENCY, Call, Comparison, Latency, LatencyBackend, first_line
+from attnsurgery.latency._base import LATENCY, Call, LatencyBackend, first_line
 from attnsurgery.latency.conditions import Conditions
 from attnsurgery.latency.protocol import Effort, median, warm_up
+from attnsurgery.latency.result import Comparison, Latency
 from attnsurgery.tf32 import tf32
 
 _cuda: Any = torch.cuda  # half of it carries no types
 _EAGER = Effort(max_warmup_seconds=0.3)
 _EAGER_BLOCKS = 7
-"""Blocks of which the eager time beside that of a graph is the median: a figure for orientation."""
+"""Number of blocks whose median is the eager time, which is reported for orientation with that of a graph."""
 
 
 @LATENCY.register("cuda")
 class CudaLatency(LatencyBackend):
-    """Times between CUDA events on the current stream of the device.
+    """Measures times between CUDA events on the current stream of the device.
+
+    Args:
+        conditions: of a CUDA device.
+        effort: how long it measures; by default `Effort()`.
 
     Raises:
         UsageError: torch sees no CUDA device.
@@ -40,7 +45,7 @@ class CudaLatency(LatencyBackend):
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
         if not torch.cuda.is_available():
             raise UsageError(
-                f"latency on {conditions.device!r} was asked for, but torch sees no CUDA device here. Use --device cpu."
+                f"latency on {conditions.device!r} was requested, but torch sees no CUDA device. Use --device cpu."
             )
         super().__init__(conditions, effort)
 
@@ -56,7 +61,7 @@ class CudaLatency(LatencyBackend):
         return float(start.elapsed_time(end))
 
     def _cold_block(self, call: Call, repeats: int) -> float:
-        """The calls alone, each behind a write that takes up the whole L2 cache, as nvbench does."""
+        """The total time of calls, each after a write that fills the L2 cache, as nvbench does, in ms."""
         pairs = [(_cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for start, end in pairs:
             self._flushed.zero_()
@@ -72,24 +77,24 @@ class CudaLatency(LatencyBackend):
         return torch.empty(2 * cache_bytes, dtype=torch.int8, device=self.conditions.device)
 
     def measure(self, model: nn.Module) -> Latency:
-        found = super().measure(model)
-        return replace(found, eager_ms=self._eager_ms(model)) if self.conditions.graph else found
+        latency = super().measure(model)
+        return replace(latency, eager_ms=self._eager_ms(model)) if self.conditions.graph else latency
 
     def compare(self, base: nn.Module, variant: nn.Module, reference: Latency | None = None) -> Comparison:
-        found = super().compare(base, variant, reference)
+        comparison = super().compare(base, variant, reference)
         if not self.conditions.graph:
-            return found
+            return comparison
         return replace(
-            found,
-            base=replace(found.base, eager_ms=self._eager_ms(base)),
-            variant=replace(found.variant, eager_ms=self._eager_ms(variant)),
+            comparison,
+            base=replace(comparison.base, eager_ms=self._eager_ms(base)),
+            variant=replace(comparison.variant, eager_ms=self._eager_ms(variant)),
         )
 
     def _eager_ms(self, model: nn.Module) -> float:
-        """What the forward takes where no graph is replayed."""
-        with self.alone(), self._session():
+        """The time of the forward pass without a graph, in ms."""
+        with self.lock(), self._environment():
             subject, x_BCHW = self._subject(model)
-            self._first(subject, x_BCHW, model)
+            self._first_call(subject, x_BCHW, model)
             repeats = warm_up(self.timed, lambda: subject(x_BCHW), _EAGER)
             return median([self.timed(lambda: subject(x_BCHW), repeats) / repeats for _ in range(_EAGER_BLOCKS)])
 
@@ -100,16 +105,16 @@ class CudaLatency(LatencyBackend):
         return card.state(self.conditions.device)
 
     @contextmanager
-    def _session(self) -> Iterator[None]:
-        """The device is the current one, and what rounds or chooses kernels is as the conditions say."""
+    def _environment(self) -> Iterator[None]:
+        """Also makes the device the current one, and sets TF32 and cuDNN's benchmark mode as the conditions say."""
         cudnn = torch.backends.cudnn
-        before = cudnn.benchmark
+        benchmark = cudnn.benchmark
         cudnn.benchmark = self.conditions.cudnn_benchmark
         try:
-            with super()._session(), tf32(self.conditions.tf32), torch.cuda.device(self.conditions.device):
+            with super()._environment(), tf32(self.conditions.tf32), torch.cuda.device(self.conditions.device):
                 yield
         finally:
-            cudnn.benchmark = before
+            cudnn.benchmark = benchmark
 
     def _free(self) -> None:
         super()._free()
@@ -117,10 +122,10 @@ class CudaLatency(LatencyBackend):
 
     @contextmanager
     def _recorded(self, call: Call, model: nn.Module) -> Iterator[Call]:
-        """The call as one graph to be replayed, in the modes that have one.
+        """A context with the replay of the call as a CUDA graph, in the modes with a graph.
 
         Raises:
-            UsageError: no graph can hold the forward.
+            UsageError: the forward pass cannot be captured in a graph.
         """
         if not self.conditions.graph:
             yield call
@@ -129,11 +134,11 @@ class CudaLatency(LatencyBackend):
         try:
             side = _cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries choose and allocate in the first calls, which no graph may hold
+            with torch.cuda.stream(side):  # in the first calls libraries allocate memory, which no graph may capture
                 for _ in range(3):
                     call()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, stream=side):  # torch's own stream for captures stays on its first device
+            with torch.cuda.graph(graph, stream=side):  # torch's default stream for captures is on its first device
                 call()
         except Exception as error:
             if fault_of(error) is not None and not _of_capture(error):
@@ -145,11 +150,11 @@ class CudaLatency(LatencyBackend):
         try:
             yield graph.replay
         finally:
-            graph.reset()  # a graph keeps all activations, until it goes
+            graph.reset()  # frees all activations
 
 
 def _of_capture(error: BaseException | None) -> bool:
-    """True of an error that says that an operation is not allowed in a capture; the device is as good as before."""
+    """True for an error about an operation that is not allowed in a capture, after which the device still works."""
     while error is not None:
         if "captur" in str(error):
             return True

@@ -1,4 +1,4 @@
-"""A latency that is computed, not measured: the same on every machine, for tests and dry runs."""
+"""A latency that is computed from multiply-accumulates: the same on every machine, for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnsurgery.latency._base import LATENCY, Call, Comparison, Latency, LatencyBackend
+from attnsurgery.latency._base import LATENCY, Call, LatencyBackend
 from attnsurgery.latency.conditions import Conditions, device_defaults
 from attnsurgery.latency.protocol import Effort, Sampled
+from attnsurgery.latency.result import Comparison, Latency
 
 _MACS_PER_MS = 1e8
 _MS_PER_MODULE = 0.001
@@ -19,15 +20,17 @@ _MS_PER_MODULE = 0.001
 
 @LATENCY.register("fixed")
 class FixedLatency(LatencyBackend):
-    """1 ms per 10^8 multiply-accumulates of a batch and 1 us per module, or whatever a given function says.
+    """Computes 1 ms per 10^8 multiply-accumulates of a batch and 1 us per module, or another function of the model.
 
     Args:
-        milliseconds: from a model to its time in ms.
+        conditions: input and batch size.
+        effort: not used.
+        milliseconds: maps a model to its time in ms.
     """
 
     @classmethod
     def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
-        """Nothing is measured, so nothing is recorded in a graph."""
+        """As `device_defaults`, but eager: without a measurement there is no CUDA graph."""
         return device_defaults(device, dtype) | {"mode": "eager"}
 
     def __init__(
@@ -58,6 +61,5 @@ class FixedLatency(LatencyBackend):
         return {"latency": "computed, not measured"}
 
     def _from_macs(self, model: nn.Module) -> float:
-
         with torch.no_grad(), self._prepared(model) as call:
             return self.time_block(call, 1) + _MS_PER_MODULE * sum(1 for _ in model.modules())

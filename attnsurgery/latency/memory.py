@@ -1,7 +1,7 @@
-"""How much memory a forward needs at a time.
+"""The peak memory of a forward pass.
 
-On CUDA the allocator counts, kernels' workspaces included. Elsewhere every operator's results are counted from the
-moment they are there until nothing holds them any more; what an operator needs in between is not seen.
+On CUDA the allocator counts, including the workspaces of kernels. Elsewhere the results of every operator are counted
+from their creation until nothing refers to them; the memory that an operator needs in between is not counted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that operators have returned and that are still there."""
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all live tensors that operators have returned."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,27 +38,32 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sizes[key] = storage.nbytes()
             self._now += storage.nbytes()
             self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._freed, key)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
 
 
 def peak_bytes(model: nn.Module, x_BCHW: torch.Tensor, call: Callable[[], Any]) -> int:
-    """The most bytes at a time in `call`, a forward of the model on this input: weights, input and activations.
+    """The peak memory of a forward pass in bytes: weights, input and activations.
 
-    Nothing of what the call makes may be alive yet.
+    Args:
+        model: the model.
+        x_BCHW: its input.
+        call: runs the forward pass; no tensor of an earlier call may be alive.
     """
     if x_BCHW.is_cuda:
         torch.cuda.synchronize(x_BCHW.device)
         torch.cuda.reset_peak_memory_stats(x_BCHW.device)
-        before = torch.cuda.memory_allocated(x_BCHW.device)
+        allocated = torch.cuda.memory_allocated(x_BCHW.device)
         call()
         torch.cuda.synchronize(x_BCHW.device)
-        activations = torch.cuda.max_memory_allocated(x_BCHW.device) - before
+        activations = torch.cuda.max_memory_allocated(x_BCHW.device) - allocated
     else:
-        with _Live() as live:
+        with _LiveTensors() as live:
             call()
         activations = live.peak
-    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
-    return sum(held.values()) + x_BCHW.nbytes + activations
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
+    }
+    return sum(storages.values()) + x_BCHW.nbytes + activations

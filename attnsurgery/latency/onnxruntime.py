@@ -1,7 +1,7 @@
-"""Latency in ONNX Runtime: on the CPU, and on CUDA, where this file has not been run yet.
+"""Latency in ONNX Runtime, on the CPU and on CUDA; this file has not been run on CUDA yet.
 
-The input and outputs lie in tensors that are bound to the session, so a call copies nothing and is what a plain loop of
-`session.run` takes. Threads that have nothing to do spin for a while, as is ONNX Runtime's default.
+Input and outputs are tensors that are bound to the session, so a call copies nothing. Idle threads spin for a while, as
+by ONNX Runtime's default.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from attnsurgery.latency.runtime import Loaded, RuntimeLatency
 Provider = tuple[str, dict[str, Any]]
 
 _BFLOAT16 = 16
-"""In onnx.TensorProto; numpy has no such type."""
+"""The number of bfloat16 in onnx.TensorProto, since numpy has no such type."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A call that keeps alive the tensors whose memory the session reads and writes by address."""
+    """A call with references to the tensors whose memory the session reads and writes by address."""
 
     session: Any
     binding: Any
@@ -40,9 +40,13 @@ class _Bound:
 
 @LATENCY.register("onnxruntime")
 class OnnxRuntimeLatency(RuntimeLatency):
-    """The execution provider is the one of the device: CPUExecutionProvider or CUDAExecutionProvider.
+    """Measures with the execution provider of the device: CPUExecutionProvider or CUDAExecutionProvider.
 
-    On CUDA, `channels_last` asks for convolutions in NHWC, and `cudnn_benchmark` for cuDNN's exhaustive search.
+    On CUDA, `channels_last` selects convolutions in NHWC, and `cudnn_benchmark` cuDNN's exhaustive search.
+
+    Args:
+        conditions: what is measured.
+        effort: how long; by default `Effort()`.
 
     Raises:
         UsageError: as RuntimeLatency, or this build of ONNX Runtime lacks the provider.
@@ -54,23 +58,23 @@ class OnnxRuntimeLatency(RuntimeLatency):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     prefers_layout = True
     needs: ClassVar[str] = "onnxruntime-gpu"
-    """The extra with the provider, where the device is no CPU."""
+    """The extra that installs the provider of a device other than the CPU."""
 
     def __init__(self, conditions: Conditions, effort: Effort | None = None) -> None:
         super().__init__(conditions, effort)
-        asked, there = self.providers()[0][0], self.runtime.get_available_providers()
-        if asked not in there:
+        requested, available = self.providers()[0][0], self.runtime.get_available_providers()
+        if requested not in available:
             raise UsageError(
-                f"this ONNX Runtime {self.runtime.__version__} has no {asked}; it has {', '.join(there)}. Install the "
-                f"extra instead:  pip uninstall onnxruntime; pip install 'attnsurgery[{self.needs}]'"
+                f"this ONNX Runtime {self.runtime.__version__} has no {requested}; it has {', '.join(available)}. "
+                f"Install the extra instead:  pip uninstall onnxruntime; pip install 'attnsurgery[{self.needs}]'"
             )
         if conditions.cuda and not torch.cuda.is_available():
             raise UsageError(
-                f"latency on {conditions.device!r} was asked for, but torch sees no CUDA device here. Use --device cpu."
+                f"latency on {conditions.device!r} was requested, but torch sees no CUDA device. Use --device cpu."
             )
 
     def providers(self) -> list[Provider]:
-        """What runs the model, the first one asked first."""
+        """The execution providers with their options, in the order of preference."""
         if not self.conditions.cuda:
             return [("CPUExecutionProvider", {})]
         options = {
@@ -86,31 +90,31 @@ class OnnxRuntimeLatency(RuntimeLatency):
         return torch.device(self.conditions.device).index or 0
 
     def versions(self) -> dict[str, str]:
-        there = super().versions() | {"provider": self.providers()[0][0]}
+        versions = super().versions() | {"provider": self.providers()[0][0]}
         if self.conditions.cuda:
             from attnsurgery.latency import card
 
-            there |= card.facts(self.conditions.device)
-        return there
+            versions |= card.facts(self.conditions.device)
+        return versions
 
-    def load(self, one: Exported) -> Loaded:
-        session = self._session_of(one)
+    def load(self, exported: Exported) -> Loaded:
+        session = self._session_of(exported)
         binding = session.io_binding()
-        x_BCHW = one.x_BCHW.to(self.conditions.device)
+        x_BCHW = exported.x_BCHW.to(self.conditions.device)
         binding.bind_input(INPUT, *self._place(x_BCHW))
         outputs = []
-        for entry, expected in zip(session.get_outputs(), one.outputs, strict=True):
+        for entry, expected in zip(session.get_outputs(), exported.outputs, strict=True):
             output = torch.empty(expected.shape, dtype=_dtype_of(entry.type), device=self.conditions.device)
             binding.bind_output(entry.name, *self._place(output))
             outputs.append(output)
         bound = _Bound(session, binding, x_BCHW, outputs)
         return Loaded(bound, lambda: bound.outputs)
 
-    def _session_of(self, one: Exported) -> Any:
-        """A session with the agreed threads on the provider that was asked for.
+    def _session_of(self, exported: Exported) -> Any:
+        """A session on the requested provider, with the number of threads of the conditions.
 
         Raises:
-            UsageError: the provider could not be loaded; ONNX Runtime would go on with another one.
+            UsageError: the provider could not be loaded, and ONNX Runtime uses another one.
         """
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -118,8 +122,8 @@ class OnnxRuntimeLatency(RuntimeLatency):
         options.log_severity_level = 3
         providers = self.providers()
         if self.conditions.cuda and hasattr(self.runtime, "preload_dlls"):
-            self.runtime.preload_dlls()  # those that torch has loaded already
-        session = self.runtime.InferenceSession(one.source, options, providers=providers)
+            self.runtime.preload_dlls()  # the libraries that torch has loaded
+        session = self.runtime.InferenceSession(exported.source, options, providers=providers)
         if session.get_providers()[0] != providers[0][0]:
             raise UsageError(
                 f"ONNX Runtime could not load {providers[0][0]} and would run on {session.get_providers()[0]}: its "
@@ -135,9 +139,9 @@ class OnnxRuntimeLatency(RuntimeLatency):
 
 
 def _dtype_of(kind: str) -> torch.dtype:
-    """Of an output of a session, such as 'tensor(float)'."""
+    """The torch type of an output of a session, whose type is written as in 'tensor(float)'."""
     name = kind.removeprefix("tensor(").removesuffix(")")
-    found = {"float": "float32", "double": "float64"}.get(name, name)
-    dtype = DTYPES.get(found) or getattr(torch, found, None)
+    torch_name = {"float": "float32", "double": "float64"}.get(name, name)
+    dtype = DTYPES.get(torch_name) or getattr(torch, torch_name, None)
     assert isinstance(dtype, torch.dtype), kind
     return dtype

@@ -1,4 +1,4 @@
-"""Latency in OpenVINO on the CPU: one stream and the agreed number of threads, as its latency hint chooses."""
+"""Latency in OpenVINO on the CPU: one stream, by its latency hint, and the number of threads of the conditions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from attnsurgery.latency.runtime import Loaded, RuntimeLatency
 
 @LATENCY.register("openvino")
 class OpenVinoLatency(RuntimeLatency):
-    """The time of one synchronous inference request, whose input and outputs are shared and not copied.
+    """Measures synchronous inference requests, whose input and outputs are shared and not copied.
 
-    It is OpenVINO's own, from the start of the request to its end, as in its benchmark_app: Python takes some 0.05 ms
-    more for a call, where a small model takes 1 ms.
+    The time is OpenVINO's own, from the start of the request to its end, as in its benchmark_app; a call from Python
+    takes about 0.05 ms longer.
 
-    OpenVINO computes in bfloat16 where a CPU has instructions for it, unless told otherwise. Here float32 is float32.
+    By default OpenVINO computes in bfloat16 where the CPU has instructions for it; here it computes in float32.
     """
 
     title = "OpenVINO"
@@ -28,10 +28,10 @@ class OpenVinoLatency(RuntimeLatency):
     def time_block(self, call: Call, repeats: int) -> float:
         return float(sum(call() for _ in range(repeats)))
 
-    def load(self, one: Exported) -> Loaded:
+    def load(self, exported: Exported) -> Loaded:
         core = self.runtime.Core()
         compiled = core.compile_model(
-            core.read_model(one.source),
+            core.read_model(exported.source),
             "CPU",
             {
                 "PERFORMANCE_HINT": "LATENCY",
@@ -40,10 +40,10 @@ class OpenVinoLatency(RuntimeLatency):
             },
         )
         request = compiled.create_infer_request()
-        x_BCHW = one.x_BCHW.contiguous().numpy()
+        x_BCHW = exported.x_BCHW.contiguous().numpy()
         request.set_input_tensor(self.runtime.Tensor(x_BCHW, shared_memory=True))
 
-        def call(kept: object = x_BCHW) -> float:  # whose memory the request reads
+        def call(input_array: object = x_BCHW) -> float:  # a reference to the memory that the request reads
             request.infer(share_outputs=True)
             return float(request.latency)
 

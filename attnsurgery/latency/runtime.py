@@ -1,7 +1,7 @@
-"""Latency in an inference runtime: the model is exported, loaded, compared with torch, and only then timed.
+"""Latency in an inference runtime: a model is exported, loaded, compared with torch, and then timed.
 
-A runtime has its own compiler, memory layout and threads, so there is one mode, and the blocks that cost much in torch
-may cost little here. Only what the file says is run, not Python.
+A runtime has its own compiler, memory layout and threads, so there is one mode, and blocks that are slow in torch may
+be fast here. It runs the operations in the file, and no Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.faults import fault_of
 from attnsurgery.latency._base import Call, LatencyBackend, first_line
 from attnsurgery.latency.conditions import DTYPES, Conditions
-from attnsurgery.latency.exported import TOLERANCE, Exported, Outputs, compared, exported, required
+from attnsurgery.latency.exported import TOLERANCE, Exported, Outputs, compare_outputs, export, import_optional
 from attnsurgery.latency.protocol import Effort, Sampled
 from attnsurgery.settings import Mode
 
@@ -36,33 +36,39 @@ class Loaded:
     call: Call
     """One forward of the input that it was exported with, finished when it returns."""
     outputs: Callable[[], Outputs]
-    """What the last call computed."""
+    """Returns the outputs of the last call."""
 
 
 class RuntimeLatency(LatencyBackend):
-    """The forward of an exported model in a runtime; every copy is compared with torch before it is timed.
+    """Measures the forward pass of an exported model in a runtime, after a comparison of its outputs with torch's.
 
-    Each model is exported once. Each placement loads it anew, so that its weights lie elsewhere in memory.
+    Each model is exported once. Each placement loads it again, so that its weights are elsewhere in memory.
+
+    Args:
+        conditions: what is measured.
+        effort: how long; by default `Effort()`.
 
     Raises:
-        UsageError: conditions that the runtime does not have, or its package is missing.
+        UsageError: the runtime does not have the conditions, or its package is missing.
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("eager",)
-    """A runtime has one."""
+    """A runtime has one mode."""
     title: ClassVar[str]
-    """What the runtime is called in messages."""
+    """The name of the runtime in messages."""
     module: ClassVar[str]
+    """The Python module of the runtime."""
     extra: ClassVar[str]
-    """What installs it."""
+    """The extra of this package that installs it."""
     devices: ClassVar[tuple[str, ...]]
+    """Types of devices that it is measured on."""
 
     def describe(self) -> str:
         return f"{self.title}, {super().describe().replace(', eager', '')}"
 
     @classmethod
     def defaults(cls, device: str, dtype: str | None = None) -> dict[str, Any]:
-        """float16 on CUDA, for which runtimes have kernels; the runtime chooses the layout itself."""
+        """float16 on CUDA, for which runtimes have kernels; the runtime chooses the memory layout itself."""
         half = "float16" if device.partition(":")[0] == "cuda" else "float32"
         return {"dtype": dtype or half, "mode": "eager", "channels_last": False}
 
@@ -83,19 +89,20 @@ class RuntimeLatency(LatencyBackend):
             raise UsageError(f"{self.title} chooses the memory layout itself. Leave channels_last out.")
         if conditions.cold_cache:
             raise UsageError(f"a cold cache is not measured in {self.title}. Leave --cold-cache out.")
-        self.runtime: Any = required(self.module, self.extra)
+        self.runtime: Any = import_optional(self.module, self.extra)
         self._exports: weakref.WeakKeyDictionary[nn.Module, tuple[object, Exported]] = weakref.WeakKeyDictionary()
         super().__init__(conditions, effort)
 
     prefers_layout: ClassVar[bool] = False
-    """Whether it can be told to compute with channels last on CUDA."""
+    """Whether it has an option for channels last on CUDA."""
 
     @abstractmethod
-    def load(self, one: Exported) -> Loaded:
-        """The model in the runtime, with its input in place."""
+    def load(self, exported: Exported) -> Loaded:
+        """The model in the runtime, with its input."""
 
     @property
     def threads(self) -> int:
+        """Number of CPU threads."""
         return self.conditions.threads or torch.get_num_threads()
 
     def time_block(self, call: Call, repeats: int) -> float:
@@ -111,27 +118,27 @@ class RuntimeLatency(LatencyBackend):
 
     def _sample(self, *models: nn.Module) -> Sampled:
         for model in models:
-            self._exported(model)  # before the device is locked: it takes seconds, on the CPU
+            self._exported(model)  # before the device is locked, since it takes seconds on the CPU
         return super()._sample(*models)
 
     @contextmanager
     def _prepared(self, model: nn.Module) -> Iterator[Call]:
-        """A call of a copy of the model in the runtime, which computes what torch does.
+        """A context with a call of a copy of the model in the runtime.
 
         Raises:
             UsageError: the model cannot be exported, or the runtime cannot load or run it.
-            ExportError: the runtime computes something else.
-            RuntimeError: a fault of the device, as it came.
+            ExportError: the outputs of the runtime differ from torch's.
+            RuntimeError: a fault of the device, unchanged.
         """
-        one = self._exported(model)
+        exported = self._exported(model)
         try:
-            loaded = self.load(one)
-            begun = time.perf_counter()
-            for _ in range(_FIRST_CALLS):  # in which a runtime allocates and its weights come into the cache
+            loaded = self.load(exported)
+            start = time.perf_counter()
+            for _ in range(_FIRST_CALLS):  # a runtime allocates memory, and its weights are read into the cache
                 self.time_block(loaded.call, 1)
-                if time.perf_counter() - begun > _FIRST_SECONDS:
+                if time.perf_counter() - start > _FIRST_SECONDS:
                     break
-            found = loaded.outputs()
+            outputs = loaded.outputs()
         except AttnSurgeryError:
             raise
         except Exception as error:
@@ -141,7 +148,7 @@ class RuntimeLatency(LatencyBackend):
                 f"{self.title} cannot run {type(model).__name__} under the conditions of this measurement "
                 f"({self.conditions.describe()}): {first_line(error)}"
             ) from error
-        compared(one, found, self._tolerance(), self.title)
+        compare_outputs(exported, outputs, self._tolerance(), self.title)
         yield loaded.call
 
     def _tolerance(self) -> float:
@@ -149,17 +156,17 @@ class RuntimeLatency(LatencyBackend):
         return max(TOLERANCE[self.conditions.dtype], _TF32_TOLERANCE if tf32 else 0.0)
 
     def _exported(self, model: nn.Module) -> Exported:
-        """The model in ONNX, exported anew if it changed since."""
+        """The model in ONNX, exported again if it has changed."""
         state = _state_of(model)
-        kept = self._exports.get(model)
-        if kept is None or state is None or kept[0] != state:
-            kept = state, exported(model, self.conditions.shape, DTYPES[self.conditions.dtype], self.extra)
-            self._exports[model] = kept
-        return kept[1]
+        cached = self._exports.get(model)
+        if cached is None or state is None or cached[0] != state:
+            cached = state, export(model, self.conditions.shape, DTYPES[self.conditions.dtype], self.extra)
+            self._exports[model] = cached
+        return cached[1]
 
 
 def _state_of(model: nn.Module) -> object:
-    """Changes when modules or tensors of the model do; None if its tensors do not count their changes."""
+    """A value that changes with the modules or tensors of the model; None if its tensors have no version counters."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if any(tensor.is_inference() for _, tensor in tensors):
         return None

@@ -1,7 +1,7 @@
-"""A model against itself: what the meter says where there is nothing to say.
+"""A test of the measurement: the ratio of a model to itself is 1, so its confidence intervals should contain 1.
 
-Every comparison is of two fresh copies of one model, so each ratio that differs from 1 is the machine's doing, and of
-100 intervals that are said to hold the ratio with 95 % certainty about 95 have to hold 1.
+Every comparison is of two new copies of one model. The nominal coverage is 95 %: about 95 of 100 intervals should
+contain 1.
 """
 
 from __future__ import annotations
@@ -14,67 +14,78 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from attnsurgery.latency._base import Comparison, LatencyBackend
+from attnsurgery.latency._base import LatencyBackend
+from attnsurgery.latency.result import Comparison
 
-ENOUGH = 0.93
-"""Of the intervals that have to hold 1."""
+MIN_COVERAGE = 0.93
+"""The smallest coverage that the test accepts."""
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came out of comparing a model with itself."""
+    """The results of comparing a model with itself."""
 
     ratios: tuple[float, ...]
+    """The ratio of each comparison."""
     held: int
-    """Intervals that hold 1."""
+    """Number of intervals that contain 1."""
     half_width: float
-    """Of an interval, the median."""
+    """Median of half the widths of the intervals."""
     unsteady: int
-    """Comparisons during which the machine was not steady."""
+    """Number of comparisons during which the machine was not steady."""
 
     @classmethod
-    def of(cls, found: list[Comparison]) -> SelfTest:
+    def of(cls, comparisons: list[Comparison]) -> SelfTest:
+        """The summary of comparisons of a model with itself."""
         return cls(
-            ratios=tuple(one.ratio for one in found),
-            held=sum(one.ratio_low <= 1.0 <= one.ratio_high for one in found),
-            half_width=float(np.median([(one.ratio_high - one.ratio_low) / 2 for one in found])),
-            unsteady=sum(not one.base.steady for one in found),
+            ratios=tuple(comparison.ratio for comparison in comparisons),
+            held=sum(comparison.ratio_low <= 1.0 <= comparison.ratio_high for comparison in comparisons),
+            half_width=float(np.median([(pair.ratio_high - pair.ratio_low) / 2 for pair in comparisons])),
+            unsteady=sum(not comparison.base.steady for comparison in comparisons),
         )
 
     @property
     def coverage(self) -> float:
-        """Share of the intervals that hold 1."""
+        """Share of the intervals that contain 1."""
         return self.held / len(self.ratios)
 
     @property
     def worst(self) -> float:
-        """The largest difference that was seen where there is none."""
+        """The largest difference of a ratio from 1."""
         return max(abs(ratio - 1.0) for ratio in self.ratios)
 
     @property
     def passed(self) -> bool:
-        """False if so few intervals hold 1 that they cannot be those that hold it in 93 %: a chance below 5 %."""
+        """False if a coverage of 93 % is rejected: so few intervals contain 1 with a probability below 5 %."""
         count = len(self.ratios)
-        as_rare = (
-            math.comb(count, held) * ENOUGH**held * (1 - ENOUGH) ** (count - held) for held in range(self.held + 1)
+        probabilities = (
+            math.comb(count, number) * MIN_COVERAGE**number * (1 - MIN_COVERAGE) ** (count - number)
+            for number in range(self.held + 1)
         )
-        return sum(as_rare) >= 0.05
+        return sum(probabilities) >= 0.05
 
     def as_dict(self) -> dict[str, Any]:
+        """All results as plain data."""
         return asdict(self) | {"coverage": self.coverage, "worst": self.worst, "passed": self.passed}
 
 
 def self_test(
     backend: LatencyBackend, model: nn.Module, repeats: int, on_done: Callable[[int], None] | None = None
 ) -> SelfTest:
-    """Compare the model with itself so many times.
+    """Compare a model with itself.
+
+    Args:
+        backend: measures it.
+        model: the model.
+        repeats: the number of comparisons.
+        on_done: called with the number of comparisons after each of them.
 
     Raises:
         UsageError: the model cannot take an input of these conditions.
     """
-    found = []
+    comparisons = []
     for number in range(repeats):
-        found.append(backend.compare(model, model))
+        comparisons.append(backend.compare(model, model))
         if on_done:
             on_done(number + 1)
-    return SelfTest.of(found)
+    return SelfTest.of(comparisons)

@@ -1,7 +1,7 @@
-"""Latency in TensorRT, through ONNX Runtime's execution provider. This file has never been run: it needs a GPU.
+"""Latency in TensorRT, through ONNX Runtime's execution provider. This file has not been run yet: it needs a GPU.
 
-What TensorRT does not support, ONNX Runtime gives to CUDA. The engine is built when the session is made, which may take
-minutes.
+ONNX Runtime runs the operations that TensorRT does not support on CUDA. The engine is built with the session, which may
+take minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from attnsurgery.latency.onnxruntime import OnnxRuntimeLatency, Provider
 
 @LATENCY.register("tensorrt")
 class TensorRtLatency(OnnxRuntimeLatency):
-    """TensorRT in half precision or float32; layouts and algorithms are its own choice. Never run until now.
+    """Measures in TensorRT, in half precision or float32; it chooses layouts and algorithms itself. Not run yet.
 
     Raises:
         UsageError: as OnnxRuntimeLatency.
@@ -36,6 +36,8 @@ class TensorRtLatency(OnnxRuntimeLatency):
         from importlib import metadata
 
         packages = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
-        installed = {each.metadata["Name"].lower(): each.version for each in metadata.distributions()}
-        found = next((installed[name] for name in packages if name in installed), "unknown")
-        return super().versions() | {"tensorrt": found}
+        installed = {
+            distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions()
+        }
+        version = next((installed[name] for name in packages if name in installed), "unknown")
+        return super().versions() | {"tensorrt": version}
