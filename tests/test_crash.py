@@ -13,6 +13,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from tests import warm_start
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
@@ -48,7 +50,7 @@ def test_crash_script_loses_no_trial(tmp_path: Path) -> None:
 @pytest.fixture
 def search(tmp_path: Path) -> list[str]:
     words = "search --budget-ms 100 --latency fixed --evaluator dummy --trials 4 --input-size 32 --base-epochs 1"
-    return [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(tmp_path / "run")]
+    return [*warm_start.python(), "-m", "attnsurgery", *words.split(), "--output", str(tmp_path / "run")]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -71,7 +73,7 @@ def test_search_ctrl_c_once_and_twice(search: list[str], tmp_path: Path) -> None
     first.send_signal(signal.SIGINT)
     stderr = first.stderr.read()
     assert first.wait(timeout=60) == 130
-    assert "Go on with:  attnsurgery search" in stderr
+    assert "Resume with:  attnsurgery search" in stderr
     assert (tmp_path / "run" / "report.html").is_file()
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
     assert "RUNNING" not in {trial.state.name for trial in study.trials}

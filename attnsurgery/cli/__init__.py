@@ -1,8 +1,8 @@
-"""The command line, one command a file.
+"""The command line, with one file for each command.
 
-A file here whose name has no leading underscore is a command. It offers `register(app)`, which calls
-`app.command("name")(function)`; nothing else lists it, and the function is guarded against errors here. What a command
-needs beyond the standard library and typer is imported inside it, so that `--help` and `--version` answer at once.
+A file whose name has no leading underscore is a command. Its `register(app)` calls `app.command("name")(function)`. No
+list of commands exists, and errors of the function are handled in `_errors`. A command imports heavy modules inside its
+function, so that `--help` and `--version` are fast.
 """
 
 from attnsurgery.cli._app import build_app, main

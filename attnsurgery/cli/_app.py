@@ -1,4 +1,4 @@
-"""The application: the commands of this folder, collected, and the options that stand before their names."""
+"""The application: all commands of this folder, and the options before the command's name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ import typer
 from attnsurgery.cli._errors import Settings, guarded
 
 _COMMANDS = __name__.rpartition(".")[0]
-"""The package whose modules are commands; by name, for it imports this module."""
-_TOLD_WITH_VERSION = ("attnsurgery", "timm", "torch", "optuna")
+"""The name of the package whose modules are commands; it imports this module."""
+_VERSIONED = ("attnsurgery", "timm", "torch", "optuna")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code; `argv` without the program's name, by default the process's own."""
+    """Run the command line and exit with its code.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+    """
     build_app()(args=None if argv is None else list(argv), prog_name="attnsurgery")
 
 
@@ -33,9 +37,9 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    for found in pkgutil.iter_modules(sys.modules[_COMMANDS].__path__):
-        if not found.name.startswith("_"):
-            importlib.import_module(f"{_COMMANDS}.{found.name}").register(app)
+    for module in pkgutil.iter_modules(sys.modules[_COMMANDS].__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{_COMMANDS}.{module.name}").register(app)
     for command in app.registered_commands:
         assert command.callback is not None
         command.callback = guarded(command.callback)
@@ -51,9 +55,9 @@ def _options(
     Settings.debug = debug
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(", ".join(f"{name} {_version_of(name)}" for name in _TOLD_WITH_VERSION))
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(", ".join(f"{name} {_version_of(name)}" for name in _VERSIONED))
         raise typer.Exit
 
 

@@ -345,7 +345,7 @@ def print_self_test(model: str, result: SelfTest, conditions: str, versions: Map
         [
             f"{model} against itself: {result.held} of {count} 95 % confidence intervals of the ratio contain 1.0 "
             f"(nominal coverage 95 %): {verdict}",
-            f"half an interval is {result.half_width:.2%} of the time; the largest difference seen is {result.worst:.2%}",
+            f"half an interval is {result.half_width:.2%} of the time; the largest difference is {result.worst:.2%}",
             f"conditions  {conditions}",
             f"on          {', '.join(f'{key} {value}' for key, value in versions.items())}",
         ]

@@ -1,6 +1,7 @@
 """Turns every error of a command into one paragraph on stderr and an exit code.
 
-0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 interrupted. With `--debug` the traceback is shown as well.
+The codes are 0 success, 1 failure, 2 wrong usage, 3 nothing feasible, 130 interrupted. `--debug` also shows the
+traceback.
 """
 
 from __future__ import annotations
@@ -19,47 +20,47 @@ INTERRUPTED = 130
 
 
 class Settings:
-    """What the options before the command's name say; one process runs one command."""
+    """The values of options before the command's name; one process runs one command."""
 
     debug = False
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command`, whose errors end the process as this file's first lines promise."""
+    """A command whose errors become a message and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
-            raise  # typer's own business
+            raise  # typer handles these
         except KeyboardInterrupt as error:
-            _tell("interrupted.", error)
+            _print_error("interrupted.", error)
             raise typer.Exit(INTERRUPTED) from None
         except AttnSurgeryError as error:
-            _tell(str(error), error)
+            _print_error(str(error), error)
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            _tell(_unforeseen(error), error)
+            _print_error(_unforeseen(error), error)
             raise typer.Exit(1) from None
 
     return run
 
 
 def _unforeseen(error: Exception) -> str:
-    """What an error that is none of ours means to people."""
-    said = " ".join(str(error).split())[:500]
+    """The message of an error that attnsurgery did not raise itself."""
+    message = " ".join(str(error).split())[:500]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}."
     if type(error).__name__ in {"MemoryError", "OutOfMemoryError"}:
-        return f"out of memory. A smaller --batch-size or another --device may do. {said}".rstrip()
+        return f"out of memory. A smaller --batch-size or another --device may help. {message}".rstrip()
     return (
-        f"this is a bug in attnsurgery: {type(error).__name__}: {said.rstrip('.')}. "
+        f"this is a bug in attnsurgery: {type(error).__name__}: {message.rstrip('.')}. "
         "Run it again as 'attnsurgery --debug ...' and report the traceback."
     )
 
 
-def _tell(message: str, error: BaseException) -> None:
+def _print_error(message: str, error: BaseException) -> None:
     from attnsurgery.cli._console import print_error
 
     if Settings.debug:

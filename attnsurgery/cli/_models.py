@@ -1,4 +1,4 @@
-"""MODEL on the command line: a timm name, a surgical name, or a directory."""
+"""Opens the MODEL of a command: a timm name, a surgical name, or a directory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str, *, weights: bool = True) -> nn.Module:
-    """The model meant, in eval mode; a directory comes with its weights, a name with fresh ones.
+    """The model of a name or directory, in eval mode; a directory has trained weights, a name gets random ones.
 
     Args:
-        weights: False where only names and shapes count; then no memory is taken for a model given by name.
+        name: of the model, or its directory.
+        weights: False if only names and shapes matter; a model given by name then takes no memory for weights.
 
     Raises:
         UnknownNameError: neither a name that timm knows nor a directory.
         UsageError: a directory without config.json.
-        CheckpointError: a directory that does not build.
+        CheckpointError: the model of the directory cannot be built.
     """
     if Path(name).is_dir() or name.startswith("local-dir:"):
         return _from_directory(Path(name.removeprefix("local-dir:"))).eval()
@@ -52,15 +53,15 @@ def _from_directory(path: Path) -> nn.Module:
 
 
 def measured_conditions(settings: Mapping[str, Any], input_size: tuple[int, int, int], command: str) -> Conditions:
-    """What a command measures under: the same as a search with the same settings.
+    """The conditions of a command's measurement, which are those of a search with the same settings.
 
     Args:
-        settings: those of the group "Measuring" that the user has chosen; the others are a search's defaults.
+        settings: of the group "Measuring", as far as the user has set them; the others have a search's defaults.
         input_size: (C, H, W) of an image.
-        command: whose options they are, for messages.
+        command: the command's name, for messages.
 
     Raises:
-        UsageError: a value that means nothing.
+        UsageError: a value is not allowed.
     """
     from attnsurgery.search.config import SearchConfig
     from attnsurgery.search.execution.assemble import conditions_of, pick_device

@@ -1,4 +1,4 @@
-"""Options that several commands have, in the same words."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from attnsurgery.settings import VARIABLE
 
 STORAGE_VARIABLE = f"{VARIABLE}STORAGE"
-"""Of the environment: the URL of a study that is shared, whose password a command line would show to everyone."""
+"""Environment variable with the URL of a shared study; on a command line, all users could read its password."""
 
 NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist yet.")]
 BaseWeights = Annotated[
@@ -36,10 +36,11 @@ BasePretrained = Annotated[bool, typer.Option("--pretrained", help="The base is 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def check_base_given(base: Path | None, pretrained: bool) -> None:
-    """
+def check_base_source(base: Path | None, pretrained: bool) -> None:
+    """Make sure that the base's weights have one source.
+
     Raises:
-        UsageError: not exactly one source of the base's weights.
+        UsageError: there is none, or both are given.
     """
     from attnsurgery.errors import UsageError
 

@@ -1,6 +1,6 @@
-"""What a running search shows: at most ten live lines on a terminal, one plain line an event elsewhere, on stderr.
+"""Shows a running search on stderr: at most ten live lines on a terminal, otherwise one plain line for each event.
 
-The result goes to stdout, when there is one.
+The result of the search goes to stdout.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ from attnsurgery.search import Listener, Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.execution.preview import Preview
 from attnsurgery.search.report.words import loss
 from attnsurgery.search.result.limits import Budgets
-from attnsurgery.search.result.record import best
+from attnsurgery.search.result.record import State, best
 
 _SILENCE_S = 20.0
-_SILENT = {"too_many_blocks"}
-_WORDS = {"trained": "trained", "over_budget": "over budget", "duplicate": "seen before", "failed": "failed"}
+_HIDDEN = {"too_many_blocks"}
+_STATE_LABELS: dict[State, str] = {
+    "trained": "trained",
+    "over_budget": "over budget",
+    "duplicate": "seen before",
+    "failed": "failed",
+}
 
 
 @contextmanager
 def view(config: SearchConfig) -> Iterator[Listener]:
-    """A listener that shows the search while the context lasts; the terminal is left as it was."""
+    """A listener that shows the search within the context, and then restores the terminal."""
     console = stderr()
     if not console.is_terminal:
         yield PlainView(console)
@@ -44,52 +49,52 @@ def view(config: SearchConfig) -> Iterator[Listener]:
 
 
 class PlainView(Listener):
-    """A line an event, and a sign of life where an event is long in coming: for logs and pipes."""
+    """One line for each event, and a sign of life if there is no event for a while: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def phase(self, text: str) -> None:
-        self._say(text)
+        self._print(text)
 
     def data(self, description: str, notes: Sequence[str]) -> None:
-        self._say("\n".join(_data_lines(description, notes)))
+        self._print("\n".join(_data_lines(description, notes)))
 
     def loading(self, split: str, count: int, total: int) -> None:
-        if time.monotonic() - self._said_at > _SILENCE_S:
-            self._say(f"         {split} {count:,} of {total:,}")
+        if time.monotonic() - self._printed_at > _SILENCE_S:
+            self._print(f"         {split} {count:,} of {total:,}")
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
-        self._say(f"latency  {conditions}")
-        self._say(f"space    {candidates:,} candidates")
-        self._say(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
+        self._print(f"latency  {conditions}")
+        self._print(f"space    {candidates:,} candidates")
+        self._print(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
 
     def trial_finished(self, record: Record, trained: int, total: int) -> None:
-        if record.state in _SILENT:
+        if record.state in _HIDDEN:
             return
-        outcome = _WORDS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
+        outcome = _STATE_LABELS.get(record.state, record.state) + (f": {record.reason}" if record.reason else "")
         numbers = f"{_ms(record.timing)}  {_scores(record, 0)}"
-        self._say(f"[{trained}/{total}] trial {record.number}  {numbers}  {outcome}  {record.describe()}")
+        self._print(f"[{trained}/{total}] trial {record.number}  {numbers}  {outcome}  {record.describe()}")
 
     def promoted(self, record: Record, rungs: int) -> None:
         outcome = f"not promoted: {record.halted}" if record.halted else f"rung {record.reached + 1} of {rungs}"
-        self._say(f"trial {record.number}  {_ms(record.timing)}  {_scores(record, record.reached)}  {outcome}")
+        self._print(f"trial {record.number}  {_ms(record.timing)}  {_scores(record, record.reached)}  {outcome}")
 
     def epoch(self, epoch: Epoch) -> None:
-        if time.monotonic() - self._said_at > _SILENCE_S:
-            self._say(f"         epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}")
+        if time.monotonic() - self._printed_at > _SILENCE_S:
+            self._print(f"         epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}")
 
     def lane(self, worker: int) -> Listener:
         return _PlainLane(self, worker)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(Text(text))
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
 
 class _PlainLane(Listener):
-    """What one of several workers does."""
+    """Prints the events of one of several workers."""
 
     def __init__(self, view: PlainView, worker: int) -> None:
         self._view, self._worker = view, worker
@@ -101,8 +106,8 @@ class _PlainLane(Listener):
         self._view.epoch(epoch)
 
 
-class _Doing(Listener):
-    """What goes on at this moment, and how far it is."""
+class _Activity(Listener):
+    """The present step and its progress."""
 
     def __init__(self, now: str) -> None:
         self._now, self._detail = now, ""
@@ -117,7 +122,7 @@ class _Doing(Listener):
         self._detail = f"epoch {epoch.index} of {epoch.of}, loss {epoch.loss:.3f}"
 
 
-class LiveView(_Doing):
+class LiveView(_Activity):
     """The state of the search in at most ten lines, and one for each of several workers."""
 
     def __init__(self, config: SearchConfig, console: Console) -> None:
@@ -153,10 +158,10 @@ class LiveView(_Doing):
         self._trained = trained
 
     def promoted(self, record: Record, rungs: int) -> None:
-        self._records = [record if other.number == record.number else other for other in self._records]
+        self._records = [record if earlier.number == record.number else earlier for earlier in self._records]
 
     def lines(self) -> RenderableType:
-        """What to show at this moment."""
+        """The lines to show now."""
         config = self._config
         parts: list[RenderableType] = [
             _line(f"{config.base}, space {config.space}, budget {Budgets.of(config).describe()}", "bold"),
@@ -165,11 +170,10 @@ class LiveView(_Doing):
         if self._base:
             parts.append(_line(f"base     {_ms(self._base.timing)}  {_scores(self._base, 0)}"))
             parts.append(self._bar())
-        found = best(self._records, config.rank_by)
-        if found:
-            parts.append(
-                _line(f"best     {_ms(found.timing)}  {_scores(found, found.reached)}  {found.describe()}", "green")
-            )
+        best_record = best(self._records, config.rank_by)
+        if best_record:
+            scores = _scores(best_record, best_record.reached)
+            parts.append(_line(f"best     {_ms(best_record.timing)}  {scores}  {best_record.describe()}", "green"))
         if self._base is None or not self._lanes:
             parts.append(_line(f"now      {self._now}"))
             parts.append(_line(f"         {self._detail}", "dim"))
@@ -178,15 +182,17 @@ class LiveView(_Doing):
 
     def _bar(self) -> RenderableType:
         counts = Counter(record.state for record in self._records)
-        others = [f"{counts[state]} {word}" for state, word in _WORDS.items() if state != "trained" and counts[state]]  # type: ignore[index]
+        parts = [
+            f"{counts[state]} {_STATE_LABELS[state]}" for state in _STATE_LABELS if state != "trained" and counts[state]
+        ]
         row = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self._config.trials, completed=self._trained, width=24)
-        row.add_row("trained ", bar, f"{self._trained}/{self._config.trials}", Text(", ".join(others), style="dim"))
+        row.add_row("trained ", bar, f"{self._trained}/{self._config.trials}", Text(", ".join(parts), style="dim"))
         return row
 
 
-class _LiveLane(_Doing):
-    """A line for one of several workers."""
+class _LiveLane(_Activity):
+    """The live line of one of several workers."""
 
     def __init__(self, worker: int) -> None:
         super().__init__("idle")
@@ -200,7 +206,7 @@ class _LiveLane(_Doing):
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The result: winner beside base, the verdict, and where everything is."""
+    """Print the result: winner and base, the verdict, and the files."""
     winner = outcome.best
     if winner is None:
         return
@@ -223,7 +229,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def files_of(outcome: Outcome) -> list[str]:
-    """Where everything is, a line each."""
+    """The files of a search, one line each."""
     folder = outcome.folder
     lines = [f"recipe     {folder / 'best.yaml'}"] if outcome.best and not outcome.unwritten else []
     if outcome.unwritten:
@@ -239,7 +245,7 @@ def files_of(outcome: Outcome) -> list[str]:
 
 
 def print_preview(preview: Preview, config: SearchConfig) -> None:
-    """What the search would be."""
+    """Print what is known of a search before it begins."""
     limit = f", at most {preview.most_blocks} blocks in one" if preview.most_blocks else ""
     exact = f"{_percent(preview.exact_share)} by parameters and MACs, of these " if preview.exact_share < 1 else ""
     fit = f"{exact}{preview.fitting} of {preview.drawn} drawn at random fit, so {100 * preview.low:.0f} to "
@@ -269,9 +275,11 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
 
 
 def _rungs(preview: Preview) -> str:
-    said = [f"{_duration(seconds)} ({how})" for how, _, seconds in preview.rungs]
-    above = [f"{count} of them again, {text}" for (_, count, _), text in zip(preview.rungs[1:], said[1:], strict=True)]
-    return "; the best ".join([said[0], *above])
+    durations = [f"{_duration(seconds)} ({description})" for description, _, seconds in preview.rungs]
+    above = [
+        f"{count} of them again, {text}" for (_, count, _), text in zip(preview.rungs[1:], durations[1:], strict=True)
+    ]
+    return "; the best ".join([durations[0], *above])
 
 
 def _duration(seconds: float) -> str:
@@ -312,9 +320,9 @@ def _row(name: str, record: Record) -> tuple[str, ...]:
     return name, _ms(record.timing), *scores, f"{record.parameters or 0:,}"
 
 
-def _data_lines(words: str, notes: Sequence[str]) -> list[str]:
-    """What the images are, and what is not as one might think."""
-    return [f"data     {words}", *(f"         {note}" for note in notes)]
+def _data_lines(description: str, notes: Sequence[str]) -> list[str]:
+    """The description of the images, and the notes on them, one line each."""
+    return [f"data     {description}", *(f"         {note}" for note in notes)]
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -326,12 +334,12 @@ def _ms(timing: Timing | None) -> str:
 
 
 def _scores(record: Record, rung: int) -> str:
-    """Both scores on one rung; '-' where it was never trained."""
+    """Both scores on one rung; '-' if the candidate was not trained."""
     return f"{_top1(record, rung)}  loss {_loss(record, rung)}" if record.top1 is not None else "-"
 
 
 def _top1(record: Record, rung: int) -> str:
-    """Top-1, and beside it balanced accuracy where classes are of very different sizes."""
+    """Top-1, with balanced accuracy if classes are of different sizes."""
     balanced = record.balanced_on(rung)
     return _percent(record.top1_on(rung)) + ("" if balanced is None else f" (balanced {_percent(balanced)})")
 

@@ -1,8 +1,8 @@
-"""Options of commands, read off the settings of a pydantic model: see attnsurgery.settings.
+"""Makes command options of the settings of a pydantic model (attnsurgery.settings).
 
-A command takes `**settings`, and `with_settings` gives it one option for each field. What the user has not set is not
-among the values that it gets, so the model's own defaults hold, and those of the device. A value on the command line
-goes before one of the environment, and that before one of the file of `--config`.
+A command takes `**settings`, and `with_settings` gives it one option for each field. The command gets only values that
+the user has set, so the defaults of the model and of the device apply to the others. A value on the command line
+overrides one of the environment, which overrides one in the file of `--config`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typer.core import TyperCommand
 
 from attnsurgery.settings import VARIABLE, Setting, default_of, flags_of, settings_of
 
-_OTHERS = "Other"
-"""The heading of options that are no settings."""
+_OTHER_OPTIONS = "Other"
+"""The heading of options that are not settings."""
 
 
 def with_settings(
     model: type[pydantic.BaseModel], groups: Iterable[str] = (), without: Iterable[str] = (), *, file: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes `**settings` an option for each setting of the model.
+    """A decorator that gives a command with `**settings` an option for each setting of the model.
 
     Args:
-        groups: only settings of these; by default of all.
-        without: names of settings that the command declares itself or has no use for.
-        file: also offer `--config FILE`, which reads settings of the model from YAML.
+        model: whose fields are settings.
+        groups: only settings of these groups; by default all.
+        without: names of settings that get no option.
+        file: whether to add `--config FILE`, which reads settings from YAML.
     """
-    taken = {
+    offered = {
         name: setting
         for name, setting in settings_of(model).items()
         if name not in set(without) and not setting.hidden and (not groups or setting.group in set(groups))
@@ -46,32 +47,36 @@ def with_settings(
         def called(*args: Any, **values: Any) -> None:
             path = values.pop("config_file", None)
             in_file = {} if path is None else _settings_in(path, model)
-            chosen = {name: value for name, value in values.items() if name not in taken or value is not None}
-            command(*args, **{**in_file, **chosen})
+            set_values = {name: value for name, value in values.items() if name not in offered or value is not None}
+            command(*args, **{**in_file, **set_values})
 
         hints = typing.get_type_hints(command, include_extras=True)
         own = [
-            one.replace(annotation=hints[one.name])
-            for one in inspect.signature(command).parameters.values()
-            if one.kind is not inspect.Parameter.VAR_KEYWORD
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        options = [_parameter(name, model.model_fields[name], setting) for name, setting in taken.items()]
+        options = [_parameter(name, model.model_fields[name], setting) for name, setting in offered.items()]
         if file:
             options.append(_config_parameter())
-        arguments = [one for one in own if isinstance(_option_of(one), typer.models.ArgumentInfo)]
+        arguments = [parameter for parameter in own if isinstance(_option_of(parameter), typer.models.ArgumentInfo)]
         parameters = [
             *arguments,
-            *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*options, *own) if one not in arguments),
+            *(
+                parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for parameter in (*options, *own)
+                if parameter not in arguments
+            ),
         ]
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        called.__annotations__ = {one.name: one.annotation for one in parameters}
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return called
 
     return decorate
 
 
 class Grouped(TyperCommand):
-    """A command whose help lists its options under the headings of their settings."""
+    """A command whose help lists its options under the headings of their groups."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         arguments: list[tuple[str, str]] = []
@@ -82,8 +87,8 @@ class Grouped(TyperCommand):
             if parameter.param_type_name == "argument":
                 arguments.append(record)
             else:
-                groups.setdefault(getattr(parameter, "rich_help_panel", None) or _OTHERS, []).append(record)
-        last = {_OTHERS: groups.pop(_OTHERS, [])}
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or _OTHER_OPTIONS, []).append(record)
+        last = {_OTHER_OPTIONS: groups.pop(_OTHER_OPTIONS, [])}
         for heading, records in {"Arguments": arguments, **groups, **last}.items():
             if records:
                 with formatter.section(heading):
@@ -91,10 +96,15 @@ class Grouped(TyperCommand):
 
 
 def checked(model: type[pydantic.BaseModel], command: str, values: dict[str, Any]) -> Any:
-    """The model of these values.
+    """The model with the given values.
+
+    Args:
+        model: whose fields are settings.
+        command: the command's name, for messages.
+        values: of the fields.
 
     Raises:
-        UsageError: names the option whose value is not legal, and why.
+        UsageError: a value is not allowed; the message names the option and the reason.
     """
     from attnsurgery.errors import UsageError
 
@@ -114,8 +124,8 @@ def _flag(model: type[pydantic.BaseModel], name: str) -> str:
 
 
 def _parameter(name: str, info: pydantic.fields.FieldInfo, setting: Setting) -> inspect.Parameter:
-    """The option of a field; its default is None, which stands for "not set"."""
-    kind, default = _kind_of(info), default_of(info, setting)
+    """The option of a field; its default None means that the user has not set it."""
+    kind, default = _option_type(info), default_of(info, setting)
     option = typer.Option(
         *flags_of(name, setting, switch=kind is bool),
         help=f"{info.description}{f' [default: {default}]' if default else ''}",
@@ -129,19 +139,19 @@ def _parameter(name: str, info: pydantic.fields.FieldInfo, setting: Setting) -> 
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _kind_of(info: pydantic.fields.FieldInfo) -> Any:
-    """The type that the command line converts to; the model itself checks the rest."""
+def _option_type(info: pydantic.fields.FieldInfo) -> Any:
+    """The type that the command line converts a value to; the model checks the value itself."""
     kinds = list(_plain_types(info.annotation))
-    choices = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+    choices = [candidate for candidate in kinds if typing.get_origin(candidate) is Literal]
     if choices:
         return choices[0]
     if any(isinstance(entry, pydantic.BeforeValidator) for entry in _metadata(info)):
-        return str  # read by the model
-    return next(kind for kind in (bool, int, float, str) if kind in kinds)
+        return str  # the model converts it
+    return next(candidate for candidate in (bool, int, float, str) if candidate in kinds)
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
-    """The members of a union, without None and without what is annotated to them."""
+    """The members of a union without None and without annotations."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         for inner in typing.get_args(annotation):
             yield from _plain_types(inner)
@@ -152,7 +162,7 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
 
 
 def _metadata(info: pydantic.fields.FieldInfo) -> Iterator[Any]:
-    """Of the field, and of the members of its union."""
+    """The metadata of a field, and of the members of its union."""
     yield from info.metadata
     for member in (info.annotation, *typing.get_args(info.annotation)):
         if typing.get_origin(member) is Annotated:
@@ -174,10 +184,11 @@ def _config_parameter() -> inspect.Parameter:
 
 
 def _settings_in(path: Path, model: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """
+    """The settings in a YAML file.
+
     Raises:
-        UsageError: the file cannot be read, or holds what is no setting.
-        RecipeError: it is no YAML, or uses what is refused in files of strangers.
+        UsageError: the file cannot be read, or has a key that is no setting.
+        RecipeError: the file is no YAML, or uses features that strict YAML refuses.
     """
     from attnsurgery.errors import UsageError, did_you_mean
     from attnsurgery.recipe.strict_yaml import reads
@@ -188,11 +199,11 @@ def _settings_in(path: Path, model: type[pydantic.BaseModel]) -> dict[str, Any]:
         raise UsageError(f"--config {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UsageError(f"--config {path} is no text in UTF-8.") from None
-    known = settings_of(model)
+    settings = settings_of(model)
     for name in values:
-        if name not in known:
+        if name not in settings:
             raise UsageError(
                 f"{path}:{lines.get(name, 1)}: there is no setting {name!r}."
-                f"{did_you_mean(name, known)} attnsurgery search --help lists all."
+                f"{did_you_mean(name, settings)} attnsurgery search --help lists all."
             )
     return {name: value for name, value in values.items() if value is not None}

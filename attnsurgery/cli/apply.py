@@ -46,29 +46,29 @@ def apply(
     from attnsurgery.checkpoint.operated import operated_base, write_operated
     from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import building, busy, print_json, print_lines, print_report
-    from attnsurgery.cli.delta import told
+    from attnsurgery.cli.delta import saved_lines
     from attnsurgery.recipe.text import load
 
-    read = load(recipe)
+    loaded = load(recipe)
     begin: Start | None = None if start is None else start.value
     saved = None
     refuse_existing(output)
-    with busy(f"operating on {read.base}"):
-        done = operated_base(read, checkpoint, pretrained=pretrained, start=begin, layout=Layout(key, prefix))
+    with busy(f"operating on {loaded.base}"):
+        result = operated_base(loaded, checkpoint, pretrained=pretrained, start=begin, layout=Layout(key, prefix))
         if delta:
-            saved = save_operated(done, checkpoint, output)
+            saved = save_operated(result, checkpoint, output)
         else:
-            write_operated(done, output)
+            write_operated(result, output)
     if as_json:
         more = {"delta": saved.as_dict()} if saved else {}
-        print_json({"output": str(output), "weights": done.source_notes, **done.report.as_dict(), **more})
+        print_json({"output": str(output), "weights": result.source_notes, **result.report.as_dict(), **more})
         return
-    print_report(done.report)
-    if done.source_notes:
-        print_lines([f"weights    {checkpoint}: {done.source_notes}"])
-    print_lines(["checked    built again from what was written, as a new process does: weights, blocks, outputs"])
+    print_report(result.report)
+    if result.source_notes:
+        print_lines([f"weights    {checkpoint}: {result.source_notes}"])
+    print_lines(["checked    rebuilt from the written files, as a new process does: weights, blocks, outputs"])
     if saved:
-        print_lines(told(saved, output))
+        print_lines(saved_lines(saved, output))
     else:
         print_lines([f"written    {output}", f"build it   {building(output)}"])
 

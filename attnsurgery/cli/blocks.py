@@ -19,8 +19,8 @@ def blocks(
     from attnsurgery.cli._console import print_json, print_lines, print_table
 
     if as_json:
-        asked = [name] if name else list(BLOCKS)
-        print_json({block: options_model(BLOCKS[block]).model_json_schema() for block in asked})
+        names = [name] if name else list(BLOCKS)
+        print_json({block: options_model(BLOCKS[block]).model_json_schema() for block in names})
     elif name is None:
         rows = []
         for block in BLOCKS:
@@ -28,9 +28,9 @@ def blocks(
             rows.append((block, BLOCKS[block].model_suffix and f"_{BLOCKS[block].model_suffix}", summary))
         print_table(["block", "in names", "what it does"], rows, words=3)
     else:
-        found = BLOCKS[name]
-        defaults = {field: info.default for field, info in options_model(found).model_fields.items()}
-        print_lines([name, "", *inspect.cleandoc(found.__doc__ or "").splitlines(), "", "Defaults:"])
+        block_class = BLOCKS[name]
+        defaults = {field: info.default for field, info in options_model(block_class).model_fields.items()}
+        print_lines([name, "", *inspect.cleandoc(block_class.__doc__ or "").splitlines(), "", "Defaults:"])
         print_lines(f"    {option}: {_yaml(value)}" for option, value in defaults.items())
 
 

@@ -1,4 +1,4 @@
-"""`attnsurgery calibrate MODEL --space NAME`: a latency model of this machine, and how far it can be trusted."""
+"""`attnsurgery calibrate MODEL --space NAME`: measures candidates for a latency model, and its error."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def calibrate(
 ) -> None:
     """Measure candidates of a space for a while, so that a search can predict the latency of all others.
 
-    What is measured is kept in the user's cache and used by searches with the same model, device and conditions.
+    Measurements are cached, and used by searches with the same model, device and conditions.
     """
     from attnsurgery.cli._console import print_json, progress
     from attnsurgery.cli._models import measured_conditions
     from attnsurgery.search.budgets.calibrate import calibrate as measure
     from attnsurgery.search.space import load
 
-    found = load(space)
-    with progress(f"measuring candidates of {found.name}", seconds) as advance:
-        done = measure(
+    loaded_space = load(space)
+    with progress(f"measuring candidates of {loaded_space.name}", seconds) as advance:
+        calibration = measure(
             model,
-            found,
+            loaded_space,
             lambda size: measured_conditions(settings, size, "calibrate"),
             seconds,
             classes=classes,
@@ -48,29 +48,29 @@ def calibrate(
             on_measured=advance,
         )
     if as_json:
-        print_json(done.as_dict())
+        print_json(calibration.as_dict())
     else:
-        _print(done)
+        _print(calibration)
 
 
-def _print(done: Calibration) -> None:
+def _print(calibration: Calibration) -> None:
     from attnsurgery.cli._console import print_lines
 
-    quality = done.quality
+    quality = calibration.quality
     error = "not known: too few candidates, measure longer"
     if quality is not None:
         error = (
             f"{100 * quality.mean:.2f} % on average, {100 * quality.worst:.2f} % at worst, rank correlation "
-            f"{quality.spearman:.3f}, on candidates that the model was not told; {100 * quality.noise:.2f} % is the "
-            "standard error of measuring one"
+            f"{quality.spearman:.3f}, on held-out candidates; {100 * quality.noise:.2f} % is the standard error of "
+            "measuring one"
         )
     print_lines(
         [
-            f"base       {done.model}, {done.base_ms:.3f} ms ({done.conditions})",
-            f"space      {done.space}: {done.kinds} kinds of blocks",
-            f"measured   {done.measured} candidates, {done.before} of them before",
+            f"base       {calibration.model}, {calibration.base_ms:.3f} ms ({calibration.conditions})",
+            f"space      {calibration.space}: {calibration.kinds} kinds of blocks",
+            f"measured   {calibration.measured} candidates, {calibration.before} of them before",
             f"error      {error}",
-            f"kept in    {done.path}",
+            f"kept in    {calibration.path}",
         ]
     )
 

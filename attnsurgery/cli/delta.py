@@ -1,4 +1,4 @@
-"""`attnsurgery delta DIR --base FILE --output DELTA`: keep of a trained model only what differs from its base."""
+"""`attnsurgery delta DIR --base FILE --output DELTA`: saves only the tensors of a model that differ from its base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnsurgery.cli._options import (
     NewDirectory,
     WeightsKey,
     WeightsPrefix,
-    check_base_given,
+    check_base_source,
 )
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ def delta(
     from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import busy, print_json, print_lines
 
-    check_base_given(base, pretrained)
+    check_base_source(base, pretrained)
     with busy(f"comparing {directory} with its base"):
         saved = save_delta(directory, base, output, Layout(key, prefix))
     if as_json:
         print_json({"output": str(output), **saved.as_dict()})
         return
-    print_lines(told(saved, output))
+    print_lines(saved_lines(saved, output))
 
 
-def told(saved: Saved, output: Path) -> list[str]:
-    """What was saved, in lines."""
+def saved_lines(saved: Saved, output: Path) -> list[str]:
+    """The summary of a saved delta, one line each."""
     dropped = f", {len(saved.dropped)} dropped" if saved.dropped else ""
     share = saved.bytes / max(saved.whole_bytes, 1)
     return [

@@ -1,8 +1,8 @@
 """`attnsurgery exec SCRIPT [ARGS]`: any Python script, with the surgical names known to timm.
 
-timm's train.py can import us by an option of its own; validate.py, benchmark.py and most others cannot. What the script
-sees is what Python would show it: `__main__`, `__file__`, sys.argv, and its own folder first in sys.path. Processes
-that it starts through multiprocessing know the names as well, whichever way they are started.
+timm's train.py can import attnsurgery by an option; validate.py, benchmark.py and most other scripts cannot. The script
+runs as Python would run it, with its `__main__`, `__file__`, sys.argv, and its own folder first in sys.path. Processes
+that it starts through multiprocessing know the names as well, by any start method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def execute(
     import attnsurgery  # noqa: F401  (makes the names known)
 
     folder = os.getcwd() if module else str(Path(script).resolve().parent)
-    with _as_if_started([script, *(arguments or [])], folder):
+    with _script_environment([script, *(arguments or [])], folder):
         run = _module_runner(script) if module else _file_runner(script)
         try:
             run()
@@ -83,8 +83,13 @@ def _is_module(name: str) -> bool:
 
 
 @contextmanager
-def _as_if_started(argv: list[str], folder: str) -> Iterator[None]:
-    """The process as Python would have set it up; `folder` takes the place of the folder that this command lies in."""
+def _script_environment(argv: list[str], folder: str) -> Iterator[None]:
+    """Set sys.argv, sys.path and `__main__` as Python does for a script.
+
+    Args:
+        argv: the script and its arguments.
+        folder: the first entry of sys.path.
+    """
     from attnsurgery.timm_plugin.in_children import Arguments
 
     before = sys.argv, sys.path[:], sys.modules["__main__"]
@@ -97,7 +102,7 @@ def _as_if_started(argv: list[str], folder: str) -> Iterator[None]:
 
 
 def _show(error: Exception | KeyboardInterrupt) -> None:
-    """As an uncaught error is shown, by whatever the script has set for that, from the script's first frame on."""
+    """Show an uncaught error of the script by sys.excepthook, from the script's first frame on."""
     step = error.__traceback__
     while step is not None and step.tb_frame.f_code.co_filename in _NOT_THE_SCRIPTS:
         step = step.tb_next

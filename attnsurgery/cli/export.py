@@ -47,16 +47,16 @@ def _export_stock(directory: Path, output: Path | None, as_json: bool) -> None:
     from attnsurgery.cli._console import building, busy, print_json, print_lines
 
     with busy(f"exporting {directory}"):
-        architecture, written = export_stock(directory, output)
+        architecture, path = export_stock(directory, output)
     if as_json:
-        print_json({"architecture": architecture, "output": str(written), "bit_equal": True})
+        print_json({"architecture": architecture, "output": str(path), "bit_equal": True})
         return
     print_lines(
         [
             f"architecture  {architecture}",
             "outputs       equal bit for bit, in eval and in train mode, also with every block moved",
-            f"written       {written}",
-            f"build it      {building(written, plugin=False)}",
+            f"written       {path}",
+            f"build it      {building(path, plugin=False)}",
         ]
     )
 

@@ -46,7 +46,7 @@ def inspect(
 
 
 def _prices(anatomy: Anatomy, addresses: list[str], block: str | None, pairs: list[str]) -> dict[str, Priced]:
-    """What the block would cost at each address, or why it cannot stand there.
+    """The costs of a block at each address, or the reason why it cannot be there.
 
     Raises:
         UnknownNameError, OptionError, UsageError: no such block or option, or an option without a block.

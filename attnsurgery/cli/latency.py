@@ -1,4 +1,4 @@
-"""`attnsurgery latency MODEL`: how fast is it here, and how much slower than another?"""
+"""`attnsurgery latency MODEL`: measures the latency of a model, also relative to another one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def latency(
 ) -> None:
     """Measure one forward of a model in eval mode; with --vs the ratio of two, which a noisy machine disturbs least.
 
-    The defaults are those of a search, so the number can be held against a search's budget.
+    The defaults are those of a search, so the result can be compared with a search's budget.
     """
     from attnsurgery.cli._models import measured_conditions, open_model
     from attnsurgery.errors import UsageError
@@ -78,9 +78,10 @@ def latency(
 
 
 def _batch_sizes(text: str) -> list[int]:
-    """
+    """The batch sizes in a text such as '1,8,64'.
+
     Raises:
-        UsageError: no list of numbers above 0.
+        UsageError: the text is no list of numbers above 0.
     """
     from attnsurgery.errors import UsageError
 
@@ -94,7 +95,7 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:
-    """Latency hardly depends on weights, but sparse or denormal ones are a reason to look."""
+    """Load weights; latency hardly depends on them, unless they are sparse or denormal."""
     from attnsurgery.checkpoint.base import fitted, load_weights
     from attnsurgery.checkpoint.weights import read
 
@@ -108,11 +109,11 @@ def _measure(name: str, model: nn.Module, backends: list[LatencyBackend], as_jso
     for backend in backends:
         conditions = backend.conditions
         with busy(f"measuring on {conditions.device}"):
-            found, singles = backend.measure(model), backend.singles(model)
-        rows.append({"model": name, "conditions": asdict(conditions), **asdict(found), "singles": asdict(singles)})
+            result, singles = backend.measure(model), backend.singles(model)
+        rows.append({"model": name, "conditions": asdict(conditions), **asdict(result), "singles": asdict(singles)})
         if not as_json:
-            print_latencies([(name, found)], backend.describe())
-            print_singles(found, singles)
+            print_latencies([(name, result)], backend.describe())
+            print_singles(result, singles)
     if as_json:
         print_json(rows if len(rows) > 1 else rows[0])
 
@@ -126,10 +127,10 @@ def _compare(
     for backend in backends:
         conditions = backend.conditions
         with busy(f"measuring on {conditions.device}"):
-            found = backend.compare(*models)
-        rows.append({"model": names[0], "vs": names[1], "conditions": asdict(conditions), **asdict(found)})
+            comparison = backend.compare(*models)
+        rows.append({"model": names[0], "vs": names[1], "conditions": asdict(conditions), **asdict(comparison)})
         if not as_json:
-            print_comparison(*names, found, backend.describe())
+            print_comparison(*names, comparison, backend.describe())
     if as_json:
         print_json(rows if len(rows) > 1 else rows[0])
 
@@ -139,12 +140,12 @@ def _self_test(name: str, model: nn.Module, backend: LatencyBackend, as_json: bo
     from attnsurgery.latency.self_test import self_test
 
     with busy(f"measuring on {backend.conditions.device}"):
-        found = self_test(backend, model, _REPEATS)
+        result = self_test(backend, model, _REPEATS)
     if as_json:
-        print_json({"model": name, "conditions": asdict(backend.conditions), **found.as_dict()})
+        print_json({"model": name, "conditions": asdict(backend.conditions), **result.as_dict()})
     else:
-        print_self_test(name, found, backend.describe(), backend.versions())
-    if not found.passed:
+        print_self_test(name, result, backend.describe(), backend.versions())
+    if not result.passed:
         raise typer.Exit(1)
 
 

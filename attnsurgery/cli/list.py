@@ -1,4 +1,4 @@
-"""`attnsurgery list [PATTERN]`: surgical names that timm.create_model takes."""
+"""`attnsurgery list [PATTERN]`: lists surgical names that timm.create_model takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-_HOW = "Any <timm architecture>_<block>_s<stages> is made when it is asked for; see some: attnsurgery list resnet50"
+_HINT = "Any <timm architecture>_<block>_s<stages> is made when it is asked for; see some: attnsurgery list resnet50"
 
 
 def list_names(
@@ -26,7 +26,7 @@ def list_names(
         return
     print_lines(names)
     if pattern is None:
-        print_hint(_HOW)
+        print_hint(_HINT)
 
 
 def _matching(pattern: str | None) -> list[str]:
@@ -40,10 +40,10 @@ def _matching(pattern: str | None) -> list[str]:
         return entered
     bases = sorted(set(timm.list_models()) - set(entered) - {registry.GENERIC})
     every = {*entered, *(name for base in bases for name in registry.names_for(base))}
-    asked = f"{pattern}_*" if pattern in bases else pattern
-    if names := sorted(name for name in every if fnmatchcase(name, asked)):
+    wildcard = f"{pattern}_*" if pattern in bases else pattern
+    if names := sorted(name for name in every if fnmatchcase(name, wildcard)):
         return names
-    raise UnknownNameError(f"no surgical name matches {pattern!r}.{did_you_mean(pattern, bases)} {_HOW}")
+    raise UnknownNameError(f"no surgical name matches {pattern!r}.{did_you_mean(pattern, bases)} {_HINT}")
 
 
 def register(app: typer.Typer) -> None:

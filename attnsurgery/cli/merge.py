@@ -14,7 +14,7 @@ from attnsurgery.cli._options import (
     NewDirectory,
     WeightsKey,
     WeightsPrefix,
-    check_base_given,
+    check_base_source,
 )
 
 
@@ -34,7 +34,7 @@ def merge(
     from attnsurgery.checkpoint.weights import Layout
     from attnsurgery.cli._console import building, busy, print_json, print_lines
 
-    check_base_given(base, pretrained)
+    check_base_source(base, pretrained)
     with busy(f"merging {directory} with its base"):
         proven = merge_delta(directory, base, output, Layout(key, prefix))
     if as_json:

@@ -27,20 +27,20 @@ def plan(
     from attnsurgery.recipe.text import where
     from attnsurgery.timm_plugin.architectures import check_base, weightless
 
-    read = _recipe(recipe)
-    name = base or read.base
-    check_base(name, "--base" if base else where(read, "base"))
-    with busy(f"planning {read.name} on {name}"):
+    loaded = _recipe(recipe)
+    name = base or loaded.base
+    check_base(name, "--base" if base else where(loaded, "base"))
+    with busy(f"planning {loaded.name} on {name}"):
         model = weightless(name, image_size)
-        found = plan_recipe(model, read, image_size and (input_size_of(model)[0], *image_size))
+        result = plan_recipe(model, loaded, image_size and (input_size_of(model)[0], *image_size))
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
-        print_plan(found)
+        print_plan(result)
 
 
-def _recipe(named: str) -> Recipe:
-    """The recipe meant.
+def _recipe(name_or_path: str) -> Recipe:
+    """The recipe of a file, a directory or a surgical name.
 
     Raises:
         RecipeError: the file is no recipe.
@@ -51,17 +51,18 @@ def _recipe(named: str) -> Recipe:
     from attnsurgery.timm_plugin import registry
     from attnsurgery.timm_plugin.architectures import check_base
 
-    path = Path(named.removeprefix("local-dir:"))
+    path = Path(name_or_path.removeprefix("local-dir:"))
     if path.is_dir():
         return load(path / "recipe.yaml")
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         return load(path)
-    check_base(named, "RECIPE")
-    recipe = registry.recipe_by_name(named)
+    check_base(name_or_path, "RECIPE")
+    recipe = registry.recipe_by_name(name_or_path)
     if recipe is None:
         raise UnknownNameError(
-            f"{named} is a plain model, and no recipe stands behind it. Name a file or a surgical model, such as "
-            f"{named.partition('.')[0]}_se. What a block costs at each place: attnsurgery inspect {named} --block se"
+            f"{name_or_path} is a plain model without a recipe. Name a file or a surgical model, such as "
+            f"{name_or_path.partition('.')[0]}_se. What a block costs at each place: "
+            f"attnsurgery inspect {name_or_path} --block se"
         )
     return recipe
 

@@ -1,4 +1,4 @@
-"""`attnsurgery repair RUN_DIR`: study and journal of a search made whole again."""
+"""`attnsurgery repair RUN_DIR`: repairs study and journal of a search."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def repair(
     from attnsurgery.cli._console import print_json, print_lines
     from attnsurgery.search.storage.repair import repair as repaired
 
-    done = repaired(run_dir)
+    result = repaired(run_dir)
     if as_json:
-        print_json({**asdict(done), "folder": str(done.folder)})
+        print_json({**asdict(result), "folder": str(result.folder)})
         return
-    study = "could not be read" if done.from_study is None else f"had {done.from_study} trials"
-    damaged = f", {done.damaged_lines} damaged lines left out" if done.damaged_lines else ""
+    study = "could not be read" if result.from_study is None else f"had {result.from_study} trials"
+    damaged = f", {result.damaged_lines} damaged lines left out" if result.damaged_lines else ""
     print_lines(
         [
-            f"trials     {done.trials}, of these {done.trained} trained",
+            f"trials     {result.trials}, of these {result.trained} trained",
             f"study.db   {study}",
-            f"journal    had {done.from_journal} trials{damaged}",
-            f"old files  {', '.join(done.kept)}",
+            f"journal    had {result.from_journal} trials{damaged}",
+            f"old files  {', '.join(result.kept)}",
         ]
     )
 

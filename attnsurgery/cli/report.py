@@ -1,4 +1,4 @@
-"""`attnsurgery report RUN_DIR`: the report of a search again, from what its directory holds."""
+"""`attnsurgery report RUN_DIR`: writes the report of a search again, from its run directory."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def report(
         return None if (folder / STUDY).is_file() else storage or os.environ.get(STORAGE_VARIABLE)
 
     saved = load_search(run_dir, storage or elsewhere(run_dir))
-    check_free(run_dir)  # where the study is kept elsewhere, any folder would do for it
+    check_free(run_dir)  # with a study elsewhere, load_search accepts any folder
     beside = None
     if control is not None:
         beside = control_of(saved, load_search(control, elsewhere(control)))
     outcome = saved.outcome
-    kept = write_outcome(outcome, beside)
+    renamed = write_outcome(outcome, beside)
     if as_json:
         print_json(as_data(outcome))
         return
@@ -56,7 +56,7 @@ def report(
             f"trained    {outcome.trained} of {outcome.config.trials}",
             f"verdict    {verdict}",
             *files_of(outcome),
-            *(f"kept       {run_dir / name}, which stood in its place and was not a search's" for name in kept),
+            *(f"kept       {run_dir / name}, an earlier file that was not the search's own" for name in renamed),
         ]
     )
 

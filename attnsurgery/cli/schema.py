@@ -1,4 +1,4 @@
-"""`attnsurgery schema WHAT`: JSON schemas, for editors that complete and check YAML."""
+"""`attnsurgery schema WHAT`: prints JSON schemas, for editors that complete and check YAML."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def schema(
     print_json(_schema(what))
 
 
-def _schema(what: What) -> dict[str, Any]:
+def _schema(schema_name: What) -> dict[str, Any]:
     from attnsurgery.recipe.json_schema import DIALECT, json_schema, options_schema
 
-    if what is What.recipe:
+    if schema_name is What.recipe:
         return json_schema()
-    if what is What.options:
+    if schema_name is What.options:
         return options_schema()
     from attnsurgery.search.space import SearchSpace
 

@@ -1,4 +1,4 @@
-"""`attnsurgery search [MODEL] --budget-ms MS`: which blocks, where, within so many milliseconds?"""
+"""`attnsurgery search [MODEL] --budget-ms MS`: searches for the best blocks and places under a budget."""
 
 from __future__ import annotations
 
@@ -51,11 +51,13 @@ def search(
     if (storage := settings.get("storage")) and storage != os.environ.get(STORAGE_VARIABLE):
         _warn_of_password(storage)
     space = settings.get("space", SearchConfig.model_fields["space"].default)
-    named = resolve_base(model or settings.get("base") or load(space).base or DEFAULT_BASE, settings.get("checkpoint"))
+    resolved = resolve_base(
+        model or settings.get("base") or load(space).base or DEFAULT_BASE, settings.get("checkpoint")
+    )
     output = settings.pop("output", None)
     device = pick_device(settings.get("device", "auto"))
-    place = {"base": named.base, "checkpoint": named.checkpoint, "device": device, "output": output or ""}
-    config: SearchConfig = checked(SearchConfig, "search", {**settings, **place})
+    derived = {"base": resolved.base, "checkpoint": resolved.checkpoint, "device": device, "output": output or ""}
+    config: SearchConfig = checked(SearchConfig, "search", {**settings, **derived})
     if output is None:
         config = _in_its_directory(config)
     if new:
@@ -69,15 +71,15 @@ def search(
 
 
 def _in_its_directory(config: SearchConfig) -> SearchConfig:
-    """With the run directory that base, data, space and budgets name."""
+    """The settings with a run directory named by base, data, space and budgets."""
     from attnsurgery.search.result.limits import Budgets
 
-    said = Budgets.of(config).describe().replace(" and ", "-").replace(" (", "-")
-    budgets, data = said.replace(")", "").replace(" ", ""), _stem(config.data or "digits")
-    named = Path("runs") / "-".join([config.base, data, _stem(config.space), budgets])
-    if config.extend and not named.exists():
-        _ask_which(named, f"{config.base}-{data}")
-    return config.model_copy(update={"output": str(named)})
+    description = Budgets.of(config).describe().replace(" and ", "-").replace(" (", "-")
+    budgets, data = description.replace(")", "").replace(" ", ""), _stem(config.data or "digits")
+    folder = Path("runs") / "-".join([config.base, data, _stem(config.space), budgets])
+    if config.extend and not folder.exists():
+        _check_extend(folder, f"{config.base}-{data}")
+    return config.model_copy(update={"output": str(folder)})
 
 
 def _preview(config: SearchConfig, as_json: bool) -> None:
@@ -88,16 +90,16 @@ def _preview(config: SearchConfig, as_json: bool) -> None:
 
     with view(config) as listener, _stopping() as stop:
         try:
-            found = preview(config, listener, stop.is_set)
+            result = preview(config, listener, stop.is_set)
         except StopRequested:
-            found = None
-    if found is None:
+            result = None
+    if result is None:
         print_error("stopped; nothing was written.")
         raise typer.Exit(_INTERRUPTED)
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
-        print_preview(found, config)
+        print_preview(result, config)
 
 
 def _run(config: SearchConfig, as_json: bool) -> None:
@@ -113,19 +115,19 @@ def _run(config: SearchConfig, as_json: bool) -> None:
         except StopRequested:
             outcome = None
     if outcome is None:
-        print_error(f"stopped before the first trial; nothing is lost. Go on with:  {command}")
+        print_error(f"stopped before the first trial; nothing is lost. Resume with:  {command}")
         raise typer.Exit(_INTERRUPTED)
     if as_json:
         print_json(as_data(outcome))
     else:
         print_outcome(outcome)
     if outcome.interrupted:
-        print_error(f"stopped after {outcome.trained} of {config.trials} trained trials. Go on with:  {command}")
+        print_error(f"stopped after {outcome.trained} of {config.trials} trained trials. Resume with:  {command}")
         raise typer.Exit(_INTERRUPTED)
 
 
 def command_of(config: SearchConfig) -> str:
-    """The command line that does this search; a password in the storage URL is left out."""
+    """The command line of a search, without a password in the storage URL."""
     from attnsurgery.search.config import defaults_on
     from attnsurgery.search.execution.assemble import pick_device
     from attnsurgery.search.storage.urls import without_password
@@ -159,30 +161,31 @@ def _warn_of_password(storage: str) -> None:
         )
 
 
-def _ask_which(named: Path, start: str) -> None:
-    """
+def _check_extend(folder: Path, start: str) -> None:
+    """Refuse --extend without --output if the directory does not exist but similar ones do.
+
     Raises:
-        UsageError: there is nothing to extend where the directory's name leads, and something beside it.
+        UsageError: lists the similar directories.
     """
     from attnsurgery.errors import UsageError
     from attnsurgery.search.storage.schema import STUDY
 
-    beside = sorted(f"{found.parent}" for found in named.parent.glob(f"{start}-*/{STUDY}"))
+    beside = sorted(f"{study.parent}" for study in folder.parent.glob(f"{start}-*/{STUDY}"))
     if beside:
         raise UsageError(
-            f"--extend goes on with a search that is there, and {named} is none. Say which one is meant: "
+            f"--extend resumes an existing search, and {folder} is none. Name the one to resume: "
             f"{' or '.join(f'--output {name}' for name in beside[:5])}."
         )
 
 
 def _free(output: str) -> str:
-    """The directory's name, or with the first number behind it that is free."""
+    """The directory's name, or the name with the first free number after it."""
     names = itertools.chain([output], (f"{output}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
 
 
 def _stem(name: str) -> str:
-    """A file or data set name as a part of a directory's name."""
+    """The name of a file or data set as part of a directory's name."""
     stem = Path(name).stem or "data"
     return "".join(letter if letter.isalnum() or letter in "_." else "_" for letter in stem)
 
@@ -192,7 +195,7 @@ def _stopping() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C (or SIGTERM) sets; the second one ends the process at once."""
     stop = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def request(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -200,7 +203,7 @@ def _stopping() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

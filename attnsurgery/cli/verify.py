@@ -1,4 +1,4 @@
-"""`attnsurgery verify MODEL`: is the surgery of this model still what it was?"""
+"""`attnsurgery verify MODEL`: checks that the surgery of a model is still intact."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def trained(bench: Bench, recipes: Recipes, seeds: int, path: Path) -> dict[str,
             key = (_digest(recipe), seed)
             if key in known:
                 continue
-            score = bench.final_evaluator.score(_made(bench, recipe), seed_of(bench.config.seed, "contest", seed), on="test")
+            score = bench.final_evaluator.score(
+                _made(bench, recipe), seed_of(bench.config.seed, "contest", seed), on="test"
+            )
             known[key] = np.packbits(score.correct.numpy()).tobytes().hex()
             journal.append({"digest": key[0], "seed": seed, "name": name, "top1": score.top1, "right": known[key]})
             print(f"{name}, seed {seed + 1} of {seeds}: {100 * score.top1:.2f} %", flush=True)

@@ -21,13 +21,13 @@ from attnsurgery.search.execution.jobs import Job, perform
 from attnsurgery.search.watching import StopRequested, Watching
 from attnsurgery.search.workers import worker
 from attnsurgery.search.workers.launch import LAUNCHERS
-from attnsurgery.search.workers.pool import JobOutcome, InProcessPool, WorkerPool
+from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
 from attnsurgery.search.workers.processes import ProcessPool
 from tests.plugins.attnsurgery_dummy import Dummy
 
 PLUGINS = str(Path(__file__).parents[1] / "plugins")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
 
 
 @pytest.fixture(autouse=True)
