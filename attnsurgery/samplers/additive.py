@@ -76,13 +76,13 @@ class AdditiveSampler(Sampler):
         """
         rng = np.random.default_rng(self.seed)
         known = [(t, picks) for t in trials if (picks := self.places.picks(t.params)) is not None]
-        tried = {picks for t, picks in known if not t.user_attrs.get(AGAIN)}
-        tried.add(self.places.nothing)
+        excluded = {picks for t, picks in known if not t.user_attrs.get(AGAIN)}
+        excluded.add(self.places.nothing)
         sign = -1.0 if direction == StudyDirection.MINIMIZE else 1.0
         scored = [(picks, sign * float(t.value)) for t, picks in known if t.value is not None]
         if self.base_score is not None:
             scored.insert(0, (self.places.nothing, sign * self.base_score))
-        picks = self._next(rng, scored, self._all_budgets(rng, known), tried)
+        picks = self._next(rng, scored, self._all_budgets(rng, known), excluded)
         return None if picks is None else self.places.params(picks)
 
     def sample_independent(
@@ -96,10 +96,10 @@ class AdditiveSampler(Sampler):
         rng: np.random.Generator,
         scored: Sequence[tuple[Picks, float]],
         budgets: Sequence[Budget],
-        tried: set[Picks],
+        excluded: set[Picks],
     ) -> Picks | None:
         if len(scored) < 2:
-            return random_candidate(self.places, rng, budgets, tried)
+            return random_candidate(self.places, rng, budgets, excluded)
         posterior = self._surrogate.fit([picks for picks, _ in scored], [score for _, score in scored], rng)
         self.cross_validation = posterior.cross_validation() if len(scored) > _VALIDATED else None
         if self.cross_validation is not None and self.cross_validation.is_bad:
@@ -108,7 +108,7 @@ class AdditiveSampler(Sampler):
         evaluated = list(dict.fromkeys([self.places.nothing, *(picks for picks, _ in scored)]))
         mean_K, _ = posterior.predict(evaluated)
         leaders = [evaluated[index] for index in np.argsort(-mean_K)[:_LEADERS]]
-        candidates = self._candidates(rng, posterior, leaders, budgets, tried)
+        candidates = self._candidates(rng, posterior, leaders, budgets, excluded)
         if not candidates:
             return None
         mean_M, std_M = posterior.predict(candidates)
@@ -122,7 +122,7 @@ class AdditiveSampler(Sampler):
         posterior: Posterior,
         leaders: Sequence[Picks],
         budgets: Sequence[Budget],
-        tried: set[Picks],
+        excluded: set[Picks],
     ) -> list[Picks]:
         """Untried candidates within all budgets, each once, on which the acquisition function is evaluated."""
         candidates: dict[Picks, None] = {}
@@ -132,15 +132,15 @@ class AdditiveSampler(Sampler):
             reduced = [
                 replace(budget, most=budget.most * share if budget.most > 0 else budget.most) for budget in budgets
             ]
-            picks = best(self.places, effects.values, effects.by_count, reduced, tried)
+            picks = best(self.places, effects.values, effects.by_count, reduced, excluded)
             if picks is None and share < 1.0:
-                picks = best(self.places, effects.values, effects.by_count, budgets, tried)
+                picks = best(self.places, effects.values, effects.by_count, budgets, excluded)
             if picks is None:
                 break  # no candidate is left within the budgets
             candidates[picks] = None
         neighbours = [picks for leader in leaders for picks in self.places.neighbours(leader)]
         random = [self.places.at_random(rng) for _ in range(_RANDOM)]
-        untried = [picks for picks in (*neighbours, *random) if picks not in tried]
+        untried = [picks for picks in (*neighbours, *random) if picks not in excluded]
         return list(candidates | dict.fromkeys(self.places.within(untried, budgets)))
 
     def _all_budgets(self, rng: np.random.Generator, known: Sequence[tuple[FrozenTrial, Picks]]) -> list[Budget]:

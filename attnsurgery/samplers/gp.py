@@ -49,36 +49,36 @@ class GpSampler(Sampler):
         """The candidate with the largest acquisition function; a random one while there are few scores."""
         rng = np.random.default_rng(self.seed)
         known = [(t, picks) for t in trials if (picks := self.places.picks(t.params)) is not None]
-        tried = {picks for t, picks in known if not t.user_attrs.get(AGAIN)} | {self.places.nothing}
+        excluded = {picks for t, picks in known if not t.user_attrs.get(AGAIN)} | {self.places.nothing}
         scored = [(t, picks) for t, picks in known if t.value is not None]
         if len(scored) < _STARTUP:
-            picks = self.places.drawn(rng, lambda picks: picks not in tried) or self._knapsack(rng, tried)
+            picks = self.places.drawn(rng, lambda picks: picks not in excluded) or self._knapsack(rng, excluded)
             return None if picks is None else self.places.params(picks)
         sign = -1.0 if direction == StudyDirection.MINIMIZE else 1.0
-        ranked = sorted(scored, key=lambda one: -sign * float(one[0].value or 0.0))
+        ranked = sorted(scored, key=lambda entry: -sign * float(entry[0].value or 0.0))
         leaders = [picks for _, picks in ranked[:_LEADERS]]
-        starts = self._starts(rng, leaders, tried)
+        starts = self._starts(rng, leaders, excluded)
         if not starts:
             return None
         study = self._copy(direction, scored, [picks for t, picks in known if not t.state.is_finished()])
-        study.sampler = _WithinBudgets(self.places, self.distributions(), self.seed, starts, tried)
+        study.sampler = _WithinBudgets(self.places, self.distributions(), self.seed, starts, excluded)
         picks = self.places.picks(study.ask(self.distributions()).params)
-        if picks is None or picks in tried or not self.places.holds(picks):
+        if picks is None or picks in excluded or not self.places.holds(picks):
             picks = starts[0]  # `_optimize_acqf` is no public method: an Optuna without it suggests anything
         return self.places.params(picks)
 
-    def _knapsack(self, rng: np.random.Generator, tried: set[Picks]) -> Picks | None:
-        return random_candidate(self.places, rng, list(self.places.budgets.values()), tried)
+    def _knapsack(self, rng: np.random.Generator, excluded: set[Picks]) -> Picks | None:
+        return random_candidate(self.places, rng, list(self.places.budgets.values()), excluded)
 
-    def _starts(self, rng: np.random.Generator, leaders: Sequence[Picks], tried: set[Picks]) -> list[Picks]:
+    def _starts(self, rng: np.random.Generator, leaders: Sequence[Picks], excluded: set[Picks]) -> list[Picks]:
         """Untried candidates within the budgets, each once; empty where none is left."""
-        first = self._knapsack(rng, tried)
+        first = self._knapsack(rng, excluded)
         if first is None:
             return []
-        knapsacks = [first, *(self._knapsack(rng, tried) or first for _ in range(_KNAPSACKS - 1))]
+        knapsacks = [first, *(self._knapsack(rng, excluded) or first for _ in range(_KNAPSACKS - 1))]
         random = [self.places.at_random(rng) for _ in range(_RANDOM)]
         neighbours = [picks for leader in leaders for picks in self.places.neighbours(leader)]
-        return list(dict.fromkeys([*knapsacks, *_feasible(self.places, [*neighbours, *random], tried)]))
+        return list(dict.fromkeys([*knapsacks, *_feasible(self.places, [*neighbours, *random], excluded)]))
 
     def _copy(
         self, direction: StudyDirection, scored: Sequence[tuple[FrozenTrial, Picks]], running: Sequence[Picks]
@@ -130,7 +130,7 @@ class _WithinBudgets(GPSampler):
         distributions: the space as Optuna has it.
         seed: of Optuna's random numbers.
         starts: untried candidates within the budgets, one at least.
-        tried: candidates that are excluded.
+        excluded: candidates that are excluded.
     """
 
     def __init__(
@@ -139,13 +139,13 @@ class _WithinBudgets(GPSampler):
         distributions: Mapping[str, BaseDistribution],
         seed: int,
         starts: Sequence[Picks],
-        tried: set[Picks],
+        excluded: set[Picks],
     ) -> None:
         super().__init__(seed=seed, n_startup_trials=1)
         self._places = places
         self._distributions = distributions
         self._starts = starts
-        self._tried = tried
+        self._excluded = excluded
         self._varied = [place for place, choices in enumerate(places.choices.values()) if len(choices) > 1]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -163,7 +163,7 @@ class _WithinBudgets(GPSampler):
         peaks: list[tuple[float, Picks]] = []
         for index in np.argsort(-value_S, kind="stable")[:_LOCAL_SEARCHES]:
             value, picks = float(value_S[index]), self._starts[index]
-            while neighbours := _feasible(self._places, self._places.neighbours(picks), self._tried):
+            while neighbours := _feasible(self._places, self._places.neighbours(picks), self._excluded):
                 value_M = evaluated(neighbours)
                 best = int(np.argmax(value_M))
                 if not value_M[best] > value:
@@ -174,6 +174,6 @@ class _WithinBudgets(GPSampler):
         return np.array(picks, dtype=float)[self._varied]
 
 
-def _feasible(places: Places, candidates: Iterable[Picks], tried: set[Picks]) -> list[Picks]:
+def _feasible(places: Places, candidates: Iterable[Picks], excluded: set[Picks]) -> list[Picks]:
     """The untried candidates within the limit on blocks and within the known budgets."""
-    return places.within([picks for picks in candidates if picks not in tried], list(places.budgets.values()))
+    return places.within([picks for picks in candidates if picks not in excluded], list(places.budgets.values()))

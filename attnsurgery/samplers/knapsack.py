@@ -46,7 +46,7 @@ def best(
     values: Sequence[Floats],
     by_count: Floats | None = None,
     budgets: Sequence[Budget] = (),
-    tried: Collection[Picks] = (),
+    excluded: Collection[Picks] = (),
 ) -> Picks | None:
     """The untried candidate of the largest value within all limits; None if there is none.
 
@@ -57,17 +57,17 @@ def best(
         values: by place, the value of each choice; they add up.
         by_count: the value of having 0, 1, 2, ... blocks, up to the number that all places can hold.
         budgets: costs and their limits.
-        tried: candidates that are excluded.
+        excluded: candidates that must not be returned.
     """
     if len(budgets) > 1:
         feasible = _feasible_choices(budgets)
         if any(len(choices) < len(value) for choices, value in zip(feasible, values, strict=True)):
-            return _best_of_choices(feasible, places, values, by_count, budgets, tried)
-    excluded = set(tried)
+            return _best_of_choices(feasible, places, values, by_count, budgets, excluded)
+    excluded_set = set(excluded)
     bonus = np.zeros(places.limit + 1) if by_count is None else by_count[: places.limit + 1]
     binding = all(budget.most > 0 for budget in budgets)
     greedy, lower_bound = (
-        _greedy(places, values, bonus, budgets, excluded) if budgets and binding else (None, -math.inf)
+        _greedy(places, values, bonus, budgets, excluded_set) if budgets and binding else (None, -math.inf)
     )
     budgets = [*budgets] or [Budget([np.zeros(len(value)) for value in values], math.inf)]
     if len(budgets) > 1 and binding:
@@ -78,44 +78,44 @@ def best(
         list(zip(*(budget.costs[place].tolist() for budget in budgets), strict=True)) for place in range(len(values))
     ]
     age = itertools.count()
-    # by upper bound, then the longer one first: picks, their value, number of blocks, the rest of each budget
+    # by upper bound, then the longer one first: picks, their value, number of blocks, what remains of each budget
     heap: list[tuple[float, int, int, Picks, float, int, tuple[float, ...]]] = []
 
-    def push(picks: Picks, value: float, count: int, rest: tuple[float, ...]) -> None:
+    def push(picks: Picks, value: float, count: int, remaining: tuple[float, ...]) -> None:
         place = len(picks)
-        bound = min([b.at(place, count, one) for b, one in zip(bounds, rest, strict=True)])
+        bound = min([b.at(place, count, amount) for b, amount in zip(bounds, remaining, strict=True)])
         if bound > -math.inf:
-            heapq.heappush(heap, (-(value + bound), -len(picks), next(age), picks, value, count, rest))
+            heapq.heappush(heap, (-(value + bound), -len(picks), next(age), picks, value, count, remaining))
 
     push((), 0.0, 0, tuple(budget.most for budget in budgets))
     steps = 0
     while heap:
         steps += 1
         if steps == _MAX_STEPS:
-            solution = _beam_search(places, values, bonus, budgets, bounds, lower_bound, excluded) or greedy
+            solution = _beam_search(places, values, bonus, budgets, bounds, lower_bound, excluded_set) or greedy
             if solution:
                 return solution
-        *_, picks, value, count, rest = heapq.heappop(heap)
+        *_, picks, value, count, remaining = heapq.heappop(heap)
         place = len(picks)
         if place == len(values):
-            if picks not in excluded:
+            if picks not in excluded_set:
                 return picks
             continue
         for choice, (added, cost) in enumerate(zip(value_lists[place], cost_lists[place], strict=True)):
-            after = count + (places.weights[place] if choice else 0)
-            push((*picks, choice), value + added, after, tuple(map(operator.sub, rest, cost)))
+            new_count = count + (places.weights[place] if choice else 0)
+            push((*picks, choice), value + added, new_count, tuple(map(operator.sub, remaining, cost)))
     return None
 
 
 def random_candidate(
-    places: Places, rng: np.random.Generator, budgets: Sequence[Budget], tried: Collection[Picks]
+    places: Places, rng: np.random.Generator, budgets: Sequence[Budget], excluded: Collection[Picks]
 ) -> Picks | None:
     """An untried candidate within all limits, the best by random values of choices; None if there is none.
 
     In contrast to rejection sampling (`Places.drawn`) it is not uniform, and finds the last candidate within a budget.
     """
     values = [np.append(0.0, rng.standard_normal(len(choices) - 1)) for choices in places.choices.values()]
-    return best(places, values, None, budgets, tried)
+    return best(places, values, None, budgets, excluded)
 
 
 def _feasible_choices(budgets: Sequence[Budget]) -> list[Counts]:
@@ -127,8 +127,8 @@ def _feasible_choices(budgets: Sequence[Budget]) -> list[Counts]:
     for budget in budgets:
         cheapest = [float(costs.min()) for costs in budget.costs]
         spare = budget.most - sum(cheapest) + 1e-9 * abs(budget.most)
-        for mask, costs, least in zip(feasible, budget.costs, cheapest, strict=True):
-            mask &= costs - least <= spare
+        for mask, costs, cheapest_cost in zip(feasible, budget.costs, cheapest, strict=True):
+            mask &= costs - cheapest_cost <= spare
     for mask in feasible:
         mask[0] = True  # no block is always a choice
     return [np.flatnonzero(mask) for mask in feasible]
@@ -140,25 +140,25 @@ def _best_of_choices(
     values: Sequence[Floats],
     by_count: Floats | None,
     budgets: Sequence[Budget],
-    tried: Collection[Picks],
+    excluded: Collection[Picks],
 ) -> Picks | None:
     """`best` with a subset of the choices at each place."""
-    named = zip(feasible, places.choices.items(), strict=True)
+    indexed_places = zip(feasible, places.choices.items(), strict=True)
     subspace = replace(
-        places, choices={name: tuple(labels[index] for index in choices) for choices, (name, labels) in named}
+        places, choices={name: tuple(labels[index] for index in choices) for choices, (name, labels) in indexed_places}
     )
     sub_budgets = [
         replace(budget, costs=[costs[choices] for choices, costs in zip(feasible, budget.costs, strict=True)])
         for budget in budgets
     ]
     new_index = [{old: new for new, old in enumerate(choices.tolist())} for choices in feasible]
-    sub_tried = [
+    sub_excluded = [
         tuple([index[pick] for index, pick in zip(new_index, picks, strict=True)])
-        for picks in tried
+        for picks in excluded
         if all(pick in index for index, pick in zip(new_index, picks, strict=True))
     ]
     sub_values = [value[choices] for choices, value in zip(feasible, values, strict=True)]
-    picks = best(subspace, sub_values, by_count, sub_budgets, sub_tried)
+    picks = best(subspace, sub_values, by_count, sub_budgets, sub_excluded)
     if picks is None:
         return None
     return tuple([int(choices[pick]) for choices, pick in zip(feasible, picks, strict=True)])
@@ -180,15 +180,17 @@ def _beam_search(
     best_bonus: Any = np.maximum.accumulate(bonus[::-1])[::-1]
     picks_SP: Any = np.zeros((1, 0), dtype=np.int16)
     value_S, count_S = np.zeros(1), np.zeros(1, dtype=np.int64)
-    rest_SB = np.array([[budget.most for budget in budgets]])
+    remaining_SB = np.array([[budget.most for budget in budgets]])
     for place, value_C in enumerate(values):
         weight_C = np.full(len(value_C), places.weights[place])
         weight_C[0] = 0
         cost_CB = np.stack([budget.costs[place] for budget in budgets], axis=-1)
         value_N, count_N = (value_S[:, None] + value_C).ravel(), (count_S[:, None] + weight_C).ravel()
-        rest_NB = (rest_SB[:, None] - cost_CB).reshape(-1, len(budgets))
+        remaining_NB = (remaining_SB[:, None] - cost_CB).reshape(-1, len(budgets))
         index_N = np.flatnonzero(count_N < len(bonus))
-        bound_N = np.min([one.by_cost(place + 1, rest_NB[index_N, b]) for b, one in enumerate(bounds)], axis=0)
+        bound_N = np.min(
+            [upper_bounds.by_cost(place + 1, remaining_NB[index_N, b]) for b, upper_bounds in enumerate(bounds)], axis=0
+        )
         bound_N += value_N[index_N] + (best_bonus if place + 1 < len(values) else bonus)[count_N[index_N]]
         within_N = (bound_N >= lower_bound) & (bound_N > -math.inf)
         index_N, bound_N = index_N[within_N], bound_N[within_N]
@@ -197,7 +199,7 @@ def _beam_search(
             index_N, bound_N = index_N[top_S], bound_N[top_S]
         parent_S, choice_S = np.divmod(index_N, len(value_C))
         picks_SP = np.concatenate([picks_SP[parent_S], choice_S[:, None].astype(np.int16)], axis=1)
-        value_S, count_S, rest_SB = value_N[index_N], count_N[index_N], rest_NB[index_N]
+        value_S, count_S, remaining_SB = value_N[index_N], count_N[index_N], remaining_NB[index_N]
     for row in np.argsort(-bound_N, kind="stable"):
         picks: Picks = tuple(picks_SP[row].tolist())
         if picks not in excluded:
@@ -230,17 +232,18 @@ def _greedy(
     solution: Picks | None = None
     value = float(sum(place_values[0] for place_values in values))
     limits = [budget.most * (1 - 1e-9) for budget in budgets]  # sums in another order may come to a little more
-    rests = [limit - sum(cost[0] for cost in costs) for limit, costs in zip(limits, cost_lists, strict=True)]
+    amounts = [limit - sum(cost[0] for cost in costs) for limit, costs in zip(limits, cost_lists, strict=True)]
     for _, place, choice in by_efficiency:
         current = picks[place]
-        after = count + (places.weights[place] if not current else 0)
-        new_rests = [
-            rest - costs[place][choice] + costs[place][current] for rest, costs in zip(rests, cost_lists, strict=True)
+        new_count = count + (places.weights[place] if not current else 0)
+        new_amounts = [
+            remaining - costs[place][choice] + costs[place][current]
+            for remaining, costs in zip(amounts, cost_lists, strict=True)
         ]
         gain = float(values[place][choice] - values[place][current])
-        if gain <= 0 or after >= len(bonus) or min(new_rests) < 0:
+        if gain <= 0 or new_count >= len(bonus) or min(new_amounts) < 0:
             continue
-        picks[place], count, rests, value = choice, after, new_rests, value + gain
+        picks[place], count, amounts, value = choice, new_count, new_amounts, value + gain
         if value + bonus[count] > best_value and tuple(picks) not in excluded:
             solution, best_value = tuple(picks), value + float(bonus[count])
     return solution, best_value - 1e-9 * (1.0 + abs(best_value))
@@ -268,7 +271,7 @@ class _UpperBounds:
     ) -> None:
         self._bonus = bonus.tolist()
         self._merged: dict[int, tuple[Floats, Floats]] = {}
-        rest = _rest_of_budget(budget)
+        remaining = _remaining_budget(budget)
         relaxation = _linear_relaxation(budget.costs, values) if lower_bound > -math.inf else []
         best_bonus: Any = np.maximum.accumulate(bonus[::-1])[::-1]
         # undominated states of the places from one on: number of blocks, cost, value; by number, then by cost
@@ -280,30 +283,33 @@ class _UpperBounds:
             weight_C, cost_C, value_C = _undominated_choices(budget.costs[place], values[place], places.weights[place])
             count_S = (front[0][:, None] + weight_C).ravel()
             cost_S, value_S = (front[1][:, None] + cost_C).ravel(), (front[2][:, None] + value_C).ravel()
-            fits_S = (count_S < len(bonus)) & (cost_S <= rest[place])
+            fits_S = (count_S < len(bonus)) & (cost_S <= remaining[place])
             if relaxation:
                 bonus_S = best_bonus[np.minimum(count_S, len(bonus) - 1)]
-                before_S = np.interp(rest[0] - cost_S, *relaxation[place], left=-math.inf)
+                before_S = np.interp(remaining[0] - cost_S, *relaxation[place], left=-math.inf)
                 fits_S &= value_S + before_S + bonus_S >= lower_bound
             front = _undominated(count_S[fits_S], cost_S[fits_S], value_S[fits_S])
             self._fronts.append(_by_count(front))
         self._fronts.reverse()
 
-    def at(self, place: int, count: int, rest: float) -> float:
-        """The upper bound from this place on, given the blocks before it and the rest of the budget; -inf: infeasible.
+    def at(self, place: int, count: int, remaining: float) -> float:
+        """The upper bound from a place on, which includes the value of the total number of blocks; -inf: infeasible.
 
-        It includes the value of the total number of blocks.
+        Args:
+            place: the first place that is not decided.
+            count: the number of blocks before it.
+            remaining: what remains of the budget.
         """
         bound, bonus = -math.inf, self._bonus
-        for more, costs, values in self._fronts[place]:
-            if count + more < len(bonus) and values[-1] + bonus[count + more] > bound:
-                within = bisect.bisect_right(costs, rest)
+        for added_blocks, costs, values in self._fronts[place]:
+            if count + added_blocks < len(bonus) and values[-1] + bonus[count + added_blocks] > bound:
+                within = bisect.bisect_right(costs, remaining)
                 if within:
-                    bound = max(bound, values[within - 1] + bonus[count + more])
+                    bound = max(bound, values[within - 1] + bonus[count + added_blocks])
         return bound
 
-    def by_cost(self, place: int, rest_N: Floats) -> Floats:
-        """Upper bounds for many rests of the budget, regardless of the value and limit of the number of blocks."""
+    def by_cost(self, place: int, remaining_N: Floats) -> Floats:
+        """Upper bounds for many remaining budgets, regardless of the value and limit of the number of blocks."""
         if place not in self._merged:
             fronts = self._fronts[place]
             costs = np.array(list(itertools.chain.from_iterable(costs for _, costs, _ in fronts)))
@@ -311,12 +317,12 @@ class _UpperBounds:
             _, costs, values = _undominated(np.zeros(len(costs), dtype=np.int64), costs, values)
             self._merged[place] = costs, np.append(-math.inf, values)
         costs, values = self._merged[place]
-        bound_N: Floats = values[np.searchsorted(costs, rest_N, side="right")]
+        bound_N: Floats = values[np.searchsorted(costs, remaining_N, side="right")]
         return bound_N
 
 
-def _rest_of_budget(budget: Budget) -> list[float]:
-    """By place, the rest of the budget from it on, when all places before take their cheapest choice."""
+def _remaining_budget(budget: Budget) -> list[float]:
+    """By place, what remains of the budget for it and later ones, when all places before take their cheapest choice."""
     cheapest = itertools.accumulate((float(costs.min()) for costs in budget.costs), initial=0.0)
     return [budget.most - cost + 1e-9 * abs(budget.most) for cost in cheapest]
 

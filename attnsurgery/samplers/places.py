@@ -29,8 +29,8 @@ class Budget:
     def spent(self, candidates: Sequence[Picks]) -> Floats:
         """The cost of each candidate, (M,)."""
         total: Floats = np.zeros(len(candidates))
-        for costs, picked in zip(self.costs, np.asarray(candidates, dtype=np.int64).T, strict=False):
-            total += costs[picked]
+        for costs, picks in zip(self.costs, np.asarray(candidates, dtype=np.int64).T, strict=False):
+            total += costs[picks]
         return total
 
     def holds(self, picks: Picks) -> bool:
@@ -93,17 +93,17 @@ class Places:
 
     def size(self) -> int:
         """Number of candidates with at most `most_blocks` blocks, without the empty one."""
-        return self._ways[0][self.limit] - 1
+        return self._candidate_counts[0][self.limit] - 1
 
     @cached_property
-    def _ways(self) -> list[list[int]]:
-        """By place and limit, the number of ways to fill the places from this one on with at most so many blocks."""
-        ways = [[1] * (self.limit + 1)]
+    def _candidate_counts(self) -> list[list[int]]:
+        """By place and limit, the number of candidates for this place and later ones with at most so many blocks."""
+        counts = [[1] * (self.limit + 1)]
         for choices, blocks in reversed(list(zip(self.choices.values(), self.weights, strict=True))):
-            following = ways[-1]
+            following = counts[-1]
             with_block = [0] * blocks + [(len(choices) - 1) * count for count in following]
-            ways.append([without + one for without, one in zip(following, with_block, strict=False)])
-        return ways[::-1]
+            counts.append([without + added for without, added in zip(following, with_block, strict=False)])
+        return counts[::-1]
 
     def holds(self, picks: Picks) -> bool:
         """True if a candidate is within the limit on blocks and within every known budget."""
@@ -124,16 +124,17 @@ class Places:
                 if choice != picks[place]:
                     yield (*picks[:place], choice, *picks[place + 1 :])
 
-    def drawn(self, rng: np.random.Generator, wanted: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
-        """A candidate with at least one block that is within all limits and is wanted, drawn uniformly by rejection.
+    def drawn(self, rng: np.random.Generator, accept: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
+        """An accepted candidate with at least one block within all limits, drawn uniformly by rejection sampling.
 
         Args:
-            wanted: whether a candidate within all limits is accepted.
-            tries: number of draws after which the answer is None, also where such a candidate exists.
+            rng: random numbers.
+            accept: whether a candidate within all limits is accepted.
+            tries: number of draws after which None is returned, also where such a candidate exists.
         """
         for _ in range(tries):
             picks = self.at_random(rng)
-            if any(picks) and self.holds(picks) and wanted(picks):
+            if any(picks) and self.holds(picks) and accept(picks):
                 return picks
         return None
 
@@ -142,7 +143,9 @@ class Places:
         picks: list[int] = []
         remaining = self.limit
         for place, (choices, blocks) in enumerate(zip(self.choices.values(), self.weights, strict=True)):
-            empty = self._ways[place + 1][remaining] / self._ways[place][remaining]  # a ratio fits a float
+            empty = (
+                self._candidate_counts[place + 1][remaining] / self._candidate_counts[place][remaining]
+            )  # a ratio fits a float
             picks.append(0 if rng.random() < empty else int(rng.integers(1, len(choices))))
             remaining -= blocks if picks[-1] else 0
         return tuple(picks)
