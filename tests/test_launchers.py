@@ -21,7 +21,7 @@ from attnsurgery.search.workers.processes import ProcessPool
 from attnsurgery.search.workers.worker import serve_mailbox
 from tests._searches import change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_worker_with_other_torch_is_refused(config: SearchConfig) -> None:
 def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that never starts ends the search with its last words, and costs no trial."""
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
-    with pytest.raises(SearchError, match=r"started 3 times in vain: .* exit code 1: no torch there\. What"):
+    with pytest.raises(SearchError, match=r"started 3 times in vain: .* exit code 1: no torch there\. Finished results"):
         run(change(config, workers=1))
 
 

@@ -24,7 +24,7 @@ from attnsurgery.search.workers.launch.processes import end_of
 from tests._searches import change, small_search, write_images, write_space
 from tests.plugins.attnsurgery_dummy import Dummy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
 
 PLUGINS = str(Path(__file__).parent / "plugins")
 ROOT = str(Path(__file__).parents[1])
@@ -116,7 +116,7 @@ def test_injected_fault_costs_one_attempt(
     assert (failed.state, failed.reason, failed.attempts) == ("failed", reason, 2)
     assert [(record.state, record.attempts) for record in rest] == [("trained", 2), ("trained", 1)]
     half = ", at half the batch" if kind in ("kill", "memory") else ""
-    assert injector.phases.count(f"begun again{half}: {reason}") == 2
+    assert injector.phases.count(f"repeated{half}: {reason}") == 2
     _, again, whole, *_ = scores(tmp_path)  # the base is the first
     assert (again["pieces"], whole["pieces"]) == (2 if half else 1, 1)
     assert not list(injected_faults.iterdir())

@@ -62,13 +62,13 @@ def check_same(
         raise SearchError(
             f"{run_dir} holds a search that differs from this one, and trials of both cannot be compared. "
             f"{_listed(grave)}. {'--extend is for a space that offers more, not less. ' if smaller else ''}"
-            "Repeat the first command to go on with it, or begin another beside it with --new."
+            "Repeat the first command to resume it, or begin another beside it with --new."
         )
     terms = {key: description for key, description in changes.items() if not key.startswith(f"{VERSIONS}.")}
     if terms and shared:
         raise SearchError(
             f"{run_dir} holds a search under other terms, and others may be at its study, which --storage shares. "
-            f"{_listed(terms)}. Repeat the first command to go on with it, or begin another beside it with --new."
+            f"{_listed(terms)}. Repeat the first command to resume it, or begin another beside it with --new."
         )
     if terms and not extend:
         raise SearchError(
@@ -78,7 +78,7 @@ def check_same(
         )
     if changes and not extend:
         raise SearchError(
-            f"{run_dir} was begun with other software, or on another machine, which may change scores and latencies. "
+            f"{run_dir} was started with other software, or on another machine, which may change scores and latencies. "
             f"{_listed(changes)}. Resume it nevertheless with --extend, which the report will say, or begin "
             "another beside it with --new."
         )

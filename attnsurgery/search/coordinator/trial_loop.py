@@ -110,7 +110,7 @@ class TrialLoop:
         self._queue_twins()
 
     def check_stop(self) -> None:
-        """Do nothing unless the user asked for an end.
+        """Raise an exception if the user asked for an end.
 
         Raises:
             StopRequested: the user asked for an end.
@@ -139,11 +139,11 @@ class TrialLoop:
                 self.refresh()
 
     def _needed(self) -> int:
-        """How many candidates are still to be trained that nobody works on."""
+        """Number of candidates that are still to be trained and that no worker has."""
         return self.config.trials - len(trained(self.records)) - len(self._running) - self.store.elsewhere()
 
     def _due(self) -> int:
-        """How many candidates to ask for now.
+        """Number of candidates to ask for now.
 
         In step, as many as there are workers, before any of them begins. So each step knows the results of all steps
         before it, and does not depend on which worker was faster.

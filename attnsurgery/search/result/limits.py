@@ -18,9 +18,11 @@ EXACT = ("parameters", "macs")
 
 
 Rule = Literal["estimate", "low", "high"]
-"""Which number stands for a measured latency: the estimate itself, or an end of its 95 % confidence interval. A trial
-is judged by the estimate. Whether a search is hopeless is judged by the low end. A winner has to keep to its budget
-surely, so it is judged by the high end."""
+"""Which number stands for a measured latency: the estimate, or an end of its 95 % confidence interval.
+
+A trial is compared with its budget by the estimate, and the base by the low end, to tell whether a search is hopeless.
+A winner has to keep to its budget surely, so it is compared by the high end.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ def next_promotion(
 
 def _score(record: Record, rung: int, by: RankBy) -> float:
     score = record.score_on(rung, by)
-    assert score is not None, "whoever was on a rung has a score there"
+    assert score is not None, "a candidate has a score on each rung that it was trained on"
     return score
 
 

@@ -1,1 +1,1 @@
-"""Everything that a search has on the disk or in a database: study, journal, leases, run directory."""
+"""The storage of a search: study, journal, leases and run directory."""

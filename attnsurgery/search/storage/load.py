@@ -91,10 +91,10 @@ def _check_written(facts: Mapping[str, Any], folder: Path) -> None:
         SearchError: the search has not reached its first trial, or an older version wrote the study.
     """
     if "record" not in (facts.get("base") or {}):
-        raise SearchError(f"the search in {folder} has not come to its first trial. Let it go on, then report it.")
+        raise SearchError(f"the search in {folder} has not reached its first trial. Let it run, then report it.")
     if "about" not in facts:
         raise SearchError(
-            f"the search in {folder} was begun by an older attnsurgery, which did not store all that a report needs. "
+            f"the search in {folder} was started by an older attnsurgery, which did not store all that a report needs. "
             "Repeat the command of the search, and it is stored."
         )
 

@@ -26,8 +26,8 @@ from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.schema import SLOT
 
 _STARTUP = 6
-"""Candidates that are drawn uniformly before the sampler chooses. The sampler learns from them, a supernet is judged by
-them, and the report compares later candidates with them."""
+"""Number of candidates that are drawn uniformly before the sampler chooses. The sampler learns from them, a supernet is
+checked by them, and the report compares later candidates with them."""
 _STUCK = 3
 """After this many candidates in a row that taught nothing, the next one is drawn from those not seen yet."""
 _UNTRAINED = {"duplicate", "too_many_blocks"}
@@ -145,7 +145,7 @@ def _fastest(places: Places, exact: Places, trials: Sequence[FrozenTrial]) -> di
 
 
 def _teaches(record: Record) -> bool:
-    """False of a duplicate, and of a candidate whose known costs are over a budget: neither was measured."""
+    """Whether a trial gave new information; a duplicate does not, nor a candidate with known costs over a budget."""
     return record.state not in _UNTRAINED and (record.state != "over_budget" or record.timing is not None)
 
 
@@ -157,5 +157,5 @@ class _Fixed(Sampler):
         self._assignment = assignment
 
     def choose(self, direction: StudyDirection, trials: Sequence[FrozenTrial]) -> Mapping[str, str]:
-        """That candidate."""
+        """The given candidate."""
         return self._assignment

@@ -96,7 +96,7 @@ def mark(folder: Path) -> None:
     if is_run(folder):
         for path in folder.glob("*.safetensors"):
             _note(folder, path.name, digest_of(path))
-    text = "This directory belongs to attnsurgery search. Remove this file, and no search goes on here.\n"
+    text = "This directory belongs to attnsurgery search. Without this file, no search resumes here.\n"
     write_atomically(folder / MARK, text)
 
 

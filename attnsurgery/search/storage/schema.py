@@ -113,7 +113,7 @@ def check_format(version: int | None, location: str) -> None:
     if version is not None and version > FORMAT:
         raise SearchError(
             f"{location} was written by a newer attnsurgery (format {version}, and this one knows {FORMAT}). Update "
-            "attnsurgery to go on with it; nothing was changed."
+            "attnsurgery to resume it; nothing was changed."
         )
 
 

@@ -132,7 +132,7 @@ class Store:
         if self.fixed(FORMAT_KEY) is None:
             self.fix(FORMAT_KEY, FORMAT)
         self.sharing = Sharing(self._study, folder, lease_s) if isinstance(storage, str) else None
-        """Coordinates several searches at one study; None if the study lies in the run directory of one search."""
+        """Coordinates several searches at one study; None if the study is in the run directory of one search."""
 
     def fixed(self, key: str) -> Any:
         """Data of the whole search under a key, or None."""

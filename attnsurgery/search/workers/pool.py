@@ -25,7 +25,7 @@ from attnsurgery.search.watching import StopRequested, Watching
 
 ESSENTIAL = 4
 """Maximum number of attempts, in one run, of a job that the search cannot do without."""
-RESUME_HINT = "What was finished is kept, and the same command goes on from there."
+RESUME_HINT = "Finished results are kept, and the same command resumes the search."
 _WAIT_S = 1.0
 
 

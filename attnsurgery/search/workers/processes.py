@@ -228,7 +228,7 @@ class ProcessPool(WorkerPool):
             return [JobOutcome(job, lost=ending.reason)]
         self._waiting.appendleft(job.again(ending.out_of_memory))
         half = ", at half the batch" if ending.out_of_memory else ""
-        slot.listener.phase(f"begun again{half}: {ending.reason}")
+        slot.listener.phase(f"repeated{half}: {ending.reason}")
         return []
 
     def _end(self, slot: WorkerSlot) -> None:
