@@ -114,7 +114,7 @@ class _Worker:
             self._watch = _Attentive(self._wire, self._stop, self._lock)
             self._bench = assemble(self._config, self._wire, check=False)
             self._bench.backend.lock = self._lock.exclusive
-            self._wire.send({"versions": {"node": platform.node(), "found": self._bench.versions()}})
+            self._wire.send({"versions": {"node": platform.node(), "worker_versions": self._bench.versions()}})
         except Exception as error:
             if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
                 raise
