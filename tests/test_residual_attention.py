@@ -120,7 +120,7 @@ def test_masks_follow_equations_4_to_6() -> None:
     }
     for norm, expected in formulas.items():
         # 1e-6 is added below the root, which moves lengths of about 4 by 3e-8 of themselves
-        assert torch.allclose(ResidualAttention(16, norm=norm)._normalised(logits), expected, atol=1e-6, rtol=0)
+        assert torch.allclose(ResidualAttention(16, norm=norm)._normalized(logits), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("norm", ["mixed", "channel", "spatial"])
@@ -129,7 +129,7 @@ def test_masks_follow_equations_4_to_6() -> None:
 def test_masks_of_extreme_logits_are_finite(norm: str, dtype: torch.dtype, value: float) -> None:
     """Masks of zero, constant and large logits are finite, and so are their gradients."""
     logits = torch.full((2, 16, 3, 3), value, dtype=dtype, requires_grad=True)
-    mask = ResidualAttention(16, norm=norm)._normalised(logits)
+    mask = ResidualAttention(16, norm=norm)._normalized(logits)
     (gradient,) = torch.autograd.grad(mask.float().sum(), logits)
     assert mask.dtype == dtype
     assert torch.isfinite(mask).all()

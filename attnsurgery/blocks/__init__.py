@@ -1,4 +1,4 @@
-"""What can go in: attention blocks that map (B, C, H, W) to the same shape and know no model."""
+"""Attention blocks, which map (B, C, H, W) to the same shape and are independent of any model."""
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost, Start
 

@@ -1,7 +1,7 @@
-"""Block: the contract that every attention block keeps, and the catalog that holds them.
+"""Block: the contract of every attention block, and the catalog of all blocks.
 
-Shape letters in this folder:  B batch, C channels, H W height and width, N = H * W positions, M <= N positions summed
-over.
+Shape letters in this folder:  B batch, C channels, H W height and width, N = H * W positions, M <= N positions that a
+sum runs over.
 """
 
 from __future__ import annotations
@@ -19,74 +19,76 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from attnsurgery.blocks.loading import AsBuilt, load_of_block, name_blocks_by
+from attnsurgery.blocks.loading import InitialState, prepare_block_load, set_block_names
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import OptionError, did_you_mean
 
 Start = Literal["identity", "paper"]
 
 LARGEST_SUBSAMPLE = 64
-"""Side of the largest pooling window in front of what is summed over."""
+"""Largest side of the window by which keys and values are pooled."""
 
 _NOT_OPTIONS = {"self", "channels", "start", "device", "dtype"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one forward of one image costs beyond the parameters."""
+    """The cost of one forward of one image, besides the parameters."""
 
     macs: int
+    """Multiply-accumulates."""
     attention_bytes: int
-    """Size of the largest attention-like activation that the naive formula would hold, fp32."""
+    """Bytes of the largest attention-like activation that the naive formula would hold, in fp32."""
 
 
-@register_notrace_module  # timm's feature extraction through torch.fx keeps a block whole, and its checkpoints load
+@register_notrace_module  # timm's feature extraction by torch.fx keeps a block as one module, so checkpoints load
 class Block(nn.Module, ABC):
     """An attention block: (B, C, H, W) in, a *new* tensor of the same shape, dtype and memory format out.
 
-    Laws, which tests/contracts/test_blocks.py checks for everything in the catalog:
+    tests/contracts/test_block_contract.py checks these laws for each block of the catalog:
 
-    * started with `start="identity"`, the output is `torch.equal` to the input, in eval and in train mode;
-    * the output never shares memory with the input: hosts add to it in place;
-    * every parameter gets a gradient once the start was perturbed by one optimiser step;
-    * options are exactly the keyword-only arguments of `__init__`: their annotations are the schema.
+    * With `start="identity"`, the output is `torch.equal` to the input, in eval and in train mode.
+    * The output never shares memory with the input, because hosts add to it in place.
+    * Each parameter gets a gradient after one optimizer step from the start.
+    * The options are exactly the keyword-only arguments of `__init__`, and their annotations are the schema.
 
-    An identity start has gates that are zero. Adaptive gradient clipping (timm's --clip-mode agc) allows a parameter
-    steps in proportion to its own size, and so holds them near zero under SGD: after 50 steps at a learning rate of 0.1
-    the largest gate of non_local, dual and residual_attention in a small ResNet was 0.26, 0.15 and 0.04 without it, and
-    0.0001, 0.0004 and 0.00002 with a factor of 0.01. Under AdamW, whose steps do not depend on the size of gradients,
-    it made no such difference. Leave gates out of that clipping, or train them by AdamW.
+    An identity start has gates that are zero. Adaptive gradient clipping (timm's --clip-mode agc) limits the step of a
+    parameter in proportion to its norm, so under SGD it holds gates near zero. After 50 steps at a learning rate of
+    0.1, the largest gate of non_local, dual and residual_attention in a small ResNet was 0.26, 0.15 and 0.04 without
+    clipping, and 0.0001, 0.0004 and 0.00002 with a factor of 0.01. Under AdamW, whose steps do not depend on the scale
+    of gradients, there was no such difference. Exclude gates from that clipping, or train them by AdamW.
 
-    A block with `gates = True` sits on a span of the host, the trunk T, instead of at one place: it is given the span's
-    input x and returns what the span's output is multiplied with, so the host computes T(x) * block(x). Its identity
-    start returns exactly 1.
+    A block with `gates = True` stands on a span of the host, the trunk T, instead of at one site. It takes the span's
+    input x and returns the factor of the span's output, so the host computes T(x) * block(x). Its identity start
+    returns exactly 1.
     """
 
     child_name: ClassVar[str]
-    """What the block is called inside its host: the `se` of `layer1.0.se.fc1`."""
+    """The block's name in its host, such as the `se` of `layer1.0.se.fc1`."""
 
     slots: ClassVar[tuple[str, ...]] = ()
-    """Other names under which hosts keep a place free for a block of this kind; a free one is filled."""
+    """Other names that hosts reserve for such a block; the block takes a reserved name if there is one."""
 
     model_suffix: ClassVar[str] = ""
-    """How it is spelled in model names: the `nonlocal` of `resnet50_nonlocal_s3`. Empty: no names are made of it."""
+    """Its part of model names, such as the `nonlocal` of `resnet50_nonlocal_s3`; empty if there are no such names."""
 
     model_place: ClassVar[str] = "last"
-    """Where `<arch>_<suffix>_s<n>` puts it: the rule part of a selector, such as 'before_last_block'."""
+    """The selector rule for its site in `<arch>_<suffix>_s<n>`, such as 'before_last_block'."""
 
     # no annotations on these: torch.jit.script would try to resolve them
     grafted = False
-    """True inside a host; then attnsurgery.blocks.loading says whether a checkpoint without this block loads."""
+    """True inside a host; attnsurgery.blocks.loading then decides whether a checkpoint without this block loads."""
 
     gates = False
-    """True: the block reads the input of a span and returns the factor of the span's output."""
+    """True if the block reads the input of a span and returns the factor of the span's output."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        register_notrace_module(cls)  # timm's feature extraction through torch.fx takes a block as one call
+        register_notrace_module(cls)  # timm's feature extraction by torch.fx keeps a block as one call
 
     @abstractmethod
-    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to the same shape."""
 
     @abstractmethod
     def cost(self, height: int, width: int) -> Cost:
@@ -94,22 +96,22 @@ class Block(nn.Module, ABC):
 
     @classmethod
     def fittings(cls, options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
-        """The options for a map of this size: all that an 'auto' may come to, the dearest first.
+        """The options for a map of this size, with each value that an 'auto' may have, in order of falling cost.
 
-        The first is taken; a recipe with a limit on attention goes on to the next.
+        The first is used; a recipe with a limit on attention may use a later one.
         """
         return (dict(options),)
 
     @classmethod
     def order_free(cls, options: Mapping[str, Any]) -> bool:
-        """True if it makes no difference how the positions lie, so that a token sequence does without its grid."""
+        """True if the order of positions makes no difference, so a token sequence needs no grid."""
         return False
 
     def check_map(self, height: int, width: int) -> None:
-        """Refuse a map on which the block has no meaning.
+        """Refuse a map on which the block is meaningless.
 
         Raises:
-            OptionError: says which option or place would do.
+            OptionError: the block cannot work on such a map; the message says which option or site would be valid.
         """
 
     def _load_from_state_dict(
@@ -122,30 +124,29 @@ class Block(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Lets one strict load take both kinds of checkpoint: with this block, and of the base without it.
+        """Let one strict load accept both kinds of checkpoint: with this block, and of the base without it.
 
-        A parameter of one number has the shape (1,), because sharding wrappers take none without a dimension; one that
-        was saved without a dimension is taken too.
-        Whether a block may be missing is decided for the whole model, in attnsurgery.blocks.loading.
+        A parameter of one number has the shape (1,), because sharding wrappers accept no scalars; a saved scalar is
+        accepted too. attnsurgery.blocks.loading decides for the whole model whether a block may be missing.
         """
         for name, parameter in self._parameters.items():
             saved = state_dict.get(prefix + name)
             if parameter is not None and saved is not None and saved.ndim == 0 and parameter.shape == (1,):
                 state_dict[prefix + name] = saved.reshape(1)
         if self.grafted:
-            load_of_block(self, state_dict, prefix, missing_keys, error_msgs)
+            prepare_block_load(self, state_dict, prefix, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 
 BLOCKS: Catalog[Block] = Catalog("block", "attnsurgery.blocks", group="attnsurgery.blocks")
-name_blocks_by(lambda: {name for key in BLOCKS for name in (BLOCKS[key].child_name, *BLOCKS[key].slots)})
+set_block_names(lambda: {name for key in BLOCKS for name in (BLOCKS[key].child_name, *BLOCKS[key].slots)})
 
 
 @cache
 def options_model(block: type[Block]) -> type[pydantic.BaseModel]:
-    """The strict schema of a block's options, read off the keyword-only arguments of its `__init__`."""
+    """The strict schema of a block's options, from the keyword-only arguments of its `__init__`."""
     hints = typing.get_type_hints(block.__init__, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints[name], parameter.default)
@@ -157,31 +158,31 @@ def options_model(block: type[Block]) -> type[pydantic.BaseModel]:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` of the block called `name`, with every default filled in.
+    """The options of the block called `name`, with defaults filled in.
 
     Raises:
-        UnknownNameError: no such block.
-        OptionError: an option that is unknown or has no legal value; the message lists what is allowed.
+        UnknownNameError: there is no such block.
+        OptionError: an option is unknown or its value is invalid; the message lists all options.
     """
     schema = options_model(BLOCKS[name])
     try:
         return schema.model_validate(dict(options)).model_dump()
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)
-        first = found[0]
+        problems = error.errors(include_url=False)
+        first = problems[0]
         option = str(first["loc"][0])
         allowed = ", ".join(f"{field}={info.default!r}" for field, info in schema.model_fields.items())
         if first["type"] == "extra_forbidden":
             problem = f"has no option {option!r}.{did_you_mean(option, schema.model_fields)}"
         else:
-            said = dict.fromkeys(item["msg"] for item in found if item["loc"][0] == first["loc"][0])
-            wanted = " or ".join(said).replace(" or Input should be ", " or ")
-            problem = f"cannot take {option}={first['input']!r}: {wanted[:1].lower()}{wanted[1:]}."
+            messages = dict.fromkeys(item["msg"] for item in problems if item["loc"][0] == first["loc"][0])
+            expected = " or ".join(messages).replace(" or Input should be ", " or ")
+            problem = f"cannot take {option}={first['input']!r}: {expected[:1].lower()}{expected[1:]}."
         raise OptionError(f"block {name!r} {problem} Options and their defaults: {allowed}.") from None
 
 
 def subsamplings(options: Mapping[str, Any], height: int, width: int) -> tuple[dict[str, Any], ...]:
-    """Where `subsample` says 'auto': 1, 2, 4, 8 ..., as far as the map leaves one position to sum over."""
+    """The fittings of a `subsample` of 'auto': 1, 2, 4, 8 ... as long as one position remains."""
     if options.get("subsample") != "auto":
         return (dict(options),)
     sides = range(min(height, width, LARGEST_SUBSAMPLE).bit_length())
@@ -196,13 +197,21 @@ def build_block(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """A new block by name; options as in a recipe.
+    """Build a block by its name.
+
+    Args:
+        name: name of the block in the catalog.
+        channels: C of its input.
+        options: options as in a recipe; the others have their defaults.
+        start: how the block is initialized.
+        device: device of its parameters; by default torch's default device.
+        dtype: dtype of its parameters; by default torch's default dtype.
 
     Raises:
-        UnknownNameError, OptionError: as `check_options`.
+        UnknownNameError, OptionError: see `check_options`.
     """
     checked = check_options(name, options)
     make: Any = BLOCKS[name]
     block: Block = make(channels, start=start, device=device, dtype=dtype, **checked)
-    block.__dict__["as_built"] = AsBuilt(block, start)
+    block.__dict__["initial_state"] = InitialState(block, start)
     return block

@@ -1,12 +1,12 @@
-"""softmax(scale * query key^T) value on CUDA: two matrix products, or a fused kernel, by a measured crossover.
+"""softmax(scale * query key^T) value on CUDA: two matrix products or a fused kernel, chosen by measured times.
 
-The fused kernels split the work over batch, heads and blocks of queries. A map of 14 x 14 with one head gives a batch
-of 1 no more than a few such blocks, on a card with more than a hundred multiprocessors; there two matrix products can
-win. Which form wins where is measured (`crossover.py`). In half precision the product form rounds the scores to half
+The fused kernels distribute the work over batch, heads and blocks of queries. A map of 14 x 14 with one head and a
+batch of 1 has only a few such blocks, on a card with more than a hundred multiprocessors, so two matrix products can be
+faster. Which form is faster was measured (`crossover.py`). In half precision the product form rounds the scores to half
 precision before its softmax, as a block written with two matrix products does; the fused kernels keep them in fp32.
 
-Shape letters in this file:  B batch, N positions, M positions summed over, E width of queries and keys, D width of
-values.
+Shape letters in this file:  B batch, N positions, M positions that a sum runs over, E width of queries and keys, D
+width of values.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from attnsurgery.blocks.sizes import at_most, mix
 __all__ = ["attend", "card_name", "fused", "over_channels", "product"]
 
 WIDEST = 256
-"""Widest E = D of the flash kernel."""
+"""Largest E = D of the flash kernel."""
 
 LARGEST_MATRIX = 1 << 26
-"""Largest B * N * M that the product form holds at a time, whatever is faster: 128 MiB in half precision."""
+"""Largest B * N * M that the product form stores at a time, even where it is faster: 128 MiB in half precision."""
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _SMALL_BATCH, _LARGE_BATCH = 1, 64
 _SMALL_UP_TO = 8
 _SMALL_ROWS = 8192
-"""With up to so many queries, B * N, and up to `_SMALL_UP_TO` images a fused kernel leaves multiprocessors idle, as it
-does at a batch of 1; on an H100 with 132 of them, 8 x 3136 queries at E = D = 256 take it 0.43 of the product's time
-while 1 x 3136 take it 1.2."""
+"""With up to this many queries, B * N, and up to `_SMALL_UP_TO` images, a fused kernel leaves multiprocessors idle, as
+at a batch of 1. On an H100, which has 132, it takes 0.43 of the product's time for 8 x 3136 queries at E = D = 256, and
+1.2 of it for 1 x 3136."""
 
 
 class Choice(NamedTuple):
-    """Which form runs for some batch, widths and direction."""
+    """Which form runs, for one class of batch, widths and direction."""
 
     product_above: int
-    """The product form takes N * M above this ..."""
+    """The product form runs for N * M above this ..."""
     product_up_to: int
     """... and up to this."""
     in_heads: bool
-    """Whether the fused kernel takes the value in heads of width E where it can."""
+    """Whether the fused kernel splits the value into heads of width E where possible."""
 
 
 FUSED = Choice(0, 0, True)
-"""The choice where nothing was measured."""
+"""The choice without measurements."""
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale * query key^T) value: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D)."""
+    """softmax(scale * query key^T) value: from (B, N, E), (B, M, E) and (B, M, D) to (B, N, D)."""
     if is_scripting():
         return fused(query, key, value, scale, True)
     else:
-        if query.dtype == torch.float16:  # whose scores may overflow; the fused kernels keep theirs in fp32
+        if query.dtype == torch.float16:  # its scores may overflow; the fused kernels keep them in fp32
             return fused(query, key, value, scale, True)
         choice = _choice_for(query, value)
         pairs = query.shape[1] * key.shape[1]
@@ -71,7 +71,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
             return product(query, key, value, scale)
         if at_most(query.shape[2], WIDEST) or torch.compiler.is_compiling():
             return fused(query, key, value, scale, True)
-        if torch.is_autocast_enabled("cuda"):  # backward runs outside of it, and has to multiply the same
+        if torch.is_autocast_enabled("cuda"):  # backward runs outside of autocast and must use the same dtype
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         sliced: torch.Tensor = _Slices.apply(query, key, value, scale)
@@ -79,7 +79,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 def product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """The formula, in three kernels."""
+    """The product form, in three kernels."""
     if scale == 1.0:
         scores = torch.bmm(query, key.transpose(1, 2))
     else:  # beta = 0: the first argument is never read
@@ -88,11 +88,10 @@ def product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
 
 
 class _Slices(torch.autograd.Function):
-    """The product form for some images after others, so that their matrices keep to the limit; computed again on the
-    way back.
+    """The product form in groups of images, so that their matrices are within the limit; backward recomputes them.
 
-    For widths that no flash kernel takes. On an H100 with B = 8, N = M = 3136 and E = 512, D = 256 the memory-efficient
-    kernel takes 8 times as long as the product, forward and backward.
+    It is used for widths that no flash kernel supports. On an H100 with B = 8, N = M = 3136 and E = 512, D = 256 the
+    memory-efficient kernel takes 8 times as long as the product, forward and backward.
     """
 
     @staticmethod
@@ -111,20 +110,20 @@ class _Slices(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images = _Slices._images(*ctx.saved_tensors[:2])
-        found = []
-        for *given, towards in zip(*(torch.split(t, images) for t in (*ctx.saved_tensors, grad)), strict=True):
+        gradients = []
+        for *inputs, grad_slice in zip(*(torch.split(t, images) for t in (*ctx.saved_tensors, grad)), strict=True):
             with torch.enable_grad():
-                few_q, few_k, few_v = (t.detach().requires_grad_() for t in given)
+                few_q, few_k, few_v = (t.detach().requires_grad_() for t in inputs)
                 mixed = product(few_q, few_k, few_v, ctx.scale)
-            found.append(torch.autograd.grad(mixed, (few_q, few_k, few_v), towards))
-        return (*(torch.cat(parts) for parts in zip(*found, strict=True)), None)
+            gradients.append(torch.autograd.grad(mixed, (few_q, few_k, few_v), grad_slice))
+        return (*(torch.cat(parts) for parts in zip(*gradients, strict=True)), None)
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, in_heads: bool) -> torch.Tensor:
-    """The fused kernels of CUDA, which want widths that are multiples of 8.
+    """The fused kernels of CUDA, with widths padded to multiples of 8.
 
-    Flash takes half precision, and E = D up to 256; the memory-efficient kernel takes the rest. A wider value can be
-    split into heads of width E for flash, at the price of scores that are computed once a head.
+    Flash supports half precision and E = D up to 256; otherwise the memory-efficient kernel runs. A wider value can be
+    split into heads of width E for flash, which computes the scores once per head.
     """
     value_width = value.shape[2]
     query, key, value = _multiple_of_8(query), _multiple_of_8(key), _multiple_of_8(value)
@@ -133,7 +132,7 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     if in_heads and half and width <= 256 and value.shape[2] % width == 0:
         heads = value.shape[2] // width
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    if heads == 1:  # with fewer views: launched eagerly, each costs about as much as a kernel
+    if heads == 1:  # fewer views, because in eager mode each costs about as much as a kernel
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)
         return mixed if mixed.shape[2] == value_width else mixed[:, :, :value_width]
@@ -144,31 +143,32 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
 
 
 def over_channels(x: torch.Tensor, paper: bool) -> torch.Tensor:
-    """Channel attention (B, C, N) -> (B, C, N) with the channels as the positions of the fused kernel, their maps as E.
+    """Channel attention, (B, C, N) -> (B, C, N), by the fused kernel with channels as its positions and N as its width.
 
-    The C x C matrix, which takes B * C * C numbers in fp32 and several passes over them, is never built; the kernel
-    keeps its energies in fp32. For half precision and N up to `WIDEST`.
+    The C x C matrix, with B * C * C numbers in fp32 and several passes over them, is never built. The kernel keeps its
+    energies in fp32. It is for half precision and N up to `WIDEST`.
 
     Args:
-        paper: softmax(E); otherwise softmax(-E), which is softmax(max(E) - E).
+        x: the maps, (B, C, N).
+        paper: True for softmax(E), False for softmax(-E), which is softmax(max(E) - E).
     """
     return fused(x if paper else -x, x, x, 1.0, False)
 
 
 def _multiple_of_8(rows: torch.Tensor) -> torch.Tensor:
-    """Zeros behind the last dimension; none where none are missing, for a pad by nothing is a copy."""
+    """Pad the last dimension with zeros to a multiple of 8, without a copy if it is one already."""
     missing = -rows.shape[2] % 8
     return F.pad(rows, (0, missing)) if missing > 0 else rows
 
 
 def card_name(device: torch.device | str | int | None = None) -> str:
-    """The name of a card as files and tables have it, such as "nvidia-h100-80gb-hbm3"."""
+    """The name of a card in files and tables, such as "nvidia-h100-80gb-hbm3"."""
     return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def _choice_for(query: torch.Tensor, value: torch.Tensor) -> Choice:
     half = query.dtype == torch.float16 or query.dtype == torch.bfloat16
-    found = _looked_up(
+    choice = _looked_up(
         query.device,
         "half" if half else "full",
         "both" if torch.is_grad_enabled() else "forward",
@@ -176,7 +176,7 @@ def _choice_for(query: torch.Tensor, value: torch.Tensor) -> Choice:
         _class_of(query.shape[2]),
         _class_of(value.shape[2]),
     )
-    return Choice(found[0], found[1], found[2])
+    return Choice(choice[0], choice[1], choice[2])
 
 
 def _is_small(query: torch.Tensor) -> bool:
@@ -184,10 +184,10 @@ def _is_small(query: torch.Tensor) -> bool:
 
 
 def _class_of(width: int) -> int:
-    """The nearest measured width; the largest where a compiler does not know the width."""
-    for known in _WIDTHS[:-1]:
-        if at_most(width, known * 3 // 2):
-            return known
+    """The nearest measured width; the largest if a compiler does not know the width."""
+    for measured in _WIDTHS[:-1]:
+        if at_most(width, measured * 3 // 2):
+            return measured
     return _WIDTHS[-1]
 
 
@@ -195,7 +195,7 @@ def _class_of(width: int) -> int:
 def _looked_up(
     device: torch.device, precision: str, direction: str, batch: int, width: int, value_width: int
 ) -> tuple[int, int, bool]:
-    """The choice as a plain tuple, which a compiler takes for a constant."""
+    """The choice as a plain tuple, which a compiler treats as a constant."""
     return tuple(_choice(*_card(device), precision, direction, batch, width, value_width))  # type: ignore[return-value]
 
 
@@ -208,12 +208,12 @@ def _card(device: torch.device) -> tuple[str, tuple[int, int]]:
 def _choice(
     card: str, capability: tuple[int, int], precision: str, direction: str, batch: int, width: int, value_width: int
 ) -> Choice:
-    """What the table says for the nearest card, batch and widths; `FUSED` where it says nothing."""
+    """The table's choice for the nearest card, batch and widths; `FUSED` if the table has none."""
 
     def distance(rule: Rule) -> float:
-        _, _, of_batch, of_width, of_value, *_ = rule
-        widths = abs(math.log2(width / of_width)) + abs(math.log2(value_width / of_value))
-        return 100 * abs(math.log2(batch / of_batch)) + widths
+        _, _, rule_batch, rule_width, rule_value_width, *_ = rule
+        widths = abs(math.log2(width / rule_width)) + abs(math.log2(value_width / rule_value_width))
+        return 100 * abs(math.log2(batch / rule_batch)) + widths
 
     rules = [rule for rule in _rules(card, capability) if rule[:2] == (precision, direction)]
     if not rules:
@@ -223,7 +223,7 @@ def _choice(
 
 
 def _rules(card: str, capability: tuple[int, int]) -> tuple[Rule, ...]:
-    """The rules of this card, or else of the measured one with the nearest compute capability."""
+    """The rules of this card, or of the measured card with the nearest compute capability."""
     if card in CARDS:
         return CARDS[card][1]
 

@@ -28,12 +28,14 @@ Energy = Literal["code", "paper"]
 class PositionAttention(nn.Module):
     """The position attention module: of x and y, both (B, C, H, W), y + gamma * attention(x).
 
-    The softmax takes q . k without a scale. The N x M matrix is not held on large maps.
+    The softmax is over q . k without a scale. The N x M matrix is not stored on large maps.
 
     Args:
         channels: C.
-        reduction: C over the width of queries and keys.
-        subsample: side of a max pooling window in front of keys and values; 1 attends to every position.
+        reduction: C divided by the width of queries and keys.
+        subsample: side of the max pooling window before keys and values; 1 attends to all positions.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class PositionAttention(nn.Module):
         return add_weighted(y, self.gamma, attend(query, key, value).transpose(1, 2).reshape(x.shape))
 
     def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
-        """The weights with which one position of (B, C, H, W) sums over all: (B, H, W), pooled by `subsample`."""
+        """The weights of all positions in the sum of one position of (B, C, H, W): (B, H, W), pooled by `subsample`."""
         pooled = self.pool(x)
         query = self.query_conv(x[:, :, row : row + 1, column : column + 1]).flatten(2).transpose(1, 2)
         weights = torch.softmax(torch.bmm(query, self.key_conv(pooled).flatten(2)), dim=-1)
@@ -71,7 +73,9 @@ class ChannelAttention(nn.Module):
     """The channel attention module: of x and y, both (B, C, H, W), y + gamma * attention(x).
 
     Args:
-        energy: 'code', softmax(max(E) - E) as in the authors' release, or 'paper', softmax(E).
+        energy: 'code' for softmax(max(E) - E) as in the authors' release, or 'paper' for softmax(E).
+        device: device of the parameter.
+        dtype: dtype of the parameter.
     """
 
     def __init__(
@@ -89,11 +93,11 @@ class ChannelAttention(nn.Module):
 
 
 def add_weighted(x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """x + gamma * branch in one pass; x itself, bit for bit, at gamma = 0."""
+    """x + gamma * branch in one pass; exactly x at gamma = 0."""
     return torch.addcmul(x, gamma.to(x.dtype), branch.to(x.dtype))
 
 
-# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+# These depend on sizes and dtypes, which are unknown in a symbolic trace, so each stays one call.
 for _name in ("attend", "attend_channels", "add_weighted"):
     fx.wrap(_name)
 
@@ -102,23 +106,23 @@ for _name in ("attend", "attend_channels", "add_weighted"):
 class DualAttention(Block):
     """Adds position attention and channel attention to a map, each through a weight that starts at 0.
 
-    y = x + gamma_p * position(x) + gamma_c * channel(x). At gamma = 0 that is the identity; both gammas learn first.
+    y = x + gamma_p * position(x) + gamma_c * channel(x). At gamma = 0 it is the identity, and only the gammas learn.
 
     Args:
-        channels: C of the tensor this block is given and gives back.
+        channels: C of the input and the output.
         parts: 'both', 'position' or 'channel'.
         fusion: 'shared_residual', the sum above; 'sequential', channel attention on the result of position attention;
             'paper_sum', the sum of the paper's two residual modules, which is 2 x at gamma = 0.
-        reduction: C over the width of position attention's queries and keys; 8 in the authors' release.
-        subsample: side of a max pooling window in front of position attention's keys and values; 1 attends to every
-            position. Odd maps floor; on a map smaller than the window it is as large as the map. 'auto' is the first of
-            1, 2, 4, 8 ... with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a block
-            built by hand.
-        cam_energy: of channel attention, 'code' for the authors' softmax(max(E) - E), 'paper' for softmax(E).
-        start: 'identity'; 'paper' is the same start, and takes 'paper_sum' too.
+        reduction: C divided by the width of position attention's queries and keys; 8 in the authors' release.
+        subsample: side of the max pooling window before position attention's keys and values; 1 attends to all
+            positions. A remainder of the map is cut off; on a map smaller than the window, it is as large as the map.
+            'auto' is the first of 1, 2, 4, 8 ... with which a recipe is within its `max_attention_mb`, and 1 without a
+            limit or outside of a recipe.
+        cam_energy: energy of channel attention: 'code' for the authors' softmax(max(E) - E), 'paper' for softmax(E).
+        start: 'identity', or 'paper', which is the same start and allows 'paper_sum'.
 
     Raises:
-        OptionError: `reduction` leaves no channel, or 'paper_sum' is to start as the identity.
+        OptionError: `reduction` leaves no channel, or 'paper_sum' has an identity start.
     """
 
     child_name = "dual"
@@ -167,10 +171,10 @@ class DualAttention(Block):
         return y
 
     def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
-        """That of the position attention.
+        """The weights of the position attention; see `PositionAttention.attention_from`.
 
         Raises:
-            OptionError: there is none.
+            OptionError: the block has no position attention.
         """
         if self.sa is None:
             raise OptionError("block 'dual' with parts: channel attends to channels, and to no position.")

@@ -1,16 +1,15 @@
-"""The pairwise sums of attention blocks in exact forms that are fast and hold no N x M matrix.
+"""The pairwise sums of attention blocks, in fast and exact forms that store no N x M matrix.
 
 Papers: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971, equations 1 to 6; Fu et
-al., "Dual Attention Network for Scene Segmentation", CVPR 2019, arXiv:1809.02983, equations 1 to 4. Nothing here
-approximates.
+al., "Dual Attention Network for Scene Segmentation", CVPR 2019, arXiv:1809.02983, equations 1 to 4.
 
 Each sum has a *product* form, which is the formula with its N x M matrix, and a form without that matrix. On small maps
-the product is the fastest and its matrix fits a cache; where it stops paying was measured, stands in `SOFTMAX_PRODUCT`
-and `CONCATENATION_PRODUCT`, and is measured again by `scripts/bench/blocks.py --crossover`. While torch compiles or
-exports for sizes that it does not know, the choice is always the form without the matrix.
+the product form is the fastest, and its matrix fits into the cache. The limits `SOFTMAX_PRODUCT` and
+`CONCATENATION_PRODUCT` were measured by `scripts/bench/blocks.py --crossover`. When torch compiles or exports for
+unknown sizes, the form without the matrix is chosen.
 
-Shape letters in this file:  B batch, N positions, M positions summed over, E width of queries and keys, D width of
-values, C channels. Positions come first, (B, N, E), whichever way they lie in memory.
+Shape letters in this file:  B batch, N positions, M positions that a sum runs over, E width of queries and keys, D
+width of values, C channels. Positions come first, (B, N, E), in any memory layout.
 """
 
 from __future__ import annotations
@@ -31,29 +30,30 @@ __all__ = ["attend", "attend_channels", "channel_weights", "concatenate", "dot_p
 SOFTMAX_PRODUCT = 1 << 20
 """Largest N * M at which a softmax runs in its product form, on CPU.
 
-Seen on two cores in fp32, time of the other forms over that of the product: 1.0 to 2.2 at 196 x 196, 0.8 to 1.4 at
-784 x 784 (where the matrix takes no more memory than the copies that the fused kernel wants), 0.4 to 1.1 at 3136 x 784
-and 0.4 to 0.9 at 3136 x 3136, the lower ones at small widths.
+On two cores in fp32, the time of the other forms divided by that of the product form is 1.0 to 2.2 at 196 x 196, 0.8
+to 1.4 at 784 x 784 (where the matrix takes no more memory than the copies that the fused kernel needs), 0.4 to 1.1 at
+3136 x 784 and 0.4 to 0.9 at 3136 x 3136. The lower values are those of small widths.
 """
 
 CONCATENATION_PRODUCT = 1 << 18
 """Largest N * M at which a concatenation runs in its product form, on CPU.
 
-Seen on two cores in fp32, time of the sorted form over that of the product: 1.3 at 784 x 196, 0.3 to 0.5 at 784 x 784.
+On two cores in fp32, the time of the sorted form divided by that of the product form is 1.3 at 784 x 196 and 0.3 to
+0.5 at 784 x 784.
 """
 
-# Rows of the matrix of weights that are alive together: as many as make a tile of so many numbers, but within limits.
+# Rows of the weight matrix in memory at a time: as many as make a tile of this many numbers, within the two limits.
 _TILE = 1 << 20
 _FEWEST_ROWS, _MOST_ROWS = 64, 256
 
-# Queries whose copy is alive at a time where the fused kernel runs in slices.
+# Queries of which a copy is in memory at a time, if the fused kernel runs in slices.
 _SLICE = 512
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def softmax_by_matrix(positions: int, summed: int, product_up_to: int = SOFTMAX_PRODUCT) -> bool:
-    """Whether `attend` runs in its product form on CPU; if not, it copies keys and values that are not contiguous."""
+    """True if `attend` uses its product form on CPU; otherwise it copies keys and values that are not contiguous."""
     return at_most(positions * summed, product_up_to)
 
 
@@ -64,23 +64,24 @@ def attend(
     scale: float = 1.0,
     product_up_to: int = SOFTMAX_PRODUCT,
 ) -> torch.Tensor:
-    """softmax(scale * query key^T) value: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D).
+    """softmax(scale * query key^T) value: from (B, N, E), (B, M, E) and (B, M, D) to (B, N, D).
 
-    The Gaussian modes of a non-local block and position attention. N * M * (E + D) multiply-accumulates. Its forms:
+    It serves the Gaussian modes of a non-local block and position attention, with N * M * (E + D)
+    multiply-accumulates. Its forms are:
 
-    * product, up to N * M = `product_up_to` in full precision on CPU: the formula;
-    * fused: `F.scaled_dot_product_attention`. That kernel falls back to the formula without a word unless the last
-      dimensions lie contiguously and, on CPU, unless E = D; so both are seen to. Without gradients the queries are
-      copied slice by slice;
-    * tiles, for E other than D on CPU: rows of the matrix in turn, computed again on the way back, which costs more
-      than keeping it would. At N = M = 3136, E = 64, D = 512 forward takes 0.6 of what padding for the fused kernel
-      does, forward and backward 0.5 to 0.7;
-    * padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled, exported.
+    * Product, up to N * M = `product_up_to` in full precision on CPU.
+    * Fused: `F.scaled_dot_product_attention`. That kernel silently falls back to the formula unless the last dimensions
+      are contiguous and, on CPU, E = D, so both are ensured. Without gradients, the queries are copied in slices.
+    * Tiles, for E != D on CPU: some rows of the matrix at a time, which backward recomputes. At N = M = 3136, E = 64,
+      D = 512, forward takes 0.6 of the time of padding for the fused kernel, and forward with backward 0.5 to 0.7.
+    * Padded with zeros to E = D, then fused, where tiles cannot run: in half precision, scripted, compiled or exported.
 
-    On CUDA it is the product or the fused kernel, by what was measured there: see `cuda_attention.py`.
+    On CUDA it is the product or the fused kernel, depending on measured times; see `cuda_attention.py`.
     """
     full = query.dtype == torch.float32 or query.dtype == torch.float64
-    if full and (query.device.type == "cpu" or query.device.type == "meta"):  # meta counts what a CPU would do
+    if full and (
+        query.device.type == "cpu" or query.device.type == "meta"
+    ):  # on meta, operations are counted as on a CPU
         if at_most(query.shape[1] * key.shape[1], product_up_to):
             scaled = query * scale if scale != 1.0 else query
             return mix(torch.softmax(torch.bmm(scaled, key.transpose(1, 2)), dim=-1), value)
@@ -97,20 +98,20 @@ def attend(
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """The fused kernel, behind zeros that make E = D."""
+    """The fused kernel, with zeros as padding to E = D."""
     width, value_width = query.shape[2], value.shape[2]
     if width < value_width:
         query, key = F.pad(query, (0, value_width - width)), F.pad(key, (0, value_width - width))
     elif width > value_width:
         value = F.pad(value, (0, width - value_width))
-    # (B, 1, N, E): one head; contiguous, or the kernel is not used
+    # (B, 1, N, E) with one head, and contiguous, because otherwise the kernel is not used
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     mixed = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=scale)
     return mixed.squeeze(1)[:, :, :value_width]
 
 
 def _fused_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """The fused kernel for some queries after others, so that their contiguous copy is a small one."""
+    """The fused kernel for slices of the queries, so that their contiguous copy is small."""
     key, value = key.contiguous(), value.contiguous()
     mixed = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
     for start in range(0, query.shape[1], _SLICE):
@@ -120,7 +121,7 @@ def _fused_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 class _Tiles(torch.autograd.Function):
-    """softmax(scale * query key^T) value, some rows of the matrix of weights at a time, forward and backward."""
+    """softmax(scale * query key^T) value, with some rows of the weight matrix at a time, forward and backward."""
 
     @staticmethod
     def _height(query: torch.Tensor, key: torch.Tensor) -> int:
@@ -160,36 +161,37 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        to_query, to_key, to_value = (
+        grad_query, grad_key, grad_value = (
             torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
         )
         tile = value.new_empty(key.shape[0], _Tiles._height(query, key), key.shape[1])
-        other = torch.empty_like(tile)
+        grad_tile = torch.empty_like(tile)
         for rows in _Tiles._rows(query, key):
-            weights, of_rows = _Tiles._weights(query, key, rows, tile), grad[:, rows]
-            to_value.baddbmm_(weights.transpose(1, 2), of_rows)
-            to_scores = torch.bmm(of_rows, value.transpose(1, 2), out=other[:, : of_rows.shape[1]]).mul_(weights)
-            to_scores.sub_(weights.mul_(to_scores.sum(dim=-1, keepdim=True)))
-            to_key.baddbmm_(to_scores.transpose(1, 2), query[:, rows])
-            to_query[:, rows] = torch.bmm(to_scores, key)
-        return to_query.mul_(ctx.scale), to_key, to_value, None
+            weights, grad_rows = _Tiles._weights(query, key, rows, tile), grad[:, rows]
+            grad_value.baddbmm_(weights.transpose(1, 2), grad_rows)
+            out = grad_tile[:, : grad_rows.shape[1]]
+            grad_scores = torch.bmm(grad_rows, value.transpose(1, 2), out=out).mul_(weights)
+            grad_scores.sub_(weights.mul_(grad_scores.sum(dim=-1, keepdim=True)))
+            grad_key.baddbmm_(grad_scores.transpose(1, 2), query[:, rows])
+            grad_query[:, rows] = torch.bmm(grad_scores, key)
+        return grad_query.mul_(ctx.scale), grad_key, grad_value, None
 
 
 def dot_product_by_matrix(positions: int, summed: int, width: int, value_width: int) -> bool:
-    """Whether (theta phi^T) g takes no more multiply-accumulates than theta (phi^T g).
+    """True if (theta phi^T) g takes no more multiply-accumulates than theta (phi^T g), so that it is faster.
 
-    Measured on CPU, that is where it is the faster one: the ratio of the times is 0.9 to 1.05 of the ratio of the
-    counts, forward and backward, from 49 to 3136 positions at widths of 64 to 512.
+    Measured on CPU, the ratio of the times is 0.9 to 1.05 of the ratio of the counts, forward and backward, from 49 to
+    3136 positions at widths of 64 to 512.
     """
     by_matrix = positions * summed * (width + value_width)
     return at_most(by_matrix - (positions + summed) * width * value_width, 0)
 
 
 def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """theta phi^T g / M: of (B, N, E), (B, M, E) and (B, M, D), a (B, N, D). Mode `dot_product`, section 3.2.
+    """theta phi^T g / M: from (B, N, E), (B, M, E) and (B, M, D) to (B, N, D). Mode `dot_product`, section 3.2.
 
-    The cheaper association runs; the N x M matrix is built only where it is the smaller thing. In half precision the
-    division by M comes before the sums, which could overflow, one half of it on each side, which could underflow.
+    The cheaper order of the two products runs, so the N x M matrix is built only if it is small. In half precision,
+    both phi and g are divided by the square root of M before the sums, to avoid overflow and underflow.
     """
     summed = phi.shape[1]
     half = theta.dtype == torch.float16 or theta.dtype == torch.bfloat16
@@ -203,7 +205,7 @@ def dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor) -> torc
 
 
 def _mix_rows(theta: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """theta (B, N, E) times context (B, E, D), which lies in memory as theta does."""
+    """theta (B, N, E) times context (B, E, D); the result has the memory layout of theta."""
     if at_most(theta.stride(2), 1):
         return torch.bmm(theta, context)
     return torch.bmm(context.transpose(1, 2), theta.transpose(1, 2)).transpose(1, 2)
@@ -212,16 +214,18 @@ def _mix_rows(theta: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
 def concatenate(
     a: torch.Tensor, b: torch.Tensor, g: torch.Tensor, product_up_to: int = CONCATENATION_PRODUCT
 ) -> torch.Tensor:
-    """sum over j of relu(a_i + b_j) g_j / M: of (B, N), (B, M) and (B, M, D), a (B, N, D). Mode `concatenation`.
+    """sum over j of relu(a_i + b_j) g_j / M: from (B, N), (B, M) and (B, M, D) to (B, N, D). Mode `concatenation`.
 
     With the b_j in falling order, those with a_i + b_j > 0 come first, so for each i the sum is a_i times a prefix sum
-    of g plus a prefix sum of b g: O((N + M) (log M + D)) and nothing larger than N x D or M x D. Pairs with
-    a_i + b_j = 0 give 0 and get no gradient, as with relu. Up to N * M = `product_up_to` the product form runs in full
-    precision on CPU, and on CUDA as long as its matrix may be held there: on an H100 with B = 8 in bfloat16, launched
-    eagerly, it takes a quarter of the sorted form's time at 196 x 196 and 784 x 784. Half precision is summed in fp32.
+    of g plus a prefix sum of b g. That takes O((N + M) (log M + D)) operations and no tensor larger than N x D or M x
+    D. Pairs with a_i + b_j = 0 give 0 and get no gradient, as with relu.
 
-    The gradient is the same sum with a and b in each other's place. Scripted or compiled it is left to autograd, and
-    an exported graph finds the prefixes by sorting, for which ONNX has operators.
+    The product form runs in full precision on CPU up to N * M = `product_up_to`, and on CUDA if its matrix is within
+    the limit there. On an H100 with B = 8 in bfloat16, in eager mode, it takes a quarter of the sorted form's time at
+    196 x 196 and 784 x 784. Half precision is summed in fp32.
+
+    The gradient is the same sum with a and b exchanged. In scripted or compiled code autograd computes it, and an
+    exported graph finds the prefixes by sorting, for which ONNX has operators.
     """
     dtype = g.dtype
     on_cuda = g.device.type == "cuda"
@@ -241,7 +245,7 @@ def concatenate(
 
 
 def _count_above(a: torch.Tensor, b: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
-    """How many b_j are above -a_i, (B, N); `falling` is b in falling order."""
+    """The number of b_j above -a_i, (B, N); `falling` is b in falling order."""
     if is_scripting():
         return torch.searchsorted((-falling).contiguous(), a.contiguous())
     elif _is_exporting():
@@ -251,7 +255,7 @@ def _count_above(a: torch.Tensor, b: torch.Tensor, falling: torch.Tensor) -> tor
 
 
 def _count_by_sorting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The same from where each -a_i comes to stand among the b_j. A b_j = -a_i may count or not: it weighs 0."""
+    """The same, from the rank of each -a_i among the b_j; b_j = -a_i may count or not, since its weight is 0."""
     order = torch.sort(torch.cat([-a, b], dim=1), dim=1, descending=True)[1]
     passed = torch.cumsum((order >= a.shape[1]).to(torch.int64), dim=1)
     place = torch.sort(order, dim=1)[1]
@@ -264,7 +268,7 @@ def _columns(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _concatenate(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """The sorted form in plain operations."""
+    """The sorted form in plain torch operations."""
     summed = b.shape[1]
     falling, order = torch.sort(b, dim=1, descending=True)
     count = _count_above(a.detach(), b.detach(), falling.detach())
@@ -276,7 +280,7 @@ def _concatenate(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Ten
 
 
 class _SortedSums(torch.autograd.Function):
-    """The sorted form with fewer copies, and its gradient by the same prefix sums."""
+    """The sorted form with fewer copies and with a gradient by the same prefix sums."""
 
     @staticmethod
     def _sums(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,18 +306,18 @@ class _SortedSums(torch.autograd.Function):
         a, b, g, plain = ctx.saved_tensors
         positions, summed = a.shape[1], b.shape[1]
         grad = grad.transpose(1, 2)
-        to_a = (grad * plain).sum(dim=1).div_(summed)
+        grad_a = (grad * plain).sum(dim=1).div_(summed)
         plain, weighted = _SortedSums._sums(b, a, grad)  # its weights are a_i / N
-        to_b = (g.transpose(1, 2) * plain).sum(dim=1).div_(summed)
-        to_g = weighted.mul_(positions / summed).addcmul_(plain, (b / summed).unsqueeze(1))
-        return to_a, to_b, to_g.transpose(1, 2)
+        grad_b = (g.transpose(1, 2) * plain).sum(dim=1).div_(summed)
+        grad_g = weighted.mul_(positions / summed).addcmul_(plain, (b / summed).unsqueeze(1))
+        return grad_a, grad_b, grad_g.transpose(1, 2)
 
 
 def attend_channels(x: torch.Tensor, paper: bool = False) -> torch.Tensor:
-    """Each channel of (B, C, N) as the mean of all channels that `channel_weights` weighs: (B, C, N).
+    """For each channel of (B, C, N), the mean of all channels with the weights of `channel_weights`: (B, C, N).
 
-    C * C * 2 N multiply-accumulates. In half precision on CUDA maps of up to 256 positions go to a fused kernel, which
-    builds no C x C matrix.
+    It takes C * C * 2 N multiply-accumulates. In half precision on CUDA, maps of up to 256 positions use a fused
+    kernel, which builds no C x C matrix.
     """
     half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
     if half and x.device.type == "cuda" and at_most(x.shape[2], cuda_attention.WIDEST):
@@ -322,10 +326,11 @@ def attend_channels(x: torch.Tensor, paper: bool = False) -> torch.Tensor:
 
 
 def channel_weights(x: torch.Tensor, paper: bool = False) -> torch.Tensor:
-    """How much each channel of (B, C, N) takes from each: (B, C, C) in fp32 or better, each row adding up to 1.
+    """The weights of all channels in the mean of each channel of (B, C, N): (B, C, C) in fp32 or float64.
 
-    softmax(max(E) - E) over E = x x^T as in the authors' code, which equals softmax(-E); or softmax(E), the paper's
-    equation 3. E is computed in fp32 even under autocast: a sum of N squares overflows fp16.
+    Each row sums to 1. They are softmax(max(E) - E) with E = x x^T as in the authors' code, which equals softmax(-E),
+    or softmax(E), the paper's equation 3. E is computed in fp32 even under autocast, because a sum of N squares
+    overflows fp16.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if x.device.type == "cuda":

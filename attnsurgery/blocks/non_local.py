@@ -1,8 +1,8 @@
-"""Non-local block: every position of the map takes a weighted sum over all positions.
+"""Non-local block: each position of the map gets a weighted sum over all positions.
 
 Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, arXiv:1711.07971. Names follow the paper:
 equation 1 is the weighted sum, equations 2, 4, 5 and 6 its four kinds of weights, z = W_z y + x the residual;
-"sub-sampling" (section 3.3) pools what is summed over. `blocks/functional.py` computes the sums.
+"sub-sampling" (section 3.3) pools the positions that the sum runs over. `blocks/functional.py` computes the sums.
 
 Shape letters in this file:  B batch, C channels, D = C / reduction, H W height and width, N = H * W positions,
 M = positions left after sub-sampling.
@@ -36,28 +36,28 @@ Mode = Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
 
 @BLOCKS.register("non_local")
 class NonLocal(Block):
-    """Attention over positions in the paper's four modes, without holding the N x M matrix of weights on large maps.
+    """Attention over positions in the paper's four modes, without storing the N x M weight matrix on large maps.
 
-    Gaussian weights are a softmax of theta . phi, or of x . x, without the 1 / sqrt(D) of transformers; the two other
-    modes divide by the number of positions summed over.
+    Gaussian weights are a softmax of theta . phi, or of x . x, without the 1 / sqrt(D) of transformers. The other two
+    modes divide by the number of positions in the sum.
 
-    The residual goes through a norm whose gamma is 0 at the start, as in the paper (section 4.1), so the block
-    begins as the identity; W_z itself is not 0, for two zeros in a row never learn. Only where there is no norm W_z is
-    0. `start='paper'` differs in the Gaussian(0, 0.01) weights only.
+    The residual branch ends in a norm whose gamma is 0 at the start, as in the paper (section 4.1), so the block starts
+    as the identity. W_z is not 0, because two consecutive zeros never learn; it is 0 only without a norm.
+    `start='paper'` differs only in the Gaussian(0, 0.01) weights.
 
     Args:
-        channels: C of the tensor this block is given and gives back.
+        channels: C of the input and the output.
         mode: 'embedded_gaussian', 'gaussian', 'dot_product' or 'concatenation'.
-        reduction: C / D, how much narrower the embeddings theta, phi and g are; 2 in the paper.
-        subsample: side of the pooling window on phi and g; 1 sums over every position. Odd maps floor; on a map smaller
-            than the window, which smaller images give, it is as large as the map. 'auto' is the first of 1, 2, 4, 8 ...
-            with which a recipe keeps to its `max_attention_mb`; 1 where it sets none, and in a block built by hand.
-        subsample_op: the pooling, 'max' as in the paper or 'avg'.
+        reduction: C / D, by which the embeddings theta, phi and g are narrower; 2 in the paper.
+        subsample: side of the pooling window on phi and g; 1 sums over all positions. A remainder of the map is cut
+            off; on a map smaller than the window, it is as large as the map. 'auto' is the first of 1, 2, 4, 8 ... with
+            which a recipe is within its `max_attention_mb`, and 1 without a limit or outside of a recipe.
+        subsample_op: 'max' pooling as in the paper, or 'avg'.
         subsample_order: 'project_first', the paper's text, pools phi and g; 'pool_first', the authors' code, computes
-            them from the pooled map, at a fraction of their cost. With 'avg' the two are the same function.
-        scale: of theta . phi under the softmax: 'none' as in the paper, or 'inner' for D ** -0.5, as in the authors'
-            code. In mode 'embedded_gaussian' only.
-        norm: after W_z: 'batch', 'layer' (over the channels of a position) or 'none'.
+            them from the pooled map, at a fraction of the cost. With 'avg' both are the same function.
+        scale: factor of theta . phi in the softmax: 'none' is 1 as in the paper, 'inner' is D ** -0.5 as in the
+            authors' code. In mode 'embedded_gaussian' only.
+        norm: the norm after W_z: 'batch', 'layer' (over the channels of a position) or 'none'.
         start: 'identity' or 'paper'.
 
     Raises:
@@ -97,22 +97,22 @@ class NonLocal(Block):
             )
         self.mode = mode
         self.subsample = window = 1 if subsample == "auto" else subsample
-        # averages and 1x1 convolutions commute, so the cheaper order is exact
+        # averages and 1x1 convolutions commute, so the cheaper order gives the same result
         self.pool_first = subsample_order == "pool_first" or subsample_op == "avg"
         self.scale = width**-0.5 if scale == "inner" else 1.0
         embedded = mode != "gaussian"
         concatenated = mode == "concatenation"
-        conv = _Folding if concatenated else nn.Conv2d
+        conv = _FoldableConv if concatenated else nn.Conv2d
         self.theta: Any = conv(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
         self.phi: Any = conv(channels, width, 1, device=device, dtype=dtype) if embedded else nn.Identity()
         self.g = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
-        self.w_f: Any = _Readable(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
+        self.w_f: Any = _ReadableConv(2 * width, 1, 1, bias=False, device=device, dtype=dtype) if concatenated else None
         self.pool = Pool(window, average=subsample_op == "avg") if window > 1 else nn.Identity()
         self.w_z = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm != "none":
-            of_kind = nn.BatchNorm2d if norm == "batch" else LayerNorm2d
-            self.norm = of_kind(channels, device=device, dtype=dtype)
+            norm_class = nn.BatchNorm2d if norm == "batch" else LayerNorm2d
+            self.norm = norm_class(channels, device=device, dtype=dtype)
             nn.init.zeros_(self.norm.weight)
         if start == "paper":
             for child in self.children():
@@ -125,10 +125,10 @@ class NonLocal(Block):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z: torch.Tensor = self.norm(self.w_z(self._mixed(x)))
+        z: torch.Tensor = self.norm(self.w_z(self._weighted_sum(x)))
         return x + z
 
-    def _mixed(self, x: torch.Tensor) -> torch.Tensor:
+    def _weighted_sum(self, x: torch.Tensor) -> torch.Tensor:
         """y of equation 1, (B, D, H, W)."""
         summed = self.pool(x) if self.pool_first else x
         g = self._rows(self.g(summed) if self.pool_first else self.pool(self.g(summed)))
@@ -148,7 +148,7 @@ class NonLocal(Block):
         return embedded.flatten(2).transpose(1, 2)
 
     def _scores(self, x: torch.Tensor, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """a = w_theta . theta, (B, N), and b = w_phi . phi, (B, M), whose sums are the weights before the relu."""
+        """a = w_theta . theta, (B, N), and b = w_phi . phi, (B, M); relu(a_i + b_j) is the weight of a pair."""
         w_theta, w_phi = self.w_f().chunk(2, dim=1)
         a = self.theta(x, w_theta)
         if self.pool_first or self.subsample == 1:
@@ -156,7 +156,7 @@ class NonLocal(Block):
         return a, _to_one_channel(self.pool(self.phi(summed)), w_phi)
 
     def attention_from(self, x: torch.Tensor, row: int, column: int) -> torch.Tensor:
-        """The weights with which one position of (B, C, H, W) sums over all: (B, H, W), pooled by `subsample`."""
+        """The weights of all positions in the sum of one position of (B, C, H, W): (B, H, W), pooled by `subsample`."""
         query = x[:, :, row : row + 1, column : column + 1]
         summed = self.pool(x) if self.pool_first else x
         size = (self.pool(x) if self.subsample > 1 else x).shape[2:]
@@ -195,7 +195,7 @@ class NonLocal(Block):
         summed = (height // self.subsample) * (width // self.subsample)
         narrow, channels = self.g.out_channels, self.g.in_channels
         embedding = narrow * channels
-        pooled = summed if self.pool_first else positions  # on so many positions phi and g are computed
+        pooled = summed if self.pool_first else positions  # number of positions for which phi and g are computed
         macs = (pooled + positions) * embedding  # g and w_z
         if self.mode == "gaussian":
             macs += positions * summed * (channels + narrow)
@@ -216,34 +216,34 @@ class NonLocal(Block):
         return Cost(macs=macs, attention_bytes=4 * positions * summed)
 
 
-# Parameters are read in the forward of the module that holds them, and nowhere else: sharding and offloading wrappers
-# have them there only while that forward runs.
+# Parameters are only read in the forward of the module that holds them, because sharding and offloading wrappers
+# provide them only while that forward runs.
 
 
-class _Folding(nn.Conv2d):
-    """A 1x1 convolution from C to D channels that can be followed by a sum over these D channels in one step."""
+class _FoldableConv(nn.Conv2d):
+    """A 1x1 convolution from C to D channels that can be merged with a weighted sum over the D channels."""
 
     def forward(self, x: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, D, H, W), or with weights w (1, D) their sum over channels, (B, H * W)."""
+        """(B, D, H, W), or with weights w (1, D) the weighted sum over channels, (B, H * W)."""
         if w is None:
             return self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-any-return]
         return _fold(x, w, self.weight, self.bias)
 
 
-class _Readable(nn.Conv2d):
-    """A 1x1 convolution that can be asked for its weights."""
+class _ReadableConv(nn.Conv2d):
+    """A 1x1 convolution that can also return its weights."""
 
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        """What it makes of x, or without x a copy of its weights, (channels out, channels in)."""
+        """The convolution of x; without x, a copy of the weights, (channels out, channels in)."""
         if x is None:
             return self.weight.flatten(1).clone()
         return self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
 def _gaussian(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, scale: float) -> torch.Tensor:
-    """`attend` in the dtype of g: under autocast, theta = phi = x of mode 'gaussian' may have another."""
+    """`attend` in the dtype of g; under autocast, theta = phi = x in mode 'gaussian' may have another."""
     if not softmax_by_matrix(theta.shape[1], phi.shape[1]):
-        phi, g = phi.to(g.dtype).contiguous(), g.contiguous()  # here what they are copied from can go
+        phi, g = phi.to(g.dtype).contiguous(), g.contiguous()  # copied here, so that the originals can be freed
     return attend(theta.to(g.dtype), phi.to(g.dtype), g, scale)
 
 
@@ -263,6 +263,6 @@ def _to_one_channel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, w.reshape(1, -1, 1, 1)).flatten(1)
 
 
-# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+# These depend on sizes and dtypes, which are unknown in a symbolic trace, so each stays one call.
 for _name in ("_gaussian", "_dot_product", "_fold", "_to_one_channel", "concatenate"):
     fx.wrap(_name)

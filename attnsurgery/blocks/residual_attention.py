@@ -1,8 +1,8 @@
-"""Residual attention: a small hourglass looks at the whole map and says how much of the trunk's output counts where.
+"""Residual attention: a small encoder-decoder computes a mask from the whole map, which rescales the trunk's output.
 
 Paper: Wang, Jiang, Qian, Yang, Li, Zhang, Wang, Tang, "Residual Attention Network for Image Classification",
 CVPR 2017, arXiv:1704.06904. Names follow the paper: equation 3 is H = (1 + M) * T with the trunk T and the mask M,
-figure 3 the mask, equations 4 to 6 are the three ways to normalise it, r is the number of units per scale.
+figure 3 the mask, equations 4 to 6 the three ways to normalize it, and r is the number of units per scale.
 
 Shape letters in this file:  B batch, C channels, K = width * C channels inside the mask, H W height and width.
 """
@@ -25,19 +25,21 @@ from attnsurgery.errors import OptionError
 _exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in 2.7
 
 SMALLEST_AUTO = 4
-"""Least side of the lowest map where the depth follows the map."""
+"""Smallest side of the lowest map if the depth is 'auto'."""
 
 
 class PreActUnit(nn.Module):
-    """Residual unit, norm and activation before each convolution: 1x1 to K / 4, 3x3, 1x1 to K, no biases.
+    """Residual unit with norm and activation before each convolution: 1x1 to K / 4, 3x3, and 1x1 to K, without biases.
 
     He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016, arXiv:1603.05027, figure 4 (e).
 
     Args:
-        channels: of the input.
-        out_channels: of the output; by default those of the input.
-        stride: of the 3x3 and of the shortcut.
-        dilation: of the 3x3.
+        channels: number of channels of the input.
+        out_channels: number of channels of the output; by default that of the input.
+        stride: stride of the 3x3 convolution and of the shortcut.
+        dilation: dilation of the 3x3 convolution.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class PreActUnit(nn.Module):
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, dilation, dilation, bias=False, device=device, dtype=dtype)
         self.norm3 = nn.BatchNorm2d(inner, device=device, dtype=dtype)
         self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False, device=device, dtype=dtype)
-        # one for each use: pt2e quantisation takes what one module computes for one place in the graph
+        # one module for each use, because pt2e quantization expects a module to have one place in the graph
         self.act1, self.act2, self.act3 = (nn.ReLU(inplace=True) for _ in range(3))
         self.downsample = None
         if stride > 1 or out_channels != channels:
@@ -70,11 +72,13 @@ class PreActUnit(nn.Module):
         y = self.conv1(y)
         y = self.conv2(self.act2(self.norm2(y)))
         y = self.conv3(self.act3(self.norm3(y)))
-        return shortcut + y  # in this order: a sum takes the memory format of its first term, and y can be 1 wide
+        return (
+            shortcut + y
+        )  # shortcut first: a sum has the memory format of its first term, and y can have a single channel
 
 
 class _Units(nn.Sequential):
-    """Units in a row, as a class of its own: the stages of a host are counted in plain Sequentials."""
+    """Units in a row; a class of its own, because plain Sequentials count as stages of a host."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for unit in self:
@@ -87,18 +91,18 @@ def _units(count: int, channels: int, device: torch.device | str | None, dtype: 
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:
-    """The maximum of 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2); a side of 1 stays 1."""
-    if not is_scripting():  # noqa: SIM102 (a script needs the two apart)
+    """Max pooling, 3x3 with stride 2 in ceil mode: (B, C, H, W) to (B, C, H // 2, W // 2); a side of 1 stays 1."""
+    if not is_scripting():  # noqa: SIM102 (TorchScript needs two conditions)
         if _exporting():
-            # the same for sizes that are symbols: ceil mode would ask them whether they are odd
+            # the same for symbolic sizes; ceil mode would need to know whether they are odd
             below, right = 1 + at_most(x.shape[2], 1), 1 + at_most(x.shape[3], 1)
             return F.max_pool2d(F.pad(x, (0, right, 0, below), value=float("-inf")), 3, 2)
     return F.max_pool2d(x, [min(3, x.shape[2]), min(3, x.shape[3])], 2, ceil_mode=True)
 
 
 def _unit_length(logits: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each position of (B, C, H, W) divided by its length over the channels."""
-    # a half-precision square overflows at 256
+    """Each position of (B, C, H, W) divided by its L2 norm over the channels."""
+    # squares in half precision overflow from 256 on
     full = logits if logits.dtype == torch.float64 else logits.float()
     return (full * torch.rsqrt(full.square().sum(1, keepdim=True) + eps)).to(logits.dtype)
 
@@ -110,22 +114,24 @@ def _factor(mask: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-# They ask for sizes and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
+# These depend on sizes and dtypes, which are unknown in a symbolic trace, so each stays one call.
 for _name in ("_halved", "_unit_length", "_factor"):
     fx.wrap(_name)
 
 
 class _Scale(nn.Module):
-    """Half the size, work there and on all scales below, and back to the size that came in.
+    """One scale of the mask: halve the map, apply units and all lower scales, and resize to the size of the input.
 
-    Max-pooling is 3x3 with stride 2, ceil mode and no padding: n becomes n // 2. Going up is bilinear, with aligned
-    corners, to whatever size came in. A skip of one unit joins every scale but the lowest.
+    Max pooling is 3x3 with stride 2, ceil mode and no padding, so n becomes n // 2. Upsampling is bilinear with aligned
+    corners, to the size of the input. Each scale but the lowest has a skip connection of one unit.
 
     Args:
         channels: C of the input.
-        width: K of what is given back; where it is less than C, a 1x1 convolution behind the pooling narrows.
-        depth: scales from here down, at least 1.
-        r: units in front of and behind the scale below; 2r at the lowest.
+        width: K of the output; if it is less than C, a 1x1 convolution after the pooling reduces the channels.
+        depth: number of scales from this one down, at least 1.
+        r: number of units before and after the next scale; the lowest scale has 2r.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -160,28 +166,27 @@ def _narrowing(channels: int, width: int, device: torch.device | str | None, dty
 
 @BLOCKS.register("residual_attention")
 class ResidualAttention(Block):
-    """The factor 1 + alpha * M(x) of a span's output; x is the span's input, and M never sees the trunk.
+    """The factor 1 + alpha * M(x) of a span's output, where x is the span's input.
 
-    The identity start has alpha = 0, so the factor is exactly 1 and the mask begins to learn as soon as alpha has
-    moved. `start='paper'` has no alpha: 1 + M. Convolutions start as in He et al. 2015, arXiv:1502.01852.
+    The identity start has alpha = 0, so the factor is exactly 1, and the mask learns as soon as alpha is not 0.
+    `start='paper'` is 1 + M without alpha. Convolutions are initialized as in He et al. 2015, arXiv:1502.01852.
 
-    The paper ends every mask at a map of 7 x 7: depth 3, 2 and 1 for maps of 56, 28 and 14. Small images go down to
-    4 x 4, and halving 7 x 7 would pass that, so one rule gives both. The `t` of the paper, units in the trunk, is the
-    length of the span.
+    In the paper, each mask has a lowest map of 7 x 7: depth 3, 2 and 1 for maps of 56, 28 and 14. The depth 'auto'
+    gives the same depths, and goes down to 4 x 4 for small images. The `t` of the paper, the number of units in the
+    trunk, is the length of the span.
 
-    Bilinear interpolation has no deterministic backward of its own on CUDA; under
-    `torch.use_deterministic_algorithms(True)` torch takes a slower one that is.
+    The default backward of bilinear interpolation on CUDA is not deterministic; under
+    `torch.use_deterministic_algorithms(True)` torch uses a slower one that is.
 
     Args:
-        channels: C of the tensor this block is given.
-        depth: how often the map is halved, as far as there is more than one position; 0 keeps the 2r units, at full
-            size. 'auto' goes as deep as the smallest
-            map is 4 x 4 or larger at the place where a recipe puts the block; a block built by hand, which knows no
-            map, gets 1.
-        r: units per scale on the way down and again on the way up.
-        norm: how logits become the mask: 'mixed' is a sigmoid, 'channel' divides each position by its length over
-            the channels, 'spatial' is a sigmoid of each channel standardised over the map.
-        width: K / C, a narrower mask; the paper's is 1. K is rounded down and never 0.
+        channels: C of the input and the output.
+        depth: how often the map is halved; more than one position must remain. 0 applies 2r units at full size. 'auto'
+            is the largest depth with a lowest map of at least 4 x 4, at the site where a recipe puts the block, and 1
+            outside of a recipe.
+        r: number of units per scale on the way down, and again on the way up.
+        norm: how logits become the mask: 'mixed' is a sigmoid, 'channel' divides each position by its L2 norm over the
+            channels, 'spatial' is a sigmoid of each channel standardized over the map.
+        width: K / C, less than 1 for a narrower mask; 1 in the paper. K is rounded down and at least 1.
         start: 'identity' or 'paper'.
     """
 
@@ -207,7 +212,7 @@ class ResidualAttention(Block):
         self.depth = 1 if depth == "auto" else depth
         self.r = r
         self.norm = norm
-        self.eps = 1e-6  # under lengths and deviations, which may be 0
+        self.eps = 1e-6  # added to norms and variances, which may be 0
         if self.depth > 0:
             self.mask: nn.Module = _Scale(channels, inner, self.depth, r, device, dtype)
         else:
@@ -232,10 +237,10 @@ class ResidualAttention(Block):
     def gates_of(self, x: torch.Tensor) -> torch.Tensor:
         """The mask M of x, (B, C, H, W)."""
         y = self.conv1(self.act1(self.norm1(self.mask(x))))
-        return self._normalised(self.conv2(self.act2(self.norm2(y))))
+        return self._normalized(self.conv2(self.act2(self.norm2(y))))
 
-    def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
-        """Equations 4 to 6; lengths and deviations of 0 give 0, or a half where a sigmoid follows."""
+    def _normalized(self, logits: torch.Tensor) -> torch.Tensor:
+        """Equations 4 to 6; a norm or deviation of 0 gives 0, or 1/2 after a sigmoid."""
         if self.norm == "channel":
             return _unit_length(logits, self.eps)
         if self.norm == "spatial":

@@ -1,9 +1,9 @@
-"""Squeeze-and-excitation: let each channel, or each position, see the rest of the image, then rescale itself.
+"""Squeeze-and-excitation: rescale each channel, or each position, by a gate computed from the image.
 
 Papers: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv:1709.01507, section 3;
 Roy, Navab, Wachinger, "Concurrent Spatial and Channel Squeeze & Excitation", MICCAI 2018, arXiv:1803.02579.
 Names follow the first: r is `reduction`; equation 2 is the squeeze, equation 3 the excitation, equation 4 the scaling.
-Children are named as in timm's SEModule (fc1, fc2), so that weights travel both ways.
+Children are named as in timm's SEModule (fc1, fc2), so each loads the other's weights.
 
 Shape letters in this file:  B batch, C channels, R = C / reduction, H W height and width.
 """
@@ -26,28 +26,28 @@ Activation = Literal["relu", "leaky_relu", "silu", "gelu", "hard_swish"]
 
 @BLOCKS.register("se")
 class SqueezeExcite(Block):
-    """Scales each channel by a number computed from all channels, each position by one computed at it, or both.
+    """Scales each channel by a gate computed from all channels, each position by a gate computed from it, or both.
 
-    The paper's gate is a sigmoid, which halves every channel of a fresh block. The identity start uses 2 * sigmoid with
-    a zero last layer instead: the gate is then exactly 1, and the factor acts on a (B, C, 1, 1) or (B, 1, H, W) tensor,
-    which is free. The sum of the two halves in `kind='scse'` is exactly 1 as it stands.
+    The paper's gate is a sigmoid, which halves each channel of a new block. The identity start uses 2 * sigmoid with a
+    zero last layer instead, so the gate is exactly 1. The factor 2 acts on a (B, C, 1, 1) or (B, 1, H, W) tensor, at a
+    negligible cost. In `kind='scse'` the sum of the two gates is exactly 1 without it.
 
     Args:
-        channels: C of the tensor this block is given and gives back.
+        channels: C of the input and the output.
         kind: 'cse' gates channels (Hu et al.), 'sse' gates positions by a 1x1 convolution to one map, 'scse' does both
             (Roy et al., with a reduction of 2).
-        fusion: how 'scse' joins its two results: their sum, or elementwise the larger.
+        fusion: how 'scse' combines its two results: 'add' for the sum, 'max' for the elementwise maximum.
         reduction: r of the paper; the width R is never 0.
-        width: R itself, for models that derive it from something other than C; replaces `reduction` and `rounding`.
-        bias: biases of the layers; the authors' released models have them.
-        rounding: R = C / r rounded to a multiple of 8 as timm does ('timm'), or plain C // r ('floor').
-        act: the activation between the two layers; the paper's is 'relu'.
+        width: R itself, for models that do not derive it from C; it replaces `reduction` and `rounding`.
+        bias: True for layers with biases, as in the authors' released models.
+        rounding: 'timm' rounds R = C / r to a multiple of 8 as timm does; 'floor' is C // r.
+        act: the activation between the two layers, 'relu' in the paper.
         gate: 'sigmoid' as in the paper, or the piecewise linear 'hardsigmoid' of MobileNetV3 (arXiv:1905.02244).
-        max_pool: squeeze by the mean of average and maximum, as timm's add_maxpool does.
-        start: 'identity', or 'paper' for the plain gate and default initialisation.
+        max_pool: True squeezes by the mean of average and maximum, as timm's add_maxpool.
+        start: 'identity', or 'paper' for the plain gate and default initialization.
 
     Raises:
-        OptionError: `fusion`, `width` or `max_pool` where the kind has no use for it.
+        OptionError: `fusion`, `width` or `max_pool` has no meaning for the kind.
     """
 
     child_name = "se"
@@ -100,7 +100,7 @@ class SqueezeExcite(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spatial is None:
             return x * self._channel_gate(x)
-        # not a plain `if`: torch.jit.script leaves out a branch that cannot be taken, but not what comes after it
+        # elif and else, because torch.jit.script drops a branch that is never taken, but not the code after an `if`
         elif self.fc1 is None:
             return x * self._gate(self.spatial(x))
         else:
@@ -120,13 +120,13 @@ class SqueezeExcite(Block):
         return opened * self.gate_scale
 
     def gates_of(self, x: torch.Tensor) -> torch.Tensor:
-        """What x, (B, C, H, W), is multiplied with: (B, C) of kind 'cse', (B, H, W) of 'sse', (B, C, H, W) of both."""
+        """The gate of x, (B, C, H, W): (B, C) for kind 'cse', (B, H, W) for 'sse', (B, C, H, W) for 'scse'."""
         if self.spatial is None:
             return self._channel_gate(x).flatten(1)
         if self.fc1 is None:
             return self._gate(self.spatial(x)).squeeze(1)
         channel, spatial = self._channel_gate(x), self._gate(self.spatial(x))
-        if self.larger:  # of the products, so where x is negative the smaller gate
+        if self.larger:  # the maximum of the products, which for a negative x has the smaller gate
             return torch.where(x < 0, torch.minimum(channel, spatial), torch.maximum(channel, spatial))
         return channel + spatial
 

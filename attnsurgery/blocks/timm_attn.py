@@ -1,17 +1,18 @@
-"""timm's own attention modules as blocks: `timm:<name>` for every name that timm.layers.create_attn knows.
+"""timm's attention modules as blocks: `timm:<name>` for each name that timm.layers.create_attn accepts.
 
-A block here *is* timm's class: a generated subclass of both `Block` and that class, so its children, its state-dict
-keys and its numbers are timm's, and weights of timm's attention models load into it strictly. What is added:
+Each block is a generated subclass of `Block` and of timm's class, so children, state-dict keys and numerical results
+are timm's, and weights of timm's attention models load strictly. Two things are added:
 
-* options are the plain keyword arguments of timm's class and are strict; timm swallows those it does not know. Left out
-  are arguments that timm ignores in that class, and those that change the shape of the map.
-* an identity start, in one of three ways. *zero*: the last layers start at zero and the gates are doubled, so that
-  2 * sigmoid(0) = 1; the gate alone is passed over once more, which in scoord and strip has the size of the map.
-  *own*: timm's own start is the identity already (nl). *residual*: x + alpha * (attention(x) - x) with one number alpha
-  that starts at 0, where no zero makes the identity (sk, splat, lambda, bottleneck, halo, bat, and has_skip): it costs
-  one pass over the map.
+* The options are the plain keyword arguments of timm's class and are strict, while timm ignores unknown ones. Arguments
+  that timm ignores in that class and those that change the shape of the map are no options.
+* An identity start, in one of three ways. *zero*: the last layers start at zero and the gates are doubled, so that
+  2 * sigmoid(0) = 1; this costs one pass over the gate, which in scoord and strip has the size of the map. *own*:
+  timm's own start is the identity already (nl). *residual*: x + alpha * (attention(x) - x) with a scalar alpha that starts at
+  0, where no zeros give the identity (sk, splat, lambda, bottleneck, halo, bat, and has_skip); this costs one pass over
+  the map.
 
-Papers are named in timm's files: timm/layers/squeeze_excite.py, eca.py, gather_excite.py ...
+`timm_kinds` has what is specific to each module. The papers are named in timm's files: timm/layers/squeeze_excite.py,
+eca.py, gather_excite.py ...
 
 Shape letters in this file:  B batch, C channels, H W height and width, N = H * W.
 """
@@ -22,13 +23,11 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from timm.layers import ConvMlp, get_attn, make_divisible
 from timm.layers.cbam import LightChannelAttn
 from timm.layers.non_local_attn import BilinearAttnTransform
@@ -36,170 +35,12 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgery.blocks._base import BLOCKS, Block, Cost
+from attnsurgery.blocks.timm_kinds import KINDS, OPTIONS, Kind, Options
 from attnsurgery.errors import OptionError
-
-Options = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What timm does not say about one of its modules."""
-
-    zero: tuple[str, ...] = ()
-    """Last layers, which start at zero; those that the options leave out are skipped."""
-    gates: tuple[str, ...] = ()
-    """Gates, which are doubled."""
-    residual: Callable[[Options], bool] = lambda options: False
-    """True where zeros alone give no identity that learns."""
-    hidden: tuple[str, ...] = ()
-    """Arguments that are no options: timm ignores them here, or they change the shape of the map."""
-    odd: tuple[str, ...] = ()
-    """Sizes of kernels: an even one changes the shape of the map."""
-    relayouts: bool = False
-    """True where timm's output comes in another memory format than the input."""
-    attention: Callable[[Any, int, int], int] = lambda block, height, width: 0
-    """Numbers in the largest attention-like activation for one map of H x W."""
-    example: Options = field(default_factory=dict)
-    unsupported: Mapping[str, str] = field(default_factory=dict)
-    order_free: bool = False
-    """True if it makes no difference how the positions lie."""
-
-
-def _always(options: Options) -> bool:
-    return True
-
-
-def _skips(options: Options) -> bool:
-    """x + gate * x is the identity only where the gate is 0, and two gates of 0 in a row never learn."""
-    return bool(options["has_skip"])
-
-
-_KERNEL = ("kernel_size",)
-_RESHAPING = ("out_channels", "dim_out", "stride", "padding", "dilation")
-_MLP = ("kernel_size", "use_mlp", "rd_ratio", "rd_channels", "rd_divisor")
-
-KINDS: dict[str, Kind] = {
-    "se": Kind(order_free=True, zero=("fc2",), gates=("gate",)),
-    "ese": Kind(order_free=True, zero=("fc",), gates=("gate",)),
-    "eca": Kind(order_free=True, zero=("conv",), gates=("gate",), hidden=_MLP),
-    "ecam": Kind(order_free=True, zero=("conv2",), gates=("gate",), hidden=_KERNEL),
-    "ceca": Kind(order_free=True, zero=("conv",), gates=("gate",), hidden=_KERNEL),
-    "ge": Kind(
-        zero=("mlp.fc2",),
-        gates=("gate",),
-        hidden=("feat_size", "extra_params", "use_mlp"),
-    ),
-    "gc": Kind(order_free=True, zero=("mlp_scale.fc2", "mlp_add.fc2"), gates=("gate",), hidden=("init_last_zero",)),
-    "gca": Kind(order_free=True, zero=("mlp_add.fc2",), hidden=("init_last_zero", "gate_layer")),
-    "cbam": Kind(
-        zero=("channel.fc2", "spatial.conv.bn"), gates=("channel.gate", "spatial.gate"), odd=("spatial_kernel_size",)
-    ),
-    "lcbam": Kind(
-        example={"rd_channels": 8},
-        zero=("channel.fc2", "spatial.conv.bn"),
-        gates=("spatial.gate",),
-        hidden=("gate_layer",),
-        odd=("spatial_kernel_size",),
-    ),
-    "coord": Kind(zero=("conv_h", "conv_w"), gates=("gate",), residual=_skips),
-    "scoord": Kind(zero=("fc_h", "fc_w"), gates=("gate",), residual=_skips),
-    "ela": Kind(zero=("norm_h", "norm_w"), gates=("gate",), residual=_skips, odd=_KERNEL),
-    "strip": Kind(
-        zero=("conv_h", "conv_w"),
-        gates=("gate",),
-        residual=lambda options: bool(options["has_skip"] or not options["use_conv"]),
-        odd=_KERNEL,
-    ),
-    "sk": Kind(
-        residual=_always,
-        relayouts=True,
-        hidden=(*_RESHAPING[:-1], "kernel_size"),
-        unsupported={"one_image": "its batch norm sees one value a channel and image, so training needs two images"},
-    ),
-    "splat": Kind(residual=_always, relayouts=True, hidden=_RESHAPING, odd=_KERNEL),
-    "lambda": Kind(
-        residual=_always,
-        relayouts=True,
-        hidden=(*_RESHAPING, "feat_size", "qk_ratio"),
-        odd=("r",),
-        attention=lambda block, height, width: height * width * block.dim_qk * block.dim_v,
-    ),
-    "bottleneck": Kind(
-        example={"feat_size": 8},
-        unsupported={"any_size": "it learns an embedding of the positions of one square map"},
-        residual=_always,
-        relayouts=True,
-        hidden=_RESHAPING,
-        attention=lambda block, height, width: block.num_heads * (height * width) ** 2,
-    ),
-    "halo": Kind(
-        example={"block_size": 4},
-        unsupported={"any_size": "height and width must be multiples of block_size"},
-        residual=_always,
-        relayouts=True,
-        hidden=(*_RESHAPING, "feat_size", "avg_down"),
-        attention=lambda block, height, width: block.num_heads * height * width * block.win_size**2,
-    ),
-    "nl": Kind(
-        order_free=True,
-        relayouts=True,
-        attention=lambda block, height, width: (height * width) ** 2,
-        unsupported={"linear_memory": "timm writes the N x N weights out; the block 'non_local' does not"},
-    ),
-    "bat": Kind(
-        example={"block_size": 4},
-        unsupported={"any_size": "height and width must be multiples of block_size"},
-        residual=_always,
-        relayouts=True,
-        attention=lambda block, height, width: block.ba.in_channels * max(height, width) ** 2,
-    ),
-}
-
-
-_COUNT = Annotated[int, Field(ge=1, le=65536)]
-_SHARE = Annotated[float, Field(gt=0, le=16)]
-_RATE = Annotated[float, Field(ge=0, lt=1)]
-
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "rd_ratio": (_SHARE, "the reduced width as a share of C."),
-    "rd_channels": (_COUNT | None, "the reduced width itself; replaces `rd_ratio`."),
-    "rd_divisor": (_COUNT, "the reduced width is rounded to a multiple of this."),
-    "add_maxpool": (bool, "pool by the mean of average and maximum."),
-    "bias": (bool, "biases of the layers."),
-    "mlp_bias": (bool, "biases of the channel attention's layers."),
-    "gate_layer": (Literal["sigmoid", "hard_sigmoid"], "the gate: 'sigmoid' or 'hard_sigmoid'."),
-    "gamma": (_SHARE, "of the kernel size (log2(C) + beta) / gamma."),
-    "beta": (Annotated[float, Field(ge=0, le=64)], "see `gamma`."),
-    "extent": (Annotated[int, Field(ge=0, le=64, multiple_of=2)], "side of the gathered area; 0 is the whole map."),
-    "use_attn": (bool, "pool by attention, and not by the plain mean."),
-    "fuse_add": (bool, "add the context's transform."),
-    "fuse_scale": (bool, "multiply by the gate of the context's transform."),
-    "spatial_kernel_size": (_COUNT, "kernel of the spatial attention; odd."),
-    "kernel_size": (_COUNT, "size of the kernels; odd."),
-    "se_factor": (_SHARE, "times `rd_ratio` is the share that counts."),
-    "has_skip": (bool, "add the input to the output."),
-    "use_conv": (bool, "refine the pooled strips by depthwise convolutions."),
-    "use_scale": (bool, "divide the dot products by the square root of C."),
-    "block_size": (_COUNT, "side of a block of positions; divides height and width."),
-    "halo_size": (Annotated[int, Field(ge=0, le=256)], "by how much a block's neighbourhood is wider on each side."),
-    "groups": (_COUNT, "groups of channels."),
-    "drop_rate": (_RATE, "dropout of the residual."),
-    "dilation": (_COUNT, "dilation of the convolutions."),
-    "keep_3x3": (bool, "replace larger kernels by dilated 3x3 ones."),
-    "split_input": (bool, "split the channels over the paths."),
-    "radix": (_COUNT, "number of splits."),
-    "num_heads": (_COUNT, "number of heads; divides C."),
-    "dim_head": (_COUNT | None, "width of a head's queries and keys."),
-    "qk_ratio": (_SHARE, "width of queries and keys as a share of C, where `dim_head` is not given."),
-    "qkv_bias": (bool, "biases of queries, keys and values."),
-    "scale_pos_embed": (bool, "scale the position embedding as well."),
-    "feat_size": (_COUNT | None, "side of the square map it is built for; a recipe takes it from the place."),
-    "r": (_COUNT, "side of the local neighbourhood; odd."),
-}
 
 
 class Doubled(nn.Module):
-    """Twice a gate: 2 * sigmoid(0) = 1."""
+    """A gate times 2, so that 2 * sigmoid(0) = 1."""
 
     def __init__(self, gate: nn.Module) -> None:
         super().__init__()
@@ -210,25 +51,25 @@ class Doubled(nn.Module):
 
 
 class DoubledLightChannel(LightChannelAttn):  # type: ignore[misc]
-    """LightChannelAttn with its gate doubled; it has no gate module of its own."""
+    """LightChannelAttn with its gate doubled, because its gate is no module."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled = 0.5 * x.mean((2, 3), keepdim=True) + 0.5 * x.amax((2, 3), keepdim=True)
         return x * (torch.sigmoid(self.fc2(self.act(self.fc1(pooled)))) * 2.0)
 
 
-def _laid_out_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _in_layout_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """y in the memory format of x."""
     return y.contiguous() if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
 
 
-def _towards(x: torch.Tensor, y: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _interpolated(x: torch.Tensor, y: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """x + alpha * (y - x)."""
     return torch.lerp(x, y.to(x.dtype), alpha.to(x.dtype))
 
 
-def _spread(x: torch.Tensor, times: int) -> torch.Tensor:
-    """(B, C, n, n) to (B, C, n * times, n * times): each number as the diagonal of a block; `resize_mat` of timm."""
+def _block_diagonals(x: torch.Tensor, times: int) -> torch.Tensor:
+    """(B, C, n, n) to (B, C, n * times, n * times), each number as the diagonal of a block; timm's `resize_mat`."""
     if times <= 1:
         return x
     batch, channels, side, _ = x.shape
@@ -237,22 +78,22 @@ def _spread(x: torch.Tensor, times: int) -> torch.Tensor:
     return torch.cat(torch.split(rows, 1, dim=2), dim=4).view(batch, channels, side * times, side * times)
 
 
-# They ask for sizes, formats and dtypes, which a symbolic trace does not know: it keeps each of them as one call.
-for _function in ("_laid_out_as", "_towards", "_spread"):
+# These depend on sizes, formats and dtypes, which are unknown in a symbolic trace, so each stays one call.
+for _function in ("_in_layout_of", "_interpolated", "_block_diagonals"):
     fx.wrap(_function)
 
 
 class TraceableBilinear(BilinearAttnTransform):  # type: ignore[misc]
-    """timm's class with a `resize_mat` that a symbolic trace can keep as one call."""
+    """timm's class with a `resize_mat` that stays one call in a symbolic trace."""
 
     def resize_mat(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        return _spread(x, t)
+        return _block_diagonals(x, t)
 
 
 def _gather_excite(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """The forward of timm's GatherExcite without parameters in its gathering; it asks for no size.
+    """The forward of timm's GatherExcite without extra parameters, written without conditions on sizes.
 
-    A gathered map of 1 x 1 is made as large as x, too, which timm leaves to broadcasting: the numbers are the same.
+    A gathered map of 1 x 1 is resized to the size of x too, where timm uses broadcasting; the results are the same.
     """
     if self.extent == 0:
         gathered = x.mean((2, 3), keepdim=True)
@@ -269,26 +110,27 @@ def _gather_excite(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class TimmAttention(Block):
-    """What the generated classes share; each of them also inherits from a class of timm."""
+    """The base of the generated classes; each of them also inherits from a class of timm."""
 
     child_name = "attn"
     slots = ("se", "attn_last", "attn2", "attn3")
 
     timm_name: ClassVar[str]
+    """timm's name of the module."""
     example: ClassVar[Options] = types.MappingProxyType({})
-    """Options for 16 channels and a map of 8 x 8, where the defaults do not fit: a ReLU of width 1 is often dead."""
+    """Options for 16 channels and a map of 8 x 8 if the defaults do not fit; a ReLU of width 1 is often dead."""
     unsupported: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
-    """What timm's class cannot do, and why: 'script' (torch.jit), 'any_size' (maps of any height and width),
-    'one_image' (training with a batch of one), 'linear_memory' (no N x N tensor)."""
+    """What timm's class does not support, with the reasons: 'script' (torch.jit), 'any_size' (maps of any height and
+    width), 'one_image' (training with a batch of one), 'linear_memory' (no N x N tensor)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.timm_forward(x)
         if self.relayouts:
-            y = _laid_out_as(x, y)
+            y = _in_layout_of(x, y)
         if self.alpha is None:
             return y
         else:
-            return _towards(x, y, self.alpha)  # type: ignore[arg-type]
+            return _interpolated(x, y, self.alpha)  # type: ignore[arg-type]
 
     def timm_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The forward of timm's class."""
@@ -296,7 +138,7 @@ class TimmAttention(Block):
 
     @classmethod
     def fittings(cls, options: Options, height: int, width: int) -> tuple[dict[str, Any], ...]:
-        """With the map's side, where the position embedding needs one and none is given."""
+        """The options, with the map's side as `feat_size` if the position embedding needs it and it is not set."""
         if options.get("feat_size", 0) is None and height == width:
             return ({**options, "feat_size": height},)
         return (dict(options),)
@@ -306,19 +148,22 @@ class TimmAttention(Block):
         return KINDS[cls.timm_name].order_free
 
     def check_map(self, height: int, width: int) -> None:
-        """Raises: OptionError: timm's class does not take this map, and which options would."""
+        """
+        Raises:
+            OptionError: timm's class does not support this map; the message says which options would.
+        """
         misfit = _misfit(self, height, width)
         if misfit:
             raise OptionError(misfit)
 
     def cost(self, height: int, width: int) -> Cost:
         numbers = KINDS[self.timm_name].attention(self, height, width)
-        return Cost(macs=_count_macs(type(self), *self._made_of, height, width), attention_bytes=4 * numbers)  # type: ignore[misc]
+        return Cost(macs=_count_macs(type(self), *self._arguments, height, width), attention_bytes=4 * numbers)  # type: ignore[misc]
 
 
 @lru_cache(maxsize=1024)
 def _count_macs(cls: Any, channels: int, options: tuple[tuple[str, Any], ...], height: int, width: int) -> int:
-    """Counted on a weightless twin: timm's classes say nothing about their cost."""
+    """Multiply-accumulates, counted on a copy without weights."""
     twin = cls(channels, start="paper", device="meta", **dict(options)).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -327,7 +172,7 @@ def _count_macs(cls: Any, channels: int, options: tuple[tuple[str, Any], ...], h
 
 
 def _misfit(block: Any, height: int, width: int) -> str:
-    """Why the map does not fit, or ''."""
+    """The reason why the map is not supported; empty if it is."""
     name = f"timm:{block.timm_name}"
     if block.timm_name == "bottleneck":
         side = block.pos_embed.height
@@ -343,8 +188,8 @@ def _misfit(block: Any, height: int, width: int) -> str:
     return ""
 
 
-def _open(block: nn.Module, kind: Kind) -> None:
-    """Start at the identity by zeros: last layers at zero, gates doubled."""
+def _start_as_identity(block: nn.Module, kind: Kind) -> None:
+    """Set the last layers to zero and double the gates."""
     modules = dict(block.named_modules())
     for path in kind.zero:
         for parameter in modules[path].parameters() if path in modules else ():
@@ -376,53 +221,53 @@ def _initialiser(name: str, host: Any, fixed: Options, kind: Kind, defaults: Opt
         unknown = sorted(options.keys() - defaults.keys())
         if unknown:
             raise OptionError(f"timm:{name} has no option {unknown[0]!r}. It has: {', '.join(defaults)}.")
-        chosen = {**defaults, **options}
-        _check(name, kind, chosen)
-        place = {"device": device, "dtype": dtype}
+        values = {**defaults, **options}
+        _check(name, kind, values)
+        factory = {"device": device, "dtype": dtype}
         try:
-            host.__init__(self, channels, **fixed, **chosen, **(place if takes_device else {}))
+            host.__init__(self, channels, **fixed, **values, **(factory if takes_device else {}))
         except (AssertionError, ValueError, ZeroDivisionError) as error:
-            said = str(error).rstrip(".") or "it checks that sizes divide each other"
-            raise OptionError(f"timm cannot build {name!r} of {channels} channels with {chosen}: {said}.") from None
+            reason = str(error).rstrip(".") or "it checks that sizes divide each other"
+            raise OptionError(f"timm cannot build {name!r} of {channels} channels with {values}: {reason}.") from None
         if name == "ge":
-            self.mlp = _gather_mlp(channels, chosen, place)
+            self.mlp = _gather_mlp(channels, values, factory)
         for module in self.modules():
             if type(module) is BilinearAttnTransform:
                 module.__class__ = TraceableBilinear
         self.to(device=device, dtype=dtype)
-        self._made_of = (channels, tuple(chosen.items()))
+        self._arguments = (channels, tuple(values.items()))
         self.relayouts = kind.relayouts
         self.register_parameter("alpha", None)
-        if start == "identity" and kind.residual(chosen):
-            self.alpha = nn.Parameter(torch.zeros(1, **place))
+        if start == "identity" and kind.residual(values):
+            self.alpha = nn.Parameter(torch.zeros(1, **factory))
         elif start == "identity":
-            _open(self, kind)
+            _start_as_identity(self, kind)
 
     return __init__
 
 
-def _gather_mlp(channels: int, options: Options, place: dict[str, Any]) -> nn.Module:
-    """The layers of gather-excite as timm means them: in 1.0.31 the device lands in the place of another argument."""
+def _gather_mlp(channels: int, options: Options, factory: dict[str, Any]) -> nn.Module:
+    """The layers of gather-excite; timm 1.0.31 itself passes the device as another argument by mistake."""
     width = options["rd_channels"] or make_divisible(
         channels * options["rd_ratio"], options["rd_divisor"], round_limit=0.0
     )
     mlp: nn.Module = ConvMlp(channels, width, act_layer=nn.ReLU)
-    return mlp.to(**place)  # before 1.0.21 it takes no device
+    return mlp.to(**factory)  # before 1.0.21 its constructor has no device
 
 
 def _options_of(host: Any, fixed: Options, kind: Kind) -> list[inspect.Parameter]:
-    """The plain keyword arguments of timm's class that do something here, strictly typed."""
-    found = []
-    for name, given in list(inspect.signature(host.__init__).parameters.items())[2:]:
-        known = name in OPTIONS or type(given.default) in (bool, int, float)
-        if known and name not in fixed and name not in kind.hidden:
-            hint = OPTIONS.get(name, (type(given.default), ""))[0]
-            found.append(given.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
-    return found
+    """The plain keyword arguments of timm's class that have an effect here, strictly typed."""
+    options = []
+    for name, parameter in list(inspect.signature(host.__init__).parameters.items())[2:]:
+        is_plain = name in OPTIONS or type(parameter.default) in (bool, int, float)
+        if is_plain and name not in fixed and name not in kind.hidden:
+            hint = OPTIONS.get(name, (type(parameter.default), ""))[0]
+            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
+    return options
 
 
 def _make(name: str, kind: Kind) -> type[TimmAttention] | None:
-    """The class of one name; None where this timm does not know it."""
+    """The class of one name; None if the installed timm does not have it."""
     try:
         entry: Any = get_attn(name)
     except AssertionError:
@@ -453,22 +298,22 @@ def _make(name: str, kind: Kind) -> type[TimmAttention] | None:
 
 
 def _documentation(host: Any, options: list[inspect.Parameter]) -> str:
-    lines = [f"    {o.name}: {OPTIONS.get(o.name, (None, 'as in the class of timm.'))[1]}" for o in options]
+    lines = [f"    {o.name}: {OPTIONS.get(o.name, (None, 'see the class of timm.'))[1]}" for o in options]
     return "\n".join(
         [
             f"{host.__name__} of timm; the paper is named in {host.__module__}.",
             "",
             "Args:",
-            "    channels: C of the tensor this block is given and gives back.",
+            "    channels: C of the input and the output.",
             *lines,
-            "    start: 'identity', or 'paper' for the module as timm builds it.",
+            "    start: 'identity', or 'paper' for timm's own start.",
             "",
         ]
     )
 
 
 def _renamed(forward: Any) -> Any:
-    """A forward under a name of its own: torch.jit.script compiles a method by its function's name."""
+    """The forward under another name, because torch.jit.script compiles a method by its function's name."""
     copy = types.FunctionType(
         forward.__code__, forward.__globals__, "timm_forward", forward.__defaults__, forward.__closure__
     )
@@ -479,4 +324,4 @@ def _renamed(forward: Any) -> Any:
 for _name, _kind in KINDS.items():
     _class = _make(_name, _kind)
     if _class is not None:
-        globals()[_class.__name__] = BLOCKS.register(f"timm:{_name}")(_class)  # pickle looks classes up by name
+        globals()[_class.__name__] = BLOCKS.register(f"timm:{_name}")(_class)  # pickle finds classes by name
