@@ -144,34 +144,10 @@ def assemble(
     backend = backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
-    if check:
-        listener.phase(f"reading {config.data or 'the embedded digits'}")
-    architecture = weightless(config.base)
     normalized = normalization(config.checkpoint)
-    fitted = replace(Preprocessing.of(architecture, size), **normalized)
-    data = load_data(
-        config.data,
-        fitted,
-        config.seed,
-        augment=config.augment,
-        group_by=config.group_by,
-        on_load=listener.loading,
-        decode=decode,
-        check=check,
-        known=(digests := load_digests(Path(config.output) / IMAGES)),
-    )
+    data, digests = _images(config, size, normalized, listener, decode, check)
     config = config.model_copy(update={"augment": data.augment})
-    if check:
-        listener.data(data.describe(), data.notes)
-    settings = TrainSettings(
-        epochs=config.epochs,
-        batch_size=config.train_batch_size,
-        lr=config.lr,
-        device=config.device,
-        amp=config.train_dtype == "bfloat16",
-        channels_last=config.channels_last,
-        tf32=config.tf32,
-    )
+    settings = _train_settings(config)
     base, untrained_part, source_digest = _untrained(
         config, data.classes, weights, sized, listener if check else Listener()
     )
@@ -185,25 +161,73 @@ def assemble(
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
     evaluator = EVALUATORS[top.evaluator](data, settings)
     places = replace(space.places, budgets=costs.budgets(budgets))
-    latency_cache = LatencyCache(backend, base_key(base, config.base))
-    scorers = (*rungs, Alone(evaluator))
-    bench = Bench(
-        config,
-        base,
-        anatomy,
-        space,
-        data,
-        scorers,
-        evaluator,
-        backend,
-        budgets,
-        costs,
-        places,
-        latency_cache,
-        untrained_part,
+    return Bench(
+        config=config,
+        base=base,
+        anatomy=anatomy,
+        space=space,
+        data=data,
+        rungs=(*rungs, Alone(evaluator)),
+        evaluator=evaluator,
+        backend=backend,
+        budgets=budgets,
+        costs=costs,
+        places=places,
+        latency_cache=LatencyCache(backend, base_key(base, config.base)),
+        fresh=untrained_part,
+        source_digest=source_digest,
+        digests=digests,
     )
-    bench.source_digest, bench.digests = source_digest, digests
-    return bench
+
+
+def _images(
+    config: SearchConfig,
+    size: tuple[int, int, int],
+    normalized: Mapping[str, Any],
+    listener: Listener,
+    decode: bool,
+    check: bool,
+) -> tuple[Data, dict[str, list[Any]]]:
+    """The images in their splits, and the digests of their files.
+
+    Args:
+        config: all settings.
+        size: (C, H, W) of an image.
+        normalized: `mean` and `std` of pretrained weights, if they have them.
+        listener: told of progress.
+        decode: as in `assemble`.
+        check: as in `assemble`.
+    """
+    if check:
+        listener.phase(f"reading {config.data or 'the embedded digits'}")
+    digests = load_digests(Path(config.output) / IMAGES)
+    data = load_data(
+        config.data,
+        replace(Preprocessing.of(weightless(config.base), size), **normalized),
+        config.seed,
+        augment=config.augment,
+        group_by=config.group_by,
+        on_load=listener.loading,
+        decode=decode,
+        check=check,
+        known=digests,
+    )
+    if check:
+        listener.data(data.describe(), data.notes)
+    return data, digests
+
+
+def _train_settings(config: SearchConfig) -> TrainSettings:
+    """How each candidate is trained on the top rung."""
+    return TrainSettings(
+        epochs=config.epochs,
+        batch_size=config.train_batch_size,
+        lr=config.lr,
+        device=config.device,
+        amp=config.train_dtype == "bfloat16",
+        channels_last=config.channels_last,
+        tf32=config.tf32,
+    )
 
 
 def conditions_of(config: SearchConfig, size: tuple[int, int, int]) -> Conditions:

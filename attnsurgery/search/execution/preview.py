@@ -157,25 +157,17 @@ def preview(
     rng = np.random.default_rng(0)
     candidates = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
     exact = sum(map(bench.places.holds, candidates)) / max(1, len(candidates))
-    fitting, measured, model, assignment = 0, 0, bench.base, bench.space.nothing
-    drawn: set[Picks] = set()
-    for index in range(DRAWN):
-        if stop():
-            raise StopRequested
-        picks = bench.places.drawn(rng, lambda picks: picks not in drawn)
-        if picks is None:
-            break
-        drawn.add(picks)
-        listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
-        assignment = bench.space.places.params(picks)
-        model, fits = _measured(bench, assignment, reference)
-        fitting, measured = fitting + fits, measured + 1
+    candidate, fitting, measured = _measure_drawn(bench, reference, rng, listener, stop)
     listener.phase("timing training steps")
     counts = places_on(len(bench.rungs), config.trials, config.halving)
     if shares(config):  # the candidates that a supernet is checked by are promoted as well
         counts[1] = min(counts[0], counts[1] + CHECKED)
     rungs = tuple(
-        (str(rung), count, _trial_seconds(bench, scorer, Candidate(copy.deepcopy(model), assignment), count, stop))
+        (
+            str(rung),
+            count,
+            _trial_seconds(bench, scorer, replace(candidate, model=copy.deepcopy(candidate.model)), count, stop),
+        )
         for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)
     )
     low, high = _wilson(fitting, measured)
@@ -201,6 +193,33 @@ def preview(
         rungs=rungs,
         seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share),
     )
+
+
+def _measure_drawn(
+    bench: Bench, reference: Latency, rng: np.random.Generator, listener: Listener, stop: Callable[[], bool]
+) -> tuple[Candidate, int, int]:
+    """Measure candidates drawn uniformly within the exact budgets.
+
+    Returns:
+        The last candidate, or the base if none was drawn; how many are within all budgets; how many were measured.
+
+    Raises:
+        StopRequested: the user asked for an end.
+    """
+    candidate, fitting = Candidate(bench.base, bench.space.nothing), 0
+    drawn: set[Picks] = set()
+    for index in range(DRAWN):
+        if stop():
+            raise StopRequested
+        picks = bench.places.drawn(rng, lambda picks: picks not in drawn)
+        if picks is None:
+            break
+        drawn.add(picks)
+        listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
+        assignment = bench.space.places.params(picks)
+        model, fits = _measured(bench, assignment, reference)
+        candidate, fitting = Candidate(model, assignment), fitting + fits
+    return candidate, fitting, len(drawn)
 
 
 def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
