@@ -193,7 +193,7 @@ def test_budget_check_follows_its_rule(timing: Timing | None, within: dict[Rule,
 
 
 @pytest.mark.parametrize(
-    ("limits", "most_ms", "words"),
+    ("limits", "latency_budget_ms", "words"),
     [
         ({"budget_ips": 2000.0}, 4.0, "4 ms (2000 images a second)"),
         ({"budget_ips": 2000.0, "budget_ms": 3.0}, 3.0, "3 ms (2000 images a second)"),
@@ -201,13 +201,13 @@ def test_budget_check_follows_its_rule(timing: Timing | None, within: dict[Rule,
         ({"budget_ms": 5.0}, 5.0, "5 ms"),
     ],
 )
-def test_budget_of_throughput_is_latency(limits: dict[str, float], most_ms: float, words: str) -> None:
+def test_budget_of_throughput_is_latency(limits: dict[str, float], latency_budget_ms: float, words: str) -> None:
     """A throughput in images per second becomes a latency of 8 images; the tighter of two budgets holds."""
     config = SearchConfig(batch_size=8, **limits)  # type: ignore[arg-type]
     budgets = Budgets.of(config)
-    assert config.most_ms == most_ms
+    assert config.latency_budget_ms == latency_budget_ms
     assert budgets.describe() == words
-    for ms, over in ((most_ms * 0.99, False), (most_ms * 1.01, True)):
+    for ms, over in ((latency_budget_ms * 0.99, False), (latency_budget_ms * 1.01, True)):
         record = Record(number=0, state="failed", timing=Timing(ms, ms, ms, 1.0))
         assert budgets.check(record).within is not over
 

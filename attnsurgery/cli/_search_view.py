@@ -219,7 +219,7 @@ def print_outcome(outcome: Outcome) -> None:
         lines.append(f"chosen     among {choice}")
     if outcome.confirmation:
         again = outcome.confirmation.timing
-        budget = outcome.config.most_ms
+        budget = outcome.config.latency_budget_ms
         over = "" if budget is None or again.ms <= budget else f": over the budget of {budget:g} ms"
         lines += [
             f"verdict    {outcome.confirmation.sentence()}",
@@ -254,8 +254,8 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
         fit = "fewer fit by parameters and MACs than chance would find; the search makes no others"
     length = f"{_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation"
     if preview.none_fits:
-        most = config.most_ms
-        over = f", and the base alone takes {preview.base_ms:.3f} ms" if most and preview.base_ms > most else ""
+        limit_ms = config.latency_budget_ms
+        over = f", and the base alone takes {preview.base_ms:.3f} ms" if limit_ms and preview.base_ms > limit_ms else ""
         length = (
             f"none of the {preview.drawn} drawn fits{over}: perhaps no candidate does, and then it ends without a "
             f"result after {_duration(preview.seconds)}. Raise the budget, or choose a faster MODEL or cheaper blocks"

@@ -255,10 +255,10 @@ class SearchConfig(Strict):
     ] = False
 
     @property
-    def most_ms(self) -> float | None:
+    def latency_budget_ms(self) -> float | None:
         """The latency budget in ms: the smaller of `budget_ms` and what `budget_ips` leaves for a batch."""
         by_throughput = 1000.0 * self.batch_size / self.budget_ips if self.budget_ips else None
-        return min((most for most in (self.budget_ms, by_throughput) if most is not None), default=None)
+        return min((limit for limit in (self.budget_ms, by_throughput) if limit is not None), default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -274,7 +274,7 @@ class SearchConfig(Strict):
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> SearchConfig:
-        if not (self.most_ms or self.budget_params or self.budget_macs or self.budget_mb):
+        if not (self.latency_budget_ms or self.budget_params or self.budget_macs or self.budget_mb):
             raise UsageError(
                 "a search needs a budget: --budget-ms, --budget-ips, --budget-params, --budget-macs or --budget-mb, or "
                 "several."

@@ -154,7 +154,7 @@ def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
             assert done.result is not None
             assert done.job.attempt == 2
             (tmp_path / "injected_faults" / "device-1").touch()
-            pool.give(Job("base scores", most=1))
+            pool.give(Job("base scores", max_attempts=1))
             (done,) = finished_jobs(pool)
             assert done.result is None
             assert done.lost == "CUDA error: an illegal memory access was encountered"

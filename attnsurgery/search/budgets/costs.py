@@ -91,12 +91,12 @@ class Costs:
         """A cost of a candidate, by its name in EXACT."""
         return self.base[name] + int(sum(row[pick] for row, pick in zip(self.added[name], picks, strict=True)))
 
-    def budgets(self, budgets: Budgets) -> dict[str, Budget]:
+    def block_budgets(self, budgets: Budgets) -> dict[str, Budget]:
         """For each exact budget, the part of it that the blocks may use."""
         return {
-            name: Budget(self.added[name], budgets.most[name] - self.base[name])
+            name: Budget(self.added[name], budgets.limits[name] - self.base[name])
             for name in EXACT
-            if name in budgets.most
+            if name in budgets.limits
         }
 
     def check_feasible(self, places: Places, budgets: Budgets) -> None:
@@ -109,7 +109,7 @@ class Costs:
         Raises:
             NothingFeasibleError: the message has the costs of the base and the least that any block adds.
         """
-        exact = self.budgets(budgets)
+        exact = self.block_budgets(budgets)
         values = [np.zeros(len(choices)) for choices in places.choices.values()]
         nothing = (0,) * len(values)
         if best(places, values, None, list(exact.values()), {nothing}) is not None:

@@ -75,7 +75,7 @@ class LatencyPredictor:
 
     def surely_over_ms(self, assignment: Mapping[str, str]) -> float | None:
         """The predicted latency in ms if it is over the budget with 99 % certainty, else None."""
-        budget_ms, prediction = self._budgets.most.get("latency"), self.predict(assignment)
+        budget_ms, prediction = self._budgets.limits.get("latency"), self.predict(assignment)
         if budget_ms is None or prediction is None or prediction.bound(-_SURE) * self._reference_ms <= budget_ms:
             return None
         return prediction.ratio * self._reference_ms
@@ -96,7 +96,7 @@ class LatencyPredictor:
         This budget is wider by the usual error of a prediction: to measure one candidate that is over the budget costs
         seconds, but never to consider the best candidate costs the search its result.
         """
-        places, budget_ms, model = self._places, self._budgets.most.get("latency"), self._fitted()
+        places, budget_ms, model = self._places, self._budgets.limits.get("latency"), self._fitted()
         if budget_ms is None or model is None:
             return places
         costs = [np.array([model.added(counts) for counts in row]) for row in self._costs.blocks]

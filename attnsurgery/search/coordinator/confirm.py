@@ -129,7 +129,7 @@ def _within_budget(
         Each measured candidate, with '' or the reason why it is not surely within the budget. If none is, the one with
         the lowest upper end of its interval counts as within.
     """
-    if "latency" not in budgets.most:
+    if "latency" not in budgets.limits:
         return [(record, "") for record in order[: config.finalists]]
     timings: list[tuple[Record, str, float]] = []
     for record in order:

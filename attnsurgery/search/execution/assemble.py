@@ -160,7 +160,7 @@ def assemble(
         listener.phase(f"left out of the space: {choice}")
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
     evaluator = EVALUATORS[top.evaluator](data, settings)
-    places = replace(space.places, budgets=costs.budgets(budgets))
+    places = replace(space.places, budgets=costs.block_budgets(budgets))
     return Bench(
         config=config,
         base=base,

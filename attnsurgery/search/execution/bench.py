@@ -90,7 +90,7 @@ class Bench:
 
     def peak_mb(self, model: nn.Module) -> float | None:
         """Peak memory of one forward pass, in MB, if there is a budget for it, else None."""
-        return self.backend.peak_bytes(model) / 1e6 if "memory" in self.budgets.most else None
+        return self.backend.peak_bytes(model) / 1e6 if "memory" in self.budgets.limits else None
 
     def environment(self) -> dict[str, Any]:
         """What the names in the configuration stand for: digests of images and weights, choices, versions."""

@@ -39,7 +39,7 @@ class Job:
     """Number of the trial that the job belongs to, if any."""
     attempt: int = 1
     """Number of this attempt in this run, from 1."""
-    most: int = 2
+    max_attempts: int = 2
     """Maximum number of attempts in one run."""
     before: int = 0
     """Number of attempts in earlier runs."""

@@ -74,7 +74,7 @@ def _summary(outcome: Outcome) -> Markup:
         name=best.recipe["name"] if best.recipe else "",
         result=f"{percent(best.final_top1)} on validation at {ms(best.timing)}; {_against(best, outcome.base)}",
         choice=confirmation.choice() if confirmation else "",
-        again=_again(confirmation.timing, outcome.config.most_ms) if confirmation else "",
+        again=_again(confirmation.timing, outcome.config.latency_budget_ms) if confirmation else "",
     )
 
 

@@ -56,7 +56,7 @@ def _milliseconds(record: Record, rule: Rule) -> float | None:
 
 
 COST_KINDS = {
-    "latency": CostKind("most_ms", _milliseconds, "ms"),
+    "latency": CostKind("latency_budget_ms", _milliseconds, "ms"),
     "parameters": CostKind("budget_params", lambda record, rule: record.parameters, "parameters"),
     "macs": CostKind("budget_macs", lambda record, rule: record.macs, "MACs"),
     "memory": CostKind("budget_mb", lambda record, rule: record.peak_mb, "MB"),
@@ -67,7 +67,7 @@ COST_KINDS = {
 class Budgets:
     """The limits that candidates have to keep to."""
 
-    most: Mapping[str, float]
+    limits: Mapping[str, float]
     """The largest allowed cost, by the name of the cost."""
     images_per_second: float | None = None
     """The requested throughput, if the latency budget was given as one."""
@@ -76,7 +76,7 @@ class Budgets:
     def of(cls, config: SearchConfig) -> Budgets:
         """The budgets in the settings of a search."""
         limits = {name: getattr(config, kind.field) for name, kind in COST_KINDS.items()}
-        return cls({name: float(most) for name, most in limits.items() if most is not None}, config.budget_ips)
+        return cls({name: float(limit) for name, limit in limits.items() if limit is not None}, config.budget_ips)
 
     def check(self, record: Record, rule: Rule = "estimate") -> Check:
         """Compare a candidate's known costs with the budgets.
@@ -85,9 +85,9 @@ class Budgets:
             record: of the candidate.
             rule: which number stands for a measured latency.
         """
-        costs = {name: COST_KINDS[name].of(record, rule) for name in self.most}
+        costs = {name: COST_KINDS[name].of(record, rule) for name in self.limits}
         known_costs = {name: cost for name, cost in costs.items() if cost is not None}
-        excess = {name: cost / self.most[name] - 1.0 for name, cost in known_costs.items()}
+        excess = {name: cost / self.limits[name] - 1.0 for name, cost in known_costs.items()}
         words = ", ".join(
             amount(known_costs[name], COST_KINDS[name].unit) for name, share in excess.items() if share > 0
         )
@@ -96,7 +96,7 @@ class Budgets:
     def describe(self) -> str:
         """The budgets in words, such as '10 ms and 26 M parameters'."""
         throughput = f" ({self.images_per_second:g} images a second)" if self.images_per_second else ""
-        amounts = {name: amount(most, COST_KINDS[name].unit) for name, most in self.most.items()}
+        amounts = {name: amount(limit, COST_KINDS[name].unit) for name, limit in self.limits.items()}
         return " and ".join(text + (throughput if name == "latency" else "") for name, text in amounts.items())
 
 

@@ -99,7 +99,7 @@ class WorkerPool(ABC):
             AttnSurgeryError: one of the jobs cannot be done.
         """
         for tag, job in enumerate(jobs):
-            self.give(replace(job, tag=tag, most=ESSENTIAL))
+            self.give(replace(job, tag=tag, max_attempts=ESSENTIAL))
         outcomes: list[JobOutcome] = []
         while self.busy:
             for outcome in self.wait(_WAIT_S):
@@ -178,7 +178,7 @@ class InProcessPool(WorkerPool):
                     f"{RESUME_HINT} With --workers 1 a worker process does the work, and is replaced when this happens."
                 ) from error
             if fault is Fault.OUT_OF_MEMORY:
-                return None if job.attempt < job.most else JobOutcome(job, lost=reason_of(error))
+                return None if job.attempt < job.max_attempts else JobOutcome(job, lost=reason_of(error))
             if isinstance(error, AttnSurgeryError):
                 return JobOutcome(job, error=error)
             raise

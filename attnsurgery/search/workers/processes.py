@@ -224,7 +224,7 @@ class ProcessPool(WorkerPool):
         if not slot.alive:  # the job did not begin
             self._waiting.appendleft(job)
             return []
-        if job.attempt >= job.most:
+        if job.attempt >= job.max_attempts:
             return [JobOutcome(job, lost=ending.reason)]
         self._waiting.appendleft(job.again(ending.out_of_memory))
         half = ", at half the batch" if ending.out_of_memory else ""

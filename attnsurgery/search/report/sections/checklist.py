@@ -224,7 +224,7 @@ def _measured_again(outcome: Outcome) -> Item:
     question = "Was the winner's latency measured again at the end, and does it keep to its budget?"
     if outcome.confirmation is None:
         return Item(question, "no", "Not yet: the fastest of several measurements is too fast, on average.")
-    again, budget = outcome.confirmation.timing, outcome.config.most_ms
+    again, budget = outcome.confirmation.timing, outcome.config.latency_budget_ms
     if budget is None:
         return Item(question, "yes", f"{ms(again)}; there is no budget of latency.")
     if again.ms > budget:

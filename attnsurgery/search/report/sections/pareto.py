@@ -37,7 +37,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # candidates without a score are drawn here
     y_range = padded_range([*ys, floor] if groups.over else ys, 0.04)
     plot = chart("latency, ms", score_label(by), 460, x_range=padded_range(xs, 0.04), y_range=y_range)
-    budget = outcome.config.most_ms
+    budget = outcome.config.latency_budget_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(plot, budget)
     lower, top, winner = ([_score(record, by) for record in some] for some in (groups.lower, groups.top, best))
@@ -86,7 +86,7 @@ def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]
     candidates = [*groups.top, *groups.lower]
     winner = [outcome.best] if outcome.best else []
     xs = without_outliers(_ends(candidates)) + _ends([outcome.base, *winner])
-    budget = outcome.config.most_ms
+    budget = outcome.config.latency_budget_ms
     if budget is not None and budget < _FAR * max(xs):
         xs.append(budget)
     over = [_ms(record) for record in groups.over]
@@ -131,7 +131,7 @@ def _draw_front(plot: figure, outcome: Outcome) -> None:
         [_score(record, outcome.config.rank_by) for record in outcome.front],
     )
     if xs:
-        end = min(plot.x_range.end, outcome.config.most_ms or plot.x_range.end)
+        end = min(plot.x_range.end, outcome.config.latency_budget_ms or plot.x_range.end)
         plot.step([*xs, max(xs[-1], end)], [*ys, ys[-1]], mode="after", line_color=BLUE, line_width=1.6)
 
 
@@ -166,7 +166,7 @@ def _caption(outcome: Outcome, groups: _Groups, plot: figure) -> Markup:
             "Scores of different rungs are not comparable: only candidates on the highest rung that any reached "
             "are on the front, the others are drawn fainter."
         )
-    budget = outcome.config.most_ms
+    budget = outcome.config.latency_budget_ms
     if budget is None:
         sentences.append(f"There is no budget of latency here, but one of {outcome.budgets.describe()}.")
     elif budget > plot.x_range.end:
