@@ -66,6 +66,22 @@ def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.Mon
         assert best(places, values, by_count, budgets, exclusions) is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_knapsack_is_exact_with_merged_states(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of merged states are upper bounds, so the knapsack solver stays exact, and no place passes on more."""
+    monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STATES", 6)
+    rng = np.random.default_rng(seed)
+    places = Places({f"p{place}": CHOICES for place in range(5)}, most_blocks=2)
+    values, costs = ([np.append(0.0, rng.uniform(0, 1, 3)) for _ in places.choices] for _ in range(2))
+    budget = Budget(costs, float(rng.uniform(0.3, 1.5)))
+    bounds = _UpperBounds(places, values, np.zeros(3), budget)
+    assert max(sum(len(group) for _, group, _ in front) for front in bounds._fronts) <= 6 + 2, "one rest a number"
+    remaining = [picks for picks in all_of(places) if budget.holds(picks) and places.count(picks) <= 2]
+    remaining.sort(key=lambda picks: -sum(float(value[pick]) for value, pick in zip(values, picks, strict=True)))
+    for rank in range(5):
+        assert best(places, values, None, [budget], remaining[:rank]) == remaining[rank]
+
+
 @pytest.fixture
 def bound_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever the upper bound of a partial candidate is evaluated."""

@@ -35,6 +35,8 @@ _MAX_STEPS = 1000
 """Number of partial candidates that A* extends before beam search takes over."""
 _BEAM_WIDTH = 4000
 """Number of partial candidates that beam search keeps at each place."""
+_MAX_STATES = 50_000
+"""Number of undominated partial candidates at a place, beyond which neighbouring ones are merged."""
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 _States = tuple[Counts, Floats, Floats]
@@ -288,7 +290,7 @@ class _UpperBounds:
                 bonus_S = best_bonus[np.minimum(count_S, len(bonus) - 1)]
                 before_S = np.interp(remaining[0] - cost_S, *relaxation[place], left=-math.inf)
                 fits_S &= value_S + before_S + bonus_S >= lower_bound
-            front = _undominated(count_S[fits_S], cost_S[fits_S], value_S[fits_S])
+            front = _merged(_undominated(count_S[fits_S], cost_S[fits_S], value_S[fits_S]))
             self._fronts.append(_by_count(front))
         self._fronts.reverse()
 
@@ -389,6 +391,21 @@ def _undominated(counts: Counts, costs: Floats, values: Floats) -> _States:
         last = np.append(~(repeats & (counts[1:] == counts[:-1])), True)
         counts, costs, values = counts[last], costs[last], values[last]
     return counts, costs, values
+
+
+def _merged(states: _States) -> _States:
+    """The states, or if they are too many, groups of neighbours, each with its least cost and its largest value.
+
+    Bounds from groups are still upper bounds, and memory stays limited where values nearly follow costs.
+    """
+    counts, costs, values = states
+    if len(values) <= _MAX_STATES:
+        return states
+    first = np.zeros(len(values), dtype=bool)
+    first[:: -(-len(values) // _MAX_STATES)] = True
+    first[1:] |= counts[1:] != counts[:-1]  # a group has one number of blocks
+    starts = np.flatnonzero(first)
+    return counts[starts], costs[starts], values[np.append(starts[1:], len(values)) - 1]  # both ascend within a group
 
 
 def _by_count(states: _States) -> list[tuple[int, list[float], list[float]]]:
