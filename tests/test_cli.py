@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import attnsurgery.cli
 from attnsurgery.cli import build_app, main
-from attnsurgery.cli._errors import guarded
+from attnsurgery.cli._errors import with_error_messages
 from attnsurgery.errors import NothingFeasibleError
 
 RECIPE = """\
@@ -121,7 +121,7 @@ def app_that_raises(error: BaseException) -> typer.Typer:
     def fail() -> None:
         raise error
 
-    app.command("fail")(guarded(fail))
+    app.command("fail")(with_error_messages(fail))
     return app
 
 

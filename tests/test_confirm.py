@@ -24,7 +24,7 @@ from attnsurgery.search import SearchConfig, Timing, run
 from attnsurgery.search.execution.verdict import compare_on_test
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import contenders
-from attnsurgery.search.result.statistics import gain_of, pooled, sign_test
+from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_test
 from attnsurgery.search.watching import Watching
 from tests._searches import change, small_search, write_images, write_space
 
@@ -253,15 +253,15 @@ def test_gain_of_equal_models_is_none() -> None:
 
 def test_pooled_interval_follows_agreement() -> None:
     """Pooled measurements that agree have a narrower interval, and those that do not have a wider one."""
-    mean, half = pooled([10.0, 10.0], [0.2, 0.2])
+    mean, half = pool_estimates([10.0, 10.0], [0.2, 0.2])
     assert (mean, half) == (pytest.approx(10.0), pytest.approx(0.2 / math.sqrt(2)))
-    mean, half = pooled([10.0, 10.1], [0.2, 0.4])
+    mean, half = pool_estimates([10.0, 10.1], [0.2, 0.4])
     assert mean == pytest.approx(10.02), "the more certain one counts four times"
-    mean, half = pooled([10.0, 11.0], [0.1, 0.1])
+    mean, half = pool_estimates([10.0, 11.0], [0.1, 0.1])
     assert mean == pytest.approx(10.5)
     assert half == pytest.approx(1.959964 * 0.5), "as far apart as they are, and not as each of them says"
-    assert pooled([3.0], [0.5]) == (pytest.approx(3.0), pytest.approx(0.5))
-    assert pooled([3.0, 3.0], [0.0, 0.0]) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-6))
+    assert pool_estimates([3.0], [0.5]) == (pytest.approx(3.0), pytest.approx(0.5))
+    assert pool_estimates([3.0, 3.0], [0.0, 0.0]) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-6))
 
 
 def test_pooled_interval_covers_wide_scatter() -> None:
@@ -270,7 +270,7 @@ def test_pooled_interval_covers_wide_scatter() -> None:
     alone = together = 0
     for _ in range(2000):
         values = 1.0 + rng.normal(0.0, 0.02, 2) + rng.normal(0.0, 0.01, 2)
-        mean, half = pooled(values.tolist(), [1.96 * 0.01] * 2)
+        mean, half = pool_estimates(values.tolist(), [1.96 * 0.01] * 2)
         together += abs(mean - 1.0) <= half
         alone += abs(values[0] - 1.0) <= 1.96 * 0.01
     assert alone / 2000 < 0.7

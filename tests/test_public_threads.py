@@ -25,7 +25,7 @@ from attnsurgery.errors import LoadError, SearchError, UsageError
 from attnsurgery.evaluate import Preprocessing, load_data
 from attnsurgery.search.files import write_atomically
 from attnsurgery.search.storage.facts import stored_facts
-from attnsurgery.search.storage.urls import opened, url_of
+from attnsurgery.search.storage.urls import open_storage, url_of
 from tests.conftest import build, images, move_gates
 
 SIZE = (3, 64, 64)
@@ -260,7 +260,7 @@ def test_study_in_a_directory_of_any_name(tmp_path: Path, name: str) -> None:
     """
     folder = tmp_path / name
     folder.mkdir()
-    storage = opened(url_of(folder / "study.db"))
+    storage = open_storage(url_of(folder / "study.db"))
     study = optuna.create_study(storage=storage, study_name=name)
     study.set_user_attr("some", "data")
     assert [path.name for path in tmp_path.iterdir()] == [name]

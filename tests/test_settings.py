@@ -11,7 +11,7 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 from attnsurgery.cli import main
-from attnsurgery.cli._settings import Grouped, checked, with_settings
+from attnsurgery.cli._settings import Grouped, build_settings, with_settings
 from attnsurgery.errors import SearchError
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same, fixed_part
@@ -161,7 +161,7 @@ def test_value_of_a_file_is_checked_strictly(command: Command, tmp_path: Path) -
     file.write_text("budget_ms: 2\ntrials: 3.5\n")
     command("--config", str(file))
     with pytest.raises(Exception, match=r"--trials cannot be 3.5"):
-        checked(SearchConfig, "search", command.settings)
+        build_settings(SearchConfig, "search", command.settings)
 
 
 @pytest.mark.parametrize(

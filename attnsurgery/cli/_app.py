@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from attnsurgery.cli._errors import Settings, guarded
+from attnsurgery.cli._errors import Settings, with_error_messages
 
 _COMMANDS = __name__.rpartition(".")[0]
 """The name of the package whose modules are commands; it imports this module."""
@@ -42,7 +42,7 @@ def build_app() -> typer.Typer:
             importlib.import_module(f"{_COMMANDS}.{module.name}").register(app)
     for command in app.registered_commands:
         assert command.callback is not None
-        command.callback = guarded(command.callback)
+        command.callback = with_error_messages(command.callback)
     return app
 
 

@@ -25,7 +25,7 @@ class Settings:
     debug = False
 
 
-def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+def with_error_messages(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command whose errors become a message and an exit code."""
 
     @functools.wraps(command)

@@ -13,7 +13,7 @@ import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.checkpoint.directory import opened
 from attnsurgery.checkpoint.formats import DELTA_NAME
 from attnsurgery.checkpoint.weights import read_state_dict
-from attnsurgery.cli._settings import checked
+from attnsurgery.cli._settings import build_settings
 from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.timm_plugin.architectures import check_base, weightless
 
@@ -67,5 +67,5 @@ def measured_conditions(settings: Mapping[str, Any], input_size: tuple[int, int,
     from attnsurgery.search.execution.assemble import conditions_of, pick_device
 
     device = pick_device(settings.get("device", "auto"))
-    config = checked(SearchConfig, command, {**settings, "device": device, "budget_params": 1})
+    config = build_settings(SearchConfig, command, {**settings, "device": device, "budget_params": 1})
     return conditions_of(config, input_size)

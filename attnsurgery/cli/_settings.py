@@ -95,7 +95,7 @@ class Grouped(TyperCommand):
                     formatter.write_dl(records)
 
 
-def checked(model: type[pydantic.BaseModel], command: str, values: dict[str, Any]) -> Any:
+def build_settings(model: type[pydantic.BaseModel], command: str, values: dict[str, Any]) -> Any:
     """The model with the given values.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from attnsurgery.cli._options import STORAGE_VARIABLE, AsJson
-from attnsurgery.cli._settings import Grouped, checked, with_settings
+from attnsurgery.cli._settings import Grouped, build_settings, with_settings
 from attnsurgery.search.config import DEFAULT_BASE, SearchConfig
 from attnsurgery.settings import flags_of, settings_of
 
@@ -57,7 +57,7 @@ def search(
     output = settings.pop("output", None)
     device = pick_device(settings.get("device", "auto"))
     derived = {"base": resolved.base, "checkpoint": resolved.checkpoint, "device": device, "output": output or ""}
-    config: SearchConfig = checked(SearchConfig, "search", {**settings, **derived})
+    config: SearchConfig = build_settings(SearchConfig, "search", {**settings, **derived})
     if output is None:
         config = _in_its_directory(config)
     if new:

@@ -41,19 +41,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise SearchError(f"cannot write {path}: {error.strerror}. What was there before is unchanged.") from error
 
 
-def packed(model: nn.Module) -> bytes:
+def to_safetensors(model: nn.Module) -> bytes:
     """All tensors of a model as the bytes of a safetensors file."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     return safetensors.torch.save(tensors)
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
-    """Write the file that `packed` makes, completely or not at all.
+    """Write the file that `to_safetensors` makes, completely or not at all.
 
     Raises:
         SearchError: the disk is full or not writable.
     """
-    write_atomically(path, packed(model))
+    write_atomically(path, to_safetensors(model))
 
 
 class Journal:

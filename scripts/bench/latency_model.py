@@ -31,7 +31,7 @@ from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.latency.model import LatencyModel, Measured
 from attnsurgery.latency.self_test import self_test
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.budgets.calibrate import EFFORT, Measure, calibrated, measure_by_building, spearman
+from attnsurgery.search.budgets.calibrate import EFFORT, Measure, measure_by_building, measure_informative, spearman
 from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.space import bind, load
 
@@ -79,7 +79,7 @@ def predicted(
     if design == "alone":
         told = alone(costs, space.places, measure, seconds)
     else:
-        told = list(calibrated(space, costs, [], {}, measure, seconds))
+        told = list(measure_informative(space, costs, [], {}, measure, seconds))
     model = LatencyModel(costs.base["macs"], costs.kinds, told)
     rng = np.random.default_rng(1)
     drawn: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]

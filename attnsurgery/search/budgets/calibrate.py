@@ -171,7 +171,7 @@ def calibrate(
     measurements, kinds = cache.read()
     count_before = len(measurements)
     base_ms = meter.measure(base).p50_ms
-    for measurement in calibrated(
+    for measurement in measure_informative(
         bound, costs, measurements, kinds, measure_by_building(base, anatomy, bound, costs, meter), seconds
     ):
         cache.add(measurement, costs.kinds)
@@ -213,7 +213,7 @@ def measure_by_building(
     return measure
 
 
-def calibrated(
+def measure_informative(
     space: BoundSpace,
     costs: Costs,
     measured_before: Sequence[Measured],

@@ -58,14 +58,14 @@ class LatencyPredictor:
         """Take in the measurements of new records."""
         for record in records:
             if record.digest and record.timing and record.state != "duplicate" and record.digest not in self._own:
-                self._own[record.digest] = measured(self._costs, self._places, record, self._reference_ms)
+                self._own[record.digest] = measurement_of(self._costs, self._places, record, self._reference_ms)
                 self._model = None
 
     def keep(self, record: Record, cache: LatencyCache) -> None:
         """Save the measurement of a trial for later searches; a full disk does not end this search."""
         if record.timing is not None and record.state != "duplicate":
             with suppress(SearchError):
-                cache.add(measured(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
+                cache.add(measurement_of(self._costs, self._places, record, self._reference_ms), self._costs.kinds)
 
     @on_one_thread
     def predict(self, assignment: Mapping[str, str]) -> Prediction | None:
@@ -112,7 +112,7 @@ class LatencyPredictor:
         return self._model
 
 
-def measured(costs: Costs, places: Places, record: Record, reference_ms: float) -> Measured:
+def measurement_of(costs: Costs, places: Places, record: Record, reference_ms: float) -> Measured:
     """The measurement of a trial as data for a latency model.
 
     Args:

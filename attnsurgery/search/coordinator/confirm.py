@@ -28,7 +28,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.result.confirmation import Confirmation, Finalist
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record, Timing
-from attnsurgery.search.result.statistics import pooled
+from attnsurgery.search.result.statistics import pool_estimates
 
 
 class Work(Protocol):
@@ -158,5 +158,7 @@ def _doubt(budgets: Budgets, record: Record, timing: Timing) -> str:
 def _pooled_timing(record: Record, second: Timing) -> Timing:
     """The measurement of the trial pooled with a second one, made when the machine may have been in another state."""
     timings = [timing for timing in (record.timing, second) if timing is not None]
-    ms, half = pooled([timing.ms for timing in timings], [(timing.high_ms - timing.low_ms) / 2 for timing in timings])
+    ms, half = pool_estimates(
+        [timing.ms for timing in timings], [(timing.high_ms - timing.low_ms) / 2 for timing in timings]
+    )
     return replace(second, ms=ms, low_ms=ms - half, high_ms=ms + half)

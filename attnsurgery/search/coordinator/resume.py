@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsurgery.errors import SearchError
-from attnsurgery.search.budgets.predict import measured
+from attnsurgery.search.budgets.predict import measurement_of
 from attnsurgery.search.compatibility import affects_feasibility, check_same, fixed_part
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.listener import Listener
@@ -136,7 +136,7 @@ def _facts(
     if latencies := facts.get("latencies"):
         timed = [record for record in retryable if record.timing and record.duplicate_of is None]
         measurements = [
-            asdict(measured(bench.costs, bench.places, record, base["latency"]["p50_ms"])) for record in timed
+            asdict(measurement_of(bench.costs, bench.places, record, base["latency"]["p50_ms"])) for record in timed
         ]
         kinds = {key: asdict(kind) for key, kind in bench.costs.kinds.items()}
         new = [measurement for measurement in measurements if measurement not in latencies["measured"]]

@@ -23,7 +23,7 @@ from attnsurgery.search.execution.pretrained_base import (
     label_names,
 )
 from attnsurgery.search.execution.scorers import Candidate
-from attnsurgery.search.files import packed
+from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.rungs import SUPERNET, rungs_of
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.watching import Watching
@@ -55,7 +55,7 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
         if bench.fresh == "head":
             watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
             fit_head(base, bench.data.train, settings, config.seed, watch)
-        write_own(path.parent, path.name, packed(base))
+        write_own(path.parent, path.name, to_safetensors(base))
     base.to(config.device).eval()
     return hash_of(path)
 

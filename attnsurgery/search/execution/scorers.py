@@ -11,7 +11,7 @@ from torch import nn
 
 from attnsurgery.evaluate import Data, Evaluator, Score, TrainSettings, Watch
 from attnsurgery.search.execution.supernet import Supernet
-from attnsurgery.search.files import packed
+from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.storage.run_directory import is_own, write_own
 
 
@@ -83,7 +83,7 @@ class Shared(Scorer):
                 self._supernet.load(self._path)
             else:
                 self.train(seed, watch)
-                write_own(self._path.parent, self._path.name, packed(self._supernet.model))
+                write_own(self._path.parent, self._path.name, to_safetensors(self._supernet.model))
             self._ready = True
         return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
 

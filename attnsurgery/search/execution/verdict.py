@@ -25,7 +25,7 @@ from attnsurgery.recipe.text import dumps
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
-from attnsurgery.search.files import packed
+from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation, Verdict
 from attnsurgery.search.result.record import Record, Timing
 from attnsurgery.search.result.statistics import gain_of
@@ -82,7 +82,7 @@ def train_again(
         return result
     folder, name = Path(bench.config.output), weights_of(record, index)
     (folder / CONFIRMING).mkdir(exist_ok=True)
-    write_own(folder, name, packed(model))
+    write_own(folder, name, to_safetensors(model))
     return {**result, "weights": hash_of(folder / name)}
 
 

@@ -57,15 +57,15 @@ class Trust:
         return f"{statement}, so its ranking was not used, and those asked for first went on"
 
 
-def checked(records: Sequence[Record]) -> list[Record]:
+def check_sample(records: Sequence[Record]) -> list[Record]:
     """The candidates that a supernet is checked by: the first that were drawn at random."""
     return [record for record in trained(records) if record.drawn][:CHECKED]
 
 
 def trust(records: Sequence[Record], by: RankBy) -> Trust | None:
     """The check of a supernet on the lowest rung; None until its candidates were trained on the next rung."""
-    promoted = [record for record in checked(records) if record.reached]
-    if len(promoted) < 2 or any(_may_rise(record, 0) for record in checked(records)):
+    promoted = [record for record in check_sample(records) if record.reached]
+    if len(promoted) < 2 or any(_may_rise(record, 0) for record in check_sample(records)):
         return None
     lower, upper = ([_score(record, rung, by) for record in promoted] for rung in (0, 1))
     return Trust(kendall_tau_b(lower, upper), len(promoted))
@@ -94,7 +94,7 @@ def next_promotion(
     """
     blind = False
     if supernet:
-        tests = [record for record in checked(records) if _may_rise(record, 0)]
+        tests = [record for record in check_sample(records) if _may_rise(record, 0)]
         if tests:
             return next((record for record in tests if record.number not in going), None)
         check = trust(records, by)

@@ -144,7 +144,7 @@ def gain_of(first_SN: npt.NDArray[np.bool_], second_SN: npt.NDArray[np.bool_]) -
     return gain(p_value, wide, freedom_of(wide))
 
 
-def pooled(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
+def pool_estimates(values: Sequence[float], halves: Sequence[float]) -> tuple[float, float]:
     """The random-effects mean of several estimates, and half its 95 % interval.
 
     DerSimonian and Laird, "Meta-analysis in clinical trials", 1986: differences beyond the estimates' own intervals are

@@ -12,7 +12,7 @@ from attnsurgery.search.storage.urls import (
     check_ours,
     check_url,
     close,
-    opened,
+    open_storage,
     storage_errors,
     study_name,
     url_of,
@@ -38,7 +38,7 @@ def stored_facts(folder: Path, storage: str | None) -> dict[str, Any]:
     if storage:
         check_url(storage)
     with storage_errors(url):
-        database = opened(url)
+        database = open_storage(url)
         try:
             name = folder.resolve().name if storage else study_name(database, folder)
             if name is None or name not in optuna.get_all_study_names(database):

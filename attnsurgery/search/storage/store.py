@@ -50,7 +50,7 @@ from attnsurgery.search.storage.schema import (
 from attnsurgery.search.storage.urls import (
     check_ours,
     close,
-    opened,
+    open_storage,
     storage_errors,
     study_name,
     url_of,
@@ -115,7 +115,7 @@ class Store:
         self._sampler = SAMPLERS[sampler]
         self._rank_by = rank_by
         with storage_errors(shown):
-            self._opened = database = opened(url)
+            self._opened = database = open_storage(url)
             # the database of a run directory holds one study, whatever the folder was called when it was created
             name = folder.resolve().name if storage else study_name(database, folder) or folder.resolve().name
             if name in optuna.get_all_study_names(database):

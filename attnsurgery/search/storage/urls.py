@@ -29,7 +29,7 @@ _KINDS = "It reads like sqlite:///study.db, postgresql://user@host/name, mysql:/
 _NO_URL = f"--storage is not a database URL. {_KINDS}"
 
 
-def opened(url: str | BaseStorage) -> BaseStorage:
+def open_storage(url: str | BaseStorage) -> BaseStorage:
     """The storage of a URL, with the drivers that the extras of this package install."""
     if not isinstance(url, str):
         return url

@@ -59,7 +59,7 @@ class Wire(Listener):
 
     def __init__(self, out: Out) -> None:
         self._out = out
-        self._signed = 0.0
+        self._last_sign = 0.0
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Write a message as one JSON line."""
@@ -68,8 +68,8 @@ class Wire(Listener):
 
     def sign(self) -> None:
         """Send a sign of life if the last one was sent a while ago."""
-        if time.monotonic() - self._signed > _SIGN_S:
-            self._signed = time.monotonic()
+        if time.monotonic() - self._last_sign > _SIGN_S:
+            self._last_sign = time.monotonic()
             self.send({"sign": True})
 
     def phase(self, text: str) -> None:
@@ -85,7 +85,7 @@ class Wire(Listener):
         self.send({"event": ["timed", number, asdict(timing)]})
 
 
-class _Attentive(Watching):
+class _SigningWatch(Watching):
     """Sends signs of life, also while the worker waits for the device."""
 
     def __init__(self, wire: Wire, stop: threading.Event, lock: DeviceLock) -> None:
@@ -103,7 +103,7 @@ class _Worker:
         self._begin, self._wire, self._stop = begin, wire, stop
         self._bench: Bench | None = None
         self._loaded = False
-        self._refused: Exception | None = None
+        self._error: Exception | None = None
 
     def assemble(self) -> None:
         """Load and build what jobs need, as far as it exists already; the first job reports an error."""
@@ -111,14 +111,14 @@ class _Worker:
             use_device(self._begin["config"]["device"])
             self._config = SearchConfig(**self._begin["config"])
             self._lock = device_lock(self._config.device)
-            self._watch = _Attentive(self._wire, self._stop, self._lock)
+            self._watch = _SigningWatch(self._wire, self._stop, self._lock)
             self._bench = assemble(self._config, self._wire, check=False)
             self._bench.backend.lock = self._lock.exclusive
             self._wire.send({"versions": {"node": platform.node(), "worker_versions": self._bench.versions()}})
         except Exception as error:
             if not isinstance(error, AttnSurgeryError) and fault_of(error) is None:
                 raise
-            self._refused = error
+            self._error = error
 
     def answer(self, job: Job) -> dict[str, Any]:
         """Do a job; return the message with its result, error or fault."""
@@ -138,7 +138,7 @@ class _Worker:
 
     def _ready(self) -> Bench:
         if self._bench is None:
-            raise self._refused or AttnSurgeryError("the worker was given a job before it was ready.")
+            raise self._error or AttnSurgeryError("the worker was given a job before it was ready.")
         if not self._loaded and (Path(self._config.output) / WEIGHTS).exists():
             self._bench.weights = starting_weights(self._bench, self._watch)
             self._loaded = True
