@@ -7,9 +7,9 @@ are timm's, and weights of timm's attention models load strictly. Two things are
   that timm ignores in that class and those that change the shape of the map are no options.
 * An identity start, in one of three ways. *zero*: the last layers start at zero and the gates are doubled, so that
   2 * sigmoid(0) = 1; this costs one pass over the gate, which in scoord and strip has the size of the map. *own*:
-  timm's own start is the identity already (nl). *residual*: x + alpha * (attention(x) - x) with a scalar alpha that starts at
-  0, where no zeros give the identity (sk, splat, lambda, bottleneck, halo, bat, and has_skip); this costs one pass over
-  the map.
+  timm's own start is the identity already (nl). *residual*: x + alpha * (attention(x) - x) with a scalar alpha that
+  starts at 0, where no zeros give the identity (sk, splat, lambda, bottleneck, halo, bat, and has_skip); this costs one
+  pass over the map.
 
 `timm_kinds` has what is specific to each module. The papers are named in timm's files: timm/layers/squeeze_excite.py,
 eca.py, gather_excite.py ...

@@ -1,12 +1,12 @@
-"""What stands between a caller and the model: wrappers that are followed, and those that are refused with the reason.
+"""Wrappers around a model or its parts: those that are passed through, and those that are refused with the reason.
 
-A *wrapper* is a module that runs another one and computes nothing of its own: DataParallel, a checkpoint wrapper,
-torch.compile, PEFT's copy of a module that it saves. Paths here leave wrappers out, so an address is the same whether
-the model is wrapped or bare. Some wrappers have taken note of the parameters that were there when they were made, and
-would miss a block that comes or goes later: those are refused, as the table KINDS says for each verb.
+A *wrapper* is a module that only runs another one: DataParallel, a checkpoint wrapper, torch.compile, PEFT's copy of a
+module that it saves. Paths leave wrappers out, so an address is the same for a wrapped and a bare model. Some wrappers
+record the parameters of the model when they are made and would miss a block that is inserted or removed later. They are
+refused, as the table KINDS says for each verb.
 
-Everything in the package that walks through a user's model goes through `walk`, `submodule` or `unwrapped`.
-docs/wrappers.md is the same table for people.
+All code of the package that traverses a user's model uses `walk`, `submodule` or `unwrapped`. docs/wrappers.md has the
+same table for users.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ EVERY: tuple[Verb, ...] = ("inspect", "operate", "verify", "remove", "bypass", "
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A class of another library that wraps models, or that changes what a module is."""
+    """A class of another library that wraps models or changes the type of their modules."""
 
     package: str
     """The first part of the name of the Python module that defines it."""
     cls: str
+    """Name of the class."""
     inner: str = ""
-    """The attribute that holds the module it runs; empty where there is none to follow."""
+    """The attribute with the module that it runs; empty if it is no wrapper."""
     refuses: Mapping[Verb, str] = field(default_factory=dict)
-    """Why, and what to do instead; a verb that is not there works on what is inside."""
+    """Reasons for refusal and what to do instead, by verb; other verbs apply to the inner module."""
 
 
 def _for(verbs: tuple[Verb, ...], why: str) -> dict[Verb, str]:
@@ -113,28 +114,28 @@ def _kind_of(cls: Any) -> Kind | None:
 
 
 def inner(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper runs; None for a module that is no wrapper."""
+    """The module that a wrapper runs; None if the module is no wrapper."""
     kind = _kind(module)
     if kind is None or not kind.inner:
         return None
     if kind.cls == "ModulesToSaveWrapper":
         return _saved_copy(module)
-    held = getattr(module, kind.inner, None)
-    return held if isinstance(held, nn.Module) else None
+    wrapped = getattr(module, kind.inner, None)
+    return wrapped if isinstance(wrapped, nn.Module) else None
 
 
 def _saved_copy(module: Any) -> nn.Module:
-    """PEFT keeps the module as it was and one copy for each adapter, and runs that of the active one."""
+    """The module that PEFT runs: the copy of the active adapter, or the original module."""
     active = getattr(module, "active_adapters", getattr(module, "active_adapter", ()))
     names = [active] if isinstance(active, str) else list(active)
     copies = [module.modules_to_save[name] for name in names if name in module.modules_to_save]
     off = getattr(module, "disable_adapters", getattr(module, "_disable_adapters", False))
-    found: nn.Module = module.original_module if off or not copies else copies[0]
-    return found
+    running: nn.Module = module.original_module if off or not copies else copies[0]
+    return running
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """What a module runs in the end: itself, or what is inside all of its wrappers."""
+    """The module inside all wrappers; the module itself if it has none."""
     within = inner(module)
     while within is not None:
         module, within = within, inner(within)
@@ -142,13 +143,13 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that can run, once, by its path without wrappers; in the order of `named_modules`."""
+    """All modules without wrappers, each once, with their paths; in the order of `named_modules`."""
     return ((path, module) for path, module, _ in _walk(model))
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """The same with the wrappers around each, outermost first."""
-    seen: set[int] = set()
+    """The modules of `walk`, each with the list of its wrappers, outermost first."""
+    visited: set[int] = set()
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
@@ -156,9 +157,9 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
         while (within := inner(module)) is not None:
             wrappers.append(module)
             module = within
-        if id(module) in seen:
+        if id(module) in visited:
             continue
-        seen.add(id(module))
+        visited.add(id(module))
         yield path, module, wrappers
         stack += reversed([(f"{path}.{name}" if path else name, kid) for name, kid in _children(module)])
 
@@ -173,21 +174,21 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     Raises:
         SiteError: there is none; the message names the nearest.
     """
-    found = bare(model)
+    module = bare(model)
     for name in path.split(".") if path else ():
-        child = found._modules.get(name)
+        child = module._modules.get(name)
         if child is None:
-            near = did_you_mean(path, (known for known, _ in walk(model)))
-            raise SiteError(f"the plan cuts into {path!r}, which {type(bare(model)).__name__} does not have.{near}")
-        found = bare(child)
-    return found
+            near = did_you_mean(path, (candidate for candidate, _ in walk(model)))
+            raise SiteError(f"an insertion is into {path!r}, which {type(bare(model)).__name__} does not have.{near}")
+        module = bare(child)
+    return module
 
 
 def unwrapped(model: nn.Module, verb: Verb) -> nn.Module:
-    """The model inside its wrappers, if `verb` may work on it.
+    """The model inside its wrappers, if `verb` is allowed on it.
 
     Raises:
-        UsageError: a wrapper, or what another library has made of the model, does not allow it; says what to do.
+        UsageError: a wrapper or another library's change to the model does not allow it; the message says what to do.
     """
     for path, module, wrappers in _walk(model):
         for wrapper in wrappers:
@@ -201,7 +202,7 @@ def unwrapped(model: nn.Module, verb: Verb) -> nn.Module:
 
 _NONE = Kind("", "")
 _AROUND_ALL = tuple(kind for kind in KINDS if kind.refuses.get("operate") in (_COMPILED, _AVERAGED))
-"""What is refused around a whole model; where it is around a part, the part alone is."""
+"""Wrappers that are refused around a whole model; around a part of it, only changes to that part are refused."""
 
 
 def _check_kind(name: str, module: nn.Module, verb: Verb) -> None:
@@ -211,9 +212,12 @@ def _check_kind(name: str, module: nn.Module, verb: Verb) -> None:
 
 
 def _check_state(path: str, module: nn.Module, verb: Verb) -> None:
-    """Refuse what has been done to a single module."""
-    own = module.__dict__
-    if "_hf_hook" in own and verb in (*CHANGING, "verify", "bypass"):
+    """
+    Raises:
+        UsageError: a hook or a tensor type of another library on this module does not allow the verb.
+    """
+    attributes = module.__dict__
+    if "_hf_hook" in attributes and verb in (*CHANGING, "verify", "bypass"):
         raise _refusal(verb, path, _OFFLOADED.format(path=path))
     home = type(module).__module__
     if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
@@ -226,7 +230,7 @@ def _check_state(path: str, module: nn.Module, verb: Verb) -> None:
             continue
         if nn.parameter.is_lazy(tensor):
             raise _refusal(verb, path, _LAZY.format(path=path))
-        if _is_made_of_others(tensor) and (_is_packed(tensor) or verb in (*CHANGING, "verify", "bypass")):
+        if _has_inner_tensors(tensor) and (_is_packed(tensor) or verb in (*CHANGING, "verify", "bypass")):
             what = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
             raise _refusal(verb, path, _QUANTISED.format(path=path, what=what))
 
@@ -246,10 +250,10 @@ _WORDS: dict[Verb, str] = {
 
 
 def check_uncompiled(model: nn.Module, paths: Iterable[str], verb: Verb) -> None:
-    """Refuse to change modules that a compiled part of the model has seen.
+    """Refuse to change modules inside a compiled part of the model.
 
     Raises:
-        UsageError: names the compiled part.
+        UsageError: one of the modules is in a compiled part, which the message names.
     """
     compiled = list(_compiled(model))
     for path in paths:
@@ -264,7 +268,7 @@ _RECOMPILE = "change the model before that part is compiled, or put the part tha
 
 
 def _compiled(model: nn.Module) -> Iterator[str]:
-    """Paths without wrappers of the parts that torch.compile has wrapped, or that were compiled in place."""
+    """Paths, without wrappers, of the parts that are wrapped by torch.compile or compiled in place."""
     for path, module, wrappers in _walk(model):
         wrapped = any((_kind(wrapper) or _NONE).cls == "OptimizedModule" for wrapper in wrappers)
         if wrapped or module.__dict__.get("_compiled_call_impl") is not None:
@@ -272,12 +276,12 @@ def _compiled(model: nn.Module) -> Iterator[str]:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """What stands in the place of the module's own forward on this very object, in words; None if nothing does."""
+    """Name of the function that replaces the forward on the object itself; None if there is none."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return None
-    made = getattr(forward, "__func__", forward)
-    return str(getattr(made, "__qualname__", type(made).__name__))
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def check_forward(path: str, module: nn.Module) -> None:
@@ -294,18 +298,18 @@ def check_forward(path: str, module: nn.Module) -> None:
         )
 
 
-def _is_made_of_others(tensor: torch.Tensor) -> bool:
-    """True for a subclass of tensors that holds other tensors, as quantised and sharded ones do."""
+def _has_inner_tensors(tensor: torch.Tensor) -> bool:
+    """True for a tensor subclass with inner tensors, such as quantized and sharded tensors."""
     return hasattr(tensor, "__tensor_flatten__") or _is_packed(tensor)
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """True for a tensor whose shape is not that of the weight that it stands for."""
+    """True for a packed tensor, whose shape is not that of the weight."""
     return type(tensor).__module__.partition(".")[0] == "bitsandbytes"
 
 
 def plain_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A meta tensor of the same shape and dtype, without what a subclass of tensors adds."""
-    if _is_made_of_others(tensor):
+    """A plain meta tensor of the same shape and dtype, also for a tensor subclass."""
+    if _has_inner_tensors(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return torch.empty_like(tensor, device="meta")

@@ -1,4 +1,4 @@
-"""What a block costs at a place: parameters, multiply-accumulates and attention, of a block without weights."""
+"""The cost of a block at a site: parameters, multiply-accumulates and attention, from a block without weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ class BlockCost:
     """What one block adds to a model."""
 
     params: int
+    """Number of parameters."""
     macs: int
     """Multiply-accumulates of one image."""
     attention_bytes: int
-    """Size of the largest attention-like activation that the naive formula would hold, one image, fp32."""
+    """Bytes of the largest attention-like activation that the naive formula would hold, for one image in fp32."""
 
 
 def cost_of(insertion: Insertion) -> BlockCost:
-    """What an insertion would add.
+    """The cost of an insertion.
 
     Raises:
-        OptionError: its options say what no block of that width can be.
+        OptionError: no block with these options exists for the number of channels of the site.
     """
     site, options = insertion.site, tuple(sorted(insertion.options.items()))
     return _cost(insertion.block, site.channels, options, insertion.start, site.map_size)
@@ -38,7 +39,7 @@ def cost_of(insertion: Insertion) -> BlockCost:
 def _cost(
     block: str, channels: int, options: tuple[tuple[str, Any], ...], start: Start, size: tuple[int, int]
 ) -> BlockCost:
-    built = build_block(block, channels, dict(options), start, torch.device("meta"))
-    cost = built.cost(*size)
-    params = sum(parameter.numel() for parameter in built.parameters())
+    instance = build_block(block, channels, dict(options), start, torch.device("meta"))
+    cost = instance.cost(*size)
+    params = sum(parameter.numel() for parameter in instance.parameters())
     return BlockCost(params, cost.macs, cost.attention_bytes)

@@ -1,6 +1,6 @@
-"""The JSON schema of a recipe, for editors that complete and check while one types.
+"""The JSON schema of a recipe, for completion and checks in editors.
 
-The names of blocks and the options of each are read off the catalog, so a block from another package is in it too.
+The names and options of blocks come from the catalog, so blocks of other packages are included.
 """
 
 from __future__ import annotations

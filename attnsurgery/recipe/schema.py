@@ -1,4 +1,4 @@
-"""Recipe: the whole surgery as data. People write it, the registry names it, the search emits it."""
+"""Recipe: a surgery as data, which people write, the registry names and the search returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 
 def _exactly_one(version: object) -> object:
-    """`true` and `1.0` equal 1 and are no version."""
+    """Refuse `true` and `1.0`, which equal 1 but are no version."""
     if type(version) is not int:
         raise ValueError("a version is a whole number")
     return version
@@ -23,7 +23,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=
 
 
 class Strict(pydantic.BaseModel):
-    """Unknown keys, wrong types and non-finite numbers are errors; instances never change."""
+    """A model in which unknown keys, wrong types and non-finite numbers are errors; instances are immutable."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -61,13 +61,13 @@ class Recipe(Strict):
         return hash(self.digest())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON data; defaults are left out, so that what a person wrote comes back."""
+        """The recipe as plain JSON data without defaults, as a person would write it."""
         data = self.model_dump(exclude_defaults=True) | {"version": self.version}
         if self.max_attention_mb is not None and self.max_attention_mb.is_integer():
             data["max_attention_mb"] = int(self.max_attention_mb)
         return data
 
     def digest(self) -> str:
-        """Hash of what the recipe does: the name does not count, nor the order of keys."""
+        """A hash of what the recipe does, independent of its name and the order of keys."""
         content = self.model_dump(exclude={"name"} if self.max_attention_mb else {"name", "max_attention_mb"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

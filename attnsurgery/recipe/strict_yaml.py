@@ -1,11 +1,11 @@
-"""Reads the harmless part of YAML, and remembers on which line each value stood.
+"""Read a safe subset of YAML, and record the line of each value.
 
-YAML can build Python objects, repeat itself into gigabytes, say one key twice and turn the word `no` into False. A
-recipe comes from strangers, so all that is refused while the text streams in, before anything is built from it: tags,
-anchors and aliases, duplicate keys, several documents, non-finite numbers, more than a megabyte, deep nesting.
+YAML can build Python objects, expand aliases to gigabytes, repeat keys and convert the word `no` to False. Recipes come
+from unknown sources, so the parser refuses these before anything is built: tags, anchors and aliases, duplicate keys,
+several documents, non-finite numbers, more than a megabyte, and deep nesting.
 
-Plain words mean what the core schema of YAML 1.2 says: `true` and `false` are the only booleans; `yes`, `no`, `on` and
-`off` are text, as are dates and 1:30. `writes` quotes whatever another reader could take for something else.
+Plain scalars follow the core schema of YAML 1.2: `true` and `false` are the only booleans; `yes`, `no`, `on` and `off`
+are text, as are dates and 1:30. `writes` quotes all text that another reader could convert.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def reads(text: str, source: str) -> tuple[Data, Lines]:
-    """The mapping that `text` holds, and the line (from 1) of every field path such as `edits[0].options.reduction`.
+    """The mapping in `text`, and the line (from 1) of each field path such as `edits[0].options.reduction`.
 
     Raises:
-        RecipeError: the text is no mapping or uses what is refused here; names `source`, line and field path.
+        RecipeError: the text is no mapping or uses a refused feature; the message names `source`, line and field path.
     """
     _check_text(text, source)
     return _Reader(text, source).document()
 
 
 def writes(data: Data) -> str:
-    """YAML that `reads` gives back exactly and that a YAML 1.1 reader understands alike."""
+    """YAML text from which `reads` and any YAML 1.1 reader restore exactly the same data."""
     out = yaml.dump(_inlined(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     assert isinstance(out, str)
     return out
 
 
 def clipped(value: object, limit: int = 60) -> str:
-    """`repr`, short enough for one line of an error."""
+    """The `repr` of a value, shortened for one line of an error."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * limit:
         return f"an integer of {value.bit_length()} bits"  # repr would be refused by Python itself
-    shown = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return shown if len(shown) <= limit + 2 else shown[: limit - 3] + "...'" * isinstance(value, str)
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit + 2 else text[: limit - 3] + "...'" * isinstance(value, str)
 
 
 def _check_text(text: str, source: str) -> None:
@@ -79,7 +79,7 @@ def _join(path: str, key: str) -> str:
 
 
 class _Reader:
-    """One pass over the parser's events; recursion is bounded by MAX_DEPTH."""
+    """Builds data from the parser's events in one pass; the recursion depth is at most MAX_DEPTH."""
 
     def __init__(self, text: str, source: str) -> None:
         self._source = source
@@ -88,6 +88,11 @@ class _Reader:
         self._events: Iterator[Any] = self._stream(text)
 
     def document(self) -> tuple[Data, Lines]:
+        """The mapping and the lines of its fields.
+
+        Raises:
+            RecipeError: see `reads`.
+        """
         next(self._events)  # stream start
         event = next(self._events)
         if isinstance(event, yaml.StreamEndEvent):
@@ -97,8 +102,10 @@ class _Reader:
             self._check_node(event, "", 1)
             if getattr(event, "value", None) == "":
                 self._refuse(_line(event), "", "is empty; the first line is 'version: 1'.")
-            found = "a list" if isinstance(event, yaml.SequenceStartEvent) else clipped(getattr(event, "value", ""))
-            self._refuse(_line(event), "", f"begins with {found}; it must be 'field: value' lines, first 'version: 1'.")
+            content = "a list" if isinstance(event, yaml.SequenceStartEvent) else clipped(getattr(event, "value", ""))
+            self._refuse(
+                _line(event), "", f"begins with {content}; it must be 'field: value' lines, first 'version: 1'."
+            )
         data = self._value(event, "", 1)
         assert isinstance(data, dict)
         next(self._events)  # document end
@@ -113,8 +120,8 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
-            said = ", ".join(part for part in (error.context, error.problem) if part)
-            self._refuse(line, "", f"is no YAML: {said}. Check indentation, brackets and quotes near that line.")
+            problem = ", ".join(part for part in (error.context, error.problem) if part)
+            self._refuse(line, "", f"is no YAML: {problem}. Check indentation, brackets and quotes near that line.")
         except yaml.YAMLError as error:  # a character that YAML does not allow; the reader gives no line
             at = getattr(error, "position", None)
             line = text.count("\n", 0, at) + 1 if isinstance(at, int) else 1
@@ -132,9 +139,9 @@ class _Reader:
     def _sequence(self, path: str, depth: int) -> list[Any]:
         items: list[Any] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            here = f"{path}[{len(items)}]"
-            self._lines[here] = _line(event)
-            items.append(self._value(event, here, depth + 1))
+            field_path = f"{path}[{len(items)}]"
+            self._lines[field_path] = _line(event)
+            items.append(self._value(event, field_path, depth + 1))
         return items
 
     def _mapping(self, path: str, depth: int) -> Data:
@@ -144,12 +151,12 @@ class _Reader:
             if not isinstance(event, yaml.ScalarEvent):
                 self._refuse(_line(event), path, "a key must be one word, not a list or a mapping.")
             key = event.value
-            here = _join(path, key)
+            field_path = _join(path, key)
             if key in fields:
-                first = self._lines[here]
+                first = self._lines[field_path]
                 self._refuse(_line(event), path, f"{clipped(key)} is given twice, first on line {first}. Keep one.")
-            self._lines[here] = _line(event)
-            fields[key] = self._value(next(self._events), here, depth + 1)
+            self._lines[field_path] = _line(event)
+            fields[key] = self._value(next(self._events), field_path, depth + 1)
         return fields
 
     def _check_node(self, event: Any, path: str, depth: int) -> None:
@@ -191,15 +198,15 @@ class _Reader:
 
 
 def complaint(source: str, line: int, path: str, problem: str) -> str:
-    """'recipe.yaml:5: edits[0].at: must be a string.'"""
+    """A message such as 'recipe.yaml:5: edits[0].at: must be a string.'"""
     return f"{place(source, line, path)}{':' if path else ''} {problem}"
 
 
 def place(source: str, line: int, path: str) -> str:
-    """'recipe.yaml:5: edits[0].at', or 'recipe.yaml:1:' for the whole."""
-    shown = path if len(path) <= 200 else path[:197] + "..."
-    shown = shown if shown.isprintable() else repr(shown)
-    return f"{source}:{line}: {shown}".rstrip(" ")
+    """A location such as 'recipe.yaml:5: edits[0].at', or 'recipe.yaml:1:' for the whole document."""
+    text = path if len(path) <= 200 else path[:197] + "..."
+    text = text if text.isprintable() else repr(text)
+    return f"{source}:{line}: {text}".rstrip(" ")
 
 
 def _line(event: Any) -> int:
@@ -208,7 +215,7 @@ def _line(event: Any) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 reads as no text; never writes an anchor."""
+    """A dumper that quotes text which YAML 1.1 or 1.2 would convert, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -222,7 +229,7 @@ class _Inline(dict[str, Any]):
 
 
 def _inlined(data: Any, is_field: bool = False) -> Any:
-    """Marks each mapping of plain values that is itself the value of a field."""
+    """The data with each mapping of plain values that is the value of a field marked to be written inline."""
     if isinstance(data, dict):
         fields = {key: _inlined(value, is_field=True) for key, value in data.items()}
         plain = not any(isinstance(value, dict | list) for value in fields.values())

@@ -1,9 +1,9 @@
-"""YAML text to a strict model and back, exactly; a mistake is named with file, line, field and the nearest right thing.
+"""Convert YAML text to a strict model and back without loss; errors name file, line, field and the nearest valid one.
 
     recipe.yaml:6: edits[0]: has no field 'optoins'. Did you mean 'options'? Fields: at, block, options, start.
 
-The same reader serves every YAML file of this package: `read_strict` takes the pydantic model that the file must match.
-What only shows later, such as a selector that matches nothing, gets its line from `where`.
+All YAML files of this package use the same reader: `read_strict` takes the pydantic model that the file must match.
+For errors that are found later, such as a selector that matches nothing, `where` gives the line.
 """
 
 from __future__ import annotations
@@ -26,25 +26,33 @@ ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
+    """Where a model was read from."""
+
     source: str
+    """Path of the file."""
     lines: Lines
+    """Line numbers of the fields."""
 
 
 _ORIGINS: dict[int, tuple[weakref.ref[pydantic.BaseModel], _Origin]] = {}
-"""By id, beside the models: a recipe equals, pickles and hashes the same wherever it was read from."""
+"""Origins by id of the model, apart from the models, because equality, pickles and hashes do not depend on them."""
 
 
 def loads(text: str, source: str = "<string>") -> Recipe:
-    """The recipe that `text` spells.
+    """Read a recipe from YAML text.
+
+    Args:
+        text: the YAML text.
+        source: name of the text in messages.
 
     Raises:
-        RecipeError: names `source`, the line, the field and the nearest right thing.
+        RecipeError: the text is no recipe; the message names `source`, line, field and the nearest valid one.
     """
     return read_strict(text, source, Recipe)
 
 
 def load(path: str | Path) -> Recipe:
-    """The recipe in the file `path`.
+    """Read a recipe from a file.
 
     Raises:
         RecipeError: the file cannot be read, or is no recipe.
@@ -53,10 +61,10 @@ def load(path: str | Path) -> Recipe:
 
 
 def dumps(recipe: Recipe) -> str:
-    """YAML from which `loads` makes an equal recipe; what an edit leaves at its default is left out.
+    """The recipe as YAML text without defaults, from which `loads` makes an equal recipe.
 
     Raises:
-        RecipeError: the recipe holds what no recipe file may hold, such as more than a megabyte.
+        RecipeError: the recipe cannot be a recipe file, because it is larger than a megabyte, for example.
     """
     try:
         text = writes(recipe.as_dict())
@@ -65,7 +73,7 @@ def dumps(recipe: Recipe) -> str:
         raise RecipeError(f"the recipe {recipe.name!r} holds a number that is too large to be written out.") from None
     except RecipeError as error:
         raise RecipeError(f"the recipe {recipe.name!r} holds what could not be read back; {error}") from None
-    assert repr(again) == repr(recipe)  # equality would let 1, 1.0 and True pass for each other
+    assert repr(again) == repr(recipe)  # == would treat 1, 1.0 and True as equal
     return text
 
 
@@ -96,10 +104,15 @@ def read_text(path: str | Path) -> str:
 
 
 def read_strict(text: str, source: str, model_cls: type[ModelT]) -> ModelT:
-    """An instance of `model_cls` from YAML, read in time linear in `text`.
+    """Read an instance of `model_cls` from YAML text, in time linear in its length.
+
+    Args:
+        text: the YAML text.
+        source: name of the text in messages.
+        model_cls: the pydantic model that the text must match.
 
     Raises:
-        RecipeError: as `loads`.
+        RecipeError: see `loads`.
     """
     data, lines = reads(text, source)
     try:
@@ -111,17 +124,17 @@ def read_strict(text: str, source: str, model_cls: type[ModelT]) -> ModelT:
 
 
 def where(model: pydantic.BaseModel, path: str) -> str:
-    """'recipe.yaml:5: edits[0].at', or 'edits[0].at' alone for a model that was not read from text."""
+    """The location of a field, such as 'recipe.yaml:5: edits[0].at'; its path if the model was not read from text."""
     entry = _ORIGINS.get(id(model))
     if entry is None or entry[0]() is not model:
         return path
     return place(entry[1].source, _line_of(path, entry[1].lines), path)
 
 
-def keep_origin(model: ModelT, made_from: pydantic.BaseModel) -> ModelT:
-    """`model`, whose fields have the places that they have in `made_from`; returned for chaining."""
-    entry = _ORIGINS.get(id(made_from))
-    if entry is not None and entry[0]() is made_from:
+def keep_origin(model: ModelT, original: pydantic.BaseModel) -> ModelT:
+    """Give `model` the origin of `original`, for `where`, and return it."""
+    entry = _ORIGINS.get(id(original))
+    if entry is not None and entry[0]() is original:
         _remember(model, entry[1])
     return model
 
@@ -132,7 +145,7 @@ def _remember(model: pydantic.BaseModel, origin: _Origin) -> None:
 
 
 def _line_of(path: str, lines: Lines) -> int:
-    """The line of `path`, or of the nearest field around it that was written."""
+    """The line of a field, or of the nearest enclosing field in the text."""
     while path not in lines:
         path = path[: max(path.rfind("."), path.rfind("["), 0)]
     return lines[path]
@@ -148,10 +161,9 @@ def _siblings(path: Path) -> list[str]:
 def _first_problem(
     error: pydantic.ValidationError, data: Data, lines: Lines, source: str, model_cls: type[pydantic.BaseModel]
 ) -> str:
-    """One sentence on what to mend first: a misspelled field before the 'missing' that it causes, then by line."""
-    found = error.errors(include_url=False, include_context=True)
+    """A sentence on the first problem: misspelled fields before the missing fields that they cause, then by line."""
     by_path: dict[str, list[Any]] = {}
-    for item in found:
+    for item in error.errors(include_url=False, include_context=True):
         by_path.setdefault(_path(_in_data(item["loc"], data)), []).append(item)
 
     def urgency(path: str) -> tuple[bool, int]:
@@ -159,13 +171,13 @@ def _first_problem(
 
     path = min(by_path, key=urgency)
     items = by_path[path]
-    others = len(by_path) - 1
-    more = f" (and {others} more problem{'s' * (others > 1)})" if others else ""
+    count = len(by_path) - 1
+    further = f" (and {count} more problem{'s' * (count > 1)})" if count else ""
     if items[0]["type"] in {"extra_forbidden", "missing"}:
         loc = _in_data(items[0]["loc"], data)
-        said = _about_field(str(loc[-1]), items[0]["type"], _fields(model_cls, loc[:-1]))
-        return complaint(source, _line_of(path, lines), _path(loc[:-1]), said + more)
-    return complaint(source, _line_of(path, lines), path, _about_value(items) + more)
+        problem = _about_field(str(loc[-1]), items[0]["type"], _fields(model_cls, loc[:-1]))
+        return complaint(source, _line_of(path, lines), _path(loc[:-1]), problem + further)
+    return complaint(source, _line_of(path, lines), path, _about_value(items) + further)
 
 
 def _about_field(name: str, kind: str, fields: Sequence[str]) -> str:
@@ -176,26 +188,26 @@ def _about_field(name: str, kind: str, fields: Sequence[str]) -> str:
 
 
 def _about_value(items: Sequence[Any]) -> str:
-    """'must be a valid string, not 12.', from one message or from those of every member of a union."""
+    """A sentence such as 'must be a valid string, not 12.', from one message or those of all members of a union."""
     value = items[0]["input"]
     kinds = {item["type"] for item in items}
-    wanted = list(dict.fromkeys(_mild(str(item["msg"])) for item in items))
+    expected = list(dict.fromkeys(_reworded(str(item["msg"])) for item in items))
     hint = ""
     if "string_type" in kinds and not isinstance(value, dict | list):
         hint = " If text is meant, put it in quotes."
     elif kinds == {"bool_type"}:
         hint = " Write true or false."
-    choices = " or ".join([wanted[0], *(want.removeprefix("must be ") for want in wanted[1:])])
-    return f"{choices}, not {_shown(value)}.{hint}"
+    choices = " or ".join([expected[0], *(text.removeprefix("must be ") for text in expected[1:])])
+    return f"{choices}, not {_described(value)}.{hint}"
 
 
-def _mild(message: str) -> str:
-    """pydantic's 'Input should be', 'String should match' as what the field must do."""
-    head, should, rest = message.partition(" should ")
-    return f"must {rest}" if should and head in {"Input", "Value", "String", "List", "Dictionary"} else message
+def _reworded(message: str) -> str:
+    """pydantic's 'Input should be ...' or 'String should match ...' as 'must be ...' or 'must match ...'."""
+    head, should, requirement = message.partition(" should ")
+    return f"must {requirement}" if should and head in {"Input", "Value", "String", "List", "Dictionary"} else message
 
 
-def _shown(value: object) -> str:
+def _described(value: object) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -206,15 +218,15 @@ def _shown(value: object) -> str:
 
 
 def _in_data(loc: Sequence[Any], data: Any) -> tuple[int | str, ...]:
-    """`loc` without pydantic's own steps (the members of a union), so that it reads as a path through the file."""
-    kept: list[int | str] = []
+    """The steps of pydantic's `loc` that exist in the data, without members of a union, as a path through the file."""
+    steps: list[int | str] = []
     for position, part in enumerate(loc):
         if isinstance(data, list) if isinstance(part, int) else isinstance(data, dict) and part in data:
-            kept.append(part)
+            steps.append(part)
             data = data[part]
         elif position == len(loc) - 1 and isinstance(data, dict):
-            kept.append(part)  # the name of a missing field
-    return tuple(kept)
+            steps.append(part)  # the name of a missing field
+    return tuple(steps)
 
 
 def _path(loc: Sequence[int | str]) -> str:
@@ -225,13 +237,13 @@ def _path(loc: Sequence[int | str]) -> str:
 
 
 def _fields(model_cls: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """Names of the fields that may stand at `loc`; empty where any key may."""
+    """Names of the valid fields at `loc`; empty if every key is valid there."""
     models = [model_cls]
     for part in loc:
         if isinstance(part, int):
             continue
-        held = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        models = [model for annotation in held for model in _models_in(annotation)] if held else models
+        annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        models = [model for annotation in annotations for model in _models_in(annotation)] if annotations else models
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 

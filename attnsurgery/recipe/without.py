@@ -1,4 +1,4 @@
-"""A recipe less some of the blocks that it has made."""
+"""Remove blocks from a recipe."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.select_blocks import Key, key_of_site
 
 
-def without(recipe: Recipe, anatomy: Anatomy, blocks: Mapping[Key, str], gone: Collection[str]) -> Recipe:
-    """The recipe that makes the same model less the blocks `gone`: an edit of which some are gone names its places.
+def without(recipe: Recipe, anatomy: Anatomy, blocks: Mapping[Key, str], removed: Collection[str]) -> Recipe:
+    """The recipe of the same model without the blocks `removed`.
+
+    An edit that has made both removed and remaining blocks is replaced by one edit for each remaining block.
 
     Args:
-        anatomy: of the model that the recipe has made.
-        blocks: paths of the model's blocks by their places.
-        gone: paths of those that shall go, not all of them.
+        recipe: the recipe of the model.
+        anatomy: the anatomy of the model's base.
+        blocks: paths of the model's blocks by their keys.
+        removed: paths of the removed blocks, which are not all blocks.
 
     Raises:
-        SurgeryError: the recipe puts blocks where the model has none.
+        SurgeryError: the recipe puts a block where the model has none.
     """
-    if recipe.max_attention_mb is not None:  # what was settled under the limit stays so, whatever else has room now
+    if recipe.max_attention_mb is not None:  # options that were resolved under the limit keep their values
         recipe = settled(recipe, anatomy)
     edits: list[Edit] = []
-    for edit, made in zip(recipe.edits, resolve_edits(recipe, anatomy), strict=True):
-        paths = [blocks.get(key_of_site(insertion.site, insertion.block)) for insertion in made]
+    for edit, insertions in zip(recipe.edits, resolve_edits(recipe, anatomy), strict=True):
+        paths = [blocks.get(key_of_site(insertion.site, insertion.block)) for insertion in insertions]
         if None in paths:
-            address = made[paths.index(None)].site.address
+            address = insertions[paths.index(None)].site.address
             raise SurgeryError(
                 f"the recipe {recipe.name!r} of this model puts {edit.block!r} at {address!r}, and there is none: the "
                 "model was changed since. Take all blocks out (attnsurgery.remove(model)) and operate anew."
             )
-        if not any(path in gone for path in paths):
+        if not any(path in removed for path in paths):
             edits.append(edit)
             continue
         edits += [
             edit.model_copy(update={"at": insertion.site.address})
-            for insertion, path in zip(made, paths, strict=True)
-            if path not in gone
+            for insertion, path in zip(insertions, paths, strict=True)
+            if path not in removed
         ]
     return recipe.model_copy(update={"edits": edits})
