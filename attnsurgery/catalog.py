@@ -1,7 +1,8 @@
-"""Names to classes, grown by a decorator.
+"""Catalogs of classes by name, which are registered by a decorator.
 
-A folder of strategies (blocks, latency backends, evaluators) owns one catalog. A newcomer adds a file with a decorated
-class; the folder imports its files; nobody edits a list. Packages from elsewhere join through an installed entry point.
+Each folder of strategies (blocks, latency backends, evaluators) has one catalog. A new strategy is a new file with a
+decorated class; the folder imports all its files, so there is no list to edit. Other packages register classes by an
+entry point.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class Catalog(Generic[T]):
     """The classes of one folder by name.
 
     Args:
-        noun: what an entry is called in messages, such as "block".
-        package: the folder whose files register entries; they are imported at the first look-up.
-        group: entry-point group through which installed packages add theirs, if any.
+        noun: name of an entry in messages, such as "block".
+        package: the package whose modules register entries; they are imported at the first look-up.
+        group: entry-point group by which installed packages register theirs, if any.
     """
 
     def __init__(self, noun: str, package: str, group: str | None = None) -> None:
@@ -37,7 +38,11 @@ class Catalog(Generic[T]):
         self._loading = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """A class decorator that enters the class under `name`; a taken name is a programming error."""
+        """A class decorator that registers the class under `name`.
+
+        Raises:
+            ValueError: another class has that name.
+        """
 
         def enter(cls: type[T]) -> type[T]:
             if self._entries.setdefault(name, cls) is not cls:
@@ -73,7 +78,7 @@ class Catalog(Generic[T]):
         if self._loaded:
             return
         with self._lock:
-            if self._loaded or self._loading:  # loading: this thread's own import asks again
+            if self._loaded or self._loading:  # loading: an import of this thread looks something up
                 return
             self._loading = True
             try:

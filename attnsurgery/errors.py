@@ -1,20 +1,20 @@
-"""Every error a user can meet, as one tree.
+"""All errors that a user can get, as one tree.
 
     AttnSurgeryError                 exit code 1: something could not be done
-    ├── UsageError                   exit code 2: what was asked for cannot be meant
-    │   ├── RecipeError              a recipe or search space that does not read as one
-    │   ├── SiteError                a selector that matches nothing, or a cut that cannot be made there
+    ├── UsageError                   exit code 2: the request is invalid
+    │   ├── RecipeError              an invalid recipe or search space
+    │   ├── SiteError                a selector that matches nothing, or a site that cannot hold a block
     │   ├── OptionError              a block option that is unknown or out of range
     │   └── UnknownNameError         a block, model, space ... that does not exist
     ├── CheckpointError              a weights file that is damaged, hostile, or of another model
-    │   └── LoadError                a load that would lose an attention block, or keep one silently
-    ├── ExportError                  an exported file that computes something else than the model
-    ├── SurgeryError                 the model is not what surgery left behind
+    │   └── LoadError                a load that would lose a block, or keep one silently
+    ├── ExportError                  an exported file whose outputs differ from the model's
+    ├── SurgeryError                 the model was changed since surgery
     └── SearchError
         └── NothingFeasibleError     exit code 3: no candidate fits the budget
 
-A message is one paragraph: what was asked, what is there, the nearest right thing, the next command. It is raised
-before anything was changed.
+A message is one paragraph: what was requested, what exists, the nearest valid alternative, and the next command. Errors
+are raised before anything is changed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from collections.abc import Iterable
 
 
 class AttnSurgeryError(Exception):
-    """The root of the tree; `exit_code` is what the command line returns for it."""
+    """The root of the tree; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class UsageError(AttnSurgeryError):
-    """The request itself is wrong; the same request will never succeed."""
+    """The request is invalid and will never succeed."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe or search space that does not read as one."""
+    """An invalid recipe or search space."""
 
 
 class SiteError(UsageError):
-    """A selector that matches nothing, or a cut that cannot be made where it was asked for."""
+    """A selector that matches nothing, or a site that cannot hold a block."""
 
 
 class OptionError(UsageError):
@@ -48,7 +48,7 @@ class OptionError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name that no catalog has."""
+    """A name that does not exist."""
 
 
 class CheckpointError(AttnSurgeryError):
@@ -56,19 +56,19 @@ class CheckpointError(AttnSurgeryError):
 
 
 class LoadError(CheckpointError, RuntimeError):
-    """A load that would lose a block, or keep one silently; a RuntimeError, as those of torch's own loads are."""
+    """A load that would lose a block, or keep one silently; a RuntimeError like the errors of torch's own loads."""
 
 
 class ExportError(AttnSurgeryError):
-    """An exported model that computes other outputs than the model."""
+    """An exported model whose outputs differ from those of the model."""
 
 
 class SurgeryError(AttnSurgeryError):
-    """The model is not in the state that surgery left it in."""
+    """The model was changed since surgery."""
 
 
 class SearchError(AttnSurgeryError):
-    """A search that cannot start or go on."""
+    """A search that cannot start or continue."""
 
 
 class NothingFeasibleError(SearchError):
@@ -77,7 +77,7 @@ class NothingFeasibleError(SearchError):
     exit_code = 3
 
 
-def did_you_mean(asked: str, known: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `known`, or '' when nothing is near."""
-    near = difflib.get_close_matches(asked, list(known), n=1, cutoff=0.5)
+def did_you_mean(name: str, known_names: Iterable[str]) -> str:
+    """A hint such as " Did you mean 'x'?" with the nearest known name; empty if none is similar."""
+    near = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""

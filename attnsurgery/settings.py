@@ -1,7 +1,7 @@
-"""Settings: fields of a pydantic model that are also options of a command, keys of a file and environment variables.
+"""Settings: fields of a pydantic model that are also command options, keys of a file and environment variables.
 
-A setting is declared once, as a field whose annotation carries a `Setting`. Nothing here imports more than pydantic, so
-`--help` answers at once.
+A setting is declared once, as a field with a `Setting` in its annotation. This module imports only pydantic, so
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -12,46 +12,46 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 VARIABLE = "ATTNSURGERY_"
-"""Environment variables of settings begin with it: ATTNSURGERY_BUDGET_MS."""
+"""Prefix of the environment variables of settings, as in ATTNSURGERY_BUDGET_MS."""
 
 Mode = Literal["eager", "cudagraph", "compile", "compile-cudagraph"]
-"""How a forward is run: as it is; recorded as one CUDA graph; by torch.compile; compiled, then recorded."""
+"""How a forward runs: eagerly, as one CUDA graph, by torch.compile, or compiled and then as one CUDA graph."""
 Augment = Literal["none", "shift", "light", "timm"]
 """How training images are varied."""
 TrainDtype = Literal["float32", "bfloat16"]
-"""Of training; bfloat16 is mixed precision."""
+"""Precision of training; bfloat16 is mixed precision."""
 RankBy = Literal["top1", "loss"]
-"""What candidates are ranked by, on the validation split. The loss also tells how sure a model was of each image, so it
-tells candidates apart that get as many of them right; but those that are surer need not be right more often."""
+"""The metric by which candidates are ranked on the validation split. The loss depends on the confidence of a model too,
+so it distinguishes candidates with the same accuracy, but a lower loss need not mean a higher accuracy."""
 
 _POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is to be known of a field beside its type, its default and its description."""
+    """Properties of a field besides its type, default and description."""
 
     group: str
-    """The heading that it stands under in the help of a command and in a configuration file."""
+    """Its heading in the help of a command and in a configuration file."""
     flags: tuple[str, ...] = ()
-    """Options of the command; by default `--name-of-the-field`, with `--no-...` for a bool."""
+    """Options of the command; by default `--name-of-the-field`, and `--no-...` for a bool."""
     metavar: str = ""
-    """What stands for the value in the help, such as 'N' or 'cpu|cuda'; by default the type."""
+    """Placeholder of the value in the help, such as 'N' or 'cpu|cuda'; by default the type."""
     default: str = ""
-    """The default in words, where it depends on something else."""
+    """The default in words, if it depends on something else."""
     by_device: bool = False
-    """Whether the default depends on the device."""
+    """True if the default depends on the device."""
     may_change: bool = False
-    """Whether a search may be resumed with another value."""
+    """True if a search may be resumed with another value."""
     hidden: bool = False
-    """Whether it can be set in a file and in Python alone."""
+    """True if it can only be set in a file and in Python."""
 
 
 def amount(value: object) -> object:
-    """Numbers with K, M, G or B behind them as whole numbers; everything else as it is.
+    """Convert text such as '25.6M', with a suffix K, M, G or B, to a whole number; other values are unchanged.
 
     Raises:
-        ValueError: a text that is no such number.
+        ValueError: the text is no such number.
     """
     if not isinstance(value, str):
         return value
@@ -64,36 +64,38 @@ def amount(value: object) -> object:
 
 
 Amount = Annotated[int, pydantic.BeforeValidator(amount)]
-"""A number of parameters or operations; text such as 25.6M is read."""
+"""A number of parameters or operations, also as text such as 25.6M."""
 
 
 def settings_of(model: type[pydantic.BaseModel]) -> dict[str, Setting]:
-    """The settings of a model by the names of its fields, in the order of their groups and then of the fields.
+    """The settings of a model by the names of its fields, ordered by group and then by field.
 
     Groups are in the order in which they first appear.
     """
-    found = {
+    settings = {
         name: entry
         for name, info in model.model_fields.items()
         for entry in info.metadata
         if isinstance(entry, Setting)
     }
-    groups = list(dict.fromkeys(setting.group for setting in found.values()))
-    return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
+    groups = list(dict.fromkeys(setting.group for setting in settings.values()))
+    return dict(sorted(settings.items(), key=lambda item: groups.index(item[1].group)))
 
 
 def flags_of(name: str, setting: Setting, *, switch: bool = False) -> tuple[str, ...]:
-    """The options of the command that set a field, the main one first.
+    """The command options of a field, the main one first.
 
     Args:
-        switch: the field is a bool.
+        name: name of the field.
+        setting: its setting.
+        switch: True for a bool.
     """
     dashed = name.replace("_", "-")
     return setting.flags or ((f"--{dashed}/--no-{dashed}",) if switch else (f"--{dashed}",))
 
 
 def default_of(info: Any, setting: Setting) -> str:
-    """The default for people; '' where there is nothing to say."""
+    """The default as text for the help; empty if there is none."""
     if setting.default or info.default in (None, "") or info.default is False:
         return setting.default
     return f"{info.default}"

@@ -1,4 +1,4 @@
-"""Whether float32 on CUDA may round to TF32: one switch for convolutions and matrix products, put back afterwards."""
+"""Switch TF32 for float32 convolutions and matrix products on CUDA on or off, and restore the state afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ _cudnn: Any = torch.backends.cudnn
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Float32 convolutions and matrix products on CUDA round their inputs to TF32, or do not.
+    """Inside the `with` statement, float32 convolutions and matrix products on CUDA may or may not round to TF32.
 
-    torch allows it for convolutions and not for matrix products unless told otherwise, which would favour models of
-    convolutions. Where a program uses the switches that torch 2.9 brought, the old ones cannot even be read.
+    By default torch allows it for convolutions and not for matrix products, which would favour convolutional models. If
+    a program uses the switches of torch 2.9, the old ones cannot even be read.
+
+    Args:
+        allowed: True if inputs may be rounded to TF32.
     """
     try:
         torch.get_float32_matmul_precision()

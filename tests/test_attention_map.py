@@ -145,7 +145,7 @@ def test_attention_map_refusals_say_why() -> None:
     attnsurgery.operate(
         model, {"version": 1, "name": "two", "base": "resnet18", "edits": [{"at": "layer1.0", "block": "se"}]}
     )
-    with pytest.raises(UsageError, match=r"say which block is meant.*layer1.0.se.*, layer2.0.non_local"):
+    with pytest.raises(UsageError, match=r"say which block, by block=.*layer1.0.se.*, layer2.0.non_local"):
         attnsurgery.attention_map(model, IMAGE)
 
 

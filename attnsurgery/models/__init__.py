@@ -1,7 +1,7 @@
-"""Whole models of the attention papers, as timm names: `timm.create_model("residual_attention_56")`.
+"""Complete models of the attention papers, under timm names: `timm.create_model("residual_attention_56")`.
 
-timm learns the names when attnsurgery is imported; the classes are loaded when a model is first built. There are no
-pretrained weights: these are for training from scratch, and to compare with.
+Importing attnsurgery registers the names with timm; the classes are imported when a model is first built. There are no
+pretrained weights: the models are for training from scratch and for comparison.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _residual_attention_net(name: str, modules: tuple[int, int, int], pretrained
 
 @register_model  # type: ignore[untyped-decorator]
 def residual_attention_56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Attention-56 (arXiv:1704.06904, table 2): one attention module a stage."""
+    """Attention-56 (arXiv:1704.06904, table 2), with one attention module per stage."""
     return _residual_attention_net("residual_attention_56", (1, 1, 1), pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def residual_attention_92(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Attention-92 (arXiv:1704.06904, table 2): one, two and three attention modules in the stages."""
+    """Attention-92 (arXiv:1704.06904, table 2), with one, two and three attention modules in the stages."""
     return _residual_attention_net("residual_attention_92", (1, 2, 3), pretrained, **kwargs)

@@ -17,16 +17,16 @@ from attnsurgery.blocks.dual_attention import ChannelAttention, PositionAttentio
 class DANetHead(nn.Module):
     """(B, C, H, W) to three (B, K, H, W): the class scores of the fused map, of position and of channel attention.
 
-    Two branches, each a 3x3 convolution to C / 4, attention with its residual and another 3x3 convolution; their sum
-    is classified. The authors train on all three outputs and predict by the first.
+    There are two branches, each with a 3x3 convolution to C / 4, attention with its residual, and another 3x3
+    convolution; their sum is classified. The authors train on all three outputs and predict by the first.
 
     Args:
-        in_channels: C of the backbone's last map, 4 at least.
+        in_channels: C of the backbone's last map, at least 32.
         classes: K.
-        subsample: side of a max pooling window in front of position attention's keys and values.
+        subsample: side of the max pooling window before position attention's keys and values.
 
     Raises:
-        ValueError: C / 4 leaves position attention, which takes an eighth of it, no channel.
+        ValueError: C is less than 32, so no channel is left for position attention, whose width is C / 32.
     """
 
     def __init__(self, in_channels: int, classes: int, subsample: int = 1) -> None:

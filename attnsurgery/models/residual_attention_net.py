@@ -2,7 +2,7 @@
 
 Paper: Wang, Jiang, Qian, Yang, Li, Zhang, Wang, Tang, "Residual Attention Network for Image Classification",
 CVPR 2017, arXiv:1704.06904, table 2. Names follow the paper: an attention module is p units, then t units of trunk
-beside the mask with r units per scale, then p units. The mask is the block that surgery puts on spans of any model.
+beside the mask with r units per scale, then p units. The mask is the same block that surgery puts on spans.
 
 Shape letters in this file:  B batch, C channels, H W height and width, K classes.
 """
@@ -28,10 +28,12 @@ class AttentionModule(nn.Module):
     Args:
         channels: C.
         mask_depth: how often the mask halves its input.
-        p: units in front and behind.
-        t: units in the trunk.
-        r: units of the mask per scale.
-        dilation: of the 3x3 convolutions outside the mask.
+        p: number of units before the trunk, and again after it.
+        t: number of units in the trunk.
+        r: number of units of the mask per scale.
+        dilation: dilation of the 3x3 convolutions outside the mask.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -64,20 +66,25 @@ class AttentionModule(nn.Module):
 
 
 class ResidualAttentionNet(nn.Module):
-    """Three stages of one unit and some attention modules, a fourth of three units, norm and classifier.
+    """Three stages of one unit and some attention modules, a fourth stage of three units, norm and classifier.
 
-    It takes images of any size from 32 pixels; masks are 3, 2 and 1 deep, for 7 x 7 at their lowest at 224 pixels.
+    It accepts images of at least 32 pixels. The masks have depth 3, 2 and 1, with a lowest map of 7 x 7 at 224 pixels.
 
     Args:
-        modules: attention modules in the first three stages.
+        modules: number of attention modules in the first three stages.
         num_classes: K; 0 for no classifier.
-        in_chans: of the image.
+        in_chans: number of channels of the images.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
-        output_stride: 32, 16 or 8; below 32 the last stages are dilated instead.
-        p: units in front of and behind every trunk and mask.
-        t: units in a trunk.
-        r: units of a mask per scale.
-        drop_rate: dropout before the classifier.
+        output_stride: 32, 16 or 8; below 32 the last stages are dilated instead of strided.
+        p: number of units before each trunk and mask, and again after them.
+        t: number of units in a trunk.
+        r: number of units of a mask per scale.
+        drop_rate: dropout rate before the classifier.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: `output_stride` is another number.
     """
 
     def __init__(
@@ -111,12 +118,12 @@ class ResidualAttentionNet(nn.Module):
         self.stages = nn.Sequential()
         channels, reduction, dilation = 64, 4, 1
         for index, count in enumerate((*modules, 0)):
-            before = dilation
+            first_dilation = dilation
             stride = 1 if index == 0 else 2
             if reduction >= output_stride:
                 stride, dilation = 1, dilation * stride
             width = 256 * 2**index
-            stage = nn.Sequential(PreActUnit(channels, width, stride, before, **factory))
+            stage = nn.Sequential(PreActUnit(channels, width, stride, first_dilation, **factory))
             for _ in range(count):
                 stage.append(AttentionModule(width, 3 - index, p, t, r, dilation, **factory))
             if index == 3:
@@ -133,12 +140,12 @@ class ResidualAttentionNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates, as timm asks for them."""
+        """Patterns of parameter groups for layer-wise learning rates, as timm expects them."""
         finer = [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else finer}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether units and attention modules are run again in the backward instead of kept."""
+        """Set whether backward recomputes units and attention modules instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -147,7 +154,7 @@ class ResidualAttentionNet(nn.Module):
         return fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for so many classes; 0 for none."""
+        """Replace the classifier by a new one for `num_classes` classes; 0 for none."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
@@ -161,47 +168,50 @@ class ResidualAttentionNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Maps on the way, and the last features unless `intermediates_only`.
+        """Intermediate maps, and the last features unless `intermediates_only`.
 
         Args:
             x: images.
-            indices: of `feature_info`; the last n for a number, all for None.
-            norm: whether the last map is normalised.
-            stop_early: run no stage behind the last map asked for.
+            indices: indices into `feature_info`; the last n for a number, all for None.
+            norm: True normalizes the last map.
+            stop_early: True runs no stage after the last requested map.
             output_fmt: only 'NCHW'.
-            intermediates_only: return the maps alone.
+            intermediates_only: True returns only the maps.
+
+        Raises:
+            ValueError: `output_fmt` is another format.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is 'NCHW', and not {output_fmt!r}")
-        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        indices_to_take, last = feature_take_indices(len(self.feature_info), indices)
         x = self.stem[:-1](x)
-        taken = [x] if 0 in wanted else []
+        maps = [x] if 0 in indices_to_take else []
         x = self.stem[-1](x)
         for index, stage in enumerate(self.stages, start=1):
             if stop_early and index > last:
                 break
             x = stage(x)
-            if index in wanted:
-                taken.append(self.norm(x) if norm and index == len(self.stages) else x)
+            if index in indices_to_take:
+                maps.append(self.norm(x) if norm and index == len(self.stages) else x)
         if intermediates_only:
-            return taken
-        return (self.norm(x) if last == len(self.stages) or not stop_early else x), taken
+            return maps
+        return (self.norm(x) if last == len(self.stages) or not stop_early else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what comes behind the last map asked for."""
-        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        """Remove all layers after the last requested map, and return the indices of the maps."""
+        indices_to_take, last = feature_take_indices(len(self.feature_info), indices)
         pruned = last < len(self.stages)
         self.stages = self.stages[:last]  # map 0 comes before the stages
         if prune_norm or pruned:  # the norm is as wide as the last stage
             self.norm = nn.Sequential()
         if prune_head:
             self.reset_classifier(0, "")
-        return list(wanted)
+        return list(indices_to_take)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to the normalised last map, (B, 2048, H / 32, W / 32)."""
+        """The normalized last map of images, (B, 2048, H / 32, W / 32)."""
         x = self.stem(x)
         if self.grad_checkpointing and not is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
@@ -211,7 +221,7 @@ class ResidualAttentionNet(nn.Module):
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The last map to (B, K) logits, or to pooled features."""
+        """The (B, K) logits of the last map, or the pooled features if `pre_logits`."""
         logits: torch.Tensor = self.head(x, pre_logits=pre_logits)
         return logits
 
