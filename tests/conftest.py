@@ -28,7 +28,9 @@ torch._ops._refresh_packet = _keeping
 import timm  # noqa: E402  (defines operators)
 
 import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
+from attnsurgery.search.workers.launch import processes  # noqa: E402
 from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
+from tests import warm_start  # noqa: E402
 from tests.lower_end import reasons_to_skip  # noqa: E402
 from tests.summary import pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
@@ -200,6 +202,20 @@ def _few_threads() -> Iterator[None]:
 def _fresh_compiler() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server for all processes of pytest-xdist; where there is one process, it starts the server at need."""
+    if getattr(config.option, "numprocesses", None):
+        warm_start.start_server()
+
+
+@pytest.fixture(scope="module")
+def warm_workers() -> Iterator[None]:
+    """Workers of a search start in forks of a process that has done their imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "COMMAND", warm_start.worker())
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from attnsurgery.search import Listener, run
 from attnsurgery.search.storage.leases import CLAIM, LEASE, Sharing
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import without_password
+from tests import warm_start
 from tests._searches import change, small_search, write_images, write_space
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +213,7 @@ def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: 
     processes = []
     for folder in folders:
         with (tmp_path / f"{folder.parent.name}.log").open("w") as log:
-            command = [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(folder)]
+            command = [*warm_start.python(), "-m", "attnsurgery", *words.split(), "--output", str(folder)]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     database = optuna.storages.RDBStorage(server[1])
     one, other = processes
