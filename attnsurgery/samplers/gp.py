@@ -130,7 +130,7 @@ class _WithinBudgets(GPSampler):
         distributions: the space as Optuna has it.
         seed: of Optuna's random numbers.
         starts: untried candidates within the budgets, one at least.
-        excluded: candidates that are excluded.
+        excluded: candidates that must not be chosen.
     """
 
     def __init__(

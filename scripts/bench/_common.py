@@ -1,4 +1,4 @@
-"""What the benchmarks share: folders cut out of larger ones, interleaved timing in one process, conditions, JSON."""
+"""Functions of several benchmarks: subsets of image folders, interleaved timing, conditions, JSON files."""
 
 from __future__ import annotations
 
@@ -22,57 +22,70 @@ from attnsurgery.search.files import write_atomically
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
-def linked(images: Path, folder: Path, parts: dict[str, tuple[str, slice]]) -> Path:
-    """`folder` as an image folder of links: {"val": ("train", slice(1000, 2000))} is so many of each class of train."""
-    for part, (source, some) in parts.items():
+def link_images(images: Path, folder: Path, parts: dict[str, tuple[str, slice]]) -> Path:
+    """Fill `folder` with links to a subset of the images of another image folder; returns `folder`.
+
+    Args:
+        images: an image folder with splits.
+        folder: the new image folder.
+        parts: by new split, the original split and the range of images of each class, such as
+            {"val": ("train", slice(1000, 2000))}.
+    """
+    for part, (source, part_of_class) in parts.items():
         for kind in sorted(path for path in (images / source).iterdir() if path.is_dir()):
             target = folder / part / kind.name
             target.mkdir(parents=True, exist_ok=True)
-            for image in sorted(kind.iterdir())[some]:
+            for image in sorted(kind.iterdir())[part_of_class]:
                 link = target / image.name
-                with suppress(FileExistsError):  # another shard may be at it too
+                with suppress(FileExistsError):  # another shard may do the same
                     link.symlink_to(image.resolve())
     return folder
 
 
-def go_on(folder: Path, asked: dict[str, Any]) -> None:
-    """Begin in `folder`, or go on there with the very same; ends the script where another benchmark's results are."""
+def begin_or_resume(folder: Path, settings: dict[str, Any]) -> None:
+    """Begin a benchmark in `folder`, or resume it with the same settings.
+
+    Raises:
+        SystemExit: the folder has results of other settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "asked.json"
-    now = {
-        key: value if value is None or isinstance(value, int | float) else str(value) for key, value in asked.items()
+    path = folder / "settings.json"
+    current = {
+        key: value if value is None or isinstance(value, int | float) else str(value) for key, value in settings.items()
     }
-    before = json.loads(path.read_text()) if path.exists() else now
-    if changed := [f"{key}: was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
+    recorded = json.loads(path.read_text()) if path.exists() else current
+    if changed := [
+        f"{key}: was {recorded.get(key)}, is {current[key]}" for key in current if recorded.get(key) != current[key]
+    ]:
         raise SystemExit(f"{folder} holds the results of another call ({'; '.join(changed)}). Give another --results.")
-    write_atomically(path, json.dumps(now, indent=2) + "\n")
+    write_atomically(path, json.dumps(current, indent=2) + "\n")
 
 
-def on_scale(backend: LatencyBackend, base: Latency) -> LatencyBackend:
-    """The backend, made to take the base's latency as known: what a search measures then is on the scale of `base`."""
+def with_base_latency(backend: LatencyBackend, base: Latency) -> LatencyBackend:
+    """The backend, changed to return a known latency of the base, so that searches measure on its scale."""
     backend.measure = lambda model: base  # type: ignore[method-assign]
     return backend
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns, so that a slow moment of the machine meets them all."""
+    """Median seconds of each candidate; they run alternately, so that a slow machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
-            if turn:  # the first round warms up
+            if round_number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def card_or_cpu() -> str:
-    """What results of this machine are named by: h100, or cpu."""
+    """The name of this machine in names of result files: h100, or cpu."""
     return short(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
 def conditions() -> dict[str, Any]:
-    """What a figure depends on; on a GPU also driver, clocks and libraries."""
+    """The conditions of a figure; on a GPU also driver, clocks and libraries."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
@@ -85,7 +98,7 @@ def conditions() -> dict[str, Any]:
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
-    """docs/benchmarks/<name>.json, with the conditions."""
+    """Write docs/benchmarks/<name>.json with the conditions; returns its path."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": conditions(), **results}, indent=2) + "\n")

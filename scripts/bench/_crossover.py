@@ -1,7 +1,7 @@
-"""Where two matrix products beat the fused attention kernel: measured row by row, and made into the package's table.
+"""Measures where two matrix products beat the fused attention kernel, and writes the package's table of it.
 
 Each row times the forms of `attnsurgery/blocks/cuda_attention.py` for one batch, N, M, E, D and dtype, forward alone
-and with backward, replayed as a CUDA graph (the cost of launches is out) and eagerly. The table goes by the graphs.
+and with backward, as a CUDA graph (without the cost of launches) and eagerly. The table is based on the graphs.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ DEVICE = "cuda" if CUDA else "cpu"
 TABLE = Path(__file__).resolve().parents[2] / "attnsurgery" / "blocks" / "crossover.py"
 POSITIONS = [(196, 196), (784, 784), (784, 196), (49, 49), (3136, 784), (3136, 3136), (196, 49), (49, 9)]
 WIDTHS = [(512, 512), (256, 256), (64, 512), (64, 64), (128, 128), (32, 256)]
-PRODUCT_WINS_BY = 1.03
-"""The product form has to be so much faster, for the matrix that it holds."""
+PRODUCT_MARGIN = 1.03
+"""Factor by which the product form has to be faster, since it needs memory for its matrix."""
 TRIAL_RUN_SECONDS = 0.1
-"""With less than that for a row, only a few small rows are measured."""
+"""With less time for each row, only a few small rows are measured."""
 _GRAPH_MS = 0.3
-"""One replay takes about so long, of as many calls as that needs."""
+"""Approximate duration of one replay, which consists of as many calls as necessary."""
 
 Run = Callable[[], Any]
 
 
 class Case(NamedTuple):
+    """One shape of attention: M is `summed`, E `width` and D `value_width`."""
+
     dtype: torch.dtype
     batch: int
     positions: int
@@ -53,7 +55,7 @@ class Case(NamedTuple):
 
 
 def cases(trial_run: bool) -> Iterator[Case]:
-    """Those that matter most come first; none whose matrix the product form may not hold."""
+    """All cases, the most important first, without those whose matrix is too large for the product form."""
     if trial_run:
         yield from (Case(torch.bfloat16, 2, 49, 9, *widths) for widths in ((32, 256), (64, 64)))
         return
@@ -66,20 +68,20 @@ def cases(trial_run: bool) -> Iterator[Case]:
 
 
 def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The product, the fused kernel in heads where it can, and in one head where that is another kernel."""
+    """The product, the fused kernel in heads if possible, and in one head if that is another kernel."""
     scale = case.width**-0.5
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "product": lambda *given: cuda_attention.product(*given, scale),
-        "fused": lambda *given: cuda_attention.fused(*given, scale, True),
+    functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "product": lambda *tensors: cuda_attention.product(*tensors, scale),
+        "fused": lambda *tensors: cuda_attention.fused(*tensors, scale, True),
     }
     splits = case.dtype != torch.float32 and case.width <= 256 and case.value_width % case.width == 0
     if splits and case.value_width > case.width:
-        found["one_head"] = lambda *given: cuda_attention.fused(*given, scale, False)
-    return found
+        functions["one_head"] = lambda *tensors: cuda_attention.fused(*tensors, scale, False)
+    return functions
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Milliseconds by direction ("forward", "both"), way ("graph", "eager") and form."""
+    """Milliseconds by direction ("forward", "both"), mode ("graph", "eager") and form."""
     query, key, value = (
         torch.randn(case.batch, rows, width, device=DEVICE, dtype=case.dtype).requires_grad_()
         for rows, width in (
@@ -89,11 +91,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         )
     )
     gradient = torch.randn(case.batch, case.positions, case.value_width, device=DEVICE, dtype=case.dtype)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    times: dict[str, dict[str, dict[str, float]]] = {}
     for direction in ("forward", "both"):
         runs = {name: _run(form, (query, key, value), gradient, direction) for name, form in forms(case).items()}
-        found[direction] = _timed(runs, seconds / 2)
-    return found
+        times[direction] = _timed(runs, seconds / 2)
+    return times
 
 
 def _run(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor, direction: str) -> Run:
@@ -101,14 +103,14 @@ def _run(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tens
         with torch.no_grad():
             form(*inputs)
 
-    def both() -> None:
+    def forward_backward() -> None:
         torch.autograd.grad(form(*inputs), inputs, gradient)
 
-    return forward if direction == "forward" else both
+    return forward if direction == "forward" else forward_backward
 
 
 def _timed(runs: dict[str, Run], seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds of one call in each way; the forms take turns."""
+    """Median milliseconds of one call by mode and form; the forms run alternately."""
     eager = {name: _eager_ms(run) for name, run in runs.items()}
     if not CUDA:
         return {"eager": eager}
@@ -116,14 +118,14 @@ def _timed(runs: dict[str, Run], seconds: float) -> dict[str, dict[str, float]]:
     for name, run in runs.items():
         repeats = max(1, min(64, round(_GRAPH_MS / max(eager[name], 1e-3))))
         graphs[name] = _captured(run, repeats), repeats
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    times_ms: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or min(map(len, taken.values())) < 5:
+    while time.perf_counter() < deadline or min(map(len, times_ms.values())) < 5:
         for name, (graph, repeats) in graphs.items():
-            taken[name].append(_between_events(graph.replay, 1) / repeats)
+            times_ms[name].append(_between_events(graph.replay, 1) / repeats)
     for graph, _ in graphs.values():
         graph.reset()
-    return {"graph": {name: statistics.median(times) for name, times in taken.items()}, "eager": eager}
+    return {"graph": {name: statistics.median(times) for name, times in times_ms.items()}, "eager": eager}
 
 
 def _eager_ms(run: Run) -> float:
@@ -150,7 +152,7 @@ def _between_events(run: Run, repeats: int) -> float:
 
 
 def _captured(run: Run, repeats: int) -> Any:
-    """So many calls as one graph."""
+    """A graph of several calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -166,7 +168,7 @@ def _captured(run: Run, repeats: int) -> Any:
 
 
 def measure_all(rows: Any, seconds: float) -> None:
-    """All cases whose rows are not there yet, for about so many seconds each, graphs' captures not counted."""
+    """Measure all cases without a row, for about so many seconds each, without the capture of graphs."""
     facts = {
         "card": cuda_attention.card_name() if CUDA else "cpu",
         "capability": list(torch.cuda.get_device_capability()) if CUDA else [0, 0],
@@ -181,25 +183,25 @@ def measure_all(rows: Any, seconds: float) -> None:
             ms = measure(case, seconds)
         except Exception as error:
             if fault_of(error) is Fault.DEVICE:
-                raise  # nothing can be measured in this process any more
+                raise  # this process cannot use the device any longer
             rows.add({**row, "error": str(error)})
             print(f"{case.key:38} {type(error).__name__}: {error}", flush=True)
             continue
         rows.add({**row, "ms": ms})
-        way = "graph" if CUDA else "eager"
-        said = "   ".join(
-            f"{direction} {' '.join(f'{name} {1000 * one:.1f}' for name, one in times[way].items())}"
+        mode = "graph" if CUDA else "eager"
+        text = "   ".join(
+            f"{direction} {' '.join(f'{name} {1000 * ms_per_call:.1f}' for name, ms_per_call in times[mode].items())}"
             for direction, times in ms.items()
         )
-        print(f"{case.key:38} us  {said}", flush=True)
+        print(f"{case.key:38} us  {text}", flush=True)
 
 
 # ---- the table
 
 
 def rules_of(rows: list[dict[str, Any]]) -> tuple[Rule, ...]:
-    """One rule for each precision, direction, batch and pair of widths: the one that would have lost least time."""
-    found: list[Rule] = []
+    """One rule for each precision, direction, batch and pair of widths: the one that loses the least time."""
+    rules: list[Rule] = []
     groups: dict[tuple[Any, ...], list[tuple[int, dict[str, float]]]] = {}
     for row, direction in itertools.product(rows, ("forward", "both")):
         precision = "full" if row["dtype"] == "float32" else "half"
@@ -210,30 +212,30 @@ def rules_of(rows: list[dict[str, Any]]) -> tuple[Rule, ...]:
         ends = (0, *sorted({pairs for pairs, _ in measured}))
         ranges = [(0, 0), *itertools.combinations(ends, 2)]
         choices = itertools.product(ranges, (True, False))
-        (above, up_to), in_heads = min(choices, key=lambda choice: _lost(measured, *choice))
-        found.append((*group, above, cuda_attention.LARGEST_MATRIX if up_to == ends[-1] else up_to, in_heads))
-    return tuple(found)
+        (above, up_to), in_heads = min(choices, key=lambda choice: _lost_time(measured, *choice))
+        rules.append((*group, above, cuda_attention.LARGEST_MATRIX if up_to == ends[-1] else up_to, in_heads))
+    return tuple(rules)
 
 
-def _lost(measured: list[tuple[int, dict[str, float]]], sizes: tuple[int, int], in_heads: bool) -> float:
-    """How much slower than the best form this choice is, as a sum of logarithms; of equal ones fused in heads wins."""
-    lost = 0.0
+def _lost_time(measured: list[tuple[int, dict[str, float]]], sizes: tuple[int, int], in_heads: bool) -> float:
+    """How much slower than the best form a choice is, as a sum of logarithms."""
+    total = 0.0
     for pairs, times in measured:
-        times = {**times, "product": times["product"] * PRODUCT_WINS_BY}
+        times = {**times, "product": times["product"] * PRODUCT_MARGIN}
         fused = times["fused"] if in_heads else times.get("one_head", times["fused"])
-        taken = times["product"] if sizes[0] < pairs <= sizes[1] else fused
-        lost += math.log(taken / min(times.values()))
-    return lost
+        chosen_ms = times["product"] if sizes[0] < pairs <= sizes[1] else fused
+        total += math.log(chosen_ms / min(times.values()))
+    return total
 
 
 def write_table(rows: list[dict[str, Any]], path: Path = TABLE) -> str:
-    """Put the rules of the rows' card in the table; the card's name."""
+    """Write the rules of the rows' card to the table; returns the card's name."""
     rows = [row for row in rows if "ms" in row]
     if not rows or rows[0]["card"] == "cpu":
         raise SystemExit("there is no row of a CUDA device: measure with --crossover --out FILE on one first")
     card = rows[0]["card"]
-    if others := {row["card"] for row in rows} - {card}:
-        raise SystemExit(f"rows of {card} and of {', '.join(sorted(others))}: give the file of one card")
+    if other_cards := {row["card"] for row in rows} - {card}:
+        raise SystemExit(f"rows of {card} and of {', '.join(sorted(other_cards))}: give the file of one card")
     cards = {**CARDS, card: (tuple(rows[0]["capability"]), rules_of(rows))}
     text = path.read_text()
     head, _, _ = text.partition("CARDS: ")
@@ -258,17 +260,17 @@ def _literal(cards: dict[str, Any]) -> str:
 
 
 class RowFile:
-    """JSON lines that are there for good once they are written; those that a killed process has torn are dropped."""
+    """JSON lines that are written one by one; an incomplete last line of a killed process is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-        for line in whole:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        for line in lines:
             if line.endswith("\n"):
                 self.rows.append(json.loads(line))
-        if whole and not whole[-1].endswith("\n"):
-            path.write_text("".join(whole[:-1]))
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]))
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, key: object) -> bool:

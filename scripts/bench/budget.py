@@ -1,21 +1,22 @@
 #!/usr/bin/env python
-"""Do winners keep to their budgets? Short searches, each winner measured again in a process of its own.
+"""Whether winners keep to their budgets: short searches, each winner measured again in a fresh process.
 
     python scripts/bench/budget.py [--searches 30] [--trials 6] [--results DIR]
 
-Three small timm models, three spaces and as many seeds as searches, on the embedded digits. A budget is drawn between
-what the cheapest and what the dearest of a few random candidates take, as ratios to the base's latency, so that it
-binds. The base is measured just before its search, which takes that number as its reference. Each winner is then built
-from its run directory in a fresh process and measured beside the base, under the conditions and with the effort of its
-search.
+The searches use three small timm models and three spaces, each with its own seed, on the embedded digits. A budget is
+drawn between the latencies of the fastest and the slowest of a few random candidates, as ratios to the base's, so that
+it binds. The base is measured just before its search, which uses this latency as its reference. Each winner is then
+built from its run directory in a fresh process and measured against the base, under the conditions and with the effort
+of its search.
 
-What is held against the budget is the product's own number: the ratio to the base, in milliseconds of the search's
-base. A winner is *over* if the whole 95 % interval of that fresh measurement is above the budget. Beside it: how many
-are over by the point estimate alone, a coin's toss for a winner that uses up its budget, and by how much at most; and
-the same in absolute milliseconds of the fresh process, where a machine that is slower by then counts against the winner
-(`base_drift` says by how much the base itself was). A search that finds nothing within its budget is counted as that.
+The latency that is compared with the budget is the search's own: the ratio to the base, in milliseconds of the search's
+base. A winner is *over* the budget if the whole 95 % confidence interval of the fresh measurement is above it. Also
+reported are the number of winners over it by the point estimate, which is random for one that uses its whole budget,
+and the largest excess; and the same in absolute milliseconds of the fresh process, in which a slower machine counts
+against the winner (`base_drift` is the change of the base itself). Searches that find no candidate within their budget
+are counted separately.
 
-The same call goes on where it was stopped. Writes docs/benchmarks/budget-<card>.json, for the CPU budget-cpu.json.
+The same call resumes. Writes docs/benchmarks/budget-<card>.json, on a CPU budget-cpu.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from _common import card_or_cpu, go_on, on_scale, write
+from _common import begin_or_resume, card_or_cpu, with_base_latency, write
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.latency import Comparison, Latency, LatencyBackend
@@ -45,60 +46,60 @@ from attnsurgery.search.storage.load import load_search
 ROOT = Path(__file__).resolve().parents[2]
 BASES = ("test_resnet", "test_efficientnet", "test_byobnet")
 SPACES = {"tiny": (1.05, 1.25), "se": (1.05, 1.15), "non_local": (1.12, 1.5)}
-"""With the smallest and the largest budget, as ratios to the base's latency."""
-AGAIN = "again.json"
-"""Of a run directory: its winner, measured again."""
+"""By space, the smallest and the largest budget, as ratios to the base's latency."""
+FRESH_RESULT = "again.json"
+"""The file in a run directory with the fresh measurement of its winner."""
 CLOSE = 0.97
-"""A winner that uses so much of its budget tests the meter; one far below does not."""
+"""Share of the budget above which a winner counts as close to it."""
 
 
-def config_of(number: int, budget_ms: float, asked: argparse.Namespace) -> SearchConfig:
+def config_of(number: int, budget_ms: float, options: argparse.Namespace) -> SearchConfig:
     return SearchConfig(
         budget_ms=budget_ms,
         base=BASES[number % len(BASES)],
         space=list(SPACES)[number // len(BASES) % len(SPACES)],
-        trials=asked.trials,
+        trials=options.trials,
         epochs=1,
         base_epochs=1,
         finalists=1,
         confirm_seeds=1,
-        device=asked.device,
-        **({} if asked.mode is None else {"mode": asked.mode}),
+        device=options.device,
+        **({} if options.mode is None else {"mode": options.mode}),
         seed=number,
-        output=str(asked.results / f"{number:02}"),
+        output=str(options.results / f"{number:02}"),
     )
 
 
-def budget_of(number: int, asked: argparse.Namespace) -> tuple[float, LatencyBackend]:
-    """In ms, drawn by the search's number, and what measures on the scale of the base that it was drawn for.
+def budget_of(number: int, options: argparse.Namespace) -> tuple[float, LatencyBackend]:
+    """The budget of a search in ms, drawn from its number, and a backend on the scale of the base's latency then.
 
-    Both are kept: a search goes on with its own budget only.
+    Both are stored, since a search can only be resumed with its own budget.
     """
-    path = asked.results / f"{number:02}.json"
-    probe = config_of(number, 1.0, asked)
+    path = options.results / f"{number:02}.json"
+    probe = config_of(number, 1.0, options)
     bench = assemble(probe, Listener())
     if not path.exists():
         base = bench.backend.measure(bench.base)
         budget_ms = random.Random(number).uniform(*SPACES[probe.space]) * base.p50_ms
         write_atomically(path, json.dumps({"base": asdict(base), "budget_ms": budget_ms}))
-    kept = json.loads(path.read_text())
-    return kept["budget_ms"], on_scale(bench.backend, Latency(**kept["base"]))
+    stored = json.loads(path.read_text())
+    return stored["budget_ms"], with_base_latency(bench.backend, Latency(**stored["base"]))
 
 
-def searched(number: int, asked: argparse.Namespace) -> dict[str, Any]:
+def run_search(number: int, options: argparse.Namespace) -> dict[str, Any]:
     """One search, and its winner measured again."""
-    budget_ms, backend = budget_of(number, asked)
-    config = config_of(number, budget_ms, asked)
+    budget_ms, backend = budget_of(number, options)
+    config = config_of(number, budget_ms, options)
     row = {"number": number, "base": config.base, "space": config.space, "budget_ms": budget_ms}
     try:
         outcome = run(config, backend=backend)
     except NothingFeasibleError as error:
         return row | {"feasible": False, "reason": str(error)}
-    return row | {"feasible": True} | of_search(outcome) | {"fresh": in_a_fresh_process(Path(config.output))}
+    return row | {"feasible": True} | search_row(outcome) | {"fresh": measure_in_fresh_process(Path(config.output))}
 
 
-def of_search(outcome: Outcome) -> dict[str, Any]:
-    """What the search itself says: times of base and winner, and how many candidates the budget has turned away."""
+def search_row(outcome: Outcome) -> dict[str, Any]:
+    """Results of the search: latencies of base and winner, and the number of candidates in each state."""
     winner, confirmation, base = outcome.best, outcome.confirmation, outcome.base
     assert winner is not None
     assert confirmation is not None
@@ -117,37 +118,39 @@ def timing(record: Record) -> dict[str, float]:
     return {"ms": record.timing.ms, "low_ms": record.timing.low_ms, "high_ms": record.timing.high_ms}
 
 
-def in_a_fresh_process(folder: Path) -> dict[str, Any]:
+def measure_in_fresh_process(folder: Path) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--again", str(folder)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads((folder / AGAIN).read_text())  # what it prints may be mixed with warnings
-    return found
+    result: dict[str, Any] = json.loads(
+        (folder / FRESH_RESULT).read_text()
+    )  # what it prints may be mixed with warnings
+    return result
 
 
-def again(folder: Path) -> dict[str, Any]:
-    """Measure the winner that a run directory holds, as its search measured it."""
+def measure_winner(folder: Path) -> dict[str, Any]:
+    """Measure the winner of a run directory as its search measured it."""
     saved = load_search(folder).outcome
     bench = prepare(saved.config, folder, Listener(), lambda: False)
     winner = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
     assert saved.best is not None
     assert sum(parameter.numel() for parameter in winner.parameters()) == saved.best.parameters
-    return measured(bench.backend.compare(bench.base, winner))
+    return comparison_row(bench.backend.compare(bench.base, winner))
 
 
-def measured(found: Comparison) -> dict[str, Any]:
+def comparison_row(comparison: Comparison) -> dict[str, Any]:
     return {
-        "ratio": found.ratio,
-        "ratio_low": found.ratio_low,
-        "ratio_high": found.ratio_high,
-        "base_ms": found.base.p50_ms,
-        "ms": found.variant.p50_ms,
-        "noise": found.variant.noise,
-        "steady": found.base.steady,
+        "ratio": comparison.ratio,
+        "ratio_low": comparison.ratio_low,
+        "ratio_high": comparison.ratio_high,
+        "base_ms": comparison.base.p50_ms,
+        "ms": comparison.variant.p50_ms,
+        "noise": comparison.variant.noise,
+        "steady": comparison.base.steady,
     }
 
 
-def held(row: dict[str, Any]) -> dict[str, float]:
-    """The fresh numbers of a winner as shares of its budget: above 1 is over."""
+def budget_shares(row: dict[str, Any]) -> dict[str, float]:
+    """The fresh latencies of a winner as shares of its budget."""
     fresh, scale = row["fresh"], row["reference_ms"] / row["budget_ms"]
     absolute = fresh["ms"] / row["budget_ms"]
     return {
@@ -185,7 +188,7 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def said(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
     of = f"{row['number']:2} {row['base']:18}{row['space']:10} budget {row['budget_ms']:.3f} ms "
     if not row["feasible"]:
         return f"{of} nothing feasible"
@@ -196,22 +199,27 @@ def said(row: dict[str, Any]) -> str:
     )
 
 
-def report(rows: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     figures = figures_of(rows)
-    settings = {"trials": asked.trials, "epochs": 1, "device": asked.device, "mode": config_of(0, 1.0, asked).mode}
-    name = "cpu" if asked.device == "cpu" else card_or_cpu()
+    settings = {
+        "trials": options.trials,
+        "epochs": 1,
+        "device": options.device,
+        "mode": config_of(0, 1.0, options).mode,
+    }
+    name = "cpu" if options.device == "cpu" else card_or_cpu()
     print(f"written {write(f'budget-{name}', {'figures': figures, 'settings': settings, 'searches': rows})}")
     print(
-        f"{figures['searches']} searches: {figures['nothing_feasible']} found nothing within the budget; it turned "
-        f"candidates away in {figures['budget_bound']}, and {figures['close_to_the_budget']} winners use at least "
+        f"{figures['searches']} searches: {figures['nothing_feasible']} found no candidate within the budget; it "
+        f"excluded candidates in {figures['budget_bound']}, and {figures['close_to_the_budget']} winners use at least "
         f"{CLOSE:.0%} of it"
     )
-    for scale, words in (("absolute", "in absolute ms"), ("ratio", "by the ratio to the base")):
-        found = figures[scale]
-        worst = "" if found["worst_excess"] is None else f", the worst {found['worst_excess']:+.1%}"
+    for scale, unit in (("absolute", "in absolute ms"), ("ratio", "by the ratio to the base")):
+        excesses = figures[scale]
+        worst = "" if excesses["worst_excess"] is None else f", the worst {excesses['worst_excess']:+.1%}"
         print(
-            f"{figures['winners']} winners measured again, {words}: {found['over_by_more_than_the_interval']} over "
-            f"budget by more than the interval, {found['over_by_the_point_estimate']} by the point estimate{worst}"
+            f"{figures['winners']} winners measured again, {unit}: {excesses['over_by_more_than_the_interval']} over "
+            f"budget by more than the interval, {excesses['over_by_the_point_estimate']} by the point estimate{worst}"
         )
 
 
@@ -223,22 +231,24 @@ def main() -> None:
     parser.add_argument("--mode", help="of a measured forward; by default what suits the device")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "bench-budget")
     parser.add_argument("--again", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.again:
-        write_atomically(asked.again / AGAIN, json.dumps(again(asked.again)))
+    options = parser.parse_args()
+    if options.again:
+        write_atomically(options.again / FRESH_RESULT, json.dumps(measure_winner(options.again)))
         return
-    go_on(asked.results, {"trials": asked.trials, "device": asked.device, "mode": config_of(0, 1.0, asked).mode})
-    os.environ["ATTNSURGERY_CACHE"] = str(asked.results / "cache")
-    journal = Journal(asked.results / "searches.jsonl")
+    begin_or_resume(
+        options.results, {"trials": options.trials, "device": options.device, "mode": config_of(0, 1.0, options).mode}
+    )
+    os.environ["ATTNSURGERY_CACHE"] = str(options.results / "cache")
+    journal = Journal(options.results / "searches.jsonl")
     rows = {row["number"]: row for row in journal.read()}
-    for number in range(asked.searches):
+    for number in range(options.searches):
         if number not in rows:
-            rows[number] = searched(number, asked)
+            rows[number] = run_search(number, options)
             journal.append(rows[number])
         if rows[number]["feasible"]:
-            rows[number]["held"] = held(rows[number])
-        print(said(rows[number]), flush=True)
-    report([rows[number] for number in range(asked.searches)], asked)
+            rows[number]["held"] = budget_shares(rows[number])
+        print(row_text(rows[number]), flush=True)
+    report([rows[number] for number in range(options.searches)], options)
 
 
 if __name__ == "__main__":

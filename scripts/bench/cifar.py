@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""A search on CIFAR-10, from a base trained there: base and winner on test images that the search never saw.
+"""A search on CIFAR-10 from a base that is trained there, with base and winner on test images it has not used.
 
     python scripts/bench/cifar.py CIFAR10 [--images 2000] [--budget-ms 1.8] [--run DIR]
 
-CIFAR10 is an image folder with train/<class>/ and test/<class>/. So many images of each class are trained on; all
-test images are used. The same call goes on where it was stopped. Writes docs/benchmarks/cifar.json.
+CIFAR10 is an image folder with train/<class>/ and test/<class>/. `--images` of each class are trained on; all test
+images are used. The same call resumes. Writes docs/benchmarks/cifar.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _common import linked, write
+from _common import link_images, write
 
 
 def main() -> None:
@@ -24,29 +24,29 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="training images of each class")
     parser.add_argument("--budget-ms", type=float, default=1.8)
     parser.add_argument("--run", type=Path, default=Path("runs/cifar"), help="data links and the run directory")
-    asked = parser.parse_args()
-    parts = {"train": ("train", slice(asked.images)), "test": ("test", slice(None))}
-    data = linked(asked.cifar, asked.run / "images", parts)
+    options = parser.parse_args()
+    parts = {"train": ("train", slice(options.images)), "test": ("test", slice(None))}
+    data = link_images(options.cifar, options.run / "images", parts)
     command = [
         *(sys.executable, "-m", "attnsurgery", "search", "test_resnet", "--data", str(data)),
-        *("--budget-ms", str(asked.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),
-        *("--train-batch-size", "128", "--confirm-seeds", "2", "--output", str(asked.run / "search"), "--json"),
+        *("--budget-ms", str(options.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),
+        *("--train-batch-size", "128", "--confirm-seeds", "2", "--output", str(options.run / "search"), "--json"),
     ]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    confirmation = found["confirmation"]
-    keep = ("number", "state", "top1", "parameters", "timing", "assignment")
-    rows = [{key: row[key] for key in keep} for row in found["front"]]
+    outcome = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    confirmation = outcome["confirmation"]
+    fields = ("number", "state", "top1", "parameters", "timing", "assignment")
+    rows = [{key: row[key] for key in fields} for row in outcome["front"]]
     path = write(
         "cifar",
         {
-            "images_per_class": asked.images,
-            "budget_ms": asked.budget_ms,
-            "base": {key: found["base"][key] for key in keep},
+            "images_per_class": options.images,
+            "budget_ms": options.budget_ms,
+            "base": {key: outcome["base"][key] for key in fields},
             "front": rows,
-            "winner": found["best"]["recipe"],
+            "winner": outcome["best"]["recipe"],
             "confirmation": confirmation,
-            "counts": found["counts"],
-            "latency": found["conditions"],
+            "counts": outcome["counts"],
+            "latency": outcome["conditions"],
         },
     )
     print(f"written {path}")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What the coordinator of a search costs: an ask among 300 trials, four workers' idle time, memory over 200 trials.
+"""The cost of a search's coordinator: an ask among 300 trials, four workers' idle time, memory over 200 trials.
 
     python scripts/bench/coordinator.py [--asks 20] [--trials 200]
 
-* An ask: the additive sampler's, in a space with 16 places of 10 blocks each, and in a study in SQLite that holds 300
-  trials (target: at most 100 ms, the median of the last asks).
-* Four workers whose trainings are dummy jobs of 5 s (tests/plugins): the share of their time, from the first trial
-  asked for to the last one told, that they spend in them (target: at least 90 %).
-* One worker, 200 trials of no time: how much memory coordinator and worker have gained since the 40th (target: at
-  most 50 MB each).
+* An ask of the additive sampler in a space with 16 places of 10 blocks each, and in an SQLite study with 300 trials
+  (target: at most 100 ms, the median of the last asks).
+* Four workers whose trainings are dummy jobs of 5 s (tests/plugins): the share of their time, from the first trial to
+  the last result, that they spend in these jobs (target: at least 90 %).
+* One worker and 200 trials that take no time: the memory that coordinator and worker have gained since the 40th
+  (target: at most 50 MB each).
 
 Linux only. Writes docs/benchmarks/coordinator.json.
 """
@@ -29,7 +29,7 @@ from _common import write
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACES, BLOCKS, KNOWN = 16, 10, 300
-NAP_S, WORKERS, NAPS = 5.0, 4, 80
+JOB_S, WORKERS, JOBS = 5.0, 4, 80
 
 
 def environment(cache: Path, training_s: float) -> None:
@@ -38,8 +38,8 @@ def environment(cache: Path, training_s: float) -> None:
     os.environ["ATTNSURGERY_CACHE"] = str(cache)
 
 
-def asking(folder: Path, asks: int) -> list[float]:
-    """Seconds of each ask, in a study that holds 300 trials at the last of them."""
+def time_asks(folder: Path, asks: int) -> list[float]:
+    """Seconds of each of the last asks, in a study that has 300 trials at the end."""
     from attnsurgery.recipe.schema import Edit
     from attnsurgery.search.result.limits import Budgets
     from attnsurgery.search.result.record import Record, Timing
@@ -62,23 +62,23 @@ def asking(folder: Path, asks: int) -> list[float]:
     space = BoundSpace(name="made up", base="resnet34", variables=variables, max_blocks=None)
     store = Store(folder, None, space, Budgets({"latency": 10.0}), seed=0)
     rng = np.random.default_rng(0)
-    worth, cost = rng.normal(0, 0.004, (PLACES, BLOCKS + 1)), rng.uniform(0.05, 0.4, (PLACES, BLOCKS + 1))
-    worth[:, 0] = cost[:, 0] = 0.0
+    effect, cost = rng.normal(0, 0.004, (PLACES, BLOCKS + 1)), rng.uniform(0.05, 0.4, (PLACES, BLOCKS + 1))
+    effect[:, 0] = cost[:, 0] = 0.0
     records: list[Record] = []
     seconds = []
     for _ in range(KNOWN + 1):
-        begun = time.perf_counter()
-        asked = store.ask(records, space.places)
-        seconds.append(time.perf_counter() - begun)
-        picks = space.places.picks(asked.assignment)
+        start = time.perf_counter()
+        candidate = store.ask(records, space.places)
+        seconds.append(time.perf_counter() - start)
+        picks = space.places.picks(candidate.assignment)
         assert picks is not None
         ms = 8.0 + sum(cost[place, pick] for place, pick in enumerate(picks)) + rng.normal(0, 0.02)
-        top1 = 0.7 + sum(worth[place, pick] for place, pick in enumerate(picks)) + rng.normal(0, 0.003)
-        recipe = space.recipe_for(asked.assignment)
+        top1 = 0.7 + sum(effect[place, pick] for place, pick in enumerate(picks)) + rng.normal(0, 0.003)
+        recipe = space.recipe_for(candidate.assignment)
         record = Record(
-            number=asked.number,
+            number=candidate.number,
             state="trained" if ms <= 10.0 else "over_budget",
-            assignment=asked.assignment,
+            assignment=candidate.assignment,
             digest=recipe.digest() if recipe else "",
             timing=Timing(ms, ms - 0.02, ms + 0.02, ms / 8.0),
             top1=float(top1) if ms <= 10.0 else None,
@@ -91,8 +91,8 @@ def asking(folder: Path, asks: int) -> list[float]:
     return seconds[-asks:]
 
 
-def searched(folder: Path, workers: int, trials: int, training_s: float) -> dict[str, Any]:
-    """A search with made-up scores: when its trials began and ended, and the memory of its processes on the way."""
+def run_search(folder: Path, workers: int, trials: int, training_s: float) -> dict[str, Any]:
+    """Run a search with made-up scores; returns its duration and, by trial, the memory of its processes."""
     from attnsurgery.evaluate import EVALUATORS
     from attnsurgery.search import Listener, Record, SearchConfig, run
     from tests.plugins.attnsurgery_dummy import Dummy
@@ -100,13 +100,13 @@ def searched(folder: Path, workers: int, trials: int, training_s: float) -> dict
     environment(folder / "cache", training_s)
     if "dummy" not in EVALUATORS:
         EVALUATORS.register("dummy")(Dummy)
-    begun: list[float] = []
+    started: list[float] = []
     ended: list[float] = []
     memory: list[tuple[float, float]] = []
 
     class Watch(Listener):
         def trial_started(self, number: int, name: str) -> None:
-            begun.append(time.monotonic())
+            started.append(time.monotonic())
 
         def trial_finished(self, record: Record, trained: int, total: int) -> None:
             ended.append(time.monotonic())
@@ -132,7 +132,7 @@ def searched(folder: Path, workers: int, trials: int, training_s: float) -> dict
         Watch(),
     )
     assert outcome.trained == trials
-    return {"seconds": ended[-1] - begun[0], "memory": memory}
+    return {"seconds": ended[-1] - started[0], "memory": memory}
 
 
 def resident_mb(pid: str) -> float:
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--asks", type=int, default=20)
     parser.add_argument("--trials", type=int, default=200)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     import sys
 
     sys.path.insert(0, str(ROOT))
@@ -154,13 +154,13 @@ def main() -> None:
         for name in ("asks", "four", "many"):
             (scratch / name).mkdir()
         environment(scratch / "cache", 0.0)
-        figures["ask_ms"] = 1000 * statistics.median(asking(scratch / "asks", asked.asks))
+        figures["ask_ms"] = 1000 * statistics.median(time_asks(scratch / "asks", options.asks))
         print(f"an ask among {KNOWN} trials: {figures['ask_ms']:.0f} ms", flush=True)
-        four = searched(scratch / "four", WORKERS, NAPS, NAP_S)
-        figures["efficiency"] = NAPS * NAP_S / WORKERS / four["seconds"]
+        four = run_search(scratch / "four", WORKERS, JOBS, JOB_S)
+        figures["efficiency"] = JOBS * JOB_S / WORKERS / four["seconds"]
         print(f"{WORKERS} workers spend {figures['efficiency']:.1%} of their time in dummy jobs", flush=True)
-        memory = searched(scratch / "many", 1, asked.trials, 0.0)["memory"]
-        early = asked.trials // 5
+        memory = run_search(scratch / "many", 1, options.trials, 0.0)["memory"]
+        early = options.trials // 5
         for index, name in enumerate(("coordinator", "worker")):
             figures[f"{name}_gained_mb"] = memory[-1][index] - memory[early][index]
             figures[f"{name}_mb"] = memory[-1][index]

@@ -1,20 +1,19 @@
 #!/usr/bin/env python
-"""What a search loses when it is killed, again and again: nothing that was finished.
+"""Kills a search again and again, and checks that no finished trial is lost.
 
     python scripts/bench/crash.py [--kills 100] [--memory 20] [--hangs 5]
 
-One search by two workers, whose candidates get a made-up score after a dummy training (tests/plugins), is begun by its
-command and
-begun again whenever it ends, for more trials as long as there are kills left. At random moments its coordinator or one
-of its workers gets SIGKILL; some trainings are out of memory, some hang. After every kill the run directory is read.
-A piece of work of the confirmation that died too often in one run ends that run with an error that says how to go on;
-such ends are counted, and are an error of this script unless so many kills and injected faults had come before.
-Then:
+A search with two workers, whose candidates get a made-up score after a dummy training (tests/plugins), is started by
+its command and started again whenever it ends, for more trials as long as kills remain. At random moments its
+coordinator or one of its workers gets SIGKILL; some trainings run out of memory, and some hang. The run directory is
+read after every kill. A confirmation job that fails too often in one run ends this run with an error that says how to
+resume. Such ends are counted; they are an error of this script unless enough kills and injected faults came before.
+Afterwards:
 
-* every trial that was ever in the journal is there in the end, as it was; none was trained twice; none is left running
-  or waiting; every study could be read; as many are trained as were asked for;
-* the journal, cut off at every byte of its last line, reads and goes on, and makes a whole study without the old one;
-* on a disk that is full the search ends with a clear error, what was there is kept, and with room it goes on.
+* every trial that was ever in the journal still exists unchanged; none was trained twice; none is running or waiting;
+  every study could be read; and as many trials are trained as requested;
+* the journal, truncated at every byte of its last line, can be read and continued, and a study is rebuilt from it;
+* on a full disk the search ends with a clear error and loses nothing, and resumes once there is space.
 
 Linux only. Writes docs/benchmarks/crash.json.
 """
@@ -49,17 +48,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(output: Path, trials: int) -> list[str]:
-    words = (
+    arguments = (
         "search --budget-ms 100 --latency fixed --evaluator dummy --space se --sampler random --finalists 1 --workers 2"
     )
-    words += f" --input-size 32 --base-epochs 1 --epochs 1 --confirm-seeds 1 --patience-minutes 0.2 --trials {trials}"
-    return [sys.executable, "-m", "attnsurgery", *words.split(), "--output", str(output)]
+    arguments += (
+        f" --input-size 32 --base-epochs 1 --epochs 1 --confirm-seeds 1 --patience-minutes 0.2 --trials {trials}"
+    )
+    return [sys.executable, "-m", "attnsurgery", *arguments.split(), "--output", str(output)]
 
 
 def environment(injected_faults: Path, training_s: float) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "tests" / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "DUMMY_FAULTS": str(injected_faults), "DUMMY_SECONDS": str(training_s)}
-    return {**os.environ, "OMP_NUM_THREADS": "1", **own}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "DUMMY_FAULTS": str(injected_faults),
+        "DUMMY_SECONDS": str(training_s),
+    }
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
 def workers_of(pid: int) -> list[int]:
@@ -69,27 +74,27 @@ def workers_of(pid: int) -> list[int]:
         return []
 
 
-def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """The search, killed as often as asked, then let to its end."""
-    injected_faults, rng = scratch / "injected_faults", random.Random(asked.seed)
+def kill_repeatedly(output: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Kill the search as often as requested, then let it finish; returns the counts."""
+    injected_faults, rng = scratch / "injected_faults", random.Random(options.seed)
     injected_faults.mkdir()
-    planned = ["memory"] * asked.memory + ["hang"] * asked.hangs
+    planned = ["memory"] * options.memory + ["hang"] * options.hangs
     rng.shuffle(planned)
     kills: Counter[str] = Counter()
-    seen: dict[int, Record] = {}
-    unreadable = runs = given_up = 0
-    trials, code = asked.trials, 1
+    earlier_records: dict[int, Record] = {}
+    unreadable = runs = error_ends = 0
+    trials, code = options.trials, 1
     with (scratch / "log").open("w") as log:
-        while code != 0 or kills.total() < asked.kills:
-            trials += asked.trials if code == 0 else 0
+        while code != 0 or kills.total() < options.kills:
+            trials += options.trials if code == 0 else 0
             run = subprocess.Popen(
-                command(output, trials), env=environment(injected_faults, asked.training), stdout=log, stderr=log
+                command(output, trials), env=environment(injected_faults, options.training), stdout=log, stderr=log
             )
             runs += 1
-            while run.poll() is None and kills.total() < asked.kills:
-                until = time.monotonic() + rng.uniform(0.0, asked.every)
+            while run.poll() is None and kills.total() < options.kills:
+                until = time.monotonic() + rng.uniform(0.0, options.every)
                 while run.poll() is None and time.monotonic() < until:
-                    if planned and has_trials(output):  # before that, an injected fault would be the base's
+                    if planned and has_trials(output):  # an earlier fault would hit the base's training
                         for index, kind in enumerate(planned):
                             (injected_faults / f"{kind}-{index:03}").touch()
                         planned = []
@@ -102,36 +107,41 @@ def killed(output: Path, asked: argparse.Namespace, scratch: Path) -> dict[str, 
                 kills["worker" if worker else "coordinator"] += 1
                 if not worker:
                     run.wait()
-                written, readable = snapshot(output, scratch)
+                journal_records, readable = snapshot(output, scratch)
                 unreadable += not readable
-                seen |= written
-                done = len(trained(seen.values()))
-                print(f"kill {kills.total()} of {asked.kills}: {'worker' if worker else 'coordinator'}, {done} trained")
+                earlier_records |= journal_records
+                trained_count = len(trained(earlier_records.values()))
+                victim = "worker" if worker else "coordinator"
+                print(f"kill {kills.total()} of {options.kills}: {victim}, {trained_count} trained")
                 sys.stdout.flush()
             code = run.wait()
             if code in (0, -signal.SIGKILL):
                 continue
-            given_up += 1  # one piece of work has had all the bad luck; the user begins the command again
-            suffered = kills.total() + (
-                0 if planned else asked.memory + asked.hangs - len(list(injected_faults.iterdir()))
+            error_ends += 1  # one job failed too often; the user would repeat the command
+            faults = kills.total() + (
+                0 if planned else options.memory + options.hangs - len(list(injected_faults.iterdir()))
             )
-            said = (scratch / "log").read_text()
-            if RESUME_HINT not in said[-200:] or suffered < given_up * ESSENTIAL:
-                raise SystemExit(f"the search ended with {code}: {said[-2000:]}")
-    found = with_study(output, of_study)
-    records = found["records"]
-    lost = [number for number, record in seen.items() if without_rungs(records.get(number)) != without_rungs(record)]
+            log_text = (scratch / "log").read_text()
+            if RESUME_HINT not in log_text[-200:] or faults < error_ends * ESSENTIAL:
+                raise SystemExit(f"the search ended with {code}: {log_text[-2000:]}")
+    final = with_study(output, records_and_open)
+    records = final["records"]
+    lost_numbers = [
+        number
+        for number, record in earlier_records.items()
+        if without_rungs(records.get(number)) != without_rungs(record)
+    ]
     digests = Counter(record.digest for record in trained(records.values()))
     return {
         "runs": runs,
-        "ended_by_an_error": given_up,
+        "ended_by_an_error": error_ends,
         "kills": dict(kills),
-        "out_of_memory": asked.memory,
-        "hung": asked.hangs,
+        "out_of_memory": options.memory,
+        "hung": options.hangs,
         "faults_left": len(list(injected_faults.iterdir())),
-        "finished_trials_lost": len(lost),
+        "finished_trials_lost": len(lost_numbers),
         "trained_twice": sum(count > 1 for count in digests.values()),
-        "left_running": found["open"],
+        "left_running": final["open"],
         "studies_unreadable": unreadable,
         "workers_left": len(workers_left(output)),
         "trained": len(trained(records.values())),
@@ -150,10 +160,10 @@ def without_rungs(record: Record | None) -> dict[str, Any] | None:
 
 
 def snapshot(output: Path, scratch: Path) -> tuple[dict[int, Record], bool]:
-    """The trials in the journal of this moment, and whether the study can be read as `attnsurgery report` does."""
+    """The trials in the journal at this moment, and whether the study can be read as `attnsurgery report` does."""
     if not (output / STUDY).exists():
         return {}, True
-    written = trials_of(Journal(output / TRIALS).read())
+    records = trials_of(Journal(output / TRIALS).read())
     copy = scratch / "copy"
     copy.mkdir(exist_ok=True)
     (copy / STUDY).unlink(missing_ok=True)
@@ -162,63 +172,65 @@ def snapshot(output: Path, scratch: Path) -> tuple[dict[int, Record], bool]:
         with_study(copy, lambda study: study.get_trials(deepcopy=False))
     except Exception as error:
         print(f"unreadable: {error}", flush=True)
-        return written, False
-    return written, True
+        return records, False
+    return records, True
 
 
-def with_study(folder: Path, what: Any) -> Any:
+def with_study(folder: Path, action: Any) -> Any:
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY}")
     try:
         names = optuna.get_all_study_names(storage)
-        return what(optuna.load_study(study_name=names[0], storage=storage)) if names else None
+        return action(optuna.load_study(study_name=names[0], storage=storage)) if names else None
     finally:
         storage.remove_session()
         storage.engine.dispose()
 
 
-def of_study(study: optuna.Study) -> dict[str, Any]:
-    open_ones = [trial.number for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished()]
-    return {"records": {record.number: record for record in records_of(study)}, "open": len(open_ones)}
+def records_and_open(study: optuna.Study) -> dict[str, Any]:
+    unfinished = [trial.number for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+    return {"records": {record.number: record for record in records_of(study)}, "open": len(unfinished)}
 
 
 def workers_left(output: Path) -> list[int]:
-    """Processes of this run directory that outlived their search."""
-    found = []
+    """Processes of this run directory that still exist after their search."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/fd/2"):
         try:
             if os.readlink(path).startswith(f"{output}/worker-"):
-                found.append(int(path.parts[2]))
+                pids.append(int(path.parts[2]))
         except OSError:
             continue
-    return found
+    return pids
 
 
-def torn(output: Path, scratch: Path) -> dict[str, int]:
-    """Cut the journal off at every byte of the line of its last trial."""
+def cut_journal(output: Path, scratch: Path) -> dict[str, int]:
+    """Truncate the journal at every byte of the line of its last trial; returns the counts of errors."""
     lines = (output / TRIALS).read_bytes().splitlines(keepends=True)
     last = max(index for index, line in enumerate(lines) if FACT not in json.loads(line))
-    whole, begin = b"".join(lines[: last + 1]), len(b"".join(lines[:last]))
-    before = [json.loads(line) for line in lines[: last + 1]]
-    unread, unmade = 0, 0
-    for cut in range(begin, len(whole)):
+    complete, line_start = b"".join(lines[: last + 1]), len(b"".join(lines[:last]))
+    entries = [json.loads(line) for line in lines[: last + 1]]
+    misread, not_rebuilt = 0, 0
+    for length in range(line_start, len(complete)):
         journal = Journal(scratch / "torn.jsonl")
-        journal.path.write_bytes(whole[:cut])
-        unread += journal.read() != before[:-1]
-        journal.append(before[-1])
-        unread += journal.read() != before
-    every = max(1, (len(whole) - begin) // 5)
-    for number, cut in enumerate(range(begin, len(whole), every)):
+        journal.path.write_bytes(complete[:length])
+        misread += journal.read() != entries[:-1]
+        journal.append(entries[-1])
+        misread += journal.read() != entries
+    step = max(1, (len(complete) - line_start) // 5)
+    for number, length in enumerate(range(line_start, len(complete), step)):
         folder = scratch / f"torn-{number}"
         folder.mkdir()
-        (folder / TRIALS).write_bytes(whole[:cut])
+        (folder / TRIALS).write_bytes(complete[:length])
         repair(folder)
-        lacks_only_its_end = cut == len(whole) - 1  # and is as good as whole to a repair
-        unmade += with_study(folder, of_study)["records"] != trials_of(before if lacks_only_its_end else before[:-1])
-    return {"bytes": len(whole) - begin, "not_read": unread, "studies_not_made": unmade}
+        lacks_only_its_end = length == len(complete) - 1  # complete but for the line break, which suffices for a repair
+        not_rebuilt += with_study(folder, records_and_open)["records"] != trials_of(
+            entries if lacks_only_its_end else entries[:-1]
+        )
+    return {"bytes": len(complete) - line_start, "not_read": misread, "studies_not_made": not_rebuilt}
 
 
-def full(scratch: Path) -> dict[str, Any]:
-    """A search on a disk that fills up, then with room."""
+def fill_disk(scratch: Path) -> dict[str, Any]:
+    """Run a search on a full disk, then with free space; returns the counts."""
     small, output = scratch / "small", scratch / "small" / "run"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)], capture_output=True)
@@ -226,23 +238,23 @@ def full(scratch: Path) -> dict[str, Any]:
         return {"skipped": "no right to mount a tmpfs"}
     try:
         (scratch / "none").mkdir()
-        given = environment(scratch / "none", 0.0)
+        variables = environment(scratch / "none", 0.0)
         ballast = small / "ballast"
-        first = subprocess.run(command(output, 2), env=given, capture_output=True, text=True)
+        first = subprocess.run(command(output, 2), env=variables, capture_output=True, text=True)
         room = shutil.disk_usage(small).free
         ballast.write_bytes(b"\0" * max(0, room - 24 * 1024))
-        second = subprocess.run(command(output, 30), env=given, capture_output=True, text=True)
-        kept = with_study(output, of_study)["records"]
+        second = subprocess.run(command(output, 30), env=variables, capture_output=True, text=True)
+        earlier = with_study(output, records_and_open)["records"]
         ballast.unlink()
-        third = subprocess.run(command(output, 30), env=given, capture_output=True, text=True)
-        after = with_study(output, of_study)
-        lost = [number for number, record in kept.items() if after["records"].get(number) != record]
+        third = subprocess.run(command(output, 30), env=variables, capture_output=True, text=True)
+        final = with_study(output, records_and_open)
+        lost_numbers = [number for number, record in earlier.items() if final["records"].get(number) != record]
         return {
             "exit_codes": [first.returncode, second.returncode, third.returncode],
             "said": (second.stderr.strip().splitlines() or [""])[-1].replace(str(scratch), "DIR"),
-            "kept": len(kept),
-            "lost": len(lost),
-            "trained": len(trained(after["records"].values())),
+            "kept": len(earlier),
+            "lost": len(lost_numbers),
+            "trained": len(trained(final["records"].values())),
         }
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -253,20 +265,26 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--memory", type=int, default=20, help="trainings that run out of memory")
     parser.add_argument("--hangs", type=int, default=5, help="trainings that hang")
-    parser.add_argument("--trials", type=int, default=60, help="at first, and more each time they are done too soon")
+    parser.add_argument(
+        "--trials", type=int, default=60, help="in the first run, and in addition whenever a run finishes"
+    )
     parser.add_argument("--training", type=float, default=4.0, help="seconds of one training")
-    parser.add_argument("--every", type=float, default=30.0, help="seconds from one kill to the next, at most")
+    parser.add_argument("--every", type=float, default=30.0, help="maximum seconds between kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures there, and not to docs/benchmarks")
-    asked = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="file of the figures, instead of docs/benchmarks")
+    options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="attnsurgery-crash-") as folder:
         scratch = Path(folder).resolve()
         os.environ["ATTNSURGERY_CACHE"] = str(scratch / "cache")
         output = scratch / "run"
-        figures = {"killed": killed(output, asked, scratch), "torn": torn(output, scratch), "full_disk": full(scratch)}
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=2))
+        figures = {
+            "killed": kill_repeatedly(output, options, scratch),
+            "torn": cut_journal(output, scratch),
+            "full_disk": fill_disk(scratch),
+        }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
     else:
         print(f"written {write('crash', {'figures': figures})}")
     print(json.dumps(figures))

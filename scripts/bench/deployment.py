@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Our latency in a runtime against the runtime's own benchmark, in one process; and a model against itself.
+"""Compares latencies in runtimes with the runtimes' own benchmarks, in one process, and a model with itself.
 
     python scripts/bench/deployment.py [--seconds 40] [--threads 1] [--self-tests 30] [--only libraries|self-tests]
 
 ONNX Runtime's own benchmark is a plain loop of `session.run`; OpenVINO's is the timing loop of its benchmark_app.
-Blocks of as many calls of ours and of theirs alternate. Our p50 has to be within 3 % of theirs: the ratio of the
-medians of all rounds. Of the 95 % intervals of a model's ratio with itself, 93 % have to hold 1.
+Blocks of equally many calls of this package and of the library alternate. The ratio of the two medians has to be within
+3 % of 1. Of the 95 % confidence intervals of a model's ratio to itself, 93 % have to contain 1.
 
-Writes docs/benchmarks/deployment-cpu.json after every row, with the load of the machine while it was measured; what
-another --only has written there stays.
+Writes docs/benchmarks/deployment-cpu.json after every row, with the load of the machine during the measurement. Rows of
+another --only stay.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from attnsurgery.latency.runtime import RuntimeLatency
 from attnsurgery.latency.self_test import self_test
 
 Block = Callable[[int], float]
-"""Milliseconds that so many calls take."""
+"""Returns the milliseconds that several calls take."""
 
 MODELS = ("resnet18", "resnet18_se", "resnet18_nonlocal_s3", "mobilenetv3_small_050_se")
 SELF_TESTS: tuple[tuple[str, Mode], ...] = (("cpu", "eager"), ("cpu", "compile"), ("onnxruntime", "eager"))
 NAME = "deployment-cpu"
 EFFORT = Effort(max_seconds=1.5)
-WITHIN = 0.03
+TOLERANCE = 0.03
 _BLOCK_MS = 30.0
 
 
-def plain_loop(one: Exported, threads: int) -> Block:
+def plain_loop(exported: Exported, threads: int) -> Block:
     """A plain loop of `session.run`, as the documentation of ONNX Runtime shows it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(one.source, options, providers=["CPUExecutionProvider"])
-    x_BCHW = one.x_BCHW.numpy()
+    session = onnxruntime.InferenceSession(exported.source, options, providers=["CPUExecutionProvider"])
+    x_BCHW = exported.x_BCHW.numpy()
 
     def block(repeats: int) -> float:
         start = time.perf_counter()
@@ -63,16 +63,16 @@ def plain_loop(one: Exported, threads: int) -> Block:
     return block
 
 
-def benchmark_app(one: Exported, threads: int) -> Block:
+def benchmark_app(exported: Exported, threads: int) -> Block:
     """The timing loop of OpenVINO's benchmark_app: -hint latency -api sync -inference_only -infer_precision f32."""
     from openvino.tools.benchmark.benchmark import Benchmark
 
     app = Benchmark("CPU", 1, 1, 0, "sync", True)
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = app.core.compile_model(app.core.read_model(one.source), "CPU", config)
+    compiled = app.core.compile_model(app.core.read_model(exported.source), "CPU", config)
     requests = app.create_infer_requests(compiled)
-    requests[0].set_input_tensor(openvino.Tensor(one.x_BCHW.numpy()))
-    queue = SimpleNamespace(get_next_batch_size=lambda: one.x_BCHW.shape[0])
+    requests[0].set_input_tensor(openvino.Tensor(exported.x_BCHW.numpy()))
+    queue = SimpleNamespace(get_next_batch_size=lambda: exported.x_BCHW.shape[0])
 
     def block(repeats: int) -> float:
         app.niter = repeats
@@ -82,64 +82,65 @@ def benchmark_app(one: Exported, threads: int) -> Block:
     return block
 
 
-def against(name: str, architecture: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Our p50 and the library's of one model, interleaved as every comparison of ours, on fresh copies."""
+def compare_with_library(name: str, architecture: str, threads: int, seconds: float) -> dict[str, Any]:
+    """The median latency of one model here and in the library's benchmark, measured alternately on new copies."""
     torch.manual_seed(0)
     model = timm.create_model(architecture)
     backend = backend_for(Conditions(threads=threads), name)
     assert isinstance(backend, RuntimeLatency)
-    one = backend._exported(model)
+    exported = backend._exported(model)
     library = {"onnxruntime": plain_loop, "openvino": benchmark_app}[name]
 
     @contextmanager
-    def both(backwards: bool) -> Iterator[list[Block]]:
-        first = library(one, threads) if backwards else None
+    def placement(backwards: bool) -> Iterator[list[Block]]:
+        first = library(exported, threads) if backwards else None
         with backend._prepared(model) as call:
-            theirs = first or library(one, threads)
+            library_block = first or library(exported, threads)
             for _ in range(10):
-                theirs(1)
-            yield [partial(backend.time_block, call), theirs]
+                library_block(1)
+            yield [partial(backend.time_block, call), library_block]
 
-    before = os.getloadavg()[0]
+    load_before = os.getloadavg()[0]
     effort = Effort(tolerance=0.003, max_seconds=seconds, placements=12, min_rounds=24, rounds=4)
-    calls = max(1, round(_BLOCK_MS / library(one, threads)(5) * 5))  # the first of a block finds the other's weights
-    found = sample(lambda block, repeats: block(calls * repeats), both, effort)
-    ours_ms, theirs_ms = ([ms / calls for ms in times] for times in found.times)
-    of_rounds = ratio_of(theirs_ms, ours_ms, found.placement, found.reverse)
+    # many calls a block, since the first call of a block finds the other's weights in the cache
+    calls = max(1, round(_BLOCK_MS / library(exported, threads)(5) * 5))
+    samples = sample(lambda block, repeats: block(calls * repeats), placement, effort)
+    ours_ms, theirs_ms = ([ms / calls for ms in times] for times in samples.times)
+    of_rounds = ratio_of(theirs_ms, ours_ms, samples.placement, samples.reverse)
     ratio = median(ours_ms) / median(theirs_ms)
     return {
         "runtime": name,
         "library_benchmark": library.__name__,
         "model": architecture,
         "conditions": backend.conditions.describe(),
-        "runs": found.runs[0] * calls,
+        "runs": samples.runs[0] * calls,
         "ours_p50_ms": median(ours_ms),
         "library_p50_ms": median(theirs_ms),
         "ratio": ratio,
         "ratio_of_rounds": of_rounds.value,
         "ratio_of_rounds_95": [of_rounds.low, of_rounds.high],
-        "left_out": found.left_out,
-        "passed": abs(ratio - 1) <= WITHIN,
-        "load_average": [before, os.getloadavg()[0]],
+        "left_out": samples.left_out,
+        "passed": abs(ratio - 1) <= TOLERANCE,
+        "load_average": [load_before, os.getloadavg()[0]],
     }
 
 
-def itself(name: str, mode: Mode, architecture: str, threads: int, repeats: int) -> dict[str, Any]:
-    """A model's ratio with itself, so many times."""
+def compare_with_itself(name: str, mode: Mode, architecture: str, threads: int, repeats: int) -> dict[str, Any]:
+    """The ratio of a model to itself, measured several times."""
     torch.manual_seed(0)
     conditions = Conditions(threads=threads, mode=mode, input_size=(3, 64, 64))
-    before = os.getloadavg()[0]
-    found = self_test(backend_for(conditions, name, EFFORT), timm.create_model(architecture), repeats)
+    load_before = os.getloadavg()[0]
+    result = self_test(backend_for(conditions, name, EFFORT), timm.create_model(architecture), repeats)
     return {
         "backend": name,
         "model": architecture,
         "conditions": conditions.describe(),
-        **found.as_dict(),
-        "load_average": [before, os.getloadavg()[0]],
+        **result.as_dict(),
+        "load_average": [load_before, os.getloadavg()[0]],
     }
 
 
-def kept(key: str) -> list[dict[str, Any]]:
+def earlier_rows(key: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{NAME}.json"
     return list(json.loads(path.read_text()).get(key, [])) if path.exists() else []
 
@@ -150,27 +151,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--self-tests", type=int, default=30)
     parser.add_argument("--only", choices=["libraries", "self-tests"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     results: dict[str, Any] = {
         "versions": {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__},
         "processors": os.cpu_count(),
-        "libraries": [] if asked.only != "self-tests" else kept("libraries"),
-        "self_tests": [] if asked.only != "libraries" else kept("self_tests"),
+        "libraries": [] if options.only != "self-tests" else earlier_rows("libraries"),
+        "self_tests": [] if options.only != "libraries" else earlier_rows("self_tests"),
     }
-    if asked.only != "self-tests":
+    if options.only != "self-tests":
         for name in ("onnxruntime", "openvino"):
             for architecture in MODELS:
-                row = against(name, architecture, asked.threads, asked.seconds)
+                row = compare_with_library(name, architecture, options.threads, options.seconds)
                 results["libraries"].append(row)
                 write(NAME, results)
                 print(f"{name:12} {architecture:26} {row['ours_p50_ms']:8.3f} ms  ratio {row['ratio']:.4f}", flush=True)
-    if asked.only != "libraries":
+    if options.only != "libraries":
         for name, mode in SELF_TESTS:
-            row = itself(name, mode, "resnet18", asked.threads, asked.self_tests)
+            row = compare_with_itself(name, mode, "resnet18", options.threads, options.self_tests)
             results["self_tests"].append(row)
             write(NAME, results)
             print(
-                f"{name:12} {mode:8} {row['held']} of {asked.self_tests} hold 1, worst {row['worst']:.4f}", flush=True
+                f"{name:12} {mode:8} {row['held']} of {options.self_tests} hold 1, worst {row['worst']:.4f}", flush=True
             )
     if not all(row["passed"] for row in results["libraries"] + results["self_tests"]):
         raise SystemExit("some rows did not pass")

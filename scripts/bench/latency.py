@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What blocks cost at inference: surgical models against their bases, in the modes that models are deployed in.
+"""The cost of blocks at inference: surgical models compared with their bases, in the usual modes of deployment.
 
     python scripts/bench/latency.py [--seconds 5]
 
-Writes docs/benchmarks/latency-<card>.json, on a CPU latency-cpu.json; figures of a device on which this has not run are
-not known. `scripts/bench/gpu` makes the same rows one by one.
+Writes docs/benchmarks/latency-<card>.json, on a CPU latency-cpu.json. There are no figures of devices on which this has
+not run. `scripts/bench/gpu` makes the same rows one by one.
 """
 
 from __future__ import annotations
@@ -52,33 +52,33 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """On a GPU, the most telling first: time may end before the list does. Compiling is what takes long."""
+    """The cases on a GPU, the most important first, since time may be too short for all; compiling takes longest."""
     pairs = [(base, block) for block in BLOCKS for base in BASES]
-    first, others = [*pairs[:1], ("resnet50", "nonlocal_s3")], BATCHES[1:]
+    first_pairs, other_batches = [*pairs[:1], ("resnet50", "nonlocal_s3")], BATCHES[1:]
     ordered = [
-        *(Case(*pair, "cudagraph", batch) for pair in first for batch in BATCHES),
-        *(Case(*pair, "compile-cudagraph", BATCHES[0]) for pair in first),
+        *(Case(*pair, "cudagraph", batch) for pair in first_pairs for batch in BATCHES),
+        *(Case(*pair, "compile-cudagraph", BATCHES[0]) for pair in first_pairs),
         *(Case(*pair, "cudagraph", batch) for pair in pairs for batch in BATCHES),
-        *(Case(*pair, "compile-cudagraph", batch) for pair in first for batch in others),
-        *(Case(*pair, "eager", batch) for pair in first for batch in BATCHES),
+        *(Case(*pair, "compile-cudagraph", batch) for pair in first_pairs for batch in other_batches),
+        *(Case(*pair, "eager", batch) for pair in first_pairs for batch in BATCHES),
         *(Case(*pair, "compile-cudagraph", BATCHES[0]) for pair in pairs),
         *(Case(*pair, "eager", batch) for pair in pairs for batch in BATCHES),
-        *(Case(*pair, "compile-cudagraph", batch) for pair in pairs for batch in others),
+        *(Case(*pair, "compile-cudagraph", batch) for pair in pairs for batch in other_batches),
     ]
     return list(dict.fromkeys(ordered))
 
 
-def built(name: str) -> torch.nn.Module:
+def build(name: str) -> torch.nn.Module:
     return timm.create_model(name).eval()
 
 
-def measured(case: Case, device: str, effort: Effort) -> dict[str, Any]:
+def measure(case: Case, device: str, effort: Effort) -> dict[str, Any]:
     """The figures of one case.
 
     Raises:
-        AttnSurgeryError: the block has no place in the base, or the forward cannot be measured in this mode.
+        AttnSurgeryError: the base has no place for the block, or cannot be measured in this mode.
     """
-    base, surgical = built(case.base), built(case.surgical)
+    base, surgical = build(case.base), build(case.surgical)
     cuda = torch.device(device).type == "cuda"
     conditions = Conditions.on(
         device,
@@ -87,8 +87,8 @@ def measured(case: Case, device: str, effort: Effort) -> dict[str, Any]:
         mode=case.mode,
         threads=None if cuda else 1,
     )
-    found = backend_for(conditions, effort=effort).compare(base, surgical)
-    eager = found.variant.eager_ms
+    comparison = backend_for(conditions, effort=effort).compare(base, surgical)
+    eager = comparison.variant.eager_ms
     return {
         "base": case.base,
         "block": case.block,
@@ -96,16 +96,16 @@ def measured(case: Case, device: str, effort: Effort) -> dict[str, Any]:
         "mode": case.mode,
         "batch": case.batch,
         "measured_under": conditions.describe(),
-        "base_p50_ms": found.base.p50_ms,
-        "ratio": found.ratio,
-        "ratio_95": [found.ratio_low, found.ratio_high],
-        "eager_to_graph": eager / found.variant.p50_ms if eager else None,
-        "images_per_second": found.variant.images_per_second,
-        "steady": found.base.steady,
+        "base_p50_ms": comparison.base.p50_ms,
+        "ratio": comparison.ratio,
+        "ratio_95": [comparison.ratio_low, comparison.ratio_high],
+        "eager_to_graph": eager / comparison.variant.p50_ms if eager else None,
+        "images_per_second": comparison.variant.images_per_second,
+        "steady": comparison.base.steady,
     }
 
 
-def said(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
     low, high = row["ratio_95"]
     return f"{row['ratio']:.3f} x [{low:.3f}, {high:.3f}] of {row['base_p50_ms']:.3f} ms"
 
@@ -115,11 +115,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="time limit of one comparison")
     seconds = parser.parse_args().seconds
     cuda = torch.cuda.is_available()
-    asked = cases() if cuda else [Case(*pair, "eager", 1) for pair in ON_CPU]
+    selected = cases() if cuda else [Case(*pair, "eager", 1) for pair in ON_CPU]
     rows = []
-    for case in asked:
-        rows.append(measured(case, "cuda" if cuda else "cpu", Effort(tolerance=0.002, max_seconds=seconds)))
-        print(f"{case.key:48} {said(rows[-1])}", flush=True)
+    for case in selected:
+        rows.append(measure(case, "cuda" if cuda else "cpu", Effort(tolerance=0.002, max_seconds=seconds)))
+        print(f"{case.key:48} {row_text(rows[-1])}", flush=True)
     print(f"written {write(f'latency-{card_or_cpu()}', {'rows': rows})}")
 
 

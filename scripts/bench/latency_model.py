@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How well latencies are predicted: the model after a minute of calibration, against candidates measured afterwards.
+"""The accuracy of predicted latencies: a model after a minute of calibration, checked on other candidates.
 
     python scripts/bench/latency_model.py [--seconds 60] [--candidates 25] [--design alone] [--processes 10]
 
-Of four timm models, so many random candidates with several blocks (100 over the four by default) are measured after
-calibrating on others. Targets: mean error at most 3 % on CPU and 2 % on a GPU, rank correlation at least 0.98.
-`alone` calibrates the way one would by hand, one kind of block at a time at all of its places, to compare with.
-Then the meter itself: a model against itself (at least 93 % of the 95 % intervals hold 1), and one pair of models
-measured in processes of their own, whose ratios should agree. Writes docs/benchmarks/latency-model-<card>.json, on a
-CPU latency-model-cpu.json.
+For four timm models, random candidates with several blocks (100 in all by default) are measured after a calibration on
+others. Targets: a mean error of at most 3 % on a CPU and 2 % on a GPU, and a rank correlation of at least 0.98. For
+comparison, the design `alone` calibrates with one kind of block at a time, at all of its places. The measurement itself
+is checked too: a model is compared with itself (at least 93 % of the 95 % confidence intervals contain 1), and a pair
+of models is measured in several processes, whose ratios should agree. Writes docs/benchmarks/latency-model-<card>.json,
+on a CPU latency-model-cpu.json.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ from attnsurgery.search.space import bind, load
 
 MODELS = {"resnet18": "full", "mobilenetv3_small_100": "se", "convnext_atto": "full", "deit_tiny_patch16_224": "full"}
 TARGETS = {"cpu": 0.03, "cuda": 0.02}
-ONE_PAIR = ("resnet18", "resnet18_nonlocal_s3")
+REPEATED_PAIR = ("resnet18", "resnet18_nonlocal_s3")
 
 
 def meter(model: torch.nn.Module, effort: Effort) -> LatencyBackend:
-    """The one that suits the device: on a GPU a CUDA graph in bfloat16, on a CPU eager float32."""
+    """The default backend of the device: a CUDA graph in bfloat16 on a GPU, eager float32 on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     conditions = Conditions.on(device, input_size=input_size_of(model), threads=1)
     return backend_for(conditions, effort=effort)
 
 
-def alone(costs: Costs, places: Places, measure: Measure, seconds: float) -> list[Measured]:
-    """One kind of block at a time, at all of its places; again from the first while there is time."""
+def calibrate_singly(costs: Costs, places: Places, measure: Measure, seconds: float) -> list[Measured]:
+    """Measure one kind of block at a time, at all of its places, repeatedly while there is time."""
     by_kind: dict[str, list[tuple[int, int]]] = {}
     for place, row in enumerate(costs.blocks):
         for pick, counts in enumerate(row):
             for key in counts:
                 by_kind.setdefault(key, []).append((place, pick))
-    found: list[Measured] = []
+    measurements: list[Measured] = []
     deadline = time.perf_counter() + seconds
     while True:
-        for at in by_kind.values():
+        for positions in by_kind.values():
             picks = [0] * len(places.choices)
-            for place, pick in at:
+            for place, pick in positions:
                 picks[place] = pick
-            found.append(measure(tuple(picks)))
+            measurements.append(measure(tuple(picks)))
             if time.perf_counter() > deadline:
-                return found
+                return measurements
 
 
-def predicted(
+def check_predictions(
     name: str, space_name: str, seconds: float, candidates: int, design: str, check_seconds: float = 4.0
 ) -> dict[str, Any]:
     base = timm.create_model(name).eval()
@@ -77,34 +77,37 @@ def predicted(
     costs = Costs.count(space, anatomy, base)
     measure = measure_by_building(base, anatomy, space, costs, backend)
     if design == "alone":
-        told = alone(costs, space.places, measure, seconds)
+        measurements = calibrate_singly(costs, space.places, measure, seconds)
     else:
-        told = list(measure_informative(space, costs, [], {}, measure, seconds))
-    model = LatencyModel(costs.base["macs"], costs.kinds, told)
+        measurements = list(measure_informative(space, costs, [], {}, measure, seconds))
+    model = LatencyModel(costs.base["macs"], costs.kinds, measurements)
     rng = np.random.default_rng(1)
-    drawn: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]
+    candidates_to_check: list[Picks] = [p for _ in range(candidates) if (p := space.places.drawn(rng, lambda _: True))]
     careful = meter(base, Effort(tolerance=0.003, max_seconds=check_seconds))
-    apart = [measure_by_building(base, anatomy, space, costs, careful)(picks) for picks in drawn]
-    said = [model.predict(one.counts) for one in apart]
-    true, got = np.array([one.ratio for one in apart]), np.array([one.ratio for one in said])
-    errors = np.abs(got / true - 1)
+    checked = [measure_by_building(base, anatomy, space, costs, careful)(picks) for picks in candidates_to_check]
+    predictions = [model.predict(item.counts) for item in checked]
+    true_ratios, predicted_ratios = (
+        np.array([item.ratio for item in checked]),
+        np.array([item.ratio for item in predictions]),
+    )
+    errors = np.abs(predicted_ratios / true_ratios - 1)
     return {
         "model": name,
         "space": space_name,
         "kinds": len(costs.kinds),
-        "told": len(told),
-        "candidates": len(apart),
+        "told": len(measurements),
+        "candidates": len(checked),
         "mean_error": float(errors.mean()),
         "worst_error": float(errors.max()),
-        "spearman": spearman(got, true),
-        "within_99_bound": float(np.mean([t <= s.bound(2.326) for t, s in zip(true, said, strict=True)])),
-        "ratios": [round(float(t), 4) for t in true],
-        "predicted": [round(float(g), 4) for g in got],
+        "spearman": spearman(predicted_ratios, true_ratios),
+        "within_99_bound": float(np.mean(true_ratios <= [prediction.bound(2.326) for prediction in predictions])),
+        "ratios": [round(float(actual), 4) for actual in true_ratios],
+        "predicted": [round(float(ratio), 4) for ratio in predicted_ratios],
     }
 
 
-def one_ratio() -> float:
-    base, variant = (timm.create_model(name).eval() for name in ONE_PAIR)
+def measure_ratio() -> float:
+    base, variant = (timm.create_model(name).eval() for name in REPEATED_PAIR)
     return meter(base, Effort(tolerance=0.003, max_seconds=6.0)).compare(base, variant).ratio
 
 
@@ -116,46 +119,48 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=10)
     parser.add_argument("--self-tests", type=int, default=60)
     parser.add_argument("--one-ratio", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    if asked.one_ratio:
-        print(json.dumps(one_ratio()))
+    if options.one_ratio:
+        print(json.dumps(measure_ratio()))
         return
     rows = []
     for name, space in MODELS.items():
-        rows.append(predicted(name, space, asked.seconds, asked.candidates, asked.design))
+        rows.append(check_predictions(name, space, options.seconds, options.candidates, options.design))
         row = rows[-1]
         print(
-            f"{name:28}{row['kinds']:4} kinds, told {row['told']:3}: mean error {row['mean_error']:.2%}, worst "
+            f"{name:28}{row['kinds']:4} kinds, {row['told']:3} measured: mean error {row['mean_error']:.2%}, worst "
             f"{row['worst_error']:.2%}, rank correlation {row['spearman']:.3f}, within the 99 % bound "
             f"{row['within_99_bound']:.0%}",
             flush=True,
         )
     command = [sys.executable, str(Path(__file__).resolve()), "--one-ratio"]
     ratios = [
-        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(asked.processes)
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(options.processes)
     ]
-    spread = float(np.std(ratios) / np.mean(ratios)) if ratios else 0.0
+    relative_std = float(np.std(ratios) / np.mean(ratios)) if ratios else 0.0
     model = timm.create_model("test_resnet").eval()
-    same = self_test(meter(model, Effort(max_seconds=1.5)), model, asked.self_tests)
+    same_model = self_test(meter(model, Effort(max_seconds=1.5)), model, options.self_tests)
     errors = [abs(g / t - 1) for row in rows for g, t in zip(row["predicted"], row["ratios"], strict=True)]
-    # over models as in each: ranks of ratios to four different bases
-    got, true = (np.array([value for row in rows for value in row[key]]) for key in ("predicted", "ratios"))
+    # over all models: ranks of ratios to four different bases
+    all_predicted = np.array([ratio for row in rows for ratio in row["predicted"]])
+    all_true = np.array([ratio for row in rows for ratio in row["ratios"]])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     figures = {
-        "seconds": asked.seconds,
-        "design": asked.design,
+        "seconds": options.seconds,
+        "design": options.design,
         "candidates": len(errors),
         "mean_error": float(np.mean(errors)),
-        "spearman": spearman(got, true),
+        "spearman": spearman(all_predicted, all_true),
         "least_spearman": min(row["spearman"] for row in rows),
-        "repeatability": {"pair": ONE_PAIR, "ratios": ratios, "sd": spread},
-        "self_test": {key: value for key, value in same.as_dict().items() if key != "ratios"},
+        "repeatability": {"pair": REPEATED_PAIR, "ratios": ratios, "sd": relative_std},
+        "self_test": {key: value for key, value in same_model.as_dict().items() if key != "ratios"},
     }
     print(f"written {write(f'latency-model-{card_or_cpu()}', {'figures': figures, 'models': rows})}")
     print(
-        f"{len(ratios)} processes: sd of the ratio {spread:.2%}; {same.held} of {asked.self_tests} A/A intervals hold 1"
+        f"{len(ratios)} processes: sd of the ratio {relative_std:.2%}; "
+        f"{same_model.held} of {options.self_tests} A/A intervals contain 1"
     )
     print(
         f"{figures['candidates']} candidates: mean error {figures['mean_error']:.2%} (target {TARGETS[device]:.0%}), "

@@ -25,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from _common import card_or_cpu, linked, write
+from _common import card_or_cpu, link_images, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -225,7 +225,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = base_model().to(device)
     parts = {"train": ("train", slice(asked.images)), "test": ("test", slice(asked.test_images))}
-    folder = linked(asked.cifar, asked.run / f"{asked.images}-{asked.test_images}", parts)
+    folder = link_images(asked.cifar, asked.run / f"{asked.images}-{asked.test_images}", parts)
     data = load_data(str(folder), Preprocessing.of(base, SIZE))
     epoch = len(data.train) // BATCH
     train(base, data, asked.base_epochs * epoch, 4e-3, device, 0, alone=False)

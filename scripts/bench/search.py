@@ -33,7 +33,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from _common import go_on, linked, on_scale, write
+from _common import begin_or_resume, link_images, with_base_latency, write
 from _contest import BASE, WINNER, Recipes, conclude, entries, show, trained
 
 from attnsurgery.checkpoint.base import build_base
@@ -129,7 +129,7 @@ def images_of(asked: argparse.Namespace) -> str | None:
         "val": ("train", slice(asked.train, asked.train + asked.val)),
         "test": ("test", slice(asked.test)),
     }
-    return str(linked(asked.images, asked.results / "images", parts))
+    return str(link_images(asked.images, asked.results / "images", parts))
 
 
 def start_of(asked: argparse.Namespace) -> Path:
@@ -264,10 +264,10 @@ def main() -> None:
         asked = parser.parse_args()
     elif asked.images is None:
         parser.error("CIFAR10 is needed to train on")
-    go_on(asked.results, {key: value for key, value in vars(asked).items() if key != "results"})
+    begin_or_resume(asked.results, {key: value for key, value in vars(asked).items() if key != "results"})
     bench = bench_of(asked)
     base, budget_ms = scale_of(bench, asked)
-    backend = on_scale(backend_for(bench.backend.conditions, effort=USUAL), base)
+    backend = with_base_latency(backend_for(bench.backend.conditions, effort=USUAL), base)
     names = {WINNER: asked.sampler, "random search's winner": "random"}
     outcomes = {name: searched(sampler, backend, budget_ms, asked) for name, sampler in names.items()}
     found = {name: recipe for name, outcome in outcomes.items() if (recipe := winner_of(outcome))}

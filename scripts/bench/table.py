@@ -35,7 +35,7 @@ from typing import Any
 
 import timm
 import torch
-from _common import RESULTS, conditions, linked, write
+from _common import RESULTS, conditions, link_images, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -115,7 +115,7 @@ def made(base: nn.Module, picks: Picks, seed: int, start: Start = "identity") ->
 
 def data_of(cifar: Path, way: Way) -> Data:
     parts = {"train": ("train", slice(way.images)), "val": ("train", slice(4000, 5000)), "test": ("test", slice(None))}
-    images = linked(cifar, ROOT / "runs" / "table" / f"images-{way.images}", parts)
+    images = link_images(cifar, ROOT / "runs" / "table" / f"images-{way.images}", parts)
     return load_data(str(images), Preprocessing.of(timm.create_model(BASE), SIZE), 0)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from _common import go_on, write
+from _common import begin_or_resume, write
 from table import CHOSEN, TABLE, WAYS, data_of, settings_of, start_of
 
 from attnsurgery.evaluate import Data, TrainSettings, train
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "bench-verdict")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    go_on(asked.results, {"trainings": asked.trainings})
+    begin_or_resume(asked.results, {"trainings": asked.trainings})
     parts = max(8, int(asked.shard.split("/")[1]))
     journals = [Journal(asked.results / f"trainings-{part}.jsonl") for part in range(1, parts + 1)]
     run(asked, journals)

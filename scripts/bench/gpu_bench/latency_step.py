@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import latency_model
-from latency import Case, cases, measured, said
+from latency import Case, cases, measure, row_text
 
 from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.latency import Effort
@@ -16,10 +16,10 @@ _NEEDED_S = {"eager": 10.0, "cudagraph": 10.0, "compile-cudagraph": 45.0}
 
 def row(case: Case, effort: Effort) -> Row:
     try:
-        found = measured(case, "cuda", effort)
+        found = measure(case, "cuda", effort)
     except AttnSurgeryError as error:
         raise Refused(str(error)) from error
-    return {**found, "say": said(found)}
+    return {**found, "say": row_text(found)}
 
 
 def run(rows: Rows, tiny: bool) -> None:
@@ -29,7 +29,7 @@ def run(rows: Rows, tiny: bool) -> None:
 
 
 def predicted(name: str, space: str, seconds: float, candidates: int, check_seconds: float, tiny: bool = False) -> Row:
-    found = latency_model.predicted(name, space, seconds, candidates, "candidates", check_seconds)
+    found = latency_model.check_predictions(name, space, seconds, candidates, "candidates", check_seconds)
     met = found["mean_error"] <= latency_model.TARGETS["cuda"]
     say = f"mean error {100 * found['mean_error']:.2f} %, worst {100 * found['worst_error']:.2f} %, rank correlation "
     say += f"{found['spearman']:.2f}"

@@ -203,10 +203,10 @@ def budget(rows: Rows, tiny: bool) -> None:
             _shrink_budget_searches(Path(scratch))
 
         def made(number: int) -> Row:
-            row = budget_bench.searched(number, asked)
+            row = budget_bench.run_search(number, asked)
             if row["feasible"]:
-                row["held"] = budget_bench.held(row)
-            return {**row, "say": budget_bench.said(row)}
+                row["held"] = budget_bench.budget_shares(row)
+            return {**row, "say": budget_bench.row_text(row)}
 
         keys = [f"search {number}" for number in range(count)]
         for number, key in enumerate(keys):

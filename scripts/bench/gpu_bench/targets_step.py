@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import timm
-from latency import Case, measured
+from latency import Case, measure
 
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.latency import Conditions, Effort, backend_for
@@ -26,7 +26,7 @@ def se_compiled(rows: Rows, tiny: bool) -> Row:
     case = Case(MODEL, "se", "cudagraph", 1) if tiny else Case("resnet50", "se", "compile-cudagraph", 64)
     known = rows.all("latency").get(case.key, {})
     effort = EFFORT if tiny else Effort(0.003, 5.0)
-    ratio = known["ratio"] if "ratio" in known else measured(case, "cuda", effort)["ratio"]
+    ratio = known["ratio"] if "ratio" in known else measure(case, "cuda", effort)["ratio"]
     return verdict(f"{case.key} as a ratio to its base, at most 1.05", ratio, ratio <= 1.05, tiny)
 
 
