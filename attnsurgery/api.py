@@ -252,8 +252,8 @@ def _checked_recipe(model: nn.Module) -> Recipe | None:
     recipe = recipe_of(model)
     if recipe is not None and not any(surgery.operated(model)):
         raise SurgeryError(
-            f"the model says it was made by the recipe {recipe.name!r}, but it was rebuilt since (torch.fx and "
-            "reparameterisation do that) and its blocks can be neither checked nor taken out."
+            f"the model's description names the recipe {recipe.name!r}, but the model was rebuilt since (torch.fx and "
+            "reparameterization do that), so its blocks can be neither checked nor removed."
         )
     return recipe
 

@@ -77,7 +77,7 @@ def keys(subject: Subject) -> None:
     theirs = {key: value.shape for key, value in base.state.items()}
     ours = {key: value.shape for key, value in model.state_dict().items()}
     lost = [key for key in theirs if ours.get(key) != theirs[key]]
-    expect(not lost, f"{len(lost)} keys of the base are gone or have another shape, as {lost[:2]}")
+    expect(not lost, f"{len(lost)} keys of the base are missing or have another shape, as {lost[:2]}")
     prefixes = tuple(f"{path}." for path in subject.blocks)
     strange = [key for key in ours if key not in theirs and not key.startswith(prefixes)]
     expect(not strange, f"{len(strange)} keys are neither the base's nor a block's, as {strange[:2]}")

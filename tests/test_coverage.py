@@ -175,7 +175,7 @@ def a_changed_base(subject: Subject) -> None:
 @pytest.mark.parametrize(
     ("check", "fault", "message"),
     [
-        ("keys", a_lost_key, "keys of the base are gone"),
+        ("keys", a_lost_key, "keys of the base are missing"),
         ("keys", a_key_too_many, "neither the base's nor a block's"),
         ("keys", blocks_that_load_halves, "loads"),
         ("identity", moved_gates, "outputs differ"),

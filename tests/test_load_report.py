@@ -82,7 +82,7 @@ def test_load_refuses_base_under_trained(strict: bool, base: Tensors) -> None:
     """A base checkpoint is not loaded under trained blocks; merged with their state dict it is."""
     model = trained()
     before = bits(model)
-    with pytest.raises(LoadError, match=r"the base alone, and 4 blocks .*layer1\.0\.se.* are not as they were built"):
+    with pytest.raises(LoadError, match=r"the base alone, and 4 blocks .*layer1\.0\.se.* are not in their initial state"):
         model.load_state_dict(base, strict=strict)
     assert same(bits(model), before)
     model.load_state_dict({**model.state_dict(), **base})  # what the message advises
@@ -129,7 +129,7 @@ def test_load_base_into_untrained_blocks(start: str, base: Tensors) -> None:
     assert same(bits(model), {**before, **base})
     model.load_state_dict({**base, "conv1.0.weight": base["conv1.0.weight"] + 1})  # and again
     move_gates(model)
-    with pytest.raises(LoadError, match="not as they were built"):
+    with pytest.raises(LoadError, match="not in their initial state"):
         model.load_state_dict(base)
 
 
@@ -260,7 +260,7 @@ def test_load_sees_blocks_in_wrappers(wrap: Callable[[nn.Module], nn.Module], ba
         fresh.load_state_dict(incomplete)
     around = {key: value for key, value in weights.items() if key == "scale"}
     only_base = {**{f"{prefix}{key}": value for key, value in base.items()}, **around}
-    with pytest.raises(LoadError, match="not as they were built"):
+    with pytest.raises(LoadError, match="not in their initial state"):
         moved.load_state_dict(only_base)
     fresh.load_state_dict(only_base)
     fresh.load_state_dict(weights)

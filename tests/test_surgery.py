@@ -440,7 +440,7 @@ def test_verify_detects_a_replaced_block() -> None:
     """`verify` says so when a block was replaced by another module."""
     model = cut(build("test_resnet"), ("layer3.0.bn3", "se"))
     model.layer3[0].se = nn.Identity()
-    with pytest.raises(SurgeryError, match=r"the block 'se' of 'layer3.0' is gone"):
+    with pytest.raises(SurgeryError, match=r"the block 'se' of 'layer3.0' is missing"):
         verify(model, (3, 64, 64))
 
 
@@ -448,7 +448,7 @@ def test_verify_detects_a_rebuilt_module() -> None:
     """`verify` misses blocks that went with a module that was rebuilt."""
     model = cut(build("test_resnet"), ("stage:3 last", "non_local"), ("stage:4 branches", "se"))
     model.layer3[0] = copy.deepcopy(build("test_resnet").layer3[0])
-    with pytest.raises(SurgeryError, match=r"the block 'layer3.0.non_local' is gone"):
+    with pytest.raises(SurgeryError, match=r"the block 'layer3.0.non_local' is missing"):
         verify(model, (3, 64, 64))
     remove(model)
     assert verify(model, (3, 64, 64)).alive

@@ -506,7 +506,7 @@ def test_verify_follows_later_wrappers(around: str, what: str) -> None:
     # and a block that is really gone is missed there, too
     inside = model.layer3[0] if what == "the block" else next(owner for _, owner, _ in operated(model))
     inside.non_local = nn.Identity()
-    with pytest.raises(SurgeryError, match=r"the block '(layer3\.0\.)?non_local'.* is gone"):
+    with pytest.raises(SurgeryError, match=r"the block '(layer3\.0\.)?non_local'.* is missing"):
         attnsurgery.verify(model, SIZE)
 
 
@@ -625,7 +625,7 @@ def lazy(model: Any) -> nn.Module:
 ROUND = {
     "ddp": (as_ddp, {"inspect", "verify", "bypass"}, r"change model\.module"),
     "peft": (as_peft, {"inspect", "verify", "bypass", "freeze"}, r"modules_to_save"),
-    "averaged": (averaged, {"inspect", "verify", "bypass", "freeze"}, r"begin the average anew"),
+    "averaged": (averaged, {"inspect", "verify", "bypass", "freeze"}, r"start a new average"),
     "compile": (compiled, {"inspect", "verify", "freeze"}, r"_orig_mod"),
     "compile in place": (in_place, {"inspect", "verify", "freeze"}, r"before that part is compiled"),
     "script": (scripted, set(), r"before torch\.jit\.script"),

@@ -125,8 +125,8 @@ class LoadReport:
         if self.changed:
             return (
                 f"the checkpoint holds the base alone, and {_count(self.changed)} of this model "
-                f"({_some(self.changed)}) are not as they were built: they were trained, or loaded. To begin them "
-                f"anew, build the model again and load the checkpoint into that; to keep them as they are, {keep}."
+                f"({_some(self.changed)}) are not in their initial state: they were trained or loaded. To reset "
+                f"them, build the model again and load the checkpoint into that; to keep them as they are, {keep}."
             )
         return None
 

@@ -45,7 +45,7 @@ def _for(verbs: tuple[Verb, ...], why: str) -> dict[Verb, str]:
 
 
 _DDP = (
-    "DistributedDataParallel averages the gradients of the parameters that it has found when it was made: change "
+    "DistributedDataParallel averages the gradients of the parameters that existed when it was created: change "
     "model.module, and wrap that in a new DistributedDataParallel"
 )
 _FSDP = (
@@ -54,7 +54,7 @@ _FSDP = (
 )
 _COMPILED = (
     "torch.compile has compiled the forward as it was: change the model that was compiled (model._orig_mod), and "
-    "compile that anew"
+    "compile that again"
 )
 _SCRIPTED = "TorchScript has no Python forward any more: call this on the model before torch.jit.script or trace"
 _PEFT = (
@@ -62,7 +62,7 @@ _PEFT = (
     "blocks in modules_to_save, or change model.get_base_model() and save attnsurgery.block_parameters of it yourself"
 )
 _AVERAGED = (
-    "it holds a running average of another model, parameter by parameter: change that model, and begin the average anew"
+    "it holds a running average of another model, parameter by parameter: change that model, and start a new average"
 )
 
 KINDS: tuple[Kind, ...] = (

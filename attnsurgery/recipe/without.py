@@ -34,7 +34,7 @@ def without(recipe: Recipe, anatomy: Anatomy, blocks: Mapping[Key, str], removed
             address = insertions[paths.index(None)].site.address
             raise SurgeryError(
                 f"the recipe {recipe.name!r} of this model puts {edit.block!r} at {address!r}, and there is none: the "
-                "model was changed since. Take all blocks out (attnsurgery.remove(model)) and operate anew."
+                "model was changed since. Remove all blocks (attnsurgery.remove(model)) and operate again."
             )
         if not any(path in removed for path in paths):
             edits.append(edit)

@@ -92,7 +92,7 @@ class Report:
     @property
     def faults(self) -> tuple[str, ...]:
         """All faults of the surgery, in words; empty if there are none."""
-        faults = [f"{len(self.keys_missing)} keys of the base are gone"] if self.keys_missing else []
+        faults = [f"{len(self.keys_missing)} keys of the base are missing"] if self.keys_missing else []
         if not math.isfinite(self.max_abs_diff):
             faults.append("the outputs are not finite, so that nothing can be compared")
         return (*faults, *(block.fault for block in self.blocks if block.fault))
@@ -192,14 +192,12 @@ def _check_records(model: nn.Module) -> None:
     blocks = grafted_blocks(model)
     missing = [path for path in model.__dict__.get(PATHS, ()) if path not in blocks]
     if missing:
-        raise SurgeryError(f"the block {missing[0]!r} is gone: something replaced what it was in after surgery.")
+        raise SurgeryError(f"the block {missing[0]!r} is missing: a module that held it was replaced after surgery.")
     intact = {name for name, block in blocks.items() if isinstance(block, Block)}
     for path, _, grafts in operated(model):
         for graft in grafts:
             if graft.owns_block and joined(path, graft.child) not in intact:
-                raise SurgeryError(
-                    f"the block {graft.child!r} of {path!r} is gone: something replaced it after surgery."
-                )
+                raise SurgeryError(f"the block {graft.child!r} of {path!r} is missing: it was replaced after surgery.")
 
 
 def _check_finite(model: nn.Module) -> None:
