@@ -82,7 +82,7 @@ def test_load_refuses_base_under_trained(strict: bool, base: Tensors) -> None:
     """A base checkpoint is not loaded under trained blocks; merged with their state dict it is."""
     model = trained()
     before = bits(model)
-    with pytest.raises(LoadError, match=r"the base alone, and 4 blocks .*layer1\.0\.se.* are not in their initial state"):
+    with pytest.raises(LoadError, match=r"base alone, and 4 blocks .*layer1\.0\.se.* are not in their initial state"):
         model.load_state_dict(base, strict=strict)
     assert same(bits(model), before)
     model.load_state_dict({**model.state_dict(), **base})  # what the message advises

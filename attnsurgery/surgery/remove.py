@@ -101,8 +101,8 @@ def _check_present(remaining: dict[str, list[Graft]], blocks: Mapping[str, Block
         for graft in grafts:
             if graft.part != "map_source" and _block_path(path, graft) not in blocks:
                 raise SurgeryError(
-                    f"the block {_block_path(path, graft)!r} is missing: a module that held it was replaced after surgery. "
-                    "Remove all blocks (attnsurgery.remove(model)) and operate again."
+                    f"the block {_block_path(path, graft)!r} is missing: a module that held it was replaced after "
+                    "surgery. Remove all blocks (attnsurgery.remove(model)) and operate again."
                 )
 
 
