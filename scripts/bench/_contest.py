@@ -30,7 +30,7 @@ Correct = list[torch.Tensor]
 """By seed, whether each test image is predicted correctly: booleans (N,)."""
 
 
-def trained(bench: Bench, recipes: Recipes, seeds: int, path: Path) -> dict[str, Correct]:
+def train_contestants(bench: Bench, recipes: Recipes, seeds: int, path: Path) -> dict[str, Correct]:
     """Train all models from each seed, except those in the journal at `path`."""
     journal = Journal(path)
     packed = {(row["digest"], row["seed"]): row["right"] for row in journal.read()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What surgery costs beside building the model: inspect + plan + operate as a ratio to timm.create_model.
+"""The cost of surgery: inspect + plan + operate, as a ratio to timm.create_model.
 
 Target: at most 1.5; and `import attnsurgery` adds at most 150 ms to `import timm`.
 
@@ -29,16 +29,16 @@ def surgery_ratio(name: str, rounds: int) -> dict[str, float]:
     recipe = attnsurgery.timm_plugin.registry.as_recipe({"version": 1, "name": "bench", "base": name, "edits": EDITS})
     model = timm.create_model(name)
 
-    def cut() -> None:
+    def operate_and_remove() -> None:
         operate(model, resolve(recipe, survey(model)))
         remove(model)
 
-    seconds = interleaved({"create": lambda: timm.create_model(name), "surgery": cut}, rounds)
+    seconds = interleaved({"create": lambda: timm.create_model(name), "surgery": operate_and_remove}, rounds)
     return {**seconds, "ratio": seconds["surgery"] / seconds["create"]}
 
 
 def import_overhead_ms(rounds: int) -> float:
-    """Median of what the second import adds, each time in a fresh process."""
+    """The median time that importing attnsurgery after timm takes, in fresh processes."""
     program = "import time, timm; start = time.perf_counter(); import attnsurgery; print(time.perf_counter() - start)"
     runs = [
         float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)

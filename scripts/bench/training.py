@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What channels last saves a training step on a CPU, as a ratio to the same step without.
+"""The time of a training step on a CPU with channels last, as a ratio to the same step without.
 
     python scripts/bench/training.py [--rounds 7]
 
@@ -25,7 +25,7 @@ MODELS = {
     "convnext_atto": 64,
     "vit_tiny_patch16_224": 224,
 }
-"""Pixels a side."""
+"""By model, the height and width of images in pixels."""
 
 
 def ratio(name: str, size: int, rounds: int) -> dict[str, float]:
@@ -33,13 +33,13 @@ def ratio(name: str, size: int, rounds: int) -> dict[str, float]:
     x_BCHW, labels_B = torch.randn(16 if size > 64 else 64, 3, size, size), torch.zeros(1, dtype=torch.long)
     labels_B = labels_B.expand(len(x_BCHW))
 
-    def step(last: bool) -> None:
+    def train_steps(last: bool) -> None:
         with ChannelsLast(model, "cpu") if last else nullcontext():
             for _ in range(2):
                 model.zero_grad()
                 F.cross_entropy(model(x_BCHW), labels_B).backward()
 
-    seconds = interleaved({"as it is": lambda: step(False), "channels last": lambda: step(True)}, rounds)
+    seconds = interleaved({"as it is": lambda: train_steps(False), "channels last": lambda: train_steps(True)}, rounds)
     return {**seconds, "ratio": seconds["channels last"] / seconds["as it is"]}
 
 
@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    found = {name: ratio(name, size, rounds) for name, size in MODELS.items()}
-    print(f"written {write('training', {'models': found})}")
-    for name, row in found.items():
+    ratios = {name: ratio(name, size, rounds) for name, size in MODELS.items()}
+    print(f"written {write('training', {'models': ratios})}")
+    for name, row in ratios.items():
         print(f"{name:24} {row['as it is']:.2f} s, channels last {row['channels last']:.2f} s: {row['ratio']:.2f}")
 
 

@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""Does the last word cry wolf? How often two groups of trainings of one and the same model come out as different.
+"""The false alarms of the verdict: how often two groups of trainings of the same model are significantly different.
 
     python scripts/bench/verdict.py CIFAR10 [--trainings 48] [--shard 1/2 & ... --shard 2/2]
 
-A base is fine-tuned many times from the same weights, each time from a seed of its own. Two groups of these trainings
-are then compared as a search compares its winner with the base, over and over with other groups; whatever is called
-significant is a false alarm, of which there should be 5 %. Beside the test that the search uses
-(attnsurgery.search.result.statistics.gain_of) stands the sign test on images, which knows nothing of trainings: an
-image votes for the model that gets it right in more of the seeds. How often each finds a difference that is there is
-seen with trainings half as long again as those of the base.
+A base is fine-tuned many times from the same weights, each time with another seed. Two groups of these trainings are
+then compared as a search compares its winner with the base, repeatedly with random groups. Each significant difference
+is a false alarm, and there should be 5 % of them. The test of the search (attnsurgery.search.result.statistics.gain_of)
+is compared with the sign test on images, which ignores trainings: an image votes for the model that is right in more of
+the seeds. The power of both is estimated with trainings half as long again as those of the base.
 
-The base and its weights are those of docs/benchmarks/table/. The same call goes on where it was stopped; without
---shard it reports when all is trained. Writes docs/benchmarks/verdict.json.
+The base and its weights are those of docs/benchmarks/table/. The same call resumes; without --shard it reports when all
+models are trained. Writes docs/benchmarks/verdict.json.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _common import begin_or_resume, write
-from table import CHOSEN, TABLE, WAYS, data_of, settings_of, start_of
+from table import CHOSEN_SETUP, SETUPS, TABLE, data_of, settings_of, start_of
 
 from attnsurgery.evaluate import Data, TrainSettings, train
 from attnsurgery.evaluate.finetune import accuracy
@@ -36,37 +35,37 @@ from attnsurgery.search.files import Journal
 from attnsurgery.search.result.statistics import gain_of, sign_test
 
 ROOT = Path(__file__).resolve().parents[2]
-WAY = WAYS[CHOSEN]
-MODELS = {"base": WAY.epochs, "longer": WAY.epochs * 3 // 2}
-"""Epochs of each."""
+SETUP = SETUPS[CHOSEN_SETUP]
+MODELS = {"base": SETUP.epochs, "longer": SETUP.epochs * 3 // 2}
+"""Epochs of each model."""
 SEEDS = (1, 2, 3)
 DRAWS = 4000
-Rights = npt.NDArray[np.bool_]
+Correct = npt.NDArray[np.bool_]
 
 
-def run(asked: argparse.Namespace, journals: list[Journal]) -> None:
-    """Train what is missing of this shard."""
-    part, parts = map(int, asked.shard.split("/"))
-    data = data_of(asked.cifar, WAY)
-    base = start_of(WAY, data, TABLE)
-    done = set(known(journals))
-    counts = {"base": asked.trainings, "longer": asked.trainings // 2}
-    wanted = [(name, seed) for name, count in counts.items() for seed in range(count)]
-    for number, (name, seed) in enumerate(wanted):
-        if (name, seed) not in done and (parts == 1 or number % parts == part - 1):
-            settings = replace(settings_of(WAY), epochs=MODELS[name])
-            right_N = trained(copy.deepcopy(base), data, settings, seed)
+def run(options: argparse.Namespace, journals: list[Journal]) -> None:
+    """Train the missing models of this shard."""
+    part, parts = map(int, options.shard.split("/"))
+    data = data_of(options.cifar, SETUP)
+    base = start_of(SETUP, data, TABLE)
+    existing = set(load_correct(journals))
+    counts = {"base": options.trainings, "longer": options.trainings // 2}
+    requested = [(name, seed) for name, count in counts.items() for seed in range(count)]
+    for number, (name, seed) in enumerate(requested):
+        if (name, seed) not in existing and (parts == 1 or number % parts == part - 1):
+            settings = replace(settings_of(SETUP), epochs=MODELS[name])
+            right_N = train_and_test(copy.deepcopy(base), data, settings, seed)
             packed = np.packbits(right_N.numpy()).tobytes().hex()
             journals[part - 1].append({"model": name, "seed": seed, "images": len(right_N), "right": packed})
             print(f"{name}, seed {seed}: {100 * float(right_N.float().mean()):.2f} %", flush=True)
 
 
-def trained(model: torch.nn.Module, data: Data, settings: TrainSettings, seed: int) -> torch.Tensor:
+def train_and_test(model: torch.nn.Module, data: Data, settings: TrainSettings, seed: int) -> torch.Tensor:
     train(model, data.train, settings, seed)
     return accuracy(model, data.test, settings)[2]
 
 
-def known(journals: list[Journal]) -> dict[tuple[str, int], Rights]:
+def load_correct(journals: list[Journal]) -> dict[tuple[str, int], Correct]:
     return {
         (row["model"], row["seed"]): np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))[
             : row["images"]
@@ -76,49 +75,57 @@ def known(journals: list[Journal]) -> dict[tuple[str, int], Rights]:
     }
 
 
-def by_votes(first_SN: Rights, second_SN: Rights) -> float:
+def vote_p_value(first_SN: Correct, second_SN: Correct) -> float:
     """The sign test's p-value."""
     votes_N = first_SN.sum(0, dtype=int) - second_SN.sum(0, dtype=int)
     return sign_test(int((votes_N > 0).sum()), int((votes_N < 0).sum()))
 
 
-def alarms(first_TN: Rights, second_TN: Rights, seeds: int, images: int, apart: bool) -> dict[str, float]:
-    """The share of draws that each test calls significant.
+def significant_shares(
+    first_TN: Correct, second_TN: Correct, seeds: int, images: int, disjoint: bool
+) -> dict[str, float]:
+    """By test, the share of draws in which the difference is significant.
 
     Args:
-        apart: the groups are of one and the same model, so they share no training.
+        first_TN, second_TN: by training, whether each image is predicted correctly.
+        seeds: number of trainings in each group.
+        images: number of images that are drawn.
+        disjoint: both groups are of the same model and must not share a training.
     """
     rng = np.random.default_rng(0)
     hits = {"trainings_and_images": 0, "images": 0}
     for _ in range(DRAWS):
-        some_N = rng.choice(first_TN.shape[1], images, replace=False)
+        images_N = rng.choice(first_TN.shape[1], images, replace=False)
         order = rng.permutation(len(first_TN))
-        first = first_TN[order[:seeds]][:, some_N]
-        other = order[seeds : 2 * seeds] if apart else rng.permutation(len(second_TN))[:seeds]
-        second = second_TN[other][:, some_N]
+        first = first_TN[order[:seeds]][:, images_N]
+        second_order = order[seeds : 2 * seeds] if disjoint else rng.permutation(len(second_TN))[:seeds]
+        second = second_TN[second_order][:, images_N]
         hits["trainings_and_images"] += gain_of(first, second).p_value < SIGNIFICANT
-        hits["images"] += by_votes(first, second) < SIGNIFICANT
+        hits["images"] += vote_p_value(first, second) < SIGNIFICANT
     return {name: count / DRAWS for name, count in hits.items()}
 
 
-def report(found: dict[tuple[str, int], Rights]) -> None:
-    groups = {name: np.stack([right for (of, _), right in sorted(found.items()) if of == name]) for name in MODELS}
+def report(correct: dict[tuple[str, int], Correct]) -> None:
+    groups = {
+        name: np.stack([right for (model_name, _), right in sorted(correct.items()) if model_name == name])
+        for name in MODELS
+    }
     base, longer = groups["base"], groups["longer"]
-    every = base.shape[1]
+    total_images = base.shape[1]
     rows: list[dict[str, Any]] = []
-    for images in (every // 10, every):
+    for images in (total_images // 10, total_images):
         for seeds in SEEDS:
-            false = alarms(base, base, seeds, images, apart=True)
-            true = alarms(longer, base, seeds, images, apart=False)
+            false = significant_shares(base, base, seeds, images, disjoint=True)
+            true = significant_shares(longer, base, seeds, images, disjoint=False)
             rows.append({"images": images, "seeds": seeds, "false_alarms": false, "found": true})
             print(
-                f"{images:6} images, {seeds} seed{'s' if seeds > 1 else ' '}: false alarms {_said(false)}; "
-                f"of a true difference found {_said(true)}"
+                f"{images:6} images, {seeds} seed{'s' if seeds > 1 else ' '}: false alarms {_shares_text(false)}; "
+                f"of a true difference found {_shares_text(true)}"
             )
     means = {name: group.mean(1) for name, group in groups.items()}
     facts = {
         "trainings": {name: len(group) for name, group in groups.items()},
-        "sd_of_top1": {name: statistics.stdev(some.tolist()) for name, some in means.items()},
+        "sd_of_top1": {name: statistics.stdev(accuracies.tolist()) for name, accuracies in means.items()},
         "true_gain": float(means["longer"].mean() - means["base"].mean()),
     }
     print(f"written {write('verdict', {**facts, 'draws': DRAWS, 'rows': rows})}")
@@ -130,7 +137,7 @@ def report(found: dict[tuple[str, int], Rights]) -> None:
     )
 
 
-def _said(shares: dict[str, float]) -> str:
+def _shares_text(shares: dict[str, float]) -> str:
     return f"{shares['trainings_and_images']:.1%} (by votes of images alone {shares['images']:.1%})"
 
 
@@ -140,14 +147,14 @@ def main() -> None:
     parser.add_argument("--trainings", type=int, default=48, help="of the base")
     parser.add_argument("--shard", default="1/1", metavar="K/N")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "bench-verdict")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    begin_or_resume(asked.results, {"trainings": asked.trainings})
-    parts = max(8, int(asked.shard.split("/")[1]))
-    journals = [Journal(asked.results / f"trainings-{part}.jsonl") for part in range(1, parts + 1)]
-    run(asked, journals)
-    if asked.shard == "1/1":
-        report(known(journals))
+    begin_or_resume(options.results, {"trainings": options.trainings})
+    parts = max(8, int(options.shard.split("/")[1]))
+    journals = [Journal(options.results / f"trainings-{part}.jsonl") for part in range(1, parts + 1)]
+    run(options, journals)
+    if options.shard == "1/1":
+        report(load_correct(journals))
 
 
 if __name__ == "__main__":
