@@ -221,7 +221,7 @@ def test_partial_rows_suffice_in_tiny_run(
     (tmp_path / "blocks-h100.jsonl").write_text("{}\n")
     monkeypatch.setattr(blocks_step, "SCRIPT", script)
     step_rows = Rows(tmp_path / "rows-h100.jsonl", "blocks")
-    blocks_step.make(step_rows, "blocks", [], 0.1, some=some)
+    blocks_step.run_script(step_rows, "blocks", [], 0.1, partial_suffices=some)
     assert step_rows.all().get("blocks", {}).get("state") == state
     assert step_rows.left_out == ([] if some else ["blocks"])
 
@@ -255,7 +255,7 @@ def test_torn_last_line_is_made_again(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": "s", "key": "b", "sta')
     step_rows = Rows(path, "s")
-    assert (step_rows.there("a"), step_rows.there("b")) == (True, False)
+    assert (step_rows.has("a"), step_rows.has("b")) == (True, False)
     step_rows.make("b", lambda: {"value": 2})
     assert [row["key"] for row in read(path)] == ["a", "b"]
 
@@ -285,7 +285,7 @@ def test_steps_have_bodies_and_fit_a_call() -> None:
     for step in STEPS:
         module, _, function = step.body.partition(":")
         assert f"\ndef {function}(rows: Rows, tiny: bool)" in (BENCH / f"{module.replace('.', '/')}.py").read_text()
-        assert step.least_s < step.limit_s
+        assert step.min_s < step.limit_s
 
 
 def test_steps_import_names_that_exist() -> None:

@@ -1,4 +1,4 @@
-"""blocks.py, which writes its rows itself, a line at a time, beside those of this benchmark."""
+"""The step of blocks.py, which writes its rows to files of its own, line by line."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from pathlib import Path
 from gpu_bench.rows import RED, NoTime, Row, Rows
 
 _RESERVE_S = 4.0
-"""Of the step's time."""
+"""Part of the step's time that is not given to blocks.py."""
 SCRIPT = Path(__file__).resolve().parents[1] / "blocks.py"
 
 
-def beside(rows: Rows, kind: str) -> Path:
-    """The file of blocks.py's rows: crossover-h100.jsonl beside rows-h100.jsonl."""
+def row_file(rows: Rows, kind: str) -> Path:
+    """The file of blocks.py's rows, such as crossover-h100.jsonl next to rows-h100.jsonl."""
     return rows.path.with_name(rows.path.name.replace("rows-", f"{kind}-", 1))
 
 
-def make(rows: Rows, kind: str, words: list[str], most_s: float, some: bool = False) -> None:
-    """Run blocks.py, for so long at most; what it has not come to then is left to the next call.
+def run_script(rows: Rows, kind: str, arguments: list[str], limit_s: float, partial_suffices: bool = False) -> None:
+    """Run blocks.py with a time limit; the next call measures the missing rows.
 
     Args:
-        some: rows that are there by then are enough.
+        rows: of this benchmark.
+        kind: key of the row, and beginning of the file's name.
+        arguments: of blocks.py.
+        limit_s: the time limit.
+        partial_suffices: whether a part of the rows is enough.
     """
-    path = beside(rows, kind)
+    path = row_file(rows, kind)
 
-    def called() -> Row:
-        command = [sys.executable, str(SCRIPT), *words]
+    def call_script() -> Row:
+        command = [sys.executable, str(SCRIPT), *arguments]
         try:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=most_s).returncode
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=limit_s).returncode
         except subprocess.TimeoutExpired:
-            if not (some and path.exists()):
+            if not (partial_suffices and path.exists()):
                 raise NoTime from None
-            return {"rows": _count(path), "say": f"{_count(path)} rows in {path.name} in {most_s:.0f} s, and no more"}
+            return {"rows": _count(path), "say": f"{_count(path)} rows in {path.name} in {limit_s:.0f} s, and no more"}
         count = _count(path)
         say = f"{count} rows in {path.name}" + (f", but it ended with {code}" if code else "")
         return {"rows": count, "exit": code, "say": say, **({} if code == 0 and count else {"state": RED})}
 
-    rows.make(kind, called)
+    rows.make(kind, call_script)
 
 
 def _count(path: Path) -> int:
@@ -46,10 +50,10 @@ def _count(path: Path) -> int:
 
 
 def crossover(rows: Rows, tiny: bool) -> None:
-    words = ["--crossover", "--out", str(beside(rows, "crossover")), "--seconds", "0.02" if tiny else "0.6"]
-    make(rows, "crossover", words, rows.left_s() - _RESERVE_S)
+    arguments = ["--crossover", "--out", str(row_file(rows, "crossover")), "--seconds", "0.02" if tiny else "0.6"]
+    run_script(rows, "crossover", arguments, rows.left_s() - _RESERVE_S)
 
 
 def blocks(rows: Rows, tiny: bool) -> None:
-    words = ["--rows", str(beside(rows, "blocks")), "--seconds", "0.02" if tiny else "0.5"]
-    make(rows, "blocks", words, 15.0 if tiny else rows.left_s() - _RESERVE_S, some=tiny)
+    arguments = ["--rows", str(row_file(rows, "blocks")), "--seconds", "0.02" if tiny else "0.5"]
+    run_script(rows, "blocks", arguments, 15.0 if tiny else rows.left_s() - _RESERVE_S, partial_suffices=tiny)

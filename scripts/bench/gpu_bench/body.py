@@ -15,41 +15,41 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # scripts/bench, and not this folder
 
-from gpu_bench.rows import PART, Rows  # noqa: E402
+from gpu_bench.rows import INCOMPLETE, Rows  # noqa: E402
 
 _VERSIONS = ("torch", "triton", "timm", "optuna", "attnsurgery")
 
 
 def conditions() -> dict[str, Any]:
-    """What a figure depends on: card, driver, clocks, software, date; of software, what this process has loaded."""
-    found: dict[str, Any] = {
+    """The conditions of a figure: card, driver, clocks, date, and the versions of software that is loaded."""
+    facts: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "card": os.environ.get("BENCH_CARD", ""),
         "python": platform.python_version(),
     }
-    found |= {name: str(sys.modules[name].__version__) for name in _VERSIONS if name in sys.modules}
+    facts |= {name: str(sys.modules[name].__version__) for name in _VERSIONS if name in sys.modules}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         from attnsurgery.latency import card
 
-        found |= card.facts("cuda") | card.state("cuda")
-    return found
+        facts |= card.facts("cuda") | card.state("cuda")
+    return facts
 
 
 def fatal(error: BaseException) -> bool:
-    """Whether the error has broken this process's use of the device."""
+    """Whether this process cannot use the device after an error."""
     if "torch" not in sys.modules:
         return False
     from attnsurgery.faults import Fault, fault_of
 
-    return any(fault_of(one) is Fault.DEVICE for one in (error, error.__cause__) if one is not None)
+    return any(fault_of(cause) is Fault.DEVICE for cause in (error, error.__cause__) if cause is not None)
 
 
 def end_with_parent() -> None:
-    """Kill this process and all that it has started as soon as the runner is gone, however that ended."""
+    """Kill this process and its children as soon as the runner has ended, for whatever reason."""
 
     def watch() -> None:
-        while os.read(0, 1):  # not sys.stdin, whose lock would be in the way at the end
+        while os.read(0, 1):  # not sys.stdin, whose lock would block the end of the process
             pass
         os.killpg(0, signal.SIGKILL)
 
@@ -61,14 +61,16 @@ def main() -> None:
     for name in ("step", "body", "rows", "now", "run", "left"):
         parser.add_argument(name)
     parser.add_argument("--tiny", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     end_with_parent()
-    rows = Rows(Path(asked.rows), asked.step, asked.run, float(asked.left), Path(asked.now), conditions, fatal)
-    module, _, function = asked.body.partition(":")
-    getattr(importlib.import_module(module), function)(rows, asked.tiny)
+    rows = Rows(
+        Path(options.rows), options.step, options.run, float(options.left), Path(options.now), conditions, fatal
+    )
+    module, _, function = options.body.partition(":")
+    getattr(importlib.import_module(module), function)(rows, options.tiny)
     if rows.left_out:
         print(f"left out for want of time: {', '.join(rows.left_out)}")
-        raise SystemExit(PART)
+        raise SystemExit(INCOMPLETE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The card as it is: name, clocks, software, whether packages are as new as this project asks, and a first product."""
+"""The card's name, clocks and software, whether packages satisfy this project's requirements, and a matrix product."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_bench.runner import ROOT
 
 
 def milliseconds(run: Any, repeats: int) -> float:
-    """Of one run, the device waited for."""
+    """The time of one run in ms, after a synchronisation of the device."""
     for _ in range(3):
         run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -30,7 +30,7 @@ def milliseconds(run: Any, repeats: int) -> float:
 
 def state() -> Row:
     properties = torch.cuda.get_device_properties(0)
-    told = {
+    facts = {
         "name": torch.cuda.get_device_name(),
         "memory_gib": properties.total_memory / 2**30,
         "multiprocessors": properties.multi_processor_count,
@@ -38,23 +38,27 @@ def state() -> Row:
         "capability": list(torch.cuda.get_device_capability()),
         "count": torch.cuda.device_count(),
     }
-    return {**told, "say": f"{told['name']}, {told['multiprocessors']} SMs, {told['memory_gib']:.0f} GiB"}
+    return {**facts, "say": f"{facts['name']}, {facts['multiprocessors']} SMs, {facts['memory_gib']:.0f} GiB"}
 
 
 def packages() -> Row:
-    """What pyproject.toml asks for, and what is there."""
-    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    there: dict[str, str | None] = {}
+    """The requirements in pyproject.toml, and the installed versions."""
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    installed: dict[str, str | None] = {}
     unmet = []
-    for one in map(Requirement, asked):
+    for requirement in map(Requirement, requirements):
         try:
-            there[one.name] = importlib.metadata.version(one.name)
+            installed[requirement.name] = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            there[one.name] = None
-        if not there[one.name] or not one.specifier.contains(there[one.name] or "", prereleases=True):
-            unmet.append(f"{one} (there is {there[one.name]})")
-    say = f"unmet: {', '.join(unmet)}" if unmet else ", ".join(f"{name} {version}" for name, version in there.items())
-    return {"packages": there, "say": say, **({"state": RED} if unmet else {})}
+            installed[requirement.name] = None
+        if not installed[requirement.name] or not requirement.specifier.contains(
+            installed[requirement.name] or "", prereleases=True
+        ):
+            unmet.append(f"{requirement} (installed: {installed[requirement.name]})")
+    say = (
+        f"unmet: {', '.join(unmet)}" if unmet else ", ".join(f"{name} {version}" for name, version in installed.items())
+    )
+    return {"packages": installed, "say": say, **({"state": RED} if unmet else {})}
 
 
 def matmul(size: int) -> Row:

@@ -1,4 +1,4 @@
-"""What a slot costs for each block, and what a larger input or a larger sibling costs beside it."""
+"""The cost of each block in a slot, compared with that of a larger input or a larger model of the family."""
 
 from __future__ import annotations
 
@@ -23,37 +23,40 @@ _SIZES = (64, 96, 128, 160, 224)
 
 
 def slot(model: str, place: str, block: str, batch: int, effort: Effort, size: Size | None = None) -> Row:
-    """The block in every slot of that kind, against the model without it, as a CUDA graph."""
+    """The block in every slot of a kind, compared with the model without it, as a CUDA graph."""
     base, surgical = (timm.create_model(model).eval() for _ in range(2))
     size = size or input_size_of(base)
     edits = [{"at": f"stage:* {place}", "block": block}]
     try:
         attnsurgery.operate(surgical, {"version": 1, "name": "slots", "base": model, "edits": edits})
         backend = backend_for(Conditions.on("cuda", batch_size=batch, input_size=size), effort=effort)
-        found = backend.compare(base, surgical)
+        comparison = backend.compare(base, surgical)
     except AttnSurgeryError as error:
         raise Refused(str(error)) from error
+    low, high = comparison.ratio_low, comparison.ratio_high
     return {
         "model": model,
         "slot": place,
         "block": block,
         "batch": batch,
-        "ratio": found.ratio,
-        "ratio_95": [found.ratio_low, found.ratio_high],
-        "base_p50_ms": found.base.p50_ms,
+        "ratio": comparison.ratio,
+        "ratio_95": [low, high],
+        "base_p50_ms": comparison.base.p50_ms,
         "measured_under": backend.conditions.describe(),
-        "say": f"{found.ratio:.3f} x [{found.ratio_low:.3f}, {found.ratio_high:.3f}] of {found.base.p50_ms:.3f} ms",
+        "say": f"{comparison.ratio:.3f} x [{low:.3f}, {high:.3f}] of {comparison.base.p50_ms:.3f} ms",
     }
 
 
 def rung(model: str, side: int, batch: int, effort: Effort) -> Row:
     """One model at one input size, as a CUDA graph."""
-    built = timm.create_model(model).eval()
+    network = timm.create_model(model).eval()
     conditions = Conditions.on("cuda", batch_size=batch, input_size=(3, side, side))
-    found = backend_for(conditions, effort=effort).measure(built)
-    kept = {name: value for name, value in asdict(found).items() if name not in ("versions", "state")}
-    say = f"{found.p50_ms:.3f} ms, {found.images_per_second:,.0f} images a second, eagerly {found.eager_ms:.3f} ms"
-    return {"model": model, "side": side, "batch": batch, **kept, "card_state": found.state, "say": say}
+    latency = backend_for(conditions, effort=effort).measure(network)
+    fields = {name: value for name, value in asdict(latency).items() if name not in ("versions", "state")}
+    say = (
+        f"{latency.p50_ms:.3f} ms, {latency.images_per_second:,.0f} images a second, eagerly {latency.eager_ms:.3f} ms"
+    )
+    return {"model": model, "side": side, "batch": batch, **fields, "card_state": latency.state, "say": say}
 
 
 def slots(rows: Rows, tiny: bool) -> None:

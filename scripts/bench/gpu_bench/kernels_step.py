@@ -1,7 +1,7 @@
-"""What the parts of a block take on a card, each replayed as a CUDA graph by Triton's meter, in microseconds.
+"""The times of the parts of a block on a card in microseconds, each as a CUDA graph, measured by Triton.
 
-`se`: squeeze-and-excitation and its parts, on maps that lie with channels last. `channel`: channel attention in the
-fused kernel beside the C x C matrix. `sdpa`: torch's fused attention kernels with one head, forward and with backward.
+`se`: squeeze-and-excitation and its parts, on channels-last maps. `channel`: channel attention in the fused kernel and
+with the C x C matrix. `sdpa`: torch's fused attention kernels with one head, forward and with backward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KERNELS = {
 
 
 def microseconds(run: Callable[[], Any]) -> float | str:
-    """Of one call; why there is none, where no kernel takes it."""
+    """The time of one call; or the error, if no kernel supports it."""
     from triton.testing import do_bench_cudagraph
 
     try:
@@ -43,13 +43,13 @@ def microseconds(run: Callable[[], Any]) -> float | str:
         return str(error).splitlines()[0]
 
 
-def drawn(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
 def se(batch: int, channels: int, side: int) -> Row:
     block = SqueezeExcite(channels).eval().to("cuda", torch.bfloat16)
-    x_BCHW = drawn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    x_BCHW = random_tensor(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         squeezed = x_BCHW.mean((2, 3), keepdim=True)
         gate = torch.rand_like(squeezed)
@@ -60,39 +60,39 @@ def se(batch: int, channels: int, side: int) -> Row:
             "gate": lambda: block._gate(squeezed),
             "multiply": lambda: x_BCHW * gate,
         }
-        return _told({name: microseconds(run) for name, run in parts.items()})
+        return _row({name: microseconds(run) for name, run in parts.items()})
 
 
 def channel(batch: int, channels: int, positions: int) -> Row:
-    x_BCN = drawn(batch, channels, positions)
+    x_BCN = random_tensor(batch, channels, positions)
     with torch.no_grad():
         forms = {
             "fused": lambda: cuda_attention.over_channels(x_BCN, False),
             "matrix": lambda: torch.bmm(channel_weights(x_BCN).to(x_BCN.dtype), x_BCN),
         }
-        return _told({name: microseconds(run) for name, run in forms.items()})
+        return _row({name: microseconds(run) for name, run in forms.items()})
 
 
 def sdpa(batch: int, positions: int, width: int) -> Row:
-    query, key, value = (drawn(batch, 1, positions, width).requires_grad_() for _ in range(3))
-    towards = drawn(batch, 1, positions, width)
-    found: dict[str, float | str] = {}
+    query, key, value = (random_tensor(batch, 1, positions, width).requires_grad_() for _ in range(3))
+    gradient = random_tensor(batch, 1, positions, width)
+    times: dict[str, float | str] = {}
     for name, kernel in _KERNELS.items():
 
         def forward() -> Tensor:
             return F.scaled_dot_product_attention(query, key, value, scale=1.0)
 
-        def both() -> Any:
-            return torch.autograd.grad(forward(), (query, key, value), towards)
+        def forward_backward() -> Any:
+            return torch.autograd.grad(forward(), (query, key, value), gradient)
 
         with sdpa_kernel(kernel):
             with torch.no_grad():
-                found[name] = microseconds(forward)
-            found[f"{name} both"] = microseconds(both)
-    return _told(found)
+                times[name] = microseconds(forward)
+            times[f"{name} both"] = microseconds(forward_backward)
+    return _row(times)
 
 
-def _told(us: dict[str, float | str]) -> Row:
+def _row(us: dict[str, float | str]) -> Row:
     return {"us": us, "say": ", ".join(f"{name} {value}" for name, value in us.items())}
 
 

@@ -1,15 +1,15 @@
-"""Every check and benchmark that needs a GPU, in steps, for a card that is at hand for minutes.
+"""Every check and benchmark that needs a GPU, in steps, for a card that is available for minutes.
 
-    scripts/bench/gpu --list                            what there is, and about how long it takes
+    scripts/bench/gpu --list                            the steps, and their time limits
     scripts/bench/gpu --minutes 9 --out DIR --call 1    the steps of the first call of nine minutes
     scripts/bench/gpu --minutes 9 --out DIR --only meter latency
-    scripts/bench/gpu --wheels DIR                      fetch what a bare image for PyTorch does not have; no GPU needed
-    scripts/bench/gpu --keep DIR                        take the rows of DIR over into docs/benchmarks/
-    scripts/bench/gpu --table docs/benchmarks           the tables of README, made of the rows that are kept
+    scripts/bench/gpu --wheels DIR                      download packages that a PyTorch image lacks; needs no GPU
+    scripts/bench/gpu --keep DIR                        merge the rows of DIR into docs/benchmarks/
+    scripts/bench/gpu --table docs/benchmarks           the tables of README, from these rows
 
-DIR gets rows-<card>.jsonl, a line for every figure the moment it is there, log.txt and summary.json. The same call goes
-on where it was stopped: what is there is not made again, unless it was red. Exits with 1 if anything was red or ran out
-of time. The project need not be installed; without that, run it with the Python that has torch:
+DIR gets rows-<card>.jsonl, a line for every figure as it is measured, log.txt and summary.json. The same call resumes:
+existing rows are not made again, unless they were red. Exits with 1 if anything was red or ran out of time. The project
+need not be installed; without that, run it with the Python that has torch:
 
     python3 -m pip install --no-index --no-deps --target SITE WHEELS/*.whl
     PYTHONPATH=SITE python3 scripts/bench/gpu --minutes 9 --out DIR
@@ -27,44 +27,44 @@ from gpu_bench.rows import append, read, short
 from gpu_bench.runner import ROOT, Runner
 
 _RESERVE_MINUTES = 0.15
-"""Left over at the end, for whatever the machine does with the results."""
+"""Time that remains at the end for storing the results."""
 _PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '', flush=True)"
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 
 
-def parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all; a step that no time is left for is skipped")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all; steps without enough time are skipped")
     parser.add_argument("--out", type=Path, help="folder of rows, log and summary")
     parser.add_argument("--call", type=int, choices=(1, 2, 3), help="only the steps of this call; by default all")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=sorted(plan.NAMES), help="only these steps")
     parser.add_argument("--list", action="store_true", help="show the steps")
-    parser.add_argument("--tiny", action="store_true", help="smallest models and efforts, to see that it runs")
-    for name, what in (("wheels", "fetch"), ("keep", "keep"), ("table", "print")):
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{what} instead of running anything")
-    asked = parser.parse_args()
-    if not (asked.list or asked.wheels or asked.keep or asked.table or asked.out):
+    parser.add_argument("--tiny", action="store_true", help="smallest models and efforts, to check that it runs")
+    for name, action in (("wheels", "fetch"), ("keep", "keep"), ("table", "print")):
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{action} instead of running anything")
+    options = parser.parse_args()
+    if not (options.list or options.wheels or options.keep or options.table or options.out):
         parser.error("--out DIR is needed: where the rows go")
-    return asked
+    return options
 
 
 def card_name() -> str:
-    """What torch calls the card; the process that asks is gone when the first step begins.
+    """The card's name in torch, from a process that ends before the first step begins.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is no card.
     """
-    told = subprocess.run([sys.executable, "-c", _PROBE], stdout=subprocess.PIPE, text=True, check=False)
-    name = told.stdout.strip().rpartition("\n")[2]
-    if told.returncode or not name:
-        raise SystemExit("torch sees no CUDA device here, and everything in this benchmark needs one.")
+    probe = subprocess.run([sys.executable, "-c", _PROBE], stdout=subprocess.PIPE, text=True, check=False)
+    name = probe.stdout.strip().rpartition("\n")[2]
+    if probe.returncode or not name:
+        raise SystemExit("torch sees no CUDA device, and every step of this benchmark needs one.")
     return name
 
 
-def keep(folder: Path) -> None:
-    """Take rows over into docs/benchmarks/: into gpu-<card>.jsonl where they are the bench's own."""
+def merge_rows(folder: Path) -> None:
+    """Merge rows into docs/benchmarks/: those of the steps into gpu-<card>.jsonl; other files are copied."""
     for source in sorted(folder.glob("*-*.jsonl")):
         kind, _, card = source.stem.partition("-")
         if kind != "rows":
@@ -72,9 +72,9 @@ def keep(folder: Path) -> None:
             print(f"copied {BENCHMARKS / source.name}")
             continue
         target = BENCHMARKS / f"gpu-{card}.jsonl"
-        before = {(row["step"], row["key"]): row for row in read(target)}
-        new = [row for row in read(source) if before.get((row["step"], row["key"])) != row]
-        merged = before | {(row["step"], row["key"]): row for row in new}
+        existing = {(row["step"], row["key"]): row for row in read(target)}
+        new = [row for row in read(source) if existing.get((row["step"], row["key"])) != row]
+        merged = existing | {(row["step"], row["key"]): row for row in new}
         target.write_text("")
         for row in merged.values():
             append(target, row)
@@ -82,23 +82,25 @@ def keep(folder: Path) -> None:
 
 
 def main() -> int:
-    asked = parsed()
-    steps = [step for step in plan.STEPS if asked.call in (None, step.call)]
-    steps = [step for step in steps if not asked.only or step.name in asked.only]
-    if asked.wheels:
+    options = parse_arguments()
+    steps = [step for step in plan.STEPS if options.call in (None, step.call)]
+    steps = [step for step in steps if not options.only or step.name in options.only]
+    if options.wheels:
         from gpu_bench.wheels import fetch
 
-        fetch(asked.wheels.resolve())
-    elif asked.keep:
-        keep(asked.keep)
-    elif asked.table:
-        print(table.of(asked.table))
-    elif asked.list:
+        fetch(options.wheels.resolve())
+    elif options.keep:
+        merge_rows(options.keep)
+    elif options.table:
+        print(table.of(options.table))
+    elif options.list:
         for step in steps:
-            print(f"{step.call}  {step.name:16} at most {step.limit_s:3.0f} s   {step.what}")
+            print(f"{step.call}  {step.name:16} at most {step.limit_s:3.0f} s   {step.description}")
     else:
         card = card_name()
-        print(f"{card}; {asked.minutes:g} minutes; rows go to {asked.out / f'rows-{short(card)}.jsonl'}", flush=True)
-        runner = Runner(asked.out.resolve(), short(card), asked.minutes - _RESERVE_MINUTES, asked.tiny)
+        print(
+            f"{card}; {options.minutes:g} minutes; rows go to {options.out / f'rows-{short(card)}.jsonl'}", flush=True
+        )
+        runner = Runner(options.out.resolve(), short(card), options.minutes - _RESERVE_MINUTES, options.tiny)
         return runner.run(steps)
     return 0

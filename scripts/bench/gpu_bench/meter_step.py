@@ -1,6 +1,7 @@
-"""Does the meter tell the truth? A model against itself in every mode, and beside it Triton's own meters.
+"""Checks latency measurements: a model compared with itself in every mode, and with Triton's measurements.
 
-do_bench flushes the L2 cache before each call, so it stands beside ours with a cold cache; do_bench_cudagraph does not.
+do_bench flushes the L2 cache before each call, so it is compared with a measurement with a cold cache;
+do_bench_cudagraph does not.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ def row(name: str, mode: str, batch: int, tiny: bool) -> Row:
     compiled, size = mode.startswith("compile"), SIZE if tiny else input_size_of(model)
     conditions = Conditions.on("cuda", batch_size=batch, input_size=size, mode=mode)
     backend = backend_for(conditions, effort=EFFORT if tiny else Effort(tolerance=0.002, max_seconds=1.2))
-    found = self_test(backend, model, 1 if tiny else 4 if compiled else 12)
-    own = backend.measure(model).p50_ms
-    cold = backend_for(replace(conditions, cold_cache=True), effort=backend.effort).measure(model).p50_ms
-    beside = {"do_bench": triton_ms(model, conditions, flushed=True)}
+    result = self_test(backend, model, 1 if tiny else 4 if compiled else 12)
+    p50_ms = backend.measure(model).p50_ms
+    cold_ms = backend_for(replace(conditions, cold_cache=True), effort=backend.effort).measure(model).p50_ms
+    triton = {"do_bench": triton_ms(model, conditions, flushed=True)}
     if conditions.graph:
-        beside["do_bench_cudagraph"] = triton_ms(model, conditions, flushed=False)
-    figures = found.as_dict()
-    ours = {"do_bench": cold, "do_bench_cudagraph": own}
-    ratios = {meter: ours[meter] / ms for meter, ms in beside.items() if isinstance(ms, float)}
-    say = f"{found.held} of {len(found.ratios)} intervals hold 1, half width {100 * found.half_width:.2f} %"
+        triton["do_bench_cudagraph"] = triton_ms(model, conditions, flushed=False)
+    figures = result.as_dict()
+    ours_ms = {"do_bench": cold_ms, "do_bench_cudagraph": p50_ms}
+    ratios = {meter: ours_ms[meter] / ms for meter, ms in triton.items() if isinstance(ms, float)}
+    say = f"{result.held} of {len(result.ratios)} intervals contain 1, half width {100 * result.half_width:.2f} %"
     say += "".join(f", {ratio:.3f} of {meter}" for meter, ratio in ratios.items())
     return {
         **{"model": name, "mode": mode, "batch": batch, "measured_under": conditions.describe()},
-        **{"p50_ms": own, "cold_p50_ms": cold, "triton_ms": beside, "ours_to_triton": ratios, **figures},
-        **{"say": say, **({} if found.passed or tiny else {"state": RED})},
+        **{"p50_ms": p50_ms, "cold_p50_ms": cold_ms, "triton_ms": triton, "ours_to_triton": ratios, **figures},
+        **{"say": say, **({} if result.passed or tiny else {"state": RED})},
     }
 
 
 def triton_ms(model: torch.nn.Module, conditions: Conditions, flushed: bool) -> float | str:
-    """The median that Triton finds for a forward in bfloat16 and channels last, or why it finds none."""
+    """Triton's median for a forward pass in bfloat16 and channels last; or the error."""
     try:
         from triton import testing
 
-        torch._dynamo.reset()  # after a few models dynamo would compile no more, and not say so
+        torch._dynamo.reset()  # after several models dynamo would silently stop compiling
         with torch.inference_mode():
             subject: Any = copy.deepcopy(model).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
             x = torch.randn(conditions.shape, device="cuda", dtype=torch.bfloat16)
@@ -63,7 +64,7 @@ def triton_ms(model: torch.nn.Module, conditions: Conditions, flushed: bool) -> 
             if conditions.graph:
                 call = captured(call)
             return float(testing.do_bench(call, warmup=25, rep=200, return_mode="median"))
-    except Exception as error:  # it is only the yardstick
+    except Exception as error:  # the comparison is left out of the row
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 

@@ -1,4 +1,4 @@
-"""The tests marked gpu, a row for each. A run in which every test was skipped proves nothing, and is red."""
+"""The tests marked gpu, one row each. A run in which all tests were skipped is red."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from typing import Any
 
 import pytest
 
-from gpu_bench.rows import AGAIN, DONE, RED, REFUSED, Rows
+from gpu_bench.rows import DONE, RED, REFUSED, RESTART, Rows
 from gpu_bench.runner import ROOT
 
 RUN = "at least one test ran"
 _MARK = re.compile(r"\bmark\.gpu\b")
 _NEEDED_S = 5.0
-CARD_ALONE = "test_gpu.py"
-"""Of these tests a fake of a card makes failures, or minutes of Python."""
+CARD_ONLY = "test_gpu.py"
+"""The file of tests that fail, or take minutes, with a fake of a card."""
 
 
 class ToRows:
-    """Writes what became of each test, and leaves out what is known already.
+    """A pytest plugin that writes a row for each test, and deselects tests that have a row.
 
     Args:
-        tiny: only the first case of each test, and none of what only a card can show.
+        rows: of the step.
+        tiny: run only the first case of each test, and no test that needs a real card.
     """
 
     def __init__(self, rows: Rows, tiny: bool = False) -> None:
-        self.rows, self.tiny, self.lost = rows, tiny, False
+        self.rows, self.tiny, self.device_lost = rows, tiny, False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        kept = self._few(items) if self.tiny else items
-        kept = [item for item in kept if not self.rows.there(item.nodeid)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        selected = self._first_cases(items) if self.tiny else items
+        selected = [item for item in selected if not self.rows.has(item.nodeid)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = selected
 
-    def _few(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        """The first case of each test; a test of a card alone has a row that says why it is left out."""
+    def _first_cases(self, items: list[pytest.Item]) -> list[pytest.Item]:
+        """The first case of each test; a test that needs a real card gets a row with the reason for its omission."""
         firsts = {item.nodeid.partition("[")[0]: item for item in reversed(items) if item.get_closest_marker("gpu")}
         for name, item in reversed(firsts.items()):
-            if item.path.name == CARD_ALONE and not self.rows.there(name):
+            if item.path.name == CARD_ONLY and not self.rows.has(name):
                 self.rows.add(name, {"state": REFUSED, "say": "left out of a tiny run: only a card can show it"})
-        return [item for item in reversed(firsts.values()) if item.path.name != CARD_ALONE]
+        return [item for item in reversed(firsts.values()) if item.path.name != CARD_ONLY]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -55,7 +56,7 @@ class ToRows:
         self.rows.begin(item.nodeid)
         result = yield
         self.rows.begin("")
-        if self.lost:
+        if self.device_lost:
             item.session.shouldstop = "the device is lost for this process"
         return result
 
@@ -64,7 +65,7 @@ class ToRows:
             return
         if report.failed:
             row = {"state": RED, "say": f"{report.when}: {_last_line(report.longreprtext)}"}
-            self.lost = self.lost or _device_lost()
+            self.device_lost = self.device_lost or _device_lost()
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
             row = {"state": REFUSED, "say": f"skipped: {reason}"}
@@ -76,7 +77,7 @@ class ToRows:
 
 
 def _last_line(text: str) -> str:
-    """The error, of a traceback."""
+    """The error in a traceback."""
     errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     return (" | ".join(errors[:4]) or text.strip().rpartition("\n")[2])[:600]
 
@@ -92,19 +93,19 @@ def _device_lost() -> bool:
     return False
 
 
-def marked(folder: Path) -> list[Path]:
-    """The files that have such tests; the others need not be imported."""
+def marked_files(folder: Path) -> list[Path]:
+    """The files with tests marked gpu; the others need not be imported."""
     return [path for path in sorted(folder.rglob("test_*.py")) if _MARK.search(path.read_text())]
 
 
 def run_tests(rows: Rows, folder: Path, tiny: bool = False) -> None:
-    files = marked(folder)
+    files = marked_files(folder)
     plugin = ToRows(rows, tiny)
     options = ["-m", "gpu", "-v", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "-p", "no:xdist"]
     if files:
         pytest.main([*options, "--continue-on-collection-errors", *map(str, files)], plugins=[plugin])
-    if plugin.lost:
-        raise SystemExit(AGAIN)
+    if plugin.device_lost:
+        raise SystemExit(RESTART)
     ran = [key for key, row in rows.all().items() if row["state"] in (DONE, RED) and key != RUN]
     say = f"{len(ran)} ran" if ran else f"all tests of {len(files)} files were skipped"
     if not rows.left_out:

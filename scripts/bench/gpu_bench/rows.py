@@ -1,9 +1,9 @@
-"""Rows of a benchmark: one JSON line each, on the disk the moment it is made, never made twice.
+"""Rows of a benchmark: one JSON line each, written to disk as soon as it is made, and never made twice.
 
-A row has `step`, `key` (what it is, unique within its step), `state`, `say` (one line for people), the figures, and the
-`conditions` that they hold under. Of several rows with one key the last counts.
+A row has `step`, `key` (unique within its step), `state`, `say` (one line of text), the figures, and their
+`conditions`. Of several rows with one key the last counts.
 
-States: `done`; `refused`, with the reason: it cannot be, and nothing is wrong with that; `red`: something is wrong.
+States: `done`; `refused`, with the reason why there can be no such row; `red`: an error.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from typing import Any
 
 Row = dict[str, Any]
 DONE, REFUSED, RED = "done", "refused", "red"
-AGAIN = 75
-"""Exit code of a step whose process can use the device no more: another process goes on with its other rows."""
-PART = 76
-"""Exit code of a step that left rows out for want of time."""
+RESTART = 75
+"""Exit code of a step whose process cannot use the device any longer: another process makes its other rows."""
+INCOMPLETE = 76
+"""Exit code of a step that had no time for some rows."""
 _NOISE = re.compile(r"nvidia|geforce|tesla|\d+ ?gi?b\b|hbm\w*|sxm\d*", re.IGNORECASE)
 
 
 class Refused(Exception):
-    """A row that cannot be made, for a reason that is nobody's mistake."""
+    """A row that cannot be made, without an error."""
 
 
 class NoTime(Exception):
-    """A row that was begun, and that time did not last for."""
+    """The time ran out while a row was made."""
 
 
 def short(card: str) -> str:
-    """A card's name as a part of a file's name: 'NVIDIA H100 80GB HBM3' is h100."""
+    """A card's name for file names: 'NVIDIA H100 80GB HBM3' becomes h100."""
     return re.sub("[^a-z0-9]+", "-", _NOISE.sub(" ", card).lower()).strip("-") or "unnamed"
 
 
 def read(path: Path) -> list[Row]:
-    """The last row of every step and key, in the order of their first; a torn last line is left out."""
-    found: dict[tuple[str, str], Row] = {}
+    """The last row of every step and key, in the order of the first ones; incomplete lines are skipped."""
+    rows: dict[tuple[str, str], Row] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        found[row["step"], row["key"]] = row
-    return list(found.values())
+        rows[row["step"], row["key"]] = row
+    return list(rows.values())
 
 
 def append(path: Path, row: Row) -> None:
-    """One line more, on the disk when this returns; a line that a killed process left torn is ended first."""
+    """Append a line and flush it to disk; an incomplete last line of a killed process is terminated first."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -64,13 +64,16 @@ def append(path: Path, row: Row) -> None:
 
 
 class Rows:
-    """The rows of one step, made one after the other.
+    """The rows of one step, which are made one after the other.
 
     Args:
-        run: names the call of the benchmark; a red row of another call is made again.
-        left_s: seconds that the step has.
-        now: a file that holds the key of the row being made, for whoever finds the process dead.
-        fatal: whether an error means that this process can use the device no more.
+        path: the file of the rows.
+        step: its name.
+        run: identifies the call of the benchmark; red rows of other calls are made again.
+        left_s: time for the step.
+        now: a file with the key of the row that is being made, for the runner if the process dies.
+        conditions: returns the conditions of a row.
+        fatal: whether an error means that this process cannot use the device any longer.
     """
 
     def __init__(
@@ -89,20 +92,20 @@ class Rows:
         self.left_out: list[str] = []
 
     def left_s(self) -> float:
-        """Seconds until the step has to be over."""
+        """Seconds until the step has to end."""
         return self._end - time.monotonic()
 
     def all(self, step: str | None = None) -> dict[str, Row]:
         """Rows of this step, or of another, by key."""
         return {row["key"]: row for row in read(self.path) if row["step"] == (step or self.step)}
 
-    def there(self, key: str) -> bool:
-        """Whether the row need not be made."""
+    def has(self, key: str) -> bool:
+        """Whether a row exists and need not be made again."""
         row = self.all().get(key)
         return row is not None and (row["state"] != RED or row.get("run") == self.run)
 
     def begin(self, key: str) -> None:
-        """Say which row is being made; empty: none."""
+        """Note which row is being made; '' for none."""
         if self._now:
             self._now.write_text(key)
 
@@ -112,12 +115,12 @@ class Rows:
         append(self.path, {**head, **row, **tail})
 
     def make(self, key: str, maker: Callable[[], Row], needs_s: float = 0.0) -> None:
-        """Make a row unless it is there, or less than `needs_s` is left. Whatever goes wrong is a row as well.
+        """Make a row, unless it exists or less than `needs_s` is left; an error becomes a red row.
 
         Raises:
-            SystemExit: the device is lost for this process.
+            SystemExit: this process cannot use the device any longer.
         """
-        if self.there(key):
+        if self.has(key):
             return
         if self.left_s() < needs_s:
             self.left_out.append(key)
@@ -125,24 +128,24 @@ class Rows:
         self.begin(key)
         start = time.monotonic()
         try:
-            row, lost = maker(), False
+            row, device_lost = maker(), False
         except NoTime:
             self.left_out.append(key)
             self.begin("")
             return
         except Refused as reason:
-            row, lost = {"state": REFUSED, "say": str(reason)}, False
+            row, device_lost = {"state": REFUSED, "say": str(reason)}, False
         except Exception as error:
             traceback.print_exc()
-            said = f"{type(error).__name__}: {str(error).strip()[:1500]}"
-            row, lost = {"state": RED, "say": said, "where": _where(error)}, self._fatal(error)
+            message = f"{type(error).__name__}: {str(error).strip()[:1500]}"
+            row, device_lost = {"state": RED, "say": message, "where": _innermost_lines(error)}, self._fatal(error)
         self.add(key, row, time.monotonic() - start)
         self.begin("")
-        if lost:
-            raise SystemExit(AGAIN)
+        if device_lost:
+            raise SystemExit(RESTART)
 
 
-def _where(error: BaseException) -> list[str]:
-    """The innermost lines of code."""
+def _innermost_lines(error: BaseException) -> list[str]:
+    """The innermost lines of code of a traceback."""
     frames: Iterable[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)[-4:]
     return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]

@@ -1,8 +1,7 @@
-"""Runs steps one after the other, each in a process of its own with a time limit, and says how each came out.
+"""Runs steps one after the other, each in its own process with a time limit, and reports how each ended.
 
-A step that runs over its limit is killed with everything that it has started. One whose process dies in the middle of a
-row has that row marked red, and goes on with the others in a new process. What a step prints goes to one log; what it
-found is in its rows and nowhere else.
+A step that exceeds its limit is killed with its child processes. If a process dies during a row, this row is red, and a
+new process makes the others. The output of all steps goes to one log; their results are in the rows alone.
 """
 
 from __future__ import annotations
@@ -20,44 +19,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_bench.rows import AGAIN, PART, RED, append, read
+from gpu_bench.rows import INCOMPLETE, RED, RESTART, append, read
 
 BODY = Path(__file__).with_name("body.py")
 ROOT = Path(__file__).resolve().parents[3]
 _POLL_S = 0.1
 _GRACE_S = 3.0
 _RESTARTS = 20
-_TINY = 4
-"""Times as long may a step take where there is no card to make it fast."""
-BAD = ("red", "timed out")
-"""How a step may come out that makes the whole call fail."""
+_TINY_FACTOR = 4
+"""Factor on time limits in a tiny run, which may be on a machine without a card."""
+FAILURES = ("red", "timed out")
+"""Outcomes of a step that make the call fail."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to run."""
+    """One step of the benchmark."""
 
     name: str
     call: int
-    """In which of the calls of a few minutes it has its place."""
+    """The number of the call of a few minutes in which it runs."""
     body: str
-    """module:function, which gets a Rows and whether everything is to be tiny."""
+    """module:function, called with a Rows and whether the run is tiny."""
     limit_s: float
-    least_s: float
-    """Not begun with less time than that."""
-    what: str
+    """Time limit."""
+    min_s: float
+    """The step is skipped if less time remains."""
+    description: str
 
 
 @dataclass
 class Runner:
-    """Steps of one call."""
+    """Runs the steps of one call."""
 
     out: Path
     card: str
     minutes: float
     tiny: bool = False
     path: tuple[str, ...] = ()
-    """More folders in which bodies are looked for."""
+    """Additional folders of Python modules."""
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: f"{time.time():.3f}")
     _child: subprocess.Popen[bytes] | None = None
@@ -71,47 +71,47 @@ class Runner:
         self._shown = self.rows.stat().st_size if self.rows.exists() else 0
 
     def run(self, steps: Sequence[Step]) -> int:
-        """All of them; 1 if any came out badly."""
+        """Run all steps; returns 1 if any failed, else 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stopped)
         with tempfile.TemporaryDirectory(prefix="gpu-bench-", ignore_cleanup_errors=True) as scratch:
             for step in steps:
-                self._say(f"== {step.name}: {step.what}")
-                began = time.monotonic()
-                how, why = self._step(step, Path(scratch))
-                seconds = round(time.monotonic() - began, 1)
-                self.results[step.name] = {"how": how, **({"why": why} if why else {}), "seconds": seconds}
-                self._say(f"   {how}{': ' if why else ''}{why} ({seconds:.0f} s)")
+                self._say(f"== {step.name}: {step.description}")
+                start = time.monotonic()
+                outcome, reason = self._step(step, Path(scratch))
+                seconds = round(time.monotonic() - start, 1)
+                self.results[step.name] = {"how": outcome, **({"why": reason} if reason else {}), "seconds": seconds}
+                self._say(f"   {outcome}{': ' if reason else ''}{reason} ({seconds:.0f} s)")
                 self._summary()
-        return int(any(result["how"] in BAD for result in self.results.values()))
+        return int(any(result["how"] in FAILURES for result in self.results.values()))
 
     def _step(self, step: Step, scratch: Path) -> tuple[str, str]:
-        left = self._end - time.monotonic()
-        if left < step.least_s:
-            return "skipped", f"{left:.0f} s are left, and it needs at least {step.least_s:.0f}"
-        limit = min(step.limit_s * (_TINY if self.tiny else 1), left)
+        remaining_s = self._end - time.monotonic()
+        if remaining_s < step.min_s:
+            return "skipped", f"{remaining_s:.0f} s are left, and it needs at least {step.min_s:.0f}"
+        limit = min(step.limit_s * (_TINY_FACTOR if self.tiny else 1), remaining_s)
         deadline, now = time.monotonic() + limit, scratch / "now"
         for _ in range(_RESTARTS):
             now.write_text("")
             code = self._process(step, scratch, now, deadline)
             if code is None:
-                where = now.read_text()
-                return "timed out", f"after {limit:.0f} s{f', at {where}' if where else ''}"
-            if code in (0, PART):
+                current_key = now.read_text()
+                return "timed out", f"after {limit:.0f} s{f', at {current_key}' if current_key else ''}"
+            if code in (0, INCOMPLETE):
                 break
-            if key := now.read_text():  # it died in the middle of this one
+            if key := now.read_text():  # the process died during this row
                 append(self.rows, self._death(step, key, code))
                 self._follow()
-            elif code != AGAIN:
+            elif code != RESTART:
                 return "red", f"its process ended with {code}, see {self.log.name}"
         red = [row["key"] for row in read(self.rows) if row["step"] == step.name and row["state"] == RED]
         if red:
             return "red", f"{', '.join(red[:8])}{f' and {len(red) - 8} more' if len(red) > 8 else ''}"
-        return ("part", "the rest had no time") if code == PART else ("done", "")
+        return ("part", "the rest had no time") if code == INCOMPLETE else ("done", "")
 
     def _process(self, step: Step, scratch: Path, now: Path, deadline: float) -> int | None:
-        """The exit code of one process; None if it had to be killed."""
-        left = deadline - time.monotonic()
+        """Run one process of a step; returns its exit code, or None if it had to be killed."""
+        remaining_s = deadline - time.monotonic()
         command = [
             sys.executable,
             str(BODY),
@@ -120,16 +120,16 @@ class Runner:
             str(self.rows),
             str(now),
             self.run_id,
-            f"{left:.1f}",
+            f"{remaining_s:.1f}",
         ]
         with self.log.open("ab") as log:
-            log.write(f"\n==== {step.name} {time.strftime('%H:%M:%S')}, at most {left:.0f} s\n".encode())
+            log.write(f"\n==== {step.name} {time.strftime('%H:%M:%S')}, at most {remaining_s:.0f} s\n".encode())
             log.flush()
             self._child = subprocess.Popen(
                 [*command, *(["--tiny"] if self.tiny else [])],
                 cwd=ROOT,
                 env=self._environment(scratch),
-                stdin=subprocess.PIPE,  # which ends when this process does, and the body with it
+                stdin=subprocess.PIPE,  # closed when this process ends, which ends the body
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -145,15 +145,15 @@ class Runner:
 
     def _environment(self, scratch: Path) -> dict[str, str]:
         paths = [str(ROOT), *self.path, *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {
+        variables = {
             "PYTHONPATH": os.pathsep.join(paths),
             "ATTNSURGERY_CACHE": str(scratch / "cache"),
             "TMPDIR": str(scratch),
         }
-        return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "BENCH_CARD": self.card}
+        return {**os.environ, **variables, "PYTHONUNBUFFERED": "1", "BENCH_CARD": self.card}
 
     def _kill(self) -> None:
-        """End the process and whatever it has started; nothing of a step outlives it."""
+        """End the process of the step and all its child processes."""
         child, self._child = self._child, None
         if child is None:
             return
@@ -167,20 +167,20 @@ class Runner:
             child.stdin.close()
 
     def _death(self, step: Step, key: str, code: int) -> dict[str, Any]:
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        say = f"its process ended with {how} in the middle of this row, see {self.log.name}"
+        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        say = f"its process ended with {ending} in the middle of this row, see {self.log.name}"
         return {"step": step.name, "key": key, "state": RED, "run": self.run_id, "say": say}
 
     def _follow(self) -> None:
-        """Show rows that have come since the last look."""
+        """Print the rows that were added since the last call."""
         if not self.rows.exists():
             return
         with self.rows.open("rb") as file:
             file.seek(self._shown)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._shown += len(whole)
-        for line in whole.splitlines():
+            content = file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        self._shown += len(complete)
+        for line in complete.splitlines():
             with suppress(ValueError):
                 row = json.loads(line)
                 mark = "" if row["state"] == "done" else f"{row['state'].upper()}: "

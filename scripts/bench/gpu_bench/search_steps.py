@@ -1,4 +1,4 @@
-"""Whole searches on the card: as a user begins them, short of memory, with a worker killed; winners' budgets."""
+"""Whole searches on the card: as started by a user, with too little memory, with a killed worker; winners' budgets."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from gpu_bench.rows import RED, Refused, Row, Rows
 from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
 
 
-def words(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
-    asked = f"search --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
-    more = search_options(output.parent) if tiny else []
-    return [sys.executable, "-m", "attnsurgery", *asked.split(), *more, "--output", str(output)]
+def command(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
+    arguments = f"search --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
+    tiny_arguments = search_options(output.parent) if tiny else []
+    return [sys.executable, "-m", "attnsurgery", *arguments.split(), *tiny_arguments, "--output", str(output)]
 
 
 def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
-    """What a run directory holds; red unless the search came to a confirmed winner."""
+    """The row of a search from its run directory; red without a confirmed winner."""
     try:
         outcome = load_search(folder).outcome
     except AttnSurgeryError as error:
@@ -43,7 +43,7 @@ def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
     states = Counter(record.state for record in outcome.records)
     winner, base = outcome.best, outcome.base.timing
     timing = winner.timing if winner else None
-    good = code == 0 and states["trained"] >= trials and outcome.confirmation is not None and timing is not None
+    succeeded = code == 0 and states["trained"] >= trials and outcome.confirmation is not None and timing is not None
     row = {
         "exit": code,
         "search_seconds": round(seconds, 1),
@@ -54,48 +54,48 @@ def outcome_of(folder: Path, code: int, trials: int, seconds: float) -> Row:
         "measured_under": outcome.about.conditions,
     }
     say = f"exit {code}, {dict(states)}, winner {row['winner_ms']} ms, base {row['base_ms']} ms"
-    return {**row, "say": say, **({} if good else {"state": RED})}
+    return {**row, "say": say, **({} if succeeded else {"state": RED})}
 
 
-def begun(workers: int, trials: int, tiny: bool) -> Row:
+def search_row(workers: int, trials: int, tiny: bool) -> Row:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder, start = Path(scratch) / "run", time.monotonic()
-        code = subprocess.run(words(workers, trials, folder, tiny), stdin=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(command(workers, trials, folder, tiny), stdin=subprocess.DEVNULL, check=False).returncode
         return outcome_of(folder, code, trials, time.monotonic() - start)
 
 
 def search(rows: Rows, tiny: bool) -> None:
     trials = 1 if tiny else 3
-    rows.make(f"{trials} trials", lambda: begun(0, trials, tiny))
+    rows.make(f"{trials} trials", lambda: search_row(0, trials, tiny))
 
 
 def search_workers(rows: Rows, tiny: bool) -> None:
     trials = 2 if tiny else 3
-    rows.make(f"{trials} trials, 2 workers", lambda: begun(2, trials, tiny))
+    rows.make(f"{trials} trials, 2 workers", lambda: search_row(2, trials, tiny))
 
 
 # ---- a worker that is killed
 
 
 def workers_of(pid: int) -> list[int]:
-    """Processes that a search has started to work for it."""
-    found: list[int] = []
+    """The worker processes of a search."""
+    pids: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
-            found += [int(child) for child in children.read_text().split()]
+            pids += [int(child) for child in children.read_text().split()]
     with suppress(OSError):
-        return [child for child in found if b"attnsurgery" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [child for child in pids if b"attnsurgery" in Path(f"/proc/{child}/cmdline").read_bytes()]
     return []
 
 
-def one_killed(trials: int, tiny: bool) -> Row:
+def killed_worker_row(trials: int, tiny: bool) -> Row:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder, start = Path(scratch) / "run", time.monotonic()
-        search = subprocess.Popen(words(1, trials, folder, tiny), stdin=subprocess.DEVNULL)
+        search = subprocess.Popen(command(1, trials, folder, tiny), stdin=subprocess.DEVNULL)
         journal, victim = folder / TRIALS, 0
         while search.poll() is None and not victim:
             time.sleep(0.02)
-            if journal.exists() and b'"number"' in journal.read_bytes():  # trials have begun to come
+            if journal.exists() and b'"number"' in journal.read_bytes():  # there is a trial
                 victim = next(iter(workers_of(search.pid)), 0)
         if victim:
             os.kill(victim, signal.SIGKILL)
@@ -107,13 +107,13 @@ def one_killed(trials: int, tiny: bool) -> Row:
 
 
 def killed_worker(rows: Rows, tiny: bool) -> None:
-    rows.make("one of its workers killed", lambda: one_killed(2 if tiny else 8, tiny))
+    rows.make("one of its workers killed", lambda: killed_worker_row(2 if tiny else 8, tiny))
 
 
-# ---- a training that memory does not hold
+# ---- a training that does not fit into memory
 
 
-class _Enough(Exception):
+class _StopTraining(Exception):
     """Ends a training after its first steps."""
 
 
@@ -124,10 +124,10 @@ class _TwoSteps(Watch):
     def step(self) -> None:
         self.steps += 1
         if self.steps > 2:
-            raise _Enough
+            raise _StopTraining
 
 
-class Heard(Listener):
+class PhaseRecorder(Listener):
     def __init__(self) -> None:
         self.phases: list[str] = []
 
@@ -139,81 +139,86 @@ class Heard(Listener):
 
 
 def peak_of(data: Data, base: str, batch: int) -> int:
-    """The most memory of a training at this batch size, as searches train on this device."""
+    """The peak memory of a training at a batch size, with the settings of searches on this device."""
     settings = TrainSettings(epochs=1, batch_size=batch, device="cuda", amp=True, channels_last=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with suppress(_Enough):
+    with suppress(_StopTraining):
         train(timm.create_model(base, num_classes=data.num_classes), data.train, settings, 0, _TwoSteps())
     return torch.cuda.max_memory_reserved()
 
 
-def short_of_memory(base: str, batch: int, size: int, tiny: bool) -> Row:
+def limited_memory_row(base: str, batch: int, size: int, tiny: bool) -> Row:
     data = load_data(None, Preprocessing((3, size, size)))
-    whole, quarter = peak_of(data, base, batch), peak_of(data, base, batch // 4)
-    limit = quarter + (whole - quarter) // 3
+    full_bytes, quarter_bytes = peak_of(data, base, batch), peak_of(data, base, batch // 4)
+    limit = quarter_bytes + (full_bytes - quarter_bytes) // 3
     try:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"memory cannot be limited here: {error}") from error
-    heard = Heard()
+    recorder = PhaseRecorder()
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             start, folder = time.monotonic(), Path(scratch) / "run"
             settings = {"trials": 2, "epochs": 1, "base_epochs": 1, "finalists": 1, "confirm_seeds": 1, "workers": 0}
-            asked = {"budget_ms": 1000.0, "base": base, "space": "se", "device": "cuda", "output": str(folder)}
-            more = {"latency_seconds": SECONDS} if tiny else {}
-            config = SearchConfig(**asked, **settings, **more, train_batch_size=batch, input_size=size)
-            run_search(config, heard)
+            basics = {"budget_ms": 1000.0, "base": base, "space": "se", "device": "cuda", "output": str(folder)}
+            overrides = {"latency_seconds": SECONDS} if tiny else {}
+            config = SearchConfig(**basics, **settings, **overrides, train_batch_size=batch, input_size=size)
+            run_search(config, recorder)
             row = outcome_of(folder, 0, 2, time.monotonic() - start)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    halved = [text for text in heard.phases if "memory" in text]
-    figures = {"needs_mib": whole >> 20, "has_mib": limit >> 20, "said": halved}
-    say = f"needs {whole >> 20} MiB, has {limit >> 20}: {halved[:1]}; {row['say']}"
-    return {**row, **figures, "say": say, **({} if halved else {"state": RED})}
+    memory_phases = [text for text in recorder.phases if "memory" in text]
+    figures = {"needs_mib": full_bytes >> 20, "has_mib": limit >> 20, "said": memory_phases}
+    say = f"needs {full_bytes >> 20} MiB, has {limit >> 20}: {memory_phases[:1]}; {row['say']}"
+    return {**row, **figures, "say": say, **({} if memory_phases else {"state": RED})}
 
 
 def out_of_memory(rows: Rows, tiny: bool) -> None:
     base, batch, size = (MODEL, 32, SIZE[1]) if tiny else ("resnet50", 256, 128)
-    rows.make("training at half the memory", lambda: short_of_memory(base, batch, size, tiny))
+    rows.make("training at half the memory", lambda: limited_memory_row(base, batch, size, tiny))
 
 
 # ---- winners and their budgets
 
 
 def _shrink_budget_searches(folder: Path) -> None:
-    """For this process: the searches of budget.py are as small as searches can be."""
+    """Make the searches of budget.py as small as possible in this process."""
     full = budget_bench.config_of
-    least = {"data": str(images(folder / "images")), "train_batch_size": 8, "input_size": SIZE[1], "latency": "fixed"}
+    smallest = {
+        "data": str(images(folder / "images")),
+        "train_batch_size": 8,
+        "input_size": SIZE[1],
+        "latency": "fixed",
+    }
 
-    def config_of(number: int, budget_ms: float, asked: argparse.Namespace) -> SearchConfig:
-        return full(number, budget_ms, asked).model_copy(update=least)
+    def config_of(number: int, budget_ms: float, options: argparse.Namespace) -> SearchConfig:
+        return full(number, budget_ms, options).model_copy(update=smallest)
 
     budget_bench.config_of = config_of
 
 
 def budget(rows: Rows, tiny: bool) -> None:
-    """A row for each search, then what they come to; red if a winner is over by more than the interval."""
+    """A row for each search, then the figures; red if a winner is over its budget by more than the interval."""
     count, trials = (1, 1) if tiny else (4, 4)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        asked = argparse.Namespace(trials=trials, device="cuda", mode=None, results=Path(scratch))
+        options = argparse.Namespace(trials=trials, device="cuda", mode=None, results=Path(scratch))
         if tiny:
             _shrink_budget_searches(Path(scratch))
 
-        def made(number: int) -> Row:
-            row = budget_bench.run_search(number, asked)
+        def make_row(number: int) -> Row:
+            row = budget_bench.run_search(number, options)
             if row["feasible"]:
                 row["held"] = budget_bench.budget_shares(row)
             return {**row, "say": budget_bench.row_text(row)}
 
         keys = [f"search {number}" for number in range(count)]
         for number, key in enumerate(keys):
-            rows.make(key, lambda number=number: made(number), 1.0 if tiny else 35.0)  # type: ignore[misc]
-    found = [row for key, row in rows.all().items() if key in keys and row["state"] != RED]
-    if len(found) == count:
-        figures = budget_bench.figures_of(found)
+            rows.make(key, lambda number=number: make_row(number), 1.0 if tiny else 35.0)  # type: ignore[misc]
+    search_rows = [row for key, row in rows.all().items() if key in keys and row["state"] != RED]
+    if len(search_rows) == count:
+        figures = budget_bench.figures_of(search_rows)
         over = figures["ratio"]["over_by_more_than_the_interval"]
         say = f"{over} of {figures['winners']} winners are over their budget by more than the interval"
         rows.make("figures", lambda: {**figures, "say": say, **({"state": RED} if over and not tiny else {})})

@@ -1,4 +1,4 @@
-"""Markdown for README, made of the rows that are kept in docs/benchmarks/; "not yet" where there are none."""
+"""Markdown tables for README from the rows in docs/benchmarks/; "not yet" where there are none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SUMMARY = {
 
 
 def of(folder: Path) -> str:
-    """Tables of every card that rows are kept of; of no card in particular where there are none."""
+    """Tables of every card with rows; empty tables if there are none."""
     files = sorted([*folder.glob("gpu-*.jsonl"), *folder.glob("rows-*.jsonl")])
     cards = {path.stem.partition("-")[2]: read(path) for path in files}
     return "\n\n".join(_card(card, rows) for card, rows in (cards or {"a GPU": []}).items())
@@ -32,29 +32,31 @@ def of(folder: Path) -> str:
 
 def _card(card: str, rows: list[Row]) -> str:
     title = f"{card}: {_conditions(rows)}" if rows else f"{card}: {NOT_YET}; `scripts/bench/gpu` makes these tables."
-    return "\n\n".join([title, _latencies(rows), _others(rows)])
+    return "\n\n".join([title, _latencies(rows), _summary_table(rows)])
 
 
 def _conditions(rows: list[Row]) -> str:
-    found = next((row["conditions"] for row in reversed(rows) if row.get("conditions", {}).get("torch")), {})
+    latest = next((row["conditions"] for row in reversed(rows) if row.get("conditions", {}).get("torch")), {})
     days = sorted({row["conditions"]["date"][:10] for row in rows if row.get("conditions", {}).get("date")})
     names = (("gpu", ""), ("driver", "driver "), ("torch", "torch "), ("cuda", "CUDA "), ("timm", "timm "))
-    told = [f"{word}{found[name]}" for name, word in names if name in found]
-    return ", ".join([*told, " to ".join(sorted({*days[:1], *days[-1:]}))])
+    parts = [f"{prefix}{latest[name]}" for name, prefix in names if name in latest]
+    return ", ".join([*parts, " to ".join(sorted({*days[:1], *days[-1:]}))])
 
 
 def _latencies(rows: list[Row]) -> str:
-    """The ratio of each surgical model to its base, and half its 95 % interval in percent."""
-    there = {(row.get("surgical"), row.get("mode"), row.get("batch")): row for row in rows if row["step"] == "latency"}
-    lines = [_line(["model, as a ratio to its base", *(f"{mode}, batch {batch}" for mode, batch in COLUMNS)])]
-    lines.append(_line(["---"] * (1 + len(COLUMNS))))
+    """A table of the ratio of each surgical model to its base, and half the width of its 95 % interval."""
+    by_case = {
+        (row.get("surgical"), row.get("mode"), row.get("batch")): row for row in rows if row["step"] == "latency"
+    }
+    lines = [_table_row(["model, as a ratio to its base", *(f"{mode}, batch {batch}" for mode, batch in COLUMNS)])]
+    lines.append(_table_row(["---"] * (1 + len(COLUMNS))))
     for base in BASES:
         of_base = [next((row for row in rows if _is(row, base, *column)), None) for column in COLUMNS]
-        lines.append(_line([base, *(f"{row['base_p50_ms']:.3f} ms" if row else NOT_YET for row in of_base)]))
+        lines.append(_table_row([base, *(f"{row['base_p50_ms']:.3f} ms" if row else NOT_YET for row in of_base)]))
         for block in BLOCKS:
             name = f"{base}_{block}"
-            cells = [there.get((name, *column)) or _refused(rows, name, *column) for column in COLUMNS]
-            lines.append(_line([name, *map(_ratio, cells)]))
+            cells = [by_case.get((name, *column)) or _refused(rows, name, *column) for column in COLUMNS]
+            lines.append(_table_row([name, *map(_ratio, cells)]))
     return "\n".join(lines)
 
 
@@ -76,15 +78,15 @@ def _ratio(row: Row | None) -> str:
     return f"{row['ratio']:.3f} ± {(high - low) / 2:.3f}"
 
 
-def _others(rows: list[Row]) -> str:
-    lines = [_line(["what", "figure"]), _line(["---", "---"])]
+def _summary_table(rows: list[Row]) -> str:
+    lines = [_table_row(["what", "figure"]), _table_row(["---", "---"])]
     for title, (step, key) in _SUMMARY.items():
-        found = [row for row in rows if row["step"] == step and key in (None, row["key"])]
-        lines.append(_line([title, _said(found, counted=step == "tests")]))
+        step_rows = [row for row in rows if row["step"] == step and key in (None, row["key"])]
+        lines.append(_table_row([title, _summary_cell(step_rows, counted=step == "tests")]))
     return "\n".join(lines)
 
 
-def _said(rows: list[Row], counted: bool) -> str:
+def _summary_cell(rows: list[Row], counted: bool) -> str:
     if not rows:
         return NOT_YET
     if counted:
@@ -93,5 +95,5 @@ def _said(rows: list[Row], counted: bool) -> str:
     return "; ".join(f"{row['key']}: {row.get('say', '')}" for row in rows)
 
 
-def _line(cells: Iterable[str]) -> str:
+def _table_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -1,4 +1,4 @@
-"""What this project set itself to reach on a GPU: each target, what was measured, whether it is met."""
+"""The targets of this project on a GPU, each with the measurement and whether it is met."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from latency import Case, measure
 from attnsurgery.graph.find import input_size_of
 from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.latency.self_test import self_test
-from gpu_bench.blocks_step import beside
+from gpu_bench.blocks_step import row_file
 from gpu_bench.rows import RED, Refused, Row, Rows
 from gpu_bench.tiny import EFFORT, MODEL, SIZE
 
 
-def verdict(target: str, value: float, met: bool, tiny: bool) -> Row:
-    """A target that is missed is red: it is to be mended, or to be written down; a tiny run measures nothing."""
-    say = f"{target}: {value:.4g}, {'met' if met else 'MISSED'}"
-    return {"target": target, "measured": value, "met": met, "say": say, **({} if met or tiny else {"state": RED})}
+def verdict(target: str, value: float, is_met: bool, tiny: bool) -> Row:
+    """The row of a target; a missed one is red, except in a tiny run, whose figures mean nothing."""
+    say = f"{target}: {value:.4g}, {'met' if is_met else 'MISSED'}"
+    return {
+        "target": target,
+        "measured": value,
+        "met": is_met,
+        "say": say,
+        **({} if is_met or tiny else {"state": RED}),
+    }
 
 
 def se_compiled(rows: Rows, tiny: bool) -> Row:
@@ -31,15 +37,15 @@ def se_compiled(rows: Rows, tiny: bool) -> Row:
 
 
 def trained_non_local(rows: Rows, tiny: bool) -> Row:
-    path = beside(rows, "blocks")
+    path = row_file(rows, "blocks")
     lines = path.read_text().splitlines() if path.exists() else []
-    asked = {"kind": "sum", "name": "embedded_gaussian", "n": 3136, "direction": "both"}
-    found = [row for row in map(json.loads, lines) if asked.items() <= row.items() and "ms" in row]
-    if not found and tiny:
-        raise Refused(f"{path.name} has no such row yet, and needs none in a tiny run: {asked}")
-    if not found:
-        raise LookupError(f"{path.name} has no such row: {asked}")
-    ratio = found[-1]["ms"]["naive"] / found[-1]["ms"]["ours"]
+    criteria = {"kind": "sum", "name": "embedded_gaussian", "n": 3136, "direction": "both"}
+    matches = [row for row in map(json.loads, lines) if criteria.items() <= row.items() and "ms" in row]
+    if not matches and tiny:
+        raise Refused(f"{path.name} has no such row yet, and needs none in a tiny run: {criteria}")
+    if not matches:
+        raise LookupError(f"{path.name} has no such row: {criteria}")
+    ratio = matches[-1]["ms"]["naive"] / matches[-1]["ms"]["ours"]
     return verdict(
         "embedded Gaussian, N = 3136, forward + backward, times as fast as naive, 3 or more", ratio, ratio >= 3, tiny
     )
@@ -63,7 +69,7 @@ TARGETS: dict[str, Callable[[Rows, bool], Row]] = {
 
 def run(rows: Rows, tiny: bool) -> None:
     for key, maker in TARGETS.items():
-        if maker is trained_non_local and not beside(rows, "blocks").exists():
-            rows.left_out.append(key)  # the step blocks has to come first
+        if maker is trained_non_local and not row_file(rows, "blocks").exists():
+            rows.left_out.append(key)  # the step `blocks` has to run first
             continue
         rows.make(key, lambda maker=maker: maker(rows, tiny))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The smallest of everything, for --tiny: it shows that every step runs to its end, and no figure means anything."""
+"""The smallest settings, for --tiny: they show that every step runs to its end, and their figures mean nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EFFORT = Effort(
     tolerance=1.0, max_seconds=0.0, block_ms=0.0, min_rounds=1, max_warmup_seconds=0.0, placements=1, rounds=1
 )
 SECONDS = 0.05
-"""Of a measurement that begins with more than one round."""
+"""Duration of a measurement with more than one round."""
 
 
 def images(folder: Path) -> Path:
-    """Two classes that any model learns to tell apart."""
+    """Write images of two classes that are easy to distinguish; returns the folder."""
     for name, level in (("dark", 0), ("light", 160)):
         (folder / name).mkdir(parents=True)
         for index in range(20):
@@ -29,7 +29,7 @@ def images(folder: Path) -> Path:
 
 
 def search_options(folder: Path) -> list[str]:
-    """Of `attnsurgery search`, on images that are written into the folder; latencies are computed."""
+    """Options of `attnsurgery search` with images that are written to the folder, and computed latencies."""
     options = (
         f"--base-epochs 1 --finalists 1 --confirm-seeds 1 --input-size {SIZE[1]} --train-batch-size 8 --latency fixed"
     )

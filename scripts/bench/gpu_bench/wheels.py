@@ -1,7 +1,6 @@
-"""Wheels for a machine with a card and without a network: what this project needs and such an image does not have.
+"""Downloads wheels for a machine with a card and without a network: what this project needs and its image lacks.
 
-The needs are those of pyproject.toml and, of each wheel that is fetched, its own: so the set is closed when nothing is
-left to fetch.
+The requirements are those of pyproject.toml and of each downloaded wheel, until none is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
-THERE = frozenset(
+PREINSTALLED = frozenset(
     {
         *(
             "annotated-doc",
@@ -48,7 +47,7 @@ THERE = frozenset(
         *("sympy", "threadpoolctl", "timm", "torch", "torchvision", "tqdm", "triton"),
     }
 )
-"""What an image for PyTorch has, of what may be asked for."""
+"""Packages that a PyTorch image has, among those that may be required."""
 LARGEST_MB = 60
 PLATFORMS = ("2_28", "2_27", "2_17", "2014", "2_24", "2_31", "2_34", "2_35", "2_12", "2_5", "1")
 TARGET = {
@@ -59,9 +58,13 @@ TARGET = {
 
 
 def needs(metadata: str) -> list[Requirement]:
-    """What a wheel's METADATA asks for on the machine with the card, extras left out."""
-    asked = Parser().parsestr(metadata).get_all("Requires-Dist") or []
-    return [one for one in map(Requirement, asked) if one.marker is None or one.marker.evaluate(TARGET)]
+    """The requirements in a wheel's METADATA that apply to the machine with the card, without extras."""
+    requirements = Parser().parsestr(metadata).get_all("Requires-Dist") or []
+    return [
+        requirement
+        for requirement in map(Requirement, requirements)
+        if requirement.marker is None or requirement.marker.evaluate(TARGET)
+    ]
 
 
 def metadata_of(wheel: Path) -> str:
@@ -70,43 +73,43 @@ def metadata_of(wheel: Path) -> str:
         return archive.read(name).decode()
 
 
-def found_in(folder: Path) -> dict[str, Path]:
+def wheels_in(folder: Path) -> dict[str, Path]:
     """The wheels of a folder by canonical name.
 
     Raises:
-        SystemExit: two versions of one package, of which pip would install neither.
+        SystemExit: there are two versions of one package, which pip would refuse.
     """
-    found: dict[str, Path] = {}
+    wheels: dict[str, Path] = {}
     for wheel in sorted(folder.glob("*.whl")):
         name = canonicalize_name(wheel.name.split("-")[0])
-        if name in found:
-            raise SystemExit(f"{folder} has two versions of {name}: {found[name].name}, {wheel.name}. Delete one.")
-        found[name] = wheel
-    return found
+        if name in wheels:
+            raise SystemExit(f"{folder} has two versions of {name}: {wheels[name].name}, {wheel.name}. Delete one.")
+        wheels[name] = wheel
+    return wheels
 
 
 def missing(folder: Path, roots: Iterable[Requirement]) -> list[Requirement]:
-    """Requirements of the roots and of all wheels that neither the folder nor the machine has."""
-    wheels = found_in(folder)
-    asked = [*roots, *(need for wheel in wheels.values() for need in needs(metadata_of(wheel)))]
+    """Requirements of the roots and of all wheels in the folder that are neither there nor preinstalled."""
+    wheels = wheels_in(folder)
+    requirements = [*roots, *(need for wheel in wheels.values() for need in needs(metadata_of(wheel)))]
     unmet: dict[str, Requirement] = {}
-    for one in asked:
-        name = canonicalize_name(one.name)
+    for requirement in requirements:
+        name = canonicalize_name(requirement.name)
         if name in wheels:
             version = wheels[name].name.split("-")[1]
-            if not one.specifier.contains(version, prereleases=True):
-                raise SystemExit(f"{wheels[name].name} does not satisfy {one}. Delete it and repeat the call.")
-        elif name not in THERE:
-            both = unmet[name].specifier & one.specifier if name in unmet else one.specifier
-            unmet[name] = Requirement(f"{one.name}{both}")
+            if not requirement.specifier.contains(version, prereleases=True):
+                raise SystemExit(f"{wheels[name].name} does not satisfy {requirement}. Delete it and repeat the call.")
+        elif name not in PREINSTALLED:
+            specifier = unmet[name].specifier & requirement.specifier if name in unmet else requirement.specifier
+            unmet[name] = Requirement(f"{requirement.name}{specifier}")
     return list(unmet.values())
 
 
 def download(requirement: Requirement, folder: Path) -> None:
     platforms = [
-        word
+        argument
         for tag in PLATFORMS
-        for word in ("--platform", f"manylinux{tag if tag in ('1', '2014') else '_' + tag}_x86_64")
+        for argument in ("--platform", f"manylinux{tag if tag in ('1', '2014') else '_' + tag}_x86_64")
     ]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *platforms]
     command += ["--python-version", "3.12", "--implementation", "cp", "-d", str(folder), str(requirement)]
@@ -114,20 +117,20 @@ def download(requirement: Requirement, folder: Path) -> None:
 
 
 def fetch(folder: Path) -> None:
-    """Everything that is missing, until nothing is.
+    """Download all missing wheels.
 
     Raises:
-        SystemExit: the wheels are larger than what may travel.
+        SystemExit: the wheels are too large in total.
     """
     folder.mkdir(parents=True, exist_ok=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     roots = [*map(Requirement, project["dependencies"])]
     while unmet := missing(folder, roots):
-        for one in unmet:
-            print(f"fetching {one}", flush=True)
-            download(one, folder)
-    wheels = found_in(folder)
+        for requirement in unmet:
+            print(f"fetching {requirement}", flush=True)
+            download(requirement, folder)
+    wheels = wheels_in(folder)
     size_mb = sum(wheel.stat().st_size for wheel in wheels.values()) / 2**20
-    print(f"{len(wheels)} wheels, {size_mb:.1f} MB, nothing missing; taken to be there: {', '.join(sorted(THERE))}")
+    print(f"{len(wheels)} wheels, {size_mb:.1f} MB, nothing missing; preinstalled: {', '.join(sorted(PREINSTALLED))}")
     if size_mb > LARGEST_MB:
         raise SystemExit(f"{folder} holds {size_mb:.0f} MB, more than {LARGEST_MB}.")
