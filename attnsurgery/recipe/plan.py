@@ -68,9 +68,9 @@ class Plan:
     blocks: tuple[PlannedBlock, ...]
     """The blocks in the order of the recipe."""
     params_before: int
-    """Number of parameters of the model without the blocks."""
+    """Number of parameters of the model before the recipe is applied."""
     macs_before: int
-    """Multiply-accumulates of one image through convolutions, matrix products and attention, without the blocks."""
+    """Multiply-accumulates of that model for one image, in convolutions, matrix products and attention."""
     max_attention_mb: float | None
     """The recipe's limit on `attention_bytes`, in megabytes; every plan is within it."""
 
