@@ -38,7 +38,7 @@ from tests.conftest import images, move_gates
 
 SIZE = (3, 64, 64)
 FAST = Effort(tolerance=0.5, max_seconds=0.2, min_rounds=2, placements=2)
-ON_CPU = ("onnxruntime", "openvino")
+ON_CPU = [name for name in LATENCY if issubclass(LATENCY[name], RuntimeLatency) and "cpu" in LATENCY[name].devices]
 SURGICAL = ("test_resnet_nonlocal_s3", "test_resnet_se", "test_resnet_dual_s4", "test_resnet_resattn_s3")
 
 every_runtime = pytest.mark.parametrize("name", ON_CPU)

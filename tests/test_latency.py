@@ -317,9 +317,9 @@ def test_conditions_refuse_nonsense(field: dict[str, object], message: str) -> N
 
 def test_backend_unknown_name_lists_known() -> None:
     """The error for an unknown latency backend lists the known ones."""
-    with pytest.raises(UnknownNameError, match="cpu, cuda, fixed, onnxruntime, openvino, tensorrt"):
+    assert {"cpu", "cuda", "fixed"} <= set(LATENCY)
+    with pytest.raises(UnknownNameError, match=", ".join(LATENCY)):
         backend_for(Conditions(device="xpu"))
-    assert list(LATENCY) == ["cpu", "cuda", "fixed", "onnxruntime", "openvino", "tensorrt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")

@@ -101,8 +101,15 @@ class Score:
 class Evaluator(ABC):
     """Gives a model a score, after training it in place if the strategy trains.
 
-    Laws: the same model, data, settings and seed give the same score on the same machine; an exception of the watch is
-    passed on; a training that diverges raises a SearchError that names the epoch.
+    Laws, which tests/contracts/test_evaluator_contract.py checks for every entry of the catalog:
+
+    * the same model, data, settings and seed give the same score and weights on the same machine, whatever torch's
+      random state, which stays as it was;
+    * a score is finite, has an answer for each image of the split, and is that of the model as it is left, in eval
+      mode;
+    * only values of tensors change: modules, keys, shapes, hooks and `requires_grad` stay the same;
+    * an exception of the watch is passed on;
+    * a training that diverges raises a SearchError that names the epoch.
 
     Args:
         data: the three splits.

@@ -50,11 +50,15 @@ class LatencyBackend(ABC):
 
     Copies are measured, so the caller's model keeps its device, dtype and training flags.
 
-    Laws, which tests/test_latency.py checks:
+    Laws, which tests/contracts/test_latency_contract.py checks for every entry of the catalog:
 
-    * `measure` and `compare` do not change the model;
-    * the 95 % confidence interval of the ratio of a model to itself contains 1, as often as it should;
-    * more of the same work is never reported as less time.
+    * no measurement changes a model: its weights, buffers, flags, hooks, dtype, device and memory format;
+    * times are positive, their quantiles are ordered, and a latency carries its conditions and versions;
+    * the 95 % confidence interval of the ratio of a model to itself contains 1, as often as it should (tested for the
+      CPU and the protocol, in tests/test_latency.py);
+    * more of the same work is never reported as less time;
+    * whatever is timed is timed in the context of `lock`;
+    * a mode that the backend lacks, and a model that cannot take the input, are refused with a UsageError.
 
     Args:
         conditions: what is measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class FixedLatency(LatencyBackend):
 
     Args:
         conditions: input and batch size.
-        effort: not used.
+        effort: limits the number of single calls.
         milliseconds: maps a model to its time in ms.
     """
 
@@ -40,6 +41,7 @@ class FixedLatency(LatencyBackend):
         milliseconds: Callable[[nn.Module], float] | None = None,
     ) -> None:
         super().__init__(conditions, effort)
+        self.effort = replace(self.effort, block_ms=0.0)  # no clock is read, so one call is a block
         self._milliseconds = milliseconds or self._from_macs
 
     def time_block(self, call: Call, repeats: int) -> float:

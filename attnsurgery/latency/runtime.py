@@ -44,6 +44,9 @@ class RuntimeLatency(LatencyBackend):
 
     Each model is exported once. Each placement loads it again, so that its weights are elsewhere in memory.
 
+    One more law, which the contract tests check: the runtime computes what torch does, or the model is refused with an
+    ExportError before it is timed.
+
     Args:
         conditions: what is measured.
         effort: how long; by default `Effort()`.

@@ -13,6 +13,7 @@ from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.blocks._base import build_block, check_options, options_model
 from attnsurgery.errors import OptionError, UnknownNameError
 from tests.conftest import error_tolerated, relative_error
+from tests.lower_end import EXPORTS_ANY_SIZE
 
 CHANNELS = 16
 
@@ -162,6 +163,7 @@ def test_block_bfloat16_identity_is_exact(name: str) -> None:
 
 
 @every_block
+@pytest.mark.since(*EXPORTS_ANY_SIZE, cases=("residual",))
 def test_block_compiles_exports_and_scripts(name: str) -> None:
     """A compiled, an exported and a scripted block compute what the eager one computes."""
     block = perturbed(make(name)).eval()

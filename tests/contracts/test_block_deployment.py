@@ -13,12 +13,14 @@ from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.errors import OptionError
 from tests.conftest import LargestTensor
 from tests.contracts.test_block_contract import CHANNELS, images, make, perturbed, smallest_side, unsupported
+from tests.lower_end import EXPORTS_ANY_SIZE
 
 every_block = pytest.mark.parametrize("name", list(BLOCKS))
 
 
 @every_block
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.since(*EXPORTS_ANY_SIZE)
 def test_block_onnx_equal_at_other_sizes(name: str) -> None:
     """ONNX Runtime computes the same outputs, also at another size and batch."""
     block = perturbed(make(name)).eval()

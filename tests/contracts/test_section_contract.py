@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,16 @@ FILES = [path.stem for path in Path(package.__path__[0]).glob("[!_]*.py")]
 def findings(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Outcome, Control | None]:
     """A search at some stage, with its control if it has one."""
     records = {
-        "no trial": [],
         "nothing trained": [trial(0, None, 2.5)],
         "trained": search(12),
         "promoted": search(30, rungs=2),
         "confirmed beside a control": search(30),
-    }[request.param]
+    }
+    if request.param == "no trial":
+        return replace(outcome(tmp_path, search(1)), records=[], confirmation=None), None
     confirmed = request.param == "confirmed beside a control"
     control = Control(tmp_path / "other", search(10, seed=1)) if confirmed else None
-    return outcome(tmp_path, records, judged=confirmed), control
+    return outcome(tmp_path, records[request.param], judged=confirmed), control
 
 
 def test_section_file_registers_its_section() -> None:
