@@ -1,14 +1,14 @@
 """Every architecture of timm with every family of blocks, through the checks of coverage_checks.py.
 
-    scripts/coverage --shard 1/2 & scripts/coverage --shard 2/2   everything; hours. What is done is not done again
+    scripts/coverage --shard 1/2 & scripts/coverage --shard 2/2   everything; hours, resumable
     scripts/coverage --only 'resnet*' --block se                  some of it
     scripts/coverage --again failed                               what failed, once more
     scripts/coverage --failures                                   what did not pass: family, name, block, check, reason
-    scripts/coverage --wrap --small                               in nn.Sequential and a LightningModule, against bare
+    scripts/coverage --wrap --small                               in nn.Sequential and a LightningModule
     scripts/coverage --report                                     docs/coverage.md and docs/benchmarks/coverage.json
 
-Results go to runs/coverage/, with --wrap to runs/coverage-wrap/, line by line, one for each architecture and block, as
-they come. Checks run in a process of their own: one that is killed, for memory say, costs a mark on the pair it was at.
+Results go to runs/coverage/, with --wrap to runs/coverage-wrap/, one line for each architecture and block. Checks run
+in child processes: if one is killed, for lack of memory for instance, the pair that it was checking has failed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ import timm
 import torch
 
 from scripts import coverage_wrap
-from scripts.coverage_checks import SUFFIXES, examine, in_words
-from scripts.coverage_hosts import KINDS, SMALLEST, BaseError, architectures, find_base, surveyed_once
+from scripts.coverage_checks import SUFFIXES, error_text, examine
+from scripts.coverage_hosts import KINDS, SMALLEST, BaseError, architectures, cached_surveys, find_base
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "runs" / "coverage"
 WRAPPED = ROOT / "runs" / "coverage-wrap"
 PER_PROCESS = 60
-"""Architectures that one process sees before the next takes over: what a library holds on to is given back then."""
+"""Number of architectures for each process, which frees memory that libraries retain."""
 
 Row = dict[str, Any]
 Pair = tuple[str, str]
@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(write(rows, families))
         return 0
-    todo = wanted(options, families)
-    print(f"{len(todo)} architectures to do", flush=True)
+    pending = missing_pairs(options, families)
+    print(f"{len(pending)} architectures to do", flush=True)
     deadline = time.monotonic() + options.limit_seconds
-    while todo and time.monotonic() < deadline:
-        todo = _in_a_process(options, families, todo[:PER_PROCESS], deadline) + todo[PER_PROCESS:]
-    return 0 if not todo else 3
+    while pending and time.monotonic() < deadline:
+        pending = _run_in_process(options, families, pending[:PER_PROCESS], deadline) + pending[PER_PROCESS:]
+    return 0 if not pending else 3
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,15 +75,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="N architectures, drawn at random by a fixed seed")
     parser.add_argument("--small", action="store_true", help="the smallest architecture of each family alone")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts, one a process")
-    parser.add_argument("--again", choices=("failed", "refused", "all"), help="make these once more")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no architecture after that")
+    parser.add_argument("--again", choices=("failed", "refused", "all"), help="repeat these pairs")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=float("inf"), help="start no architecture after this time"
+    )
     parser.add_argument("--pair-seconds", type=float, default=600, help="a pair that takes longer has failed")
     parser.add_argument(
         "--memory-gb", type=float, default=None, help="of one process; larger models go on meta tensors"
     )
-    parser.add_argument("--wrap", action="store_true", help="models in a larger whole, against the model itself")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where the lines are kept")
-    parser.add_argument("--report", action="store_true", help="write the table from what is there")
+    parser.add_argument("--wrap", action="store_true", help="compare models in a larger module with the model itself")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="write the table from the results")
     parser.add_argument("--failures", action="store_true", help="print what failed or was refused")
     options = parser.parse_args(arguments)
     part, _, parts = options.shard.partition("/")
@@ -110,7 +112,7 @@ def latest(folder: Path) -> dict[Pair, Row]:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # a line that a kill has cut
+            except json.JSONDecodeError:  # an incomplete line of a killed process
                 continue
             pair = row["arch"], row["block"]
             if pair not in rows or rows[pair]["time"] <= row["time"]:
@@ -118,35 +120,38 @@ def latest(folder: Path) -> dict[Pair, Row]:
     return rows
 
 
-def wanted(options: argparse.Namespace, families: dict[str, str]) -> list[tuple[str, tuple[str, ...]]]:
-    """The architectures of this shard with the blocks that are to be done in them."""
+def missing_pairs(options: argparse.Namespace, families: dict[str, str]) -> list[tuple[str, tuple[str, ...]]]:
+    """The architectures of this shard with the blocks that are to be checked."""
     names = [
         arch
         for arch, family in families.items()
-        if any(fnmatch.fnmatchcase(arch, only) for only in options.only) and options.family in (None, family)
+        if any(fnmatch.fnmatchcase(arch, pattern) for pattern in options.only) and options.family in (None, family)
     ]
     if options.small:
         names = [arch for arch in names if arch in SMALLEST]
-    # neighbours are alike and large ones stand together: mixed, every part and every stretch takes about as long
+    # in random order, since similar and large architectures have similar names, so that all parts take about as long
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
     names = [names[index] for index in order][: options.sample]
-    done = latest(options.results)
-    again = {None: (), "all": ("passed", "refused", "failed")}.get(options.again, (options.again,))
+    existing = latest(options.results)
+    repeated = {None: (), "all": ("passed", "refused", "failed")}.get(options.again, (options.again,))
     blocks = (options.block,) if options.block else SUFFIXES
-    todo = []
+    pending = []
     for arch in names[options.part - 1 :: options.parts]:
-        rest = tuple(b for b in blocks if (arch, b) not in done or done[arch, b]["outcome"] in again)
+        missing = tuple(b for b in blocks if (arch, b) not in existing or existing[arch, b]["outcome"] in repeated)
         if options.again in ("failed", "refused"):
-            rest = tuple(b for b in rest if (arch, b) in done)
-        if rest:
-            todo.append((arch, rest))
-    return todo
+            missing = tuple(b for b in missing if (arch, b) in existing)
+        if missing:
+            pending.append((arch, missing))
+    return pending
 
 
-def _in_a_process(
-    options: argparse.Namespace, families: dict[str, str], todo: list[tuple[str, tuple[str, ...]]], deadline: float
+def _run_in_process(
+    options: argparse.Namespace, families: dict[str, str], pending: list[tuple[str, tuple[str, ...]]], deadline: float
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Do some, in a process of their own; gives back what was not begun. One that it dies at is marked as failed."""
+    """Check some architectures in a child process; returns those that were not started.
+
+    If the process dies, the pair that it was checking has failed.
+    """
     options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / f"{options.part}-of-{options.parts}.jsonl"
     context = multiprocessing.get_context("spawn")
@@ -156,46 +161,50 @@ def _in_a_process(
         "pair_seconds": options.pair_seconds,
         "wrap": options.wrap,
     }
-    began = _lines(file)
-    process = context.Process(target=work, args=(file, families, todo, settings))
+    initial_lines = _lines(file)
+    process = context.Process(target=work, args=(file, families, pending, settings))
     process.start()
-    seen, since = _lines(file), time.monotonic()
+    known_lines, last_change = _lines(file), time.monotonic()
     while process.is_alive():
         process.join(5)
-        now = _lines(file)
-        if now != seen:
-            seen, since = now, time.monotonic()
-        elif time.monotonic() - since > 3 * options.pair_seconds:
-            process.kill()  # stuck where no signal reaches
-    done = [(row["arch"], row["block"]) for row in _rows_after(file, began)]
-    rest = [(arch, left) for arch, blocks in todo if (left := tuple(b for b in blocks if (arch, b) not in done))]
-    if process.exitcode and rest:
-        (arch, blocks), *others = rest
+        current_lines = _lines(file)
+        if current_lines != known_lines:
+            known_lines, last_change = current_lines, time.monotonic()
+        elif time.monotonic() - last_change > 3 * options.pair_seconds:
+            process.kill()  # blocked in code that no signal interrupts
+    finished = [(row["arch"], row["block"]) for row in _rows_after(file, initial_lines)]
+    remaining = [
+        (arch, unfinished)
+        for arch, blocks in pending
+        if (unfinished := tuple(b for b in blocks if (arch, b) not in finished))
+    ]
+    if process.exitcode and remaining:
+        (arch, blocks), *following = remaining
         row = {"outcome": "failed", "blocks": 0, "checks": {"process": f"died of exit code {process.exitcode}"}}
         append(file, {"arch": arch, "family": families[arch], "block": blocks[0], **row, "seconds": 0})
-        rest = [(arch, blocks[1:]), *others] if blocks[1:] else others
-    return rest
+        remaining = [(arch, blocks[1:]), *following] if blocks[1:] else following
+    return remaining
 
 
-def work(file: Path, families: dict[str, str], todo: list[tuple[str, tuple[str, ...]]], settings: Row) -> None:
-    """What the process does: architecture by architecture, the base once for all blocks."""
+def work(file: Path, families: dict[str, str], pending: list[tuple[str, tuple[str, ...]]], settings: Row) -> None:
+    """Run the checks in the child process: architecture by architecture, with one base for all blocks."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    began, seconds = time.monotonic(), settings.pop("seconds")
-    examined = coverage_wrap.rows_of if settings.pop("wrap", False) else rows_of
-    for arch, blocks in todo:
-        if time.monotonic() - began > seconds:
+    start, seconds = time.monotonic(), settings.pop("seconds")
+    rows_for = coverage_wrap.rows_of if settings.pop("wrap", False) else rows_of
+    for arch, blocks in pending:
+        if time.monotonic() - start > seconds:
             return
-        for row in examined(arch, blocks, **settings):
+        for row in rows_for(arch, blocks, **settings):
             append(file, {"arch": arch, "family": families[arch], **row})
-            said = "" if row["outcome"] == "passed" else " ".join(_complaints(row))[:150]
-            print(f"{arch} {row['block']} {row['outcome']} {row['seconds']} s {said}", flush=True)
+            message = "" if row["outcome"] == "passed" else " ".join(_failed_checks(row))[:150]
+            print(f"{arch} {row['block']} {row['outcome']} {row['seconds']} s {message}", flush=True)
         gc.collect()
 
 
 def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600) -> Iterator[Row]:
-    """The result of each block in turn. Feature classes other than the default are tried in one of each family."""
-    began = time.process_time()
+    """A row for each block; feature classes other than the default are tried in one architecture of each family."""
+    start = time.process_time()
     try:
         base = find_base(arch, max_bytes, KINDS if arch in SMALLEST else ())
     except BaseError as error:
@@ -204,20 +213,20 @@ def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: fl
                 "block": block,
                 "outcome": "failed",
                 "blocks": 0,
-                "checks": {"base": in_words(error)},
+                "checks": {"base": error_text(error)},
                 "seconds": 0,
                 "cpu_seconds": 0,
             }
         return
-    spent = time.process_time() - began
-    with surveyed_once():
+    base_seconds = time.process_time() - start
+    with cached_surveys():
         for block in blocks:
-            yield examine(base, block, pair_seconds) | {"base_cpu_seconds": round(spent, 2)}
-            spent = 0.0
+            yield examine(base, block, pair_seconds) | {"base_cpu_seconds": round(base_seconds, 2)}
+            base_seconds = 0.0
 
 
 def append(file: Path, row: Row) -> None:
-    """One line, written at once, with when and of what."""
+    """Append a row with time and versions."""
     line = json.dumps({**row, "versions": versions(), "time": datetime.now(UTC).isoformat(timespec="milliseconds")})
     with file.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
@@ -225,14 +234,14 @@ def append(file: Path, row: Row) -> None:
 
 def versions(_known: dict[str, str] = {}) -> dict[str, str]:  # noqa: B006 (asked for once)
     if not _known:
-        asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=10"]
-        said = subprocess.run(asked, capture_output=True, text=True)
-        _known.update(timm=timm.__version__, torch=torch.__version__, attnsurgery=said.stdout.strip() or "unknown")
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=10"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        _known.update(timm=timm.__version__, torch=torch.__version__, attnsurgery=result.stdout.strip() or "unknown")
     return _known
 
 
-def _complaints(row: Row) -> list[str]:
-    return [f"{check}: {said}" for check, said in row["checks"].items() if said != "passed"]
+def _failed_checks(row: Row) -> list[str]:
+    return [f"{check}: {result}" for check, result in row["checks"].items() if result != "passed"]
 
 
 def _lines(file: Path) -> int:

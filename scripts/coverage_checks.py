@@ -1,4 +1,4 @@
-"""What the coverage run asks of one architecture with one family of blocks; each question is one check of CHECKS."""
+"""The checks of the coverage run for one architecture with one family of blocks."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from attnsurgery.blocks import BLOCKS
 from attnsurgery.errors import UsageError
 from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.timm_plugin.architectures import weightless
-from scripts.coverage_hosts import Base, Tensors, describe, equal, flat, forward, gradients, wrapped
-from scripts.coverage_weights import Noise, fan_in, settling, swift, weights_at_load
+from scripts.coverage_hosts import Base, Tensors, describe, equal, flat, forward, gradients, wrap
+from scripts.coverage_weights import Noise, calibrate_norms, fan_in, skip_initial_values, weights_at_load
 
 SUFFIXES = tuple(BLOCKS[name].model_suffix for name in BLOCKS if BLOCKS[name].model_suffix)
 
 TRUE_REFUSALS = ("positions do not lie as in the image",)
-"""Parts of the messages by which a pair is refused for what it is. Any other error is a failure, ours or not."""
+"""Parts of the messages by which a pair is refused rightly. Any other error is a failure."""
 
 
-class Wrong(Exception):
-    """A check found something else than it should."""
+class CheckFailure(Exception):
+    """A check has failed."""
 
 
 class TimeLimit(BaseException):
-    """A pair took longer than it may. No `except Exception` on the way shall swallow that."""
+    """A pair exceeded its time limit. It is no Exception, so that no `except Exception` catches it."""
 
 
-def expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise Wrong(otherwise)
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckFailure(message)
 
 
 class Subject:
-    """One base under surgery: built by name, and changed by the checks in the order in which they stand in CHECKS."""
+    """One base after surgery, built by name; the checks change it in the order of CHECKS."""
 
     def __init__(self, base: Base, suffix: str, by_default: bool = True) -> None:
         self.base = base
@@ -51,11 +51,11 @@ class Subject:
         self.kinds: dict[str, nn.Module] = {}
         self.output: Tensors = []
 
-    def build(self, **more: Any) -> nn.Module:
-        with swift() as built:
-            model = self.base.build(self.name, **more)
-        # were blocks built elsewhere one day, they would come without their initial values
-        expect(built.blocks >= len(grafted_blocks(model)), "blocks were built past the eyes of this script")
+    def build(self, **arguments: Any) -> nn.Module:
+        with skip_initial_values() as counter:
+            model = self.base.build(self.name, **arguments)
+        # blocks that are built elsewhere would have no initial values
+        expect(counter.blocks >= len(grafted_blocks(model)), "blocks were built without their initial values")
         return model
 
     @property
@@ -64,7 +64,7 @@ class Subject:
 
 
 def plan(subject: Subject) -> None:
-    """The name is a model of timm's, at the size of images that it has by default too, and there is a block in it."""
+    """The name is a model of timm, at its default size of images too, and the model has a block."""
     if subject.by_default:
         expect(len(grafted_blocks(weightless(subject.name))) > 0, "no block was put in")
     subject.model = subject.build()
@@ -72,52 +72,59 @@ def plan(subject: Subject) -> None:
 
 
 def keys(subject: Subject) -> None:
-    """The base's state dict loads strictly; its keys are all there, what is new is the blocks'; half a block raises."""
+    """The base's state dict loads strictly; new keys are those of blocks alone; a part of a block is an error."""
     base, model = subject.base, subject.model
-    theirs = {key: value.shape for key, value in base.state.items()}
-    ours = {key: value.shape for key, value in model.state_dict().items()}
-    lost = [key for key in theirs if ours.get(key) != theirs[key]]
-    expect(not lost, f"{len(lost)} keys of the base are missing or have another shape, as {lost[:2]}")
+    base_shapes = {key: value.shape for key, value in base.state.items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    missing = [key for key in base_shapes if shapes.get(key) != base_shapes[key]]
+    expect(not missing, f"{len(missing)} keys of the base are missing or have another shape, as {missing[:2]}")
     prefixes = tuple(f"{path}." for path in subject.blocks)
-    strange = [key for key in ours if key not in theirs and not key.startswith(prefixes)]
-    expect(not strange, f"{len(strange)} keys are neither the base's nor a block's, as {strange[:2]}")
+    unexpected = [key for key in shapes if key not in base_shapes and not key.startswith(prefixes)]
+    expect(not unexpected, f"{len(unexpected)} keys are neither the base's nor a block's, as {unexpected[:2]}")
     model.load_state_dict(base.state, strict=True)
-    half = next(
+    dropped_key = next(
         (
-            own[0]
+            block_keys[0]
             for prefix in prefixes
-            if len(own := [key for key in ours if key.startswith(prefix) and not key.endswith("num_batches_tracked")])
+            if len(
+                block_keys := [
+                    key for key in shapes if key.startswith(prefix) and not key.endswith("num_batches_tracked")
+                ]
+            )
             > 1
         ),
         None,
     )
-    if half is None:
+    if dropped_key is None:
         return
     state = model.state_dict()
-    del state[half]
+    del state[dropped_key]
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        expect(half in str(error), f"a checkpoint without {half!r} raises something else: {error}")
+        expect(dropped_key in str(error), f"a checkpoint without {dropped_key!r} raises something else: {error}")
     else:
-        raise Wrong(f"a checkpoint without {half!r} loads")
+        raise CheckFailure(f"a checkpoint without {dropped_key!r} loads")
 
 
 def identity(subject: Subject) -> None:
-    """The base's outputs, bit for bit, with every block run exactly once."""
+    """The outputs equal the base's bit for bit, and every block runs exactly once."""
     calls: dict[str, int] = {}
-    with torch.no_grad(), counted(subject.model, calls):
+    with torch.no_grad(), count_runs(subject.model, calls):
         output, inner = forward(subject.model, subject.base.images)
-    # forward may not call forward_features, and then both were run
-    often = {path: count for path, count in calls.items() if count != 1}
-    twice = set(often.values()) == {2} and len(often) == len(subject.blocks)
-    expect(not often or (twice and not _calls_features(subject.base)), f"runs of blocks in one forward: {_some(often)}")
+    # if forward does not call forward_features, both were run
+    repeated = {path: count for path, count in calls.items() if count != 1}
+    all_twice = set(repeated.values()) == {2} and len(repeated) == len(subject.blocks)
+    expect(
+        not repeated or (all_twice and not _calls_features(subject.base)),
+        f"runs of blocks in one forward: {_listed(repeated)}",
+    )
     expect(equal(output, subject.base.output), "outputs differ at the identity start")
     expect(equal(inner, subject.base.features), "forward_features differs at the identity start")
 
 
 def features_only(subject: Subject) -> None:
-    """`features_only=True` gives what it gives of the base, some block at work and none twice, and moves with them."""
+    """`features_only=True` gives the base's features; some block runs, and none twice; they depend on the blocks."""
     base = subject.base
     if base.features_only is None:
         return
@@ -129,23 +136,23 @@ def features_only(subject: Subject) -> None:
 
 
 def feature_classes(subject: Subject) -> None:
-    """The same of every feature class that takes the base, with all of its indices; the next check moves them."""
+    """The same for every feature class that supports the base, with all of its indices."""
     base = subject.base
-    wrong = []
+    failures = []
     for kind, expected in base.kinds.items():
         try:
-            model = wrapped(subject.model, kind)
+            model = wrap(subject.model, kind)
             same_features(model, base.images, expected, kind)
             subject.kinds[kind] = model
         except TimeLimit:
             raise
         except Exception as error:
-            wrong.append(in_words(error) if isinstance(error, Wrong) else f"{kind}: {in_words(error)}")
-    expect(not wrong, "; ".join(wrong))
+            failures.append(error_text(error) if isinstance(error, CheckFailure) else f"{kind}: {error_text(error)}")
+    expect(not failures, "; ".join(failures))
 
 
 def moved(subject: Subject) -> None:
-    """Once the blocks' parameters are moved the output is another, or, where it hears no block, forward_features is."""
+    """Perturbing the blocks' parameters changes the output or, if no block affects it, forward_features."""
     base = subject.base
     move(subject.model)
     with torch.no_grad():
@@ -161,67 +168,71 @@ def moved(subject: Subject) -> None:
 
 
 def backward(subject: Subject) -> None:
-    """Every parameter of every block gets a gradient, each block is heard, and no base parameter loses its own."""
+    """All parameters of blocks get a gradient, all blocks affect an output, and the base keeps its gradients."""
     base, model = subject.base, subject.model
     prefixes = [f"{path}." for path in subject.blocks]
-    own = {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
+    block_parameters = {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     if not base.meta:
-        # deep nets go wild once gates have moved, since their norms know the base's statistics, and wild ones are deaf
-        with torch.no_grad(), settling(model):
+        # with perturbed gates the norms need new statistics, otherwise activations of deep networks would explode
+        with torch.no_grad(), calibrate_norms(model):
             model(base.images)
-    reached, heard = gradients(model, base.images, lambda model, images: forward(model, images)[0])
-    lost = sorted(base.reached - reached)
-    expect(not lost, f"{len(lost)} base parameters get no gradient any more, as {lost[:2]}")
-    # behind the last attention a head may read the class token alone: then the features tell, or the intermediates
-    further = [lambda model, images: forward(model, images)[1]]
+    reached, nonzero = gradients(model, base.images, lambda model, images: forward(model, images)[0])
+    missing = sorted(base.reached - reached)
+    expect(not missing, f"{len(missing)} base parameters get no gradient any more, as {missing[:2]}")
+    # a head may read the class token alone: then the features, or the intermediates, depend on the last blocks
+    other_outputs = [lambda model, images: forward(model, images)[1]]
     if hasattr(model, "forward_intermediates"):
-        further.append(lambda model, images: flat(model.forward_intermediates(images)))
-    for of in further:
-        if not own <= reached or not all(any(name.startswith(prefix) for name in heard) for prefix in prefixes):
-            more, louder = gradients(model, base.images, of)
-            reached, heard = reached | more, heard | louder
+        other_outputs.append(lambda model, images: flat(model.forward_intermediates(images)))
+    for outputs_of in other_outputs:
+        if not block_parameters <= reached or not all(
+            any(name.startswith(prefix) for name in nonzero) for prefix in prefixes
+        ):
+            more_reached, more_nonzero = gradients(model, base.images, outputs_of)
+            reached, nonzero = reached | more_reached, nonzero | more_nonzero
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(state[name])
-    if not all(any(name.startswith(prefix) for name in heard) for prefix in prefixes):
-        # moved blocks may drive a gate of the host's own to its end, where it hears nothing: as they were at the start
-        first = subject.build().state_dict()
+    if not all(any(name.startswith(prefix) for name in nonzero) for prefix in prefixes):
+        # perturbed blocks may saturate a gate of the base, which then has no gradient: repeat with the initial values
+        initial = subject.build().state_dict()
         with torch.no_grad():
-            moved = {
+            moved_state = {
                 name: value.clone() for name, value in model.state_dict().items() if name.startswith(tuple(prefixes))
             }
-            model.load_state_dict({name: first[name] for name in moved}, strict=False)
-            heard = heard | gradients(model, base.images, lambda model, images: forward(model, images)[0])[1]
-            model.load_state_dict(moved, strict=False)
-    silent = sorted(own - reached)
-    expect(not silent, f"{len(silent)} parameters of blocks get no gradient, as {silent[:2]}")
-    unheard = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in heard)]
-    expect(not unheard, f"{len(unheard)} of {len(prefixes)} blocks are not heard at all, as {unheard[:2]}")
+            model.load_state_dict({name: initial[name] for name in moved_state}, strict=False)
+            nonzero = nonzero | gradients(model, base.images, lambda model, images: forward(model, images)[0])[1]
+            model.load_state_dict(moved_state, strict=False)
+    without_gradient = sorted(block_parameters - reached)
+    expect(
+        not without_gradient, f"{len(without_gradient)} parameters of blocks get no gradient, as {without_gradient[:2]}"
+    )
+    unused = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in nonzero)]
+    expect(not unused, f"{len(unused)} of {len(prefixes)} blocks affect no output, as {unused[:2]}")
 
 
 def round_trip(subject: Subject) -> None:
-    """A checkpoint as safetensors, read strictly by a new surgical model, gives the same outputs."""
+    """A safetensors checkpoint, loaded strictly by a new surgical model, gives the same outputs."""
     state = subject.model.state_dict()
     if subject.base.meta:
-        fresh = subject.build()
-        shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (subject.model, fresh)]
+        rebuilt = subject.build()
+        shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (subject.model, rebuilt)]
         expect(shapes[0] == shapes[1], "a second model has other keys or shapes")
         return
-    data = safetensors.save(_apart(state))
+    data = safetensors.save(_without_sharing(state))
     del state
     subject.model = nn.Identity()  # its memory is needed
-    read = safetensors.load(data)
+    loaded = safetensors.load(data)
     del data
-    fresh = subject.build()
-    fresh.load_state_dict(read, strict=True, assign=True)
+    rebuilt = subject.build()
+    rebuilt.load_state_dict(loaded, strict=True, assign=True)
     with torch.no_grad():
-        expect(equal(forward(fresh, subject.base.images)[0], subject.output), "outputs differ after save and load")
-    subject.model = fresh
+        expect(equal(forward(rebuilt, subject.base.images)[0], subject.output), "outputs differ after save and load")
+    subject.model = rebuilt
 
 
 def removal(subject: Subject) -> None:
-    """attnsurgery.remove gives the base back: class, keys, bits."""
+    """attnsurgery.remove restores the base: class, keys, bits."""
     model, base = attnsurgery.remove(subject.model), subject.base
     expect(type(model) is type(base.model), f"the class is {type(model).__name__} and not {type(base.model).__name__}")
     expect(list(model.state_dict()) == list(base.state), "the keys, or their order, are not the base's")
@@ -249,32 +260,34 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeLimit(f"stopped after {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def examine(base: Base, suffix: str, limit: float = 600, by_default: bool = True) -> dict[str, Any]:
-    """One row of the results: what each check found. After a check that fails, those it leads to are not made.
+    """One row of the results, with the result of each check; after a fatal failure the other checks are skipped.
 
     Args:
-        limit: seconds that it may take.
-        by_default: plan the model at its default size of images as well.
+        base: the base.
+        suffix: the family of blocks.
+        limit: time limit in seconds.
+        by_default: also plan the model at its default size of images.
     """
-    began = time.perf_counter(), time.process_time()
+    start = time.perf_counter(), time.process_time()
     subject = Subject(base, suffix, by_default)
     row: dict[str, Any] = {"block": suffix, "outcome": "passed", **describe(base), "blocks": 0, "checks": {}}
     fatal = {"plan", "keys"}
     try:
-        with limited(limit):
+        with time_limit(limit):
             for name, check in CHECKS.items():
                 try:
                     check(subject)
@@ -282,16 +295,16 @@ def examine(base: Base, suffix: str, limit: float = 600, by_default: bool = True
                 except TimeLimit:
                     raise
                 except Exception as error:
-                    row["checks"][name] = in_words(error)
+                    row["checks"][name] = error_text(error)
                     row["outcome"] = "refused" if name == "plan" and is_refusal(error) else "failed"
                     if name in fatal:
                         break
                 if name == "plan":
                     row["blocks"] = len(subject.blocks)
     except TimeLimit as error:
-        row["outcome"], row["checks"]["time"] = "failed", in_words(error)
-    row["seconds"] = round(time.perf_counter() - began[0], 2)
-    row["cpu_seconds"] = round(time.process_time() - began[1], 2)
+        row["outcome"], row["checks"]["time"] = "failed", error_text(error)
+    row["seconds"] = round(time.perf_counter() - start[0], 2)
+    row["cpu_seconds"] = round(time.process_time() - start[1], 2)
     return row
 
 
@@ -299,14 +312,14 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, UsageError) and any(part in str(error) for part in TRUE_REFUSALS)
 
 
-def in_words(error: Exception) -> str:
-    said = " ".join(str(error).split())[:400]
-    return said if isinstance(error, Wrong) else f"{type(error).__name__}: {said}"
+def error_text(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, CheckFailure) else f"{type(error).__name__}: {text}"
 
 
 @torch.no_grad()
 def move(model: nn.Module) -> None:
-    """Every parameter of every block off its start, by as much as shows and saturates no gate."""
+    """Perturb every parameter of every block, enough to change outputs without saturating gates."""
     noise = Noise(5, 65537)
     for block in grafted_blocks(model).values():
         for parameter in block.parameters():
@@ -317,8 +330,8 @@ def move(model: nn.Module) -> None:
 
 
 @contextmanager
-def counted(model: nn.Module, calls: dict[str, int]) -> Iterator[None]:
-    """Count in `calls` how often each block runs."""
+def count_runs(model: nn.Module, calls: dict[str, int]) -> Iterator[None]:
+    """A context that counts in `calls` how often each block runs."""
 
     def count(path: str) -> Any:
         calls[path] = 0
@@ -339,15 +352,15 @@ def counted(model: nn.Module, calls: dict[str, int]) -> Iterator[None]:
 @torch.no_grad()
 def same_features(model: nn.Module, images: torch.Tensor, expected: Tensors, kind: str) -> None:
     calls: dict[str, int] = {}
-    with counted(model, calls):
-        found = flat(model(images))
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (found, expected)]
+    with count_runs(model, calls):
+        features = flat(model(images))
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (features, expected)]
     expect(shapes[0] == shapes[1], f"{kind}: shapes {shapes[0]} and not {shapes[1]}")
-    expect(equal(found, expected), f"{kind}: features differ at the identity start")
+    expect(equal(features, expected), f"{kind}: features differ at the identity start")
     if not calls and kind == "fx":
-        return  # a graph takes modules apart; that the blocks are in it shows when they are moved
-    often = {path: count for path, count in calls.items() if count > 1}
-    expect(not often, f"{kind}: runs of blocks: {_some(often)}")
+        return  # a graph has no modules; that the blocks are in it shows once they are perturbed
+    repeated = {path: count for path, count in calls.items() if count > 1}
+    expect(not repeated, f"{kind}: runs of blocks: {_listed(repeated)}")
     expect(sum(calls.values()) > 0, f"{kind}: none of {len(calls)} blocks runs")
 
 
@@ -369,16 +382,16 @@ def _calls_features(base: Base) -> bool:
     return bool(calls)
 
 
-def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that share memory, as tied weights do, are written twice: the format has no word for it."""
-    seen: set[int] = set()
-    apart: dict[str, torch.Tensor] = {}
+def _without_sharing(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict with copies of tensors that share memory, such as tied weights, which the format cannot store."""
+    addresses: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         address = tensor.untyped_storage().data_ptr()
-        apart[key] = tensor.clone() if address in seen else tensor.contiguous()
-        seen.add(address)
-    return apart
+        tensors[key] = tensor.clone() if address in addresses else tensor.contiguous()
+        addresses.add(address)
+    return tensors
 
 
-def _some(counts: dict[str, int]) -> str:
+def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{path} {count}" for path, count in list(counts.items())[:3]) or "none"

@@ -1,4 +1,4 @@
-"""The base of one architecture for the coverage run: built small, every weight woken, what it gives written down."""
+"""The base of one architecture for the coverage run: a small model with random weights, and its outputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import nn
 from attnsurgery.graph import find
 from attnsurgery.graph.forward_run import autocast_on_meta
 from attnsurgery.timm_plugin.architectures import weightless
-from scripts.coverage_weights import fresh, swift, weights_at_load, woken
+from scripts.coverage_weights import randomise_weights, reset_to_eval, skip_initial_values, weights_at_load
 
 BATCH = 2
 COPIES = 4
-"""Of the weights, at most, at one time: base, surgical model, and its checkpoint, which safetensors puts together of a
-copy."""
+"""Number of copies of the weights in memory at a time: base, surgical model, its checkpoint, and a copy of this that
+safetensors makes."""
 
 _SMALLEST = """
 beit_base_patch16_224 botnet26t_256 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
@@ -42,18 +42,18 @@ samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw lega
 xcit_nano_12_p8_224
 """
 SMALLEST = tuple(_SMALLEST.split())
-"""The architecture with the fewest parameters of each family, in the order of the families' names; of byoanet one that
-runs on small images."""
+"""The architecture with the fewest parameters of each family, in the order of the families; of byoanet one that runs on
+small images."""
 
 Tensors = list[torch.Tensor]
 
 
 class BaseError(Exception):
-    """The base itself does not run, or its output says nothing."""
+    """The base itself does not run, or its output is not informative."""
 
 
 def architectures() -> dict[str, str]:
-    """Every architecture of timm by name, with its family: the file of timm.models that it comes from."""
+    """Every architecture of timm by name, with its family: the module in timm.models that defines it."""
     table = _registry._model_entrypoints
     modules = {name: table[name].__module__ for name in dict.keys(table) if name not in _registry._deprecated_models}
     return {
@@ -62,7 +62,7 @@ def architectures() -> dict[str, str]:
 
 
 def flat(value: Any) -> Tensors:
-    """Every tensor of an output, whether it is one, a list, a tuple or a dictionary."""
+    """All tensors of an output that is a tensor, a list, a tuple or a dictionary."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts: Iterable[Any] = (
@@ -71,27 +71,27 @@ def flat(value: Any) -> Tensors:
     return [tensor for part in parts for tensor in flat(part)]
 
 
-def equal(ones: Tensors, others: Tensors) -> bool:
-    """The same number of tensors, the same shapes and, where there are values, the same bits."""
-    if [tensor.shape for tensor in ones] != [tensor.shape for tensor in others]:
+def equal(first: Tensors, second: Tensors) -> bool:
+    """Whether two lists of tensors have the same shapes and, except on meta, the same bits."""
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         return False
-    return all(one.is_meta or torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+    return all(a.is_meta or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @contextmanager
-def surveyed_once() -> Iterator[None]:
-    """Models of one class, the same names and shapes, and the same size of images are surveyed once between them."""
+def cached_surveys() -> Iterator[None]:
+    """A context in which models of the same class, names, shapes and size of images are surveyed only once."""
     survey = find.survey
-    known: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}
 
-    def remembered(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Any:
+    def cached_survey(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Any:
         shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
         key = type(model), input_size, shapes
-        if key not in known:
-            known[key] = survey(model, input_size)
-        return known[key]
+        if key not in cache:
+            cache[key] = survey(model, input_size)
+        return cache[key]
 
-    find.survey = remembered
+    find.survey = cached_survey
     try:
         yield
     finally:
@@ -99,13 +99,13 @@ def surveyed_once() -> Iterator[None]:
 
 
 def forward(model: nn.Module, images: torch.Tensor) -> tuple[Tensors, Tensors]:
-    """The output and what forward_features gave on the way; that is called by itself where forward does not."""
+    """The output, and that of forward_features, which is called separately if forward does not call it."""
     inner = getattr(model, "forward_features", None)
-    seen: list[Any] = []
+    features: list[Any] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(inner(*args, **kwargs))
-        return seen[-1]
+        features.append(inner(*args, **kwargs))
+        return features[-1]
 
     if inner is None:
         return flat(model(images)), []
@@ -114,25 +114,25 @@ def forward(model: nn.Module, images: torch.Tensor) -> tuple[Tensors, Tensors]:
         output = flat(model(images))
     finally:
         del model.forward_features
-    return output, flat(seen[0] if seen else inner(images))
+    return output, flat(features[0] if features else inner(images))
 
 
 def gradients(
-    model: nn.Module, images: torch.Tensor, of: Callable[[nn.Module, torch.Tensor], Tensors]
+    model: nn.Module, images: torch.Tensor, outputs_of: Callable[[nn.Module, torch.Tensor], Tensors]
 ) -> tuple[set[str], set[str]]:
-    """Names of the parameters that one backward reaches at all, and of those it would move.
+    """Names of the parameters that get a gradient in one backward pass, and of those whose gradient is not zero.
 
-    Gradients are let go as they come, so that none but the largest is held.
+    Gradients are freed as they are computed, to save memory.
     """
-    fresh(model)
+    reset_to_eval(model)
     reached: set[str] = set()
-    moved: set[str] = set()
+    nonzero: set[str] = set()
 
     def note(name: str) -> Any:
         def hook(parameter: torch.Tensor) -> None:
             reached.add(name)
             if parameter.grad is not None and (parameter.grad.is_meta or bool(parameter.grad.any())):
-                moved.add(name)
+                nonzero.add(name)
             parameter.grad = None
 
         return hook
@@ -144,7 +144,7 @@ def gradients(
     ]
     try:
         with torch.enable_grad():
-            outputs = of(model, images)
+            outputs = outputs_of(model, images)
             generator = torch.Generator().manual_seed(3)
             loss = sum(
                 (tensor * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
@@ -156,11 +156,11 @@ def gradients(
     finally:
         for handle in handles:
             handle.remove()
-    return reached, moved
+    return reached, nonzero
 
 
-def wrapped(model: nn.Module, kind: str) -> nn.Module:
-    """The model in one of timm's feature classes, at all of its indices; weights are shared, modules are not."""
+def wrap(model: nn.Module, kind: str) -> nn.Module:
+    """A copy of the model, with shared weights, in one of timm's feature classes, with all feature indices."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     twin = copy.deepcopy(model, shared)
@@ -170,8 +170,8 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
             return features.FeatureListNet(twin, out_indices=indices, flatten_sequential=True).eval()
         return _CLASSES[kind](twin, out_indices=indices).eval()
     finally:
-        for parameter, was in learns:  # efficientvim freezes one where its head is taken off
-            parameter.requires_grad_(was)
+        for parameter, flag in learns:  # efficientvim freezes a parameter when its head is removed
+            parameter.requires_grad_(flag)
 
 
 _CLASSES: dict[str, Callable[..., nn.Module]] = {
@@ -181,14 +181,14 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "fx": FeatureGraphNet,
 }
 KINDS = ("hook", "list", "flat list", "getter", "fx")
-"""timm's feature classes, lists with and without their sequences taken apart."""
+"""timm's feature classes, lists with and without flattened sequences."""
 QUICK = KINDS[:-1]
-"""Those that cost no more than a copy. A graph of a whole model can take torchvision longer than all other checks."""
+"""Those that are as fast as a copy. Tracing a whole model can take torchvision longer than all other checks."""
 
 
 @dataclass
 class Base:
-    """A woken base in eval mode and what it gives for its images."""
+    """A base with random weights in eval mode, its images and its outputs."""
 
     arch: str
     kwargs: dict[str, Any]
@@ -200,7 +200,7 @@ class Base:
     reached: set[str]
     parameters: int
     features_only: Tensors | None = None
-    """What `features_only=True` gives; None where timm has no such thing for the architecture."""
+    """The features of `features_only=True`; None where timm does not support it for the architecture."""
     kinds: dict[str, Tensors] = field(default_factory=dict)
 
     @property
@@ -208,13 +208,13 @@ class Base:
         return self.images.is_meta
 
     def build(self, name: str, **more: Any) -> nn.Module:
-        """A model by name, of the same size of images and on the same device; its weights say nothing yet."""
+        """A model by name, for the same size of images and on the same device; its weights are not set."""
         with torch.device("meta") if self.meta else nullcontext():
             return timm.create_model(name, **self.kwargs, **more).eval()
 
 
 def sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Heights and widths to try, smallest first: not square, three patches a side or more, or two positions at last."""
+    """Heights and widths to try, the smallest first: mostly not square, with at least two final positions a side."""
     infos = [dict(info) for info in getattr(model, "feature_info", None) or [{"reduction": 32}]]
     strides = {int(info["reduction"]) for info in infos}
     stride = min(max(strides), 64)
@@ -227,29 +227,31 @@ def sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def find_base(arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS) -> Base:
-    """The base at the smallest size it takes, on real tensors where COPIES of them fit into `max_bytes`, else on meta.
+    """The base at the smallest possible size of images.
 
     Args:
-        kinds: the feature classes to try it in.
+        arch: the architecture.
+        max_bytes: memory for the weights; if COPIES of them do not fit, the base is on the meta device.
+        kinds: the feature classes to try.
 
     Raises:
-        BaseError: at no size does it run and tell images apart.
+        BaseError: it runs at no size, or its output does not depend on the image.
     """
     plain = weightless(arch).eval()
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     meta = parameters * 4 * COPIES > max_bytes
-    said: list[str] = []
+    errors: list[str] = []
     sized = _takes_img_size(arch)
     for size in dict.fromkeys(sizes(plain)):
-        # what is built for these images: maps that blocks are fitted to, and positions that are learned
+        # the model is built for these images: blocks are fitted to its maps, and it has position embeddings
         shape = (channels_of(plain), *size)
         kwargs = {"img_size": size} if sized else {"pretrained_cfg_overlay": {"input_size": shape}}
         try:
             _try_on_meta(arch, plain, kwargs, size)
             return _measured(arch, kwargs, size, meta, parameters, kinds)
-        except Exception as error:  # the architecture's own, of any kind: this size is not for it
-            said.append(f"{size[0]}x{size[1]}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
-    raise BaseError(f"runs at no size; {said[0]}; {said[-1]}")
+        except Exception as error:  # architectures raise exceptions of any class for sizes that they do not support
+            errors.append(f"{size[0]}x{size[1]}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+    raise BaseError(f"runs at no size; {errors[0]}; {errors[-1]}")
 
 
 def _takes_img_size(arch: str) -> bool:
@@ -276,59 +278,63 @@ def channels_of(model: nn.Module) -> int:
 def _measured(
     arch: str, kwargs: dict[str, Any], size: tuple[int, int], meta: bool, parameters: int, kinds: tuple[str, ...]
 ) -> Base:
-    with swift(poison=not meta), torch.device("meta") if meta else nullcontext():
+    with skip_initial_values(poison=not meta), torch.device("meta") if meta else nullcontext():
         model = timm.create_model(arch, **kwargs).eval()
     shape = (BATCH, channels_of(model), *size)
     if meta:
         images = torch.empty(shape, device="meta")
     else:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        woken(model, images)
+        randomise_weights(model, images)
     reached, _ = gradients(model, images, lambda model, images: forward(model, images)[0])
-    with torch.no_grad():  # with gradients, torch takes other kernels, which round otherwise
-        output, inner = forward(fresh(model), images)
+    with torch.no_grad():  # with gradients, torch uses other kernels, whose rounding differs
+        output, inner = forward(reset_to_eval(model), images)
     if not meta:
-        _check_telling([*output, *inner])
+        _check_informative([*output, *inner])
     base = Base(arch, kwargs, images, model, model.state_dict(), output, inner, reached, parameters)
     _note_features(base, kinds)
     return base
 
 
-def _check_telling(tensors: Tensors) -> None:
-    """Raises BaseError where equality of such outputs would prove nothing."""
+def _check_informative(tensors: Tensors) -> None:
+    """Check that equality of such outputs is meaningful.
+
+    Raises:
+        BaseError: they are not finite, or hardly depend on the image.
+    """
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise BaseError("its output is not finite")
-    telling = [t for t in tensors if t.is_floating_point() and t.shape[0] == BATCH and t.numel() > BATCH]
-    if not telling or any(float((t[0] - t[1]).abs().max()) < 1e-3 * float(t.abs().max()) for t in telling):
+    informative = [t for t in tensors if t.is_floating_point() and t.shape[0] == BATCH and t.numel() > BATCH]
+    if not informative or any(float((t[0] - t[1]).abs().max()) < 1e-3 * float(t.abs().max()) for t in informative):
         raise BaseError("its output hardly depends on the image")
 
 
 @torch.no_grad()
 def _note_features(base: Base, kinds: tuple[str, ...]) -> None:
     try:
-        with swift(), weights_at_load(base.state):
+        with skip_initial_values(), weights_at_load(base.state):
             model = base.build(base.arch, features_only=True, pretrained=True)
         base.features_only = flat(model(base.images))
-    except Exception:  # timm has no such model, and says so in many ways
+    except Exception:  # timm raises exceptions of many classes where it has no such model
         base.features_only = None
     for kind in kinds:
         if kind == "flat list" and "list" in base.kinds:
             continue
         try:
-            found = flat(wrapped(base.model, kind)(base.images))
+            class_features = flat(wrap(base.model, kind)(base.images))
         except Exception:
             continue
-        # a hook on tnt gets the first of the two tensors that its blocks return: pixels of patches, not of images,
-        # and nothing that happens to the tokens is ever heard there
-        of_images = all(tensor.shape[:1] == (BATCH,) for tensor in found)
-        # a list runs children in a row, also where forward does more: a ViT's then lack position and class token
-        faithful = "list" not in kind or "hook" not in base.kinds or equal(found, base.kinds["hook"])
-        if found and of_images and faithful:  # on coat a hook waits for lists that nobody calls, and gets nothing
-            base.kinds[kind] = found
+        # a hook on tnt gets the first of the two tensors that its blocks return: pixels of patches and not of images,
+        # which do not depend on the tokens
+        of_images = all(tensor.shape[:1] == (BATCH,) for tensor in class_features)
+        # a list runs children in sequence, also where forward does more: those of a ViT lack position and class token
+        faithful = "list" not in kind or "hook" not in base.kinds or equal(class_features, base.kinds["hook"])
+        if class_features and of_images and faithful:  # hooks on coat get nothing: its lists are never called
+            base.kinds[kind] = class_features
 
 
 def describe(base: Base) -> dict[str, Any]:
-    """What of a base goes into a row of the results."""
+    """The fields of a row of results that describe the base."""
     return {
         "tensors": "meta" if base.meta else "real",
         "size": list(base.images.shape[2:]),

@@ -1,4 +1,4 @@
-"""The results of the coverage run in words: docs/coverage.md, and the list of what failed."""
+"""Reports of the coverage run: docs/coverage.md, and the list of failures."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HEAD = """# Coverage: every timm architecture, every family of blocks
 Written by `scripts/coverage --report` from a run of `scripts/coverage{shards}` that ended on {date}: timm {timm}, torch
 {torch}, attnsurgery {attnsurgery}. {hours:.1f} hours of processor time, from first to last line {wall:.1f} hours.
 
-For each architecture and each block, the model `<architecture>_<block>` (all stages) goes through these checks, at the
-smallest images that the architecture takes, in eval mode, with random weights none of which is zero. Feature classes
-other than the one that `features_only=True` takes are tried in a small architecture of each family.
+For each architecture and each block, the model `<architecture>_<block>` (all stages) goes through these checks, with
+the smallest images that the architecture supports, in eval mode, with random nonzero weights. Feature classes other
+than that of `features_only=True` are tried in a small architecture of each family.
 
 {checks}
 
-*real* is with numbers. *meta* is without: models whose weights, {copies} times over, did not fit into the memory that a
-process was given. There the blocks, keys, shapes, gradients and structure are checked, and nothing can be said about
-values. *refused* is an error of ours that says truly why there can be no such model; it is never counted as passed.
+*real* models have values. *meta* models have none: {copies} copies of their weights did not fit into the memory of a
+process. Of these, blocks, keys, shapes, gradients and structure are checked, and no values. *refused* is an error that
+says rightly why there can be no such model; it is not counted as passed.
 
 | block | passed, real | passed, meta | refused | failed | not run | of |
 |---|---:|---:|---:|---:|---:|---:|
@@ -41,29 +41,32 @@ values. *refused* is an error of ours that says truly why there can be no such m
 def failures(rows: Iterable[Row]) -> Iterator[str]:
     """One line for each check that did not pass."""
     for row in sorted(rows, key=lambda row: (row["family"], row["arch"], row["block"])):
-        for check, said in row["checks"].items():
-            if said != "passed":
+        for check, result in row["checks"].items():
+            if result != "passed":
                 mark = "refused" if row["outcome"] == "refused" else "FAILED"
-                yield f"{row['family']} {row['arch']} {row['block']} {check} {mark} {said}"
+                yield f"{row['family']} {row['arch']} {row['block']} {check} {mark} {result}"
 
 
 def write(rows: dict[tuple[str, str], Row], families: dict[str, str]) -> str:
-    """docs/coverage.md and docs/benchmarks/coverage.json; gives back what was written in a sentence."""
+    """Write docs/coverage.md and docs/benchmarks/coverage.json; returns a summary."""
     rows = {pair: row for pair, row in rows.items() if pair[0] in families}
     TABLE.write_text(in_markdown(rows, families), encoding="utf-8")
     FIGURES.write_text(in_json(rows, families), encoding="utf-8")
     counts = Counter(row["outcome"] for row in rows.values())
-    of = len(families) * len(SUFFIXES)
-    return f"{TABLE}: of {of} pairs {counts['passed']} passed, {counts['refused']} refused, {counts['failed']} failed."
+    total = len(families) * len(SUFFIXES)
+    return (
+        f"{TABLE}: of {total} pairs {counts['passed']} passed, {counts['refused']} refused, {counts['failed']} failed."
+    )
 
 
 def in_markdown(rows: dict[tuple[str, str], Row], families: dict[str, str]) -> str:
     from scripts.coverage_hosts import COPIES
 
-    when = sorted(row["time"] for row in rows.values())
-    ends = [datetime.fromisoformat(time) for time in (when[0], when[-1])]
+    times = sorted(row["time"] for row in rows.values())
+    ends = [datetime.fromisoformat(time) for time in (times[0], times[-1])]
     versions = {
-        of: ", ".join(sorted({row["versions"][of] for row in rows.values()})) for of in ("timm", "torch", "attnsurgery")
+        package: ", ".join(sorted({row["versions"][package] for row in rows.values()}))
+        for package in ("timm", "torch", "attnsurgery")
     }
     head = HEAD.format(
         shards=" --shard K/2",
@@ -82,15 +85,15 @@ def in_markdown(rows: dict[tuple[str, str], Row], families: dict[str, str]) -> s
 
 def _totals(rows: dict[tuple[str, str], Row], architectures: int) -> Iterator[str]:
     for suffix in SUFFIXES:
-        own = [row for (_, block), row in rows.items() if block == suffix]
-        counts = Counter((row["outcome"], row.get("tensors")) for row in own)
-        by_outcome = Counter(row["outcome"] for row in own)
+        block_rows = [row for (_, block), row in rows.items() if block == suffix]
+        counts = Counter((row["outcome"], row.get("tensors")) for row in block_rows)
+        by_outcome = Counter(row["outcome"] for row in block_rows)
         cells = (
             counts["passed", "real"],
             counts["passed", "meta"],
             by_outcome["refused"],
             by_outcome["failed"],
-            architectures - len(own),
+            architectures - len(block_rows),
             architectures,
         )
         yield f"| {suffix} | {' | '.join(f'{cell:,}' for cell in cells)} |\n"
@@ -117,38 +120,38 @@ def _kind(rows: dict[tuple[str, str], Row], arch: str) -> str | None:
 
 
 def _by_reason(rows: Iterable[Row]) -> Iterator[str]:
-    """Reasons with what is particular to a model left out, each with the pairs that gave it."""
+    """Reasons without names and numbers of single models, each with the pairs that have it."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     examples: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: (row["arch"], row["block"])):
-        for check, said in row["checks"].items():
-            if said == "passed":
+        for check, result in row["checks"].items():
+            if result == "passed":
                 continue
-            general = re.sub(r"'[^']*'|\b[\w.]*\d[\w.]*\b", "…", f"{check}: {said}".replace(row["arch"], "…"))
+            general = re.sub(r"'[^']*'|\b[\w.]*\d[\w.]*\b", "…", f"{check}: {result}".replace(row["arch"], "…"))
             groups[general][row["block"]].append(row["arch"])
-            examples.setdefault(general, f"{check}: {said}")
+            examples.setdefault(general, f"{check}: {result}")
     if not groups:
         yield "None.\n"
-    for general, of in sorted(groups.items(), key=lambda item: -sum(map(len, item[1].values()))):
-        yield f"* {sum(map(len, of.values()))}: `{examples[general].replace('`', chr(39))}`\n"
-        for block, archs in sorted(of.items()):
+    for general, by_block in sorted(groups.items(), key=lambda item: -sum(map(len, item[1].values()))):
+        yield f"* {sum(map(len, by_block.values()))}: `{examples[general].replace('`', chr(39))}`\n"
+        for block, archs in sorted(by_block.items()):
             yield f"  * {block}, {len(archs)}: {', '.join(archs)}\n"
 
 
 def in_json(rows: dict[tuple[str, str], Row], families: dict[str, str]) -> str:
-    """One line an architecture: size of images, real or meta, and of each block the outcome and how many there are."""
+    """One line for each architecture: size of images, real or meta, and by block the outcome and number of blocks."""
     lines = []
     for arch, family in families.items():
-        own = {suffix: rows[arch, suffix] for suffix in SUFFIXES if (arch, suffix) in rows}
-        if not own:
+        arch_rows = {suffix: rows[arch, suffix] for suffix in SUFFIXES if (arch, suffix) in rows}
+        if not arch_rows:
             continue
-        some = next(iter(own.values()))
+        first = next(iter(arch_rows.values()))
         record = {
             "family": family,
-            "tensors": some.get("tensors"),
-            "size": some.get("size"),
-            "parameters": some.get("parameters"),
-            **{suffix: [row["outcome"], row["blocks"]] for suffix, row in own.items()},
+            "tensors": first.get("tensors"),
+            "size": first.get("size"),
+            "parameters": first.get("parameters"),
+            **{suffix: [row["outcome"], row["blocks"]] for suffix, row in arch_rows.items()},
         }
         lines.append(f"{json.dumps(arch)}: {json.dumps(record)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,7 +1,7 @@
-"""Weights for the models of the coverage run: built without initial values, every one of them woken.
+"""Random weights for the models of the coverage run, which are built without initial values.
 
-Building is quick because random initial values are left out: all of them are overwritten by `woken`. What memory
-held before is NaN in a base, so a tensor that `woken` misses shows in its output.
+Building is fast without random initial values, which `randomise_weights` overwrites anyway. In a base, uninitialised
+memory is NaN, so a tensor that `randomise_weights` misses shows in its output.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from attnsurgery.surgery import operate as surgery
 
 @dataclass
 class Built:
-    """What was built while `swift` was on."""
+    """Counts what is built in the context of `skip_initial_values`."""
 
     blocks: int = 0
+    """Number of attention blocks."""
 
 
 @contextmanager
-def swift(poison: bool = False) -> Iterator[Built]:
-    """Models are built without random initial values, attention blocks with them.
+def skip_initial_values(poison: bool = False) -> Iterator[Built]:
+    """A context in which models are built without random initial values, and attention blocks with them.
 
     Args:
-        poison: fill what would stay uninitialised with NaN.
+        poison: fill uninitialised memory with NaN.
     """
     built = Built()
     make_block = surgery.build_block
     fillers = [(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_")]
-    # these also shift and clamp, each a walk through all of the memory
+    # these also shift and clamp, each in a pass over all of the memory
     fillers += [(nn.init, "orthogonal_"), (nn.init, "_no_grad_trunc_normal_"), (weight_init, "_trunc_normal_")]
-    kept = [getattr(holder, name) for holder, name in fillers]
+    originals = [getattr(holder, name) for holder, name in fillers]
 
     def enable() -> None:
         for holder, name in fillers:
             setattr(holder, name, _returns_self)
-        torch.use_deterministic_algorithms(poison)  # then torch.empty gives NaN
+        torch.use_deterministic_algorithms(poison)  # makes torch.empty return NaN
 
     def disable() -> None:
-        for (holder, name), filler in zip(fillers, kept, strict=True):
+        for (holder, name), filler in zip(fillers, originals, strict=True):
             setattr(holder, name, filler)
         torch.use_deterministic_algorithms(False)
 
@@ -74,14 +75,14 @@ def _returns_self(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tens
 
 @contextmanager
 def weights_at_load(state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """`pretrained=True` loads this state dict, at the moment and in the way timm loads published weights."""
+    """A context in which `pretrained=True` loads this state dict, when timm would load published weights."""
     load = _builder.load_pretrained
 
-    def load_ours(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        own = model.state_dict()
-        model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=True)
+    def load_state(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        names = model.state_dict()
+        model.load_state_dict({key: value for key, value in state.items() if key in names}, strict=True)
 
-    _builder.load_pretrained = load_ours
+    _builder.load_pretrained = load_state
     try:
         yield
     finally:
@@ -89,34 +90,34 @@ def weights_at_load(state: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 class Noise:
-    """Normal random numbers at the speed of a copy: slices of one pool, whose length is prime, so that rows differ."""
+    """Fast normal random numbers: slices of a pool, whose length is prime, so that rows of weights differ."""
 
     def __init__(self, seed: int, length: int = 1048583) -> None:
         self.pool = torch.randn(length, generator=torch.Generator().manual_seed(seed))
         self.at = 0
 
     def fill(self, tensor: torch.Tensor, scale: float, shift: float = 0.0) -> None:
-        """Overwrite the tensor with numbers of this mean and standard deviation."""
-        rest = tensor.view(-1) if tensor.is_contiguous() else tensor.new_empty(tensor.numel())
-        whole = rest
-        while rest.numel():
-            part = self.pool[self.at : self.at + rest.numel()].to(tensor.dtype)
-            torch.mul(part, scale, out=rest[: part.numel()])
+        """Overwrite a tensor with numbers of standard deviation `scale` and mean `shift`."""
+        remaining = tensor.view(-1) if tensor.is_contiguous() else tensor.new_empty(tensor.numel())
+        values = remaining
+        while remaining.numel():
+            part = self.pool[self.at : self.at + remaining.numel()].to(tensor.dtype)
+            torch.mul(part, scale, out=remaining[: part.numel()])
             self.at = (self.at + part.numel()) % self.pool.numel()
-            rest = rest[part.numel() :]
+            remaining = remaining[part.numel() :]
         if shift:
-            whole += shift
+            values += shift
         if not tensor.is_contiguous():
-            tensor.copy_(whole.view(tensor.shape))
+            tensor.copy_(values.view(tensor.shape))
 
 
 @torch.no_grad()
-def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Every parameter random and none zero, every batch norm with the statistics that these images have, eval mode.
+def randomise_weights(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Set all parameters to random nonzero numbers, and all batch norms to the statistics of these images; eval mode.
 
-    timm starts the last norm of residual branches and layer scales at zero or nearly so: on a fresh model whatever
-    stands there sees zeros. With random weights of unit gain some nets, those without norms, would still die or explode
-    on the way; so each layer whose output leaves the range of 1/4 to 4 in a first run is scaled to 1.
+    timm initialises the last norm of residual branches, and layer scales, with zero or nearly zero, so the input of
+    blocks behind them would be zero. With random weights of unit gain the activations of networks without norms would
+    vanish or explode, so each layer whose output has a standard deviation outside of 1/4 to 4 is rescaled to 1.
     """
     noise = Noise(0)
     for name, parameter in model.named_parameters():
@@ -129,11 +130,11 @@ def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
             noise.fill(parameter, 1 / math.sqrt(fan_in(parameter)))
     scaled: set[int] = set()
 
-    def tame(layer: nn.Module, args: Any, output: Any) -> Any:
+    def rescale(layer: nn.Module, args: Any, output: Any) -> Any:
         if id(layer) in scaled or not isinstance(output, torch.Tensor):
             return None
         scaled.add(id(layer))
-        size = max(float(output.std()), 0.01)  # what is nearly constant must not be blown up
+        size = max(float(output.std()), 0.01)  # an output that is nearly constant must not be scaled up
         if not math.isfinite(size) or 0.25 < size < 4 or size == 0:
             return None
         for parameter in (layer.weight, layer.bias):
@@ -142,33 +143,33 @@ def woken(model: nn.Module, images: torch.Tensor) -> nn.Module:
         return output / size
 
     layers = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv2d", "Conv2dSame")]
-    handles = [layer.register_forward_hook(tame) for layer in layers]
+    handles = [layer.register_forward_hook(rescale) for layer in layers]
     try:
-        with settling(model):
+        with calibrate_norms(model):
             model.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
-    return fresh(model)
+    return reset_to_eval(model)
 
 
 @contextmanager
-def settling(model: nn.Module) -> Iterator[None]:
-    """In the next run, in eval mode, let each batch norm take the statistics of what it is given."""
-    done: set[int] = set()
+def calibrate_norms(model: nn.Module) -> Iterator[None]:
+    """A context in which each batch norm sets its running statistics to those of its first input, in eval mode."""
+    calibrated: set[int] = set()
 
-    def settle(norm: nn.Module, args: Any) -> None:
-        if id(norm) in done:
+    def calibrate(norm: nn.Module, args: Any) -> None:
+        if id(norm) in calibrated:
             return
-        done.add(id(norm))
+        calibrated.add(id(norm))
         dimensions = [0, *range(2, args[0].ndim)]
         norm.running_mean.copy_(args[0].mean(dimensions))
-        spread = args[0].var(dimensions, unbiased=False)
-        # a channel that hardly varies here would be blown up beyond measure as soon as it does
-        norm.running_var.copy_(spread.clamp(min=0.1 * float(spread.mean()) + 1e-6))
+        variance = args[0].var(dimensions, unbiased=False)
+        # a channel that hardly varies here would be scaled up excessively as soon as it does
+        norm.running_var.copy_(variance.clamp(min=0.1 * float(variance.mean()) + 1e-6))
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    handles = [norm.register_forward_pre_hook(settle) for norm in norms]
+    handles = [norm.register_forward_pre_hook(calibrate) for norm in norms]
     try:
         yield
     finally:
@@ -177,10 +178,10 @@ def settling(model: nn.Module) -> Iterator[None]:
 
 
 def fan_in(parameter: torch.Tensor) -> int:
-    """How many inputs a weight adds up; what comes first in a batch of one, positions or tokens, adds up nothing."""
+    """Number of inputs that a weight sums; 4 where the first dimension is 1, as in position embeddings."""
     return math.prod(parameter.shape[1:]) if parameter.shape[0] > 1 else 4
 
 
-def fresh(model: nn.Module) -> nn.Module:
-    """In eval mode, without what runs before have left: levit's attention biases, which then get no gradient."""
+def reset_to_eval(model: nn.Module) -> nn.Module:
+    """The model in eval mode without cached values of earlier runs, such as levit's attention biases."""
     return model.train().eval()

@@ -1,7 +1,7 @@
-"""The coverage run on models that are not bare: surgery in a larger whole does what it does in the model itself.
+"""The coverage run on wrapped models: surgery in a larger module does the same as in the model itself.
 
 For each architecture and block, the surgical model is built by its name, and the same recipe is applied to the model in
-each of WHOLES. Places, outputs and trained weights must be the same.
+each of WRAPPERS. Places, outputs and the effect of trained weights must be the same.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import nn
 import attnsurgery
 from attnsurgery.surgery.operate import grafted_blocks, operated
 from attnsurgery.timm_plugin import registry
-from scripts.coverage_checks import Wrong, expect, in_words, is_refusal, limited, move
+from scripts.coverage_checks import CheckFailure, error_text, expect, is_refusal, move, time_limit
 from scripts.coverage_hosts import Base, BaseError, describe, equal, find_base, flat
 
 
 class Lightning(nn.Module):
-    """What a LightningModule is to its network."""
+    """A module that holds its network as a LightningModule does."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -33,21 +33,27 @@ class Lightning(nn.Module):
         return self.network(x)
 
 
-WHOLES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+WRAPPERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
     "bare": ("", lambda model: model),
     "sequential": ("0.", lambda model: nn.Sequential(model, nn.Identity())),
     "lightning": ("network.", Lightning),
 }
-"""By name, with what paths of the model begin with there."""
+"""By name, the prefix of the model's paths in the larger module, and the function that wraps the model."""
 
 
 def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: float = 600) -> Iterator[dict[str, Any]]:
-    """The result of each block in turn, as `coverage.rows_of` gives it."""
+    """A row for each block, as `coverage.rows_of`."""
     try:
         base = find_base(arch, max_bytes, ())
     except BaseError as error:
         for block in blocks:
-            yield {"block": block, "outcome": "failed", "blocks": 0, "checks": {"base": in_words(error)}, "seconds": 0}
+            yield {
+                "block": block,
+                "outcome": "failed",
+                "blocks": 0,
+                "checks": {"base": error_text(error)},
+                "seconds": 0,
+            }
         return
     for block in blocks:
         yield examine(base, block, pair_seconds)
@@ -55,62 +61,64 @@ def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: fl
 
 def examine(base: Base, suffix: str, limit: float = 600) -> dict[str, Any]:
     """One row of the results."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     row: dict[str, Any] = {"block": suffix, "outcome": "passed", **describe(base), "blocks": 0, "checks": {}}
     try:
-        with limited(limit):
+        with time_limit(limit):
             trained = base.build(f"{base.arch}_{suffix}")
             trained.load_state_dict(base.state, strict=True)
             row["blocks"] = len(grafted_blocks(trained))
-            for name in WHOLES:
-                row["checks"][name] = _said(lambda name=name: compare(base, trained, name))
+            for name in WRAPPERS:
+                row["checks"][name] = _result(lambda name=name: compare(base, trained, name))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        row["checks"]["plan"] = in_words(error) if isinstance(error, Exception) else str(error)
+        row["checks"]["plan"] = error_text(error) if isinstance(error, Exception) else str(error)
         row["outcome"] = "refused" if isinstance(error, Exception) and is_refusal(error) else "failed"
-    if row["outcome"] == "passed" and any(said != "passed" for said in row["checks"].values()):
+    if row["outcome"] == "passed" and any(result != "passed" for result in row["checks"].values()):
         row["outcome"] = "failed"
-    row["seconds"] = round(time.perf_counter() - began, 2)
+    row["seconds"] = round(time.perf_counter() - start, 2)
     return row
 
 
-def _said(check: Callable[[], None]) -> str:
+def _result(check: Callable[[], None]) -> str:
     try:
         check()
     except Exception as error:
-        return in_words(error)
+        return error_text(error)
     return "passed"
 
 
 def compare(base: Base, trained: nn.Module, name: str) -> None:
-    """Surgery in one whole against surgery in the model itself.
+    """Compare surgery in one of the larger modules with surgery in the model itself.
 
     Raises:
-        Wrong: they differ.
+        CheckFailure: they differ.
     """
-    prefix, wrap = WHOLES[name]
+    prefix, wrap = WRAPPERS[name]
     size = tuple(base.images.shape[1:])
-    recipe = registry.recipe_by_name(str(trained.pretrained_cfg["architecture"]))  # by words, which have no addresses
+    recipe = registry.recipe_by_name(str(trained.pretrained_cfg["architecture"]))  # without addresses of single modules
     if recipe is None:
-        raise Wrong("the name of the surgical model has no recipe")
+        raise CheckFailure("the name of the surgical model has no recipe")
     model = base.build(base.arch)
     model.load_state_dict(base.state, strict=True)
-    whole = attnsurgery.operate(wrap(model).eval(), recipe, (size[0], size[1], size[2]))
-    expect(list(grafted_blocks(whole)) == [prefix + path for path in grafted_blocks(trained)], "blocks are elsewhere")
-    expect(_places(whole, prefix) == _places(trained, ""), "layouts, tokens or grids differ")
+    wrapped = attnsurgery.operate(wrap(model).eval(), recipe, (size[0], size[1], size[2]))
+    expect(list(grafted_blocks(wrapped)) == [prefix + path for path in grafted_blocks(trained)], "blocks are elsewhere")
+    expect(_places(wrapped, prefix) == _places(trained, ""), "layouts, tokens or grids differ")
     with torch.no_grad():
-        expect(equal(flat(whole(base.images)), flat(base.model(base.images))), "outputs differ at the identity start")
-        move(whole)
+        expect(equal(flat(wrapped(base.images)), flat(base.model(base.images))), "outputs differ at the identity start")
+        move(wrapped)
         trained.load_state_dict(model.state_dict(), strict=True)
-        expect(equal(flat(whole(base.images)), flat(trained(base.images))), "trained weights give other numbers")
-        attnsurgery.remove(whole)
-        expect(equal(flat(whole(base.images)), flat(base.model(base.images))), "outputs differ once blocks are removed")
+        expect(equal(flat(wrapped(base.images)), flat(trained(base.images))), "trained weights give other numbers")
+        attnsurgery.remove(wrapped)
+        expect(
+            equal(flat(wrapped(base.images)), flat(base.model(base.images))), "outputs differ once blocks are removed"
+        )
     expect(list(model.state_dict()) == list(base.state), "the keys, or their order, are not the base's")
 
 
 def _places(model: nn.Module, prefix: str) -> list[Any]:
-    """What surgery has noted of each place, by paths in the model itself."""
+    """The record of each place, with paths in the model itself."""
     return [
         dataclasses.replace(
             graft,

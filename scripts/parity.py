@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""timm's attention models against their plain models after surgery, bit for bit; writes docs/parity.md.
+"""Compares timm's attention models bit for bit with their plain models after surgery; writes docs/parity.md.
 
     python scripts/parity.py                   every pair; minutes, and about 2 GB for the largest
     python scripts/parity.py seresnet50 ...    some of them, printed only
 
 For each pair the attention model gets random weights and statistics, all different from their initial values. The plain
-model is operated on with `start: paper`, loads those weights strictly, and the two are compared by `torch.equal`: the
-outputs in eval and in train mode, the gradients of the input and of every parameter, and the running statistics after.
-That the comparison can fail is seen from a third run, in which the weights of one block are changed.
+model is operated on with `start: paper` and loads these weights strictly. Then the two are compared by `torch.equal`:
+the outputs in eval and in train mode, the gradients of the input and of every parameter, and the running statistics. A
+third run, in which the weights of one block are changed, shows that the comparison can fail.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FALSE_FRIENDS = tuple(
         ("vovnet57a", "ese_vovnet57b", ("0.blocks.0", "1.blocks.0", "2.blocks.3", "3.blocks.2")),
     )
 )
-"""Pairs that match in every name and shape and compute something else: the second adds a residual."""
+"""Pairs with equal names and shapes that compute something else: the second adds a residual."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class Result:
 
 
 def side_of(pair: Pair) -> int:
-    """Pixels of a square image: bilinear attention cuts its smallest map, of stride 32, into 8 x 8 blocks."""
+    """Height and width of the images: bilinear attention divides its smallest map, of stride 32, into 8 x 8 blocks."""
     return 256 if "bat_" in pair.stock else 64
 
 
 def compare(pair: Pair) -> Result:
-    """Build both, load strictly, compare.
+    """Build both models, load the weights strictly, and compare.
 
     Raises:
-        RuntimeError: the weights do not load; the outputs say nothing: not finite, or the same for any block or image.
+        RuntimeError: the weights do not load; or the outputs are not finite, or do not depend on blocks or images.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     side = side_of(pair)
     torch.manual_seed(0)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    theirs = awake(timm.create_model(pair.stock, num_classes=10), images)
-    ours = attnsurgery.operate(timm.create_model(pair.base, num_classes=10), paper(pair))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    stock = randomise(timm.create_model(pair.stock, num_classes=10), images)
+    surgical = attnsurgery.operate(timm.create_model(pair.base, num_classes=10), paper(pair))
+    surgical.load_state_dict(stock.state_dict(), strict=True)
     with torch.no_grad():
-        evals = [model.eval()(images) for model in (ours, theirs)]
-    blocks = grafted_blocks(ours)
-    changed = moved(ours, next(iter(blocks.values())), images)
-    trains = [trained(model, images) for model in (ours, theirs)]
+        evals = [model.eval()(images) for model in (surgical, stock)]
+    blocks = grafted_blocks(surgical)
+    changed = perturbed_output(surgical, next(iter(blocks.values())), images)
+    trains = [train_step(model, images) for model in (surgical, stock)]
     finite = all(torch.isfinite(tensor).all() for tensor in (*evals, *trains[0][1]))
     if not finite or torch.allclose(evals[0], changed) or torch.allclose(*evals[0]):
         raise RuntimeError(f"{pair.stock}: this comparison cannot tell anything.")
@@ -88,19 +88,19 @@ def compare(pair: Pair) -> Result:
         parameters=sum(parameter.numel() for parameter in timm_size(pair.stock).parameters()),
         side=side,
         eval_equal=torch.equal(*evals),
-        train_equal=torch.equal(trains[0][0], trains[1][0]) and same(buffers(ours), buffers(theirs)),
-        gradients_equal=same(trains[0][1], trains[1][1]),
-        seconds=time.perf_counter() - began,
+        train_equal=torch.equal(trains[0][0], trains[1][0]) and all_equal(buffers(surgical), buffers(stock)),
+        gradients_equal=all_equal(trains[0][1], trains[1][1]),
+        seconds=time.perf_counter() - start,
     )
 
 
 def exports(pair: Pair) -> bool:
-    """Whether the same surgery from the identity start goes back to timm's model: `attnsurgery export --stock`."""
+    """Whether the same surgery with the identity start can be exported as timm's model by `export --stock`."""
     side = side_of(pair)
     torch.manual_seed(0)
     size = {"input_size": (3, side, side)}
     base = timm.create_model(pair.base, num_classes=10, pretrained_cfg_overlay=size)
-    awake(base, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)))
+    randomise(base, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)))
     try:
         to_stock(attnsurgery.operate(base, pair.recipe("identity")))
     except UsageError:
@@ -113,15 +113,18 @@ def paper(pair: Pair) -> Recipe:
 
 
 def timm_size(name: str) -> nn.Module:
-    """The model with its own classes, without memory."""
+    """The model with its own number of classes, on the meta device."""
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name)
         return model
 
 
-def awake(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Every norm with its own scale and shift, where timm starts the last of a branch at zero, and the statistics that
-    these images have: with others, hardly anything of an image would reach the output of a deep model."""
+def randomise(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Set all parameters to random numbers, and the statistics of all norms to those of these images.
+
+    timm initialises the last norm of a branch with zero. With other statistics the output of a deep model would hardly
+    depend on the image.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -139,7 +142,7 @@ def awake(model: nn.Module, images: torch.Tensor) -> nn.Module:
     return model
 
 
-def trained(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def train_step(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output in train mode, and the gradients of the input and of every parameter by its name."""
     torch.manual_seed(2)
     images = images.clone().requires_grad_()
@@ -153,23 +156,23 @@ def buffers(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for _, buffer in sorted(model.named_buffers())]
 
 
-def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def moved(model: nn.Module, block: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The output in eval mode with the block's weights changed; they are put back."""
+def perturbed_output(model: nn.Module, block: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The output in eval mode with changed weights of a block, which are restored."""
     with torch.no_grad():
-        before = [parameter.clone() for parameter in block.parameters()]
+        originals = [parameter.clone() for parameter in block.parameters()]
         for parameter in block.parameters():
             parameter += 1
         output: torch.Tensor = model.eval()(images)
-        for parameter, value in zip(block.parameters(), before, strict=True):
+        for parameter, value in zip(block.parameters(), originals, strict=True):
             parameter.copy_(value)
     return output
 
 
-def in_words(edits: tuple[Edit, ...]) -> str:
+def edits_text(edits: tuple[Edit, ...]) -> str:
     """The recipe in one line."""
     kinds = sorted({edit.block for edit in edits})
     if len(edits) > 1:
@@ -184,7 +187,7 @@ def row(pair: Pair, result: Result, exported: bool) -> str:
     compared = result.eval_equal, result.train_equal, result.gradients_equal
     cells = [
         f"{pair.base} → {pair.stock}",
-        in_words(pair.edits),
+        edits_text(pair.edits),
         result.blocks,
         f"{result.parameters:,}",
         result.side,

@@ -25,18 +25,19 @@ from torch import nn
 
 from attnsurgery.errors import SiteError
 from scripts import coverage, coverage_report
-from scripts.coverage_checks import CHECKS, SUFFIXES, TRUE_REFUSALS, Subject, Wrong, examine, is_refusal, move
+from scripts.coverage_checks import CHECKS, SUFFIXES, TRUE_REFUSALS, CheckFailure, Subject, examine, is_refusal, move
 from scripts.coverage_hosts import (
     QUICK,
     SMALLEST,
     Base,
     BaseError,
-    _check_telling,
+    _check_informative,
     architectures,
+    cached_surveys,
     find_base,
-    surveyed_once,
 )
-from scripts.coverage_weights import swift
+from scripts.coverage_weights import skip_initial_values
+from tests.lower_end import TAKES_HEIGHT_AND_WIDTH
 
 FAMILIES = architectures()
 LISTED = "1.0.31"
@@ -68,7 +69,7 @@ def test_families_of_timm_are_all_here() -> None:
 def examined(arch: str) -> list[dict[str, Any]]:
     """One row for each family of blocks, as scripts/coverage saves them."""
     torch.set_num_threads(1)
-    with warnings.catch_warnings(), surveyed_once():
+    with warnings.catch_warnings(), cached_surveys():
         warnings.simplefilter("ignore")  # timm's own, about this and that
         thorough = arch.startswith("test_")  # the others in the one feature class that timm takes, at the one size
         base = find_base(arch, max_bytes=3e9, kinds=QUICK if thorough else ())
@@ -89,6 +90,7 @@ def rows_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], list[dic
 
 
 @pytest.mark.parametrize("arch", SMALLEST, ids=lambda arch: FAMILIES.get(arch, arch))
+@pytest.mark.since(*TAKES_HEIGHT_AND_WIDTH, cases=("efficientvit_msra",))
 def test_families_pass_all_checks(arch: str, rows_of: Callable[[str], list[dict[str, Any]]]) -> None:
     """All checks pass in every family for every block, or the pair is refused."""
     if arch not in FAMILIES:
@@ -109,14 +111,14 @@ def test_base_is_initialised_and_telling(base: Base) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in base.state.values())
     assert all(bool((parameter != 0).all()) for parameter in base.model.parameters())
     with pytest.raises(BaseError, match="hardly depends on the image"):
-        _check_telling([torch.ones(2, 10)])
+        _check_informative([torch.ones(2, 10)])
     with pytest.raises(BaseError, match="not finite"):
-        _check_telling([torch.full((2, 10), torch.nan)])
+        _check_informative([torch.full((2, 10), torch.nan)])
 
 
 def test_swift_poisons_initial_values() -> None:
     """Without initial values a parameter that was not set is NaN."""
-    with swift(poison=True):
+    with skip_initial_values(poison=True):
         assert nn.Linear(3, 3).weight.isnan().all()
     assert nn.Linear(3, 3).weight.isfinite().all()
 
@@ -184,7 +186,7 @@ def a_changed_base(subject: Subject) -> None:
         ("feature_classes", one_block_twice, "runs of blocks"),
         ("moved", no_blocks_at_work, "nothing differs"),
         ("backward", no_blocks_at_work, "get no gradient"),
-        ("backward", one_block_unheard, "1 of 4 blocks are not heard"),
+        ("backward", one_block_unheard, "1 of 4 blocks affect no output"),
         ("backward", a_frozen_base, "1 base parameters get no gradient"),
         ("round_trip", an_output_of_other_weights, "outputs differ after save"),
         ("removal", a_changed_base, "outputs differ from the base's"),
@@ -193,7 +195,7 @@ def a_changed_base(subject: Subject) -> None:
 def test_check_fails_on_its_fault(subject: Subject, check: str, fault: Callable[[Subject], None], message: str) -> None:
     """Each check fails on a model with the fault that it looks for."""
     fault(subject)
-    with pytest.raises(Wrong, match=message):
+    with pytest.raises(CheckFailure, match=message):
         CHECKS[check](subject)
 
 
@@ -202,7 +204,7 @@ def test_features_check_misses_no_lost_block(base: Base, monkeypatch: pytest.Mon
     subject = Subject(base, "nonlocal")
     CHECKS["features_only"](subject)
     monkeypatch.setattr(subject, "name", base.arch)  # what it would be, were surgery lost on the way
-    with pytest.raises(Wrong, match="none of 0 blocks runs"):
+    with pytest.raises(CheckFailure, match="none of 0 blocks runs"):
         CHECKS["features_only"](subject)
 
 
@@ -254,13 +256,13 @@ def test_wanted_skips_what_was_done(tmp_path: Path) -> None:
         (("--again", "refused"), ("resattn",)),
         (("--again", "all"), SUFFIXES),
     ):
-        assert coverage.wanted(options(tmp_path, *more), FAMILIES) == [("test_resnet", blocks)]
-    assert coverage.wanted(options(tmp_path, "--block", "se"), FAMILIES) == []
+        assert coverage.missing_pairs(options(tmp_path, *more), FAMILIES) == [("test_resnet", blocks)]
+    assert coverage.missing_pairs(options(tmp_path, "--block", "se"), FAMILIES) == []
 
 
 def test_shards_cover_all_architectures() -> None:
     """Shards cover all architectures, and differ by one at most."""
-    parts = [coverage.wanted(coverage._options(["--shard", f"{part}/3"]), FAMILIES) for part in (1, 2, 3)]
+    parts = [coverage.missing_pairs(coverage._options(["--shard", f"{part}/3"]), FAMILIES) for part in (1, 2, 3)]
     names = [arch for part in parts for arch, _ in part]
     assert sorted(names) == sorted(FAMILIES)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -274,7 +276,7 @@ def test_killed_process_costs_one_pair(tmp_path: Path, monkeypatch: pytest.Monke
     """A process that is killed costs the pair that it was at, and no other."""
     monkeypatch.setattr(coverage, "work", die)
     todo = [("test_resnet", ("dual", "se")), ("test_vit", ("se",))]
-    remaining = coverage._in_a_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
+    remaining = coverage._run_in_process(options(tmp_path), FAMILIES, todo, deadline=time.monotonic() + 60)
     assert remaining == [("test_resnet", ("se",)), ("test_vit", ("se",))]
     (row,) = coverage.latest(tmp_path).values()
     assert (row["block"], row["outcome"], row["checks"]) == ("dual", "failed", {"process": "died of exit code -9"})

@@ -21,7 +21,8 @@ from attnsurgery.checkpoint.stock import PAIRS, fold, to_stock
 from attnsurgery.cli import main
 from attnsurgery.errors import CheckpointError, SurgeryError, UsageError
 from attnsurgery.surgery.operate import grafted_blocks
-from scripts.parity import awake
+from scripts.parity import randomise
+from tests.lower_end import KEEPS_ARGUMENTS, READS_SAFETENSORS
 
 SIDE = 64
 
@@ -36,7 +37,7 @@ def base_model(name: str, side: int = SIDE, **kwargs: Any) -> nn.Module:
     )
     if not hasattr(model, "_model_args"):  # timm keeps them with a model since 1.0.31
         model._model_args = {**narrow, **kwargs}
-    return awake(model, torch.randn(2, kwargs.get("in_chans", 3), side, side)).eval()
+    return randomise(model, torch.randn(2, kwargs.get("in_chans", 3), side, side)).eval()
 
 
 def operated(name: str, edits: list[dict[str, Any]], **kwargs: Any) -> nn.Module:
@@ -128,7 +129,7 @@ def test_fold_changes_norm_and_reader_alone() -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a directory by `apply`, of one input channel and five classes, and one of a trained model."""
     folder = tmp_path_factory.mktemp("stock")
-    base = awake(timm.create_model("resnet18", num_classes=5, in_chans=1), torch.randn(2, 1, SIDE, SIDE))
+    base = randomise(timm.create_model("resnet18", num_classes=5, in_chans=1), torch.randn(2, 1, SIDE, SIDE))
     safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")
     recipe = {"version": 1, "name": "r18se", "base": "resnet18", "edits": SE}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -146,6 +147,7 @@ def run(*argv: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "channels"), [("surgical", 1), ("trained", 3)])
+@pytest.mark.since(*READS_SAFETENSORS)
 def test_export_loads_by_timm_alone(
     written: Path, name: str, channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +235,7 @@ def test_export_refuses_what_timm_lacks(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"act": "silu"}, {"gate": "hardsigmoid"}, {"max_pool": True}])
 @pytest.mark.parametrize("start", ["fresh", "woken"])
+@pytest.mark.since(*KEEPS_ARGUMENTS, cases=("fresh",))
 def test_export_detects_other_options(options: dict[str, Any], start: str) -> None:
     """timm starts the last norm of a branch at 0: whatever the block does there, the outputs are the same."""
     torch.manual_seed(0)
@@ -282,6 +285,7 @@ def test_fold_skips_a_shared_norm() -> None:
     assert stock._norm_in_front(Shared(), stock._call_of(graph, "se")) is None
 
 
+@pytest.mark.since(*READS_SAFETENSORS)
 def test_export_refuses_plain_models_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plain model, and a folder that is none, are refused."""
     write_directory(base_model("resnet18"), tmp_path / "plain")
