@@ -397,15 +397,15 @@ def test_recipe_as_its_own_base_is_refused() -> None:
     """A recipe that has itself as its base is refused."""
     registry.register(recipe(SE, base="round_about_se", name="round_about"))
     with pytest.raises(RecipeError, match="has itself as its base"):
-        registry.flattened(recipe(SE, base="round_about"))
+        registry.flatten(recipe(SE, base="round_about"))
 
 
 def test_flattened_recipe_adds_up_limits() -> None:
     """A recipe on a registered name adds the limits of both."""
     registry.register(recipe(SE, name="limited").model_copy(update={"max_attention_mb": 3}))
     outer = recipe(ECA, base="limited").model_copy(update={"max_attention_mb": 4})
-    assert registry.flattened(outer).max_attention_mb == 7
-    assert registry.flattened(recipe(ECA, base="limited")).max_attention_mb == 3
+    assert registry.flatten(outer).max_attention_mb == 7
+    assert registry.flatten(recipe(ECA, base="limited")).max_attention_mb == 3
 
 
 # ---- on top of a surgical directory

@@ -46,10 +46,10 @@ def build_base(
         return _published(name, **sized)
     twin = weightless(name)
     refuse_nan(state_dict, source)
-    state_dict = native(twin, fitted(twin, LoadedWeights(state_dict, source)).tensors)
+    state_dict = native(twin, match_names(twin, LoadedWeights(state_dict, source)).tensors)
     sizes: dict[str, Any] = sizes_of(twin, state_dict)
     model: nn.Module = timm.create_model(name, **sizes, **sized)
-    load_weights(model, _resized(model, state_dict) if sized else state_dict, source)
+    load_weights(model, _resize_positions(model, state_dict) if sized else state_dict, source)
     return model.eval()
 
 
@@ -62,10 +62,10 @@ def trained_sizes(name: str, state_dict: StateDict, source: str) -> dict[str, in
         source: the name of the weights in messages.
     """
     twin = weightless(name)
-    return sizes_of(twin, native(twin, fitted(twin, LoadedWeights(state_dict, source)).tensors))
+    return sizes_of(twin, native(twin, match_names(twin, LoadedWeights(state_dict, source)).tensors))
 
 
-def _resized(model: nn.Module, state_dict: StateDict) -> StateDict:
+def _resize_positions(model: nn.Module, state_dict: StateDict) -> StateDict:
     """The weights with position embeddings for the model's size of images, if its family can interpolate them."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     expected = model.state_dict()
@@ -80,7 +80,7 @@ def _resized(model: nn.Module, state_dict: StateDict) -> StateDict:
     return converted if expected.keys() <= converted.keys() else state_dict
 
 
-def fitted(twin: nn.Module, loaded: LoadedWeights, prefix: str | None = None) -> LoadedWeights:
+def match_names(twin: nn.Module, loaded: LoadedWeights, prefix: str | None = None) -> LoadedWeights:
     """Weights of a module that wraps the model, under the names of the model.
 
     Args:

@@ -21,12 +21,12 @@ from torch import nn
 
 from attnsurgery import api
 from attnsurgery.blocks import Start
-from attnsurgery.checkpoint.base import build_base, check_weights, fitted, load_weights, native
+from attnsurgery.checkpoint.base import build_base, check_weights, load_weights, match_names, native
 from attnsurgery.checkpoint.difference import Difference, digest
 from attnsurgery.checkpoint.directory import (
     ARCHITECTURE,
-    beside,
-    built,
+    atomic_directory,
+    build_directory,
     prove_directory,
     read_state_dict,
     refuse_existing,
@@ -118,7 +118,7 @@ def save_delta(model: nn.Module | str | Path, base: Weights, output: str | Path,
     name = _base_name(api.recipe_of(twin), config.get("architecture"))
     texts = {**_texts(directory), "config.json": json.dumps(config)}
     weights, source = _base_weights(name, base, layout)
-    return _write(Path(output), built(directory), name, weights, source, texts, tensors=tensors)
+    return _write(Path(output), build_directory(directory), name, weights, source, texts, tensors=tensors)
 
 
 def apply_as_delta(
@@ -219,7 +219,7 @@ def merge_delta(directory: str | Path, base: Weights, output: str | Path, layout
     weights = storable(_restored_weights(directory, base, layout))
     model = load_delta(directory, base, layout)
     config = {key: value for key, value in _config(directory).items() if key != _SECTION}
-    with beside(output) as partial:
+    with atomic_directory(output) as partial:
         safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         _write_texts(partial, {**_texts(directory), "config.json": json.dumps(config, indent=2)})
         prove_directory(partial, model, output)
@@ -253,7 +253,7 @@ def _write(
     difference = Difference.between(
         all_tensors, base_tensors, base=name, base_file=Path(source).name, base_digest=digest(weights)
     )
-    with beside(output) as partial:
+    with atomic_directory(output) as partial:
         difference.write(partial / DELTA_NAME)
         _write_texts(partial, texts)
         if describe:
@@ -302,7 +302,7 @@ def _base_weights(name: str, base: Weights, layout: Layout) -> tuple[StateDict, 
     if base is None:
         return dict(build_base(name).state_dict()), f"published weights of {name}"
     if isinstance(base, (str, Path)):
-        return fitted(weightless(name), read(base, layout.key), layout.prefix).tensors, str(base)
+        return match_names(weightless(name), read(base, layout.key), layout.prefix).tensors, str(base)
     return dict(base), "the given dictionary of tensors"
 
 

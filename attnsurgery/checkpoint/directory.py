@@ -72,7 +72,7 @@ def write_directory(
     path = Path(path)
     refuse_existing(path)
     # building a model uses random numbers, and those of the caller, such as a search, must not change
-    with torch.random.fork_rng(devices=[]), beside(path) as partial:
+    with torch.random.fork_rng(devices=[]), atomic_directory(path) as partial:
         tensors = storable(model.state_dict())
         safetensors.torch.save_file(tensors, partial / HF_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         write_config(model, partial / "config.json", architecture, model_args)
@@ -131,14 +131,14 @@ def _plain_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str
     if described["recipe"] is None:
         return {}
     recipe = registry.as_recipe(described["recipe"])
-    recipe = registry.flattened(recipe.model_copy(update={"base": described["base"] or recipe.base}))
+    recipe = registry.flatten(recipe.model_copy(update={"base": described["base"] or recipe.base}))
     settled_recipe: Recipe | None = None
     if "recipe" in arguments:  # the settled recipe that the model has recorded is out of date
         with suppress(AttnSurgeryError):  # a model for another size of images: the recipe suffices
             resolved = settled(recipe, base_anatomy(model))
             settled_recipe = resolved if resolved != recipe else None
     elif described["settled"] is not None:
-        settled_recipe = registry.flattened(registry.as_recipe(described["settled"]))
+        settled_recipe = registry.flatten(registry.as_recipe(described["settled"]))
     return {"base": recipe.base, "recipe": recipe.as_dict(), "settled": settled_recipe and settled_recipe.as_dict()}
 
 
@@ -188,7 +188,7 @@ def prove_directory(
     shown = path or directory
     try:
         with registry.as_in_a_fresh_process(), torch.random.fork_rng(devices=[]):
-            rebuilt = (build or built)(directory)
+            rebuilt = (build or build_directory)(directory)
     except Exception as error:  # timm and torch raise anything for a model that does not fit its description
         raise CheckpointError(
             f"{shown} was not written: a new process could not build the model from it ({_brief(error)}). A model that "
@@ -253,14 +253,14 @@ def outputs_on_random_images(model: nn.Module, on_cpu: bool = False) -> torch.Te
     return torch.cat([tensor.float().flatten() for tensor in tensors_of(outputs)])
 
 
-def opened(directory: Path) -> nn.Module:
-    """The model of a timm directory with its weights, in eval mode; as `built`, with errors that name the directory.
+def open_directory(directory: Path) -> nn.Module:
+    """As `build_directory`, with errors that name the directory.
 
     Raises:
         CheckpointError: it cannot be built, or the weights are of another model.
     """
     with build_errors_named(directory):
-        return built(directory)
+        return build_directory(directory)
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def build_errors_named(directory: Path) -> Iterator[None]:
         raise CheckpointError(f"the model in {str(directory)!r} cannot be built ({_brief(error)}).") from error
 
 
-def built(directory: Path) -> nn.Module:
+def build_directory(directory: Path) -> nn.Module:
     """The model of a timm directory with its weights, in eval mode."""
     if hasattr(timm.models, "get_model_args"):
         model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True)
@@ -289,7 +289,7 @@ def _brief(error: Exception) -> str:
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A new directory next to `path`, which is renamed to `path` at the end, or removed after an error.
 
     Raises:

@@ -15,11 +15,11 @@ from torch import nn
 
 from attnsurgery import api
 from attnsurgery.blocks import Start
-from attnsurgery.checkpoint.base import build_base, fitted, refuse_nan
+from attnsurgery.checkpoint.base import build_base, match_names, refuse_nan
 from attnsurgery.checkpoint.directory import (
     ARCHITECTURE,
     build_errors_named,
-    opened,
+    open_directory,
     outputs_on_random_images,
     refuse_existing,
     write_directory,
@@ -125,15 +125,15 @@ def operated_base(
         model = build_base(recipe.base)
         weights = dict(model.state_dict())
     else:
-        loaded = fitted(weightless(recipe.base), read(checkpoint, layout.key), layout.prefix)
+        loaded = match_names(weightless(recipe.base), read(checkpoint, layout.key), layout.prefix)
         weights, notes = loaded.tensors, loaded.describe()
         model = build_base(recipe.base, weights, str(checkpoint))
     plan = resolve(recipe, survey(model))
     outputs = outputs_on_random_images(model)
     blocks = len(grafted_blocks(model))
     operate(model, plan)
-    report = _proven(model, recipe, outputs if blocks else None)
-    return Operated(model, registry.flattened(recipe), report, weights, notes)
+    report = _prove(model, recipe, outputs if blocks else None)
+    return Operated(model, registry.flatten(recipe), report, weights, notes)
 
 
 def surgery_in(path: Path) -> Recipe | None:
@@ -163,7 +163,7 @@ def _with_added_edits(recipe: Recipe, checkpoint: Path, earlier: Recipe) -> Oper
         checkpoint: the directory.
         earlier: the recipe of its model.
     """
-    requested = registry.flattened(recipe)
+    requested = registry.flatten(recipe)
     if requested.base.partition(".")[0] != earlier.base.partition(".")[0]:
         raise UsageError(
             f"{where(recipe, 'base')}: the recipe is for {recipe.base}, and the model in {checkpoint} is "
@@ -177,14 +177,14 @@ def _with_added_edits(recipe: Recipe, checkpoint: Path, earlier: Recipe) -> Oper
             f"the model in {checkpoint} has had every edit of the recipe already. Give a recipe with those to add, or "
             "the weights of the plain base."
         )
-    model = opened(checkpoint)
+    model = open_directory(checkpoint)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     refuse_nan(weights, str(checkpoint))
     outputs = outputs_on_random_images(model)
     blocks = list(grafted_blocks(model))
     added = recipe if edits == recipe.edits else recipe.model_copy(update={"edits": edits})
     api.operate(model, added)
-    report = _proven(model, added, outputs)
+    report = _prove(model, added, outputs)
     joined = api.recipe_of(model)
     assert joined is not None
     listed = ", ".join(blocks[:3]) + ", ..." * (len(blocks) > 3)
@@ -192,7 +192,7 @@ def _with_added_edits(recipe: Recipe, checkpoint: Path, earlier: Recipe) -> Oper
     return Operated(model, joined, report, weights, notes)
 
 
-def _proven(model: nn.Module, recipe: Recipe, outputs: torch.Tensor | None) -> Report:
+def _prove(model: nn.Module, recipe: Recipe, outputs: torch.Tensor | None) -> Report:
     """The report of an operation.
 
     Args:

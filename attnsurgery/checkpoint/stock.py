@@ -32,7 +32,7 @@ from attnsurgery.blocks import Start
 from attnsurgery.blocks.squeeze_excite import SqueezeExcite
 from attnsurgery.blocks.timm_attn import Doubled, TimmAttention
 from attnsurgery.checkpoint.base import load_weights
-from attnsurgery.checkpoint.directory import opened, write_directory
+from attnsurgery.checkpoint.directory import open_directory, write_directory
 from attnsurgery.checkpoint.weights import StateDict
 from attnsurgery.errors import SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of
@@ -374,4 +374,4 @@ def _load_directory(directory: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{str(directory)!r} is no timm directory with a readable config.json ({error}). "
             "'attnsurgery apply' writes one."
         ) from None
-    return opened(directory), arguments
+    return open_directory(directory), arguments

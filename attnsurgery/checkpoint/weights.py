@@ -116,7 +116,7 @@ def read(path: str | Path, key: str | None = None) -> LoadedWeights:
         key, content = _entry(load_torch(path), path, key)
     else:
         raise CheckpointError(f"{path} is {kind}{'' if kind.endswith('?') else '.'} {READABLE}")
-    return _cleaned(_only_tensors(content, path), path, key)
+    return _without_wrapper_parts(_only_tensors(content, path), path, key)
 
 
 def without_wrappers(loaded: LoadedWeights, prefix: str | None = None) -> Iterator[LoadedWeights]:
@@ -243,7 +243,7 @@ def _requested_entry(content: Any, path: Path, key: str) -> Any:
     return value
 
 
-def _cleaned(tensors: StateDict, path: Path, key: str) -> LoadedWeights:
+def _without_wrapper_parts(tensors: StateDict, path: Path, key: str) -> LoadedWeights:
     """Tensors under names without the parts that torch's wrappers add.
 
     Raises:

@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
-from attnsurgery.checkpoint.directory import opened
+from attnsurgery.checkpoint.directory import open_directory
 from attnsurgery.checkpoint.formats import DELTA_NAME
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.cli._settings import build_settings
@@ -49,7 +49,7 @@ def _from_directory(path: Path) -> nn.Module:
         raise UsageError(f"{str(path)!r} is no timm directory: it has no config.json. 'attnsurgery apply' writes one.")
     if (path / DELTA_NAME).is_file():
         read_state_dict(path)  # which says how to make it whole
-    return opened(path)
+    return open_directory(path)
 
 
 def measured_conditions(settings: Mapping[str, Any], input_size: tuple[int, int, int], command: str) -> Conditions:

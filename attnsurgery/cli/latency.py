@@ -96,10 +96,10 @@ def _batch_sizes(text: str) -> list[int]:
 
 def _load(model: nn.Module, checkpoint: Path) -> None:
     """Load weights; latency hardly depends on them, unless they are sparse or denormal."""
-    from attnsurgery.checkpoint.base import fitted, load_weights
+    from attnsurgery.checkpoint.base import load_weights, match_names
     from attnsurgery.checkpoint.weights import read
 
-    load_weights(model, fitted(model, read(checkpoint)).tensors, str(checkpoint))
+    load_weights(model, match_names(model, read(checkpoint)).tensors, str(checkpoint))
 
 
 def _measure(name: str, model: nn.Module, backends: list[LatencyBackend], as_json: bool) -> None:

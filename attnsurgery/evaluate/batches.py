@@ -87,7 +87,7 @@ class Split(ABC):
             return []
         return draw_moves(batch, size, mirrors(self.augment), generator)
 
-    def _normalised(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    def _normalise(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 to float with the model's mean and std."""
         if pixels_BCHW.device not in self._mean_and_std:
             count = self.preprocessing.input_size[0]
@@ -140,7 +140,7 @@ class MemorySplit(Split):
                 x_BCHW = to_device(pixels_NCHW[picks_B], device)
             if moves:
                 x_BCHW = apply_moves(x_BCHW, *moves)
-            yield self._normalised(x_BCHW), labels_B
+            yield self._normalise(x_BCHW), labels_B
 
     def _pixels_on(self, device: str) -> torch.Tensor:
         """All pixels, on the device if it had enough memory at the first call, otherwise on the host."""
@@ -184,7 +184,7 @@ class FileSplit(Split):
             x_BCHW, labels_B = (tensor.to(device, non_blocking=True) for tensor in batch)
             if moves := self._moves(len(labels_B), x_BCHW.shape[2:], augment):
                 x_BCHW = apply_moves(x_BCHW, *to_device(torch.stack(moves), device))
-            yield self._normalised(x_BCHW), labels_B
+            yield self._normalise(x_BCHW), labels_B
 
 
 class _Images(Dataset[tuple[torch.Tensor, int]]):

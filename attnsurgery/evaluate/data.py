@@ -130,6 +130,58 @@ def load_data(
         UsageError: `spec`, `augment` or `group_by` names nothing.
         SearchError: no classes, too few images of one, or images that cannot be read.
     """
+    inspection = _inspect(spec, preprocessing, seed, augment, group_by, memory_bytes, on_load, check)
+    processes = min(8, os.cpu_count() or 1) if workers is None else workers
+
+    def split(name: str) -> Split:
+        source, rendering = inspection.parts[name], inspection.rendering
+        variation: Augment = inspection.augment if name == "train" else "none"
+        if not inspection.fits or variation == "timm":
+            return FileSplit(source, preprocessing, rendering, variation, processes)
+        in_memory = MemorySplit(source, preprocessing, rendering, variation, _progress(on_load, name))
+        if decode:
+            in_memory.decode()
+        return in_memory
+
+    return Data(
+        name=inspection.sources.name,
+        classes=inspection.sources.classes,
+        preprocessing=preprocessing,
+        train=split("train"),
+        val=split("val"),
+        test=split("test"),
+        compute_fingerprint=lambda: _fingerprint(inspection, preprocessing, known, _progress(on_load, "comparing")),
+        augment=inspection.augment,
+        notes=(*inspection.notes, *(inspection.shared or ())),
+        shared=inspection.shared,
+    )
+
+
+@dataclass(frozen=True)
+class _Inspection:
+    """Labelled images in three splits, and how they are decoded and augmented."""
+
+    sources: Sources
+    parts: dict[str, Source]
+    fits: bool
+    """Whether all images fit into memory."""
+    rendering: Rendering
+    augment: Augment
+    notes: tuple[str, ...]
+    shared: tuple[str, ...] | None
+
+
+def _inspect(
+    spec: str | None,
+    preprocessing: Preprocessing,
+    seed: int,
+    augment: str | None,
+    group_by: str | None,
+    memory_bytes: int,
+    on_load: OnLoad | None,
+    check: bool,
+) -> _Inspection:
+    """Find the images, divide them into splits, and check them; arguments and errors as `load_data`."""
     if augment is not None and augment not in NAMES:
         raise UsageError(f"--augment {augment}: there is no such augmentation. Known: {', '.join(NAMES)}.")
     image_mode = preprocessing.image_mode
@@ -147,31 +199,9 @@ def load_data(
     notes, shared = list(sources.notes), tuple(_shared(scans, parts)) if scans else None
     if check:
         notes += [*conversion_notes(list(scans.values())), *(grouping.notes(sources) if grouping else ())]
-        augmentation, flip_notes = _checked_augment(augmentation, parts["train"], rendering, augment is not None)
+        augmentation, flip_notes = _check_augment(augmentation, parts["train"], rendering, augment is not None)
         notes += [*flip_notes, *_balance_notes(sources.classes, parts)]
-
-    def split(name: str) -> Split:
-        variation: Augment = augmentation if name == "train" else "none"
-        if not fits or variation == "timm":
-            processes = min(8, os.cpu_count() or 1) if workers is None else workers
-            return FileSplit(parts[name], preprocessing, rendering, variation, processes)
-        in_memory = MemorySplit(parts[name], preprocessing, rendering, variation, _progress(on_load, name))
-        if decode:
-            in_memory.decode()
-        return in_memory
-
-    return Data(
-        name=sources.name,
-        classes=sources.classes,
-        preprocessing=preprocessing,
-        train=split("train"),
-        val=split("val"),
-        test=split("test"),
-        compute_fingerprint=lambda: _fingerprint(sources, parts, preprocessing, known, _progress(on_load, "comparing")),
-        augment=augmentation,
-        notes=(*notes, *(shared or ())),
-        shared=shared,
-    )
+    return _Inspection(sources, parts, fits, rendering, augmentation, tuple(notes), shared)
 
 
 def _progress(on_load: OnLoad | None, step: str) -> Callable[[int, int], None] | None:
@@ -186,9 +216,7 @@ def _listed(classes: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _checked_augment(
-    augment: Augment, train: Source, rendering: Rendering, requested: bool
-) -> tuple[Augment, list[str]]:
+def _check_augment(augment: Augment, train: Source, rendering: Rendering, requested: bool) -> tuple[Augment, list[str]]:
     """The augmentation to use, and notes on it; 'shift' where mirroring seems to change labels.
 
     Args:
@@ -252,16 +280,16 @@ def native_size(spec: str | None) -> int:
 
 
 def _fingerprint(
-    sources: Sources,
-    parts: dict[str, Source],
+    inspection: _Inspection,
     preprocessing: Preprocessing,
     known: dict[str, list[Any]] | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> str:
+    parts = sorted(inspection.parts.items())
     content = {
-        "classes": sources.classes,
-        "parts": {name: [part.ids, part.labels, part.content()] for name, part in sorted(parts.items())},
-        "files": digests_of([path for _, part in sorted(parts.items()) for path in part.paths], known, on_progress),
+        "classes": inspection.sources.classes,
+        "parts": {name: [part.ids, part.labels, part.content()] for name, part in parts},
+        "files": digests_of([path for _, part in parts for path in part.paths], known, on_progress),
         "preprocessing": asdict(preprocessing),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

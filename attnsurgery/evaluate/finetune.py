@@ -57,8 +57,8 @@ def train(
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place; it ends in eval mode.
 
-    A batch that does not fit into memory is split into two, four, eight ... parts with accumulated gradients. Only batch
-    norms then compute something else: statistics of the parts.
+    A batch that does not fit into memory is split into two, four, eight ... parts with accumulated gradients. Only the
+    batch norms then compute something else: statistics of the parts.
 
     Args:
         model: trained in place.

@@ -84,7 +84,7 @@ def check_flips(source: Source, rendering: Rendering) -> FlipCheck:
     with torch.no_grad():
         filters = _filters(pixels_NCHW, generator)
         plain_ND, mirrored_ND = (_features(x_NCHW, filters) for x_NCHW in (pixels_NCHW, pixels_NCHW.flip(3)))
-        right_N2 = _cross_validated(plain_ND, mirrored_ND, labels_N)
+        right_N2 = _cross_validate(plain_ND, mirrored_ND, labels_N)
     plain_N, mirrored_N = right_N2[:, 0], right_N2[:, 1]
     worse, better = int((plain_N & ~mirrored_N).sum()), int((~plain_N & mirrored_N).sum())
     from scipy.stats import binomtest  # takes a second to import
@@ -152,7 +152,7 @@ def _features(x_NCHW: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     return torch.cat(by_batch).double()
 
 
-def _cross_validated(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.Tensor) -> Any:
+def _cross_validate(plain_ND: torch.Tensor, mirrored_ND: torch.Tensor, labels_N: torch.Tensor) -> Any:
     """Whether each image is classified correctly as it is, and mirrored, by cross-validation: booleans, (N, 2)."""
     fold_N = torch.arange(len(labels_N)) % _FOLDS
     right_N2 = torch.zeros(len(labels_N), 2, dtype=torch.bool)

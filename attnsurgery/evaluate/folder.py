@@ -66,7 +66,7 @@ def read_folder(root: Path) -> Folder:
     else:
         _refuse_hidden_splits(root, tree)
         parts, loose = {TRAIN: tree}, tree.files
-    parts = {role: _normalised(part, notes) for role, part in parts.items()}
+    parts = {role: _normalise(part, notes) for role, part in parts.items()}
     classes = tuple(_classes_of(parts[TRAIN]))
     notes.loose(root, loose)
     for role, part in parts.items():
@@ -209,7 +209,7 @@ def _refuse_hidden_splits(root: Path, tree: _Tree) -> None:
         )
 
 
-def _normalised(part: _Tree, notes: _Notes) -> _Tree:
+def _normalise(part: _Tree, notes: _Notes) -> _Tree:
     """The same part with the names of classes in composed Unicode (NFC), and bytes that are no UTF-8 escaped.
 
     macOS writes an accented letter as two characters and other systems as one, which would make two classes of one.

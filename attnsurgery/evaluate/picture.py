@@ -68,7 +68,7 @@ class Rendering:
     def __call__(self, image: Image.Image) -> Image.Image:
         """The image in `mode`; the original is unchanged."""
         if is_deep(image):
-            image = self._scaled(image)
+            image = self._scale(image)
         if self.mode == "RGBA":
             return image.convert("RGBA")
         if has_transparency(image):
@@ -79,7 +79,7 @@ class Rendering:
             image = _from_lab(image)
         return image.convert(self.mode)
 
-    def _scaled(self, image: Image.Image) -> Image.Image:
+    def _scale(self, image: Image.Image) -> Image.Image:
         integers = image.mode != "F"
         depth = (self.integers if integers else self.floats) or Depth.over([values_of(image)], integers)
         assert depth is not None, "an image has values"

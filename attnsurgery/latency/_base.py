@@ -23,7 +23,7 @@ from torch import nn
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.faults import Fault, fault_of
-from attnsurgery.latency.compiled import compiled, fresh_compiler
+from attnsurgery.latency.compiled import compile_model, fresh_compiler
 from attnsurgery.latency.conditions import DTYPES, MODES, Conditions, device_defaults
 from attnsurgery.latency.memory import peak_bytes
 from attnsurgery.latency.protocol import (
@@ -249,7 +249,7 @@ class LatencyBackend(ABC):
     def _prepared(self, model: nn.Module) -> Iterator[Call]:
         """A context with a call without arguments that runs one forward pass of a copy of the model."""
         subject, x_BCHW = self._subject(model)
-        forward: Callable[[torch.Tensor], Any] = compiled(subject) if self.conditions.compiled else subject
+        forward: Callable[[torch.Tensor], Any] = compile_model(subject) if self.conditions.compiled else subject
         self._first_call(forward, x_BCHW, model)
         with self._recorded(lambda: forward(x_BCHW), model) as call:
             yield call

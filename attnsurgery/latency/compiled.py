@@ -55,7 +55,7 @@ def fresh_compiler() -> Iterator[Callable[[], bool]]:
         yield no_recompilation
 
 
-def compiled(model: nn.Module) -> Forward:
+def compile_model(model: nn.Module) -> Forward:
     """The model's forward, compiled at its first call, which raises a UsageError if torch compiles nothing of it."""
     forward: Forward = torch.compile(model, dynamic=False)
     is_checked = False

@@ -1,4 +1,4 @@
-"""Sampler: the contract of whoever chooses the next candidate of a search, and the catalog that holds all of them."""
+"""The contract of samplers, which choose the next candidate of a search, and their catalog."""
 
 from __future__ import annotations
 

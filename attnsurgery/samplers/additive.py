@@ -39,7 +39,7 @@ _LEADERS = 4
 _RANDOM = 32
 """Number of random candidates that are generated."""
 _FRONT_WEIGHT = 0.2
-"""Weight of the expected improvement at every lower cost, beside 1 for that of the best score."""
+"""Weight of the expected improvement at every lower cost, relative to that of the best score."""
 _VALIDATED = 16
 """Number of scores above which the surrogate is cross-validated."""
 _LARGEST_TOLERANCE = 0.05

@@ -151,7 +151,7 @@ def recipe_by_name(name: str) -> Recipe | None:
     return recipe.model_copy(update={"base": f"{recipe.base}.{tag}"}) if tag else recipe
 
 
-def flattened(recipe: Recipe) -> Recipe:
+def flatten(recipe: Recipe) -> Recipe:
     """The same surgery on a plain base: where `base` is a surgical name, the edits of that name come first.
 
     A limit on attention applies to the blocks of one recipe: two limits are added, and a single one applies to all
@@ -318,14 +318,14 @@ def _build(
     """
     if settled is not None:
         recipe = as_recipe(settled)
-    recipe = flattened(recipe)
+    recipe = flatten(recipe)
     arch, tag = _registry.split_model_name_tag(recipe.base)
     if not dict.__contains__(_registry._model_entrypoints, arch):
         near = did_you_mean(arch, dict.keys(_registry._model_entrypoints))
         raise UnknownNameError(f"recipe {recipe.name!r}: timm has no base {arch!r}.{near}")
     if start is not None:
         recipe = recipe.model_copy(
-            update={"edits": [edit.model_copy(update={"start": _checked_start(start)}) for edit in recipe.edits]}
+            update={"edits": [edit.model_copy(update={"start": _check_start(start)}) for edit in recipe.edits]}
         )
     cfg = _configuration(name, arch, tag, pretrained_cfg, pretrained_cfg_overlay)
     entry = _registry._model_entrypoints[arch]
@@ -335,7 +335,7 @@ def _build(
     return model
 
 
-def _checked_start(start: str) -> str:
+def _check_start(start: str) -> str:
     if start not in ("identity", "paper"):
         raise RecipeError(f"start={start!r}: a block starts as 'identity' or 'paper'.")
     return start

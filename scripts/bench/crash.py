@@ -94,10 +94,8 @@ def kill_repeatedly(output: Path, options: argparse.Namespace, scratch: Path) ->
             while run.poll() is None and kills.total() < options.kills:
                 until = time.monotonic() + rng.uniform(0.0, options.every)
                 while run.poll() is None and time.monotonic() < until:
-                    if planned and has_trials(output):  # an earlier fault would hit the base's training
-                        for index, kind in enumerate(planned):
-                            (injected_faults / f"{kind}-{index:03}").touch()
-                        planned = []
+                    if has_trials(output):  # an earlier fault would hit the base's training
+                        planned = inject(injected_faults, planned)
                     time.sleep(0.1)
                 workers = workers_of(run.pid)
                 worker = bool(workers) and rng.random() < 0.5
@@ -118,9 +116,8 @@ def kill_repeatedly(output: Path, options: argparse.Namespace, scratch: Path) ->
             if code in (0, -signal.SIGKILL):
                 continue
             error_ends += 1  # one job failed too often; the user would repeat the command
-            faults = kills.total() + (
-                0 if planned else options.memory + options.hangs - len(list(injected_faults.iterdir()))
-            )
+            used = 0 if planned else options.memory + options.hangs - len(list(injected_faults.iterdir()))
+            faults = kills.total() + used
             log_text = (scratch / "log").read_text()
             if RESUME_HINT not in log_text[-200:] or faults < error_ends * ESSENTIAL:
                 raise SystemExit(f"the search ended with {code}: {log_text[-2000:]}")
@@ -149,6 +146,13 @@ def kill_repeatedly(output: Path, options: argparse.Namespace, scratch: Path) ->
         "failed": sum(record.state == "failed" for record in records.values()),
         "begun_again": sum(record.attempts > 1 for record in records.values()),
     }
+
+
+def inject(folder: Path, planned: list[str]) -> list[str]:
+    """Inject the planned faults, for dummy trainings to take; returns those that remain planned: none."""
+    for index, kind in enumerate(planned):
+        (folder / f"{kind}-{index:03}").touch()
+    return []
 
 
 def has_trials(output: Path) -> bool:

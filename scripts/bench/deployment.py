@@ -171,7 +171,8 @@ def main() -> None:
             results["self_tests"].append(row)
             write(NAME, results)
             print(
-                f"{name:12} {mode:8} {row['held']} of {options.self_tests} hold 1, worst {row['worst']:.4f}", flush=True
+                f"{name:12} {mode:8} {row['held']} of {options.self_tests} contain 1, worst {row['worst']:.4f}",
+                flush=True,
             )
     if not all(row["passed"] for row in results["libraries"] + results["self_tests"]):
         raise SystemExit("some rows did not pass")

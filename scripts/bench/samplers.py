@@ -148,7 +148,7 @@ def simulate(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
         while len(trained(records)) < TRAINED and len(records) < _MAX_ASKS * TRAINED:
             candidate = store.ask(records, table.space.places)
             finished = store.finish(_look_up(table, candidate.number, candidate.assignment, seed, records))
-            assert finished is not None, "nobody else is at this study"
+            assert finished is not None, "no other process uses this study"
             records.append(finished)
     return [tuple(record.assignment[site] for site in table.sites) for record in trained(records)]
 

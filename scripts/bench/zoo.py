@@ -40,7 +40,7 @@ COLUMNS = {"parameters": 14, "build s": 9, "inspect s": 10, "total s": 9, "peak 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--choose", action="store_true", help="count parameters anew to find smallest and largest")
+    parser.add_argument("--choose", action="store_true", help="count parameters again to find smallest and largest")
     parser.add_argument("--only", default="*", help="families of this pattern; nothing is written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
