@@ -31,7 +31,7 @@ import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
 from attnsurgery.search.workers.launch import processes  # noqa: E402
 from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
 from tests import warm_start  # noqa: E402
-from tests.lower_end import reasons_to_skip  # noqa: E402
+from tests.lower_end import skip_older  # noqa: E402
 from tests.summary import pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
 # One small model of each kind of host: image size and the arguments that make it small.
@@ -220,5 +220,4 @@ def warm_workers() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for reason in reasons_to_skip(item.nodeid):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        skip_older(item)

@@ -23,6 +23,7 @@ from attnsurgery.blocks._base import build_block
 from attnsurgery.checkpoint.base import check_weights, load_weights
 from attnsurgery.errors import CheckpointError, SiteError
 from tests.conftest import build, images
+from tests.lower_end import BUILDS_SMALL_VITS, KEEPS_ARGUMENTS
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((name, dict(getattr(BLOCKS[name], "example", {}))) for name in BLOCKS),
@@ -346,6 +347,7 @@ def reload_from(model: nn.Module, directory: Path, **arguments: Any) -> nn.Modul
     ],
 )
 @torch.no_grad()
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_saved_model_loads_at_another_size(
     name: str, arguments: dict[str, Any], other_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -369,6 +371,7 @@ def test_saved_model_loads_at_another_size(
     assert all("depth" in edit.options for edit in own_recipe.edits)
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
     """The value of an `auto` option is saved for a built model, the generic architecture and a registered name."""
     auto_recipe = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
@@ -383,6 +386,7 @@ def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
         assert all(isinstance(edit.options["subsample"], int) for edit in own_recipe.edits)
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_no_auto_options_saves_no_settled(tmp_path: Path) -> None:
     """A model whose recipe has no `auto` is saved without settled options."""
     model = timm.create_model("test_resnet_se", in_chans=5)
@@ -495,6 +499,7 @@ def test_layout_unknown_site_is_refused() -> None:
 )
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
+@pytest.mark.since(*BUILDS_SMALL_VITS, cases=("1-vit_small_patch16_dinov3", "2-vit_small_patch16_dinov3"))
 def test_tokens_of_short_vits_are_in_order(name: str, size: int, fixed: dict[str, Any], depth: int) -> None:
     """A mask goes on the tokens of a short ViT, bare and inside another module; it was refused as unordered."""
     model = timm.create_model(

@@ -28,6 +28,7 @@ from attnsurgery.errors import CheckpointError, SiteError, UnknownNameError, Usa
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import load, loads
 from attnsurgery.timm_plugin.architectures import check_base
+from tests.lower_end import OTHER_WORDS, READS_SAFETENSORS
 
 BASE = "test_resnet"
 RECIPE = Recipe(
@@ -125,6 +126,7 @@ def test_read_never_runs_pickled_code(tmp_path: Path, legacy: bool):
     assert Evil.trace.exists()  # it would have done its work
 
 
+@pytest.mark.since(*OTHER_WORDS)
 def test_read_never_runs_a_plain_pickle(tmp_path: Path):
     """A plain pickle is refused and never run."""
     Evil.trace = tmp_path / "trace"
@@ -161,6 +163,7 @@ def huge(content: bytes) -> bytes:
         ("weights.pth", lambda content: b"", r"is empty \(0 bytes\)"),
     ],
 )
+@pytest.mark.since(*OTHER_WORDS, cases=("weights.safetensors",))
 def test_read_of_damaged_file_says_so(
     name: str, damage: Callable[[bytes], bytes], message: str, tmp_path: Path, tensors: Tensors
 ):
@@ -353,6 +356,7 @@ def test_check_base_unknown_names_nearest():
 # ---- writing
 
 
+@pytest.mark.since(*READS_SAFETENSORS)
 def test_written_directory_builds_the_model(model: nn.Module, tmp_path: Path):
     """A written directory builds the same model, and holds the texts and no temporary file."""
     write_directory(model, tmp_path / "new" / "out", texts={"note.txt": "hello"})

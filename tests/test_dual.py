@@ -19,6 +19,7 @@ from attnsurgery.blocks.dual_attention import ChannelAttention, DualAttention, P
 from attnsurgery.errors import OptionError
 from attnsurgery.models.danet import DANetHead
 from tests.conftest import LargestTensor
+from tests.lower_end import EXPORTS_ANY_SIZE
 
 FUSIONS = ["shared_residual", "sequential", "paper_sum"]
 OPTIONS: list[dict[str, Any]] = [
@@ -171,6 +172,7 @@ def dynamic(block: DualAttention) -> dict[str, Any]:
 
 
 @few_options
+@pytest.mark.since(*EXPORTS_ANY_SIZE)
 def test_dual_options_compile_and_export(options: dict[str, Any]) -> None:
     """Options compile, export for any size, and go on to ONNX."""
     block, x, file = dual_block(options, awake=True), images(2, 16, 8, 9), io.BytesIO()

@@ -24,6 +24,7 @@ import attnsurgery
 from attnsurgery.surgery.operate import grafted_blocks
 from tests.conftest import HOSTS as OTHERS
 from tests.conftest import build, convnext_of_its_authors, images, move_gates
+from tests.lower_end import KEEPS_ARGUMENTS
 
 SWIN = "swin_tiny_patch4_window7_224"
 HOSTS: dict[str, tuple[dict[str, Any], Callable[..., Any] | None]] = {
@@ -127,6 +128,9 @@ def saved(weights: dict[str, torch.Tensor], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
+@pytest.mark.since(
+    *KEEPS_ARGUMENTS, cases=("test_vit_se-by_directory", "swin_tiny_patch4_window7_224_nonlocal_s3-by_directory")
+)
 def test_loaders_take_base_and_surgical(
     loader: Callable[..., nn.Module], case: tuple[str, nn.Module, nn.Module], tmp_path: Path
 ) -> None:
@@ -231,6 +235,7 @@ def test_loaders_filter_original_names(
 @pytest.mark.parametrize(
     ("name", "safe"), [(NAMES[0], False), (NAMES[0], "both"), *((name, True) for name in NAMES)], ids=str
 )
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_save_for_hf_round_trip_adapts(name: str, safe: Any, tmp_path: Path) -> None:
     """A directory that save_for_hf wrote is built again and adapts to other classes and features."""
     model = move_gates(make(name, in_chans=1))
@@ -277,6 +282,7 @@ def laid_out(home: Path, repository: str, model: nn.Module) -> Path:
     return root / "snapshots" / commit
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_hub_repository_loads_offline(tmp_path: Path) -> None:
     """A repository of the hub loads offline from its cache, and part of a block is refused."""
     named = move_gates(make("test_resnet_se"))

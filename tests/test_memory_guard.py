@@ -33,6 +33,7 @@ from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.surgery.verify import count_macs
 from attnsurgery.timm_plugin.architectures import weightless
 from attnsurgery.timm_plugin.registry import as_recipe
+from tests.lower_end import BUILDS_ON_META, KEEPS_ARGUMENTS
 
 SIDES = {1: 40, 2: 20, 3: 10, 4: 5}
 """Of the maps in test_resnet, by stage."""
@@ -284,6 +285,7 @@ def windows(model: nn.Module) -> list[int]:
     return [block.subsample for block in grafted_blocks(model).values()]
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_limit_and_auto_are_saved_with_model(tmp_path: Path) -> None:
     """The limit and 'auto' are saved with the model and build it again."""
     spec = recipe(auto("stage:12 last"), limit=1)
@@ -298,6 +300,7 @@ def test_limit_and_auto_are_saved_with_model(tmp_path: Path) -> None:
     assert attnsurgery.recipe_of(again).max_attention_mb == 1
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_settled_numbers_saved_at_other_size(tmp_path: Path) -> None:
     """What 'auto' settled for another image size is saved as numbers."""
     spec = recipe(auto("stage:12 last"), limit=1)
@@ -310,6 +313,7 @@ def test_settled_numbers_saved_at_other_size(tmp_path: Path) -> None:
     assert windows(saved(model, tmp_path / "large")) == [16, 4]
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_settled_numbers_of_two_operations(tmp_path: Path) -> None:
     """Two operations save what each has settled under its own limit, and the limits add up."""
     model = attnsurgery.operate(build("test_resnet"), recipe(auto("stage:1 last"), limit=0.7))
@@ -350,6 +354,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
+@pytest.mark.since(*BUILDS_ON_META, cases=("test_convnext", "test_vit", "test_byobnet"))
 def test_plan_matches_the_operated_model(name: str) -> None:
     """A plan has the parameters, MACs and attention memory of the operated model, and allocates nothing."""
     spec = recipe(*PLANS[name], base=name)

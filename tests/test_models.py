@@ -16,6 +16,7 @@ import attnsurgery
 from attnsurgery.blocks.residual_attention import PreActUnit, ResidualAttention
 from attnsurgery.models.residual_attention_net import AttentionModule, ResidualAttentionNet
 from tests.conftest import wake
+from tests.lower_end import BUILDS_ON_META
 
 NAMES = ["residual_attention_56", "residual_attention_92"]
 
@@ -148,6 +149,7 @@ def test_dilated_network_computes_densely() -> None:
     assert torch.allclose(dilated.forward_features(x)[:, :, ::2, ::2], plain.forward_features(x), atol=1e-10)
 
 
+@pytest.mark.since(*BUILDS_ON_META)
 def test_classifier_is_exchangeable() -> None:
     """The classifier can be replaced and left out, and layers can be pruned."""
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attnsurgery  # noqa: F401  (makes the surgical names known to timm)
 from attnsurgery.blocks.non_local import NonLocal
 from attnsurgery.errors import OptionError
+from tests.lower_end import EXPORTS_ANY_SIZE
 
 MODES = ["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
 SUBSAMPLING: list[dict[str, Any]] = [
@@ -167,6 +168,7 @@ def test_non_local_compiles_exactly(options: dict[str, Any]) -> None:
     assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
 
+@pytest.mark.since(*EXPORTS_ANY_SIZE)
 def test_non_local_compiles_once_for_sizes() -> None:
     """A block that is compiled for any size does not compile again where its form would change."""
     block = build_block({"mode": "concatenation"}, awake=True)
@@ -185,6 +187,7 @@ def dynamic(block: NonLocal) -> dict[str, Any]:
 
 
 @few_options
+@pytest.mark.since(*EXPORTS_ANY_SIZE)
 def test_non_local_exports_with_any_size(options: dict[str, Any]) -> None:
     """The options export for any batch size, height and width, and on to ONNX."""
     block, file = build_block(options, awake=True), io.BytesIO()

@@ -13,6 +13,7 @@ from attnsurgery.checkpoint.stock import PAIRS
 from attnsurgery.recipe.text import dumps, loads
 from attnsurgery.timm_plugin.architectures import weightless
 from scripts.parity import FALSE_FRIENDS, compare, paper
+from tests.lower_end import BUILDS_ON_META
 
 TABLE = Path(__file__).parent.parent / "docs" / "parity.md"
 SMALL = [
@@ -28,6 +29,7 @@ BY_STOCK = {pair.stock: pair for pair in (*PAIRS, *FALSE_FRIENDS)}
 
 
 @pytest.mark.parametrize("stock", SMALL)
+@pytest.mark.since(*BUILDS_ON_META, cases=("regnety_002", "seresnext26ts", "gcresnext26ts", "bat_resnext26ts"))
 def test_surgery_equals_timms_model(stock: str) -> None:
     """Surgery computes what timm's attention model computes, bit for bit."""
     result = compare(BY_STOCK[stock])
@@ -44,6 +46,7 @@ def test_pair_with_wrong_option_differs() -> None:
     assert not result.gradients_equal
 
 
+@pytest.mark.since(*BUILDS_ON_META)
 def test_false_friends_differ() -> None:
     """False friends load strictly and compute something else."""
     result = compare(FALSE_FRIENDS[0])

@@ -24,6 +24,7 @@ from attnsurgery.surgery.operate import grafted_blocks
 from attnsurgery.timm_plugin import registry
 from attnsurgery.timm_plugin.architectures import weightless
 from tests.conftest import build, images, move_gates, wake
+from tests.lower_end import KEEPS_ARGUMENTS
 
 RECIPE = {
     "version": 1,
@@ -213,6 +214,7 @@ def test_register_refuses_a_taken_name() -> None:
             attnsurgery.register(other)
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_surgery_name_needs_base_and_recipe(tmp_path: Path) -> None:
     """The architecture 'surgery' needs only a base and a recipe, also in a new process."""
     from timm.models import save_for_hf

@@ -22,6 +22,7 @@ from attnsurgery.blocks._base import build_block
 from attnsurgery.blocks.residual_attention import PreActUnit, ResidualAttention
 from attnsurgery.errors import OptionError
 from tests.conftest import error_tolerated, relative_error
+from tests.lower_end import EXPORTS_ANY_SIZE
 
 OPTIONS: list[dict[str, Any]] = [
     {"depth": 1},
@@ -255,6 +256,7 @@ def test_mask_trains_in_autocast(options: dict[str, Any], dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
+@pytest.mark.since(*EXPORTS_ANY_SIZE)
 def test_mask_exports_by_every_exporter(options: dict[str, Any], tmp_path: Path) -> None:
     """Every kind of mask can be scripted, compiled, and exported to torch.export and ONNX."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")

@@ -19,6 +19,7 @@ from attnsurgery.graph.select import select
 from attnsurgery.surgery.operate import grafted_blocks, remove
 from attnsurgery.surgery.verify import verify
 from tests.conftest import build, images, move_gates
+from tests.lower_end import COMPILES_ATTRIBUTES, KEEPS_ARGUMENTS
 
 SPAN = "stages.2.blocks.0 .. stages.2.blocks.2"
 
@@ -82,6 +83,7 @@ def test_span_identity_start_changes_no_bit(host: str, at: str, training: bool) 
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
 
 
+@pytest.mark.since(*COMPILES_ATTRIBUTES)
 def test_span_compiles_exports_and_pickles() -> None:
     """A model with a span can be compiled, exported, copied and pickled."""
     model = move_gates(with_mask(build("test_convnext")))
@@ -260,6 +262,7 @@ def test_addition_sides_have_addresses() -> None:
         assert anatomy.site(f"{inputs}.shortcut").role == "shortcut"
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_mask_depth_is_saved_with_the_model(tmp_path: Path) -> None:
     """At 64 pixels the mask of stage 1 is one scale deep, at the 160 that timm has for the model it would be two."""
     recipe = {

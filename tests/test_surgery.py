@@ -22,6 +22,7 @@ from attnsurgery.surgery.insertion import Insertion, Insertions
 from attnsurgery.surgery.operate import grafted_blocks, operate, operated, remove
 from attnsurgery.surgery.verify import verify
 from tests.conftest import HOSTS, build, images, move_gates
+from tests.lower_end import EXPORTS_HOSTED_MEANS, KEEPS_ARGUMENTS
 
 every_host = pytest.mark.parametrize("host", HOSTS)
 EVERYWHERE = (("stage:* branches", "se"), ("stage:3 before_last_block", "non_local"))
@@ -112,6 +113,7 @@ def test_surgery_survives_copy_and_pickle(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "vgg11"])
+@pytest.mark.since(*EXPORTS_HOSTED_MEANS, cases=("vgg11",))
 def test_surgery_compiles_scripts_exports(host: str) -> None:
     """Surgical models can be compiled, scripted and exported."""
     size = HOSTS[host][0]
@@ -546,6 +548,7 @@ def test_verify_without_surgery_adds_nothing() -> None:
     assert (report.keys_added, report.blocks, report.macs_after) == ((), (), report.macs_before)
 
 
+@pytest.mark.since(*KEEPS_ARGUMENTS)
 def test_operate_makes_model_describe_itself(tmp_path: Any) -> None:
     """A model that `operate` has changed describes itself, and is saved and built again."""
     from timm.models import save_for_hf

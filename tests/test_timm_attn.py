@@ -20,6 +20,7 @@ from attnsurgery.blocks._base import build_block, options_model
 from attnsurgery.blocks.timm_attn import KINDS, TimmAttention
 from attnsurgery.errors import OptionError
 from tests.conftest import build, images
+from tests.lower_end import BUILDS_ON_META, GATHER_EXCITE_FAULT, HAS_ATTENTIONS
 
 NAMES = re.findall(r"attn_type == '(\w+)'", inspect.getsource(get_attn))
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -60,6 +61,7 @@ def build_timm_block(name: str, start: str = "identity", **options: Any) -> Timm
     return block
 
 
+@pytest.mark.since(*HAS_ATTENTIONS)
 def test_timm_names_are_all_blocks() -> None:
     """Every name that timm knows is a block, and none makes model names."""
     assert NAMES
@@ -68,6 +70,7 @@ def test_timm_names_are_all_blocks() -> None:
 
 
 @every_name
+@pytest.mark.since(*GATHER_EXCITE_FAULT, cases=("ge",))
 def test_timm_block_paper_start_is_timms(name: str) -> None:
     """The paper's start is timm's module with its weights and numbers."""
     options = dict(BLOCKS[f"timm:{name}"].example)
@@ -96,6 +99,7 @@ def test_timm_block_paper_start_is_timms(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+@pytest.mark.since(*HAS_ATTENTIONS, cases=("coord", "scoord", "ela", "strip"))
 def test_timm_block_starts_at_identity(name: str, options: dict[str, Any]) -> None:
     """Every way to start is the identity in every precision, and learns."""
     x = images(8, channels=16)
@@ -149,6 +153,7 @@ def test_timm_swallows_unknown_options() -> None:
         ("ge", {"extent": 3}, r"cannot take extent=3"),
     ],
 )
+@pytest.mark.since(*HAS_ATTENTIONS, cases=("ela",))
 def test_timm_block_refuses_unfit_options(name: str, options: dict[str, Any], message: str) -> None:
     """Options that cannot work are refused with the reason."""
     with pytest.raises(OptionError, match=message):
@@ -205,6 +210,7 @@ def test_doubled_gate_costs_nothing() -> None:
     assert shapes == [(2, 1, 16)]
 
 
+@pytest.mark.since(*BUILDS_ON_META)
 def test_timm_block_fills_a_free_place() -> None:
     """Hosts get the block in the place that they keep free, and no class is generated."""
     for base, at, path in (
