@@ -442,14 +442,14 @@ def small_delta(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     [
         ({"attnsurgery_delta": "2"}, r"a delta of version '2'; this attnsurgery reads '1'"),
         ({"attnsurgery_delta": None}, "a safetensors file but no delta"),
-        ({"base": "../../etc"}, "its 'base' is not right"),
-        ({"base_digest": "sha256:xyz"}, "its 'base_digest' is not right"),
-        ({"digest": None}, "its 'digest' is not right"),
-        ({"dropped": "[1]"}, r"its 'dropped\.0' is not right"),
+        ({"base": "../../etc"}, "its 'base' is not valid"),
+        ({"base_digest": "sha256:xyz"}, "its 'base_digest' is not valid"),
+        ({"digest": None}, "its 'digest' is not valid"),
+        ({"dropped": "[1]"}, r"its 'dropped\.0' is not valid"),
         ({"dropped": "["}, "metadata does not read as JSON"),
         ({"dropped": "[" * 5000}, "metadata does not read as JSON"),
-        ({"cast": '{"int8": ["c"]}'}, r"its 'cast\.int8.*' is not right"),
-        ({"other": "x"}, "its 'other' is not right"),
+        ({"cast": '{"int8": ["c"]}'}, r"its 'cast\.int8.*' is not valid"),
+        ({"other": "x"}, "its 'other' is not valid"),
     ],
 )
 def test_delta_refuses_foreign_header(change: dict[str, str | None], message: str, small_delta: bytes, tmp_path: Path):

@@ -325,7 +325,7 @@ def test_backend_unknown_name_lists_known() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
 def test_cuda_backend_needs_cuda() -> None:
     """The CUDA backend says that there is no CUDA device."""
-    with pytest.raises(UsageError, match="no CUDA device here"):
+    with pytest.raises(UsageError, match="sees no CUDA device"):
         backend_for(Conditions(device="cuda"))
 
 

@@ -289,7 +289,7 @@ def test_fold_skips_a_shared_norm() -> None:
 def test_export_refuses_plain_models_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plain model, and a folder that is none, are refused."""
     write_directory(base_model("resnet18"), tmp_path / "plain")
-    with pytest.raises(UsageError, match="no surgery in this model"):
+    with pytest.raises(UsageError, match="this model has no surgery"):
         stock.export_stock(tmp_path / "plain")
     assert run("export", tmp_path / "nothing", "--stock") == 2
     assert "is no timm directory with a readable config.json" in capsys.readouterr().err
