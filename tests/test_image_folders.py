@@ -227,7 +227,7 @@ def test_class_may_be_called_train(tmp_path: Path) -> None:
 def test_folder_above_data_names_it(tmp_path: Path) -> None:
     """The folder above the data set is refused with the one that is meant."""
     two_classes(tmp_path / "archive")
-    with pytest.raises(SearchError, match=rf"holds 1 class with images .* Is {tmp_path}/archive meant\?"):
+    with pytest.raises(SearchError, match=rf"holds 1 class with images .* Did you mean {tmp_path}/archive\?"):
         load_data(str(tmp_path), SMALL)
 
 

@@ -1,1 +1,1 @@
-"""Weights on the disk: reading what people have, timm directories, differences, deltas, stock forms."""
+"""Weights in files: reading them in any format, timm directories, deltas, and exports to timm's own models."""

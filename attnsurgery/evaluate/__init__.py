@@ -1,4 +1,4 @@
-"""How good: images in three splits, and the strategies that give a model its score on them."""
+"""Images in three splits, and evaluators, which train a model and give it a score."""
 
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, TrainSettings, Watch
 from attnsurgery.evaluate.data import Data, load_data, native_size

@@ -1,4 +1,4 @@
-"""How training images are varied, by name; the same whether or not memory holds them."""
+"""Augmentations of training images by name; they do not depend on whether the images are in memory."""
 
 from __future__ import annotations
 

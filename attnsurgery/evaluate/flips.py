@@ -58,7 +58,7 @@ class FlipCheck:
     mirrored: float
     """Accuracy on the mirrored images, 0 to 1."""
     p_value: float
-    """Of McNemar's test, one-sided: that mirroring makes no more predictions wrong than right."""
+    """The p-value of McNemar's one-sided test that mirroring makes no more predictions wrong than right."""
 
     @property
     def changes_labels(self) -> bool:

@@ -1,4 +1,4 @@
-"""How fast: latency of a model with its conditions, and the ratio of two models measured alternately."""
+"""The latency of a model under given conditions, and the ratio of two models that are measured alternately."""
 
 from attnsurgery.latency._base import LATENCY, LatencyBackend, backend_for
 from attnsurgery.latency.conditions import MODES, Conditions, device_defaults

@@ -25,7 +25,7 @@ import numpy as np
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Counts = Mapping[str, int]
-"""How often each kind of block, by its key, is in a candidate."""
+"""By the key of each kind of block, its number in a candidate."""
 
 _SHARED_STDS = (0.02, 2.0, 0.05)
 """Prior standard deviations of the shared terms, as shares of the base's time: for any block, for as many

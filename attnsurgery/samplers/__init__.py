@@ -1,4 +1,4 @@
-"""Which candidate to try next: samplers for an Optuna study whose parameters are places and what goes there."""
+"""Samplers, which choose the next candidate: for an Optuna study whose parameters are the choices at places."""
 
 from attnsurgery.samplers._base import AGAIN, BLOCKS, SAMPLERS, Sampler
 from attnsurgery.samplers.places import Places

@@ -67,7 +67,7 @@ class CrossValidation:
     r2: float
     """Coefficient of determination: 1 is perfect, 0 is as good as the mean of the other scores."""
     reference_r2: float
-    """The same of the reference model, which knows only at how many places candidates differ."""
+    """As `r2`, for the reference model, which knows only at how many places candidates differ."""
 
     @property
     def is_bad(self) -> bool:

@@ -1,1 +1,1 @@
-"""What makes the names of surgical models known to timm."""
+"""Makes the names of surgical models known to timm."""
