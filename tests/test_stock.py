@@ -17,6 +17,7 @@ from torch import nn
 import attnsurgery
 from attnsurgery.checkpoint import stock
 from attnsurgery.checkpoint.directory import write_directory
+from attnsurgery.checkpoint.operated import apply
 from attnsurgery.checkpoint.stock import PAIRS, fold, to_stock
 from attnsurgery.cli import main
 from attnsurgery.errors import CheckpointError, SurgeryError, UsageError
@@ -133,9 +134,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     safetensors.torch.save_file(base.state_dict(), folder / "base.safetensors")
     recipe = {"version": 1, "name": "r18se", "base": "resnet18", "edits": SE}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    attnsurgery.checkpoint.operated.apply(
-        attnsurgery.timm_plugin.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical"
-    )
+    apply(attnsurgery.timm_plugin.registry.as_recipe(recipe), folder / "base.safetensors", folder / "surgical")
     write_directory(trained(operated("resnet18", SE)), folder / "trained")
     return folder
 
@@ -304,7 +303,7 @@ def test_export_stops_at_other_bits(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An export whose model would compute other bits is stopped, and nothing is written."""
-    monkeypatch.setitem(stock.READS, "se", "fc2")  # a wrong fold
+    monkeypatch.setitem(stock.POOLED_READERS, "se", "fc2")  # a wrong fold
     assert run("export", written / "trained", "--stock", "--output", tmp_path / "out") == 2
     assert "compute something else" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
