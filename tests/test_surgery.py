@@ -231,7 +231,7 @@ def test_operate_restores_model_after_error() -> None:
 def test_operate_refuses_plan_of_other_model() -> None:
     """A plan of another model is refused with the nearest owner."""
     plan = plan_for(build("resnet18"), 64, ("layer4.1", "non_local"))
-    with pytest.raises(SiteError, match=r"cuts into 'layer4.1', which ResNet does not have. Did you mean 'layer4.0'\?"):
+    with pytest.raises(SiteError, match=r"into 'layer4.1', which ResNet does not have. Did you mean 'layer4.0'\?"):
         operate(build("test_resnet"), plan)
 
 

@@ -179,7 +179,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         child = module._modules.get(name)
         if child is None:
             near = did_you_mean(path, (candidate for candidate, _ in walk(model)))
-            raise SiteError(f"an insertion is into {path!r}, which {type(bare(model)).__name__} does not have.{near}")
+            raise SiteError(f"a block should go into {path!r}, which {type(bare(model)).__name__} does not have.{near}")
         module = bare(child)
     return module
 
