@@ -191,7 +191,7 @@ def test_page_draws_winner_at_its_places(tmp_path: Path) -> None:
     """The winner is drawn with its blocks at their places, stage by stage."""
     record = trial(0, 0.9, 1.7, assignment={PLACES[0]: "none", PLACES[5]: LABELS[1], PLACES[9]: LABELS[2]}, blocks=2)
     text = render(outcome(tmp_path, [record]))
-    stages = re.findall(r'<div class="stage"><h3>(stage \d)</h3>(.*?)(?=<div class="arrow)', text)
+    stages = re.findall(r'<div class="stage"><h3>(stage \d)</h3>(.*?)(?=<div class="arrow)', text, re.DOTALL)
     assert [title for title, _ in stages] == ["stage 1", "stage 2", "stage 3", "stage 4"]
     third, fourth = stages[2][1], stages[3][1]
     assert f"<b>se</b><br>reduction=16<br><span>at {PLACES[5]}</span>" in third
@@ -695,7 +695,7 @@ def test_read_finds_study_by_folder_name(copied: Path, tmp_path: Path) -> None:
 
 def test_read_of_older_version_gives_advice(copied: Path) -> None:
     """The error for a study of an older version says how to get a report."""
-    for key, message in (("about", "begun by an older attnsurgery"), ("base", "not come to its first trial")):
+    for key, message in (("about", "started by an older attnsurgery"), ("base", "not reached its first trial")):
         with sqlite3.connect(copied / "study.db") as database:
             database.execute("DELETE FROM study_user_attributes WHERE key = ?", (key,))
         with pytest.raises(SearchError, match=message):
