@@ -17,7 +17,7 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.search import Listener
 from attnsurgery.search.execution.assemble import assemble
-from attnsurgery.search.execution.trial import proxies
+from attnsurgery.search.execution.trial import proxy_scores
 from attnsurgery.search.report.sections.proxies import section
 from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.operate import operate
@@ -87,7 +87,7 @@ def test_proxies_skip_no_memory_raise_faults(tmp_path: Path, monkeypatch: pytest
     recipe = Recipe(version=1, name="x", base="test_resnet", edits=edits)
     watch = Watching(Listener(), lambda: False)
     model = operated().train()
-    assert set(proxies(bench, recipe, model, watch)) == {"grad_norm", "synflow"}
+    assert set(proxy_scores(bench, recipe, model, watch)) == {"grad_norm", "synflow"}
 
     def fails(message: str) -> Callable[..., float]:
         def fail(*args: object, **named: object) -> float:
@@ -96,12 +96,12 @@ def test_proxies_skip_no_memory_raise_faults(tmp_path: Path, monkeypatch: pytest
         return fail
 
     monkeypatch.setattr("attnsurgery.search.execution.trial.synflow", fails("CUDA out of memory."))
-    assert set(proxies(bench, recipe, model, watch)) == {"grad_norm"}
+    assert set(proxy_scores(bench, recipe, model, watch)) == {"grad_norm"}
     monkeypatch.setattr("attnsurgery.search.execution.trial.grad_norm", fails("derivative not implemented"))
-    assert proxies(bench, recipe, model, watch) == {}
+    assert proxy_scores(bench, recipe, model, watch) == {}
     monkeypatch.setattr("attnsurgery.search.execution.trial.synflow", fails("CUDA error: an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        proxies(bench, recipe, model, watch)
+        proxy_scores(bench, recipe, model, watch)
 
 
 def test_grad_norm_sees_a_shut_gate() -> None:

@@ -115,9 +115,8 @@ def _may_change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if key == "budget_mb":  # without this budget, memory was not measured
         return before["budget_mb"] is not None
     if key.startswith(f"{CHOICES}."):
-        shares_weights = (
-            "supernet" in f"{now['evaluator']} {now['rungs']}"
-        )  # a supernet was trained with all choices in it
+        # a supernet was trained with all choices in it
+        shares_weights = "supernet" in f"{now['evaluator']} {now['rungs']}"
         return not shares_weights and _offers_more(key, _flat(before), _flat(now))
     return key.startswith(f"{VERSIONS}.") or key in _BUDGETS or key in _NEXT
 

@@ -77,9 +77,8 @@ class Switch(Block):
         block, (height, width) = self.blocks[self._active], x.shape[2:]
         if self._active not in self._columns:
             return block(x)  # type: ignore[no-any-return]
-        y: torch.Tensor = block(
-            x.flatten(2).unsqueeze(3)
-        )  # the shape that it gets outside a supernet, for equal rounding
+        # the block gets the shape that it gets outside a supernet, for equal rounding
+        y: torch.Tensor = block(x.flatten(2).unsqueeze(3))
         return y.reshape(*y.shape[:2], height, width) if y.shape[2] == height * width else y
 
     def cost(self, height: int, width: int) -> Cost:

@@ -123,7 +123,7 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     check = bench.budgets.check(record)
     if not check.within:
         return replace(record, state="over_budget", reason=check.words)
-    record = replace(record, proxies=proxies(bench, recipe, candidate, watch))
+    record = replace(record, proxies=proxy_scores(bench, recipe, candidate, watch))
     score = bench.rungs[0].score(Candidate(candidate, record.assignment), train_seed(bench), watch)
     return replace(
         record,
@@ -136,7 +136,7 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     )
 
 
-def proxies(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching) -> dict[str, float]:
+def proxy_scores(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watching) -> dict[str, float]:
     """Training-free scores of a candidate, by name. A score that this model or the memory does not allow is left out.
 
     Raises:

@@ -67,9 +67,8 @@ def check_free(folder: Path) -> None:
         if not folder.is_dir():
             raise UsageError(f"the run directory {folder} is a file. Name a directory that is new or empty.")
         names = (entry.name for entry in folder.iterdir())
-        entries = sorted(
-            name for name in names if name not in _NO_CONTENT and MARK not in name
-        )  # a partly written mark is no content either
+        # a partly written mark is no content either
+        entries = sorted(name for name in names if name not in _NO_CONTENT and MARK not in name)
     except OSError as error:
         raise SearchError(f"cannot look into the run directory {folder}: {error.strerror}.") from None
     if entries and not is_run(folder):
