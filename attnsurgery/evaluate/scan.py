@@ -150,9 +150,9 @@ def conversion_notes(scans: Sequence[Scan]) -> list[str]:
     lines = []
     if turned := sum(look.turned for look in looks):
         lines.append(f"turned upright: {_image_count(turned, looks)}, as their EXIF data says")
-    for depth, kind, real in zip(depths(scans), ("whole", "floating-point"), (False, True), strict=True):
+    for depth, kind, is_float in zip(depths(scans), ("whole", "floating-point"), (False, True), strict=True):
         if depth is not None:
-            count = sum(look.values is not None and (look.mode == "F") == real for look in looks)
+            count = sum(look.values is not None and (look.mode == "F") == is_float for look in looks)
             lines.append(
                 f"scaled to 8 bits: {_image_count(count, looks)} of {kind} numbers, "
                 f"{depth.describe()} becoming 0 to 255"
