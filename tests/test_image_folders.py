@@ -793,7 +793,7 @@ def test_hub_label_column_has_to_be_named(hub: Hub) -> None:
     """Of several label columns the user names one, and an unknown name is refused with those there are."""
     features = {"img": Image_(), "fine_label": ClassLabel(["a", "b"]), "coarse_label": ClassLabel(["x", "y"])}
     hub(features, train=[row(i, fine_label=i % 2, coarse_label=i // 6) for i in range(12)])
-    with pytest.raises(UsageError, match=r"fine_label, coarse_label\. Say .* hfds/cifar100:fine_label"):
+    with pytest.raises(UsageError, match=r"fine_label, coarse_label\. Name one .* hfds/cifar100:fine_label"):
         load_data("hfds/cifar100", SMALL)
     assert load_data("hfds/cifar100:coarse_label", SMALL).classes == ("x", "y")
     with pytest.raises(UsageError, match="there is no column 'label', but img, fine_label, coarse_label"):
