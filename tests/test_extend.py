@@ -157,7 +157,7 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
         (
             MORE,
             {},
-            r"choices\.max_blocks: was 2, is now 3; .*layer1\.0\.bn2 and at 3 other places: was \[.*\. Go on",
+            r"choices\.max_blocks: was 2, is now 3; .*layer1\.0\.bn2 and at 3 other places: was \[.*\. Resume it",
         ),
         (TWO_BLOCKS, {"extend": True, "seed": 5}, r"seed: was 0, is now 5\. Repeat the first command"),
         (
@@ -192,7 +192,7 @@ def test_extend_refuses_another_search(
 def test_check_same_shortens_long_lists() -> None:
     """A long list of differences is cut short, and its remainder counted."""
     before, now = ({"budget_mb": None, "versions": {f"package {n}": part for n in range(11)}} for part in (1, 2))
-    with pytest.raises(SearchError, match=r"package 0: was 1, is now 2; .*; and 3 more\. Go on all the same"):
+    with pytest.raises(SearchError, match=r"package 0: was 1, is now 2; .*; and 3 more\. Resume it nevertheless"):
         check_same(before, now, "there")
     assert len(check_same(before, now, "there", extend=True)) == 11
 
