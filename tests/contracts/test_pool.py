@@ -175,7 +175,7 @@ def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
     for index in range(2):
         (tmp_path / "injected_faults" / f"device-{index}").touch()
     pool.give(Job("base scores", trial=3))
-    message = r"scores of trial 3 broke the device: CUDA error: an illegal .* finished is kept.* With --workers 1"
+    message = r"scores of trial 3 broke the device: CUDA error: an illegal .* results are kept.* With --workers 1"
     with pytest.raises(SearchError, match=message):
         pool.wait(1.0)
     assert [entry.name for entry in (tmp_path / "injected_faults").iterdir()] == ["device-1"], "begun once"
