@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate import doubles
+from attnsurgery.evaluate import duplicates
 from attnsurgery.evaluate.augment import NAMES, describe, mirrors
 from attnsurgery.evaluate.batches import FileSplit, MemorySplit, Split
 from attnsurgery.evaluate.contents import digests_of
@@ -255,8 +255,8 @@ def _balance_notes(classes: Sequence[str], parts: Mapping[str, Source]) -> list[
 
 def _shared(scans: Mapping[str, Scan], parts: Mapping[str, Source]) -> list[str]:
     """Lines on images that two splits, or two classes, have in common."""
-    lines = [line for shared in doubles.shared(scans) for line in shared.lines()]
-    if pairs := doubles.of_two_classes(scans, {name: part.labels for name, part in parts.items()}):
+    lines = [line for shared in duplicates.shared(scans) for line in shared.lines()]
+    if pairs := duplicates.of_two_classes(scans, {name: part.labels for name, part in parts.items()}):
         image, original = pairs[0]
         copies = "image is a byte copy" if len(pairs) == 1 else "images are byte copies"
         lines.append(f"in two classes: {len(pairs):,} {copies} of one of another class ({image} is {original})")

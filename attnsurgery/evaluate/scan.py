@@ -1,7 +1,7 @@
 """Opens every image once before anything is trained, and says which are unreadable and which have to be converted.
 
 A damaged file is found in the first minute and not after the last trial. A digest of each image's bytes and a thumbnail
-serve to find copies in other splits (`attnsurgery.evaluate.doubles`).
+serve to find copies in other splits (`attnsurgery.evaluate.duplicates`).
 """
 
 from __future__ import annotations
