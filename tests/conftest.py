@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,15 @@ def warm_workers() -> Iterator[None]:
     """Workers of a search start in forks of a process that has done their imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "COMMAND", warm_start.worker())
+        if importlib.util.find_spec("submitit"):
+            from submitit.local.local import LocalExecutor
+
+            command = shlex.join([*warm_start.python(), "-m", "submitit.core._submit"])
+            patch.setattr(
+                LocalExecutor,
+                "_submitit_command_str",
+                property(lambda executor: f"{command} {shlex.quote(str(executor.folder))}"),
+            )
         yield
 
 

@@ -32,7 +32,19 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _START_S = 120.0
 _OWN_PATH = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """Folders on the server's path that are not on that of a program."""
-_PRELOADED = ("attnsurgery.cli._app", "attnsurgery.search", "attnsurgery.search.workers.worker", "torch._dynamo")
+_PRELOADED = (
+    "alembic.command",
+    "attnsurgery.blocks.timm_attn",
+    "attnsurgery.cli._app",
+    "attnsurgery.cli.search",
+    "attnsurgery.samplers.additive",
+    "attnsurgery.search.coordinator.search",
+    "attnsurgery.search.report.page",
+    "attnsurgery.search.workers.worker",
+    "sklearn.datasets",
+    "submitit.core._submit",
+    "torch._dynamo",
+)
 
 
 def python() -> list[str]:
@@ -109,7 +121,8 @@ def _serve(path: str) -> None:
     import selectors
 
     for name in _PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # a package that only some tests need, and skip without
+            importlib.import_module(name)
     gc.freeze()  # so that a collection in a fork copies no pages
     door = socket.socket(socket.AF_UNIX)
     door.bind(path)
