@@ -91,7 +91,7 @@ def write_config(
     """
     arguments = dict(model_args or {})
     arguments.pop("num_classes", None)
-    if architecture is None and (recipe := _unregistered_recipe(model)) is not None:
+    if architecture is None and (recipe := _recipe_of_local_name(model)) is not None:
         architecture = ARCHITECTURE
         arguments = {"base": recipe.base, "recipe": recipe.as_dict(), **arguments}
     arguments |= _plain_arguments(model, arguments)
@@ -111,7 +111,7 @@ def write_config(
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _unregistered_recipe(model: nn.Module) -> Recipe | None:
+def _recipe_of_local_name(model: nn.Module) -> Recipe | None:
     """The recipe of a model whose name only this process knows, since it was registered here; None for others."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     recipe = registry.recipe_by_name(config.get("architecture") or "")
