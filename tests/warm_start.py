@@ -50,7 +50,7 @@ _PRELOADED = (
 def python() -> list[str]:
     """The command in place of `[sys.executable]`; what follows is `-m MODULE ...` or `-c PROGRAM ...`."""
     start_server()
-    return [sys.executable, "-I", "-S", os.path.abspath(__file__)]
+    return [sys.executable, "-I", "-S", os.path.abspath(__file__), os.environ[SOCKET]]
 
 
 def worker() -> tuple[str, ...]:
@@ -80,8 +80,8 @@ def start_server() -> None:
     atexit.register(stop)
 
 
-def _client(arguments: list[str]) -> None:
-    line = _connected(os.environ[SOCKET])
+def _client(path: str, *arguments: str) -> None:
+    line = _connected(path)
     request = json.dumps({"arguments": arguments, "directory": os.getcwd(), "environment": dict(os.environ)}).encode()
     streams = array.array("i", [0, 1, 2])
     line.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
@@ -149,7 +149,7 @@ def _serve(path: str) -> None:
                     for other in (door, line, *lines.values()):
                         other.close()
                     watched.close()
-                    _become(request, streams)
+                    _become(request, streams, path)
                 for stream in streams:
                     os.close(stream)
                 line.sendall(f"{pid}\n".encode())
@@ -196,7 +196,7 @@ def _end(lines: dict[int, socket.socket]) -> int:
     return 0
 
 
-def _become(request: dict[str, object], streams: list[int]) -> None:
+def _become(request: dict[str, object], streams: list[int], path: str) -> None:
     """Turn this fork into the program of a request, and end with its exit code."""
     import random
     import runpy
@@ -219,14 +219,14 @@ def _become(request: dict[str, object], streams: list[int]) -> None:
         os.chdir(str(request["directory"]))
         environment: dict[str, str] = request["environment"]  # type: ignore[assignment]
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update({**environment, SOCKET: path})
         # as a new interpreter would have them
         for name, stream, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
             buffering = 1 if name == "stderr" or os.isatty(stream) else -1
             setattr(sys, name, os.fdopen(stream, mode, buffering=buffering, closefd=False))
             setattr(sys, f"__{name}__", getattr(sys, name))
-        path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        sys.path[:] = ["", *path, *(entry for entry in sys.path if entry not in _OWN_PATH)]
+        python_path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        sys.path[:] = ["", *python_path, *(entry for entry in sys.path if entry not in _OWN_PATH)]
         random.seed()
         warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning, "runpy")
         processes.COMMAND = worker()
@@ -263,4 +263,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         _serve(sys.argv[2])
     else:
-        _client(sys.argv[1:])
+        _client(*sys.argv[1:])
