@@ -256,7 +256,7 @@ def test_duplicate_is_told_its_first_result(config: SearchConfig, monkeypatch: p
     same = {"layer1.0.bn2": "se(reduction=4)"}
     none = {f"layer{n}.0.{bn}": "none" for n, bn in ((1, "bn2"), (2, "bn2"), (3, "bn3"), (4, "bn2"))}
     plan = iter([{**none, **same}, none, {**none, **same}, {**none, "layer2.0.bn2": "se(reduction=4)"}])
-    monkeypatch.setattr(Store, "_unseen", lambda self, places, digests, seed: next(plan))
+    monkeypatch.setattr("attnsurgery.search.storage.propose._draw_new", lambda space, places, digests, seed: next(plan))
     outcome = run(change(config, trials=2))
     first, base, second, other = outcome.records
     assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
