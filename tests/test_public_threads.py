@@ -68,7 +68,7 @@ def test_meta_model_filled_with_garbage() -> None:
         model.load_state_dict(base)
     model.load_state_dict(whole.state_dict())
     assert torch.equal(model.eval()(images(64)), whole(images(64)))
-    with pytest.raises(LoadError, match="were trained, or loaded"):
+    with pytest.raises(LoadError, match="were trained or loaded"):
         model.load_state_dict(base)
 
 
