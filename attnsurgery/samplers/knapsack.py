@@ -12,8 +12,11 @@
    holds, and so does that of their sum (the surrogate relaxation).
 3. After a number of steps, beam search with the same bounds, which may fall short of the best value by a little.
 
-An integer program (HiGHS, by scipy.optimize.milp) gives the same answers, faster for many places, but it sometimes
-prints to stdout, and has no option that prevents it.
+An integer program (HiGHS, by scipy.optimize.milp) would be a tenth of this code. On 300 random knapsacks of a search's
+kind it gave the same answers in 5.0 times the time (the median of their ratios; half of them 2.3 to 16.9), and on hard
+ones it may print to stdout, with no option that prevents it. It is faster where budgets contradict each other, 0.3
+times the time, and finds better candidates of 48 places of 10 blocks whose values follow their costs. See
+scripts/bench/knapsack.py.
 """
 
 from __future__ import annotations
