@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -226,19 +227,24 @@ def sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
     yield tuple(model.pretrained_cfg["input_size"][1:])
 
 
-def find_base(arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS) -> Base:
+def find_base(
+    arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> Base:
     """The base at the smallest possible size of images.
 
     Args:
         arch: the architecture.
         max_bytes: memory for the weights; if COPIES of them do not fit, the base is on the meta device.
         kinds: the feature classes to try.
+        arguments: of `timm.create_model`, such as a smaller depth.
 
     Raises:
         BaseError: it runs at no size, or its output does not depend on the image.
     """
     plain = weightless(arch).eval()
-    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    with torch.device("meta"):
+        shallow = timm.create_model(arch, **arguments) if arguments else plain
+    parameters = sum(parameter.numel() for parameter in shallow.parameters())
     meta = parameters * 4 * COPIES > max_bytes
     errors: list[str] = []
     sized = _takes_img_size(arch)
@@ -248,7 +254,7 @@ def find_base(arch: str, max_bytes: float, kinds: tuple[str, ...] = KINDS) -> Ba
         kwargs = {"img_size": size} if sized else {"pretrained_cfg_overlay": {"input_size": shape}}
         try:
             _try_on_meta(arch, plain, kwargs, size)
-            return _measured(arch, kwargs, size, meta, parameters, kinds)
+            return _measured(arch, {**kwargs, **arguments}, size, meta, parameters, kinds)
         except Exception as error:  # architectures raise exceptions of any class for sizes that they do not support
             errors.append(f"{size[0]}x{size[1]}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
     raise BaseError(f"runs at no size; {errors[0]}; {errors[-1]}")

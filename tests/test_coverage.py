@@ -41,6 +41,34 @@ from tests.lower_end import TAKES_HEIGHT_AND_WIDTH
 
 FAMILIES = architectures()
 LISTED = "1.0.31"
+_SHORT_VITS = (
+    "beit_base_patch16_224",
+    "deepseek_vit_412m",
+    "deit_tiny_patch16_224",
+    "gemma4_vit_167m",
+    "naflexvit_base_patch16_parfac_gap",
+    "qwen3_vit_88m",
+    "samvit_base_patch16_224",
+    "tnt_s_legacy_patch16_224",
+    "xcit_nano_12_p8_224",
+)
+_SHORT_SWINS = ("swin_tiny_patch4_window7_224", "swinv2_cr_tiny_224", "swinv2_tiny_window16_256")
+SMALLER: dict[str, dict[str, Any]] = {
+    **{arch: {"depth": 4} for arch in _SHORT_VITS},
+    **{arch: {"depths": (1, 1, 2, 1)} for arch in _SHORT_SWINS},
+    "cait_xxs24_224": {"depth": 8},
+    "coat_tiny": {"parallel_depth": 2},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "efficientformer_l1": {"depths": (1, 1, 2, 2)},
+    "nasnetalarge": {"num_features": 1056, "stem_size": 32},
+    "sequencer2d_s": {"layers": (2, 2, 2, 2)},
+    "tresnet_m": {"layers": [1, 1, 2, 1]},
+    "vgg11": {"mlp_ratio": 0.01},
+}
+"""Arguments that make the larger of these architectures smaller: the same modules, fewer of them or narrower ones.
+
+`scripts/coverage` checks them at full size; docs/coverage.md has the result.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +100,7 @@ def examined(arch: str) -> list[dict[str, Any]]:
     with warnings.catch_warnings(), cached_surveys():
         warnings.simplefilter("ignore")  # timm's own, about this and that
         thorough = arch.startswith("test_")  # the others in the one feature class that timm takes, at the one size
-        base = find_base(arch, max_bytes=3e9, kinds=QUICK if thorough else ())
+        base = find_base(arch, max_bytes=3e9, kinds=QUICK if thorough else (), arguments=SMALLER.get(arch, {}))
         return [examine(base, suffix, by_default=thorough) for suffix in SUFFIXES]
 
 
