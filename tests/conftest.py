@@ -213,6 +213,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Reports have no pictures, which take as long to draw as a small training; tests/test_report.py draws them."""
+    from attnsurgery.search.report import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "embedded", lambda pictures: (dict.fromkeys(pictures, ""), ""))
+        yield
+
+
+@pytest.fixture(scope="module")
 def warm_workers() -> Iterator[None]:
     """Workers of a search start in forks of a process that has done their imports."""
     with pytest.MonkeyPatch.context() as patch:

@@ -29,6 +29,8 @@ from attnsurgery.timm_plugin.architectures import weightless
 from tests._searches import change
 from tests.conftest import build
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SPACE = """
 version: 1
 name: sizes

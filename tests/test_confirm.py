@@ -28,7 +28,7 @@ from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_t
 from attnsurgery.search.watching import Watching
 from tests._searches import change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 
 @pytest.fixture

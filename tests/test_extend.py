@@ -20,7 +20,7 @@ from attnsurgery.search.storage.repair import repair
 from attnsurgery.search.storage.schema import STUDY, TRIALS
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 TWO_BLOCKS = SPACE.replace("name: small\n", "name: small\nmax_blocks: 2\n")
 MORE = TWO_BLOCKS.replace("max_blocks: 2", "max_blocks: 3").replace("[4, 16]", "[4, 16, 8]") + (

@@ -21,7 +21,7 @@ from attnsurgery.search.workers.processes import ProcessPool
 from attnsurgery.search.workers.worker import serve_mailbox
 from tests._searches import change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread", "warm_workers")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.execution.preview import DRAWN, Preview, _wilson, preview
 from attnsurgery.search.watching import StopRequested
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> SearchConfig:

@@ -19,7 +19,7 @@ from attnsurgery.search.storage.repair import repair
 from attnsurgery.search.storage.schema import STUDY, TRIALS, facts_of, trials_of
 from tests._searches import change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ from attnsurgery.search.storage.urls import check_url
 from attnsurgery.search.workers.pool import WorkerPool
 from tests._searches import change, outcome, small_search, trial, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 
 SMALL = Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32))

@@ -20,6 +20,8 @@ from attnsurgery.search.storage.store import Store
 from tests._searches import write_images
 from tests.test_search import SPACE, small_search
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def candidate(number: int, *scores: float, ms: float = 1.0, halted: str | None = None) -> Record:
     higher = tuple(Promotion(score, 0.0, 0.0, 1) for score in scores[1:])

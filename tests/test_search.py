@@ -34,7 +34,7 @@ from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import without_password
 from tests._searches import SPACE, change, small_search, write_images, write_space
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from tests.test_search import SPACE, small_search
 
 SIZES = {"test_resnet": 32, "test_vit": 160, "test_convnext": 64}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 
 def build_supernet(name: str, space: str) -> tuple[nn.Module, Supernet, BoundSpace, Anatomy]:

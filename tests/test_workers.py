@@ -24,7 +24,7 @@ from attnsurgery.search.workers.launch.processes import end_of
 from tests._searches import change, small_search, write_images, write_space
 from tests.plugins.attnsurgery_dummy import Dummy
 
-pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread", "warm_workers")
 
 PLUGINS = str(Path(__file__).parent / "plugins")
 ROOT = str(Path(__file__).parents[1])
