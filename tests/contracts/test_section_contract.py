@@ -18,6 +18,8 @@ from attnsurgery.search.result.outcome import Outcome
 from tests._searches import outcome, search, trial
 
 BUILDERS = {build.__module__.rpartition(".")[2]: build for build in builders()}
+FAR = 1_000_000
+"""An order after those of all sections of the package, present and future."""
 FILES = [path.stem for path in Path(package.__path__[0]).glob("[!_]*.py")]
 
 
@@ -65,23 +67,40 @@ def test_new_section_is_shown_in_its_order(tmp_path: Path, monkeypatch: pytest.M
     """A registered section stands on the page between its neighbours, and its plain text is escaped."""
     monkeypatch.setattr(section, "_builders", dict(section._builders))
 
-    @register(order=75)
+    @register(order=FAR + 1)
+    def last(findings: Outcome, control: Control | None) -> Section | None:
+        return Section("last", "Last")
+
+    @register(order=FAR)
     def extra(findings: Outcome, control: Control | None) -> Section | None:
         return Section("extra", "Extra: of <this> search", below=f"{len(findings.records)} < 7")
 
     page = render(outcome(tmp_path, search(6)))
-    assert page.index('id="trials"') < page.index('id="extra"') < page.index('id="conditions"')
+    assert page.index('id="checklist"') < page.index('id="extra"') < page.index('id="last"')
     assert '<a href="#extra">Extra</a>' in page
     assert "Extra: of &lt;this&gt; search" in page
     assert "6 &lt; 7" in page
 
 
 def test_section_order_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sections with the same order are an error of the second."""
+    """Two sections with the same order are an error that names both and the free orders nearby."""
     monkeypatch.setattr(section, "_builders", {})
-    register(order=1)(lambda findings, control: None)
-    with pytest.raises(ValueError, match="two sections of the report have order 1"):
-        register(order=1)(lambda findings, control: None)
+
+    def first(findings: Outcome, control: Control | None) -> Section | None:
+        return None
+
+    def second(findings: Outcome, control: Control | None) -> Section | None:
+        return None
+
+    register(order=FAR)(first)
+    register(order=FAR)(first)
+    register(order=FAR + 1)(first)
+    message = rf"two sections of the report have order {FAR}: \S+first and \S+second\. Free orders nearby: ([\d, ]+)\."
+    with pytest.raises(ValueError, match=message) as error:
+        register(order=FAR)(second)
+    free = re.search(message, str(error.value))
+    assert free is not None
+    assert {int(order) for order in free[1].split(", ")} == set(range(FAR - 4, FAR + 5)) - {FAR, FAR + 1}
 
 
 def test_template_escapes_and_is_strict() -> None:

@@ -52,6 +52,8 @@ else:
     B = TypeVar("B")
 
 _builders: dict[int, Build] = {}
+_NEARBY = 4
+"""Distance within which an error suggests free orders."""
 
 
 def register(order: int) -> Callable[[B], B]:
@@ -61,15 +63,23 @@ def register(order: int) -> Callable[[B], B]:
         order: sections stand on the page in ascending order.
 
     Raises:
-        ValueError: another section has this order.
+        ValueError: another section has this order; the message names both and the nearest orders that are free.
     """
 
     def enter(build: B) -> B:
         if _builders.setdefault(order, build) is not build:
-            raise ValueError(f"two sections of the report have order {order}: {_builders[order]} and {build}")
+            free = sorted(set(range(order - _NEARBY, order + _NEARBY + 1)) - set(_builders))
+            raise ValueError(
+                f"two sections of the report have order {order}: {_full_name(_builders[order])} and "
+                f"{_full_name(build)}. Free orders nearby: {', '.join(map(str, free)) or 'none'}."
+            )
         return build
 
     return enter
+
+
+def _full_name(build: Build) -> str:
+    return f"{build.__module__}.{build.__qualname__}"
 
 
 def builders() -> list[Build]:
