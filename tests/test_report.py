@@ -11,6 +11,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, permutations
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 from attnsurgery.cli import build_app
 from attnsurgery.cli.search import command_of
 from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search import Outcome, Record, SearchConfig, run
 from attnsurgery.search.report import render
 from attnsurgery.search.report.colours import BLUE
@@ -499,6 +501,21 @@ def test_control_must_be_comparable(tmp_path: Path, fixed: dict[str, Any], folde
         control_of(mine, other)
     fine = Saved(outcome(tmp_path / "other", search(5)), {**same, "seed": 7})
     assert len(control_of(mine, fine).trained) == sum(record.state == "trained" for record in search(5))
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_control_has_any_uniform_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uniform: bool) -> None:
+    """A sampler of another package that draws uniformly makes a control too, and the report says that it is random."""
+    sampler = type("Halton", (SAMPLERS["random"],), {"draws_uniformly": uniform})
+    monkeypatch.setitem(SAMPLERS._entries, "halton", sampler)
+    mine = Saved(outcome(tmp_path / "run", search(5)), {"sampler": "tpe"})
+    other = Saved(outcome(tmp_path / "other", search(5)), {"sampler": "halton"})
+    with nullcontext() if uniform else pytest.raises(UsageError, match="with --sampler halton, and a control is drawn"):
+        control_of(mine, other)
+    findings = outcome(tmp_path, search(5))
+    drawn = replace(findings, config=findings.config.model_copy(update={"sampler": "halton"}))
+    assert ("It is a random search itself." in render(drawn)) is uniform
+    assert ("it is a control for others, and needs none" in render(drawn)) is uniform
 
 
 # A run directory

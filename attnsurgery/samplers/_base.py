@@ -33,7 +33,7 @@ class Sampler(BaseSampler, ABC):
     register a class of an own file in attnsurgery/samplers/ by `@SAMPLERS.register("name")`, or name it in an entry
     point of the group `attnsurgery.samplers`; then `attnsurgery search --sampler name` uses it.
 
-    Laws, which tests/test_sampler_contract.py checks for everything in the catalog:
+    Laws, which tests/contracts/test_sampler_contract.py checks for everything in the catalog:
 
     * the same places, seed, base score and trials give the same choice, and `trials` is left as it was;
     * a choice has one label for every place, at least one block, and keeps to `places.limit` and to all
@@ -82,7 +82,8 @@ class Sampler(BaseSampler, ABC):
     """
 
     draws_uniformly: ClassVar[bool] = False
-    """True of a sampler that learns nothing: its candidates count as random search in the report."""
+    """True of a sampler that learns nothing: its candidates count as random search in the report, and it need not
+    follow the direction of the study."""
 
     fell_back: bool = False
     """True once `choose` has left this choice to Optuna, place by place."""
@@ -143,6 +144,10 @@ class SamplerCatalog(Catalog[Any]):
                 f"be used: {fault}. The contract is the docstring of attnsurgery.samplers.Sampler."
             )
         return cls
+
+    def draws_uniformly(self, name: str) -> bool:
+        """Whether the sampler called `name` learns nothing; False if it is not installed, as in another's report."""
+        return name in self and bool(getattr(self._entries[name], "draws_uniformly", False))
 
 
 def contract_violation(cls: Any) -> str | None:

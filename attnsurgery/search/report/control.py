@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnsurgery.errors import UsageError
+from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.compatibility import VERSIONS, WEIGHTS_GIVEN, differences
 from attnsurgery.search.result.record import Record, trained
 
@@ -46,7 +47,7 @@ def control_of(search: Saved, other: Saved) -> Control:
     if folder.resolve() == search.outcome.folder.resolve():
         raise UsageError(f"--control {folder} is the search itself. Give the run directory of another.")
     sampler = other.fixed.get("sampler")
-    if sampler != "random":
+    if not SAMPLERS.draws_uniformly(str(sampler)):
         raise UsageError(
             f"--control {folder} was searched with --sampler {sampler}, and a control is drawn at random. "
             "Make one with the same command, --sampler random and another --output."

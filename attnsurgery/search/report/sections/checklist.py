@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import duration, ms, points, quantity
@@ -239,7 +240,7 @@ def _random(outcome: Outcome, control: Control | None) -> Item:
         answer: Answer = "yes" if there >= outcome.trained else "partly"
         return Item(question, answer, f"A control of {there} trained candidates beside {outcome.trained} here.")
     drawn = len(outcome.drawn)
-    if outcome.config.sampler == "random":
+    if SAMPLERS.draws_uniformly(outcome.config.sampler):
         return Item(question, "no", "It is a random search itself.")
     if drawn == outcome.trained:
         return Item(question, "no", "All candidates so far were drawn at random.")

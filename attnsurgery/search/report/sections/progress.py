@@ -9,6 +9,7 @@ from bokeh.models import BasicTicker, Span
 from bokeh.plotting import figure
 from markupsafe import Markup
 
+from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.report.colours import BLUE, INK, LIGHT, LIGHT_ORANGE, ORANGE
 from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
 from attnsurgery.search.report.section import Mark, Section, register
@@ -84,7 +85,7 @@ def _about(outcome: Outcome, control: Control | None) -> Markup:
     if control:
         trained_candidates = quantity(len(control.trained), "trained candidate")
         return html(_OTHER_SEARCH, folder=control.folder, trained_candidates=trained_candidates)
-    if outcome.config.sampler == "random":
+    if SAMPLERS.draws_uniformly(outcome.config.sampler):
         return html("All candidates of this search were drawn at random: it is a control for others, and needs none.")
     if _all_drawn(outcome):
         return html("So far all candidates were drawn at random: there is nothing to hold beside a random control yet.")

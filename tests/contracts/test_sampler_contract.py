@@ -42,7 +42,8 @@ ONE_PLACE = Places({"layer1": CHOICES})
 SPACES = {"roomy": ROOMY, "tight": TIGHT, "two budgets": TWO_BUDGETS, "one place": ONE_PLACE}
 
 every_sampler = pytest.mark.parametrize("name", sorted(SAMPLERS))
-choosing = pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if issubclass(SAMPLERS[name], Sampler)))
+CHOOSING = sorted(name for name in SAMPLERS if issubclass(SAMPLERS[name], Sampler))
+choosing = pytest.mark.parametrize("name", CHOOSING)
 every_space = pytest.mark.parametrize("space", list(SPACES))
 every_history = pytest.mark.parametrize("history", ["empty", "one", "many", "failed", "open"])
 
@@ -182,9 +183,12 @@ def test_choice_may_be_an_interrupted_one(name: str) -> None:
     assert not next_choice(name, TIGHT, failed, seed=1)
 
 
-@choosing
+@pytest.mark.parametrize("name", sorted(name for name in CHOOSING if not SAMPLERS.draws_uniformly(name)))
 def test_choice_follows_study_direction(name: str) -> None:
-    """The same scores lead to better candidates where more is better, and to worse ones where less is."""
+    """The same scores lead to better candidates where more is better, and to worse ones where less is.
+
+    A sampler that learns nothing has no direction.
+    """
     study = study_of(ROOMY, all_of(ROOMY)[::43])
     trials = study.get_trials(deepcopy=False)
     mean = {}
@@ -331,6 +335,17 @@ def test_catalog_gives_sound_samplers(cls: Any, monkeypatch: pytest.MonkeyPatch)
 def test_catalog_samplers_keep_the_contract(name: str) -> None:
     """The samplers of the catalog have no violation."""
     assert contract_violation(SAMPLERS[name]) is None
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_uniform_sampler_is_told_by_attribute(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler counts as random search if it says so, whatever its name; one that is not installed does not."""
+    monkeypatch.setattr(ByAgreement, "draws_uniformly", not learns)
+    catalog = installed(ByAgreement, monkeypatch)
+    assert catalog.draws_uniformly("theirs") is not learns
+    assert catalog.draws_uniformly("random")
+    assert not catalog.draws_uniformly("additive")
+    assert not catalog.draws_uniformly("not installed")
 
 
 class ChoosesUnknown(Sampler):
