@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attnsurgery.blocks import Block
+from attnsurgery.blocks import BLOCKS, Block
 from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError, did_you_mean
 from attnsurgery.surgery.owners import joined, operated
 from attnsurgery.surgery.select_blocks import base_anatomy
@@ -39,12 +39,13 @@ def attention_map(
     Returns:
         A float32 array that depends on the block:
 
-        * `non_local`, and `dual` with its position attention: (H, W), the weights of all positions of the block's map
-          in the sum of the query's position. Softmax weights sum to 1. With sub-sampling it is the pooled map, and rows
-          and columns that no window covers have the weight 0 in the image.
-        * `se`: (C,), the gate of each channel; for kind 'sse' (H, W), the gate of each position; for 'scse' (C, H, W),
-          the combination of both.
-        * `residual_attention`: (C, H, W), the mask M, before alpha.
+        * of a block with a method `attention_from`, such as `non_local`, and `dual` with its position attention:
+          (H, W), the weights of all positions of the block's map in the sum of the query's position. Softmax weights
+          sum to 1. With sub-sampling it is the pooled map, and rows and columns that no window covers have the weight 0
+          in the image.
+        * of a block with a method `gates_of`, what it returns: for `se` (C,), the gate of each channel, or (H, W) with
+          kind 'sse', the gate of each position, or (C, H, W) with 'scse', the combination of both; for
+          `residual_attention` (C, H, W), the mask M, before alpha.
 
     Raises:
         UnknownNameError: there is no such block; the message lists the model's blocks.
@@ -75,10 +76,11 @@ def _check_query(path: str, block: Block, query: tuple[int, int] | None, size: t
         UsageError: the block has no weights, `query` does not fit the block, or it is outside of the image.
     """
     attends = hasattr(block, "attention_from")
-    if not attends and not hasattr(block, "gates_of"):
+    if not _has_weights(type(block)):
+        *names, last = (name for name in BLOCKS if _has_weights(BLOCKS[name]))
         raise UsageError(
-            f"the block {path!r} ({type(block).__name__}) has no weights to show; those of non_local, dual, se and "
-            "residual_attention can be shown."
+            f"the block {path!r} ({type(block).__name__}) has no weights to show; those of {', '.join(names)} and "
+            f"{last} can be shown."
         )
     if attends is (query is None):
         missing = "attends from one position to others: give query=(row, column), a pixel of the image"
@@ -86,6 +88,10 @@ def _check_query(path: str, block: Block, query: tuple[int, int] | None, size: t
     height, width = size
     if query is not None and not (0 <= query[0] < height and 0 <= query[1] < width):
         raise UsageError(f"the query {query} lies outside of the image, which has {height} x {width} pixels.")
+
+
+def _has_weights(block: type[Block]) -> bool:
+    return hasattr(block, "attention_from") or hasattr(block, "gates_of")
 
 
 def _weights(block: Any, x: torch.Tensor, query: tuple[int, int] | None, size: tuple[int, int]) -> Array:

@@ -138,7 +138,8 @@ def test_attention_map_refusals_say_why() -> None:
         attnsurgery.attention_map(model, images(64), (0, 0))
     with pytest.raises(UsageError, match="leave query out"):
         attnsurgery.attention_map(operated("se", {}), IMAGE, (0, 0))
-    with pytest.raises(UsageError, match="has no weights to show"):
+    shown = "those of dual, non_local, residual_attention and se can be shown"
+    with pytest.raises(UsageError, match=rf"has no weights to show; {shown}"):
         attnsurgery.attention_map(operated("timm:eca", {}), IMAGE)
     with pytest.raises(OptionError, match="attends to channels"):
         attnsurgery.attention_map(operated("dual", {"parts": "channel"}), IMAGE, (0, 0))

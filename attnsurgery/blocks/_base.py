@@ -61,6 +61,10 @@ class Block(nn.Module, ABC):
     A block with `gates = True` stands on a span of the host, the trunk T, instead of at one site. It takes the span's
     input x and returns the factor of the span's output, so the host computes T(x) * block(x). Its identity start
     returns exactly 1.
+
+    `attnsurgery.attention_map` shows the weights of a block with one of two optional methods: `attention_from(x, row,
+    column)` returns those of all positions for one query, (B, H, W), and `gates_of(x)` returns gates, of any shape
+    after B.
     """
 
     child_name: ClassVar[str]
