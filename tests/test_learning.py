@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from attnsurgery.blocks import BLOCKS, Block
-from attnsurgery.blocks._base import build_block
+from attnsurgery.blocks._base import build_block, check_options, options_model
 from attnsurgery.errors import OptionError
 
+OTHER_OPTIONS: dict[str, list[dict[str, object]]] = {
+    "non_local": [{"mode": "gaussian"}, {"mode": "dot_product"}, {"mode": "concatenation"}]
+}
+"""Options that are tested besides the defaults."""
 FAMILIES: list[tuple[str, dict[str, object]]] = [
-    ("se", {}),
-    *(("non_local", {"mode": mode}) for mode in ("embedded_gaussian", "gaussian", "dot_product", "concatenation")),
-    ("dual", {}),
-    ("residual_attention", {}),
-    ("timm:eca", {}),
+    (name, options)
+    for name in BLOCKS
+    if not name.startswith("timm:") or name == "timm:eca"  # which stands for the kinds of timm
+    for options in ({}, *OTHER_OPTIONS.get(name, []))
 ]
 
 
@@ -65,8 +70,11 @@ def test_block_alone_learns_from_identity(name: str, options: dict[str, object])
 
 
 def test_families_cover_every_block() -> None:
-    """Every family of blocks is tested here."""
+    """Every family of blocks is tested here, and the non-local block in all its modes."""
     families = {name for name in BLOCKS if not name.startswith("timm:")}
     assert families <= {name for name, _ in FAMILIES}
+    modes = typing.get_args(options_model(BLOCKS["non_local"]).model_fields["mode"].annotation)
+    default = check_options("non_local", {})["mode"]
+    assert {options.get("mode", default) for name, options in FAMILIES if name == "non_local"} == set(modes)
     with pytest.raises(OptionError, match="cannot take mode='other'"):
         build_block("non_local", 16, {"mode": "other"}, "identity")
