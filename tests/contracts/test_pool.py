@@ -53,7 +53,7 @@ def config_in(folder: Path, pool: str) -> SearchConfig:
         base_epochs=1,
         workers=0 if pool == "here" else 2,
         launcher="local" if pool == "here" else pool,
-        launcher_args="cluster=local" if pool == "submitit" else "",
+        launcher_args="" if pool == "here" else LAUNCHERS[pool].local_arguments,
         output=str(folder),
     )
 
@@ -67,10 +67,11 @@ class StopFlag:
         return self.now
 
 
-@pytest.fixture(params=["here", "local", "submitit", "ray"])
+@pytest.fixture(params=["here", *LAUNCHERS])
 def which(request: pytest.FixtureRequest) -> str:
-    if request.param in ("submitit", "ray"):
-        pytest.importorskip(request.param)
+    """Without worker processes, or a launcher; a new launcher is tested by itself."""
+    if request.param != "here" and (package := LAUNCHERS[request.param].package):
+        pytest.importorskip(package)
     return str(request.param)
 
 

@@ -75,6 +75,10 @@ class Launcher(ABC):
     """The name of the launcher in `--launcher`."""
     argument_names: frozenset[str] | None = frozenset()
     """The names that `launcher_args` may use; None if another library checks them."""
+    package: str = ""
+    """The Python package that the launcher needs besides the dependencies of this one, if any."""
+    local_arguments: str = ""
+    """The `launcher_args` with which workers start on this machine, as in the tests."""
 
     def __init__(self, config: SearchConfig) -> None:
         self.config = config

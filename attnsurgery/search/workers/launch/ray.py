@@ -53,6 +53,7 @@ class Ray(Launcher):
     """
 
     name = "ray"
+    package = "ray"
     argument_names = frozenset({"address", "num_cpus", "num_gpus", "memory", "resources", "accelerator_type"})
 
     def __init__(self, config: SearchConfig) -> None:

@@ -54,6 +54,8 @@ class Submitit(Launcher):
 
     name = "submitit"
     argument_names = None
+    package = "submitit"
+    local_arguments = "cluster=local"
 
     def __init__(self, config: SearchConfig) -> None:
         super().__init__(config)
