@@ -108,8 +108,10 @@ class Evaluator(ABC):
     * a score is finite, has an answer for each image of the split, and is that of the model as it is left, in eval
       mode;
     * only values of tensors change: modules, keys, shapes, hooks and `requires_grad` stay the same;
-    * an exception of the watch is passed on;
-    * a training that diverges raises a SearchError that names the epoch.
+    * `watch.step` is called before each batch, and an exception of the watch is passed on;
+    * with `trains`, weights change in as many epochs as the settings say, of which each is reported to the watch, and a
+      training that diverges raises a SearchError that names the epoch; without, tensors keep their values, and the
+      score has 0 epochs.
 
     Args:
         data: the three splits.
@@ -118,6 +120,8 @@ class Evaluator(ABC):
 
     final = True
     """False for a strategy that only ranks candidates, so that the winner is fine-tuned for its confirmation."""
+    trains = True
+    """False for a strategy that evaluates a model as it is."""
 
     def __init__(self, data: Data, settings: TrainSettings) -> None:
         self.data = data

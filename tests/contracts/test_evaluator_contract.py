@@ -13,14 +13,39 @@ from torch import nn
 
 import attnsurgery
 from attnsurgery.errors import SearchError, UnknownNameError
-from attnsurgery.evaluate import EVALUATORS, Data, Epoch, Preprocessing, TrainSettings, Watch, accuracy, load_data
+from attnsurgery.evaluate import (
+    EVALUATORS,
+    Data,
+    Epoch,
+    Evaluator,
+    Preprocessing,
+    Score,
+    TrainSettings,
+    Watch,
+    accuracy,
+    load_data,
+)
+from attnsurgery.evaluate._base import SplitName
 from tests.conftest import wake
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = TrainSettings(epochs=1, batch_size=64, lr=1e-3)
 
-every_evaluator = pytest.mark.parametrize("name", list(EVALUATORS))
+
+class EvaluatesOnly(Evaluator):
+    """Trains nothing, as an evaluator may."""
+
+    trains = False
+
+    def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
+        top1, loss, correct_N = accuracy(model, self.split(on), self.settings, watch=watch)
+        return Score(top1, loss, seconds=1.0, epochs=0, correct=correct_N)
+
+
+CLASSES: dict[str, type[Evaluator]] = {**{name: EVALUATORS[name] for name in EVALUATORS}, "none": EvaluatesOnly}
+every_evaluator = pytest.mark.parametrize("name", list(CLASSES))
+every_training = pytest.mark.parametrize("name", [name for name, evaluator in CLASSES.items() if evaluator.trains])
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +69,10 @@ def test_evaluator_repeats_its_score(digits: Data, original: nn.Module, name: st
     models = copy.deepcopy(original), copy.deepcopy(original)
     torch.manual_seed(5)
     random = torch.get_rng_state()
-    first = EVALUATORS[name](digits, SETTINGS).score(models[0], seed=3)
+    first = CLASSES[name](digits, SETTINGS).score(models[0], seed=3)
     assert torch.equal(torch.get_rng_state(), random)
     torch.manual_seed(6)
-    again = EVALUATORS[name](digits, SETTINGS).score(models[1], seed=3)
+    again = CLASSES[name](digits, SETTINGS).score(models[1], seed=3)
     assert (first.top1, first.loss) == (again.top1, again.loss)
     assert torch.equal(first.correct, again.correct)
     weights = [model.state_dict() for model in models]
@@ -59,7 +84,7 @@ def test_evaluator_repeats_its_score(digits: Data, original: nn.Module, name: st
 def test_evaluator_score_is_complete(digits: Data, original: nn.Module, name: str, on: str) -> None:
     """A score is finite, of every image of the split, and that of the model as it is left."""
     model = copy.deepcopy(original)
-    evaluator = EVALUATORS[name](digits, SETTINGS)
+    evaluator = CLASSES[name](digits, SETTINGS)
     score = evaluator.score(model, seed=0, on=on)  # type: ignore[arg-type]
     split = evaluator.split(on)  # type: ignore[arg-type]
     assert len(split) == len(digits.val if on == "val" else digits.test)
@@ -68,7 +93,7 @@ def test_evaluator_score_is_complete(digits: Data, original: nn.Module, name: st
     assert score.top1 == pytest.approx(float(score.correct.double().mean()))
     assert math.isfinite(score.loss)
     assert score.loss > 0
-    assert score.epochs == SETTINGS.epochs
+    assert score.epochs == (SETTINGS.epochs if evaluator.trains else 0)
     assert score.seconds > 0
     assert score.balanced is None  # classes of about the same size
     top1, loss, correct_N = accuracy(model, split, SETTINGS)
@@ -91,10 +116,27 @@ def test_evaluator_keeps_the_architecture(digits: Data, original: nn.Module, nam
 
     modules = list(model.named_modules())
     before = structure()
-    EVALUATORS[name](digits, SETTINGS).score(model, seed=0)
+    CLASSES[name](digits, SETTINGS).score(model, seed=0)
     assert list(model.named_modules()) == modules
     assert structure() == before
     assert not any(module.training for _, module in modules)
+
+
+@every_evaluator
+def test_evaluator_trains_as_it_says(digits: Data, original: nn.Module, name: str) -> None:
+    """Weights change, and epochs are reported, if and only if the evaluator trains."""
+    epochs: list[int] = []
+
+    class Note(Watch):
+        def epoch(self, epoch: Epoch) -> None:
+            epochs.append(epoch.index)
+
+    model = copy.deepcopy(original)
+    CLASSES[name](digits, SETTINGS).score(model, seed=0, watch=Note())
+    state = original.state_dict()
+    unchanged = all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert unchanged is not CLASSES[name].trains
+    assert epochs == (list(range(1, SETTINGS.epochs + 1)) if CLASSES[name].trains else [])
 
 
 class Stop(Watch):
@@ -114,27 +156,28 @@ class Stop(Watch):
             raise KeyboardInterrupt
 
 
-@every_evaluator
-@pytest.mark.parametrize("at", ["step", "epoch"])
+@pytest.mark.parametrize(
+    ("name", "at"), [(name, at) for name in CLASSES for at in ("step", "epoch") if at == "step" or CLASSES[name].trains]
+)
 def test_evaluator_passes_on_interruptions(digits: Data, original: nn.Module, name: str, at: str) -> None:
     """What a watch raises ends the training and comes out as it is; the flags of parameters are as before."""
     model = copy.deepcopy(original)
     with pytest.raises(KeyboardInterrupt):
-        EVALUATORS[name](digits, SETTINGS).score(model, seed=0, watch=Stop(at))
+        CLASSES[name](digits, SETTINGS).score(model, seed=0, watch=Stop(at))
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@every_evaluator
+@every_training
 def test_evaluator_names_divergence(digits: Data, original: nn.Module, name: str) -> None:
     """A training that diverges is a SearchError that names the epoch and the learning rate, and no score."""
     model = copy.deepcopy(original)
     with torch.no_grad():
         model.get_parameter("fc.weight").fill_(torch.nan)
     with pytest.raises(SearchError, match=r"training diverged in epoch 1 of 1 .*nan.*0\.001"):
-        EVALUATORS[name](digits, SETTINGS).score(model, seed=0)
+        CLASSES[name](digits, SETTINGS).score(model, seed=0)
 
 
-@every_evaluator
+@pytest.mark.parametrize("name", list(EVALUATORS))
 def test_evaluator_name_is_suggested(name: str) -> None:
     """A name that is nearly right is refused with the right one and all others."""
     with pytest.raises(UnknownNameError, match=f"Did you mean '{name}'.*Known: {', '.join(EVALUATORS)}"):
