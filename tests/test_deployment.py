@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import gc
-import importlib
+import importlib.util
 import json
+import re
 import time
+import tomllib
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -38,10 +41,34 @@ from tests.conftest import images, move_gates
 
 SIZE = (3, 64, 64)
 FAST = Effort(tolerance=0.5, max_seconds=0.2, min_rounds=2, placements=2)
-ON_CPU = [name for name in LATENCY if issubclass(LATENCY[name], RuntimeLatency) and "cpu" in LATENCY[name].devices]
+RUNTIMES = {name: backend for name in LATENCY if issubclass(backend := LATENCY[name], RuntimeLatency)}
+ON_CPU = [name for name, backend in RUNTIMES.items() if "cpu" in backend.devices]
 SURGICAL = ("test_resnet_nonlocal_s3", "test_resnet_se", "test_resnet_dual_s4", "test_resnet_resattn_s3")
 
-every_runtime = pytest.mark.parametrize("name", ON_CPU)
+
+@cache
+def is_installed(name: str) -> bool:
+    """Whether the package of a runtime is here."""
+    return importlib.util.find_spec(RUNTIMES[name].module) is not None
+
+
+def runtime_cases(*names: str) -> pytest.MarkDecorator:
+    """One case for each of these runtimes; skipped where its package is missing."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(
+                name,
+                marks=pytest.mark.skipif(
+                    not is_installed(name), reason=f"{name} needs the package {RUNTIMES[name].module}, which is missing"
+                ),
+            )
+            for name in names
+        ],
+    )
+
+
+every_runtime = runtime_cases(*ON_CPU)
 
 
 def backend(name: str, **changes: Any) -> RuntimeLatency:
@@ -195,7 +222,7 @@ def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.Monkey
     assert not len(runtime._exports)
 
 
-@every_runtime
+@runtime_cases("onnxruntime", "openvino")  # each shows its threads in another way
 def test_runtime_uses_threads_of_conditions(name: str, model: nn.Module) -> None:
     """A runtime uses the number of threads of the conditions."""
     runtime = prepared(name, threads=2)
@@ -277,7 +304,7 @@ def test_runtime_compares_every_output() -> None:
     many = timm.create_model("test_resnet", features_only=True).eval()
     one = export(many, (1, *SIZE), torch.float32, "onnxruntime")
     assert len(one.outputs) > 2
-    for name in ON_CPU:
+    for name in filter(is_installed, ON_CPU):
         runtime = backend(name)
         runtime._exports[many] = (_state_of(many), one)
         with runtime._prepared(many) as call:
@@ -291,7 +318,7 @@ def test_export_of_large_weights_uses_a_file(model: nn.Module, monkeypatch: pyte
     assert isinstance(one.source, str)
     folder = Path(one.source).parent
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
-    for name in ON_CPU:
+    for name in filter(is_installed, ON_CPU):
         runtime = backend(name)
         runtime._exports[model] = (_state_of(model), one)
         with runtime._prepared(model) as call:
@@ -320,20 +347,41 @@ def test_runtime_refuses_conditions_it_lacks(name: str, conditions: dict[str, An
         backend(name, **conditions)
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "conditions"),
-    [
-        ("onnxruntime", "onnxruntime", {}),
-        ("openvino", "openvino", {}),
-        ("tensorrt", "onnxruntime", {"device": "cuda"}),
-    ],
-)
-def test_missing_runtime_names_its_extra(
-    name: str, module: str, conditions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hide(monkeypatch, module)
-    with pytest.raises(UsageError, match=rf"'{module}'.*pip install 'attnsurgery\[{name}\]'"):
-        backend(name, **conditions)
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_runtime_refuses_what_no_runtime_has(name: str) -> None:
+    """What runtimes have no choice of is refused by each of them, with its name and with what to do."""
+    runtime = RUNTIMES[name]
+    device = runtime.devices[0]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"device": device, "mode": "compile"}, "has one mode of its own, not 'compile'. Use --mode eager"),
+        ({"device": "mps"}, f"is measured on {' or '.join(runtime.devices)}, not on 'mps'. Use --device {device}"),
+        ({"device": device, "cold_cache": True}, "Leave --cold-cache out"),
+    ]
+    if "cpu" in runtime.devices:
+        cases.append(({"dtype": "float16"}, "on a CPU is measured in float32"))
+    if "cpu" in runtime.devices or not runtime.prefers_layout:
+        cases.append(({"device": device, "channels_last": True}, "chooses the memory layout itself"))
+    for conditions, message in cases:
+        with pytest.raises(UsageError, match=re.escape(message)) as refusal:
+            runtime(Conditions(**conditions))
+        assert runtime.title in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_missing_runtime_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose package is missing is refused with an extra that installs it."""
+    runtime = RUNTIMES[name]
+    hide(monkeypatch, runtime.module)
+    with pytest.raises(UsageError, match=rf"'{runtime.module}'.*pip install 'attnsurgery\[{runtime.extra}\]'"):
+        backend(name, device=runtime.devices[0])
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    requirements = extras[runtime.extra]
+    for requirement in requirements:
+        if nested := re.match(r"attnsurgery\[(\S+)\]", requirement):
+            requirements = requirements + extras[nested[1]]
+    assert any(re.match(rf"{runtime.module}\b", requirement) for requirement in requirements)
 
 
 def test_missing_exporter_names_its_extra(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,11 +413,13 @@ def test_missing_provider_names_its_extra(name: str, extra: str, monkeypatch: py
 
 def test_catalog_lists_runtimes_unimported() -> None:
     """The catalog lists the runtimes without importing them."""
-    assert {"onnxruntime", "openvino", "tensorrt"} <= set(LATENCY)
-    for module in ("onnxruntime", "openvino", "tensorrt", "exported", "runtime"):
-        source = Path(attnsurgery.__file__).parent / "latency" / f"{module}.py"
-        lines = source.read_text().splitlines()
-        assert not {"import onnxruntime", "import openvino", "import onnx", "import tensorrt"} & set(lines)
+    assert {"onnxruntime", "openvino", "tensorrt"} <= set(RUNTIMES)
+    packages = {"onnx", "onnxscript", "tensorrt", *(runtime.module for runtime in RUNTIMES.values())}
+    for source in (Path(attnsurgery.__file__).parent / "latency").glob("*.py"):
+        for node in ast.parse(source.read_text()).body:  # an import in a function is made when it is needed
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & packages, source
 
 
 def test_export_failure_says_so() -> None:
