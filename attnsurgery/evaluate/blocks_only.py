@@ -27,7 +27,7 @@ on the free memory, since training on cached features, without augmentation, giv
 _BATCH = 64
 
 
-@EVALUATORS.register("blocks")
+@EVALUATORS.register("blocks", summary="on a frozen model")
 class BlocksOnly(Evaluator):
     """Trains blocks and norms for `settings.epochs` epochs; all other weights stay the same.
 

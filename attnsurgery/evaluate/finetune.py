@@ -35,7 +35,7 @@ _MIN_PIECE = 2
 _optim: Any = timm.optim  # its factory is typed by nothing that a checker sees
 
 
-@EVALUATORS.register("finetune")
+@EVALUATORS.register("finetune", summary="all weights")
 class FineTune(Evaluator):
     """Trains all weights for `settings.epochs` epochs, with the same order of images for the same seed."""
 

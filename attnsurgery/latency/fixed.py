@@ -19,7 +19,7 @@ _MACS_PER_MS = 1e8
 _MS_PER_MODULE = 0.001
 
 
-@LATENCY.register("fixed")
+@LATENCY.register("fixed", hidden=True)
 class FixedLatency(LatencyBackend):
     """Computes 1 ms per 10^8 multiply-accumulates of a batch and 1 us per module, or another function of the model.
 

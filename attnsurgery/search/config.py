@@ -6,11 +6,12 @@ fields (`attnsurgery.settings`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from attnsurgery.catalog import Declaration, declarations
 from attnsurgery.errors import UsageError
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.recipe.strict_yaml import writes
@@ -21,6 +22,31 @@ DEFAULT_BASE = "test_resnet"
 
 BUDGET, MODEL, TRAINING = "Budget", "Model and data", "Training"
 CHOOSING, MEASURING, WORKERS, STORING = "Choosing candidates", "Measuring", "Workers", "Storage"
+
+
+def _ordered(declared: Iterable[Declaration], *first: str) -> list[Declaration]:
+    """The entries that the help lists by name, those in `first` before all others."""
+    entries = {entry.name: entry for entry in declared if not entry.hidden}
+    return [entries[name] for name in (*first, *sorted(entries.keys() - set(first))) if name in entries]
+
+
+def _names(entries: Iterable[Declaration]) -> str:
+    return "|".join(entry.name for entry in entries)
+
+
+def _summaries(entries: Iterable[Declaration]) -> str:
+    texts = [", ".join(filter(None, (entry.name, entry.summary))) for entry in entries]
+    return "; ".join([*texts[:-1], *(f"or {text}" for text in texts[-1:])])
+
+
+# the catalogs themselves would import torch and Optuna, which takes seconds
+_SAMPLERS = _ordered(declarations("attnsurgery.samplers", "attnsurgery.samplers"), "additive", "tpe")
+_EVALUATORS = [
+    *_ordered(declarations("attnsurgery.evaluate", "attnsurgery.evaluators"), "finetune"),
+    Declaration("supernet", "all candidates at once"),  # it trains many candidates, so it is no Evaluator
+]
+_BACKENDS = _ordered(declarations("attnsurgery.latency", "attnsurgery.latency"))
+_LAUNCHERS = _ordered(declarations("attnsurgery.search.workers.launch", "attnsurgery.launchers"), "local")
 
 
 class SearchConfig(Strict):
@@ -99,7 +125,7 @@ class SearchConfig(Strict):
     sampler: Annotated[
         str,
         Field(description="Chooses the next candidate."),
-        Setting(CHOOSING, metavar="additive|tpe|gp|nsga2|random"),
+        Setting(CHOOSING, metavar=_names(_SAMPLERS)),
     ] = "additive"
     rank_by: Annotated[
         RankBy, Field(description="What orders candidates on the validation images."), Setting(CHOOSING)
@@ -138,11 +164,8 @@ class SearchConfig(Strict):
     train_batch_size: Annotated[int, Field(ge=2, description="Images in one training step."), Setting(TRAINING)] = 64
     evaluator: Annotated[
         str,
-        Field(
-            description="How a trial is trained: finetune, all weights; blocks, on a frozen model; or supernet, all "
-            "candidates at once."
-        ),
-        Setting(TRAINING, metavar="finetune|blocks|supernet"),
+        Field(description=f"How a trial is trained: {_summaries(_EVALUATORS)}."),
+        Setting(TRAINING, metavar=_names(_EVALUATORS)),
     ] = "finetune"
     train_dtype: Annotated[
         TrainDtype,
@@ -194,7 +217,7 @@ class SearchConfig(Strict):
     latency: Annotated[
         str | None,
         Field(description="What the measured model runs in."),
-        Setting(MEASURING, metavar="cpu|cuda|onnxruntime|openvino|tensorrt", default="torch"),
+        Setting(MEASURING, metavar=_names(_BACKENDS), default="torch"),
     ] = None
     latency_seconds: Annotated[
         float,
@@ -208,8 +231,8 @@ class SearchConfig(Strict):
     ] = 1
     launcher: Annotated[
         str,
-        Field(description="What starts workers: local; ray, on a cluster; or submitit, as Slurm jobs."),
-        Setting(WORKERS, metavar="local|ray|submitit", may_change=True),
+        Field(description=f"What starts workers: {_summaries(_LAUNCHERS)}."),
+        Setting(WORKERS, metavar=_names(_LAUNCHERS), may_change=True),
     ] = "local"
     launcher_args: Annotated[
         str,

@@ -40,7 +40,7 @@ _RECEIVE_S = 1.0
 _END_S = 10.0
 
 
-@LAUNCHERS.register("ray")
+@LAUNCHERS.register("ray", summary="on a cluster")
 class Ray(Launcher):
     """Joins the cluster at `address`, by default that of RAY_ADDRESS or one on this machine, or starts Ray here.
 

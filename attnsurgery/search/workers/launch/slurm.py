@@ -41,7 +41,7 @@ _END_S = 5.0
 _DAY_MIN = 24 * 60
 
 
-@LAUNCHERS.register("submitit")
+@LAUNCHERS.register("submitit", summary="as Slurm jobs")
 class Submitit(Launcher):
     """Requests for each worker `threads` CPUs, one day, and one GPU if it trains on GPUs.
 
