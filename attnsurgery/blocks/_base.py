@@ -74,7 +74,8 @@ class Block(nn.Module, ABC):
     """Other names that hosts reserve for such a block; the block takes a reserved name if there is one."""
 
     model_suffix: ClassVar[str] = ""
-    """Its part of model names, such as the `nonlocal` of `resnet50_nonlocal_s3`; empty if there are no such names."""
+    """Its part of model names, such as the `nonlocal` of `resnet50_nonlocal_s3`, in lower-case letters; empty if there
+    are no such names."""
 
     model_place: ClassVar[str] = "last"
     """The selector rule for its site in `<arch>_<suffix>_s<n>`, such as 'before_last_block'."""
