@@ -184,6 +184,7 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.slow
 def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: Path) -> None:
     """Weights are found in the files that wrappers and trainers write."""
     make, note = LAYOUTS[name]
@@ -199,6 +200,7 @@ def test_layout_of_wrappers_is_recognised(name: str, base: nn.Module, tmp_path: 
         assert re.match(note, done.source_notes), done.source_notes
 
 
+@pytest.mark.slow
 def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> None:
     """The command says under which entry and prefix it read the weights, and what it left out."""
     torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
@@ -211,6 +213,7 @@ def test_apply_command_names_what_it_strips(base: nn.Module, tmp_path: Path) -> 
     assert torch.equal(load_directory(tmp_path / "out")(images(64)), base(images(64)))
 
 
+@pytest.mark.slow
 def test_layout_entry_and_prefix_by_hand(base: nn.Module, tmp_path: Path) -> None:
     """The entry and the prefix of weights may be passed by hand, and a wrong one is refused with the nearest."""
     content = {"nets": {"student": under("net.")(base), "teacher": under("x.")(base)}, "step": 1}
@@ -249,6 +252,7 @@ def test_layout_refuses_weights_twice(base: nn.Module, tmp_path: Path) -> None:
         read_state_dict(tmp_path / "twice.pth")
 
 
+@pytest.mark.slow
 def test_layout_prefix_of_authors_names(tmp_path: Path) -> None:
     """Under mmpretrain's prefix, the authors' names go through timm's filter of the family."""
     model = build("test_convnext", num_classes=7)
@@ -258,6 +262,7 @@ def test_layout_prefix_of_authors_names(tmp_path: Path) -> None:
     assert torch.equal(done.model(images(64)), model(images(64)))
 
 
+@pytest.mark.slow
 def test_delta_accepts_every_layout_of_base(base: nn.Module, weights: Path, tmp_path: Path) -> None:
     """The digest is of weights and not of files, so any layout of the base's weights completes the delta."""
     torch.save({"state_dict": Lightning(copy.deepcopy(base)).state_dict()}, tmp_path / "last.ckpt")
@@ -333,6 +338,7 @@ def test_apply_names_weights_that_are_nan(tensors: Tensors, tmp_path: Path) -> N
 # ---- a base that is surgical itself
 
 
+@pytest.mark.slow
 def test_apply_flattens_surgical_base(tmp_path: Path, in_a_new_process: Fresh) -> None:
     """A recipe on a surgical name is written on its plain base, so that another process can build it."""
     trained = move_gates(timm.create_model("test_resnet_se", num_classes=5).eval())
@@ -347,12 +353,14 @@ def test_apply_flattens_surgical_base(tmp_path: Path, in_a_new_process: Fresh) -
     assert (written.base, [edit.block for edit in written.edits]) == ("test_resnet", ["se", "timm:eca"])
 
 
+@pytest.mark.slow
 def test_apply_surgical_base_plain_weights(weights: Path, base: nn.Module, tmp_path: Path) -> None:
     """A recipe on a surgical name also takes the weights of the plain base."""
     apply(recipe(ECA, base="test_resnet_se"), weights, tmp_path / "out")
     assert torch.equal(load_directory(tmp_path / "out")(images(64)), base(images(64)))
 
 
+@pytest.mark.slow
 def test_apply_flattens_registered_names(
     weights: Path, base: nn.Module, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
@@ -368,6 +376,7 @@ def test_apply_flattens_registered_names(
     assert len(grafted_blocks(model)) == 5
 
 
+@pytest.mark.slow
 def test_written_registered_model_has_recipe(weights: Path, tmp_path: Path, in_a_new_process: Fresh) -> None:
     """A registered name means nothing to another process, so the directory holds the recipe."""
     name = registry.register(recipe(SE, name="only_here"))
@@ -422,6 +431,7 @@ def surgical(weights: Path, tmp_path: Path) -> tuple[Path, nn.Module]:
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["the new edit alone", "old and new edits"])
+@pytest.mark.slow
 def test_apply_continues_from_own_directory(
     both: bool, surgical: tuple[Path, nn.Module], tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
@@ -440,6 +450,7 @@ def test_apply_continues_from_own_directory(
     assert load(tmp_path / "second" / "recipe.yaml").edits == [SE, ECA]
 
 
+@pytest.mark.slow
 def test_delta_on_directory_holds_new_block(surgical: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """A delta on top of a surgical directory holds the new block alone."""
     directory, model = surgical
@@ -450,6 +461,7 @@ def test_delta_on_directory_holds_new_block(surgical: tuple[Path, nn.Module], tm
     assert torch.equal(load_directory(tmp_path / "whole")(images(64)), model(images(64)))
 
 
+@pytest.mark.slow
 def test_apply_continues_from_surgical_name(tmp_path: Path) -> None:
     """A directory of save_for_hf, whose config.json has a surgical name and no recipe, is accepted."""
     model = move_gates(timm.create_model("test_resnet_se", num_classes=3).eval())
@@ -461,6 +473,7 @@ def test_apply_continues_from_surgical_name(tmp_path: Path) -> None:
         assert [edit.block for edit in done.recipe.edits] == ["se", "timm:eca"]
 
 
+@pytest.mark.slow
 def test_apply_refuses_unfit_directory(surgical: tuple[Path, nn.Module]) -> None:
     """A directory of another base, or one that has every edit already, is refused."""
     directory, _ = surgical
@@ -472,6 +485,7 @@ def test_apply_refuses_unfit_directory(surgical: tuple[Path, nn.Module]) -> None
         operated_base(recipe(ECA), directory / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_apply_names_delta_or_broken_files(surgical: tuple[Path, nn.Module], weights: Path, tmp_path: Path) -> None:
     """A delta, a directory that cannot be built and one with NaN are refused with what they are."""
     directory, model = surgical
@@ -492,6 +506,7 @@ def test_apply_names_delta_or_broken_files(surgical: tuple[Path, nn.Module], wei
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.slow
 def test_written_model_builds_in_new_process(
     start: Any, weights: Path, tmp_path: Path, in_a_new_process: Fresh
 ) -> None:
@@ -535,6 +550,7 @@ def test_prove_directory_finds_other_numbers(base: nn.Module, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", ["apply", "delta", "merge", "stock"])
+@pytest.mark.slow
 def test_failed_check_leaves_nothing_behind(
     command: str, weights: Path, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,6 +600,7 @@ def as_transformers_builds(directory: Path) -> nn.Module:
     return timm.create_model(config["architecture"], pretrained=False, num_classes=labels, **config["model_args"])
 
 
+@pytest.mark.slow
 def test_written_config_has_settled_options(tmp_path: Path) -> None:
     """A mask of automatic depth is written with its depth, which another size of images would change."""
     model = build("test_resnet", num_classes=10)
@@ -596,6 +613,7 @@ def test_written_config_has_settled_options(tmp_path: Path) -> None:
     assert "settled" not in json.loads((tmp_path / "plain" / "config.json").read_text())["model_args"]
 
 
+@pytest.mark.slow
 def test_written_config_has_classes_once(weights: Path, base: nn.Module, tmp_path: Path) -> None:
     """The number of classes stands in config.json once; transformers passed it twice."""
     apply(recipe(), weights, tmp_path / "out")
@@ -611,6 +629,7 @@ def test_written_config_has_classes_once(weights: Path, base: nn.Module, tmp_pat
     assert load_directory(tmp_path / "again").num_classes == 4
 
 
+@pytest.mark.slow
 def test_old_directory_classes_twice_loads(weights: Path, tmp_path: Path) -> None:
     """A directory of an earlier version, with the number of classes in both places, loads."""
     apply(recipe(), weights, tmp_path / "out")
@@ -635,6 +654,7 @@ def test_written_config_has_new_in_chans(tmp_path: Path) -> None:
         write_directory(model, tmp_path / "biased")
 
 
+@pytest.mark.slow
 def test_written_config_has_weights_in_chans(tmp_path: Path) -> None:
     """The channels of a checkpoint for four channels are written down."""
     model = build("test_resnet", num_classes=10, in_chans=4)
@@ -643,6 +663,7 @@ def test_written_config_has_weights_in_chans(tmp_path: Path) -> None:
     assert torch.equal(load_directory(tmp_path / "out")(images(64, channels=4)), model(images(64, channels=4)))
 
 
+@pytest.mark.slow
 def test_apply_error_line_right_on_directory(surgical: tuple[Path, nn.Module]) -> None:
     """On top of a directory, an error names the right line of the recipe."""
     text = "version: 1\nname: x\nbase: test_resnet\nedits:\n  - at: layer9.*\n    block: se\n"

@@ -111,10 +111,12 @@ def by_part(graph: Graph, depth: int) -> dict[str, set[str]]:
     return parts
 
 
+@pytest.mark.slow
 def test_imports_point_one_way() -> None:
     assert wrong_ways(imports(), "attnsurgery", LAYERS) == []
 
 
+@pytest.mark.slow
 def test_imports_point_one_way_between_rooms() -> None:
     assert wrong_ways(imports(), "attnsurgery.search", ROOMS) == []
 
@@ -125,6 +127,7 @@ def test_imports_of_modules_have_no_circle() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.slow
 def test_imports_of_packages_have_no_circle(depth: int) -> None:
     """No package imports itself through others."""
     assert circle(by_part(imports(), depth)) == []
@@ -167,12 +170,14 @@ def test_public_names_are_documented() -> None:
         "import attnsurgery.timm_plugin.registry; import timm",
     ],
 )
+@pytest.mark.slow
 def test_import_order_does_not_matter(program: str) -> None:
     """timm knows the surgical names, whichever of timm and attnsurgery is imported first."""
     ask = "assert timm.is_model('resnet18_se_s3') and 'resnet50_se' in timm.list_models('resnet50_*')"
     assert subprocess.run([sys.executable, "-c", f"{program}; {ask}"]).returncode == 0
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy() -> None:
     """`import attnsurgery` imports no other package."""
     program = (

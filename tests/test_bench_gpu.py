@@ -111,6 +111,7 @@ def test_rows_carry_conditions_not_prints(run: Callable[..., object], tmp_path: 
     assert "printed, and no row" in (tmp_path / "out" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_time_limit_kills_step_and_children(run: Callable[..., object], tmp_path: Path) -> None:
     """At its limit a step and its children are killed, and the next step runs."""
     code, results = run("slow", "three", limit_s=4.0)  # type: ignore[misc]
@@ -179,6 +180,7 @@ def test_step_without_time_is_not_red(run: Callable[..., object], tmp_path: Path
         ("import nothing_of_this_name\n@pytest.mark.gpu\ndef test_it(): ...", "red"),
     ],
 )
+@pytest.mark.slow
 def test_pytest_run_proving_nothing_is_red(run: Callable[..., object], tmp_path: Path, body: str, how: str) -> None:
     """A pytest run that fails, cannot be collected or runs no GPU test is red."""
     suite = tmp_path / "suite"
@@ -191,6 +193,7 @@ def test_pytest_run_proving_nothing_is_red(run: Callable[..., object], tmp_path:
 
 
 @pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.slow
 def test_tiny_run_has_one_case_of_each_test(run: Callable[..., object], tmp_path: Path, tiny: bool) -> None:
     """A tiny run takes one case of each test, and gives a reason for the rest."""
     suite = tmp_path / "suite"

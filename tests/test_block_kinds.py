@@ -68,6 +68,7 @@ def moved(name: str, options: dict[str, Any]) -> Block:
 
 @every_kind
 @torch.no_grad()
+@pytest.mark.slow
 def test_fx_trace_is_equal_at_every_size(name: str, options: dict[str, Any]) -> None:
     """A torch.fx trace computes the same at every size; non_local, dual and timm:ge asked it for sizes."""
     model = operated(name, options)
@@ -80,6 +81,7 @@ def test_fx_trace_is_equal_at_every_size(name: str, options: dict[str, Any]) -> 
 
 @every_kind
 @torch.no_grad()
+@pytest.mark.slow
 def test_fx_trace_is_fused_cut_and_copied(name: str, options: dict[str, Any]) -> None:
     """A traced model can be fused, cut for its features and copied."""
     from torch.fx.experimental.optimization import fuse
@@ -133,6 +135,7 @@ def quantised(model: nn.Module) -> float:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_fx_quantisation_error_near_base(name: str, options: dict[str, Any], error_of_the_base: float) -> None:
     """Quantised by torch.fx, a model with blocks loses about as much as one without."""
     assert quantised(operated(name, options)) < 2 * error_of_the_base + 0.02
@@ -177,6 +180,7 @@ def test_block_parameters_have_dimensions(name: str, options: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "name", ["residual_attention", "timm:bat", "timm:halo", "timm:lambda", "timm:sk", "timm:splat"]
 )
+@pytest.mark.slow
 def test_checkpoint_of_zero_dim_gate_loads(name: str) -> None:
     """Checkpoints in which a gate had no dimension load strictly, alone and inside a model."""
     options = dict(getattr(BLOCKS[name], "example", {}))
@@ -260,6 +264,7 @@ sys.exit(bool(failed))
 """
 
 
+@pytest.mark.slow
 def test_blocks_train_under_fsdp(tmp_path: Path) -> None:
     """Blocks train under fully_shard, under fully_shard of each module, and under FSDP1, with gloo on the CPU."""
     root = Path(__file__).parent.parent
@@ -270,6 +275,7 @@ def test_blocks_train_under_fsdp(tmp_path: Path) -> None:
 
 
 @every_kind
+@pytest.mark.slow
 def test_block_modules_read_own_parameters(name: str, options: dict[str, Any]) -> None:
     """Sharding deeper than the root and offloading rely on modules that read their own parameters alone."""
     block = moved(name, options)
@@ -290,6 +296,7 @@ def test_block_modules_read_own_parameters(name: str, options: dict[str, Any]) -
     ],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_block_runs_at_every_size_of_base(name: str, options: dict[str, Any], at: str) -> None:
     """A block placed at 224 pixels runs at 32, where its map is 1 x 1, and at sizes that are not square."""
     model = attnsurgery.operate(timm.create_model("resnet18"), recipe("resnet18", at, name, options)).eval()
@@ -348,6 +355,7 @@ def reload_from(model: nn.Module, directory: Path, **arguments: Any) -> nn.Modul
 )
 @torch.no_grad()
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_saved_model_loads_at_another_size(
     name: str, arguments: dict[str, Any], other_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -406,11 +414,13 @@ def check_cubic_layouts(name: str, size: tuple[int, int], other: tuple[int, int]
     assert {site.address: site.layout for site in alike} == {site.address: plain[site.address] for site in alike}
 
 
+@pytest.mark.slow
 def test_layout_of_convnext_with_cubic_maps() -> None:
     """A small convnext with maps of 16 x 16 x 16: its permuted maps are channels last, the others channels first."""
     check_cubic_layouts("convnext_tiny", (64, 64), (64, 128), depths=(2, 1, 1, 1), dims=(16, 24, 32, 48))
 
 
+@pytest.mark.slow
 def test_layout_of_maxvit_with_cubic_maps() -> None:
     """In a small maxvit with cubic maps, convolutions are channels first and attention is channels last."""
     check_cubic_layouts("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
@@ -500,6 +510,7 @@ def test_layout_unknown_site_is_refused() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
 @pytest.mark.since(*BUILDS_SMALL_VITS, cases=("1-vit_small_patch16_dinov3", "2-vit_small_patch16_dinov3"))
+@pytest.mark.slow
 def test_tokens_of_short_vits_are_in_order(name: str, size: int, fixed: dict[str, Any], depth: int) -> None:
     """A mask goes on the tokens of a short ViT, bare and inside another module; it was refused as unordered."""
     model = timm.create_model(

@@ -62,6 +62,7 @@ def config(tmp_path: Path) -> SearchConfig:
 
 
 @pytest.mark.parametrize(("name", "shipped"), [("test_resnet", "se"), ("test_vit", "se"), ("test_resnet", "non_local")])
+@pytest.mark.slow
 def test_costs_equal_those_of_built_model(name: str, shipped: str) -> None:
     """Parameters and MACs of a candidate are those of the model that is built from its recipe."""
     model = weightless(name)
@@ -79,6 +80,7 @@ def test_costs_equal_those_of_built_model(name: str, shipped: str) -> None:
         assert costs.of("macs", picks) == count_macs(built, anatomy.input_size)
 
 
+@pytest.mark.slow
 def test_budget_pruned_before_building(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate whose parameters are known to be over the budget is pruned and never built."""
     model = build("test_resnet")
@@ -109,6 +111,7 @@ def test_budget_pruned_before_building(config: SearchConfig, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("sampler", ["random", "additive"])
+@pytest.mark.slow
 def test_search_ends_when_all_were_tried(config: SearchConfig, sampler: str) -> None:
     """A search ends when every candidate within an exact budget was tried."""
     model = build("test_resnet")
@@ -118,6 +121,7 @@ def test_search_ends_when_all_were_tried(config: SearchConfig, sampler: str) -> 
     assert [record.state for record in outcome.records] == ["trained"] * 4, "of 80 candidates 4 add no more"
 
 
+@pytest.mark.slow
 def test_budget_below_base_is_refused_early(config: SearchConfig) -> None:
     """A budget below the base's own parameters is refused before a file is written."""
     with pytest.raises(
@@ -128,6 +132,7 @@ def test_budget_below_base_is_refused_early(config: SearchConfig) -> None:
     assert not (Path(config.output) / "study.db").exists()
 
 
+@pytest.mark.slow
 def test_budget_of_memory_is_held(config: SearchConfig) -> None:
     """Memory is measured before training, and no trained candidate exceeds its budget."""
     with pytest.raises(NothingFeasibleError, match=r"no candidate fits 0.5 MB .*The base alone takes .* ms and \d"):

@@ -418,6 +418,7 @@ def test_write_names_unwritable_path(model: nn.Module, tmp_path: Path):
 # ---- apply
 
 
+@pytest.mark.slow
 def test_apply_preserves_base_outputs(model: nn.Module, weights: Path, tmp_path: Path):
     """The written model computes what the base does until its blocks move, and holds the recipe."""
     report = apply(RECIPE, weights, tmp_path / "out")
@@ -435,6 +436,7 @@ def test_apply_preserves_base_outputs(model: nn.Module, weights: Path, tmp_path:
     assert load(tmp_path / "out" / "recipe.yaml") == RECIPE
 
 
+@pytest.mark.slow
 def test_apply_paper_start_changes_outputs(model: nn.Module, weights: Path, tmp_path: Path):
     """The paper's start changes the outputs, and stands in the written recipe."""
     report = apply(RECIPE, weights, tmp_path / "out", start="paper")
@@ -444,6 +446,7 @@ def test_apply_paper_start_changes_outputs(model: nn.Module, weights: Path, tmp_
     assert not torch.equal(again(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_apply_accepts_directory_of_base(model: nn.Module, tmp_path: Path):
     """`apply` accepts a directory of the base."""
     write_directory(model, tmp_path / "base")

@@ -193,6 +193,7 @@ def must(ok: bool, otherwise: str) -> None:
 
 
 @each_pair(0)
+@pytest.mark.slow
 def test_surgical_model_has_blocks(host: str, family: str) -> None:
     """Every pair of host and family has a place for the block."""
     assert grafted_blocks(surgical(host, family))
@@ -301,6 +302,7 @@ def _answer(host: str, way: int) -> Outputs | str:
     ids=[f"{WAYS[way].__name__}-{'-'.join(pair)}" for way in range(len(WAYS)) for pair in pairs(way)],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+@pytest.mark.slow
 def test_outputs_equal_base_at_start(host: str, family: str, way: int) -> None:
     """At the identity start every way of calling gives the base's outputs, and moved blocks change them."""
     model, other = surgical(host, family), moved(host, family)
@@ -340,6 +342,7 @@ def _features(how: str | None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "host", "family"), [(how, *pair) for turn, how in enumerate(FEATURE_CLASSES) for pair in pairs(turn)]
 )
+@pytest.mark.slow
 def test_features_equal_base_at_start(how: str | None, host: str, family: str) -> None:
     """The features of every class of timm are the base's until a block moves."""
     surgical(host, family)
@@ -386,6 +389,7 @@ def test_surgical_model_attributes_stay_true(host: str, family: str) -> None:
 
 
 @each_pair(1)
+@pytest.mark.slow
 def test_layer_decay_puts_blocks_with_host(host: str, family: str) -> None:
     """Layer decay gives each parameter one group, and a block that of its host."""
 
@@ -427,6 +431,7 @@ def gradients(model: nn.Module, host: str, checkpointing: bool) -> Outputs:
 
 @each_pair(2)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.slow
 def test_gradients_equal_under_checkpointing(host: str, family: str) -> None:
     """Gradients are the same with and without gradient checkpointing."""
     of_base(host, lambda base: gradients(base, host, True))
@@ -442,6 +447,7 @@ def test_gradients_equal_under_checkpointing(host: str, family: str) -> None:
 
 
 @each_pair(3)
+@pytest.mark.slow
 def test_dropout_works_and_follows_a_change(host: str, family: str) -> None:
     """Drop path and dropout work, and follow a change of their rate."""
     rates = {"drop_path_rate": 0.5} if "densenet" not in host and "hrnet" not in host else {"drop_rate": 0.5}
@@ -498,6 +504,7 @@ def averaged(model: nn.Module) -> nn.Module:
         for pair in pairs(turn)
     ],
 )
+@pytest.mark.slow
 def test_copy_is_equal_and_shares_no_memory(twin_of: Callable[[nn.Module], nn.Module], host: str, family: str) -> None:
     """A copy of a model computes the same and shares no memory with it."""
     model = moved(host, family)
@@ -515,6 +522,7 @@ def test_copy_is_equal_and_shares_no_memory(twin_of: Callable[[nn.Module], nn.Mo
 
 @each_pair(1)
 @pytest.mark.parametrize("arguments", [{"in_chans": 1}, {"exportable": True}], ids=str)
+@pytest.mark.slow
 def test_surgical_model_takes_base_arguments(host: str, family: str, arguments: dict[str, Any]) -> None:
     """Arguments with which timm builds the base build the surgical model too."""
     surgical(host, family)
@@ -554,6 +562,7 @@ def scripted(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], Any]
         if FULL or how is scripted or list(HOSTS).index(pair[0]) % 2 == turn
     ],
 )
+@pytest.mark.slow
 def test_surgical_model_compiles_as_base(how: Any, host: str, family: str) -> None:
     """Whatever compiles the base compiles the surgical model, or refuses a span with the reason."""
     x = photo(host)

@@ -193,6 +193,7 @@ def test_inspect_shows_blocks_and_branches():
     assert "\x1b" not in result.stdout
 
 
+@pytest.mark.slow
 def test_inspect_aligns_columns():
     """`inspect` aligns its columns and wraps no line."""
     lines = [line for line in call("inspect", "test_vit", "--all").stdout.splitlines() if " NLC" in line]
@@ -288,6 +289,7 @@ def test_plan_shows_blocks_settled_and_sums(recipe: Path):
     assert [block["settled"] for block in report["blocks"]][-2:] == [{"subsample": 4}, {"subsample": 2}]
 
 
+@pytest.mark.slow
 def test_plan_takes_name_base_and_size(recipe: Path):
     """`plan` takes a model name, another base and another size of images."""
     named = parsed(call("plan", "test_resnet_nonlocal_s3", "--json"))
@@ -300,6 +302,7 @@ def test_plan_takes_name_base_and_size(recipe: Path):
     assert parsed(call("plan", recipe, "--base", "test_vit", "--image-size", "96", "64", "--json"))["params_added"] > 0
 
 
+@pytest.mark.slow
 def test_plan_refuses_in_the_words_of_apply(recipe: Path, weights: Path, tmp_path: Path):
     """`plan` refuses what `apply` refuses, in the same words."""
     dual = RECIPE.replace("se\n    options: {reduction: 4}", "dual")
@@ -320,6 +323,7 @@ def test_plan_refuses_in_the_words_of_apply(recipe: Path, weights: Path, tmp_pat
     assert "Did you mean 'test_resnet_se_s3'?" not in refusal(call("plan", "test_resnet_sse_s3"), 2)
 
 
+@pytest.mark.slow
 def test_plan_reads_directory_of_apply(recipe: Path, weights: Path, tmp_path: Path):
     """`plan` reads the directory that `apply` wrote, with the same output."""
     assert call("apply", recipe, "-c", weights, "-o", tmp_path / "out").exit_code == 0
@@ -361,6 +365,7 @@ def test_list_takes_architecture_or_pattern():
 # ---- apply and verify
 
 
+@pytest.mark.slow
 def test_apply_directory_passes_verify(recipe: Path, weights: Path, tmp_path: Path):
     """`apply` writes a directory that timm builds and `verify` and `inspect` read."""
     out = tmp_path / "out"
@@ -407,6 +412,7 @@ def test_apply_recipe_mistake_names_line(recipe: Path, weights: Path, tmp_path: 
     assert "Did you mean 'reduction'?" in error
 
 
+@pytest.mark.slow
 def test_verify_takes_surgical_names_alone():
     """`verify` reports on a surgical name and refuses a plain one."""
     result = call("verify", "test_resnet_nonlocal_s3")
@@ -418,6 +424,7 @@ def test_verify_takes_surgical_names_alone():
 # ---- latency
 
 
+@pytest.mark.slow
 def test_latency_measures_and_compares(monkeypatch: pytest.MonkeyPatch):
     """`latency` measures one model, or compares two by a ratio."""
     import attnsurgery.latency as latency
@@ -434,6 +441,7 @@ def test_latency_measures_and_compares(monkeypatch: pytest.MonkeyPatch):
     assert "conditions  cpu, float32, batch 1" in shown.stdout
 
 
+@pytest.mark.slow
 def test_latency_self_test_reports_coverage(monkeypatch: pytest.MonkeyPatch):
     """`latency --self-test` reports how many confidence intervals contain 1.0."""
     import attnsurgery.latency as latency
@@ -458,6 +466,7 @@ def test_latency_refuses_wrong_conditions():
         assert "is no number of images" in refusal(call("latency", "test_resnet", "--batch-size", sizes), 2)
 
 
+@pytest.mark.slow
 def test_latency_sweeps_batch_sizes(monkeypatch: pytest.MonkeyPatch):
     import attnsurgery.latency as latency
 

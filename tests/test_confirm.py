@@ -44,6 +44,7 @@ def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
     assert sign_test(second, first) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of the finalists that were trained again is the winner, and alone is scored on the test images."""
     counts: list[int] = []
@@ -70,6 +71,7 @@ def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: py
     assert Confirmation.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
 
 
+@pytest.mark.slow
 def test_winner_is_not_who_was_lucky_once(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the trials the larger candidate scores higher; trained again from other seeds, the smaller one does."""
     first: list[int] = []
@@ -91,6 +93,7 @@ def test_winner_is_not_who_was_lucky_once(config: SearchConfig, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fast_finalists", [2, 0])
+@pytest.mark.slow
 def test_finalist_over_budget_is_replaced(config: SearchConfig, fast_finalists: int) -> None:
     """Of four candidates the two best, or all, are slower when measured again, and the next ones replace them."""
     first = run(change(config, finalists=1))
@@ -124,6 +127,7 @@ def test_finalist_over_budget_is_replaced(config: SearchConfig, fast_finalists: 
 
 
 @pytest.mark.parametrize("third_look_tells", [True, False])
+@pytest.mark.slow
 def test_finalist_near_budget_is_remeasured(config: SearchConfig, third_look_tells: bool) -> None:
     """The best candidate's interval reaches over the budget twice; it stays if the third, longer one does not."""
     first = run(change(config, finalists=1))
@@ -152,6 +156,7 @@ def test_finalist_near_budget_is_remeasured(config: SearchConfig, third_look_tel
 
 
 @pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.slow
 def test_finalist_that_fails_is_left_out(config: SearchConfig, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """A finalist that cannot be trained again is left out with its reason; if none can, the search fails."""
     seeds: list[int] = []
@@ -229,6 +234,7 @@ def test_gain_equals_analysis_of_variance() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.slow
 def test_gain_controls_variance_of_training(seeds: int) -> None:
     """For two equal models whose trainings differ, votes of images raise false alarms, and the gain does not."""
     rng = np.random.default_rng(seeds)

@@ -119,6 +119,7 @@ def rows_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], list[dic
 
 @pytest.mark.parametrize("arch", SMALLEST, ids=lambda arch: FAMILIES.get(arch, arch))
 @pytest.mark.since(*TAKES_HEIGHT_AND_WIDTH, cases=("efficientvit_msra",))
+@pytest.mark.slow
 def test_families_pass_all_checks(arch: str, rows_of: Callable[[str], list[dict[str, Any]]]) -> None:
     """All checks pass in every family for every block, or the pair is refused."""
     if arch not in FAMILIES:
@@ -220,6 +221,7 @@ def a_changed_base(subject: Subject) -> None:
         ("removal", a_changed_base, "outputs differ from the base's"),
     ],
 )
+@pytest.mark.slow
 def test_check_fails_on_its_fault(subject: Subject, check: str, fault: Callable[[Subject], None], message: str) -> None:
     """Each check fails on a model with the fault that it looks for."""
     fault(subject)
@@ -247,6 +249,7 @@ def too_slow() -> dict[str, Any]:
     return examine(find_base("test_resnet", max_bytes=4e9, kinds=QUICK), "se", limit=0.05)
 
 
+@pytest.mark.slow
 def test_pair_over_time_limit_has_failed() -> None:
     """A pair that takes longer than its limit has failed."""
     # the alarm may strike while torch has something patched: in a process of its own, as in every run
@@ -255,6 +258,7 @@ def test_pair_over_time_limit_has_failed() -> None:
     assert (row["outcome"], row["checks"]["time"]) == ("failed", "TimeLimit: stopped after 0 s")
 
 
+@pytest.mark.slow
 def test_meta_tensors_check_structure_alone() -> None:
     """On meta tensors the structure is checked, and the row says so."""
     base = find_base("test_resnet", max_bytes=0, kinds=QUICK)
@@ -300,6 +304,7 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_process_costs_one_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is killed costs the pair that it was at, and no other."""
     monkeypatch.setattr(coverage, "work", die)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
 
 
+@pytest.mark.slow
 def test_crash_script_loses_no_trial(tmp_path: Path) -> None:
     """Kills, a lack of memory, hangs, torn lines and a full disk lose no finished trial."""
     words = "--kills 5 --memory 2 --hangs 1 --trials 6 --training 1 --every 16 --json"
@@ -62,6 +63,7 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_search_ctrl_c_once_and_twice(search: list[str], tmp_path: Path) -> None:
     """Ctrl-C once ends a search cleanly, twice at once, and the same command then resumes it."""
     first = subprocess.Popen(search, env=environment(DUMMY_SECONDS="2"), stderr=subprocess.PIPE, text=True)

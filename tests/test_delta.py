@@ -160,6 +160,7 @@ def bits(draw: st.DrawFn) -> torch.Tensor:
     absent=st.sets(st.sampled_from("abcdef"), max_size=3),
     narrow=st.sampled_from([None, torch.float16, torch.bfloat16]),
 )
+@pytest.mark.slow
 def test_difference_round_trip_is_bit_exact(
     base: Tensors, other: Tensors, absent: set[str], narrow: Any, tmp_path_factory: pytest.TempPathFactory
 ):
@@ -182,6 +183,7 @@ def test_difference_round_trip_is_bit_exact(
 # ---- models
 
 
+@pytest.mark.slow
 def test_delta_merges_to_the_same_bits(base: nn.Module, base_file: Path, tmp_path: Path):
     """A delta holds blocks, statistics and head, and merges to the same bits."""
     model = trained(base)
@@ -206,6 +208,7 @@ def test_delta_merges_to_the_same_bits(base: nn.Module, base_file: Path, tmp_pat
     assert not torch.equal(base(x), model(x))
 
 
+@pytest.mark.slow
 def test_delta_of_directory_restores_files(base: nn.Module, base_file: Path, tmp_path: Path):
     """The directory of a model gives the same delta as the model, and merging restores its files."""
     model = trained(base)
@@ -226,6 +229,7 @@ def test_delta_of_directory_restores_files(base: nn.Module, base_file: Path, tmp
             assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_apply_as_delta_writes_blocks_alone(base: nn.Module, base_file: Path, tmp_path: Path):
     """`apply --delta` writes the blocks alone; but for the weights, its directory is that of `apply`."""
     report, saved = apply_as_delta(RECIPE, base_file, tmp_path / "delta")
@@ -250,6 +254,7 @@ def test_apply_as_delta_writes_blocks_alone(base: nn.Module, base_file: Path, tm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_delta_of_half_model_on_full_base(dtype: torch.dtype, base: nn.Module, base_file: Path, tmp_path: Path):
     """A model in half precision takes its unchanged weights from a base in full precision."""
     model = move_gates(attnsurgery.operate(copy.deepcopy(base), RECIPE)).to(dtype)
@@ -262,6 +267,7 @@ def test_delta_of_half_model_on_full_base(dtype: torch.dtype, base: nn.Module, b
     assert equal(safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors"), dict(model.state_dict()))
 
 
+@pytest.mark.slow
 def test_delta_of_full_model_on_half_base(base: nn.Module, tmp_path: Path):
     """A model in full precision takes its unchanged weights from a base in half precision."""
     half = {key: value.half() if value.is_floating_point() else value for key, value in base.state_dict().items()}
@@ -281,6 +287,7 @@ def test_delta_of_full_model_on_half_base(base: nn.Module, tmp_path: Path):
         ({"in_chans": 1, "num_classes": 10}, {"conv1.0.weight"}, ()),
     ],
 )
+@pytest.mark.slow
 def test_delta_holds_another_head_or_stem(
     sizes: dict[str, int], changed: set[str], dropped: tuple[str, ...], base: nn.Module, base_file: Path, tmp_path: Path
 ):
@@ -321,6 +328,7 @@ def test_save_delta_compares_tensors_by_bits(base: nn.Module, tmp_path: Path):
     assert save_delta(model, tensors, tmp_path / "signed").changed == ("fc.bias",)
 
 
+@pytest.mark.slow
 def test_delta_base_of_authors_names_works(tmp_path: Path):
     """A base under its authors' names, or without counters of batch norms, works as well."""
     base = build("test_convnext")
@@ -339,6 +347,7 @@ def test_delta_base_of_authors_names_works(tmp_path: Path):
     assert equal(dict(load_delta(tmp_path / "counted", old).state_dict()), dict(model.state_dict()))
 
 
+@pytest.mark.slow
 def test_delta_base_may_be_published_weights(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The published weights can be the base, and are refused when they have changed."""
     monkeypatch.setattr(attnsurgery.checkpoint.base, "_published", lambda name: copy.deepcopy(base))
@@ -383,6 +392,7 @@ def test_save_delta_refuses_foreign_base(base: nn.Module, tmp_path: Path):
     assert not (tmp_path / "delta").exists()
 
 
+@pytest.mark.slow
 def test_delta_refuses_half_a_block(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
     """Half a block is refused when a delta is saved and when it is loaded."""
     write_directory(trained(base), tmp_path / "whole")
@@ -400,6 +410,7 @@ def test_delta_refuses_half_a_block(delta: Path, base: nn.Module, base_file: Pat
         load_delta(delta, base_file)
 
 
+@pytest.mark.slow
 def test_delta_notices_one_changed_bit(delta: Path, base_file: Path):
     """One changed bit in a delta is noticed."""
     content = bytearray((delta / DELTA_NAME).read_bytes())
@@ -491,6 +502,7 @@ def test_delta_header_sizes_checked_first(tmp_path: Path):
             Difference.read(tmp_path / DELTA_NAME)
 
 
+@pytest.mark.slow
 def test_delta_config_sizes_checked_first(delta: Path, base_file: Path):
     """Sizes in config.json are checked before memory is allocated."""
     config = json.loads((delta / "config.json").read_text())
@@ -508,6 +520,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda evil, path: path.write_bytes(pickle.dumps(evil))])
+@pytest.mark.slow
 def test_delta_never_runs_a_pickle(write: Any, delta: Path, base_file: Path, tmp_path: Path):
     """A pickle in the place of a delta is never run."""
     Evil.trace = tmp_path / "trace"
@@ -517,6 +530,7 @@ def test_delta_never_runs_a_pickle(write: Any, delta: Path, base_file: Path, tmp
     assert not Evil.trace.exists()
 
 
+@pytest.mark.slow
 def test_load_delta_refuses_mixed_files(delta: Path, base: nn.Module, base_file: Path, tmp_path: Path):
     """The files of two deltas cannot be mixed."""
     other = tmp_path / "other"
@@ -526,6 +540,7 @@ def test_load_delta_refuses_mixed_files(delta: Path, base: nn.Module, base_file:
         load_delta(delta, base_file)
 
 
+@pytest.mark.slow
 def test_delta_is_no_whole_model(delta: Path, base_file: Path, tmp_path: Path):
     """A delta is never read as a whole model, by this package or by timm."""
     for path in (delta, delta / DELTA_NAME):
@@ -553,6 +568,7 @@ def test_load_delta_refuses_other_directory(base: nn.Module, base_file: Path, tm
         save_delta(tmp_path / "whole", base_file, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_delta_overwrites_and_leaves_nothing(
     delta: Path, base: nn.Module, base_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -580,6 +596,7 @@ def test_delta_overwrites_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_delta_files_have_mode_of_directory(delta: Path):
     """The files of a delta can be read by those who may read its directory."""
     assert {path.stat().st_mode & 0o777 for path in delta.iterdir()} == {delta.stat().st_mode & 0o666}
@@ -592,6 +609,7 @@ def call(*arguments: object) -> Any:
     return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_delta_and_merge_commands_round_trip(base: nn.Module, base_file: Path, tmp_path: Path):
     """The commands `apply --delta`, `merge` and `delta` take weights apart and join them again."""
     recipe = tmp_path / "recipe.yaml"

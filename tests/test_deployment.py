@@ -117,6 +117,7 @@ def without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_runtime
 @pytest.mark.parametrize("architecture", SURGICAL)
+@pytest.mark.slow
 def test_runtime_computes_what_torch_does(name: str, architecture: str) -> None:
     runtime, one = prepared(name, architecture), export_of(architecture)
     with runtime._prepared(surgical(architecture)) as call:
@@ -132,6 +133,7 @@ def test_runtime_computes_what_torch_does(name: str, architecture: str) -> None:
 
 @every_runtime
 @pytest.mark.usefixtures("without_blocks")
+@pytest.mark.slow
 def test_runtime_refuses_export_sans_blocks(name: str, model: nn.Module) -> None:
     """A runtime times nothing if the export lost the blocks."""
     runtime = backend(name)
@@ -188,6 +190,7 @@ def test_compared_refuses_other_outputs() -> None:
 
 
 @every_runtime
+@pytest.mark.slow
 def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
     runtime = prepared(name)
     before = copy.deepcopy(model.state_dict())
@@ -199,6 +202,7 @@ def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_runtime_exports_model_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is exported once until it changes, and its export goes with it."""
     subjects: list[nn.Module] = []
@@ -276,6 +280,7 @@ def test_time_block_equals_clock(name: str) -> None:
 
 
 @every_runtime
+@pytest.mark.slow
 def test_call_keeps_input_and_outputs_alive(name: str) -> None:
     """A runtime reads and writes them by address, so memory that is free or another's would be overwritten."""
     runtime = backend(name)
@@ -299,6 +304,7 @@ def referents(start: object, kind: Any) -> list[object]:
     return [referent for referent in [*one, *gc.get_referents(*one)] if isinstance(referent, kind)]
 
 
+@pytest.mark.slow
 def test_runtime_compares_every_output() -> None:
     """A model with several outputs is compared in each of them."""
     many = timm.create_model("test_resnet", features_only=True).eval()
@@ -311,6 +317,7 @@ def test_runtime_compares_every_output() -> None:
             call()
 
 
+@pytest.mark.slow
 def test_export_of_large_weights_uses_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights too large for one protobuf message go into a file of their own, which goes with the export."""
     monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
@@ -422,6 +429,7 @@ def test_catalog_lists_runtimes_unimported() -> None:
             assert not {name.partition(".")[0] for name in names} & packages, source
 
 
+@pytest.mark.slow
 def test_export_failure_says_so() -> None:
     """A model that cannot be exported, or takes no images of the size, is refused."""
 
@@ -510,6 +518,7 @@ def test_session_on_fallback_is_refused(request: pytest.FixtureRequest) -> None:
 # ---- ONNX files
 
 
+@pytest.mark.slow
 def test_onnx_file_computes_same_as_model(model: nn.Module, tmp_path: Path) -> None:
     """The ONNX file computes what the model does, blocks included, at any batch."""
     awake, path = move_gates(copy.deepcopy(model)).eval(), tmp_path / "new" / "model.onnx"
@@ -524,6 +533,7 @@ def test_onnx_file_computes_same_as_model(model: nn.Module, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("without_blocks")
+@pytest.mark.slow
 def test_export_onnx_writes_no_wrong_file(model: nn.Module, tmp_path: Path) -> None:
     """An ONNX file that computes something else is not written, unless the check is off."""
     with pytest.raises(ExportError, match="computes something else in ONNX Runtime"):
@@ -532,6 +542,7 @@ def test_export_onnx_writes_no_wrong_file(model: nn.Module, tmp_path: Path) -> N
     assert export_onnx(model, tmp_path / "model.onnx", SIZE, check=False) is None
 
 
+@pytest.mark.slow
 def test_onnx_file_has_large_weights_beside(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large weights stand in a file beside the ONNX file."""
     monkeypatch.setattr(exporting, "_LARGEST_PROTO", 0)
@@ -548,6 +559,7 @@ def command(*arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
+@pytest.mark.slow
 def test_export_command_writes_checked_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,6 +584,7 @@ def test_export_command_writes_checked_file(
 # ---- a search
 
 
+@pytest.mark.slow
 def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A search on the embedded digits holds a budget that is measured in ONNX Runtime."""
     config = SearchConfig(

@@ -67,6 +67,7 @@ def start_process(kind: str, name: str, folder: Path) -> subprocess.Popen[bytes]
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(lock_module.__file__), kind, name, str(folder)])
 
 
+@pytest.mark.slow
 def test_lock_measurements_exclude_steps(tmp_path: Path) -> None:
     """Measurements of two processes overlap with no step of two trainings, and are not starved by them."""
     (tmp_path / "log").touch()
@@ -104,6 +105,7 @@ def test_lock_measurements_exclude_steps(tmp_path: Path) -> None:
                 steps[name] += 1
 
 
+@pytest.mark.slow
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     """A lock is released when the process that holds it is killed."""
     (tmp_path / "log").touch()

@@ -28,6 +28,7 @@ EXAMPLES: list[Callable[..., Any]] = [
 
 
 @pytest.mark.parametrize("verb", EXAMPLES, ids=lambda verb: verb.__name__)
+@pytest.mark.slow
 def test_docstring_example_runs(verb: Callable[..., Any], tmp_path: Path) -> None:
     """Each public verb has an example in its docstring, which runs as a doctest."""
     names = {"attnsurgery": attnsurgery, "timm": timm, "torch": torch, "folder": tmp_path}

@@ -91,6 +91,7 @@ def naive(block: DualAttention, x: Tensor, options: dict[str, Any]) -> Tensor:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.slow
 def test_dual_options_compute_paper_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
     """Outputs and gradients of every option are those of the paper's formulas."""
     block = dual_block(options, awake=True, dtype=torch.float64)
@@ -137,6 +138,7 @@ def test_dual_options_keep_format_and_dtype(options: dict[str, Any]) -> None:
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_dual_options_finite_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Under autocast outputs are close to full precision, and outputs and gradients are finite."""
     block, x = dual_block(options, awake=True), images(2, 16, 8, 8).requires_grad_()
@@ -159,6 +161,7 @@ def test_dual_fp16_channel_attention_finite() -> None:
 
 
 @every_option
+@pytest.mark.slow
 def test_dual_options_script_to_same_outputs(options: dict[str, Any]) -> None:
     """Every option gives the same outputs when scripted."""
     block, x = dual_block(options, awake=True), images(2, 16, 8, 9)
@@ -173,6 +176,7 @@ def dynamic(block: DualAttention) -> dict[str, Any]:
 
 @few_options
 @pytest.mark.since(*EXPORTS_ANY_SIZE)
+@pytest.mark.slow
 def test_dual_options_compile_and_export(options: dict[str, Any]) -> None:
     """Options compile, export for any size, and go on to ONNX."""
     block, x, file = dual_block(options, awake=True), images(2, 16, 8, 9), io.BytesIO()
@@ -208,6 +212,7 @@ def test_dual_options_are_deterministic(options: dict[str, Any]) -> None:
 
 
 @every_option
+@pytest.mark.slow
 def test_dual_options_cost_what_torch_counts(options: dict[str, Any]) -> None:
     """The multiply-accumulates of every option are those that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -71,6 +71,7 @@ def test_splits_all_have_every_class(digits: Data) -> None:
         assert split.labels.unique().tolist() == list(range(10))
 
 
+@pytest.mark.slow
 def test_splits_depend_on_the_seed(digits: Data) -> None:
     """The same seed gives the same splits and fingerprint, and another seed others."""
     assert names(load_data(None, SMALL)) == names(digits)
@@ -357,6 +358,7 @@ def test_train_that_never_fits_raises(flat_folder: Path) -> None:
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 0])
 @pytest.mark.parametrize("room", [200, 100, 3, 1])
+@pytest.mark.slow
 def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, room: int, memory_bytes: int) -> None:
     """A batch that memory does not hold is halved from its first unscored image on, and no image is scored twice."""
 
@@ -560,6 +562,7 @@ def test_channels_last_trial_survives_oom() -> None:
     assert model.last == [True, False]
 
 
+@pytest.mark.slow
 def test_fit_head_trains_the_head_alone(digits: Data) -> None:
     """Fitting a head moves the head alone and improves the accuracy."""
     torch.manual_seed(0)

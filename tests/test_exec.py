@@ -91,6 +91,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@pytest.mark.slow
 def test_train_py_options_keep_blocks_alive(name: str, options: str, pictures: Path, tmp_path: Path) -> None:
     """Training with each option of timm's train.py moves the blocks, and its checkpoint loads with them."""
     checkpoint = train(pictures, tmp_path / "out", name, *options.split())
@@ -103,6 +104,7 @@ def test_train_py_options_keep_blocks_alive(name: str, options: str, pictures: P
         check_alive(name, checkpoint, 0.0 if exact else 1e-5, ema=True, **arguments)
 
 
+@pytest.mark.slow
 def test_timm_task_keeps_blocks_alive(pictures: Path, tmp_path: Path) -> None:
     """Training through timm's task moves the blocks, in the averaged weights too."""
     pytest.importorskip("timm.task", reason="timm has training tasks since 1.0.23")
@@ -111,6 +113,7 @@ def test_timm_task_keeps_blocks_alive(pictures: Path, tmp_path: Path) -> None:
     check_alive("test_resnet_se", checkpoint, ema=True)
 
 
+@pytest.mark.slow
 def test_train_resumes_from_both_checkpoints(pictures: Path, tmp_path: Path) -> None:
     """Training resumes, and starts from checkpoints of the base and of the surgical model."""
     name = "test_resnet_se"
@@ -168,6 +171,7 @@ VALIDATIONS = [
 
 
 @pytest.mark.parametrize(("name", "options", "tolerance"), VALIDATIONS, ids=str)
+@pytest.mark.slow
 def test_validate_py_options_use_the_blocks(
     name: str, options: str, tolerance: float, checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path
 ) -> None:
@@ -191,6 +195,7 @@ def test_validate_py_options_use_the_blocks(
     assert float((answers - without).abs().max()) > 3 * tolerance
 
 
+@pytest.mark.slow
 def test_onnx_export_py_exports_the_blocks(checkpoints: dict[str, tuple[Path, nn.Module]], tmp_path: Path) -> None:
     """Exporting as timm's onnx_export.py does exports the blocks."""
     runtime = pytest.importorskip("onnxruntime")
@@ -218,6 +223,7 @@ def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_torchrun_launches_exec_twice(pictures: Path, tmp_path: Path) -> None:
     """torchrun launches a script through `exec` in two processes."""
     name = "test_efficientnet_se"
@@ -238,6 +244,7 @@ print(json.dumps([__name__, __file__, sys.argv, sys.path[0], sys.modules["__main
 
 
 @pytest.mark.parametrize("way", [["inside/script.py"], ["-m", "inside.script"]], ids=["file", "module"])
+@pytest.mark.slow
 def test_exec_script_sees_what_python_shows(way: list[str], tmp_path: Path) -> None:
     """A script or module sees the arguments, paths and names that Python would show it."""
     (tmp_path / "inside").mkdir()
@@ -256,6 +263,7 @@ def test_exec_script_sees_what_python_shows(way: list[str], tmp_path: Path) -> N
     ["def f():\n    1 / 0\nf()", "x = (", "import sys\nsys.exit('no')", "raise KeyboardInterrupt", "import no_such"],
     ids=["error", "syntax", "exit", "interrupt", "import"],
 )
+@pytest.mark.slow
 def test_exec_script_ends_as_in_python(text: str, tmp_path: Path) -> None:
     """A script ends with the exit code and traceback that Python would give it."""
     (tmp_path / "script.py").write_text(text)
@@ -307,6 +315,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_exec_loader_workers_know_the_names(tmp_path: Path) -> None:
     """Workers of a data loader, which start empty, know the model names."""
     (tmp_path / "script.py").write_text(LOADS_BY_A_WORKER)
@@ -314,6 +323,7 @@ def test_exec_loader_workers_know_the_names(tmp_path: Path) -> None:
     assert process.stdout == "[True, False]\n", process.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_exec_child_processes_have_package(tmp_path: Path) -> None:
     """Every process that a script starts has the package, and only through `exec`."""
     script = tmp_path / "script.py"

@@ -66,6 +66,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchConfig) -> None:
     """A tighter budget reuses what was trained, checks it against the new limit, and confirms the winner again."""
     most = tighter_than(finished)
@@ -94,6 +95,7 @@ def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchCo
     assert (again.records, again.confirmation) == (tighter.records, tighter.confirmation), "now it is that search"
 
 
+@pytest.mark.slow
 def test_extend_study_keeps_all_scores(finished: Outcome, config: SearchConfig) -> None:
     """The study keeps the scores of candidates that are over the new budget, with their constraints."""
     most = tighter_than(finished)
@@ -107,6 +109,7 @@ def test_extend_study_keeps_all_scores(finished: Outcome, config: SearchConfig) 
     assert study.best_trial.constraints["latency"] <= 0
 
 
+@pytest.mark.slow
 def test_extend_back_to_wider_budget(finished: Outcome, config: SearchConfig) -> None:
     """Going back to the wider budget counts the same trials again and trains nothing."""
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))
@@ -118,6 +121,7 @@ def test_extend_back_to_wider_budget(finished: Outcome, config: SearchConfig) ->
     assert back.confirmation.looks == 3
 
 
+@pytest.mark.slow
 def test_extend_wider_budget_retries_pruned(finished: Outcome, config: SearchConfig) -> None:
     """A candidate that was over the budget may be tried under a wider one."""
     shutil.rmtree(config.output)
@@ -133,6 +137,7 @@ def test_extend_wider_budget_retries_pruned(finished: Outcome, config: SearchCon
     assert len(trained(wide.records)) == 12
 
 
+@pytest.mark.slow
 def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchConfig) -> None:
     """A search space that offers more reuses what was trained."""
     Path(config.space).write_text(MORE)
@@ -178,6 +183,7 @@ def test_extend_larger_space_reuses_training(finished: Outcome, config: SearchCo
         ),
     ],
 )
+@pytest.mark.slow
 def test_extend_refuses_another_search(
     config: SearchConfig, space: str, fields: dict[str, object], message: str
 ) -> None:
@@ -215,6 +221,7 @@ def test_extend_refuses_shared_study(finished: Outcome, config: SearchConfig) ->
         run(shared)
 
 
+@pytest.mark.slow
 def test_extend_keeps_resumable_old_study(finished: Outcome, config: SearchConfig) -> None:
     """The old study stays beside the new one and can be resumed."""
     run(change(config, budget_ms=tighter_than(finished), extend=True))
@@ -225,6 +232,7 @@ def test_extend_keeps_resumable_old_study(finished: Outcome, config: SearchConfi
     assert (folder / "best.before-extend-1").is_dir()
 
 
+@pytest.mark.slow
 def test_extend_resumes_after_interrupt(
     finished: Outcome, config: SearchConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -243,6 +251,7 @@ def test_extend_resumes_after_interrupt(
     assert [facts_of(record) for record in dead.records] == [facts_of(record) for record in run(other).records]
 
 
+@pytest.mark.slow
 def test_extended_study_can_be_repaired(finished: Outcome, config: SearchConfig) -> None:
     """The study of an extended search can be repaired from its journal."""
     tighter = run(change(config, budget_ms=tighter_than(finished), extend=True))

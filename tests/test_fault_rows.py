@@ -39,6 +39,7 @@ def recipe(at: str, block: str = "se", base: str = "test_resnet") -> dict[str, A
 )
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # of torchvision, as for the base
 @torch.no_grad()
+@pytest.mark.slow
 def test_fx_features_at_oblong_size(name: str, small: dict[str, Any], size: tuple[int, int], family: str) -> None:
     """torch.fx meets the windows' assertions of shape where images are not square; the base is traced all the same."""
     torch.manual_seed(0)
@@ -83,6 +84,7 @@ def test_verify_on_meta_device_is_refused() -> None:
     assert not grafted_blocks(attnsurgery.remove(model))
 
 
+@pytest.mark.slow
 def test_errors_name_base_of_directory(tmp_path: Path) -> None:
     """Errors about a model from a surgical directory name its base, not "surgery", which timm does not have."""
     save_for_hf(attnsurgery.operate(timm.create_model("test_resnet"), recipe("layer3.0")), tmp_path)

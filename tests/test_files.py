@@ -21,6 +21,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     """A second process is refused while the first lives, and let in once it was killed."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]

@@ -95,6 +95,7 @@ every_form = pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize(
     ("batch", "n", "m"), [(1, 8, 8), (3, 7, 5), (2, 5, 7), (2, 6, 1), (2, 1, 6), (1, 1, 1), (2, 300, 280)]
 )
+@pytest.mark.slow
 def test_forms_compute_formula_and_gradient(form: str, batch: int, n: int, m: int, channels_last: bool) -> None:
     """Each form computes the formula and its gradient."""
     ours, naive, make = FORMS[form]
@@ -109,6 +110,7 @@ def test_forms_compute_formula_and_gradient(form: str, batch: int, n: int, m: in
 
 
 @every_form
+@pytest.mark.slow
 def test_forms_pass_gradcheck(form: str) -> None:
     """Each form passes torch.autograd.gradcheck."""
     ours, _, make = FORMS[form]
@@ -200,6 +202,7 @@ def test_forced_fused_kernel_has_no_fallback() -> None:
 
 @pytest.mark.parametrize("m", [3136, 784])
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in MATRIX])
+@pytest.mark.slow
 def test_forms_build_no_matrix_on_large_maps(form: str, m: int) -> None:
     """On large maps no form builds the matrix, forward or backward, which the plain formula does."""
     ours, naive, make = FORMS[form]
@@ -231,6 +234,7 @@ def test_dot_product_in_fp16_stays_in_range(n: int, size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_concatenate_sums_in_full_precision(dtype: torch.dtype) -> None:
     """Sums of half-precision values are taken in full precision."""
     a, b, g = (t.detach().to(dtype) for t in scores(2, 3136, 3136, False))
@@ -430,6 +434,7 @@ def test_few_queries_count_as_small(batch: int, positions: int, small: bool) -> 
     assert cuda_attention._is_small(torch.empty(batch, positions, 8)) is small
 
 
+@pytest.mark.slow
 def test_form_is_fixed_when_compiled(measured_card: list[str]) -> None:
     """Where torch compiles, the form is fixed, and is the fused one for unknown sizes."""
     small, large = ([t.detach() for t in widths(64, 64)(1, n, n, True)] for n in (20, 1000))

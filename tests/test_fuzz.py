@@ -202,6 +202,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @fuzzing
 @given(st.data())
+@pytest.mark.slow
 def test_fuzz_config_is_built_or_refused(directory: Path, tmp_path: Path, data: st.DataObject) -> None:
     """A damaged config.json is built or refused within its time."""
     folder = tmp_path / "model"

@@ -31,6 +31,7 @@ def addresses(selector: str, anatomy: Anatomy) -> list[str]:
     return [site.address for site in select(selector, anatomy)]
 
 
+@pytest.mark.slow
 def test_survey_of_resnet_follows_the_paper(resnet50: Anatomy) -> None:
     """The sites of a ResNet have the shapes and stages of the paper."""
     assert resnet50.stages == (1, 2, 3, 4)
@@ -60,6 +61,7 @@ def test_branch_ends_of_resnet_are_bn3(resnet50: Anatomy) -> None:
         ("regnety_002", "s1.b1.conv3"),
     ],
 )
+@pytest.mark.slow
 def test_branch_ends_of_residual_families(name: str, branch: str) -> None:
     """Branch ends are found in every kind of residual model."""
     anatomy = attnsurgery.inspect(name)
@@ -84,6 +86,7 @@ def test_survey_of_windows_is_channels_last() -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.slow
 def test_survey_shapes_equal_real_forward(name: str) -> None:
     """The shape of every site is that of a real forward."""
     model, size = build(name), HOSTS[name][0]
@@ -111,6 +114,7 @@ def test_survey_leaves_the_model_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnetv2_50x1_bit", "pnasnet5large"])
+@pytest.mark.slow
 def test_inspect_of_name_equals_built_model(name: str) -> None:
     """A name has the sites of the built model, also where timm cannot build it without weights."""
     assert attnsurgery.inspect(name).sites == attnsurgery.inspect(timm.create_model(name)).sites
@@ -238,6 +242,7 @@ def test_stages_ignore_dilation() -> None:
         assert [s.address for s in dilated.blocks(stage)] == [s.address for s in plain.blocks(stage)]
 
 
+@pytest.mark.slow
 def test_prefix_tokens_sans_late_class_token() -> None:
     """Where the class token comes late, patches are not counted as prefix tokens."""
     assert attnsurgery.inspect("cait_xxs24_224").site("blocks.0").prefix_tokens == 0

@@ -459,6 +459,7 @@ def test_near_copies_are_found(tmp_path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(("side", "pixels"), [(64, 1), (224, 4)])
+@pytest.mark.slow
 def test_shifted_copies_are_found(tmp_path: Path, side: int, pixels: int) -> None:
     """Shifted copies of an image in several splits, which score 100 % with random labels, are found."""
 
@@ -524,6 +525,7 @@ def groups(data: Data) -> tuple[set[str], set[str], set[str]]:
 
 
 @pytest.mark.parametrize("pattern", [r"/(p\d+)_", r"p\d+", r"(?P<patient>p\d+)"])
+@pytest.mark.slow
 def test_group_by_keeps_group_in_one_split(tmp_path: Path, pattern: str) -> None:
     """The images of a group are in one split; without the pattern they are not."""
     data = load_data(str(patients(tmp_path)), SMALL, group_by=pattern)
@@ -949,6 +951,7 @@ def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
     assert "the outputs of the pretrained classifier are reordered as the images' classes" in lines
 
 
+@pytest.mark.slow
 def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> None:
     """Images are normalised with the mean and standard deviation of the directory's config.json."""
     base_folder = base_weights(tmp_path / "given", ["dark", "light"])
@@ -971,6 +974,7 @@ def test_bench_normalises_by_config_of_base(tmp_path: Path, photos: Path) -> Non
     assert Preprocessing.of(bench.base) == of_usual
 
 
+@pytest.mark.slow
 def test_bench_refits_head_of_other_classes(tmp_path: Path, photos: Path) -> None:
     """A classifier of other classes is fitted anew, although their number is the same."""
     base_folder = base_weights(tmp_path / "given", ["cat", "dog"])
@@ -981,6 +985,7 @@ def test_bench_refits_head_of_other_classes(tmp_path: Path, photos: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_bench_checks_unnamed_head_on_images(tmp_path: Path, photos: Path) -> None:
     """A classifier without names of classes is checked on the validation images."""
     base_folder = base_weights(tmp_path / "given")
@@ -1003,6 +1008,7 @@ def test_bench_reports_data_before_training(tmp_path: Path, photos: Path) -> Non
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.slow
 def test_bench_builds_vit_for_image_size(tmp_path: Path, photos: Path, pretrained: bool) -> None:
     """A vision transformer is built for the size of the images."""
     fields = {"checkpoint": str(base_weights(tmp_path / "given", ["dark", "light"], "test_vit"))} if pretrained else {}
@@ -1011,6 +1017,7 @@ def test_bench_builds_vit_for_image_size(tmp_path: Path, photos: Path, pretraine
     assert bench.base(torch.rand(2, 3, 64, 64)).shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_for_images_passes_size_where_needed() -> None:
     """Only a model that needs the size of the images gets it, and only where it differs."""
     assert for_images("swin_tiny_patch4_window7_224", (112, 112)) == {"img_size": (112, 112)}
@@ -1025,6 +1032,7 @@ def test_bench_refuses_size_no_patches_fill(tmp_path: Path, photos: Path) -> Non
 
 
 @pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.slow
 def test_bench_takes_weights_of_channels(tmp_path: Path, photos: Path, channels: int) -> None:
     """Weights for one or four channels are used with images of as many."""
     base_folder = base_weights(tmp_path / "given", ["dark", "light"], in_chans=channels)
@@ -1106,6 +1114,7 @@ def finished_search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     return root / "run", output, words
 
 
+@pytest.mark.slow
 def test_search_describes_its_data_first(finished_search: tuple[Path, str, list[object]]) -> None:
     """A search describes its data before it trains the base."""
     _, output, _ = finished_search
@@ -1132,6 +1141,7 @@ def test_report_describes_the_data(finished_search: tuple[Path, str, list[object
     assert re.search(r"Are the images of each split in no other\?</td><td class=\"no\">", page)
 
 
+@pytest.mark.slow
 def test_search_resume_refuses_augmentation(finished_search: tuple[Path, str, list[object]]) -> None:
     """A search does not resume with another augmentation."""
     _, _, words = finished_search

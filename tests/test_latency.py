@@ -48,6 +48,7 @@ def backend(request: pytest.FixtureRequest) -> LatencyBackend:
     return backend_for(SMALL, request.param, QUICK)
 
 
+@pytest.mark.slow
 def test_measuring_leaves_model_as_it_was(backend: LatencyBackend) -> None:
     """Measuring and comparing leave training flags, weights and buffers as they were."""
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval()).train(True)
@@ -68,6 +69,7 @@ def test_latency_carries_its_conditions(backend: LatencyBackend) -> None:
     assert latency.p90_ms >= latency.p50_ms > 0
 
 
+@pytest.mark.slow
 def test_compare_more_work_takes_longer(backend: LatencyBackend) -> None:
     """A model with forty times as many layers is slower, and the ratio lies in its interval."""
     comparison = backend.compare(convs(1), convs(40))
@@ -176,6 +178,7 @@ def test_latency_drift_is_not_steady() -> None:
     assert not replace(latency, left_out=0.3).steady
 
 
+@pytest.mark.slow
 def test_self_test_counts_intervals_of_one() -> None:
     """The self-test counts the confidence intervals that contain 1, and reports its progress."""
     backend = backend_for(Conditions(input_size=(3, 16, 16), threads=1), "cpu", QUICK)
@@ -402,6 +405,7 @@ def compile_meter(batch_size: int = 1) -> LatencyBackend:
     return backend_for(conditions, "cpu", Effort(max_seconds=0.0, max_warmup_seconds=0.0, min_rounds=1, placements=1))
 
 
+@pytest.mark.slow
 def test_compile_handles_twenty_candidates(graphs: list[object]) -> None:
     """Twenty candidates and their bases are each compiled, without reaching the limit of recompilations."""
     for number in range(20):
@@ -439,6 +443,7 @@ def test_compile_has_static_shapes(graphs: list[list[object]]) -> None:
     assert len(graphs) == 3
 
 
+@pytest.mark.slow
 def test_compile_of_many_pieces(graphs: list[object]) -> None:
     """A model that Dynamo splits into twenty pieces has each of them compiled."""
     compile_meter().measure(Pieces(20))
@@ -530,6 +535,7 @@ def test_cudagraph_refusal_gives_advice(monkeypatch: pytest.MonkeyPatch, message
     assert refused or fault_of(caught.value) is Fault.DEVICE
 
 
+@pytest.mark.slow
 def test_sample_holds_one_placement_a_time() -> None:
     """Copies of an earlier placement are gone before the next is made, once memory has run out."""
     alive: set[int] = set()
@@ -665,6 +671,7 @@ def test_tf32_is_switched_and_restored(precision: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 brought it")
+@pytest.mark.slow
 def test_tf32_works_beside_newer_switches() -> None:
     """TF32 is switched and restored also where torch's newer precision switches are in use."""
     script = (

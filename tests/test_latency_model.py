@@ -53,6 +53,7 @@ class World:
 
 
 @pytest.mark.parametrize(("training_size", "error"), [(8, 0.02), (32, 0.01), (128, 0.003)])
+@pytest.mark.slow
 def test_latency_model_predicts_unmeasured(training_size: int, error: float) -> None:
     """The model predicts candidates that it was not fitted to, and its bounds cover the true ratios."""
     errors, below = [], []
@@ -126,6 +127,7 @@ def calibrated(seconds: float = 2.0, model: str = "test_resnet", batch_size: int
     return calibrate(model, load("tiny"), conditions, seconds, backend="fixed", **more)
 
 
+@pytest.mark.slow
 def test_calibrate_resumes_from_its_cache(cache: Path) -> None:
     """Calibration measures, saves, and resumes from what it saved; other conditions have another file."""
     progress: list[int] = []
@@ -146,6 +148,7 @@ def test_calibrate_resumes_from_its_cache(cache: Path) -> None:
     assert (classes.before, classes.path == first.path) == (0, False)
 
 
+@pytest.mark.slow
 def test_calibrate_survives_a_damaged_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged cache counts as none, and one that cannot be written is an error that names the variable."""
     path = Path(calibrated(0.5).path)
@@ -162,6 +165,7 @@ def test_calibrate_unknown_model_suggests(cache: Path) -> None:
         calibrated(model="test_resnett")
 
 
+@pytest.mark.slow
 def test_calibrate_command_reports_quality(cache: Path) -> None:
     """The command says how many candidates were measured and how well the model predicts them."""
     arguments = ["calibrate", "test_resnet", "--space", "tiny", "--device", "cpu", "--latency", "fixed", "--seconds"]

@@ -43,6 +43,7 @@ def essence(outcome: Outcome) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(("launcher", "launcher_args"), [("ray", ""), ("submitit", "cluster=local timeout_min=10")])
+@pytest.mark.slow
 def test_launchers_give_the_same_trials(
     config: SearchConfig, straight: Outcome, launcher: str, launcher_args: str
 ) -> None:
@@ -54,6 +55,7 @@ def test_launchers_give_the_same_trials(
     assert not (there.folder / ".jobs").exists(), "mailboxes go with the search"
 
 
+@pytest.mark.slow
 def test_launcher_names_its_missing_extra(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher whose package is missing names the extra that installs it."""
     for package, extra in (("ray", "ray"), ("submitit", "slurm")):
@@ -75,6 +77,7 @@ def test_launcher_names_its_missing_extra(config: SearchConfig, monkeypatch: pyt
         ("submitit", "cluster=moon", "submitit says: .*moon"),
     ],
 )
+@pytest.mark.slow
 def test_launcher_refuses_unknown_arguments(
     config: SearchConfig, launcher: str, launcher_args: str, message: str
 ) -> None:
@@ -91,6 +94,7 @@ def test_launcher_needs_workers_to_start() -> None:
         SearchConfig(budget_ms=1.0, workers=0, launcher="ray")
 
 
+@pytest.mark.slow
 def test_worker_with_other_torch_is_refused(config: SearchConfig) -> None:
     """A worker with other versions of the software is refused, unless the search may be extended."""
     for extend in (False, True):
@@ -107,6 +111,7 @@ def test_worker_with_other_torch_is_refused(config: SearchConfig) -> None:
             pool.close()
 
 
+@pytest.mark.slow
 def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that never starts ends the search with its last words, and costs no trial."""
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
@@ -156,6 +161,7 @@ def test_mailbox_passes_lines_in_order(tmp_path: Path) -> None:
     assert box.has_ended(20), "the search has taken it away"
 
 
+@pytest.mark.slow
 def test_mailbox_worker_needs_a_heartbeat(tmp_path: Path) -> None:
     """A worker with a mailbox ends when the heartbeat of the search stops."""
     box = Box(tmp_path / "box", 6.0)
@@ -178,6 +184,7 @@ def mailbox(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_worker_ends_with_its_mailbox(mailbox: tuple[Path, subprocess.Popen[bytes]]) -> None:
     """A worker ends when its mailbox is removed, and does not start on one that was already used."""
     folder, process = mailbox

@@ -42,6 +42,7 @@ class Host(nn.Module):
 
 
 @pytest.mark.parametrize(("name", "options"), FAMILIES, ids=str)
+@pytest.mark.slow
 def test_block_alone_learns_from_identity(name: str, options: dict[str, object]) -> None:
     """The gate of a block leaves zero and the loss falls when only the block is trained."""
     torch.manual_seed(0)

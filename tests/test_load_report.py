@@ -133,6 +133,7 @@ def test_load_base_into_untrained_blocks(start: str, base: Tensors) -> None:
         model.load_state_dict(base)
 
 
+@pytest.mark.slow
 def test_load_base_under_unmoved_gates(base: Tensors) -> None:
     """Blocks whose gates never moved accept another base wherever they were loaded from."""
     model = make()
@@ -152,6 +153,7 @@ def test_load_ignores_half_precision(start: str, base: Tensors) -> None:
 
 @pytest.mark.parametrize("name", sorted(attnsurgery.BLOCKS))
 @pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.slow
 def test_changed_detects_training_per_block(name: str, start: str) -> None:
     """Every block tells whether it was trained, also after a copy or a pickle."""
     from attnsurgery.blocks.loading import changed
@@ -250,6 +252,7 @@ class Wrapper(nn.Module):
     [Wrapper, nn.Sequential, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.compile],
     ids=["module", "sequential", "copy", "pickle", "compile"],
 )
+@pytest.mark.slow
 def test_load_sees_blocks_in_wrappers(wrap: Callable[[nn.Module], nn.Module], base: Tensors) -> None:
     """Blocks inside a wrapper, a copy, a pickle or a compiled model are judged as well."""
     fresh, moved = wrap(make()), wrap(trained())
@@ -351,6 +354,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> nn.
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.slow
 def test_optimizer_state_survives_surgery(kind: str) -> None:
     """Training with frozen blocks goes on after surgery bit for bit as if there had been none."""
     make_optimizer = OPTIMIZERS[kind]
@@ -376,6 +380,7 @@ def test_optimizer_state_survives_surgery(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.slow
 def test_optimizer_new_blocks_start_fresh(kind: str) -> None:
     """Parameters of new blocks start without moments; those of a new classifier as well."""
     torch.manual_seed(0)

@@ -131,6 +131,7 @@ def saved(weights: dict[str, torch.Tensor], path: Path) -> Path:
 @pytest.mark.since(
     *KEEPS_ARGUMENTS, cases=("test_vit_se-by_directory", "swin_tiny_patch4_window7_224_nonlocal_s3-by_directory")
 )
+@pytest.mark.slow
 def test_loaders_take_base_and_surgical(
     loader: Callable[..., nn.Module], case: tuple[str, nn.Module, nn.Module], tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_loaders_take_base_and_surgical(
 
 @pytest.mark.parametrize("loader", ADAPTING, ids=lambda loader: loader.__name__)
 @pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"in_chans": 1}], ids=str)
+@pytest.mark.slow
 def test_loaders_adapt_classes_and_channels(
     loader: Callable[..., nn.Module],
     kwargs: dict[str, int],
@@ -174,6 +176,7 @@ def test_loaders_adapt_classes_and_channels(
 
 @pytest.mark.parametrize("name", ["test_vit_se", "test_vit_nonlocal_s3", f"{SWIN}_se"])
 @pytest.mark.parametrize("loader", ADAPTING, ids=lambda loader: loader.__name__)
+@pytest.mark.slow
 def test_loaders_resample_positions(loader: Callable[..., nn.Module], name: str, tmp_path: Path) -> None:
     """Position embeddings are resampled for another image size."""
     base = base_of(name)
@@ -214,6 +217,7 @@ def vit_under_a_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         ("test_vit_nonlocal_s3", vit_under_a_prefix),
     ],
 )
+@pytest.mark.slow
 def test_loaders_filter_original_names(
     name: str, original: Callable[[dict[str, torch.Tensor]], Any], tmp_path: Path
 ) -> None:
@@ -236,6 +240,7 @@ def test_loaders_filter_original_names(
     ("name", "safe"), [(NAMES[0], False), (NAMES[0], "both"), *((name, True) for name in NAMES)], ids=str
 )
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_save_for_hf_round_trip_adapts(name: str, safe: Any, tmp_path: Path) -> None:
     """A directory that save_for_hf wrote is built again and adapts to other classes and features."""
     model = move_gates(make(name, in_chans=1))
@@ -283,6 +288,7 @@ def laid_out(home: Path, repository: str, model: nn.Module) -> Path:
 
 
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_hub_repository_loads_offline(tmp_path: Path) -> None:
     """A repository of the hub loads offline from its cache, and part of a block is refused."""
     named = move_gates(make("test_resnet_se"))

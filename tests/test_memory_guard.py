@@ -240,6 +240,7 @@ def test_limit_error_tokens_without_a_grid() -> None:
     assert resolve(recipe(auto("stage:3 last"), limit=1), anatomy("hiera_tiny_224"))
 
 
+@pytest.mark.slow
 def test_limit_is_refused_before_any_change(tmp_path: Path) -> None:
     """Every entry point refuses a recipe over its limit, and changes and writes nothing."""
     edit = {"at": "stage:1 last", "block": "non_local"}
@@ -355,6 +356,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.since(*BUILDS_ON_META, cases=("test_convnext", "test_vit", "test_byobnet"))
+@pytest.mark.slow
 def test_plan_matches_the_operated_model(name: str) -> None:
     """A plan has the parameters, MACs and attention memory of the operated model, and allocates nothing."""
     spec = recipe(*PLANS[name], base=name)
@@ -401,6 +403,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.slow
 def test_plan_refuses_as_operate_does(case: str) -> None:
     """`plan` refuses with the same message as `operate` and changes nothing."""
     edit, kind = REFUSED[case]

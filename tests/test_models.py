@@ -36,6 +36,7 @@ def images(*size: int, batch: int = 2) -> torch.Tensor:
     ("name", "params", "gmacs"),
     [("residual_attention_56", 31_810_728, 6.27), ("residual_attention_92", 52_466_344, 10.53)],
 )
+@pytest.mark.slow
 def test_networks_cost_as_in_the_paper(name: str, params: int, gmacs: float) -> None:
     """The networks have the parameters and multiply-adds of the paper."""
     with torch.device("meta"):
@@ -47,6 +48,7 @@ def test_networks_cost_as_in_the_paper(name: str, params: int, gmacs: float) -> 
 
 
 @pytest.mark.parametrize(("name", "layers", "modules"), [(NAMES[0], 56, [1, 1, 1]), (NAMES[1], 92, [1, 2, 3])])
+@pytest.mark.slow
 def test_networks_have_depth_of_their_name(name: str, layers: int, modules: list[int]) -> None:
     """The networks have as many layers as their name says, and masks of the paper's depths."""
     with torch.device("meta"):
@@ -73,6 +75,7 @@ def test_attention_module_scales_its_trunk() -> None:
     assert (mask < 1).all()
 
 
+@pytest.mark.slow
 def test_networks_registered_without_import() -> None:
     """timm knows the names, and nothing of the models is imported before one is built."""
     assert timm.list_models("residual_attention*") == NAMES
@@ -86,6 +89,7 @@ def test_networks_registered_without_import() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_networks_promise_no_weights() -> None:
     """The networks have no pretrained weights and say so."""
     cfg = timm.get_pretrained_cfg("residual_attention_56")
@@ -97,6 +101,7 @@ def test_networks_promise_no_weights() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (65, 65), (96, 70)])
+@pytest.mark.slow
 def test_network_takes_sizes_from_32_pixels(net: Any, size: tuple[int, int]) -> None:
     """Images of any size from 32 pixels go in."""
     features = net.forward_features(images(*size))
@@ -105,6 +110,7 @@ def test_network_takes_sizes_from_32_pixels(net: Any, size: tuple[int, int]) -> 
     assert torch.isfinite(features).all()
 
 
+@pytest.mark.slow
 def test_intermediates_equal_features_only(net: Any) -> None:
     """The intermediate maps are the ones that `features_only` gives."""
     x = images(64, 64)
@@ -127,6 +133,7 @@ def test_intermediates_equal_features_only(net: Any) -> None:
 
 
 @pytest.mark.parametrize(("stride", "sides"), [(8, [16, 8, 8, 8]), (16, [16, 8, 4, 4])])
+@pytest.mark.slow
 def test_output_stride_sets_dilation(stride: int, sides: list[int]) -> None:
     """An output stride of 8 or 16 is reached by dilation, and another one is refused."""
     with torch.device("meta"):
@@ -139,6 +146,7 @@ def test_output_stride_sets_dilation(stride: int, sides: list[int]) -> None:
         timm.create_model("residual_attention_56", output_stride=4)
 
 
+@pytest.mark.slow
 def test_dilated_network_computes_densely() -> None:
     """The dilated network computes the same features at more positions."""
     torch.manual_seed(0)
@@ -150,6 +158,7 @@ def test_dilated_network_computes_densely() -> None:
 
 
 @pytest.mark.since(*BUILDS_ON_META)
+@pytest.mark.slow
 def test_classifier_is_exchangeable() -> None:
     """The classifier can be replaced and left out, and layers can be pruned."""
     with torch.device("meta"):
@@ -178,6 +187,7 @@ def test_group_matcher_covers_parameters(net: Any) -> None:
         assert len(groups_by_layer) == groups
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_gradients(net: Any) -> None:
     """Activation checkpointing gives the same gradients, bit for bit."""
     x = images(32, 32)
@@ -192,6 +202,7 @@ def test_checkpointing_keeps_gradients(net: Any) -> None:
     net.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 def test_network_scripts_in_channels_last(net: Any) -> None:
     """The network can be scripted and keeps the memory format."""
     x = images(64, 64)
@@ -203,6 +214,7 @@ def test_network_scripts_in_channels_last(net: Any) -> None:
     assert (features - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 def test_surgery_enters_trunk_not_masks() -> None:
     """Surgery finds the units of the trunk and leaves the masks alone."""
     anatomy = attnsurgery.inspect("residual_attention_56")
@@ -214,6 +226,7 @@ def test_surgery_enters_trunk_not_masks() -> None:
     assert added == {f"stages.2.{unit}" for unit in ("0", "1.before.0", "1.trunk.0", "1.trunk.1", "1.after.0")}
 
 
+@pytest.mark.slow
 def test_surgery_on_network_is_identity() -> None:
     """Surgery on the network changes no output until a gate moves."""
     torch.manual_seed(0)
@@ -228,6 +241,7 @@ def test_surgery_on_network_is_identity() -> None:
     assert not torch.equal(model(x), expected)
 
 
+@pytest.mark.slow
 def test_pruned_network_still_runs() -> None:
     """A network that is pruned to an earlier map still runs and computes the same maps."""
     model = timm.create_model("residual_attention_56", num_classes=3).eval()

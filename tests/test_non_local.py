@@ -91,6 +91,7 @@ def naive(block: NonLocal, x: Tensor, options: dict[str, Any]) -> Tensor:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.slow
 def test_non_local_computes_the_formula(options: dict[str, Any], size: tuple[int, int]) -> None:
     """Every option computes the paper's formula, values and gradients."""
     block = build_block(options, awake=True, dtype=torch.float64)
@@ -112,6 +113,7 @@ def test_non_local_formula_on_large_maps(mode: str, size: tuple[int, int]) -> No
 
 
 @every_option
+@pytest.mark.slow
 def test_non_local_starts_at_identity(options: dict[str, Any]) -> None:
     """Every option starts as the identity and leaves it with the first step."""
     block, x = build_block(options), images(2, 16, 7, 9)
@@ -124,6 +126,7 @@ def test_non_local_starts_at_identity(options: dict[str, Any]) -> None:
 
 
 @every_option
+@pytest.mark.slow
 def test_non_local_keeps_format_and_dtype(options: dict[str, Any]) -> None:
     """Every option keeps the memory format and the dtype."""
     block = build_block(options, awake=True)
@@ -138,6 +141,7 @@ def test_non_local_keeps_format_and_dtype(options: dict[str, Any]) -> None:
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_non_local_is_finite_under_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Every option stays finite and near the result in fp32 under autocast."""
     block, x = build_block(options, awake=True), images(2, 16, 8, 8).requires_grad_()
@@ -150,6 +154,7 @@ def test_non_local_is_finite_under_autocast(options: dict[str, Any], dtype: torc
 
 
 @every_option
+@pytest.mark.slow
 def test_non_local_scripts_exactly(options: dict[str, Any]) -> None:
     """Every option computes the same numbers when it is scripted."""
     block = build_block(options, awake=True)
@@ -162,6 +167,7 @@ def test_non_local_scripts_exactly(options: dict[str, Any]) -> None:
 
 
 @few_options
+@pytest.mark.slow
 def test_non_local_compiles_exactly(options: dict[str, Any]) -> None:
     """The options compute the same numbers when they are compiled."""
     block, x = build_block(options, awake=True), images(2, 16, 8, 9)
@@ -169,6 +175,7 @@ def test_non_local_compiles_exactly(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.since(*EXPORTS_ANY_SIZE)
+@pytest.mark.slow
 def test_non_local_compiles_once_for_sizes() -> None:
     """A block that is compiled for any size does not compile again where its form would change."""
     block = build_block({"mode": "concatenation"}, awake=True)
@@ -188,6 +195,7 @@ def dynamic(block: NonLocal) -> dict[str, Any]:
 
 @few_options
 @pytest.mark.since(*EXPORTS_ANY_SIZE)
+@pytest.mark.slow
 def test_non_local_exports_with_any_size(options: dict[str, Any]) -> None:
     """The options export for any batch size, height and width, and on to ONNX."""
     block, file = build_block(options, awake=True), io.BytesIO()
@@ -222,6 +230,7 @@ def test_non_local_is_deterministic(options: dict[str, Any]) -> None:
 
 
 @every_option
+@pytest.mark.slow
 def test_non_local_cost_equals_torch_count(options: dict[str, Any]) -> None:
     """The cost of every option is what torch counts."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -30,6 +30,7 @@ BY_STOCK = {pair.stock: pair for pair in (*PAIRS, *FALSE_FRIENDS)}
 
 @pytest.mark.parametrize("stock", SMALL)
 @pytest.mark.since(*BUILDS_ON_META, cases=("regnety_002", "seresnext26ts", "gcresnext26ts", "bat_resnext26ts"))
+@pytest.mark.slow
 def test_surgery_equals_timms_model(stock: str) -> None:
     """Surgery computes what timm's attention model computes, bit for bit."""
     result = compare(BY_STOCK[stock])
@@ -37,6 +38,7 @@ def test_surgery_equals_timms_model(stock: str) -> None:
     assert result.blocks >= 7
 
 
+@pytest.mark.slow
 def test_pair_with_wrong_option_differs() -> None:
     """A pair with one wrong option loads as strictly and computes something else."""
     pair = BY_STOCK["sedarknet21"]
@@ -47,6 +49,7 @@ def test_pair_with_wrong_option_differs() -> None:
 
 
 @pytest.mark.since(*BUILDS_ON_META)
+@pytest.mark.slow
 def test_false_friends_differ() -> None:
     """False friends load strictly and compute something else."""
     result = compare(FALSE_FRIENDS[0])
@@ -55,6 +58,7 @@ def test_false_friends_differ() -> None:
 
 
 @pytest.mark.parametrize("pair", [*PAIRS, *FALSE_FRIENDS], ids=lambda pair: pair.stock)
+@pytest.mark.slow
 def test_pairs_share_names_and_shapes(pair: object) -> None:
     """The two models of every pair have the same names and shapes of weights."""
     ours = attnsurgery.operate(weightless(pair.base), paper(pair)).state_dict()

@@ -39,6 +39,7 @@ def surgical(base: str, at: str, block: str = "se", **model_args: int) -> nn.Mod
     ],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_prefix_forward_equals_whole(base: str, at: str, size: int, last: str) -> None:
     """A forward pass from stored features equals the whole one, calls less, and leaves no hook."""
     model = surgical(base, at)
@@ -107,6 +108,7 @@ def digits() -> Data:
 
 
 @pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.slow
 def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only blocks and norms learn, whether features are stored or not."""
     if not stored:
@@ -129,6 +131,7 @@ def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeyp
     assert score.correct.shape == (len(digits.val),)
 
 
+@pytest.mark.slow
 def test_blocks_evaluator_improves_loss(digits: Data) -> None:
     """Blocks that learn lower the loss of a trained base."""
     base = timm.create_model("test_resnet", num_classes=10)

@@ -58,6 +58,7 @@ def photographs() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_apply_keeps_logits_on_photographs(
     checkpoint: Path, photographs: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

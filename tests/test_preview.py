@@ -39,6 +39,7 @@ def previewed(config: SearchConfig, **fields: object) -> Preview:
     return preview(config.model_copy(update=fields))
 
 
+@pytest.mark.slow
 def test_preview_counts_space_and_share(config: SearchConfig) -> None:
     """The preview tells the size of the space and how much of it fits the budgets."""
     everything = previewed(config)
@@ -54,12 +55,14 @@ def test_preview_counts_space_and_share(config: SearchConfig) -> None:
         previewed(config, budget_params=everything.base_parameters)
 
 
+@pytest.mark.slow
 def test_preview_writes_nothing(config: SearchConfig) -> None:
     """Nothing is written, so that the search can begin afterwards."""
     previewed(config)
     assert not Path(config.output).exists()
 
 
+@pytest.mark.slow
 def test_preview_predicts_the_time(config: SearchConfig) -> None:
     """The predicted seconds of a trial are near those that trials take."""
     predicted = previewed(config)
@@ -72,6 +75,7 @@ def test_preview_predicts_the_time(config: SearchConfig) -> None:
     assert more.seconds > 3 * predicted.rungs[0][2]
 
 
+@pytest.mark.slow
 def test_preview_ends_on_a_stop(config: SearchConfig) -> None:
     """A request to stop ends the preview."""
     with pytest.raises(StopRequested):
@@ -87,6 +91,7 @@ def test_share_interval_is_wilsons(hits: int, count: int, low: float, high: floa
     assert _wilson(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
     """The command prints the preview for people and as JSON, and writes nothing."""
     arguments = [
@@ -111,6 +116,7 @@ def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
     assert not Path(config.output).exists()
 
 
+@pytest.mark.slow
 def test_preview_reports_empty_sample(config: SearchConfig) -> None:
     """Of 48 variables with two blocks each, all but a few candidates have far too many."""
     space = Path(config.output).parent / "wide.yaml"

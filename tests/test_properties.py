@@ -100,6 +100,7 @@ def recipe(name: str, at: str, block: str) -> dict[str, Any]:
 
 @drawn
 @given(st.data())
+@pytest.mark.slow
 def test_block_in_whole_acts_as_in_bare(data: st.DataObject) -> None:
     """A block in a wrapped model does what it does in the bare one, or is refused in both."""
     name = data.draw(st.sampled_from(sorted(HOSTS)))
@@ -149,6 +150,7 @@ def surgical() -> nn.Module:
 
 @drawn
 @given(absent=st.sets(st.integers(0, 3)), trained=st.booleans(), strict=st.booleans())
+@pytest.mark.slow
 def test_load_holds_all_blocks_or_none(absent: set[int], trained: bool, strict: bool) -> None:
     """A load holds all blocks, or none where the blocks are untouched; all else is refused."""
     model, other = copy.deepcopy(surgical()), move_gates(copy.deepcopy(surgical()))
@@ -225,6 +227,7 @@ ENDINGS = st.sampled_from([".png", ".JPG", ".webp", ".tiff", ".txt", ".heic", ""
 
 @settings(drawn, max_examples=20 * EXAMPLES)
 @given(st.sampled_from(sorted(LAYOUTS)), st.sets(st.tuples(ROOTS, PLACES, st.integers(0, 2), ENDINGS), max_size=8))
+@pytest.mark.slow
 def test_folder_leaves_no_image_out_silently(base: str, files: set[tuple[str, str, int, str]]) -> None:
     """Every image of a folder is read, or a note says that it was left out."""
     files |= {(top, place, 9, ".png") for top in LAYOUTS[base] for place in ("a/", "b/")}

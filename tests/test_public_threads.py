@@ -91,6 +91,7 @@ def without_gradient(backbone: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cut_off", [without_gradient, lambda backbone, x: backbone(x).detach()])
+@pytest.mark.slow
 def test_block_inside_no_grad(cut_off: Any) -> None:
     """pyg-team/pytorch_geometric#9996: what is to learn inside a part run without gradients gets none.
 
@@ -115,6 +116,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.slow
 def test_checkpointed_block_of_a_frozen_base(reentrant: bool, frozen: bool) -> None:
     """cloneofsimo/lora#26: with gradient checkpointing and a frozen base the adapter was never trained.
 
@@ -252,6 +254,7 @@ def test_optimizer_state_of_another_kind(make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["run?1", "100%", "a%20b", "a#b", "run?mode=memory", "plain"])
+@pytest.mark.slow
 def test_study_in_a_directory_of_any_name(tmp_path: Path, name: str) -> None:
     """optuna/optuna#395: a storage URL with '%' in it failed.
 

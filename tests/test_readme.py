@@ -29,6 +29,7 @@ def test_readme_begins_with_code() -> None:
     assert "```python" in "\n".join(README.splitlines()[:10])
 
 
+@pytest.mark.slow
 def test_readme_python_runs_in_order() -> None:
     """The Python blocks of README run in their order."""
     namespace: dict[str, object] = {}
@@ -38,6 +39,7 @@ def test_readme_python_runs_in_order() -> None:
     assert "report" in namespace
 
 
+@pytest.mark.slow
 def test_readme_recipe_and_commands_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ recipes = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(recipes)
+@pytest.mark.slow
 def test_round_trip_keeps_types(recipe: Recipe):
     """Every recipe survives the round trip with its types and its digest."""
     again = text.loads(text.dumps(recipe))
@@ -141,6 +142,7 @@ def test_mutated_text_is_recipe_or_error(start: int, length: int, inserted: str)
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_dumps_refuses_unreadable_values():
     """Values that no recipe file may hold are refused when it is written."""
     with pytest.raises(RecipeError, match="too large"):
@@ -269,6 +271,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.slow
 def test_hostile_megabyte_refused_quickly(case: str):
     """A megabyte of hostile text is refused in a short message and without quadratic time."""
     begin = time.process_time()
@@ -339,6 +342,7 @@ def test_keep_origin_hands_places_on():
     assert text.where(renamed, "edits[0].at") == "recipe.yaml:5: edits[0].at"
 
 
+@pytest.mark.slow
 def test_origins_freed_with_their_recipe():
     """The places of a recipe are freed with it."""
     recipe = text.loads(GOOD, "recipe.yaml")

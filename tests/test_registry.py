@@ -48,6 +48,7 @@ def params(model: torch.nn.Module) -> int:
         ("resnet50_nonlocal5", 25_557_032 + 7_358_464),
     ],
 )
+@pytest.mark.slow
 def test_surgical_models_have_paper_params(name: str, expected: int) -> None:
     """The surgical models have the published numbers of parameters."""
     with torch.device("meta"):
@@ -63,6 +64,7 @@ def test_surgical_keys_equal_timms() -> None:
 
 
 @pytest.mark.parametrize("pair", [("resnet18_se", "seresnet18"), ("resnet50_se", "seresnet50")])
+@pytest.mark.slow
 def test_paper_start_loads_timms_weights(pair: tuple[str, str]) -> None:
     """With the paper's start, timm's weights load strictly and give the same bits."""
     ours = timm.create_model(pair[0], start="paper").eval()
@@ -99,6 +101,7 @@ def test_is_model_and_list_models_agree() -> None:
     assert all(timm.is_model(name) for name in timm.list_models(module="zoo"))
 
 
+@pytest.mark.slow
 def test_timms_own_names_keep_their_meaning() -> None:
     """No name of timm's own changes its meaning when attnsurgery is imported."""
     theirs = subprocess.run(
@@ -112,6 +115,7 @@ def test_timms_own_names_keep_their_meaning() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "resnet18"])
 @pytest.mark.parametrize("suffix", ["se", "nonlocal_s3", "se_s34", "nonlocal"])
+@pytest.mark.slow
 def test_names_take_timms_arguments(name: str, suffix: str) -> None:
     """Surgical names work with the arguments of timm's create_model."""
     model = timm.create_model(f"{name}_{suffix}", num_classes=5, in_chans=1).eval()
@@ -215,6 +219,7 @@ def test_register_refuses_a_taken_name() -> None:
 
 
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_surgery_name_needs_base_and_recipe(tmp_path: Path) -> None:
     """The architecture 'surgery' needs only a base and a recipe, also in a new process."""
     from timm.models import save_for_hf
@@ -236,6 +241,7 @@ def test_surgery_name_needs_base_and_recipe(tmp_path: Path) -> None:
         timm.create_model("surgery", base="test_resnet")
 
 
+@pytest.mark.slow
 def test_models_pickle_across_processes(tmp_path: Path) -> None:
     """A whole model can be unpickled in another process."""
     model = wake(timm.create_model("test_convnext_se")).eval()
@@ -287,6 +293,7 @@ def test_pool_larger_than_map_is_refused() -> None:
         timm.create_model("surgery", recipe={**RECIPE, "edits": edits})
 
 
+@pytest.mark.slow
 def test_pruned_bases_are_cut_when_narrowed() -> None:
     """Surgery on a pruned architecture comes after its layers have been narrowed."""
     base = wake(timm.create_model("efficientnet_b1_pruned", num_classes=3)).eval()
@@ -322,6 +329,7 @@ def test_users_model_keeps_its_name() -> None:
     assert not grafted_blocks(timm.create_model("mynet_se"))
 
 
+@pytest.mark.slow
 def test_blocks_catalog_is_thread_safe() -> None:
     """Threads that all ask for a block first get it."""
     program = (
@@ -338,6 +346,7 @@ def test_blocks_catalog_is_thread_safe() -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
+@pytest.mark.slow
 def test_zoo_recipes_resolve_by_file_name() -> None:
     """Every recipe that ships resolves under its file name, with the weights of its base."""
     files = sorted(Path(registry.zoo.__file__).parent.glob("*.yaml"))
@@ -357,6 +366,7 @@ def test_unknown_start_is_refused() -> None:
         timm.create_model("test_resnet_se", start="papr")
 
 
+@pytest.mark.slow
 def test_plain_models_stay_plain_in_threads() -> None:
     """Plain models that another thread builds at the same time stay plain."""
     from concurrent.futures import ThreadPoolExecutor
@@ -403,6 +413,7 @@ PRIVATE: dict[str, tuple[type | str, str]] = {
 
 
 @pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.slow
 def test_private_name_is_where_it_was(name: str) -> None:
     """A private name of timm or torch that the package uses is where it was, and of the same kind."""
     kind, broken = PRIVATE[name]

@@ -53,6 +53,7 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, overwrite, lambda path: path.write_bytes(b"")])
+@pytest.mark.slow
 def test_repair_rebuilds_study_from_journal(finished: Outcome, damaged: Path, damage: object) -> None:
     """A study is rebuilt from the journal, and the search goes on as if nothing had happened."""
     before = trials_in(damaged)
@@ -70,6 +71,7 @@ def test_repair_rebuilds_study_from_journal(finished: Outcome, damaged: Path, da
 
 
 @pytest.mark.parametrize("cut", ["a line in the middle", "everything"])
+@pytest.mark.slow
 def test_repair_rebuilds_journal_from_study(finished: Outcome, damaged: Path, cut: str) -> None:
     """A journal is rebuilt from the study, and the search goes on."""
     lines = (damaged / TRIALS).read_bytes().splitlines(keepends=True)
@@ -88,6 +90,7 @@ def test_repair_rebuilds_journal_from_study(finished: Outcome, damaged: Path, cu
     assert run(config_in(finished, damaged)).records == finished.records
 
 
+@pytest.mark.slow
 def test_repair_of_sound_files_keeps_both(finished: Outcome, damaged: Path) -> None:
     """The old files are kept, and the repair of a sound directory changes nothing."""
     before, journal = trials_in(damaged), (damaged / TRIALS).read_bytes()
@@ -138,6 +141,7 @@ def test_repair_command_reports_its_finds(damaged: Path) -> None:
     assert "of these 3 trained" in result.stdout
 
 
+@pytest.mark.slow
 def test_other_versions_need_extend(finished: Outcome, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other versions of the software are refused with the difference, and extend goes on."""
     monkeypatch.setattr("attnsurgery.search.execution.bench.timm.__version__", "9.9.9")

@@ -87,6 +87,7 @@ def answers(search_outcome: Outcome, control: Control | None = None) -> dict[str
 # The page
 
 
+@pytest.mark.slow
 def test_page_forbids_any_connection(tmp_path: Path) -> None:
     """The page is one file that forbids itself any connection."""
     text = render(outcome(tmp_path, search(40, rungs=2)))
@@ -160,6 +161,7 @@ def test_page_has_its_words_without_scripts(tmp_path: Path) -> None:
     assert "Pictures need JavaScript" in words
 
 
+@pytest.mark.slow
 def test_page_tells_interrupted_and_running(tmp_path: Path) -> None:
     """An interrupted search is told as such, and a running one with its progress."""
     records = search(6)
@@ -308,6 +310,7 @@ def test_rungs_section_needs_a_promotion(tmp_path: Path) -> None:
     assert "Rung 2 to rung 3: tau-b undefined, 1 candidate, which is too few" in few.below
 
 
+@pytest.mark.slow
 def test_front_is_of_the_highest_rung(tmp_path: Path) -> None:
     """The front is of the highest rung, and the base is compared with its equal."""
     search_outcome = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
@@ -388,6 +391,7 @@ def test_halted_promotion_tells_its_reason(tmp_path: Path) -> None:
     assert "not promoted: out of &lt;memory&gt;" in render(outcome(tmp_path, [halted]))
 
 
+@pytest.mark.slow
 def test_conditions_list_the_rungs(tmp_path: Path) -> None:
     """The rungs are among the conditions of the report."""
     search_outcome = outcome(tmp_path, search(3))
@@ -550,6 +554,7 @@ def without_ids(page: str) -> str:
     return Page(page).words
 
 
+@pytest.mark.slow
 def test_read_equals_what_search_recorded(runs: Path) -> None:
     """What is read from a run directory is what the search recorded."""
     saved = load_search(runs / "tpe").outcome
@@ -631,6 +636,7 @@ def test_unfinished_search_has_no_verdict(copied: Path) -> None:
     assert "Interrupted: the same command goes on" in (copied / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_verdicts_of_a_search_are_counted(copied: Path) -> None:
     """Each verdict of a search is counted as a look at the test images."""
     first = load_search(copied).outcome
@@ -661,6 +667,7 @@ def test_journal_has_the_last_word(copied: Path) -> None:
     assert after.best == higher
 
 
+@pytest.mark.slow
 def test_renamed_directory_resumes_its_study(copied: Path) -> None:
     """A renamed directory resumes in its own study."""
     config = load_search(copied).outcome.config
@@ -670,6 +677,7 @@ def test_renamed_directory_resumes_its_study(copied: Path) -> None:
     assert again.about.command.startswith("attnsurgery search")  # this run had none
 
 
+@pytest.mark.slow
 def test_report_command_takes_a_control(runs: Path, copied: Path) -> None:
     """The command shows a control, and refuses a search that is none."""
     result = report(copied, "--control", runs / "random")
@@ -734,6 +742,7 @@ def test_read_of_newer_version_is_refused(copied: Path) -> None:
         load_search(copied)
 
 
+@pytest.mark.slow
 def test_records_know_whether_drawn(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record knows whether its candidate was drawn at random or chosen."""
     monkeypatch.setattr("attnsurgery.search.storage.propose._STARTUP", 1)
@@ -743,6 +752,7 @@ def test_records_know_whether_drawn(runs: Path, tmp_path: Path, monkeypatch: pyt
     assert all(record.drawn for record in run(blind).records)
 
 
+@pytest.mark.slow
 def test_report_is_rewritten_seldom(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report that is seconds old is left alone by a search, and written again at its end."""
     rewritten: list[int] = []

@@ -99,6 +99,7 @@ def paper_mask(block: ResidualAttention, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(8, 8), (14, 14), (9, 15), (4, 21)])
 @pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_mask_is_the_papers_figure(size: tuple[int, int], r: int, training: bool) -> None:
     """The mask is figure 3 of the paper, values and gradients."""
     block = woken(dtype=torch.float64, depth=2, r=r, start="paper").train(training)
@@ -199,6 +200,7 @@ def test_depth_follows_map_as_in_the_paper(side: int, depth: int) -> None:
     assert ResidualAttention.fittings({"depth": 5}, side, side) == ({"depth": 5},)
 
 
+@pytest.mark.slow
 def test_masks_of_named_model_are_papers() -> None:
     """The masks of a named model are as deep as the paper's, and an explicit depth is kept."""
     with torch.device("meta"):
@@ -218,6 +220,7 @@ def test_masks_of_named_model_are_papers() -> None:
 
 @every_option
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (16, 11)])
+@pytest.mark.slow
 def test_mask_starts_at_1_and_moves(options: dict[str, Any], size: tuple[int, int]) -> None:
     """Every option starts at exactly 1 and moves."""
     x = images(*size)
@@ -229,6 +232,7 @@ def test_mask_starts_at_1_and_moves(options: dict[str, Any], size: tuple[int, in
 
 @every_option
 @pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.slow
 def test_mask_keeps_layout_and_counts_macs(options: dict[str, Any], start: str) -> None:
     """Every option keeps the memory layout and costs what torch counts."""
     block = woken(start=start, **options)
@@ -257,6 +261,7 @@ def test_mask_trains_in_autocast(options: dict[str, Any], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
 @pytest.mark.since(*EXPORTS_ANY_SIZE)
+@pytest.mark.slow
 def test_mask_exports_by_every_exporter(options: dict[str, Any], tmp_path: Path) -> None:
     """Every kind of mask can be scripted, compiled, and exported to torch.export and ONNX."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")

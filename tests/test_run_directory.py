@@ -155,6 +155,7 @@ OTHERS = [_winners, _recipe, _stray_base, _journal, _study, _database]
 
 
 @pytest.mark.parametrize("fill", OTHERS)
+@pytest.mark.slow
 def test_directory_of_others_is_refused(config: SearchConfig, no_images: None, fill: Any) -> None:
     """A directory with files of others is refused and stays as it is."""
     folder = Path(config.output)
@@ -274,6 +275,7 @@ def test_remove_own_leaves_files_of_others(tmp_path: Path) -> None:
     assert not (tmp_path / "confirming").exists()
 
 
+@pytest.mark.slow
 def test_users_files_survive_second_verdict(
     copied: SearchConfig,
 ) -> None:
@@ -343,6 +345,7 @@ def test_weights_must_be_those_of_the_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["b", None])
+@pytest.mark.slow
 def test_resume_refuses_other_weights(copied: SearchConfig, tmp_path: Path, other: str | None) -> None:
     """Other weights are refused when a search goes on."""
     before = hashes(Path(copied.output))
@@ -352,6 +355,7 @@ def test_resume_refuses_other_weights(copied: SearchConfig, tmp_path: Path, othe
     assert hashes(Path(copied.output)) == before
 
 
+@pytest.mark.slow
 def test_weights_are_known_by_their_content(finished: Outcome, tmp_path: Path) -> None:
     """The same weights in another file are the same."""
     torch.save(safetensors.torch.load_file(str(finished.config.checkpoint)), tmp_path / "same.pth")
@@ -419,6 +423,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     assert len(fresh) == 39, "what was written just now may be written again in the same instant"
 
 
+@pytest.mark.slow
 def test_resume_takes_moved_same_images(copied: SearchConfig, tmp_path: Path) -> None:
     """A search goes on with its images under another name, and not with other images."""
     shutil.copytree(str(copied.data), tmp_path / "moved")
@@ -437,6 +442,7 @@ def test_resume_takes_moved_same_images(copied: SearchConfig, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fill", ["trial", "attribute", "minimize"])
+@pytest.mark.slow
 def test_study_of_others_is_not_written(config: SearchConfig, no_images: None, fill: str) -> None:
     """The last part of --output names a study that another program has made in the same database."""
     url = f"sqlite:///{Path(config.output).parent / 'shared.db'}"
@@ -577,6 +583,7 @@ def test_preview_counts_verdict_trainings(finalists: int, trainings: int) -> Non
     assert _seconds(bench, [(5, 1.0)], 1.0) == pytest.approx(5 + 1 + trainings, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_verdict_trains_from_fresh_seeds(copied: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """No training of the verdict has the seed of another one."""
     seeds: list[int] = []
@@ -596,6 +603,7 @@ def test_verdict_trains_from_fresh_seeds(copied: SearchConfig, monkeypatch: pyte
     assert outcome.confirmation.choice().endswith("trained once more for the verdict, from fresh seeds")
 
 
+@pytest.mark.slow
 def test_changed_weights_are_trained_again(copied: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the confirmation that were changed after a stop are trained again."""
     seeds: list[int] = []
@@ -625,6 +633,7 @@ def test_changed_weights_are_trained_again(copied: SearchConfig, monkeypatch: py
 # What is said at the end
 
 
+@pytest.mark.slow
 def test_full_disk_lets_the_report_wait(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -659,6 +668,7 @@ def test_config_file_repeats_the_search(finished: Outcome) -> None:
     assert SearchConfig(**values) == finished.config.model_copy(update={"extend": False, "storage": None})
 
 
+@pytest.mark.slow
 def test_build_line_of_winner_runs(finished: Outcome, tmp_path: Path) -> None:
     """The line that builds the winner runs as it is, in a new process and with a quote in the path."""
     line = next(line for line in files_of(finished) if line.startswith("build it"))
@@ -669,6 +679,7 @@ def test_build_line_of_winner_runs(finished: Outcome, tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_budget_that_none_keeps_ends_soon(
     config: SearchConfig,
 ) -> None:
@@ -685,6 +696,7 @@ def test_budget_that_none_keeps_ends_soon(
     assert fastest <= min(record.timing.ms for record in earlier.records if record.timing)
 
 
+@pytest.mark.slow
 def test_preview_without_fit_has_no_trials(config: SearchConfig) -> None:
     """A preview in which nothing fits predicts no trials."""
     from attnsurgery.cli import _search_view
@@ -728,6 +740,7 @@ def test_interval_sees_trainings_differ() -> None:
 @pytest.mark.parametrize(
     ("images", "one", "other"), [(20, 0.1, 0.0), (40, 0.03, 0.01), (80, 0.02, 0.0), (80, 0.2, 0.1)]
 )
+@pytest.mark.slow
 def test_interval_covers_gain_on_few_images(images: int, one: float, other: float) -> None:
     """The interval of few images contains the true gain as often as it says, and the test is no looser."""
     rng = np.random.default_rng(images)

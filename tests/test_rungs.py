@@ -121,6 +121,7 @@ def climbers(outcome: Outcome) -> dict[int, tuple[float | None, float | None]]:
     return {r.number: (r.top1, r.final_top1) for r in outcome.records if r.reached}
 
 
+@pytest.mark.slow
 def test_search_trains_rungs_by_their_places(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are trained on the lowest rung and the best two of four on the highest."""
     calls: list[str] = []
@@ -151,6 +152,7 @@ def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]
     return optuna.load_study(study_name=None, storage=storage).get_trials()
 
 
+@pytest.mark.slow
 def test_interrupted_promotions_resume(config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted search resumes its promotions without training anything twice."""
     whole = run(config.model_copy(update={"output": str(tmp_path / "whole")}))
@@ -167,6 +169,7 @@ def test_interrupted_promotions_resume(config: SearchConfig, tmp_path: Path, mon
     assert climbers(outcome) == climbers(whole)
 
 
+@pytest.mark.slow
 def test_promotion_in_journal_is_not_lost(config: SearchConfig) -> None:
     """A promotion that only the journal holds is not lost."""
 
@@ -185,6 +188,7 @@ def test_promotion_in_journal_is_not_lost(config: SearchConfig) -> None:
     assert len(climbers(outcome)) == 2
 
 
+@pytest.mark.slow
 def test_failed_promotion_goes_to_the_next(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A promotion that fails records the reason, and the next candidate takes its place."""
     score = FineTune.score
@@ -207,6 +211,7 @@ def test_failed_promotion_goes_to_the_next(config: SearchConfig, monkeypatch: py
     assert sum(bool(line.get("halted")) for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_preview_counts_every_rung(config: SearchConfig) -> None:
     """A preview counts the candidates of every rung."""
     predicted = preview(config)

@@ -33,6 +33,7 @@ def all_of(places: Places) -> list[Picks]:
 
 @pytest.mark.parametrize("steps", [None, 1], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("seed", range(40))
+@pytest.mark.slow
 def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The knapsack solver finds the best candidates one after the other, as an enumeration does."""
     if steps:
@@ -117,6 +118,7 @@ def test_knapsack_drops_infeasible_choices(seed: int, bound_evaluations: list[in
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_knapsack_beam_search_is_near_best(
     seed: int, bound_evaluations: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +161,7 @@ def test_knapsack_keeps_one_of_equal_states(worth: Picks, step: float | None) ->
 
 
 @pytest.mark.parametrize("seed", range(20))
+@pytest.mark.slow
 def test_knapsack_is_exact_among_equals(seed: int) -> None:
     """The knapsack solver is exact also where many candidates have equal values."""
     rng = np.random.default_rng(seed)
@@ -388,6 +391,7 @@ def test_additive_learns_pruned_trials_cost() -> None:
     assert sum(cost(picks) > 1.0 for picks in sequence[-12:]) <= 3
 
 
+@pytest.mark.slow
 def test_additive_is_better_than_random() -> None:
     """The additive sampler finds better candidates than random search."""
 

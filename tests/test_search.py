@@ -86,6 +86,7 @@ class StopAfter:
         return self.left < 0
 
 
+@pytest.mark.slow
 def test_search_trains_as_many_as_wanted(finished: Outcome) -> None:
     """A search trains as many different candidates as were ordered, and the best is on the front."""
     assert finished.trained == 4
@@ -95,6 +96,7 @@ def test_search_trains_as_many_as_wanted(finished: Outcome) -> None:
     assert finished.best in finished.front
 
 
+@pytest.mark.slow
 def test_budget_pruned_before_training(config: SearchConfig, finished: Outcome) -> None:
     """A trial over the budget is pruned before it is trained."""
     times = sorted(r.timing.ms for r in finished.records if r.timing)
@@ -125,6 +127,7 @@ def test_budget_pruned_before_training(config: SearchConfig, finished: Outcome) 
     assert study.trials[within.number].system_attrs["constraints:latency"] <= 0
 
 
+@pytest.mark.slow
 def test_resumed_trials_equal_straight_ones(config: SearchConfig, finished: Outcome) -> None:
     """Two trials and two more are the same trials as four in one run."""
     first = run(change(config, trials=2))
@@ -135,6 +138,7 @@ def test_resumed_trials_equal_straight_ones(config: SearchConfig, finished: Outc
     assert again.confirmation == finished.confirmation
 
 
+@pytest.mark.slow
 def test_additive_sampler_resumes_equally(config: SearchConfig, tmp_path: Path) -> None:
     """One trial and two more are the same as three in one run with the additive sampler."""
     additive = change(config, sampler="additive", trials=3)
@@ -144,6 +148,7 @@ def test_additive_sampler_resumes_equally(config: SearchConfig, tmp_path: Path) 
     assert [record.state for record in straight.records] == ["trained"] * 3
 
 
+@pytest.mark.slow
 def test_seed_changes_the_trials(config: SearchConfig, finished: Outcome) -> None:
     """Another seed gives other trials."""
     other = run(change(config, seed=1, trials=2))
@@ -151,6 +156,7 @@ def test_seed_changes_the_trials(config: SearchConfig, finished: Outcome) -> Non
 
 
 @pytest.mark.parametrize("asks", [9])
+@pytest.mark.slow
 def test_interrupted_search_resumes_equally(config: SearchConfig, finished: Outcome, asks: int) -> None:
     """An interrupted search goes on as if it had not been interrupted."""
     run(change(config, trials=1))  # base and first trial are there; the next stop falls into the trials
@@ -165,6 +171,7 @@ def test_interrupted_search_resumes_equally(config: SearchConfig, finished: Outc
     assert [record.number for record in again.records] == [record.number for record in finished.records]
 
 
+@pytest.mark.slow
 def test_trial_survives_death_before_tell(
     config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +193,7 @@ def test_trial_survives_death_before_tell(
     assert differences(again.records, finished.records) == ""
 
 
+@pytest.mark.slow
 def test_running_trial_of_dead_is_taken_up(
     config: SearchConfig, finished: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +225,7 @@ def test_running_trial_of_dead_is_taken_up(
         ("batch_size", 2, r"batch_size: was 1, is now 2"),
     ],
 )
+@pytest.mark.slow
 def test_changed_search_is_refused(
     config: SearchConfig, finished: Outcome, field: str, value: object, message: str
 ) -> None:
@@ -227,6 +236,7 @@ def test_changed_search_is_refused(
     assert (finished.folder / "trials.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_same_command_after_end_only_reports(finished: Outcome) -> None:
     """The same command after the end trains nothing and reports the same result."""
     trained: list[Epoch] = []
@@ -241,6 +251,7 @@ def test_same_command_after_end_only_reports(finished: Outcome) -> None:
     assert again.confirmation == finished.confirmation
 
 
+@pytest.mark.slow
 def test_small_space_ends_without_repeats(config: SearchConfig, tmp_path: Path) -> None:
     """A candidate is never trained twice, and a search in a small space ends."""
     space = tmp_path / "one.yaml"
@@ -251,6 +262,7 @@ def test_small_space_ends_without_repeats(config: SearchConfig, tmp_path: Path) 
     assert len(digests) == len(set(digests)) == 2
 
 
+@pytest.mark.slow
 def test_duplicate_is_told_its_first_result(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A duplicate is recorded with the result of the first trial of the same candidate."""
     same = {"layer1.0.bn2": "se(reduction=4)"}
@@ -265,6 +277,7 @@ def test_duplicate_is_told_its_first_result(config: SearchConfig, monkeypatch: p
     assert other.digest != first.digest
 
 
+@pytest.mark.slow
 def test_block_limit_prevents_building(config: SearchConfig, tmp_path: Path) -> None:
     """Candidates with more blocks than max_blocks are never built."""
     space = tmp_path / "few.yaml"
@@ -274,6 +287,7 @@ def test_block_limit_prevents_building(config: SearchConfig, tmp_path: Path) -> 
     assert all(r.timing is None for r in outcome.records if r.state == "too_many_blocks")
 
 
+@pytest.mark.slow
 def test_nothing_fits_error_lists_fastest(config: SearchConfig, finished: Outcome) -> None:
     """The error for a budget that nothing keeps to lists the fastest candidate that was measured."""
     budget = base_ms(finished) * 1.0001
@@ -283,6 +297,7 @@ def test_nothing_fits_error_lists_fastest(config: SearchConfig, finished: Outcom
     assert "No candidate was trained within" in report
 
 
+@pytest.mark.slow
 def test_nothing_feasible_exits_with_3(config: SearchConfig) -> None:
     """The command exits with 3 when no candidate fits the budget."""
     args = ["--budget-ms", "0.001", "--data", str(config.data), "--space", config.space, "--latency", "fixed"]
@@ -294,6 +309,7 @@ def test_nothing_feasible_exits_with_3(config: SearchConfig) -> None:
     assert "no candidate fits 0.001 ms" in result.stderr
 
 
+@pytest.mark.slow
 def test_failing_candidate_keeps_its_reason(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failing candidate fails with its reason, and the search goes on."""
     real = trial_module.operate
@@ -313,6 +329,7 @@ def test_failing_candidate_keeps_its_reason(config: SearchConfig, monkeypatch: p
     assert "failed: the knife slipped." in (outcome.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_candidate_unequal_to_base_untrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate that does not start as the base is not trained."""
     real = trial_module.operate
@@ -488,6 +505,7 @@ def test_pretrained_excludes_checkpoint(config: SearchConfig) -> None:
         run(change(config, pretrained=True, checkpoint="weights.pth"))
 
 
+@pytest.mark.slow
 def test_checkpoint_is_the_starting_point(config: SearchConfig, finished: Outcome) -> None:
     """A search starts from the weights of its checkpoint, bit for bit."""
     weights = finished.folder / "base.safetensors"
@@ -495,6 +513,7 @@ def test_checkpoint_is_the_starting_point(config: SearchConfig, finished: Outcom
     assert (outcome.folder / "base.safetensors").read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.slow
 def test_new_head_is_fitted_first(config: SearchConfig, tmp_path: Path) -> None:
     """A head for other classes is fitted by itself before anything is tried."""
     torch.manual_seed(0)
@@ -525,6 +544,7 @@ def search_cli(config: SearchConfig) -> Callable[..., object]:
     return invoke
 
 
+@pytest.mark.slow
 def test_search_command_prints_plain_lines(search_cli: Callable[..., object]) -> None:
     """The command prints plain lines, and the call that builds the winner."""
     result = search_cli()
@@ -534,6 +554,7 @@ def test_search_command_prints_plain_lines(search_cli: Callable[..., object]) ->
     assert "\x1b" not in result.output  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_search_json_is_all_of_stdout(search_cli: Callable[..., object]) -> None:
     """With --json the result is all that is written to stdout."""
     result = search_cli("--json")
@@ -550,6 +571,7 @@ def test_wrong_option_value_is_usage_error(search_cli: Callable[..., object]) ->
     assert "--lr cannot be 0.0" in result.stderr  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_blocks_search_is_confirmed_in_full(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that trains blocks alone is confirmed by fine-tuning all parameters."""
     trained: list[int] = []
@@ -568,6 +590,7 @@ def test_blocks_search_is_confirmed_in_full(config: SearchConfig, monkeypatch: p
     assert all(count < everything / 2 for count in trained[:-2])
 
 
+@pytest.mark.slow
 def test_earlier_latencies_predict_too_slow(config: SearchConfig, finished: Outcome) -> None:
     """The second search knows the first one's latencies, and builds nothing that is surely too slow."""
     run(change(config, trials=8))
@@ -593,6 +616,7 @@ def test_trained_candidates_have_proxies(finished: Outcome) -> None:
     assert len({record.proxies["grad_norm"] for record in trained}) == len(trained)
 
 
+@pytest.mark.slow
 def test_optuna_command_reads_the_study(finished: Outcome) -> None:
     """Optuna's own command line reads the study."""
     words = ["trials", "--storage", f"sqlite:///{finished.folder / 'study.db'}", "--study-name", "run", "-f", "json"]

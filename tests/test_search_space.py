@@ -52,6 +52,7 @@ def test_shipped_spaces_are_those_in_folder() -> None:
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 @pytest.mark.parametrize("model", ["test_resnet", "resnet26", "test_efficientnet"])
+@pytest.mark.slow
 def test_shipped_space_fits_model_families(name: str, model: str) -> None:
     """Every space that ships fits models of different families."""
     space = load(name)
@@ -64,6 +65,7 @@ def test_shipped_space_fits_model_families(name: str, model: str) -> None:
     assert recipe.base == model
 
 
+@pytest.mark.slow
 def test_shipped_space_sizes_equal_readme() -> None:
     """The sizes in search_spaces/README.md are those of the spaces."""
     anatomy = survey(weightless("resnet50"))
@@ -76,6 +78,7 @@ def test_shipped_space_sizes_equal_readme() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.slow
 def test_shipped_space_has_feasible_costs(name: str) -> None:
     """With a budget that is known by measuring alone, and with one that half of what a block may add keeps to."""
     model = weightless("resnet50")

@@ -82,6 +82,7 @@ def test_lower_number_waits_for_the_higher(storage: str, tmp_path: Path) -> None
     assert answers == ["mine"]
 
 
+@pytest.mark.slow
 def test_expired_lease_returns_trial_once(storage: str, tmp_path: Path) -> None:
     """An expired lease is lost and its trial returns once; that of a dead local process needs no waiting."""
     (study, one), (_, other) = member(storage, tmp_path / "1", 1.0), member(storage, tmp_path / "2", 1.0)
@@ -111,6 +112,7 @@ def test_expired_lease_returns_trial_once(storage: str, tmp_path: Path) -> None:
     assert [trial.number for trial in one.lost()] == [reissued]
 
 
+@pytest.mark.slow
 def test_members_have_one_leader_at_a_time(storage: str, tmp_path: Path) -> None:
     """One member leads, and the next one when it has left."""
     _, one = member(storage, tmp_path / "1")
@@ -200,6 +202,7 @@ def _postgres(tmp_path: Path) -> Iterator[tuple[str, str]]:
         shutil.rmtree(data, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: Path) -> None:
     """Two searches share a study and one is killed: all trials, none twice, no password anywhere."""
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'plugins'}"
@@ -223,7 +226,7 @@ def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: 
         assert one.poll() is None, (tmp_path / "one.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    listed = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert "attnsurgery.search.workers.worker" in listed
     assert not [line for line in listed.splitlines() if "secret" in line]
     one.kill()
@@ -251,6 +254,7 @@ def leases(storage: optuna.storages.RDBStorage, *states: str) -> list[dict[str, 
     return [t.user_attrs[LEASE] for t in trials if LEASE in t.user_attrs and (not states or t.state.name in states)]
 
 
+@pytest.mark.slow
 def test_shared_study_resumes_in_directory(storage: str, tmp_path: Path) -> None:
     """A shared study goes on in the same directory with the same trials."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
@@ -262,7 +266,8 @@ def test_shared_study_resumes_in_directory(storage: str, tmp_path: Path) -> None
     assert [record.assignment for record in again.records[:2]] == [record.assignment for record in first.records]
 
 
-@pytest.mark.parametrize("moment", ["asked", "timed"])
+@pytest.mark.parametrize("moment", ["trial_started", "timed"])
+@pytest.mark.slow
 def test_search_lets_go_of_trials_taken_over(storage: str, tmp_path: Path, moment: str) -> None:
     """A laptop that slept: its first trial is another's before it has begun it, or by the time it is trained."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)

@@ -65,6 +65,7 @@ def test_span_is_trunk_times_gate() -> None:
         ("swin_tiny_patch4_window7_224", "layers.1.blocks.0 .. layers.1.blocks.1"),  # channels last
     ],
 )
+@pytest.mark.slow
 def test_span_identity_start_changes_no_bit(host: str, at: str, training: bool) -> None:
     """The identity start changes no bit, and a moved gate does."""
     base = build(host)
@@ -84,6 +85,7 @@ def test_span_identity_start_changes_no_bit(host: str, at: str, training: bool) 
 
 
 @pytest.mark.since(*COMPILES_ATTRIBUTES)
+@pytest.mark.slow
 def test_span_compiles_exports_and_pickles() -> None:
     """A model with a span can be compiled, exported, copied and pickled."""
     model = move_gates(with_mask(build("test_convnext")))
@@ -96,6 +98,7 @@ def test_span_compiles_exports_and_pickles() -> None:
         assert torch.equal(twin(x), expected)
 
 
+@pytest.mark.slow
 def test_span_gate_passes_compiled_modules() -> None:
     """The gate is handed on when each module is compiled by itself."""
     model = move_gates(with_mask(build("test_convnext")))
@@ -107,6 +110,7 @@ def test_span_gate_passes_compiled_modules() -> None:
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.slow
 def test_span_of_one_module_scripts() -> None:
     """A span of one module can be scripted, and a longer one says why it cannot."""
     model = move_gates(with_mask(build("test_convnext"), "stages.2.blocks.1"))
@@ -200,6 +204,7 @@ def test_prefix_tokens_pass_a_span_untouched() -> None:
         ("layer2.1 .. layer2.2", "se", "goes to one site and not on a span. The span's output is the site 'layer2.2'"),
     ],
 )
+@pytest.mark.slow
 def test_span_refusal_gives_the_reason(at: str, block: str, message: str) -> None:
     """A span that cannot be is refused with the reason, and nothing is changed."""
     with torch.device("meta"):
@@ -237,6 +242,7 @@ def by_hand(block: nn.Module, se: nn.Module, place: str, x: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 def test_se_in_all_places_of_its_paper(place: str) -> None:
     """Squeeze-and-excitation computes the paper's formula in all five places of its paper."""
     base = build("resnet50", in_chans=3)
@@ -283,6 +289,7 @@ def depth_in(name: str) -> int:
     return int(block.depth)
 
 
+@pytest.mark.slow
 def test_new_input_size_reaches_token_blocks() -> None:
     """A new input size reaches a block on the grid of tokens."""
     base = build("test_vit", dynamic_img_size=False)
@@ -300,6 +307,7 @@ def test_new_input_size_reaches_token_blocks() -> None:
 
 
 @pytest.mark.parametrize("at", ["layer2.0", "layer2.1.bn3", "layer2.1:add.input"])
+@pytest.mark.slow
 def test_mask_without_span_multiplies_input(at: str) -> None:
     """A mask at a place that is no span multiplies what it reads."""
     base = build("resnet50")

@@ -63,6 +63,7 @@ def test_se_computes_the_papers_formula(options: dict[str, object]) -> None:
 
 
 @every_kind
+@pytest.mark.slow
 def test_se_gate_starts_at_identity(options: dict[str, object]) -> None:
     """Every kind starts as the identity in every precision, and learns."""
     torch.manual_seed(0)
@@ -144,6 +145,7 @@ def parameters_of(model: torch.nn.Module) -> int:
         ("resnext101_32x4d", 48_955_416),
     ],
 )
+@pytest.mark.slow
 def test_se_models_have_paper_parameters(base: str, parameters: int) -> None:
     """Models of the paper have the published number of parameters."""
     assert parameters_of(with_se(base)) == parameters
@@ -155,6 +157,7 @@ def test_se_resnet50_without_biases() -> None:
 
 
 @pytest.mark.parametrize(("reduction", "millions"), [(2, 45.7), (4, 35.7), (8, 30.7), (16, 28.1), (32, 26.9)])
+@pytest.mark.slow
 def test_se_parameters_follow_table_10(reduction: int, millions: float) -> None:
     """The paper rounds up: its plain ResNet-50 of 25,557,032 parameters has 25.6 million there."""
     assert math.ceil(parameters_of(with_se("resnet50", reduction=reduction)) / 1e5) / 10 == millions
@@ -187,6 +190,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 def test_se_paper_places_start_at_identity(place: str) -> None:
     """Every place of the paper's tables 14 and 15 starts as the identity and differs when moved."""
     model = build("resnet50", num_classes=3, layers=(2, 2, 2, 2), channels=(8, 16, 24, 32))

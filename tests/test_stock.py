@@ -93,6 +93,7 @@ SE = [{"at": "stage:* branches", "block": "se"}]
         ("resnext26ts", "gcresnext26ts", "identity", True),  # no gate, no factor
     ],
 )
+@pytest.mark.slow
 def test_stock_model_computes_same_bits(base: str, stock_name: str, train: bool, start: str) -> None:
     """The exported stock model computes the same bits, and the surgical model is not changed."""
     model = paired(base, stock_name, start)
@@ -147,6 +148,7 @@ def run(*argv: str) -> int:
 
 @pytest.mark.parametrize(("name", "channels"), [("surgical", 1), ("trained", 3)])
 @pytest.mark.since(*READS_SAFETENSORS)
+@pytest.mark.slow
 def test_export_loads_by_timm_alone(
     written: Path, name: str, channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +185,7 @@ assert not any(name.startswith("attnsurgery") for name in sys.modules), "the plu
     assert not {"base", "recipe", "start"} & config["model_args"].keys()
 
 
+@pytest.mark.slow
 def test_export_is_named_by_architecture(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default output is named after the architecture and is never overwritten."""
     assert run("export", written / "trained", "--stock", "--json") == 0
@@ -222,6 +225,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.slow
 def test_export_refuses_what_timm_lacks(case: str, tmp_path: Path) -> None:
     """What timm does not have is refused before anything is written."""
     base, edits, message = REFUSED[case]
@@ -235,6 +239,7 @@ def test_export_refuses_what_timm_lacks(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"act": "silu"}, {"gate": "hardsigmoid"}, {"max_pool": True}])
 @pytest.mark.parametrize("start", ["fresh", "woken"])
 @pytest.mark.since(*KEEPS_ARGUMENTS, cases=("fresh",))
+@pytest.mark.slow
 def test_export_detects_other_options(options: dict[str, Any], start: str) -> None:
     """timm starts the last norm of a branch at 0: whatever the block does there, the outputs are the same."""
     torch.manual_seed(0)
@@ -248,6 +253,7 @@ def test_export_detects_other_options(options: dict[str, Any], start: str) -> No
         to_stock(model.eval())
 
 
+@pytest.mark.slow
 def test_export_default_stands_beside_source(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default output stands beside the directory, also where that is the current one."""
     monkeypatch.chdir(written / "surgical")
@@ -255,6 +261,7 @@ def test_export_default_stands_beside_source(written: Path, monkeypatch: pytest.
     assert target == Path(f"{Path.cwd()}-{name}")
 
 
+@pytest.mark.slow
 def test_export_in_other_precision_format() -> None:
     """Models in another precision or memory format can be exported."""
     for change in ({"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}):
@@ -299,6 +306,7 @@ def test_export_refuses_plain_models_folders(tmp_path: Path, capsys: pytest.Capt
         stock.export_stock(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_export_stops_at_other_bits(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def pytest_run(folder: Path, *words: str, skipped: bool = True) -> tuple[int, st
 
 
 @pytest.mark.parametrize("quiet", [(), ("-q",), ("-v",)])
+@pytest.mark.slow
 def test_gpu_run_of_skips_says_so_and_fails(tmp_path: Path, quiet: tuple[str, ...]) -> None:
     """A run of GPU tests that were all skipped says so and fails."""
     code, output = pytest_run(tmp_path, "-m", "gpu", *quiet)
@@ -47,6 +48,7 @@ def test_gpu_run_of_skips_says_so_and_fails(tmp_path: Path, quiet: tuple[str, ..
     assert "2 skipped" in output
 
 
+@pytest.mark.slow
 def test_gpu_run_with_one_test_passes(tmp_path: Path) -> None:
     """A run of GPU tests passes when at least one of them ran."""
     code, output = pytest_run(tmp_path, "-m", "gpu", "-q", skipped=False)
@@ -56,6 +58,7 @@ def test_gpu_run_with_one_test_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "not gpu"), ("-m", "gpu", "--collect-only")])
+@pytest.mark.slow
 def test_skips_pass_where_gpu_was_not_asked(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Skipped GPU tests are no failure in a run that did not ask for them."""
     code, output = pytest_run(tmp_path, *words)

@@ -91,6 +91,7 @@ def alone(supernet: Supernet, space: BoundSpace, anatomy: Anatomy, assignment: d
     ("name", "space"),
     [("test_resnet", "full"), ("test_resnet", "tiny"), ("test_vit", "full"), ("test_convnext", "full")],
 )
+@pytest.mark.slow
 def test_supernet_path_is_the_candidate(name: str, space: str) -> None:
     """A path is the candidate bit for bit, at the identity start and after all weights have moved."""
     base, supernet, bound, anatomy = build_supernet(name, space)
@@ -120,6 +121,7 @@ def test_switch_returns_a_copy_of_its_input() -> None:
     assert torch.equal(x * Switch({}, gates=True)(x), x)
 
 
+@pytest.mark.slow
 def test_supernet_trains_all_parameters(tmp_path: Path) -> None:
     """Training reaches every block and the base."""
     base, supernet, _, _ = build_supernet("test_resnet", "tiny")
@@ -176,6 +178,7 @@ def scores(outcome: Outcome) -> list[tuple[float | None, float | None]]:
     return [(record.top1, record.final_top1) for record in (outcome.base, *outcome.records)]
 
 
+@pytest.mark.slow
 def test_search_trains_supernet_once(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search trains the supernet once, and each promoted candidate by itself."""
     trainings, alone = [], FineTune.score
@@ -193,6 +196,7 @@ def test_search_trains_supernet_once(config: SearchConfig, monkeypatch: pytest.M
     assert scores(again) == scores(outcome)
 
 
+@pytest.mark.slow
 def test_resumed_search_reuses_supernet(config: SearchConfig, tmp_path: Path) -> None:
     """A search that stops in between resumes with the same supernet."""
 
@@ -222,6 +226,7 @@ def test_supernet_must_be_the_lowest_rung(config: SearchConfig) -> None:
         rungs_of(config.model_copy(update={"rungs": "blocks:1 supernet:2"}))
 
 
+@pytest.mark.slow
 def test_preview_shares_supernet_training(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preview shares the training among all candidates and writes nothing."""
     monkeypatch.setattr(preview_module, "COUNTED", 0)  # else the scoring outweighs so short a training

@@ -49,6 +49,7 @@ def forward(model: nn.Module, x: torch.Tensor, training: bool = False) -> torch.
 
 @every_host
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_surgery_identity_until_gate_moves(host: str, training: bool) -> None:
     """The identity start changes no bit, and a moved gate does, in training and in eval mode."""
     size = HOSTS[host][0]
@@ -61,6 +62,7 @@ def test_surgery_identity_until_gate_moves(host: str, training: bool) -> None:
 
 
 @every_host
+@pytest.mark.slow
 def test_surgery_keeps_keys_remove_undoes_it(host: str) -> None:
     """Surgery adds keys and renames none, and `remove` restores the base."""
     size = HOSTS[host][0]
@@ -84,6 +86,7 @@ def test_surgery_keeps_keys_remove_undoes_it(host: str) -> None:
 
 
 @every_host
+@pytest.mark.slow
 def test_surgery_blocks_all_get_gradients(host: str) -> None:
     """Every new parameter gets a gradient in one backward pass."""
     size = HOSTS[host][0]
@@ -94,6 +97,7 @@ def test_surgery_blocks_all_get_gradients(host: str) -> None:
 
 
 @every_host
+@pytest.mark.slow
 def test_surgery_survives_copy_and_pickle(host: str) -> None:
     """Surgical models survive copy, pickle and torch.save."""
     size = HOSTS[host][0]
@@ -114,6 +118,7 @@ def test_surgery_survives_copy_and_pickle(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "vgg11"])
 @pytest.mark.since(*EXPORTS_HOSTED_MEANS, cases=("vgg11",))
+@pytest.mark.slow
 def test_surgery_compiles_scripts_exports(host: str) -> None:
     """Surgical models can be compiled, scripted and exported."""
     size = HOSTS[host][0]
@@ -155,6 +160,7 @@ def test_free_place_of_host_is_filled() -> None:
     assert "se" not in model.layer1[0]._modules
 
 
+@pytest.mark.slow
 def test_identity_of_host_is_replaced() -> None:
     """An identity that the host calls is replaced, and restored by `remove`."""
     model = build("regnetx_002")
@@ -167,6 +173,7 @@ def test_identity_of_host_is_replaced() -> None:
     assert type(model.s1.b1.se) is nn.Identity
 
 
+@pytest.mark.slow
 def test_name_used_elsewhere_is_left_alone() -> None:
     """regnetx calls its Identity `se` behind conv2; a block behind conv3 under that name would run twice."""
     model = cut(build("regnetx_002"), ("s1.b1.conv3", "se"))
@@ -184,6 +191,7 @@ def order_of_calls(model: nn.Module, x: torch.Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("first", ["se", "non_local"])
+@pytest.mark.slow
 def test_blocks_run_in_the_order_written(first: str) -> None:
     """Two blocks at one address run in the order in which they are written."""
     second = {"se": "non_local", "non_local": "se"}[first]
@@ -260,6 +268,7 @@ def test_checkpointing_works_after_surgery() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+@pytest.mark.slow
 def test_new_input_size_reaches_windows() -> None:
     """A new input size reaches the windows that a traced forward has recorded."""
     base = build("swin_tiny_patch4_window7_224")
@@ -289,6 +298,7 @@ def test_sync_batch_norm_keeps_blocks_alive() -> None:
         assert torch.allclose(converted(x), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ema_follows_the_blocks() -> None:
     """An exponential moving average follows the blocks."""
     model = cut(build("test_resnet"))
@@ -337,6 +347,7 @@ def test_blocks_take_dtype_of_their_host() -> None:
 
 
 @pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.slow
 def test_verify_counts_calls_of_a_block(calls: int) -> None:
     """`verify` sees a block that never runs or that runs twice."""
     model = cut(build("test_resnet"), ("layer3.0", "non_local"))
@@ -385,6 +396,7 @@ class Tampering(nn.Module):
     ],
 )
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.slow
 def test_verify_detects_unread_blocks(way: str, fault: str | None, trained: bool) -> None:
     """`verify` finds a block that no output reads, and a host that writes in place to the block's input."""
     model = build("test_resnet")
@@ -401,6 +413,7 @@ def test_verify_detects_unread_blocks(way: str, fault: str | None, trained: bool
     assert report.alive is (fault is None)
 
 
+@pytest.mark.slow
 def test_verify_tells_unread_patch_blocks() -> None:
     """`verify` tells blocks that a head on the class token does not read."""
     model = cut(build("test_vit"), ("stage:4 branches", "se"))
@@ -414,6 +427,7 @@ def test_verify_tells_unread_patch_blocks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.slow
 def test_verify_detects_a_frozen_gate() -> None:
     """`verify` finds a gate that was frozen with the norms of its host."""
     from timm.layers import freeze_batch_norm_2d
@@ -456,6 +470,7 @@ def test_verify_detects_a_rebuilt_module() -> None:
     assert verify(model, (3, 64, 64)).alive
 
 
+@pytest.mark.slow
 def test_reparameterisation_keeps_blocks() -> None:
     """Reparameterisation keeps the blocks behind the modules that it rebuilds."""
     from timm.utils.model import reparameterize_model
@@ -514,6 +529,7 @@ def test_same_block_at_site_refused_later() -> None:
 
 
 @pytest.mark.parametrize("architecture", [None, "my-net", "unknown_net"])
+@pytest.mark.slow
 def test_surgery_on_models_of_unknown_name(architecture: str | None) -> None:
     """Models whose name timm does not know can be operated on and restored."""
     model = build("test_resnet")

@@ -100,6 +100,7 @@ def test_timm_block_paper_start_is_timms(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 @pytest.mark.since(*HAS_ATTENTIONS, cases=("coord", "scoord", "ela", "strip"))
+@pytest.mark.slow
 def test_timm_block_starts_at_identity(name: str, options: dict[str, Any]) -> None:
     """Every way to start is the identity in every precision, and learns."""
     x = images(8, channels=16)
@@ -211,6 +212,7 @@ def test_doubled_gate_costs_nothing() -> None:
 
 
 @pytest.mark.since(*BUILDS_ON_META)
+@pytest.mark.slow
 def test_timm_block_fills_a_free_place() -> None:
     """Hosts get the block in the place that they keep free, and no class is generated."""
     for base, at, path in (

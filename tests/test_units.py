@@ -39,6 +39,7 @@ def small(name: str, **kwargs: object) -> torch.nn.Module:
         ("efficientformerv2_s0", {1: "stages.0.blocks.0 stages.0.blocks.1"}),  # the stem has convolutions, too
     ],
 )
+@pytest.mark.slow
 def test_blocks_are_what_stands_in_a_row(arch: str, blocks: dict[int, str]) -> None:
     """The blocks of a stage are the modules that stand in a row."""
     anatomy = attnsurgery.inspect(arch)
@@ -74,6 +75,7 @@ def test_branch_stages_follow_own_strides() -> None:
         ("test_vit", "blocks.0", "NLC", 1, (10, 10)),  # built for images of any size
     ],
 )
+@pytest.mark.slow
 def test_layouts_prefixes_and_grids(arch: str, at: str, layout: str, prefix: int, grid: tuple[int, int] | None) -> None:
     """A site has the layout, the number of prefix tokens and the grid of its family."""
     site = attnsurgery.inspect(arch).site(at)
@@ -81,6 +83,7 @@ def test_layouts_prefixes_and_grids(arch: str, at: str, layout: str, prefix: int
     assert site.ordered is (layout != "NLC" or grid is not None)
 
 
+@pytest.mark.slow
 def test_windows_are_maps_without_order() -> None:
     """Windows that are cut apart are maps without an order of positions."""
     site = attnsurgery.inspect("nest_tiny").site("levels.0.transformer_encoder.0")
@@ -121,6 +124,7 @@ CASES = [
 
 @pytest.mark.parametrize("block", ["non_local", "residual_attention"])
 @pytest.mark.parametrize(("arch", "kwargs", "size", "at"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.slow
 def test_block_anywhere_starts_at_identity(
     arch: str, kwargs: dict[str, object], size: tuple[int, int], at: str, block: str
 ) -> None:
@@ -147,6 +151,7 @@ ANY_SIZE = {
 
 
 @pytest.mark.parametrize("arch", ANY_SIZE)
+@pytest.mark.slow
 def test_block_follows_any_image_size(arch: str) -> None:
     """Images of any size work where the size is told in each forward."""
     base = small(arch)
@@ -160,6 +165,7 @@ def test_block_follows_any_image_size(arch: str) -> None:
     assert not any("_attnsurgery" in name for m in attnsurgery.remove(moved).modules() for name in vars(m))
 
 
+@pytest.mark.slow
 def test_map_of_own_size_compiles_exports() -> None:
     """A model whose map tells its size can be compiled and exported."""
     model = move_gates(
@@ -191,6 +197,7 @@ def test_dense_block_keeps_its_children() -> None:
     }
 
 
+@pytest.mark.slow
 def test_trunk_is_last_two_equal_blocks() -> None:
     """The trunk of a mask is the last two blocks that keep the size."""
 
@@ -204,6 +211,7 @@ def test_trunk_is_last_two_equal_blocks() -> None:
     assert places("mvitv2_tiny")[2] == "stages.2.blocks.3:0 .. stages.2.blocks.4:0"
 
 
+@pytest.mark.slow
 def test_trunk_holds_windows_and_patches() -> None:
     """Where windows or patches are cut apart, the mask is for the module that holds them."""
     for arch, at in (("nest_tiny", "levels.1"), ("mobilevitv2_050", "stages.2.1 .. stages.2.1")):
@@ -211,6 +219,7 @@ def test_trunk_holds_windows_and_patches() -> None:
         assert planned.address == at
 
 
+@pytest.mark.slow
 def test_branches_without_feature_modules() -> None:
     """Blocks go into residual branches also where feature_info names no modules."""
     anatomy = attnsurgery.inspect("twins_svt_small")

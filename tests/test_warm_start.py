@@ -41,6 +41,7 @@ def test_warm_program_has_streams_and_context(tmp_path: Path) -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
     ],
 )
+@pytest.mark.slow
 def test_warm_program_ends_as_in_new_python(program: str, code: int, error: str) -> None:
     for process in (
         run("-c", program),

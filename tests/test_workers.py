@@ -86,6 +86,7 @@ def states(outcome: Outcome) -> list[str]:
     return [trial.state.name for trial in study.trials]
 
 
+@pytest.mark.slow
 def test_worker_trials_equal_in_process(config: SearchConfig, tmp_path: Path) -> None:
     """Trained for real, each in an interpreter of its own."""
     real = change(config, evaluator="finetune", trials=2)
@@ -106,6 +107,7 @@ def test_worker_trials_equal_in_process(config: SearchConfig, tmp_path: Path) ->
         ("hang", "its worker gave no sign of life for 4 s"),
     ],
 )
+@pytest.mark.slow
 def test_injected_fault_costs_one_attempt(
     config: SearchConfig, injected_faults: Path, tmp_path: Path, kind: str, reason: str
 ) -> None:
@@ -122,6 +124,7 @@ def test_injected_fault_costs_one_attempt(
     assert not list(injected_faults.iterdir())
 
 
+@pytest.mark.slow
 def test_in_step_trials_equal_when_resumed(config: SearchConfig, injected_faults: Path, tmp_path: Path) -> None:
     """In step, two workers come to the same trials in one run or in two."""
     stepping = change(config, workers=2, in_step=True, trials=5)
@@ -136,6 +139,7 @@ def test_in_step_trials_equal_when_resumed(config: SearchConfig, injected_faults
     assert len(pids) > 2, "two workers have scored in each of the runs"
 
 
+@pytest.mark.slow
 def test_workers_train_as_many_as_wanted(config: SearchConfig, injected_faults: Path) -> None:
     """Several workers train exactly as many candidates as were ordered, and none twice."""
     outcome = run(change(config, workers=3, trials=8, sampler="tpe"))
@@ -145,6 +149,7 @@ def test_workers_train_as_many_as_wanted(config: SearchConfig, injected_faults: 
     assert [record.number for record in outcome.records] == sorted(record.number for record in outcome.records)
 
 
+@pytest.mark.slow
 def test_stop_leaves_nothing_running(config: SearchConfig, injected_faults: Path) -> None:
     """A stop leaves nothing running, and the next run takes the trial up."""
     straight = run(change(config, trials=3, output=f"{config.output}-straight"))
@@ -200,6 +205,7 @@ def test_reason_of_fault_is_the_devices() -> None:
     assert reason_of(ValueError("one line\nand another")) == "one line and another"
 
 
+@pytest.mark.slow
 def test_worker_ends_when_its_search_is_gone() -> None:
     """A worker ends when its search is gone."""
     process = subprocess.Popen(
@@ -227,6 +233,7 @@ def test_job_of_record_survives_json(kind: str) -> None:
     assert result_from_data(job, json.loads(json.dumps(result_to_data(record)))) == record
 
 
+@pytest.mark.slow
 def test_trial_is_converted_for_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without workers: two forms for study and journal, and none to hand a trial on."""
     calls: Counter[str] = Counter()

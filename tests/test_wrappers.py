@@ -85,6 +85,7 @@ every_whole = pytest.mark.parametrize("whole", WHOLES)
     ],
 )
 @pytest.mark.parametrize(("at", "block"), [("stage:3 last", "se"), ("stage:* branches", "non_local")])
+@pytest.mark.slow
 def test_prefix_tokens_of_a_model_inside(
     name: str, small: dict[str, Any], tokens: int, at: str, block: str, whole: str
 ) -> None:
@@ -175,6 +176,7 @@ def test_prefix_tokens_of_several_kinds() -> None:
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_vit", "test_convnext", "hiera_tiny_224", "coat_tiny", "iformer_t"]
 )
+@pytest.mark.slow
 def test_places_inside_equal_the_models(name: str, whole: str) -> None:
     """Stages, roles, layouts, grids; and tokens of a Hiera are reordered also where it is not the root."""
     small = {"img_size": 64} if name == "test_vit" else {}
@@ -194,6 +196,7 @@ def test_places_inside_equal_the_models(name: str, whole: str) -> None:
 
 
 @pytest.mark.parametrize("indices", [None, (0, 3), (1,)])
+@pytest.mark.slow
 def test_stages_of_feature_extractor(indices: tuple[int, ...] | None) -> None:
     """timm cuts off the blocks behind the last feature; what is left is still at the start of the depth."""
     more = {} if indices is None else {"out_indices": indices}
@@ -247,6 +250,7 @@ class Dummy(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+@pytest.mark.slow
 def test_feature_without_channels_no_place(name: str) -> None:
     """A feature without channels is no place."""
     model = cut(Decoded(name).eval(), ("stage:3 last", "se"))
@@ -318,6 +322,7 @@ class Hooked(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["bound", "closure"])
+@pytest.mark.slow
 def test_hooks_of_the_model_run_on_the_twin(how: str) -> None:
     """Hooks that belong to the model are run, on the twin's own tensors."""
     model = nn.Sequential(Hooked(how)).eval()
@@ -340,6 +345,7 @@ def test_needed_hooks_are_named_in_the_error() -> None:
         survey(model, SIZE)
 
 
+@pytest.mark.slow
 def test_pruned_models_can_be_operated_on() -> None:
     """Surgery on a model with pruned weights changes no output."""
     model = build("test_resnet")
@@ -365,6 +371,7 @@ class Keeping(BasicBlock):
 
 @pytest.mark.parametrize("wrap", [lambda module: module, nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.slow
 def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) -> None:
     """Also those that hooks of torch compute, of which torch.fx knows nothing: they run as before."""
     model = nn.Sequential(nn.Sequential(wrap(nn.Conv2d(3, 8, 4, 4)), Keeping(8, 8), Keeping(8, 8)))
@@ -384,6 +391,7 @@ def test_tensors_that_are_no_parameters(wrap: Callable[[nn.Module], nn.Module]) 
     assert torch.equal(model(images(64)), expected)
 
 
+@pytest.mark.slow
 def test_twin_shares_what_cannot_be_copied() -> None:
     """A module may hold a generator, an open file, a lock: nothing of that is part of its numbers."""
     model = build("test_resnet")
@@ -423,6 +431,7 @@ def patched(block: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["method", "closure", "partial"])
+@pytest.mark.slow
 def test_replaced_forward_holds_no_block(how: str) -> None:
     """As attention rollouts do it with the blocks or attentions of a ViT."""
     model = build("test_resnet")
@@ -437,6 +446,7 @@ def test_replaced_forward_holds_no_block(how: str) -> None:
     assert attnsurgery.verify(cut(model, ("stage:12 branches", "se")), SIZE).alive
 
 
+@pytest.mark.slow
 def test_replaced_forward_inside_is_allowed() -> None:
     """A replaced forward inside a block of the host is no hindrance."""
     model = build("test_vit")
@@ -489,6 +499,7 @@ AROUND_PARTS = {"modules_to_save": saved_twice, "checkpoint_wrapper": checkpoint
 
 @pytest.mark.parametrize("around", AROUND_PARTS)
 @pytest.mark.parametrize("what", ["the block", "its owner"])
+@pytest.mark.slow
 def test_verify_follows_later_wrappers(around: str, what: str) -> None:
     """`verify` follows wrappers that were put on after surgery."""
     model = cut(build("test_resnet"))
@@ -656,6 +667,7 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Lazy modules:UserWarning")
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("around", ROUND)
+@pytest.mark.slow
 def test_wrapper_is_followed_or_refused(around: str, verb: str) -> None:
     """A wrapper is followed or is refused in one sentence."""
     wrap, allowed, words = ROUND[around]
@@ -692,6 +704,7 @@ def test_docs_have_a_row_for_every_wrapper() -> None:
 # ---- modes, sizes, weights
 
 
+@pytest.mark.slow
 def test_inference_mode_is_supported() -> None:
     """verify counts versions, which tensors of that mode do not have; parameters made in it could not be trained."""
     with torch.inference_mode():
@@ -796,6 +809,7 @@ def test_users_architecture_has_names(vanlike: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("described", ["default_cfg", "neither", "apart"])
+@pytest.mark.slow
 def test_remove_restores_the_description(described: str) -> None:
     """`remove` restores the description that a model had of itself."""
     model: Any = Van().eval()
@@ -834,6 +848,7 @@ def operated_on() -> tuple[nn.Module, nn.Module]:
         (("layer3.0.bn2",), {"layer3.0.se_2"}),
     ],
 )
+@pytest.mark.slow
 def test_remove_of_some_leaves_no_trace(names: tuple[str, ...], removed_paths: set[str]) -> None:
     """Some blocks are removed as if they had never been there."""
     base, model = operated_on()
@@ -856,6 +871,7 @@ def test_remove_of_some_leaves_no_trace(names: tuple[str, ...], removed_paths: s
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
 
 
+@pytest.mark.slow
 def test_remove_takes_span_from_all_modules() -> None:
     """A block on a span is removed from all of its modules."""
     base = build("resnet18", channels=(64, 8, 16, 16))
@@ -873,6 +889,7 @@ def test_remove_takes_span_from_all_modules() -> None:
     assert attnsurgery.verify(model, SIZE).alive
 
 
+@pytest.mark.slow
 def test_remove_keeps_the_grid_of_others() -> None:
     """A block that asks how tokens lie is told by the module that makes the map; it stays told."""
     base = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 40, 64)).eval()
@@ -890,6 +907,7 @@ def test_remove_keeps_the_grid_of_others() -> None:
     assert not any("attnsurgery" in name for module in model.modules() for name in vars(module))
 
 
+@pytest.mark.slow
 def test_remove_keeps_settled_options() -> None:
     """Less attention in all must not make the blocks that stay larger when the model is built again."""
     model = build("resnet18", channels=(8, 8, 16, 16))
@@ -905,6 +923,7 @@ def test_remove_keeps_settled_options() -> None:
 
 
 @pytest.mark.parametrize("verb", ["remove", "bypass"])
+@pytest.mark.slow
 def test_remove_unknown_name_names_nearest(verb: str) -> None:
     """A name that means no block is refused with the nearest name."""
     _, model = operated_on()
@@ -927,6 +946,7 @@ def test_remove_unknown_name_names_nearest(verb: str) -> None:
         attnsurgery.bypass(build("test_resnet")).__enter__()
 
 
+@pytest.mark.slow
 def test_bypass_computes_the_base() -> None:
     """Bypassed blocks compute what the base does, and come back."""
     for host, size in (("test_vit", 160), ("test_convnext", 64)):
@@ -985,6 +1005,7 @@ class Two(nn.Module):
         return self.first(x) + self.second(x)
 
 
+@pytest.mark.slow
 def test_stages_of_several_models_inside() -> None:
     """The stages of several models in one are those of each."""
     alone = survey(timm.create_model("test_vit", img_size=64))
@@ -1010,6 +1031,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("at", ["stage:3 last", "network.layer3.0"])
+@pytest.mark.slow
 def test_model_run_twice_is_refused(at: str) -> None:
     """A model that runs twice in one forward is refused with the reason."""
     model = Twice().eval()
@@ -1042,6 +1064,7 @@ def test_models_that_say_how_they_are_copied() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+@pytest.mark.slow
 def test_new_input_size_reaches_inner_blocks() -> None:
     """Residual attention asks how tokens lie, and is told when the ViT inside is set to another size."""
     base = build("test_vit", img_size=64)

@@ -75,6 +75,7 @@ def test_zoo_names_are_listed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_zoo_models_build_and_are_alive(name: str) -> None:
     """Every recipe that ships builds, verifies and is alive."""
     host = registry.recipe_by_name(name).base
@@ -95,6 +96,7 @@ def test_zoo_models_build_and_are_alive(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_zoo_models_are_planned_at_full_size(name: str) -> None:
     """Every recipe that ships is planned at full size within moderate cost."""
     recipe = registry.recipe_by_name(name)
@@ -134,6 +136,7 @@ HOSTS = [
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.slow
 def test_portable_recipe_fits_every_model(host: str) -> None:
     """One recipe in words fits every kind of model unchanged."""
     model = weightless(host)

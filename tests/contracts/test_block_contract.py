@@ -81,6 +81,7 @@ def perturbed(block: Block) -> Block:
 @every_block
 @every_size
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.slow
 def test_block_identity_start_is_bit_exact(name: str, size: tuple[int, int], training: bool) -> None:
     """At an identity start the output equals the input bit for bit, in training and in evaluation, at odd sizes too."""
     block, x = block_for(name, size).train(training), images(*size)
@@ -97,6 +98,7 @@ def test_block_output_differs_once_moved(name: str) -> None:
 @every_block
 @every_start
 @every_size
+@pytest.mark.slow
 def test_block_output_keeps_form_of_input(name: str, start: str, size: tuple[int, int]) -> None:
     """The output has the shape, dtype and memory format of the input, and shares no memory with it."""
     block = block_for(name, size, start).eval()
@@ -131,6 +133,7 @@ def test_block_parameters_all_get_gradients(name: str, start: str) -> None:
 
 @every_block
 @every_start
+@pytest.mark.slow
 def test_block_state_dict_round_trip(name: str, start: str) -> None:
     """A state dict that is saved and loaded gives another instance the same outputs."""
     block, other = perturbed(make(name, start)).eval(), make(name, start).eval()
@@ -164,6 +167,7 @@ def test_block_bfloat16_identity_is_exact(name: str) -> None:
 
 @every_block
 @pytest.mark.since(*EXPORTS_ANY_SIZE, cases=("residual",))
+@pytest.mark.slow
 def test_block_compiles_exports_and_scripts(name: str) -> None:
     """A compiled, an exported and a scripted block compute what the eager one computes."""
     block = perturbed(make(name)).eval()
@@ -287,6 +291,7 @@ def test_block_gpu_error_within_cpu_error(name: str, dtype: torch.dtype) -> None
 
 @every_block
 @pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.slow
 def test_block_gpu_tolerance_is_small(name: str, dtype: torch.dtype) -> None:
     """The tolerance of the GPU test is the error of the CPU, which is small against what the block does."""
     moved, image = far_from_start(name), gpu_image(name)

@@ -21,6 +21,7 @@ every_block = pytest.mark.parametrize("name", list(BLOCKS))
 @every_block
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.since(*EXPORTS_ANY_SIZE)
+@pytest.mark.slow
 def test_block_onnx_equal_at_other_sizes(name: str) -> None:
     """ONNX Runtime computes the same outputs, also at another size and batch."""
     block = perturbed(make(name)).eval()
@@ -112,6 +113,7 @@ def test_block_single_position_never_silent(name: str) -> None:
 
 
 @every_block
+@pytest.mark.slow
 def test_block_memory_is_linear_in_positions(name: str) -> None:
     """No tensor of positions by positions is built, in the forward or the backward pass."""
     block = perturbed(make(name)).train()

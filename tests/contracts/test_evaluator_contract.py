@@ -64,6 +64,7 @@ def original() -> nn.Module:
 
 
 @every_evaluator
+@pytest.mark.slow
 def test_evaluator_repeats_its_score(digits: Data, original: nn.Module, name: str) -> None:
     """The same model, data, settings and seed give the same score and the same weights, and leave the random state."""
     models = copy.deepcopy(original), copy.deepcopy(original)
@@ -81,6 +82,7 @@ def test_evaluator_repeats_its_score(digits: Data, original: nn.Module, name: st
 
 @every_evaluator
 @pytest.mark.parametrize("on", ["val", "test"])
+@pytest.mark.slow
 def test_evaluator_score_is_complete(digits: Data, original: nn.Module, name: str, on: str) -> None:
     """A score is finite, of every image of the split, and that of the model as it is left."""
     model = copy.deepcopy(original)

@@ -60,6 +60,7 @@ def state_of(model: nn.Module) -> list[object]:
 
 
 @every_backend
+@pytest.mark.slow
 def test_backend_leaves_model_as_it_was(name: str) -> None:
     """No measurement changes weights, buffers, flags, hooks, dtype, device or layout of a model."""
     backend, model, other = make(name), convs(2), convs(256)
@@ -77,6 +78,7 @@ def test_backend_leaves_model_as_it_was(name: str) -> None:
 
 
 @every_backend
+@pytest.mark.slow
 def test_backend_latency_is_complete(name: str) -> None:
     """A latency is positive, has ordered quantiles, and carries the conditions that it holds for."""
     backend = make(name)
@@ -107,6 +109,7 @@ def test_backend_peak_holds_weights_and_input(name: str) -> None:
 
 
 @every_backend
+@pytest.mark.slow
 def test_backend_more_work_takes_longer(name: str) -> None:
     """A hundred times as much of the same work takes longer, and the ratio lies in its interval."""
     backend = make(name)
@@ -157,6 +160,7 @@ def test_backend_name_is_suggested(name: str) -> None:
 
 
 @every_backend
+@pytest.mark.slow
 def test_backend_holds_lock_while_timing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is timed is timed under the lock, which each measurement enters and leaves."""
     backend = make(name)
@@ -183,6 +187,7 @@ def test_backend_holds_lock_while_timing(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @every_runtime
+@pytest.mark.slow
 def test_runtime_outputs_equal_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime computes what torch does, and a model that lost a part on the way is refused before it is timed."""
     runtime = make(name)

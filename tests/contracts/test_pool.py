@@ -89,6 +89,7 @@ def finished_jobs(pool: WorkerPool) -> list[JobOutcome]:
     return done
 
 
+@pytest.mark.slow
 def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
     """Each job comes back once, with the result that a call in this process gives."""
     config = config_in(tmp_path / "run", which)
@@ -121,6 +122,7 @@ def test_pool_returns_each_job_once(tmp_path: Path, which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["here", "local"])  # for a launcher an error is a message like others
+@pytest.mark.slow
 def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
     """An error of the package comes back with its class and text, and `all` raises it."""
     config = config_in(tmp_path / "run", which)
@@ -137,6 +139,7 @@ def test_pool_returns_errors_unchanged(tmp_path: Path, which: str) -> None:
         pool.close()
 
 
+@pytest.mark.slow
 def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
     """A job whose worker runs out of memory is repeated in pieces, and is lost after the last attempt."""
     config = config_in(tmp_path / "run", which)
@@ -169,6 +172,7 @@ def test_pool_retries_failed_job_in_pieces(tmp_path: Path, which: str) -> None:
         pool.close()
 
 
+@pytest.mark.slow
 def test_pool_in_process_ends_on_fault(tmp_path: Path) -> None:
     """A CUDA context that is broken stays broken, so a second attempt in the same process would be in vain."""
     pool = pool_of(config_in(tmp_path / "run", "here"))
@@ -192,6 +196,7 @@ class BrokenBackend(FixedLatency):
             raise UsageError("ResNet cannot run under the conditions of this measurement") from error
 
 
+@pytest.mark.slow
 def test_pool_measurement_fault_is_of_device(tmp_path: Path) -> None:
     """A device that breaks during a measurement is reported as such, not as a mistake of the user."""
     config = config_in(tmp_path / "run", "here")
@@ -225,6 +230,7 @@ def test_worker_tells_faults_from_mistakes(
     assert subject.answer(Job("base latency")) == answer
 
 
+@pytest.mark.slow
 def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop ends the jobs that run and those that wait, and no new ones start."""
     monkeypatch.setenv("DUMMY_SECONDS", "20")  # longer than a stop is on its way
@@ -244,6 +250,7 @@ def test_pool_stop_ends_running_and_waiting(tmp_path: Path, which: str, monkeypa
         pool.close()
 
 
+@pytest.mark.slow
 def test_pool_half_batches_train_as_whole(tmp_path: Path) -> None:
     """Two halves of a batch train a model without batch norms as the whole batch does."""
     config = config_in(tmp_path / "run", "here").model_copy(update={"base": "test_convnext", "evaluator": "finetune"})

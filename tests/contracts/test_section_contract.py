@@ -46,6 +46,7 @@ def test_section_file_registers_its_section() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.slow
 def test_section_is_built_at_any_stage(name: str, findings: tuple[Outcome, Control | None]) -> None:
     """A section is complete, or None, whatever a search has come to."""
     part = BUILDERS[name](*findings)
