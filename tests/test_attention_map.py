@@ -140,7 +140,7 @@ def test_attention_map_refusals_say_why() -> None:
         attnsurgery.attention_map(model, images(64), (0, 0))
     with pytest.raises(UsageError, match="leave query out"):
         attnsurgery.attention_map(operated("se", {}), IMAGE, (0, 0))
-    with pytest.raises(UsageError, match="has no weights to show; those of .* and .* can be shown") as refusal:
+    with pytest.raises(UsageError, match=r"has no weights to show; those of .* and .* can be shown") as refusal:
         attnsurgery.attention_map(operated("timm:eca", {}), IMAGE)
     shown = set(str(refusal.value).partition("those of ")[2].replace(",", "").split())
     assert {"dual", "non_local", "residual_attention", "se"} <= shown
