@@ -198,7 +198,7 @@ def test_runtime_measures_and_compares(name: str, model: nn.Module) -> None:
     assert comparison.variant.p50_ms > 0
     assert comparison.ratio > 0
     assert comparison.base.runs > 0
-    assert {name, "torch"} <= set(comparison.base.versions)
+    assert {runtime.module, "torch"} <= set(comparison.base.versions)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
