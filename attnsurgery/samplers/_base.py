@@ -40,7 +40,8 @@ class Sampler(BaseSampler, ABC):
       `places.budgets`;
     * no trial stands for it yet, finished or running, but for failed ones with the user attribute `AGAIN`;
     * None, or an empty mapping, says that no such candidate is left, or with `fell_back` that Optuna is to choose
-      place by place (`sample_independent`).
+      place by place (`sample_independent`). `places.drawn` gives up where few candidates are within the budgets;
+      `attnsurgery.samplers.knapsack.random_candidate` finds the last one too, if `places.nothing` is excluded.
 
     A sampler of Optuna itself may be registered without these laws, as a subclass of `optuna.samplers.BaseSampler`
     with the same constructor and without `choose`: `study.ask` asks it, and the search discards repeated and
