@@ -20,13 +20,23 @@ are raised before anything is changed.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_MAX_QUOTED = 300
+"""Number of characters of a quotation, or of a word, that an error shows."""
 
 
 class AttnSurgeryError(Exception):
-    """The root of the tree; `exit_code` is the exit code of the command line."""
+    """The root of the tree; `exit_code` is the exit code of the command line.
+
+    A very long quotation from a file is shortened in the middle: a message stays one paragraph.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(_shorten(str(message)), *more)
 
 
 class UsageError(AttnSurgeryError):
@@ -81,3 +91,12 @@ def did_you_mean(name: str, known_names: Iterable[str]) -> str:
     """A hint such as " Did you mean 'x'?" with the nearest known name; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _shorten(message: str) -> str:
+    """The message, with the middle of quotations and words that are too long left out."""
+    half = _MAX_QUOTED // 2
+    quotation = rf"(?<![^\s(\[])'[^'\n]{{{_MAX_QUOTED},}}'(?!\w)"  # no apostrophe inside a word begins or ends one
+    for pattern in (quotation, rf"[^\s']{{{_MAX_QUOTED + 1},}}"):
+        message = re.sub(pattern, lambda match: f"{match[0][:half]} ... {match[0][-half:]}", message)
+    return message

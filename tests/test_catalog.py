@@ -11,6 +11,7 @@ import pytest
 
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.catalog import Catalog, Declaration, declarations
+from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.latency import LATENCY
 from attnsurgery.samplers import SAMPLERS
@@ -94,3 +95,16 @@ def test_registered_twice_is_an_error() -> None:
     catalog.register("one")(int)
     with pytest.raises(ValueError, match="two classes register the thing 'one'"):
         catalog.register("one")(str)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a b " * 1250])
+def test_error_shortens_long_quotations(name: str) -> None:
+    """An error quotes the beginning and the end of a name of thousands of characters; a normal message stays whole."""
+    with pytest.raises(UnknownNameError) as caught:
+        BLOCKS[name]
+    message = str(caught.value)
+    assert len(message) < 2000
+    assert f"there is no block '{name[:100]}" in message
+    assert "timm:" in message
+    normal = "at '" + "layer1.0." * 30 + "', the base's: " + "word " * 1000 + "isn't 'x'"
+    assert str(UsageError(normal)) == normal
