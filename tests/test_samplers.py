@@ -68,7 +68,7 @@ def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_knapsack_is_exact_with_merged_states(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knapsack_exact_with_merged_states(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds of merged states are upper bounds, so the knapsack solver stays exact, and no place passes on more."""
     monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STATES", 6)
     rng = np.random.default_rng(seed)

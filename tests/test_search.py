@@ -163,7 +163,7 @@ def test_interrupted_search_resumes_equally(config: SearchConfig, finished: Outc
     stopped = run(config, stop=StopAfter(asks))
     assert stopped.interrupted
     assert 1 <= stopped.trained < 4
-    assert (stopped.folder / "report.html").read_text().count("Interrupted: the same command goes on") == 1
+    assert (stopped.folder / "report.html").read_text().count("Interrupted: the same command resumes here") == 1
     again = run(config)
     assert not again.interrupted
     assert again.trained == 4

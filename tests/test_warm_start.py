@@ -20,7 +20,7 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
 
 
-def test_warm_program_has_streams_and_context(tmp_path: Path) -> None:
+def test_warm_program_has_its_context(tmp_path: Path) -> None:
     """A program has the arguments, the standard input, the environment and the directory that it was given."""
     program = (
         "import os, sys; print(sys.argv, input(), os.environ['WORD'], os.getcwd()); print('error', file=sys.stderr)"
@@ -92,7 +92,7 @@ def test_warm_program_dies_with_its_client() -> None:
         time.sleep(0.02)
 
 
-def test_warm_start_preloads_existing_modules() -> None:
+def test_warm_start_preloads_own_modules() -> None:
     ours = [name for name in warm_start._PRELOADED if name.startswith("attnsurgery")]
     assert ours
     assert all(importlib.util.find_spec(name) for name in ours)

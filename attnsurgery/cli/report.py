@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Write report.html, front.csv and best.yaml of a run directory again, from what it holds.
 
-    Neither model nor data is needed, and a search that goes on there is not disturbed.
+    Neither model nor data is needed, and a search that is running there is not disturbed.
     """
     from attnsurgery.cli._console import print_json, print_lines
     from attnsurgery.cli._search_view import as_data, files_of

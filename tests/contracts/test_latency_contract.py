@@ -100,7 +100,7 @@ def test_backend_latency_is_complete(name: str) -> None:
 
 
 @every_backend
-def test_backend_peak_holds_weights_and_input(name: str) -> None:
+def test_backend_peak_holds_weights_input(name: str) -> None:
     """The peak memory is at least that of weights and input."""
     backend = make(name)
     size = torch.finfo(getattr(torch, backend.conditions.dtype)).bits // 8

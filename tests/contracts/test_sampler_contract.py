@@ -338,7 +338,7 @@ def test_catalog_samplers_keep_the_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("learns", [True, False])
-def test_uniform_sampler_is_told_by_attribute(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uniform_sampler_known_by_attribute(learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler counts as random search if it says so, whatever its name; one that is not installed does not."""
     monkeypatch.setattr(ByAgreement, "draws_uniformly", not learns)
     catalog = installed(ByAgreement, monkeypatch)

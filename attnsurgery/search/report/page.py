@@ -86,7 +86,7 @@ def _verdicts(outcome: Outcome) -> list[str]:
     )
     verdicts = []
     if outcome.interrupted:
-        verdicts.append(f"Interrupted: the same command goes on from here. {so_far}")
+        verdicts.append(f"Interrupted: the same command resumes here. {so_far}")
     elif outcome.confirmation is None and outcome.best is not None:
         verdicts.append(f"Not finished: {so_far}")
     if outcome.confirmation:

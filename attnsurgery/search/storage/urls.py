@@ -106,7 +106,7 @@ def writing_errors() -> Iterator[None]:
             raise
         raise SearchError(
             f"the study cannot be written: {reason.rstrip('.')}. All earlier trials are kept, and the same command "
-            "goes on as soon as it can be written."
+            "resumes as soon as it can be written."
         ) from None
 
 

@@ -170,7 +170,7 @@ def _seeds(outcome: Outcome) -> Item:
 
 
 def _enough_images(outcome: Outcome) -> Item:
-    question = "Are there validation images enough to tell the best from the luckiest?"
+    question = "Are there enough validation images to separate the best candidates from chance?"
     best, base, count = outcome.best, outcome.base, outcome.trained
     if best is None:
         return Item(question, "no", "Nothing was trained yet.")

@@ -78,7 +78,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 def _rungs(config: SearchConfig) -> str:
     """What comes before the training named above, and how many get there."""
     rungs = "; then ".join(map(str, rungs_of(config)))
-    return f"{rungs}; one candidate in {config.halving} goes on to the next rung, each trains from the base's weights"
+    return f"{rungs}; one candidate in {config.halving} is promoted to the next rung; each starts at the base's weights"
 
 
 def _weights(outcome: Outcome) -> str:

@@ -160,7 +160,7 @@ def _key(outcome: Outcome, groups: _Groups) -> tuple[Mark, ...]:
 
 def _caption(outcome: Outcome, groups: _Groups, plot: figure) -> Markup:
     """What the picture shows, and what lies outside it."""
-    sentences = ["Horizontal bars are 95 % intervals of the latency; the front is the best to be had in so many ms."]
+    sentences = ["Horizontal bars are 95 % intervals of latency; the front holds the best candidate at each latency."]
     if groups.lower:
         sentences.append(
             "Scores of different rungs are not comparable: only candidates on the highest rung that any reached "
