@@ -389,6 +389,7 @@ def test_written_registered_model_has_recipe(weights: Path, tmp_path: Path, in_a
     assert torch.equal(output, model(images(64)))
 
 
+@pytest.mark.slow
 def test_old_directory_surgical_base_builds(base: nn.Module, tmp_path: Path, in_a_new_process: Fresh) -> None:
     """A directory of an earlier version, which names a surgical base, builds as well."""
     recipe_dict = recipe(ECA, base="test_resnet_se").as_dict()
@@ -639,6 +640,7 @@ def test_old_directory_classes_twice_loads(weights: Path, tmp_path: Path) -> Non
     assert load_directory(tmp_path / "out").num_classes == 10
 
 
+@pytest.mark.slow
 def test_written_config_has_new_in_chans(tmp_path: Path) -> None:
     """The channels of a replaced first convolution are written down; one with a bias is refused."""
     model = build("test_resnet", num_classes=10)

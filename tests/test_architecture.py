@@ -121,6 +121,7 @@ def test_imports_point_one_way_between_rooms() -> None:
     assert wrong_ways(imports(), "attnsurgery.search", ROOMS) == []
 
 
+@pytest.mark.slow
 def test_imports_of_modules_have_no_circle() -> None:
     """No module imports itself through others."""
     assert circle(imports()) == []
@@ -188,6 +189,7 @@ def test_import_loads_nothing_heavy() -> None:
     assert loaded == ["attnsurgery"]
 
 
+@pytest.mark.slow
 def test_files_open_with_a_sentence() -> None:
     """Every file of the package has a docstring."""
     for file in PACKAGE.rglob("*.py"):

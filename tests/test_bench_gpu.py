@@ -136,6 +136,7 @@ def has_ended(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_second_run_makes_only_the_rest(run: Callable[..., object], tmp_path: Path) -> None:
     first, _ = run("mixed")  # type: ignore[misc]
     (tmp_path / "mended").touch()

@@ -150,6 +150,7 @@ class Around(fx.Tracer):
 
 @pytest.mark.parametrize("base", ["test_vit", "swin_tiny_patch4_window7_224"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_fx_traces_block_on_token_grid(base: str) -> None:
     """The check of the number of tokens is no part of a graph: the swin here has no grid, the ViT has one."""
     place = "blocks.1" if base == "test_vit" else "layers.1.blocks.0"
@@ -380,6 +381,7 @@ def test_saved_model_loads_at_another_size(
 
 
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_auto_options_are_saved_with_model(tmp_path: Path) -> None:
     """The value of an `auto` option is saved for a built model, the generic architecture and a registered name."""
     auto_recipe = recipe("test_resnet", "stage:12 last", "non_local", {"subsample": "auto"}) | {"max_attention_mb": 2}
@@ -443,6 +445,7 @@ def test_layout_of_model_with_set_input_size() -> None:
 
 @pytest.mark.parametrize("at", ["stages.0.blocks.0.norm", "stages.0.blocks.0:permute", "stages.0.blocks.0:add"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_block_on_cubic_map_takes_channels(at: str) -> None:
     """Where channels, height and width are equal, a block still works on the channels."""
     small = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}

@@ -186,6 +186,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_read_of_broken_bytes_gives_an_error(small: dict[str, bytes], data: st.DataObject):
     """Whichever bytes are broken, reading gives tensors or an error that names the file."""
     name = data.draw(st.sampled_from(sorted(small)))

@@ -373,6 +373,7 @@ def test_features_equal_base_at_start(how: str | None, host: str, family: str) -
 
 
 @each_pair(0)
+@pytest.mark.slow
 def test_surgical_model_attributes_stay_true(host: str, family: str) -> None:
     """The attributes and configuration by which a model describes itself are the base's."""
     model, base = surgical(host, family), base_of(host)

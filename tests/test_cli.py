@@ -382,6 +382,7 @@ def test_apply_directory_passes_verify(recipe: Path, weights: Path, tmp_path: Pa
     assert parsed(call("inspect", out, "--json"))["stages"] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_apply_json_has_report_and_output(recipe: Path, weights: Path, tmp_path: Path):
     """`apply --json` prints the report and the path of the directory."""
     report = parsed(call("apply", recipe, "-c", weights, "-o", tmp_path / "out", "--start", "paper", "--json"))
@@ -510,6 +511,7 @@ def test_latency_conditions_equal_search(monkeypatch: pytest.MonkeyPatch):
         {"train_dtype": "float32", "budget_ips": 100.0},
     ],
 )
+@pytest.mark.slow
 def test_search_command_round_trip(device: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that is printed for a configuration gives the same configuration."""
     import shlex

@@ -369,6 +369,7 @@ def delta(base: nn.Module, base_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "delta"
 
 
+@pytest.mark.slow
 def test_delta_names_right_base_and_digests(delta: Path, base: nn.Module, tmp_path: Path):
     """A wrong base is refused with the right one and both digests."""
     other = {**base.state_dict(), "fc.bias": base.state_dict()["fc.bias"] + 1}

@@ -56,6 +56,7 @@ def digits() -> Data:
     return load_data(None, SMALL)
 
 
+@pytest.mark.slow
 def test_splits_share_no_image_and_lose_none(digits: Data) -> None:
     """The three splits share no image and lose none."""
     train_ids, val_ids, test_ids = names(digits)
@@ -206,6 +207,7 @@ def test_augmentation_mirrors_where_allowed() -> None:
     assert shifted.shape == ramp.shape
 
 
+@pytest.mark.slow
 def test_pixels_are_normalised_for_the_model() -> None:
     """Pixels are normalised with the mean and standard deviation of the model."""
     model = timm.create_model("test_resnet")

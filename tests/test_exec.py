@@ -132,6 +132,7 @@ def test_train_resumes_from_both_checkpoints(pictures: Path, tmp_path: Path) -> 
         check_alive(name, train(pictures, tmp_path / start, name, "--initial-checkpoint", tmp_path / f"{start}.pth"))
 
 
+@pytest.mark.slow
 def test_check_alive_notices_lost_block(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that rebuilds modules from their class before surgery loses blocks, and the check fails."""
 

@@ -214,6 +214,7 @@ def test_extend_suggests_run_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "runs" / "test_resnet-digits-tiny-8ms").exists()
 
 
+@pytest.mark.slow
 def test_extend_refuses_shared_study(finished: Outcome, config: SearchConfig) -> None:
     """A study that others may share keeps its budget."""
     shared = change(config, storage=f"sqlite:///{Path(config.output) / STUDY}", budget_ms=50.0, extend=True)

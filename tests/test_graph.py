@@ -79,6 +79,7 @@ def test_stages_of_isotropic_are_quarters() -> None:
     assert anatomy.site("blocks.3").prefix_tokens == 1
 
 
+@pytest.mark.slow
 def test_survey_of_windows_is_channels_last() -> None:
     """The maps of swin blocks are channels last."""
     site = attnsurgery.inspect("swin_tiny_patch4_window7_224").site("layers.1.blocks.0")
@@ -127,6 +128,7 @@ def test_input_size_is_that_of_built_model() -> None:
     assert attnsurgery.inspect(timm.create_model("test_resnet", in_chans=5)).input_size == (5, 160, 160)
 
 
+@pytest.mark.slow
 def test_sites_are_never_in_containers() -> None:
     """Neither the root nor a container that is looped over holds a site."""
     for name in ("test_resnet", "regnetx_002", "densenet121"):
@@ -234,6 +236,7 @@ def test_layout_of_oblong_images_is_right() -> None:
     assert (site.layout, site.shape, site.channels) == ("NCHW", (32, 32, 16), 32)
 
 
+@pytest.mark.slow
 def test_stages_ignore_dilation() -> None:
     """Stages belong to the architecture and not to its dilation."""
     plain, dilated = (attnsurgery.inspect(timm.create_model("resnet18", output_stride=s)) for s in (32, 8))

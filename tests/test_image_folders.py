@@ -78,6 +78,7 @@ def notes_of(data: Data) -> str:
 
 
 @pytest.mark.parametrize("ending", [".webp", ".bmp", ".tif", ".JPG", ".jp2", ".gif"])
+@pytest.mark.slow
 def test_images_of_every_pil_suffix_are_read(tmp_path: Path, ending: str) -> None:
     """Images of every suffix that PIL reads are used, also beside others and in capitals."""
     if ending.lower() not in readable():
@@ -638,6 +639,7 @@ def test_digits_are_shifted_not_mirrored() -> None:
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "light", "timm"])
+@pytest.mark.slow
 def test_augmentation_is_same_from_files(arrows: Path, augment: str) -> None:
     """Augmentation is the same whether or not memory holds the images."""
     in_memory, from_files = (
@@ -696,6 +698,7 @@ def test_balanced_classes_are_not_reported(tmp_path: Path) -> None:
     assert "unbalanced" not in notes_of(data)
 
 
+@pytest.mark.slow
 def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
     """A constant guess is right in 97.6 % of the images, and its balanced accuracy is one half."""
     write(tmp_path / "few", 4, 160)
@@ -941,6 +944,7 @@ def bench_of(tmp_path: Path, photos: Path, **changes: Any) -> tuple[Bench, list[
     return assemble(config, Lines()), lines
 
 
+@pytest.mark.slow
 def test_bench_reorders_named_classifier(tmp_path: Path, photos: Path) -> None:
     """A classifier with names of classes is put into the order of the images' classes."""
     base_folder = base_weights(tmp_path / "given", ["light", "dark"])
@@ -996,6 +1000,7 @@ def test_bench_checks_unnamed_head_on_images(tmp_path: Path, photos: Path) -> No
     assert "a new one was fitted" in bench.head
 
 
+@pytest.mark.slow
 def test_bench_reports_data_before_training(tmp_path: Path, photos: Path) -> None:
     """The data are described before training."""
     bench, lines = bench_of(tmp_path, photos)
@@ -1049,6 +1054,7 @@ def test_bench_refuses_12_channel_weights(tmp_path: Path, photos: Path) -> None:
         bench_of(tmp_path, photos, checkpoint=str(base_folder))
 
 
+@pytest.mark.slow
 def test_base_may_be_a_timm_directory(tmp_path: Path, photos: Path) -> None:
     """A timm directory can be the base, with its tag and its weights."""
     base_folder = base_weights(tmp_path / "given", ["dark", "light"])
@@ -1156,6 +1162,7 @@ def test_winner_directory_has_class_names(finished_search: tuple[Path, str, list
     assert label_names(str(finished_search[0] / "best"), nn.Identity()) == ("few", "many"), config
 
 
+@pytest.mark.slow
 def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search settles whether images may be mirrored, and its workers use that."""
     configs: list[SearchConfig] = []

@@ -70,6 +70,7 @@ def test_load_refuses_a_missing_block(strict: bool, weights: Tensors) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.slow
 def test_load_refuses_another_recipe(strict: bool) -> None:
     """A checkpoint of a recipe with fewer blocks is refused, strict or not."""
     other = bits(trained("test_resnet_se_s3"))
@@ -78,6 +79,7 @@ def test_load_refuses_another_recipe(strict: bool) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.slow
 def test_load_refuses_base_under_trained(strict: bool, base: Tensors) -> None:
     """A base checkpoint is not loaded under trained blocks; merged with their state dict it is."""
     model = trained()
@@ -90,6 +92,7 @@ def test_load_refuses_base_under_trained(strict: bool, base: Tensors) -> None:
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before if ".se." in key)
 
 
+@pytest.mark.slow
 def test_load_refuses_foreign_blocks(weights: Tensors) -> None:
     """Blocks that the model does not have are refused also with strict=False."""
     with pytest.raises(LoadError, match=r"3 blocks that this model does not have \(layer1\.0\.se, layer2\.0\.se, lay"):
@@ -99,6 +102,7 @@ def test_load_refuses_foreign_blocks(weights: Tensors) -> None:
         make("test_resnet_se_s2").load_state_dict(of_stage_3, strict=False)
 
 
+@pytest.mark.slow
 def test_load_tells_blocks_of_a_host_apart(base: Tensors) -> None:
     """The error names the block that is missing when two stand in one host."""
     model = trained("test_resnet_se_nonlocal_s3")
@@ -107,6 +111,7 @@ def test_load_tells_blocks_of_a_host_apart(base: Tensors) -> None:
         make("test_resnet_se_nonlocal_s3").load_state_dict(without(bits(model), *absent_paths))
 
 
+@pytest.mark.slow
 def test_load_refuses_blocks_on_meta(base: Tensors) -> None:
     """A base checkpoint is refused when it would leave blocks without values on the meta device."""
     with torch.device("meta"):
@@ -121,6 +126,7 @@ def test_load_refuses_blocks_on_meta(base: Tensors) -> None:
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.slow
 def test_load_base_into_untrained_blocks(start: str, base: Tensors) -> None:
     """A base checkpoint is loaded into blocks that are as they were built, as often as one likes."""
     model = make(start=start)
@@ -216,6 +222,7 @@ def test_load_allows_one_tensor_of_a_block(weights: Tensors) -> None:
 # ---- the loaders
 
 
+@pytest.mark.slow
 def test_load_by_timm_refuses_missing_block(weights: Tensors, tmp_path: Path) -> None:
     """timm's own loaders refuse a missing block, also when the number of classes changes."""
     incomplete = without(weights, "layer3.0.se")
@@ -230,6 +237,7 @@ def test_load_by_timm_refuses_missing_block(weights: Tensors, tmp_path: Path) ->
         load_checkpoint(make(), str(tmp_path / "lost.pth"))
 
 
+@pytest.mark.slow
 def test_load_of_directory_names_lost_block(weights: Tensors, tmp_path: Path) -> None:
     """A saved directory that lacks a block is refused with an error that names the block."""
     save_for_hf(trained(), tmp_path, safe_serialization=True)
@@ -324,6 +332,7 @@ def test_load_report_names_every_block(weights: Tensors) -> None:
     assert attnsurgery.load_report(make(), under, "model.").kind == "whole"
 
 
+@pytest.mark.slow
 def test_base_build_refuses_mixed_weights(base: Tensors, weights: Tensors) -> None:
     """A surgical base takes the weights of its own base, and no mixture of base and blocks."""
     model = build_base("test_resnet_se", dict(base))

@@ -315,6 +315,7 @@ def test_settled_numbers_saved_at_other_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.since(*KEEPS_ARGUMENTS)
+@pytest.mark.slow
 def test_settled_numbers_of_two_operations(tmp_path: Path) -> None:
     """Two operations save what each has settled under its own limit, and the limits add up."""
     model = attnsurgery.operate(build("test_resnet"), recipe(auto("stage:1 last"), limit=0.7))
@@ -385,6 +386,7 @@ def test_plan_lists_settled_and_chosen() -> None:
     assert planned.settled == planned.chosen == {}
 
 
+@pytest.mark.slow
 def test_plan_scales_with_image_size() -> None:
     """The shapes and the attention memory of a plan follow the image size."""
     spec = recipe({"at": "stage:3 last", "block": "non_local"}, base="test_vit")

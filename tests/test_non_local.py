@@ -106,6 +106,7 @@ def test_non_local_computes_the_formula(options: dict[str, Any], size: tuple[int
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(28, 38), (1, 1100)])
+@pytest.mark.slow
 def test_non_local_formula_on_large_maps(mode: str, size: tuple[int, int]) -> None:
     """Large maps compute the same formula in their other form."""
     block, x = build_block({"mode": mode}, awake=True, dtype=torch.float64), images(2, 16, *size, dtype=torch.float64)

@@ -145,6 +145,7 @@ def test_blocks_evaluator_improves_loss(digits: Data) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_features_are_halved_to_fit_memory(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features that do not fit into memory at once are computed in halves."""
 

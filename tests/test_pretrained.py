@@ -85,6 +85,7 @@ def test_apply_keeps_logits_on_photographs(
     assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
 
 
+@pytest.mark.slow
 def test_gates_move_pretrained_logits(checkpoint: Path, photographs: dict[str, torch.Tensor]) -> None:
     """The gates of a pretrained model move its logits."""
     model = timm.create_model("tf_efficientnet_lite0_se", checkpoint_path=str(checkpoint)).eval()

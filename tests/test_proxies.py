@@ -79,6 +79,7 @@ def test_grad_norm_in_parts_equals_whole(room: int) -> None:
     assert grad_norm(Cramped(11), x_BCHW[:room], labels_B[:room]) != pytest.approx(whole, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_proxies_skip_no_memory_raise_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy that runs out of memory is left out, and a device fault is raised."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)

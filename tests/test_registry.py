@@ -55,6 +55,7 @@ def test_surgical_models_have_paper_params(name: str, expected: int) -> None:
         assert params(timm.create_model(name)) == expected
 
 
+@pytest.mark.slow
 def test_surgical_keys_equal_timms() -> None:
     """The keys of a surgical model are those of timm's own attention model."""
     with torch.device("meta"):
@@ -150,6 +151,7 @@ def test_names_stack_in_the_order_spelled() -> None:
     assert recipe.base == "test_resnet"
 
 
+@pytest.mark.slow
 def test_checkpoint_path_takes_both_kinds(tmp_path: Path) -> None:
     """checkpoint_path takes base and surgical checkpoints, and not part of a block."""
     base = build("test_resnet")

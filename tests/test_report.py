@@ -108,6 +108,7 @@ def test_page_forbids_any_connection(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_page_escapes_foreign_text(tmp_path: Path) -> None:
     """Text from outside is shown as it is and is never run."""
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
@@ -145,6 +146,7 @@ def test_figures_hold_no_formulas(tmp_path: Path) -> None:
     assert "\\]" not in label
 
 
+@pytest.mark.slow
 def test_page_has_its_words_without_scripts(tmp_path: Path) -> None:
     """All words of the page are there without any script."""
     search_outcome = outcome(tmp_path, search(40, rungs=1))
@@ -340,6 +342,7 @@ def by_loss(tmp_path: Path, records: list[Record]) -> Outcome:
     return replace(search_outcome, config=search_outcome.config.model_copy(update={"rank_by": "loss"}))
 
 
+@pytest.mark.slow
 def test_losses_are_drawn_better_upwards(tmp_path: Path) -> None:
     """The first gets more images right, the second is surer of what it gets right."""
     records = [replace(trial(0, 0.90, 1.5), loss=0.40), replace(trial(1, 0.89, 1.7), loss=0.30)]
@@ -571,6 +574,7 @@ def test_read_equals_what_search_recorded(runs: Path) -> None:
     assert all(record.drawn for record in saved.records if record.state == "trained")  # the first eight are
 
 
+@pytest.mark.slow
 def test_report_of_moved_directory_is_equal(copied: Path) -> None:
     """A moved directory gives the same report, and nothing else in it is touched."""
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
@@ -588,6 +592,7 @@ def test_report_of_moved_directory_is_equal(copied: Path) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_report_json_is_the_result(copied: Path) -> None:
     """The option --json prints the result and the files as data."""
     data = json.loads(report(copied, "--json").stdout)
@@ -624,6 +629,7 @@ def test_read_rolls_back_a_dead_writer(copied: Path, tmp_path: Path) -> None:
     assert load_search(dead).outcome.trained == 3
 
 
+@pytest.mark.slow
 def test_unfinished_search_has_no_verdict(copied: Path) -> None:
     """An unfinished search has no verdict yet."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{copied / 'study.db'}")
@@ -777,6 +783,7 @@ def test_report_is_rewritten_seldom(runs: Path, tmp_path: Path, monkeypatch: pyt
     assert rewritten == [True, True]
 
 
+@pytest.mark.slow
 def test_front_csv_has_the_rung(tmp_path: Path) -> None:
     """The table of the front has the rung of each score."""
     search_outcome = outcome(tmp_path, [promoted(0, 0.80, 0.84)])

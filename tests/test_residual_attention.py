@@ -163,6 +163,7 @@ def test_mask_has_the_papers_parameters() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), depth=st.integers(0, 6))
+@pytest.mark.slow
 def test_check_map_accepts_what_trains(height: int, width: int, depth: int) -> None:
     """A map that check_map accepts trains at batch 1, and the depth that it advises is accepted."""
     block = ResidualAttention(4, depth=depth)
@@ -248,6 +249,7 @@ def test_mask_keeps_layout_and_counts_macs(options: dict[str, Any], start: str) 
 
 @every_option
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_mask_trains_in_autocast(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Every option trains under autocast with finite gradients."""
     block, x = woken(**options), images(16, 17)

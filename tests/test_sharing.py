@@ -47,6 +47,7 @@ def next_number(study: optuna.Study) -> int:
     return study.ask(LETTERS).number
 
 
+@pytest.mark.slow
 def test_claim_of_a_twin_goes_to_the_first(storage: str, tmp_path: Path) -> None:
     """Of two searches with the same candidate the later one gives way."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")
@@ -66,6 +67,7 @@ def test_last_place_is_claimed_once(storage: str, tmp_path: Path) -> None:
     assert other.claim(third, "z", lambda: 2, lambda: {"z"}) == "twin"
 
 
+@pytest.mark.slow
 def test_lower_number_waits_for_the_higher(storage: str, tmp_path: Path) -> None:
     """The lower number waits until the higher one has given way."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")

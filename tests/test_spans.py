@@ -149,6 +149,7 @@ def test_span_lost_gate_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.slow
 def test_spans_nest_overlap_and_share_ends() -> None:
     """Spans may nest, overlap, and share an end with other blocks."""
     base = build("test_convnext")

@@ -163,6 +163,7 @@ def test_se_parameters_follow_table_10(reduction: int, millions: float) -> None:
     assert math.ceil(parameters_of(with_se("resnet50", reduction=reduction)) / 1e5) / 10 == millions
 
 
+@pytest.mark.slow
 def test_se_resnet50_has_the_papers_gmacs() -> None:
     """The paper's model takes strides in the first 1x1 convolution, and it counts pooling and scaling as well."""
     base = weightless("resnet50")

@@ -149,6 +149,7 @@ def test_supernet_score_is_of_its_path_alone(tmp_path: Path) -> None:
     assert not any(module.training for module in supernet.model.modules())
 
 
+@pytest.mark.slow
 def test_supernet_load_refuses_other_weights(tmp_path: Path) -> None:
     """Saved weights give the same scores, and those of another supernet are refused."""
     base, supernet, bound, anatomy = build_supernet("test_resnet", "tiny")

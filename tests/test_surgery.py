@@ -142,6 +142,7 @@ def test_copy_shares_no_block_with_original() -> None:
     assert not torch.equal(twin(x), before)
 
 
+@pytest.mark.slow
 def test_owners_share_a_generated_class() -> None:
     """Owners with the same forward share one generated class."""
     model = cut(build("resnet18"), ("stage:* every", "non_local"))
@@ -243,6 +244,7 @@ def test_operate_refuses_plan_of_other_model() -> None:
         operate(build("test_resnet"), plan)
 
 
+@pytest.mark.slow
 def test_dropout_in_traced_forward_has_modes() -> None:
     """A ViT attention asks self.training in Python; a trace in one mode would keep that answer for ever."""
     base = build("test_vit", attn_drop_rate=0.5, proj_drop_rate=0.5, drop_path_rate=0.5)
@@ -281,6 +283,7 @@ def test_new_input_size_reaches_windows() -> None:
     assert type(remove(model).layers[0].blocks[0]) is type(base.layers[0].blocks[0])
 
 
+@pytest.mark.slow
 def test_sync_batch_norm_keeps_blocks_alive() -> None:
     """Conversion to synchronised batch norms keeps every block alive."""
     # torch's own conversion does not know timm's batch norms with an activation inside
@@ -486,6 +489,7 @@ def test_reparameterisation_keeps_blocks() -> None:
     assert torch.allclose(deployed(x) / expected.abs().max(), expected / expected.abs().max(), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_verify_keeps_modes_reads_outputs() -> None:
     """`verify` leaves frozen norms frozen and compares every output."""
     model = cut(build("test_resnet"), ("stage:4 branches", "se")).train()
@@ -586,6 +590,7 @@ def test_operate_makes_model_describe_itself(tmp_path: Any) -> None:
     assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.slow
 def test_timms_fast_norms_are_supported() -> None:
     """Models that were built with timm's fast norms are inspected and verified."""
     timm.layers.set_fast_norm(True)  # tests/conftest.py sets it back

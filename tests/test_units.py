@@ -177,6 +177,7 @@ def test_map_of_own_size_compiles_exports() -> None:
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prefix_tokens_are_no_part_of_grid() -> None:
     """Prefix tokens are no part of the grid."""
     base = small("vit_tiny_patch16_224", img_size=48)

@@ -266,6 +266,7 @@ def test_feature_without_channels_no_place(name: str) -> None:
 # ---- hooks, pruning, kept tensors
 
 
+@pytest.mark.slow
 def test_hooks_of_the_user_are_not_run() -> None:
     """Hooks of a user are not run by any function of the package, and stay in place."""
     model = build("test_resnet")
@@ -1052,6 +1053,7 @@ def test_model_of_more_inputs_is_refused() -> None:
         survey(Masked(timm.create_model("test_resnet")))
 
 
+@pytest.mark.slow
 def test_models_that_say_how_they_are_copied() -> None:
     """torch.fx graphs and parametrisations have a __deepcopy__ of their own."""
     model = build("test_resnet")

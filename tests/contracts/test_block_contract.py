@@ -148,6 +148,7 @@ def test_block_state_dict_round_trip(name: str, start: str) -> None:
 
 @every_block
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_block_autocast_near_full_precision(name: str, dtype: torch.dtype) -> None:
     """Under autocast the outputs are finite and close to those in full precision."""
     block, x = perturbed(make(name)).eval(), images(8, 8)
@@ -198,6 +199,7 @@ def test_block_compiles_exports_and_scripts(name: str) -> None:
 
 
 @every_block
+@pytest.mark.slow
 def test_block_cost_counts_what_torch_counts(name: str) -> None:
     """The multiply-accumulates of `cost` are those that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode

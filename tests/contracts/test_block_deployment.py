@@ -54,6 +54,7 @@ def _deterministic() -> Iterator[None]:
 
 @every_block
 @pytest.mark.usefixtures("_deterministic")
+@pytest.mark.slow
 def test_block_training_is_deterministic(name: str) -> None:
     """Under deterministic algorithms a training step runs, and gives the same gradients twice."""
     block = perturbed(make(name)).train()
@@ -67,6 +68,7 @@ def test_block_training_is_deterministic(name: str) -> None:
 
 @every_block
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_block_takes_batch_of_one(name: str, training: bool) -> None:
     """One image alone runs forward and backward, but for blocks whose norms need more in training."""
     block = perturbed(make(name)).train(training)

@@ -104,6 +104,7 @@ def test_evaluator_score_is_complete(digits: Data, original: nn.Module, name: st
 
 
 @every_evaluator
+@pytest.mark.slow
 def test_evaluator_keeps_the_architecture(digits: Data, original: nn.Module, name: str) -> None:
     """Only values of tensors change, and not modules, keys, shapes, hooks or flags; the model ends in eval mode."""
     model = copy.deepcopy(original)
@@ -161,6 +162,7 @@ class Stop(Watch):
 @pytest.mark.parametrize(
     ("name", "at"), [(name, at) for name in CLASSES for at in ("step", "epoch") if at == "step" or CLASSES[name].trains]
 )
+@pytest.mark.slow
 def test_evaluator_passes_on_interruptions(digits: Data, original: nn.Module, name: str, at: str) -> None:
     """What a watch raises ends the training and comes out as it is; the flags of parameters are as before."""
     model = copy.deepcopy(original)
@@ -170,6 +172,7 @@ def test_evaluator_passes_on_interruptions(digits: Data, original: nn.Module, na
 
 
 @every_training
+@pytest.mark.slow
 def test_evaluator_names_divergence(digits: Data, original: nn.Module, name: str) -> None:
     """A training that diverges is a SearchError that names the epoch and the learning rate, and no score."""
     model = copy.deepcopy(original)

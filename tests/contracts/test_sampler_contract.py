@@ -118,6 +118,7 @@ def next_choice(name: str, places: Places, study: optuna.Study, seed: int) -> Ma
 @every_space
 @every_history
 @every_sampler
+@pytest.mark.slow
 def test_sampler_gives_labels_of_the_space(name: str, history: str, space: str) -> None:
     """A sampler gives labels of the space."""
     places = SPACES[space]
@@ -128,6 +129,7 @@ def test_sampler_gives_labels_of_the_space(name: str, history: str, space: str) 
 @every_space
 @every_history
 @every_sampler
+@pytest.mark.slow
 def test_sampler_repeats_with_same_seed(name: str, history: str, space: str) -> None:
     """A sampler repeats its choice with the same seed, and leaves the study as it was."""
     places = SPACES[space]
@@ -148,6 +150,7 @@ def test_sampler_depends_on_the_seed(name: str) -> None:
 @every_space
 @every_history
 @choosing
+@pytest.mark.slow
 def test_choice_is_untried_within_limits(name: str, history: str, space: str) -> None:
     """A choice is untried and within all limits."""
     places = SPACES[space]
@@ -163,6 +166,7 @@ def test_choice_is_untried_within_limits(name: str, history: str, space: str) ->
 
 @pytest.mark.parametrize("space", ["tight", "one place", "two budgets"])
 @choosing
+@pytest.mark.slow
 def test_choice_finds_last_one_and_then_none(name: str, space: str) -> None:
     """The last candidate that is left is found, and after it there is none."""
     places = SPACES[space]
@@ -184,6 +188,7 @@ def test_choice_may_be_an_interrupted_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in CHOOSING if not SAMPLERS.draws_uniformly(name)))
+@pytest.mark.slow
 def test_choice_follows_study_direction(name: str) -> None:
     """The same scores lead to better candidates where more is better, and to worse ones where less is.
 
@@ -230,6 +235,7 @@ def test_gp_improves_on_its_trials() -> None:
     assert max(map(score, all_of(ROOMY))) > score(picks) + 1, "without the budget there is better"
 
 
+@pytest.mark.slow
 def test_gp_drops_scores_over_new_budget() -> None:
     """A search that was resumed within a smaller budget has scores of candidates that are over it now."""
     legal = all_of(ROOMY)
