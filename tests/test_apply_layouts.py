@@ -518,6 +518,7 @@ def test_written_model_builds_in_new_process(
     assert same(process_weights, dict(load_directory(tmp_path / "out").state_dict()))
 
 
+@pytest.mark.slow
 def test_write_refuses_unbuildable_model(base: nn.Module, tmp_path: Path) -> None:
     """A model that timm would build otherwise from its directory is not written."""
     layer = attnsurgery.operate(copy.deepcopy(base), recipe().as_dict())

@@ -73,6 +73,7 @@ def test_dual_weights_explain_output() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "sse"}, {"kind": "scse"}, {"kind": "scse", "fusion": "max"}], ids=str)
+@pytest.mark.slow
 def test_se_gates_are_the_factors(options: dict[str, Any]) -> None:
     """The gates of squeeze-and-excitation are the factors that it multiplies its input with."""
     model = operated("se", options)
@@ -127,6 +128,7 @@ def test_attention_map_leaves_model_alone() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_attention_map_refusals_say_why() -> None:
     """A missing or wrong query, an unknown block, and a block without weights are refused with what would work."""
     model = operated("non_local", {})

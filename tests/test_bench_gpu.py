@@ -156,6 +156,7 @@ def test_error_is_red_and_refusal_is_not(run: Callable[..., object], tmp_path: P
     assert "ZeroDivisionError" in str(by_key["bad"]["say"])
 
 
+@pytest.mark.slow
 def test_dead_process_costs_one_row(run: Callable[..., object], tmp_path: Path) -> None:
     code, results = run("dying")  # type: ignore[misc]
     assert (code, results["dying"]["how"], results["dying"]["why"]) == (1, "red", "deadly")

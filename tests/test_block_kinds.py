@@ -428,6 +428,7 @@ def test_layout_of_maxvit_with_cubic_maps() -> None:
     check_cubic_layouts("maxvit_rmlp_pico_rw_256", (128, 128), (128, 256), img_size=128, depths=(1, 1, 1, 1))
 
 
+@pytest.mark.slow
 def test_layout_of_model_with_set_input_size() -> None:
     """The weightless copy of a swinv2_cr, which takes images of one size, gets another size by set_input_size."""
     model = timm.create_model(

@@ -227,6 +227,7 @@ def test_mixed_precision_training_needs_cuda() -> None:
     assert SearchConfig(budget_ms=1.0, device="cuda", train_dtype="float32").train_dtype == "float32"
 
 
+@pytest.mark.slow
 def test_additive_sampler_holds_budgets() -> None:
     """From the first candidate on, the additive sampler proposes nothing over a known budget."""
     costs = [np.array([0.0, 1.0, 3.0])] * 5

@@ -289,6 +289,7 @@ def test_build_base_without_classifier(tensors: Tensors):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext"])
+@pytest.mark.slow
 def test_build_base_fits_weights_of_families(name: str):
     """Models of other families are built with the classes and channels of their weights."""
     trained = awake(timm.create_model(name, num_classes=7, in_chans=1))

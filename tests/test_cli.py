@@ -242,6 +242,7 @@ def test_inspect_says_where_block_cannot_be():
     assert "together  at 3 block sites: 81,608 parameters" in result.stdout
 
 
+@pytest.mark.slow
 def test_inspect_refuses_unknown_options():
     """`inspect` refuses unknown blocks and options with the nearest name."""
     assert "Did you mean 'non_local'?" in refusal(call("inspect", "test_resnet", "--block", "nonlocal"), 2)
@@ -268,6 +269,7 @@ def test_inspect_needs_config_in_directory(tmp_path: Path):
 # ---- plan
 
 
+@pytest.mark.slow
 def test_plan_shows_blocks_settled_and_sums(recipe: Path):
     """`plan` shows each block, the values of its `auto` options, and the sums."""
     recipe.write_text(

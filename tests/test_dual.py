@@ -127,6 +127,7 @@ def test_dual_paper_sum_refuses_identity() -> None:
 
 
 @every_option
+@pytest.mark.slow
 def test_dual_options_keep_format_and_dtype(options: dict[str, Any]) -> None:
     """Every option keeps the memory format and the dtype."""
     block, x = dual_block(options, awake=True), images(3, 16, 7, 9)

@@ -224,6 +224,7 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
+@pytest.mark.slow
 def test_finetune_learns_and_repeats(digits: Data) -> None:
     """Fine-tuning learns, and gives the same score for the same seed."""
     settings = TrainSettings(epochs=2, lr=3e-3)

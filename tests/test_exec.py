@@ -276,6 +276,7 @@ def test_exec_script_ends_as_in_python(text: str, tmp_path: Path) -> None:
     assert plain.returncode != 0
 
 
+@pytest.mark.slow
 def test_exec_traceback_starts_in_module(tmp_path: Path) -> None:
     """The traceback of a module starts in the module."""
     (tmp_path / "script.py").write_text("1 / 0")

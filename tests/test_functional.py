@@ -361,6 +361,7 @@ def measured_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         (1, 49, 49, 64, 64, torch.float32, False, "fused_True"),
     ],
 )
+@pytest.mark.slow
 def test_form_on_cuda_follows_crossover(
     measured_card: list[str],
     batch: int,

@@ -160,6 +160,7 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
 
 @fuzzing
 @given(damaged(RECIPE))
+@pytest.mark.slow
 def test_fuzz_recipe_is_read_or_refused(tmp_path: Path, text: str) -> None:
     """A damaged recipe is resolved or refused within its time, and the model stays as it was."""
     model, anatomy = host()

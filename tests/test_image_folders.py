@@ -232,6 +232,7 @@ def test_folder_above_data_names_it(tmp_path: Path) -> None:
         load_data(str(tmp_path), SMALL)
 
 
+@pytest.mark.slow
 def test_describe_names_the_classes(tmp_path: Path) -> None:
     """The description names the classes, and counts those beyond the first ten."""
     assert load_data(str(two_classes(tmp_path)), SMALL).describe().endswith("2 classes: cat, dog")
@@ -443,6 +444,7 @@ def photo(index: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("change", ["compressed", "smaller", "brighter"])
+@pytest.mark.slow
 def test_near_copies_are_found(tmp_path: Path, change: str) -> None:
     """Images that were made smaller, brighter or compressed again are found as copies."""
     for name, first in (("cat", 0), ("dog", 100)):
@@ -669,6 +671,7 @@ def test_augment_unknown_is_refused(arrows: Path) -> None:
 # Classes of very different sizes.
 
 
+@pytest.mark.slow
 def test_unbalanced_classes_are_reported(tmp_path: Path) -> None:
     """Unbalanced classes are reported with the accuracy of a constant guess."""
     write(tmp_path / "many", 200)
@@ -1030,6 +1033,7 @@ def test_for_images_passes_size_where_needed() -> None:
     assert for_images("test_resnet", (112, 112)) == {}
 
 
+@pytest.mark.slow
 def test_bench_refuses_size_no_patches_fill(tmp_path: Path, photos: Path) -> None:
     """A size that is no multiple of the patch size is refused."""
     with pytest.raises(UsageError, match=r"test_vit cannot be built for images of 40 x 40: .* multiple of its patch"):

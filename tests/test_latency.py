@@ -238,6 +238,7 @@ def test_ratio_free_of_placement_order(placements: int) -> None:
 @pytest.mark.parametrize(
     ("placements", "offset"), [(2, 0.0), *((count, offset) for count in (4, 12) for offset in (0.0, 1.0, 5.0))]
 )
+@pytest.mark.slow
 def test_interval_covers_offsets_of_copies(placements: int, offset: float) -> None:
     """Offsets of copies `offset` times as large as what the rounds of a copy differ by; two copies cannot tell."""
     draw = np.random.default_rng(placements)

@@ -60,6 +60,7 @@ def weights() -> Tensors:
 
 
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.slow
 def test_load_refuses_a_missing_block(strict: bool, weights: Tensors) -> None:
     """A checkpoint that lacks one whole block is refused, strict or not, and the model stays as it was."""
     model = make()
@@ -315,6 +316,7 @@ def test_load_after_removal_judges_nothing(weights: Tensors, base: Tensors) -> N
 # ---- the report
 
 
+@pytest.mark.slow
 def test_load_report_names_every_block(weights: Tensors) -> None:
     """The report lists the blocks that are held, partial, absent and foreign."""
     there = without(weights, "layer4.0.se")

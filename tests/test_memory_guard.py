@@ -112,6 +112,7 @@ def test_settle_ignores_order_is_monotone(rows: list[list[int]], limit: int, mor
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4, unique=True), st.integers(1, 12_000_000))
+@pytest.mark.slow
 def test_auto_settles_a_whole_recipe(stages: list[int], limit: int) -> None:
     """'auto' settles all blocks of a recipe by the rule of `settle`."""
     spec = recipe(*(auto(f"stage:{stage} last") for stage in stages), limit=limit / 1e6)

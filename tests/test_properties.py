@@ -186,6 +186,7 @@ STEPS = st.one_of(
 
 @settings(drawn, max_examples=5 * EXAMPLES)
 @given(st.lists(STEPS, max_size=12))
+@pytest.mark.slow
 def test_run_directory_keeps_users_files(steps: list[tuple[str, str]]) -> None:
     """The search never overwrites or removes a file of its user in the run directory."""
     with TemporaryDirectory() as temporary:

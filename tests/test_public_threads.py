@@ -156,6 +156,7 @@ class Returning(nn.Module):
         return self.what(self.network(x))
 
 
+@pytest.mark.slow
 def test_dataclass_output() -> None:
     """pytorch/pytorch#77812: models that return a dataclass broke FSDP; `verify` ended in a bare torch.cat error."""
     report = attnsurgery.verify(cut(Returning(Scores), "network.layer3.0"), SIZE)

@@ -119,6 +119,7 @@ def test_round_trip_keeps_types(recipe: Recipe):
 
 @settings(max_examples=60, deadline=None)
 @given(recipes)
+@pytest.mark.slow
 def test_dumps_suits_yaml_1_1_readers(recipe: Recipe):
     """A reader of YAML 1.1 understands the text alike."""
     assert repr(yaml.safe_load(text.dumps(recipe))) == repr(recipe.as_dict())
@@ -130,6 +131,7 @@ def test_dumps_suits_yaml_1_1_readers(recipe: Recipe):
     st.integers(0, 12),
     st.text(st.sampled_from(list(":-[]{}&*!|>'\"%@,#?\n \t.0159aeinfrux\0\x85\ud800\ufeff~")), max_size=6),
 )
+@pytest.mark.slow
 def test_mutated_text_is_recipe_or_error(start: int, length: int, inserted: str):
     """Any changed text is a recipe or a RecipeError of one line that names the file."""
     try:

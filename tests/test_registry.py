@@ -169,6 +169,7 @@ def test_checkpoint_path_takes_both_kinds(tmp_path: Path) -> None:
         timm.create_model("test_resnet_se", checkpoint_path=str(tmp_path / "half.pth"))
 
 
+@pytest.mark.slow
 def test_pretrained_uses_timms_own_loading(tmp_path: Path) -> None:
     """Another number of classes and channels, a file instead of the hub: timm adapts head and stem, blocks stay."""
     base = build("test_resnet")
@@ -186,6 +187,7 @@ def test_pretrained_uses_timms_own_loading(tmp_path: Path) -> None:
     assert torch.equal(fitted.forward_features(x), plain.forward_features(x))
 
 
+@pytest.mark.slow
 def test_tag_selects_the_bases_weights() -> None:
     """A tag selects the weights of the base, and an unknown tag is refused."""
     cfg = timm.create_model("resnet18_se.fb_ssl_yfcc100m_ft_in1k").pretrained_cfg
@@ -194,6 +196,7 @@ def test_tag_selects_the_bases_weights() -> None:
         timm.create_model("resnet18_se.no_such_tag")
 
 
+@pytest.mark.slow
 def test_registered_recipe_saves_as_name(tmp_path: Path) -> None:
     """A recipe becomes a name of timm, and a model is saved and built again under it."""
     from timm.models import save_for_hf

@@ -131,6 +131,7 @@ def test_newer_format_is_refused(finished: Outcome, damaged: Path) -> None:
     assert (damaged / TRIALS).read_bytes() == journal
 
 
+@pytest.mark.slow
 def test_repair_command_reports_its_finds(damaged: Path) -> None:
     """The command says which file it could not read and how many trials there are."""
     overwrite(damaged / STUDY)

@@ -186,6 +186,7 @@ def test_page_without_trained_candidate(tmp_path: Path) -> None:
     assert "tau-b" not in words
 
 
+@pytest.mark.slow
 def test_page_names_the_budget_there_is(tmp_path: Path) -> None:
     """Without a budget of latency the page names the budget that there is."""
     config = SearchConfig(budget_params=400_000, output=str(tmp_path))
@@ -388,6 +389,7 @@ def test_rungs_compare_what_ranks(tmp_path: Path) -> None:
 # The checklist
 
 
+@pytest.mark.slow
 def test_halted_promotion_tells_its_reason(tmp_path: Path) -> None:
     """A candidate that could not be promoted is shown with the reason, escaped."""
     halted = replace(promoted(0, 0.5), halted="out of <memory>")
@@ -451,6 +453,7 @@ def test_checklist_tells_of_a_second_look(tmp_path: Path) -> None:
     assert "look 2" in items["used once"].fact
 
 
+@pytest.mark.slow
 def test_page_tells_winner_over_its_budget(tmp_path: Path) -> None:
     """A winner that is over its budget when it is measured again is told as such."""
     search_outcome = outcome(tmp_path, search(12))

@@ -128,6 +128,7 @@ def test_masks_follow_equations_4_to_6() -> None:
 @pytest.mark.parametrize("norm", ["mixed", "channel", "spatial"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 1e-7, 300.0, 3e4])
+@pytest.mark.slow
 def test_masks_of_extreme_logits_are_finite(norm: str, dtype: torch.dtype, value: float) -> None:
     """Masks of zero, constant and large logits are finite, and so are their gradients."""
     logits = torch.full((2, 16, 3, 3), value, dtype=dtype, requires_grad=True)

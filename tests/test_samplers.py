@@ -385,6 +385,7 @@ def test_additive_exhausts_a_small_space() -> None:
     assert set(trial.params) == {"a", "b"}  # nothing is left: then it is any of them, and no error
 
 
+@pytest.mark.slow
 def test_additive_learns_pruned_trials_cost() -> None:
     """The additive sampler learns costs from pruned trials."""
     _, sequence = play("additive", adding(1), trained=20, budget=1.0)

@@ -58,6 +58,7 @@ def test_claim_of_a_twin_goes_to_the_first(storage: str, tmp_path: Path) -> None
     assert study.trials[second].user_attrs[CLAIM] is None
 
 
+@pytest.mark.slow
 def test_last_place_is_claimed_once(storage: str, tmp_path: Path) -> None:
     """The last place is given once, and a finished candidate takes no place."""
     (study, one), (_, other) = member(storage, tmp_path / "1"), member(storage, tmp_path / "2")

@@ -212,6 +212,7 @@ def test_se_paper_places_start_at_identity(place: str) -> None:
     assert not torch.allclose(model(x), before)
 
 
+@pytest.mark.slow
 def test_se_fills_a_free_place_of_its_host() -> None:
     """A free place of the host is filled under its own name."""
     model = timm.create_model("darknet21", num_classes=3)

@@ -134,6 +134,7 @@ def test_supernet_trains_all_parameters(tmp_path: Path) -> None:
     assert learned == {name for name, _ in supernet.model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_supernet_score_is_of_its_path_alone(tmp_path: Path) -> None:
     """A score depends on the path alone, and not on what was scored in between."""
     base, supernet, bound, _ = build_supernet("test_resnet", "tiny")

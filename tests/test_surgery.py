@@ -203,6 +203,7 @@ def test_blocks_run_in_the_order_written(first: str) -> None:
             assert [path.split(".")[2][:2] for path in order_of_calls(model, images(64))] == [first[:2], second[:2]]
 
 
+@pytest.mark.slow
 def test_operations_add_up_remove_undoes_all() -> None:
     """A second operation adds to the first, and `remove` undoes both."""
     base = build("test_resnet")
@@ -313,6 +314,7 @@ def test_ema_follows_the_blocks() -> None:
     assert not torch.equal(ema.module(images(64)), model(images(64)))
 
 
+@pytest.mark.slow
 def test_blocks_show_in_all_forward_methods() -> None:
     """What a block changes shows in every forward method of the model."""
     base = build("test_resnet")
@@ -337,6 +339,7 @@ def test_blocks_share_their_layers_group() -> None:
     assert groups["layer3.0.non_local.theta.weight"] == groups["layer3.0.conv1.weight"]
 
 
+@pytest.mark.slow
 def test_blocks_take_dtype_of_their_host() -> None:
     """New blocks take device, dtype and mode of their host."""
     model = cut(build("test_resnet").bfloat16().train())

@@ -189,6 +189,7 @@ def test_prefix_tokens_are_no_part_of_grid() -> None:
     assert not torch.equal(ours[:, 1:], theirs[:, 1:])
 
 
+@pytest.mark.slow
 def test_dense_block_keeps_its_children() -> None:
     """A dense block keeps its children, and the block stands in the last of them."""
     model = attnsurgery.operate(small("densenet121"), recipe("features.denseblock1", "se"), (3, 64, 64))

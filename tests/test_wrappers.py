@@ -533,6 +533,7 @@ def test_remove_goes_through_wrappers() -> None:
     assert torch.equal(model(images(64)), base(images(64)))
 
 
+@pytest.mark.slow
 def test_checkpoint_wrapper_keeps_addresses() -> None:
     """Surgery inside checkpoint wrappers has the addresses of the bare model."""
     base = build("test_resnet")

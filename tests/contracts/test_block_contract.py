@@ -89,6 +89,7 @@ def test_block_identity_start_is_bit_exact(name: str, size: tuple[int, int], tra
 
 
 @every_block
+@pytest.mark.slow
 def test_block_output_differs_once_moved(name: str) -> None:
     """After one optimiser step the output differs from the input."""
     block, x = perturbed(make(name)).eval(), images(8, 8)
@@ -122,6 +123,7 @@ def test_block_output_allows_in_place_add(name: str) -> None:
 
 @every_block
 @every_start
+@pytest.mark.slow
 def test_block_parameters_all_get_gradients(name: str, start: str) -> None:
     """After one step every parameter gets a gradient that is not zero, some biases excepted."""
     block = perturbed(make(name, start)).train()

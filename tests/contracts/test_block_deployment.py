@@ -84,6 +84,7 @@ def test_block_takes_batch_of_one(name: str, training: bool) -> None:
 
 
 @every_block
+@pytest.mark.slow
 def test_block_eval_images_are_independent(name: str) -> None:
     """In evaluation mode the output of an image does not depend on the others of its batch."""
     block = perturbed(make(name)).eval()

@@ -64,6 +64,7 @@ def test_section_anchors_are_unique(tmp_path: Path) -> None:
     assert len(set(anchors)) == len(anchors)
 
 
+@pytest.mark.slow
 def test_new_section_is_shown_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registered section stands on the page between its neighbours, and its plain text is escaped."""
     monkeypatch.setattr(section, "_builders", dict(section._builders))
