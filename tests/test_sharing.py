@@ -19,9 +19,11 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError
 
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import Listener, run
+from attnsurgery.search.storage import urls
 from attnsurgery.search.storage.leases import CLAIM, LEASE, Sharing
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import without_password
@@ -126,6 +128,33 @@ def test_members_have_one_leader_at_a_time(storage: str, tmp_path: Path) -> None
     assert not other.leads()
     one.leave()
     assert other.leads()
+
+
+@pytest.mark.parametrize("refusals", [1, 99])
+def test_storage_opens_beside_another_creator(storage: str, refusals: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database is opened again where another search creates its tables at the same moment; not without end."""
+    real, calls = optuna.storages.RDBStorage, []
+
+    def refuse_first(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) <= refusals:
+            raise IntegrityError("CREATE TABLE studies", None, Exception("duplicate key value"))
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(urls, "_PAUSE_S", 0.0)
+        patch.setattr(optuna.storages, "RDBStorage", refuse_first)
+        if refusals == 1:
+            opened = urls.open_storage(storage)
+        else:
+            with pytest.raises(IntegrityError):
+                urls.open_storage(storage)
+    if refusals == 1:
+        assert isinstance(opened, real)
+        urls.close(opened)
+        assert len(calls) == 2
+    else:
+        assert len(calls) == urls._ATTEMPTS
 
 
 def test_storage_errors_hide_secrets(tmp_path: Path) -> None:

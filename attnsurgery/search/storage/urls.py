@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"
 """Drivers for URLs that name none. Database hosts often write postgres:// for postgresql://."""
 _LOCKED_S = 60.0
 """How long to wait for a SQLite database that another process writes to, in s."""
+_ATTEMPTS = 5
+"""How often to open a database whose tables others create."""
+_PAUSE_S = 0.2
 _EXTRAS = {"postgres": "postgres", "mysql": "mysql", "grpc": "grpc"}
 """The extra of this package that installs the driver, by the beginning of a URL."""
 _KINDS = "It reads like sqlite:///study.db, postgresql://user@host/name, mysql://user@host/name or grpc://host:port."
@@ -40,7 +44,22 @@ def open_storage(url: str | BaseStorage) -> BaseStorage:
             return optuna.storages.GrpcStorageProxy(host=host, port=port)
     # wait for a SQLite database that another process writes to; reconnect where a server has dropped the connection
     options = {"connect_args": {"timeout": _LOCKED_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=options)
+    return _create_tables_once(lambda: optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=options))
+
+
+def _create_tables_once(open_database: Callable[[], BaseStorage]) -> BaseStorage:
+    """Open a database again where another search created its tables at the same moment."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return open_database()
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            created = isinstance(error, IntegrityError) or "already exists" in str(error)
+            if not created or attempt == _ATTEMPTS:
+                raise
+            time.sleep(attempt * _PAUSE_S)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def url_of(database: Path) -> str:
