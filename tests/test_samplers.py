@@ -13,8 +13,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
-from attnsurgery.samplers.knapsack import Budget, _greedy, _undominated, _UpperBounds, best
-from attnsurgery.samplers.places import Picks
+from attnsurgery.samplers.knapsack import _greedy, best
+from attnsurgery.samplers.knapsack_bounds import UpperBounds, _undominated
+from attnsurgery.samplers.places import Budget, Picks
 from attnsurgery.samplers.surrogate import CrossValidation, Surrogate
 
 CHOICES = ("none", "se(reduction=4)", "se(reduction=16)", "non_local")
@@ -70,12 +71,12 @@ def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("seed", range(20))
 def test_knapsack_exact_with_merged_states(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds of merged states are upper bounds, so the knapsack solver stays exact, and no place passes on more."""
-    monkeypatch.setattr("attnsurgery.samplers.knapsack._MAX_STATES", 6)
+    monkeypatch.setattr("attnsurgery.samplers.knapsack_bounds._MAX_STATES", 6)
     rng = np.random.default_rng(seed)
     places = Places({f"p{place}": CHOICES for place in range(5)}, most_blocks=2)
     values, costs = ([np.append(0.0, rng.uniform(0, 1, 3)) for _ in places.choices] for _ in range(2))
     budget = Budget(costs, float(rng.uniform(0.3, 1.5)))
-    bounds = _UpperBounds(places, values, np.zeros(3), budget)
+    bounds = UpperBounds(places, values, np.zeros(3), budget)
     assert max(sum(len(group) for _, group, _ in front) for front in bounds._fronts) <= 6 + 2, "one rest a number"
     remaining = [picks for picks in all_of(places) if budget.holds(picks) and places.count(picks) <= 2]
     remaining.sort(key=lambda picks: -sum(float(value[pick]) for value, pick in zip(values, picks, strict=True)))
@@ -87,13 +88,13 @@ def test_knapsack_exact_with_merged_states(seed: int, monkeypatch: pytest.Monkey
 def bound_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever the upper bound of a partial candidate is evaluated."""
     looks: list[int] = []
-    at = _UpperBounds.at
+    at = UpperBounds.at
 
-    def count_and_evaluate(self: _UpperBounds, place: int, count: int, left: float) -> float:
+    def count_and_evaluate(self: UpperBounds, place: int, count: int, left: float) -> float:
         looks.append(place)
         return at(self, place, count, left)
 
-    monkeypatch.setattr(_UpperBounds, "at", count_and_evaluate)
+    monkeypatch.setattr(UpperBounds, "at", count_and_evaluate)
     return looks
 
 
@@ -154,7 +155,7 @@ def test_knapsack_keeps_one_of_equal_states(worth: Picks, step: float | None) ->
         return _undominated(*states)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("attnsurgery.samplers.knapsack._undominated", few)
+        patched.setattr("attnsurgery.samplers.knapsack_bounds._undominated", few)
         picks = best(places, [worth] * 16, None, budgets, {(0,) * 16})
     assert picks is not None
     assert sum(worth[pick] for pick in picks) == (sum(worth) and (8 if budgets else 48))
