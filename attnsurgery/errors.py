@@ -30,13 +30,13 @@ _MAX_QUOTED = 300
 class AttnSurgeryError(Exception):
     """The root of the tree; `exit_code` is the exit code of the command line.
 
-    A very long quotation from a file is shortened in the middle: a message stays one paragraph.
+    A very long quotation, as from a damaged file, is shortened, so that a message stays one paragraph.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "", *more: object) -> None:
-        super().__init__(_shorten(str(message)), *more)
+        super().__init__(_shorten_quotations(str(message)), *more)
 
 
 class UsageError(AttnSurgeryError):
@@ -93,10 +93,13 @@ def did_you_mean(name: str, known_names: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _shorten(message: str) -> str:
-    """The message, with the middle of quotations and words that are too long left out."""
-    half = _MAX_QUOTED // 2
-    quotation = rf"(?<![^\s(\[])'[^'\n]{{{_MAX_QUOTED},}}'(?!\w)"  # no apostrophe inside a word begins or ends one
-    for pattern in (quotation, rf"[^\s']{{{_MAX_QUOTED + 1},}}"):
-        message = re.sub(pattern, lambda match: f"{match[0][:half]} ... {match[0][-half:]}", message)
-    return message
+def shorten(text: str, limit: int) -> str:
+    """The beginning of a text, up to `limit` characters, with "..." for what is left out."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _shorten_quotations(message: str) -> str:
+    """The message with quotations and words of at most `_MAX_QUOTED` characters."""
+    quotation = rf"(?<![^\s(\[])'([^'\n]{{{_MAX_QUOTED},}})'(?!\w)"  # no apostrophe inside a word begins or ends one
+    message = re.sub(quotation, lambda match: f"'{shorten(match[1], _MAX_QUOTED)}'", message)
+    return re.sub(rf"[^\s']{{{_MAX_QUOTED + 1},}}", lambda match: shorten(match[0], _MAX_QUOTED), message)

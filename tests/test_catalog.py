@@ -99,7 +99,7 @@ def test_registered_twice_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a b " * 1250])
 def test_error_shortens_long_quotations(name: str) -> None:
-    """An error quotes the beginning and the end of a name of thousands of characters; a normal message stays whole."""
+    """An error quotes the beginning of a name of thousands of characters; a normal message stays whole."""
     with pytest.raises(UnknownNameError) as caught:
         BLOCKS[name]
     message = str(caught.value)

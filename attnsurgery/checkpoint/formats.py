@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from attnsurgery.errors import CheckpointError, did_you_mean
+from attnsurgery.errors import CheckpointError, did_you_mean, shorten
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 DELTA_NAME = "weights.delta"
@@ -195,4 +195,4 @@ def _torch_error(path: Path, error: Exception) -> str:
 
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else text[:117] + "..."
+    return shorten(text, 120)

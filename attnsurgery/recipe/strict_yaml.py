@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from attnsurgery.errors import RecipeError
+from attnsurgery.errors import RecipeError, shorten
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -204,7 +204,7 @@ def complaint(source: str, line: int, path: str, problem: str) -> str:
 
 def place(source: str, line: int, path: str) -> str:
     """A location such as 'recipe.yaml:5: edits[0].at', or 'recipe.yaml:1:' for the whole document."""
-    text = path if len(path) <= 200 else path[:197] + "..."
+    text = shorten(path, 200)
     text = text if text.isprintable() else repr(text)
     return f"{source}:{line}: {text}".rstrip(" ")
 
