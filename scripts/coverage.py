@@ -32,7 +32,7 @@ import timm
 import torch
 
 from scripts import coverage_wrap
-from scripts.coverage_checks import SUFFIXES, error_text, examine
+from scripts.coverage_checks import SUFFIXES, base_failure, examine
 from scripts.coverage_hosts import KINDS, SMALLEST, BaseError, architectures, cached_surveys, find_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,15 +208,7 @@ def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: fl
     try:
         base = find_base(arch, max_bytes, KINDS if arch in SMALLEST else ())
     except BaseError as error:
-        for block in blocks:
-            yield {
-                "block": block,
-                "outcome": "failed",
-                "blocks": 0,
-                "checks": {"base": error_text(error)},
-                "seconds": 0,
-                "cpu_seconds": 0,
-            }
+        yield from ({**base_failure(block, error), "cpu_seconds": 0} for block in blocks)
         return
     base_seconds = time.process_time() - start
     with cached_surveys():

@@ -312,6 +312,11 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, UsageError) and any(part in str(error) for part in TRUE_REFUSALS)
 
 
+def base_failure(block: str, error: Exception) -> dict[str, Any]:
+    """The row of a pair whose base failed, so that no check ran."""
+    return {"block": block, "outcome": "failed", "blocks": 0, "checks": {"base": error_text(error)}, "seconds": 0}
+
+
 def error_text(error: Exception) -> str:
     text = " ".join(str(error).split())[:400]
     return text if isinstance(error, CheckFailure) else f"{type(error).__name__}: {text}"

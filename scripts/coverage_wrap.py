@@ -17,7 +17,7 @@ from torch import nn
 import attnsurgery
 from attnsurgery.surgery.operate import grafted_blocks, operated
 from attnsurgery.timm_plugin import registry
-from scripts.coverage_checks import CheckFailure, error_text, expect, is_refusal, move, time_limit
+from scripts.coverage_checks import CheckFailure, base_failure, error_text, expect, is_refusal, move, time_limit
 from scripts.coverage_hosts import Base, BaseError, describe, equal, find_base, flat
 
 
@@ -46,14 +46,7 @@ def rows_of(arch: str, blocks: Iterable[str], max_bytes: float, pair_seconds: fl
     try:
         base = find_base(arch, max_bytes, ())
     except BaseError as error:
-        for block in blocks:
-            yield {
-                "block": block,
-                "outcome": "failed",
-                "blocks": 0,
-                "checks": {"base": error_text(error)},
-                "seconds": 0,
-            }
+        yield from (base_failure(block, error) for block in blocks)
         return
     for block in blocks:
         yield examine(base, block, pair_seconds)

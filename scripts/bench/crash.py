@@ -98,20 +98,18 @@ def kill_repeatedly(output: Path, options: argparse.Namespace, scratch: Path) ->
                         planned = inject(injected_faults, planned)
                     time.sleep(0.1)
                 workers = workers_of(run.pid)
-                worker = bool(workers) and rng.random() < 0.5
+                victim = "worker" if workers and rng.random() < 0.5 else "coordinator"
                 if run.poll() is not None:
                     break
-                os.kill(rng.choice(workers) if worker else run.pid, signal.SIGKILL)
-                kills["worker" if worker else "coordinator"] += 1
-                if not worker:
+                os.kill(rng.choice(workers) if victim == "worker" else run.pid, signal.SIGKILL)
+                kills[victim] += 1
+                if victim == "coordinator":
                     run.wait()
                 journal_records, readable = snapshot(output, scratch)
                 unreadable += not readable
                 earlier_records |= journal_records
                 trained_count = len(trained(earlier_records.values()))
-                victim = "worker" if worker else "coordinator"
-                print(f"kill {kills.total()} of {options.kills}: {victim}, {trained_count} trained")
-                sys.stdout.flush()
+                print(f"kill {kills.total()} of {options.kills}: {victim}, {trained_count} trained", flush=True)
             code = run.wait()
             if code in (0, -signal.SIGKILL):
                 continue
