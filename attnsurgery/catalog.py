@@ -45,14 +45,14 @@ def declarations(package: str, group: str | None = None) -> tuple[Declaration, .
         group: entry-point group by which other packages register theirs, if any.
     """
     root, *parts = package.split(".")
-    found = []
+    declared = []
     for folder in importlib.import_module(root).__path__:
         for file in sorted(Path(folder, *parts).glob("*.py")):
             source = file.read_text(encoding="utf-8")
             if ".register(" in source:  # parsing takes longer than reading
-                found += [_declaration(call) for call in _registering_calls(ast.parse(source))]
-    found += [Declaration(point.name) for point in entry_points(group=group)] if group else []
-    return tuple(found)
+                declared += [_declaration(call) for call in _registering_calls(ast.parse(source))]
+    declared += [Declaration(point.name) for point in entry_points(group=group)] if group else []
+    return tuple(declared)
 
 
 def _registering_calls(module: ast.Module) -> Iterator[ast.Call]:

@@ -139,7 +139,9 @@ def _serve(path: str) -> None:
     while True:
         for key, _ in watched.select():
             if key.data == "end":
-                os._exit(_end(lines))
+                for pid in lines:
+                    _kill(pid)
+                os._exit(0)
             elif key.data == "wake":
                 os.read(wake, 4096)
             elif key.data == "door":
@@ -188,12 +190,6 @@ def _reap(lines: dict[int, socket.socket], watched: object) -> None:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _end(lines: dict[int, socket.socket]) -> int:
-    for pid in lines:
-        _kill(pid)
-    return 0
 
 
 def _become(request: dict[str, object], streams: list[int], path: str) -> None:
