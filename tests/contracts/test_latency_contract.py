@@ -146,8 +146,11 @@ def test_backend_refuses_mode_it_lacks(name: str) -> None:
     """A mode that a backend lacks is refused with one that it has."""
     backend = make(name)
     device = backend.conditions.device
-    lacking = set(MODES) - set(LATENCY[name].modes) - (set() if backend.conditions.cuda else {"cudagraph"})
-    for mode in lacking - (set() if backend.conditions.cuda else {"compile-cudagraph"}):
+    of_device = set(MODES) - (set() if backend.conditions.cuda else {"cudagraph", "compile-cudagraph"})
+    lacking = of_device - set(LATENCY[name].modes)
+    if not lacking:
+        pytest.skip(f"{name} has every mode of {device}")
+    for mode in lacking:
         with pytest.raises(UsageError, match=rf"{mode}.*--mode {LATENCY[name].modes[0]}"):
             backend_for(Conditions(device=device, mode=mode), name)
 
@@ -182,7 +185,7 @@ def test_backend_holds_lock_while_timing(name: str, monkeypatch: pytest.MonkeyPa
     backend.measure(convs(2))
     backend.compare(convs(2), convs(2))
     backend.singles(convs(2), calls=20, max_seconds=0.1)
-    assert set(depths) <= {1}
+    assert set(depths) == {1}
     assert depth == 0
 
 
