@@ -1,7 +1,7 @@
-"""The search as one HTML file that opens from disk and can be mailed: pictures made with Bokeh, no network at all.
+"""The report of a search: one HTML file with Bokeh figures, which works offline.
 
-`sections/` holds one file for each section of the page; `page.py` puts them together with `templates/page.html`. Bokeh
-takes over half a second to import, so the files that draw are imported when a page is made, and not before.
+`sections/` has one file for each section of the page, and `page.py` combines them with `templates/page.html`. Bokeh
+takes over half a second to import, so the modules that draw are imported only when a page is made.
 """
 
 from attnsurgery.search.report.page import render

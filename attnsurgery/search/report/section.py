@@ -1,4 +1,4 @@
-"""Section: one part of the page, as words and the pictures between them, and how a section registers itself."""
+"""Section: one part of the page, with text and figures, and the decorator that registers it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGE = "attnsurgery.search.report.sections"
 
 @dataclass(frozen=True)
 class Mark:
-    """A line of a key."""
+    """An entry of the key of a figure."""
 
     sign: str
     """A letter that looks like the mark."""
@@ -29,20 +29,20 @@ class Mark:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page. Strings in it are text and get escaped, unless `template.html()` made them."""
+    """One part of the page. Its strings are escaped, unless `template.html()` made them."""
 
     anchor: str
-    """What a link to the section ends with; unique on the page."""
+    """The fragment of links to the section; unique on the page."""
     title: str
-    """The part before a colon stands in the table of contents."""
+    """The table of contents shows the part before a colon."""
     above: str = ""
-    """Shown above the pictures."""
+    """HTML or text above the figures."""
     figures: tuple[figure, ...] = ()
-    """Drawn side by side if there are several."""
+    """The figures, which are drawn side by side."""
     key: tuple[Mark, ...] = ()
-    """The meaning of the marks in the pictures."""
+    """The meaning of the marks in the figures."""
     below: str = ""
-    """Shown below the pictures."""
+    """HTML or text below the figures."""
 
 
 if TYPE_CHECKING:
@@ -57,16 +57,16 @@ _NEARBY = 4
 
 
 def register(order: int) -> Callable[[B], B]:
-    """A decorator for the function that builds a section from an outcome and its random control, or returns None.
+    """Decorate the function that builds a section from an outcome and its random control, or returns None.
 
     Args:
-        order: sections stand on the page in ascending order.
+        order: the page shows sections in ascending order.
 
     Raises:
         ValueError: another section has this order; the message names both and the nearest orders that are free.
     """
 
-    def enter(build: B) -> B:
+    def add(build: B) -> B:
         if _builders.setdefault(order, build) is not build:
             free = sorted(set(range(order - _NEARBY, order + _NEARBY + 1)) - set(_builders))
             raise ValueError(
@@ -75,7 +75,7 @@ def register(order: int) -> Callable[[B], B]:
             )
         return build
 
-    return enter
+    return add
 
 
 def _full_name(build: Build) -> str:

@@ -1,4 +1,4 @@
-"""HTML by Jinja2: values are escaped unless they are HTML already, and a name without a value is an error."""
+"""HTML templates by Jinja2: values are escaped unless they are HTML already, and a name without a value is an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def html(source: str, **values: object) -> Markup:
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
     """
-    return Markup(_compiled(source).render(values))
+    return Markup(_template(source).render(values))
 
 
 def html_file(name: str, **values: object) -> str:
@@ -32,5 +32,5 @@ def html_file(name: str, **values: object) -> str:
 
 
 @cache
-def _compiled(source: str) -> Template:
+def _template(source: str) -> Template:
     return _ENVIRONMENT.from_string(source)

@@ -1,4 +1,4 @@
-"""Writes what a search came to: front.csv, best.yaml, report.html."""
+"""Writes the results of a search: front.csv, best.yaml, report.html."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from attnsurgery.search.storage.run_directory import write_own
 
 REPORT = "report.html"
 _SELDOM_S = 10.0
-"""A report takes some 0.4 s to make, pictures and all."""
+"""A running search does not rewrite a report that is younger; making one takes about 0.4 s."""
 
 
 def write_outcome(outcome: Outcome, control: Control | None = None, *, seldom: bool = False) -> list[str]:
-    """Write every artefact, each as a whole or not at all.
+    """Write all files, each one atomically.
 
     Args:
-        control: a random search, for the report.
-        seldom: leave a report that is only seconds old; for a search whose trials take no longer than its report.
+        control: the random search that the report compares the search with.
+        seldom: do not rewrite a report that is only seconds old, because trials may be shorter than making a report.
 
     Returns:
-        The new names of files that stood in their places and that no search had written.
+        The new names of files that had these names and were not written by a search.
 
     Raises:
         SearchError: the disk is full or not writable.
     """
-    kept = [write_own(outcome.folder, "front.csv", _csv(outcome.front))]
+    new_names = [write_own(outcome.folder, "front.csv", _csv(outcome.front))]
     if outcome.best and outcome.best.recipe:
-        kept.append(
+        new_names.append(
             write_own(outcome.folder, "best.yaml", _recipe(outcome, Recipe.model_validate(outcome.best.recipe)))
         )
     if not (seldom and _age(outcome.folder / REPORT) < _SELDOM_S):
-        kept.append(write_own(outcome.folder, REPORT, render(outcome, control)))
-    return [name for name in kept if name]
+        new_names.append(write_own(outcome.folder, REPORT, render(outcome, control)))
+    return [name for name in new_names if name]
 
 
 def _recipe(outcome: Outcome, recipe: Recipe) -> str:
-    """The winner as YAML, with what is known of it by now above."""
-    said = (
+    """The winner as YAML, with the verdict as a comment above."""
+    verdict = (
         outcome.confirmation.sentence() if outcome.confirmation else "Chosen by validation images, not confirmed yet."
     )
-    above = textwrap.fill(said, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
-    return f"{above}\n{dumps(recipe)}"
+    comment = textwrap.fill(verdict, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+    return f"{comment}\n{dumps(recipe)}"
 
 
 def _age(path: Path) -> float:
-    """Seconds since it was written; infinite if it never was, or by another clock."""
+    """Seconds since the file was written; infinite if there is none, or if its time is in the future."""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
@@ -66,8 +66,8 @@ def _age(path: Path) -> float:
 def _csv(records: list[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    timed, scored = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_top1", "val_loss")
-    writer.writerow(["trial", "recipe", *timed, *scored, "parameters", "macs", "rung"])
+    latencies, scores = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_top1", "val_loss")
+    writer.writerow(["trial", "recipe", *latencies, *scores, "parameters", "macs", "rung"])
     for record in records:
         assert record.timing is not None
         timing = record.timing

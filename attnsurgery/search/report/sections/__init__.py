@@ -1,1 +1,1 @@
-"""The sections of the page, one file each: a file registers its section and is found by itself."""
+"""The sections of the page, one file each: a file registers its section, and is imported automatically."""
