@@ -218,7 +218,7 @@ def no_pictures() -> Iterator[None]:
     from attnsurgery.search.report import figures
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "embedded", lambda pictures: (dict.fromkeys(pictures, ""), ""))
+        patch.setattr(figures, "embed", lambda pictures: (dict.fromkeys(pictures, ""), ""))
         yield
 
 

@@ -90,7 +90,9 @@ def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchCo
     assert finished.confirmation
     assert tighter.confirmation.looks == finished.confirmation.looks + 1
     assert any(text.startswith(f"extended, budget_ms: was 100.0, is now {most}") for text in tighter.about.code)
-    assert f"{len(over)} over budget, trained when that was wider" in (tighter.folder / "report.html").read_text()
+    assert (
+        f"{len(over)} over budget, trained when the budget was larger" in (tighter.folder / "report.html").read_text()
+    )
     again = run(change(config, budget_ms=most))
     assert (again.records, again.confirmation) == (tighter.records, tighter.confirmation), "now it is that search"
 

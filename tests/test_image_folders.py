@@ -1148,7 +1148,7 @@ def test_report_describes_the_data(finished_search: tuple[Path, str, list[object
     page = (finished_search[0] / "report.html").read_text()
     assert "2 classes: few, many" in page
     assert "training images: as they are" in page
-    assert re.search(r"Are the images of each split in no other\?</td><td class=\"no\">", page)
+    assert re.search(r"Is every image in one split only\?</td><td class=\"no\">", page)
 
 
 @pytest.mark.slow

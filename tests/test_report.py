@@ -75,9 +75,9 @@ class Page(HTMLParser):
 def answers(search_outcome: Outcome, control: Control | None = None) -> dict[str, Item]:
     """Returns the items of the checklist by a word of their question."""
     items = checklist.checklist(search_outcome, control)
-    words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "used once", "several seeds")
+    words = ("settings and seeds", "version", "command", "splits", "as long", "chosen", "only once", "several seeds")
     words = (*words, "from chance", "planned", "measured, under", "measured again", "random search", "repeated")
-    words = (*words, "blocks matter", "cost", "all trials", "in no other")
+    words = (*words, "blocks matter", "cost", "all trials", "one split only")
     items_by_word = {word: [item for item in items if word in item.question] for word in words}
     assert all(len(matching) == 1 for matching in items_by_word.values()), items_by_word
     assert len(items) == len(words)
@@ -156,11 +156,11 @@ def test_page_has_its_words_without_scripts(tmp_path: Path) -> None:
     for sentence in (
         search_outcome.confirmation.sentence(),
         search_outcome.best.describe(),
-        "Measured again after the search",
+        "Latency measured again after the search",
         "tau-b",
     ):
         assert sentence in words
-    assert "Pictures need JavaScript" in words
+    assert "Figures need JavaScript" in words
 
 
 @pytest.mark.slow
@@ -168,10 +168,10 @@ def test_page_tells_interrupted_and_running(tmp_path: Path) -> None:
     """An interrupted search is told as such, and a running one with its progress."""
     records = search(6)
     stopped = Page(render(outcome(tmp_path, records, judged=False, interrupted=True))).words
-    assert "Interrupted: the same command resumes here." in stopped
+    assert "Interrupted: the same command resumes the search." in stopped
     running = Page(render(outcome(tmp_path, records, judged=False))).words
     trained = sum(record.state == "trained" for record in records)
-    assert f"Not finished: {trained} of 6 wanted candidates are trained" in running
+    assert f"Not finished: {trained} of 6 requested candidates are trained" in running
     complete = Page(render(outcome(tmp_path, records))).words
     assert "Not finished" not in complete
     assert "Interrupted" not in complete
@@ -180,7 +180,7 @@ def test_page_tells_interrupted_and_running(tmp_path: Path) -> None:
 def test_page_without_trained_candidate(tmp_path: Path) -> None:
     """A search without a trained candidate has a page too."""
     words = Page(render(outcome(tmp_path, [trial(0, None, 2.5), trial(1, None, 9.0)]))).words
-    assert "No candidate was trained within 2 ms so far" in words
+    assert "No candidate within 2 ms has been trained so far" in words
     assert "2 over budget, not trained" in words
     assert "Progress" not in words
     assert "tau-b" not in words
@@ -188,10 +188,10 @@ def test_page_without_trained_candidate(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_page_names_the_budget_there_is(tmp_path: Path) -> None:
-    """Without a budget of latency the page names the budget that there is."""
+    """Without a latency budget the page names the budget that there is."""
     config = SearchConfig(budget_params=400_000, output=str(tmp_path))
     words = Page(render(outcome(tmp_path, search(6), config=config))).words
-    assert "no budget of latency here, but one of 400 k parameters" in words
+    assert "no latency budget, but a budget of 400 k parameters" in words
 
 
 def test_page_draws_winner_at_its_places(tmp_path: Path) -> None:
@@ -319,10 +319,11 @@ def test_front_is_of_the_highest_rung(tmp_path: Path) -> None:
     search_outcome = outcome(tmp_path, [promoted(0, 0.80, 0.84), promoted(1, 0.95)])
     assert [record.number for record in search_outcome.front] == [0]
     words = Page(render(search_outcome)).words
-    assert "the base was not trained that long; on rung 1, which both were on, 80.00 % against its 80.00 %" in words
+    comparison = "On rung 1, the highest that both reached, the candidate has 80.00 %, and the base has 80.00 %"
+    assert f"The base was not trained as long. {comparison}" in words
     assert "others are drawn fainter" in words
     higher = replace(BASE, promotions=(Promotion(0.83, 0.4, 60.0, 9),))
-    assert "the base trained equally long: 83.00 %" in Page(render(replace(search_outcome, base=higher))).words
+    assert "The base, trained equally long, has 83.00 %" in Page(render(replace(search_outcome, base=higher))).words
 
 
 @pytest.mark.parametrize(("reached", "percent"), [(0, 80.0), (1, 83.0)])
@@ -355,7 +356,7 @@ def test_losses_are_drawn_better_upwards(tmp_path: Path) -> None:
         figure = section.figures[0]
         plain, loss_axis = figure.yaxis
         assert (plain.visible, loss_axis.y_range_name) == (False, "loss")
-        assert loss_axis.axis_label == "validation loss, up is better"
+        assert loss_axis.axis_label == "validation loss, axis inverted"
         mirrored = figure.extra_y_ranges["loss"]
         assert (mirrored.start, mirrored.end) == (-figure.y_range.start, -figure.y_range.end)
         assert mirrored.start > 0.4
@@ -420,8 +421,8 @@ def test_checklist_approves_a_sound_search(tmp_path: Path) -> None:
     [
         ("version", {"about": about(code=("one", "two"))}, "partly"),
         ("command", {"about": about(command="")}, "partly"),
-        ("in no other", {"about": about(shared=("a.png is b.png",))}, "no"),
-        ("in no other", {"about": about(shared=None)}, "partly"),
+        ("one split only", {"about": about(shared=("a.png is b.png",))}, "no"),
+        ("one split only", {"about": about(shared=None)}, "partly"),
         ("as long", {"base": replace(BASE, epochs=1), "confirmation": None}, "no"),
         ("chosen", {"confirmation": None}, "no"),
         ("several seeds", {"confirmation": None}, "no"),
@@ -447,10 +448,10 @@ def test_checklist_tells_of_a_second_look(tmp_path: Path) -> None:
     assert search_outcome.confirmation is not None
     once = search_outcome.confirmation.as_dict()
     twice = replace(search_outcome, confirmation=search_outcome.confirmation.after(once))
-    assert answers(search_outcome)["used once"].answer == "yes"
+    assert answers(search_outcome)["only once"].answer == "yes"
     items = answers(twice)
-    assert (items["used once"].answer, items["planned"].answer) == ("no", "no")
-    assert "look 2" in items["used once"].fact
+    assert (items["only once"].answer, items["planned"].answer) == ("no", "no")
+    assert "look 2" in items["only once"].fact
 
 
 @pytest.mark.slow
@@ -496,7 +497,7 @@ def test_progress_draws_the_controls_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fixed", "folder", "message"),
     [
-        ({"sampler": "tpe"}, "other", r"was searched with --sampler tpe, and a control is drawn at random"),
+        ({"sampler": "tpe"}, "other", r"was searched with --sampler tpe, but a control must be a random search"),
         ({"epochs": 5}, "other", r"cannot be compared with .*: epochs: 3 here, 5 there"),
         ({"images": "b"}, "other", r"images: 'a' here, 'b' there.*same --data and --seed"),
         ({"weights": "b"}, "other", r"--checkpoint .*run/base.safetensors"),
@@ -521,12 +522,12 @@ def test_control_has_any_uniform_sampler(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(SAMPLERS._entries, "halton", sampler)
     mine = Saved(outcome(tmp_path / "run", search(5)), {"sampler": "tpe"})
     other = Saved(outcome(tmp_path / "other", search(5)), {"sampler": "halton"})
-    with nullcontext() if uniform else pytest.raises(UsageError, match="with --sampler halton, and a control is drawn"):
+    with nullcontext() if uniform else pytest.raises(UsageError, match="with --sampler halton, but a control must be"):
         control_of(mine, other)
     findings = outcome(tmp_path, search(5))
     drawn = replace(findings, config=findings.config.model_copy(update={"sampler": "halton"}))
-    assert ("It is a random search itself." in render(drawn)) is uniform
-    assert ("it is a control for others, and needs none" in render(drawn)) is uniform
+    assert ("This search is a random search itself." in render(drawn)) is uniform
+    assert ("it can be the control of other searches, and needs none" in render(drawn)) is uniform
 
 
 # A run directory
@@ -643,7 +644,7 @@ def test_unfinished_search_has_no_verdict(copied: Path) -> None:
     stopped = load_search(copied).outcome
     assert (stopped.confirmation, stopped.interrupted) == (None, True)
     assert report(copied).exit_code == 0
-    assert "Interrupted: the same command resumes here" in (copied / "report.html").read_text()
+    assert "Interrupted: the same command resumes the search" in (copied / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_interrupted_search_resumes_equally(config: SearchConfig, finished: Outc
     stopped = run(config, stop=StopAfter(asks))
     assert stopped.interrupted
     assert 1 <= stopped.trained < 4
-    assert (stopped.folder / "report.html").read_text().count("Interrupted: the same command resumes here") == 1
+    assert (stopped.folder / "report.html").read_text().count("Interrupted: the same command resumes the search") == 1
     again = run(config)
     assert not again.interrupted
     assert again.trained == 4
@@ -294,7 +294,8 @@ def test_nothing_fits_error_lists_fastest(config: SearchConfig, finished: Outcom
     with pytest.raises(NothingFeasibleError, match=r"The base alone takes .* The fastest of \d+ measured: .* ms se"):
         run(change(config, budget_ms=budget))
     report = (Path(config.output) / "report.html").read_text()
-    assert "No candidate was trained within" in report
+    assert "No candidate within" in report
+    assert "has been trained so far" in report
 
 
 @pytest.mark.slow
@@ -531,7 +532,7 @@ def test_new_head_is_fitted_first(config: SearchConfig, tmp_path: Path) -> None:
     original = safetensors.torch.load_file(weights)
     moved = {name for name, tensor in original.items() if not torch.equal(tensor, started[name])}
     assert {name for name in moved if "running_" not in name and "num_batches" not in name} == {"fc.weight", "fc.bias"}
-    assert "a new head, fitted by itself for 3 epochs" in (outcome.folder / "report.html").read_text()
+    assert "a new head, trained alone for 3 epochs" in (outcome.folder / "report.html").read_text()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Control: a search of the same kind whose candidates were drawn at random, to hold beside one that chose them."""
+"""Control: a random search on the same terms, as a baseline for another search."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from attnsurgery.search.result.record import Record, trained
 if TYPE_CHECKING:
     from attnsurgery.search.storage.load import Saved
 
-_APART = {"sampler", "seed", "data", WEIGHTS_GIVEN}
-"""In these a control may differ: what was found behind them (images, weights) is compared by itself."""
+_FREE_SETTINGS = {"sampler", "seed", "data", WEIGHTS_GIVEN}
+"""Settings in which a control may differ; the images and weights that they lead to are compared separately."""
 
-_HOW = {
-    "images": "give the control the same --data and --seed, which says what is split off",
-    "weights": "begin the control with --checkpoint {weights}",
+_REMEDIES = {
+    "images": "run the control with the same --data and --seed, which determine the splits",
+    "weights": "start the control with --checkpoint {weights}",
 }
-"""How a control comes to have the same."""
+"""How to make a control with the same images or weights."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Control:
 
     @property
     def trained(self) -> list[Record]:
-        """Its candidates that count, in order."""
+        """Its trained candidates within the budget, in order."""
         return trained(self.records)
 
 
@@ -41,29 +41,30 @@ def control_of(search: Saved, other: Saved) -> Control:
     """`other` as the control of `search`.
 
     Raises:
-        UsageError: it is the same search, was not drawn at random, or differs in more than how candidates are chosen.
+        UsageError: it is the same search, is no random search, or differs in more than the choice of candidates.
     """
     folder = other.outcome.folder
     if folder.resolve() == search.outcome.folder.resolve():
-        raise UsageError(f"--control {folder} is the search itself. Give the run directory of another.")
+        raise UsageError(f"--control {folder} is the search itself. Give the run directory of another search.")
     sampler = other.fixed.get("sampler")
     if not SAMPLERS.draws_uniformly(str(sampler)):
         raise UsageError(
-            f"--control {folder} was searched with --sampler {sampler}, and a control is drawn at random. "
+            f"--control {folder} was searched with --sampler {sampler}, but a control must be a random search. "
             "Make one with the same command, --sampler random and another --output."
         )
-    found = {
+    obstacles = {
         key: values
         for key, values in differences(search.fixed, other.fixed).items()
-        if key not in _APART and not key.startswith(f"{VERSIONS}.")
+        if key not in _FREE_SETTINGS and not key.startswith(f"{VERSIONS}.")
     }
-    if found:
-        said = "; ".join(f"{key}: {here} here, {there} there" for key, (here, there) in found.items())
-        how = [_HOW[key].format(weights=search.outcome.folder / "base.safetensors") for key in found if key in _HOW]
+    if obstacles:
+        comparison = "; ".join(f"{key}: {here} here, {there} there" for key, (here, there) in obstacles.items())
+        weights = search.outcome.folder / "base.safetensors"
+        remedies = [_REMEDIES[key].format(weights=weights) for key in obstacles if key in _REMEDIES]
         raise UsageError(
-            f"--control {folder} cannot be compared with {search.outcome.folder}: {said}. "
-            f"A control differs in --sampler alone{': ' + ', and '.join(how) if how else ''}."
+            f"--control {folder} cannot be compared with {search.outcome.folder}: {comparison}. "
+            f"A control may differ in --sampler only{': ' + ', and '.join(remedies) if remedies else ''}."
         )
     if not trained(other.outcome.records):
-        raise UsageError(f"--control {folder} has no trained candidate yet. Let it run first.")
+        raise UsageError(f"--control {folder} has no trained candidate yet. Run that search first.")
     return Control(folder, other.outcome.records)

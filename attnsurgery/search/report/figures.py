@@ -1,6 +1,6 @@
-"""What all pictures have in common: paper and colours, marks with their hover, and the way into the page.
+"""What all figures have in common: background and colours, tooltips, and the HTML that embeds them.
 
-The paper is light in dark mode, too: Bokeh draws on a canvas, which no style sheet reaches.
+Their background is light in dark mode as well, because style sheets do not apply to the canvas that Bokeh draws on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _HOVER = """
 <div style="max-width: 26rem; white-space: normal; font: 13px/1.45 system-ui, sans-serif; color: #1f2430">
 <b>@who</b> &nbsp; @outcome<br>@blocks<br>@latency<br>@score<br>@parameters</div>
 """
-"""Bokeh puts in values as text, never as HTML."""
+"""Bokeh inserts values as text, never as HTML."""
 
 
-def chart(x: str, y: str, height: int, **more: Any) -> figure:
-    """An empty picture as wide as the page, with the names of its axes."""
+def chart(x: str, y: str, height: int, **options: Any) -> figure:
+    """An empty figure as wide as the page, with axis labels `x` and `y`."""
     tools = "pan,box_zoom,reset,save"
     plot = figure(
         height=height,
@@ -38,7 +38,7 @@ def chart(x: str, y: str, height: int, **more: Any) -> figure:
         background_fill_color=PAPER,
         border_fill_color=PAPER,
         outline_line_color=None,
-        **more,
+        **options,
     )
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
@@ -54,9 +54,9 @@ def chart(x: str, y: str, height: int, **more: Any) -> figure:
 
 
 def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataSource:
-    """Records as the columns that the hover reads, beside those that say where each is drawn."""
+    """Records as the columns that tooltips show, and the given columns, which determine where each is drawn."""
     rows = list(records)
-    words = {
+    texts = {
         "who": [record_name(record) for record in rows],
         "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in rows],
         "blocks": [record.describe() for record in rows],
@@ -64,15 +64,15 @@ def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataS
         "score": [_scores(record) for record in rows],
         "parameters": [f"{record.parameters:,} parameters" if record.parameters else "" for record in rows],
     }
-    return ColumnDataSource({**words, **columns})
+    return ColumnDataSource({**texts, **columns})
 
 
 def _scores(record: Record) -> str:
-    """Both scores on each rung that the candidate was on."""
+    """Both scores on each rung that the candidate reached."""
     if record.top1 is None:
         return ""
     rungs = range(record.reached + 1)
-    top1s, losses = (" → ".join(words(record, rung) for rung in rungs) for words in (_top1, loss))
+    top1s, losses = (" → ".join(text(record, rung) for rung in rungs) for text in (_top1, loss))
     return f"{top1s} on validation, loss {losses}"
 
 
@@ -80,39 +80,39 @@ def _top1(record: Record, rung: int) -> str:
     return percent(record.top1_on(rung))
 
 
-def hover(plot: figure, renderers: Sequence[GlyphRenderer]) -> None:
-    """What the pointer tells of a mark that stands for a record."""
+def add_tooltips(plot: figure, renderers: Sequence[GlyphRenderer]) -> None:
+    """Add tooltips to the marks of records."""
     plot.add_tools(HoverTool(renderers=list(renderers), tooltips=_HOVER))
 
 
 def padded_range(values: Sequence[float], margin: float = 0.06) -> Range1d:
-    """A range that holds the values, and some room."""
+    """A range that contains the values, with a margin on both sides."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    room = margin * (high - low or abs(high) * 0.2 or 1.0)
-    return Range1d(low - room, high + room)
+    padding = margin * (high - low or abs(high) * 0.2 or 1.0)
+    return Range1d(low - padding, high + padding)
 
 
 def label_losses(plot: figure, *, x: bool = False) -> None:
-    """Write losses on the axes where scores are losses with their sign turned, so that better stays up (and right).
+    """Label axes of negated losses with the losses, so that better values remain above (and to the right).
 
-    Call it when the ranges are final. The second range moves along when the first is dragged or zoomed.
+    Call it when the ranges are final. Both ranges move together when the figure is dragged or zoomed.
     """
-    up = plot.y_range
-    plot.extra_y_ranges = {"loss": Range1d(-up.start, -up.end)}
-    plot.add_layout(_instead(plot.yaxis[0], y_range_name="loss"), "left")
+    scores = plot.y_range
+    plot.extra_y_ranges = {"loss": Range1d(-scores.start, -scores.end)}
+    plot.add_layout(_replacement(plot.yaxis[0], y_range_name="loss"), "left")
     if x:
         plot.extra_x_ranges = {"loss": Range1d(-plot.x_range.start, -plot.x_range.end)}
-        plot.add_layout(_instead(plot.xaxis[0], x_range_name="loss"), "below")
+        plot.add_layout(_replacement(plot.xaxis[0], x_range_name="loss"), "below")
 
 
-def _instead(axis: Axis, **ranges: str) -> LinearAxis:
-    """An axis that looks like another, which is hidden."""
-    looks = axis.properties_with_values(include_defaults=False)
+def _replacement(axis: Axis, **ranges: str) -> LinearAxis:
+    """An axis that looks like the given one, which is hidden."""
+    style = axis.properties_with_values(include_defaults=False)
     axis.visible = False
-    return LinearAxis(**{**{name: looks[name] for name in _LOOKS if name in looks}, **ranges})
+    return LinearAxis(**{**{name: style[name] for name in _AXIS_STYLE if name in style}, **ranges})
 
 
-_LOOKS = (
+_AXIS_STYLE = (
     "axis_label",
     "axis_label_text_font_style",
     "axis_label_text_color",
@@ -125,24 +125,24 @@ _LOOKS = (
 )
 
 
-def plain(text: str) -> str:
-    """The text as it is: what Bokeh would take for a formula is broken up, invisibly."""
+def without_formulas(text: str) -> str:
+    """The text with invisible spaces in what Bokeh would otherwise typeset as a formula."""
     return text.replace("$$", "$\u200b$").replace("\\", "\\\u200b")
 
 
-def embedded(figures: Mapping[str, figure]) -> tuple[dict[str, str], str]:
-    """Where each picture goes, as HTML, and the script that draws them all there."""
+def embed(figures: Mapping[str, figure]) -> tuple[dict[str, str], str]:
+    """The HTML element of each figure, and the script that draws all figures in them."""
     if not figures:
         return {}, ""
     document = Document()
-    with document.models.freeze():  # once for all, instead of looking for all models again with each picture
+    with document.models.freeze():  # collects the models once, and not again for each figure
         for plot in figures.values():
             document.add_root(plot)
-    script, places = components(dict(figures), wrap_script=False)
-    return places, script
+    script, elements = components(dict(figures), wrap_script=False)
+    return elements, script
 
 
 @cache
 def library() -> str:
-    """BokehJS, as far as the pictures need it."""
+    """The part of BokehJS that the figures need."""
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)

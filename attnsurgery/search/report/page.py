@@ -1,7 +1,7 @@
-"""The page: the result in a few sentences, then section after section, and one script that draws the pictures.
+"""The page: the result in a few sentences, the sections, and one script that draws the figures.
 
-Nothing is ever fetched: the page forbids itself any connection, and any script but its own two, known by their hashes.
-Without scripts everything but the pictures is there.
+The page loads nothing: its Content-Security-Policy forbids all connections, and all scripts except its own two, which
+it identifies by their hashes. Without scripts, everything except the figures is shown.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from attnsurgery.search.report.section import builders
 from attnsurgery.search.report.template import html, html_file
-from attnsurgery.search.report.words import ms, percent, rung_name
-from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.search.report.words import budgeted_latency, ms, percent, rung_name
+from attnsurgery.search.result.record import Record
 
 if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 def render(outcome: Outcome, control: Control | None = None) -> str:
     """The whole page as HTML."""
-    from attnsurgery.search.report.figures import embedded, library  # Bokeh takes a while to import
+    from attnsurgery.search.report.figures import embed, library  # Bokeh takes a while to import
 
     sections = [section for build in builders() if (section := build(outcome, control)) is not None]
     figures = {f"{section.anchor}-{i}": figure for section in sections for i, figure in enumerate(section.figures)}
-    divs, script = embedded(figures)
+    divs, script = embed(figures)
     scripts = [library(), script]
     return html_file(
         "page.html",
@@ -51,17 +51,17 @@ _SUMMARY = """\
 {% if choice %}
 <p>Chosen among {{ choice }}.</p>
 {% endif %}
-{% if again %}
-<p>Measured again after the search: {{ again }}.</p>
+{% if final_latency %}
+<p>Latency measured again after the search: {{ final_latency }}.</p>
 {% endif %}
 {% else %}
-<p>No candidate was trained within {{ budgets }} so far.</p>
+<p>No candidate within {{ budgets }} has been trained so far.</p>
 {% endif %}
 """
 
 
 def _summary(outcome: Outcome) -> Markup:
-    """The verdict if there is one, the best candidate, and its latency measured again."""
+    """The verdict if there is one, the best candidate, and its final latency."""
     best, confirmation = outcome.best, outcome.confirmation
     if best is None or best.timing is None:
         return html(_SUMMARY, verdicts=_verdicts(outcome), best="", budgets=outcome.budgets.describe())
@@ -72,51 +72,42 @@ def _summary(outcome: Outcome) -> Markup:
         role="The winner" if confirmation else "Best on validation",
         number=best.number,
         name=best.recipe["name"] if best.recipe else "",
-        result=f"{percent(best.final_top1)} on validation at {ms(best.timing)}; {_against(best, outcome.base)}",
+        result=f"{percent(best.final_top1)} on validation at {ms(best.timing)}. {_base_comparison(best, outcome.base)}",
         choice=confirmation.choice() if confirmation else "",
-        again=_again(confirmation.timing, outcome.config.latency_budget_ms) if confirmation else "",
+        final_latency=(budgeted_latency(confirmation.timing, outcome.config.latency_budget_ms) if confirmation else ""),
     )
 
 
 def _verdicts(outcome: Outcome) -> list[str]:
     """The state of a search that has not ended, and the verdict of one that was confirmed."""
-    so_far = (
-        f"{outcome.trained} of {outcome.config.trials} wanted candidates are trained, and the best has not been judged "
-        "on test images."
+    progress = (
+        f"{outcome.trained} of {outcome.config.trials} requested candidates are trained, and the best has not been "
+        "evaluated on test images."
     )
     verdicts = []
     if outcome.interrupted:
-        verdicts.append(f"Interrupted: the same command resumes here. {so_far}")
+        verdicts.append(f"Interrupted: the same command resumes the search. {progress}")
     elif outcome.confirmation is None and outcome.best is not None:
-        verdicts.append(f"Not finished: {so_far}")
+        verdicts.append(f"Not finished: {progress}")
     if outcome.confirmation:
         verdicts.append(outcome.confirmation.sentence())
     return verdicts
 
 
-def _against(best: Record, base: Record) -> str:
+def _base_comparison(best: Record, base: Record) -> str:
     """The base's accuracy after an equally long training, and its latency."""
     rung = min(best.reached, base.reached)
     latency = f" at {base.timing.ms:.3g} ms" if base.timing else ""
     if rung == best.reached:
-        return f"the base trained equally long: {percent(base.top1_on(rung))}{latency}"
+        return f"The base, trained equally long, has {percent(base.top1_on(rung))}{latency}"
     return (
-        f"the base was not trained that long; on {rung_name(rung)}, which both were on, {percent(best.top1_on(rung))} "
-        f"against its {percent(base.top1_on(rung))}{latency}"
+        f"The base was not trained as long. On {rung_name(rung)}, the highest that both reached, the candidate has "
+        f"{percent(best.top1_on(rung))}, and the base has {percent(base.top1_on(rung))}{latency}"
     )
 
 
-def _again(timing: Timing, budget_ms: float | None) -> str:
-    """The latency measured after the search, against its budget."""
-    if budget_ms is None:
-        return ms(timing)
-    if timing.ms > budget_ms:
-        return f"{ms(timing)}, which is over the budget of {budget_ms:g} ms"
-    return f"{ms(timing)}, within the budget"
-
-
 def _policy(scripts: list[str]) -> str:
-    """The Content-Security-Policy that lets a browser draw the page and do nothing else."""
+    """The Content-Security-Policy that allows a browser to draw the page and nothing else."""
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
 

@@ -1,4 +1,4 @@
-"""How numbers, states and candidates read on the page, in pictures and in text."""
+"""Numbers, states and candidates as text, for figures and sentences of the report."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from attnsurgery.settings import RankBy
 STATES = {
     "trained": "trained",
     "over_budget": "over budget, not trained",
-    "outgrown": "over budget, trained when that was wider",
+    "over_reduced_budget": "over budget, trained when the budget was larger",
     "too_many_blocks": "too many blocks, not built",
-    "duplicate": "seen before, not trained again",
+    "duplicate": "duplicate, not trained again",
     "failed": "failed",
 }
 
 
 def state(record: Record) -> str:
-    """The key in STATES that says most about a trial."""
-    return "outgrown" if record.state == "over_budget" and record.top1 is not None else record.state
+    """The key in STATES that describes a trial best."""
+    return "over_reduced_budget" if record.state == "over_budget" and record.top1 is not None else record.state
 
 
 def percent(share: float | None) -> str:
@@ -27,7 +27,7 @@ def percent(share: float | None) -> str:
 
 def score_label(by: RankBy) -> str:
     """The label of an axis of scores, on which higher is better."""
-    return "validation top-1, %" if by == "top1" else "validation loss, up is better"
+    return "validation top-1, %" if by == "top1" else "validation loss, axis inverted"
 
 
 def score(record: Record, rung: int, by: RankBy) -> float:
@@ -48,11 +48,19 @@ def points(share: float) -> str:
 
 
 def ms(timing: Timing | None, unit: str = " ms") -> str:
-    """A latency with half its 95 % interval."""
+    """A latency with half its 95 % confidence interval."""
     if timing is None:
         return ""
     half = (timing.high_ms - timing.low_ms) / 2
     return f"{timing.ms:.3f} ± {half:.3f}{unit}"
+
+
+def budgeted_latency(timing: Timing, budget_ms: float | None) -> str:
+    """A latency, compared with its budget if there is one."""
+    if budget_ms is None:
+        return ms(timing)
+    comparison = "which is over" if timing.ms > budget_ms else "within"
+    return f"{ms(timing)}, {comparison} the budget of {budget_ms:g} ms"
 
 
 def quantity(count: int, noun: str) -> str:
@@ -66,7 +74,7 @@ def record_name(record: Record) -> str:
 
 
 def rung_name(rung: int) -> str:
-    """'rung 1' for the lowest, which is 0 inside."""
+    """'rung 1' for rung 0, the lowest."""
     return f"rung {rung + 1}"
 
 

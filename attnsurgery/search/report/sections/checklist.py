@@ -1,7 +1,7 @@
-"""A checklist of sound practice in architecture search, filled in from the facts of this one; it may well say no.
+"""A checklist of best practices in architecture search, answered from the records of this search.
 
 The questions follow Lindauer and Hutter, "Best Practices for Scientific Research on Neural Architecture Search", JMLR
-21(243), 2020, as far as they can be asked of a single search.
+21(243), 2020, as far as they apply to a single search. An answer can be no.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
-from attnsurgery.search.report.words import duration, ms, points, quantity
+from attnsurgery.search.report.words import budgeted_latency, duration, points, quantity
 from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation
 from attnsurgery.search.result.record import Record
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Answer = Literal["yes", "partly", "no"]
 
-_SEEDS = 3
-"""So many trainings a side tell a difference from the luck of one; fewer only partly."""
+_ENOUGH_SEEDS = 3
+"""Trainings of each model from which on the answer is yes; two are partly enough to separate a gain from chance."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
 
 
 _ABOVE = """\
-<p>{{ counts["yes"] }} yes, {{ counts["partly"] }} partly, {{ counts["no"] }} no; filled in from what this search has
-written down.</p>
+<p>{{ counts["yes"] }} yes, {{ counts["partly"] }} partly, {{ counts["no"] }} no. The answers are derived from the
+records of this search.</p>
 """
 _BELOW = """\
 <table><tbody>
@@ -56,19 +56,19 @@ _BELOW = """\
 {% endfor %}
 </tbody></table>
 <p class="faint">The questions follow M. Lindauer and F. Hutter, “Best Practices for Scientific Research on Neural
-Architecture Search”, Journal of Machine Learning Research 21(243), 2020 (arXiv 1909.02453), as far as they can be asked
-of a single search.</p>
+Architecture Search”, Journal of Machine Learning Research 21(243), 2020 (arXiv 1909.02453), as far as they apply to a
+single search.</p>
 """
 
 
 def checklist(outcome: Outcome, control: Control | None = None) -> list[Item]:
     """The questions with their answers."""
     return [
-        *(question(outcome) for question in (_settings, _code, _command, _same_data, _apart, _same_epochs)),
-        *(question(outcome) for question in (_chosen_apart, _test_once, _seeds, _enough_images, _many_candidates)),
-        *(question(outcome) for question in (_measured, _measured_again)),
-        _random(outcome, control),
-        *(question(outcome) for question in (_repeated, _ablation, _cost, _all_trials)),
+        *(question(outcome) for question in (_settings, _code, _command, _same_data, _disjoint_splits, _same_epochs)),
+        *(question(outcome) for question in (_selection_images, _test_uses, _seeds, _validation_size, _planned_test)),
+        *(question(outcome) for question in (_latency, _final_latency)),
+        _random_search(outcome, control),
+        *(question(outcome) for question in (_repetitions, _ablation, _cost, _all_trials)),
     ]
 
 
@@ -77,87 +77,108 @@ def _settings(outcome: Outcome) -> Item:
     return Item(
         "Are training settings and seeds stated exactly?",
         "yes" if training else "no",
-        f"{quantity(config.epochs, 'epoch')} of {training.get('optimizer', '?')} at {config.lr:g}, batch "
-        f"{config.train_batch_size}, seed {config.seed}; the rest is under Conditions.",
+        f"{quantity(config.epochs, 'epoch')} of {training.get('optimizer', '?')} with learning rate {config.lr:g}, "
+        f"batch size {config.train_batch_size} and seed {config.seed}. The other settings are under Conditions.",
     )
 
 
 def _code(outcome: Outcome) -> Item:
     code = outcome.about.code
     return Item(
-        "Is the version of the code stated, and one?",
+        "Is the version of the code stated, and the same throughout the search?",
         "yes" if len(code) == 1 else "partly",
-        f"{code[0]}." if len(code) == 1 else f"{len(code)} versions worked on this search: {'; then '.join(code)}.",
+        f"{code[0]}."
+        if len(code) == 1
+        else f"{len(code)} versions of the code ran this search: {'; then '.join(code)}.",
     )
 
 
 def _command(outcome: Outcome) -> Item:
-    there = bool(outcome.about.command)
-    fact = "The command is under Conditions." if there else "It was run from Python; study.db keeps its configuration."
-    return Item("Is there a command that repeats the search?", "yes" if there else "partly", fact)
+    from_shell = bool(outcome.about.command)
+    fact = (
+        "The command is under Conditions."
+        if from_shell
+        else "The search was run from Python. Its configuration is in study.db."
+    )
+    return Item("Is there a command that repeats the search?", "yes" if from_shell else "partly", fact)
 
 
 def _same_data(outcome: Outcome) -> Item:
     images = ", ".join(f"{count:,} {split}" for split, count in outcome.about.images.items())
     return Item(
-        "Do base and candidates see the same images, in the same splits?",
+        "Did the base and the candidates use the same images, in the same splits?",
         "yes",
-        f"{images}; fingerprint {outcome.about.fingerprint}. The search refuses to go on with others.",
+        f"{images}; fingerprint {outcome.about.fingerprint}. The search does not resume with other images.",
     )
 
 
-def _apart(outcome: Outcome) -> Item:
-    question = "Are the images of each split in no other?"
-    found = outcome.about.shared
-    if found is None:
-        return Item(question, "partly", "No image is in two; copies of one under another name were not looked for.")
-    if found:
-        return Item(question, "no", "; ".join(found) + ".")
-    return Item(question, "yes", "Neither a byte copy nor a nearly equal image is in two splits.")
+def _disjoint_splits(outcome: Outcome) -> Item:
+    question = "Is every image in one split only?"
+    overlaps = outcome.about.shared
+    if overlaps is None:
+        return Item(
+            question,
+            "partly",
+            "No image is in two splits, but the splits were not searched for copies under other names.",
+        )
+    if overlaps:
+        return Item(question, "no", "; ".join(overlaps) + ".")
+    return Item(question, "yes", "No image is in two splits, neither as an identical copy nor as a nearly equal one.")
 
 
 def _same_epochs(outcome: Outcome) -> Item:
     base, best = outcome.base, outcome.best
     question = "Was the base trained as long as the winner, with the same settings?"
     if best is None:
-        return Item(question, "no", "Nothing was trained to hold beside the base.")
-    ours, theirs = _epochs(best), _epochs(base)
-    fact = f"The best candidate was trained for {quantity(ours, 'epoch')} when it was chosen, the base for {theirs}"
+        return Item(question, "no", "No candidate has been trained that could be compared with the base.")
+    best_epochs, base_epochs = _epochs(best), _epochs(base)
+    fact = (
+        f"The best candidate was trained for {quantity(best_epochs, 'epoch')} when it was chosen, and the base for "
+        f"{base_epochs}."
+    )
     if outcome.confirmation:
-        fact += f"; in the confirmation both for {outcome.confirmation.epochs}"
-    answer: Answer = "yes" if ours == theirs else "partly" if outcome.confirmation else "no"
-    return Item(question, answer, f"{fact}.")
+        fact += f" In the confirmation, both were trained for {outcome.confirmation.epochs}."
+    answer: Answer = "yes" if best_epochs == base_epochs else "partly" if outcome.confirmation else "no"
+    return Item(question, answer, fact)
 
 
 def _epochs(record: Record) -> int:
     return record.promotions[-1].epochs if record.promotions else record.epochs
 
 
-def _chosen_apart(outcome: Outcome) -> Item:
-    question = "Was the winner chosen on other images than those of the verdict?"
-    found = outcome.confirmation
-    if found is None:
-        return Item(question, "no", "There is no verdict yet: the numbers above are of the images it was chosen by.")
-    chosen = (
-        f"Chosen on {outcome.about.images['validation']:,} validation images, judged on {found.images:,} test images"
+def _selection_images(outcome: Outcome) -> Item:
+    question = "Was the winner chosen on images other than those of the verdict?"
+    confirmation = outcome.confirmation
+    if confirmation is None:
+        return Item(
+            question, "no", "There is no verdict yet. The scores above are on the images that it was chosen on."
+        )
+    fact = (
+        f"The winner was chosen on {outcome.about.images['validation']:,} validation images and tested on "
+        f"{confirmation.images:,} test images"
     )
-    if len(found.finalists) < 2:
-        return Item(question, "yes", f"{chosen}.")
-    if not found.anew:
-        return Item(question, "partly", f"{chosen}, but by the very trainings that were judged, whose luck shows.")
-    return Item(question, "yes", f"{chosen}, after training anew from seeds that nothing was chosen by.")
+    if len(confirmation.finalists) < 2:
+        return Item(question, "yes", f"{fact}.")
+    if not confirmation.anew:
+        return Item(
+            question,
+            "partly",
+            f"{fact}, but both with the same trainings, which favours lucky trainings (winner's curse).",
+        )
+    return Item(question, "yes", f"{fact}, after training again from fresh seeds that influenced no choice.")
 
 
-def _test_once(outcome: Outcome) -> Item:
-    question = "Were the test images used once only?"
-    if outcome.confirmation is None:
-        return Item(question, "yes", "They were not used so far.")
-    looks = outcome.confirmation.looks
-    if looks == 1:
-        return Item(question, "yes", "For the verdict alone.")
-    return Item(
-        question, "no", f"The search went on after a verdict: this is look {looks}, and each was a chance to stop."
-    )
+def _test_uses(outcome: Outcome) -> Item:
+    question = "Were the test images used only once?"
+    looks = outcome.confirmation.looks if outcome.confirmation else 0
+    if looks > 1:
+        return Item(
+            question,
+            "no",
+            f"The search was resumed after a verdict: this is look {looks} at the test images, and each look raises "
+            "the probability of a false positive.",
+        )
+    return Item(question, "yes", "They were used for the verdict only." if looks else "They have not been used yet.")
 
 
 def _seeds(outcome: Outcome) -> Item:
@@ -165,105 +186,114 @@ def _seeds(outcome: Outcome) -> Item:
     if outcome.confirmation is None:
         return Item(question, "no", "There is no verdict yet.")
     seeds = outcome.confirmation.seeds
-    answer: Answer = "yes" if seeds >= _SEEDS else "partly" if seeds > 1 else "no"
-    return Item(question, answer, f"{quantity(seeds, 'seed')} each; images, and not seeds, are what is counted.")
+    answer: Answer = "yes" if seeds >= _ENOUGH_SEEDS else "partly" if seeds > 1 else "no"
+    sample = "both images and trainings" if seeds > 1 else "images only, not the variation between trainings"
+    return Item(question, answer, f"{quantity(seeds, 'seed')} for each model. The test takes into account {sample}.")
 
 
-def _enough_images(outcome: Outcome) -> Item:
-    question = "Are there enough validation images to separate the best candidates from chance?"
+def _validation_size(outcome: Outcome) -> Item:
+    question = "Are there enough validation images to distinguish the best candidates from chance?"
     best, base, count = outcome.best, outcome.base, outcome.trained
     if best is None:
-        return Item(question, "no", "Nothing was trained yet.")
+        return Item(question, "no", "No candidate has been trained yet.")
     rung = min(best.reached, base.reached)
     images, top1 = outcome.about.images["validation"], best.top1_on(rung) or 0.0
     error = math.sqrt(top1 * (1 - top1) / images)
-    luck = error * math.sqrt(2 * math.log(count)) if count > 1 else error
+    chance_lead = error * math.sqrt(2 * math.log(count)) if count > 1 else error
     lead = top1 - (base.top1_on(rung) or 0.0)
-    answer: Answer = "yes" if lead > luck else "partly" if lead > error else "no"
+    answer: Answer = "yes" if lead > chance_lead else "partly" if lead > error else "no"
     return Item(
         question,
         answer,
-        f"On {images:,} images a standard error is {100 * error:.2f} points, and the best of "
-        f"{quantity(count, 'candidate')} no better than the base would lead by up to {100 * luck:.2f} by luck; it "
-        f"leads by {points(lead)}.",
+        f"On {images:,} images the standard error is {100 * error:.2f} points. By chance alone, the best of "
+        f"{quantity(count, 'candidate')} no better than the base would lead by up to {100 * chance_lead:.2f} points. "
+        f"The best candidate leads by {points(lead)}.",
     )
 
 
-def _many_candidates(outcome: Outcome) -> Item:
-    question = "Is the verdict a single planned test, however many candidates there were?"
-    found = outcome.confirmation
-    if found is None:
-        return Item(question, "no", f"There is no test yet; {quantity(outcome.trained, 'candidate')} were compared.")
+def _planned_test(outcome: Outcome) -> Item:
+    question = "Is the verdict a single planned test, regardless of the number of candidates?"
+    confirmation, candidates = outcome.confirmation, quantity(outcome.trained, "candidate")
+    if confirmation is None:
+        return Item(question, "no", f"There is no test yet. The search compared {candidates}.")
+    look = "" if confirmation.looks == 1 else f" This is test {confirmation.looks} of the search."
     return Item(
         question,
-        "yes" if found.looks == 1 else "no",
-        f"{quantity(outcome.trained, 'candidate')} competed on validation, one was tested: {_test(found)}, "
-        f"p = {found.p_value:.3g}, "
-        f"called significant below {SIGNIFICANT:g}{'' if found.looks == 1 else f'; but it is test {found.looks}'}.",
+        "yes" if confirmation.looks == 1 else "no",
+        f"The search compared {candidates} on validation images, and tested one: {_test_name(confirmation)}, "
+        f"p = {confirmation.p_value:.3g}, significance level {SIGNIFICANT:g}.{look}",
     )
 
 
-def _test(found: Confirmation) -> str:
-    """Its name."""
-    if found.seeds == 1:
-        return "McNemar's exact test on images, which knows nothing of other trainings"
-    return f"analysis of variance of {found.images:,} images and {found.seeds} trainings of each of the two"
+def _test_name(confirmation: Confirmation) -> str:
+    if confirmation.seeds == 1:
+        return "McNemar's exact test over images, which does not cover the variation between trainings"
+    return f"analysis of variance of {confirmation.images:,} images and {confirmation.seeds} trainings of each model"
 
 
-def _measured(outcome: Outcome) -> Item:
-    question = "Was latency measured, under stated conditions and with an interval?"
+def _latency(outcome: Outcome) -> Item:
+    question = "Was latency measured, under stated conditions and with a confidence interval?"
     about = outcome.about
     if outcome.config.latency == "fixed" or about.versions.get("latency") == "computed, not measured":
         return Item(question, "no", "It was computed from multiply-accumulates, not measured.")
-    said = f"{about.conditions}; the base's median is known to ± {100 * about.noise:.2f} %"
+    fact = f"{about.conditions}. The 95 % confidence interval of the base's median is ± {100 * about.noise:.2f} %"
     if not about.steady:
-        return Item(question, "partly", f"{said}, but the machine was not steady meanwhile.")
-    return Item(question, "yes", f"{said}; 95 % intervals are in the picture and in the table.")
+        return Item(question, "partly", f"{fact}, but the machine was disturbed during its measurement.")
+    return Item(question, "yes", f"{fact}. The intervals of all candidates are in the figure and in the table.")
 
 
-def _measured_again(outcome: Outcome) -> Item:
-    question = "Was the winner's latency measured again at the end, and does it keep to its budget?"
+def _final_latency(outcome: Outcome) -> Item:
+    question = "Was the winner's latency measured again at the end, and is it within its budget?"
     if outcome.confirmation is None:
-        return Item(question, "no", "Not yet: the fastest of several measurements is too fast, on average.")
-    again, budget = outcome.confirmation.timing, outcome.config.latency_budget_ms
-    if budget is None:
-        return Item(question, "yes", f"{ms(again)}; there is no budget of latency.")
-    if again.ms > budget:
-        return Item(question, "partly", f"{ms(again)}, which is over the budget of {budget:g} ms.")
-    return Item(question, "yes", f"{ms(again)}, within the budget of {budget:g} ms.")
+        return Item(
+            question,
+            "no",
+            "Not yet. The lowest of several measured latencies is too low on average (winner's curse).",
+        )
+    timing, budget_ms = outcome.confirmation.timing, outcome.config.latency_budget_ms
+    no_budget = " There is no latency budget." if budget_ms is None else ""
+    return Item(
+        question,
+        "yes" if budget_ms is None or timing.ms <= budget_ms else "partly",
+        f"{budgeted_latency(timing, budget_ms)}.{no_budget}",
+    )
 
 
-def _random(outcome: Outcome, control: Control | None) -> Item:
-    question = "Is the search held beside random search?"
+def _random_search(outcome: Outcome, control: Control | None) -> Item:
+    question = "Is the search compared with random search?"
     if control:
-        there = len(control.trained)
-        answer: Answer = "yes" if there >= outcome.trained else "partly"
-        return Item(question, answer, f"A control of {there} trained candidates beside {outcome.trained} here.")
+        count = len(control.trained)
+        answer: Answer = "yes" if count >= outcome.trained else "partly"
+        fact = f"The control has {quantity(count, 'trained candidate')}, and this search has {outcome.trained}."
+        return Item(question, answer, fact)
     drawn = len(outcome.drawn)
     if SAMPLERS.draws_uniformly(outcome.config.sampler):
-        return Item(question, "no", "It is a random search itself.")
+        return Item(question, "no", "This search is a random search itself.")
     if drawn == outcome.trained:
         return Item(question, "no", "All candidates so far were drawn at random.")
     if drawn > 1:
-        return Item(question, "partly", f"Only with the {drawn} candidates that it began with, drawn at random.")
-    return Item(question, "no", "No control was given, and no more than one candidate was drawn at random.")
+        return Item(question, "partly", f"Only with its own first {drawn} candidates, which were drawn at random.")
+    return Item(question, "no", "No control was given, and at most one candidate was drawn at random.")
 
 
-def _repeated(outcome: Outcome) -> Item:
+def _repetitions(outcome: Outcome) -> Item:
     return Item(
         "Was the whole search repeated with other seeds?",
         "no",
-        f"This page is of one search, with seed {outcome.config.seed}: it tells about the winner, and not about the "
-        f"sampler {outcome.config.sampler}.",
+        f"This report covers one search, with seed {outcome.config.seed}. It describes the winner, but does not "
+        f"evaluate the sampler {outcome.config.sampler}.",
     )
 
 
 def _ablation(outcome: Outcome) -> Item:
     question = "Is it known which of the winner's blocks matter?"
     if outcome.best is not None and outcome.best.blocks == 1:
-        return Item(question, "yes", "It has one block, and the base is the winner without it.")
+        return Item(question, "yes", "The winner has one block, and the base is the winner without it.")
     return Item(
-        question, "no", "Its blocks were not taken out one by one; the map of blocks and places is no such test."
+        question,
+        "no",
+        "There was no ablation: the winner's blocks were not removed one by one. The section Blocks and places does "
+        "not replace that.",
     )
 
 
@@ -272,24 +302,24 @@ def _cost(outcome: Outcome) -> Item:
     records = [outcome.base, *outcome.records]
     training = sum(record.seconds + sum(higher.seconds for higher in record.promotions) for record in records)
     if outcome.seconds is None:
-        return Item(question, "partly", f"{duration(training)} of training base and candidates; the rest is not known.")
+        fact = f"The base and the candidates were trained for {duration(training)}. The other costs are unknown."
+        return Item(question, "partly", fact)
     scratch = not (outcome.config.pretrained or outcome.config.checkpoint)
-    apart = " and the training of the base from scratch" if scratch else ""
+    initial_training = " and the initial training of the base from scratch" if scratch else ""
     return Item(
         question,
         "partly" if scratch else "yes",
-        f"{outcome.seconds:,.0f} s on the clock, of which {training:,.0f} s training base and candidates; without "
-        f"loading{apart}.",
+        f"{outcome.seconds:,.0f} s of wall-clock time. The trainings of the base and the candidates add up to "
+        f"{training:,.0f} s. Not included: loading{initial_training}.",
     )
 
 
 def _all_trials(outcome: Outcome) -> Item:
-    counts = outcome.counts
-    failed = f"{counts['failed']} of them failed, with the reason" if counts["failed"] else "none of them failed"
-    unbuilt = counts["too_many_blocks"]
-    apart = f"; {unbuilt} with too many blocks are counted and not listed" if unbuilt else ""
+    failed, unbuilt = outcome.counts["failed"], outcome.counts["too_many_blocks"]
+    failures = f"{failed} of them failed, with the reason in the table" if failed else "none of them failed"
+    unlisted = f" {unbuilt} with too many blocks are counted, but not listed." if unbuilt else ""
     return Item(
-        "Are all trials reported, also those that failed?",
+        "Are all trials reported, including those that failed?",
         "yes",
-        f"{quantity(len(outcome.records), 'trial')}, {failed}{apart}.",
+        f"{quantity(len(outcome.records), 'trial')}, {failures}.{unlisted}",
     )

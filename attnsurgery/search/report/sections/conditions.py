@@ -1,4 +1,4 @@
-"""What the numbers hold for, and the command that makes them again."""
+"""The conditions of the search, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     """Latency, data, training, versions, command."""
     about, config = outcome.about, outcome.config
     rows = {
-        "Latency": f"{about.conditions}; measured alternately with the base and put on the base's scale"
+        "Latency": f"{about.conditions}; measured alternately with the base, as a multiple of its latency"
         f"{'; the base: ' if about.beside else ''}{about.beside}",
-        "Machine": _listed(about.versions),
-        "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen by validation images, the "
-        "verdict is on test images",
+        "Machine": _pairs(about.versions),
+        "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen on validation images, "
+        "and the verdict is on test images",
         **({"About the data": "; ".join(about.notes)} if about.notes else {}),
         "Base": f"{config.base}, {_weights(outcome)} (weights {about.weights})",
-        "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_listed(about.training)}; seed {config.seed}",
+        "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_pairs(about.training)}; seed {config.seed}",
         **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
-        "Search": f"{config.trials} trained candidates wanted within {outcome.budgets.describe()}, sampler "
-        f"{config.sampler}, seed {config.seed}{_fell_back(outcome)}",
-        "Settings": _settings(config) or "all as they are by default",
+        "Search": f"{config.trials} trained candidates requested within {outcome.budgets.describe()}, sampler "
+        f"{config.sampler}, seed {config.seed}{_fallbacks(outcome)}",
+        "Settings": _settings(config) or "all have their defaults",
         "Code": "; then ".join(about.code),
     }
     return Section(
@@ -47,15 +47,15 @@ _BELOW = """\
 <dt>{{ name }}</dt><dd>{{ words }}</dd>
 {% endfor %}
 </dl>
-<p>The command that does this:</p>
+<p>The command that repeats this search:</p>
 <pre>{{ command }}</pre>
 """
 
 
 def _settings(config: SearchConfig) -> str:
-    """Those that are not as they are by default, but for where the search is kept."""
+    """The settings that differ from their defaults, except those that name the base and where the search is stored."""
     fields = type(config).model_fields
-    return _listed(
+    return _pairs(
         {
             name: value
             for name in settings_of(type(config))
@@ -64,29 +64,32 @@ def _settings(config: SearchConfig) -> str:
     )
 
 
-def _fell_back(outcome: Outcome) -> str:
-    fell_back = sum(record.fell_back for record in outcome.records)
-    if not fell_back:
+def _fallbacks(outcome: Outcome) -> str:
+    count = sum(record.fell_back for record in outcome.records)
+    if not count:
         return ""
-    return f"; of {len(outcome.records)} candidates TPE chose {fell_back}, when the sampler's own model did not fit"
+    return f"; TPE chose {count} of {len(outcome.records)} candidates, where the sampler's own model did not fit"
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _rungs(config: SearchConfig) -> str:
-    """What comes before the training named above, and how many get there."""
+    """The rungs, and the share of candidates that is promoted."""
     rungs = "; then ".join(map(str, rungs_of(config)))
-    return f"{rungs}; one candidate in {config.halving} is promoted to the next rung; each starts at the base's weights"
+    return (
+        f"{rungs}; one candidate in {config.halving} is promoted to the next rung; each training starts from the "
+        "base's weights"
+    )
 
 
 def _weights(outcome: Outcome) -> str:
     config, length = outcome.config, quantity(outcome.config.base_epochs, "epoch")
-    head = f" and a new head, fitted by itself for {length}" if outcome.about.fresh == "head" else ""
+    head = f" and a new head, trained alone for {length}" if outcome.about.fresh == "head" else ""
     head += f" ({outcome.about.head})" if outcome.about.head else ""
     if config.pretrained:
-        return f"with the weights that timm publishes{head}"
+        return f"with timm's pretrained weights{head}"
     if config.checkpoint:
         return f"with the weights of {config.checkpoint}{head}"
     return f"trained from scratch for {length}"

@@ -1,4 +1,4 @@
-"""The main picture: score over latency, each mark a candidate, the front as steps, the budget as a line."""
+"""The main figure: score over latency, with a mark for each candidate, the Pareto front and the budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bokeh.plotting import figure
 from markupsafe import Markup
 
 from attnsurgery.search.report.colours import BLUE, GREY, INK, RED
-from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
+from attnsurgery.search.report.figures import add_tooltips, chart, label_losses, padded_range, source
 from attnsurgery.search.report.section import Mark, Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import quantity, rung_name, score, score_label
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
-_FAR = 3.0
-"""A budget so many times the highest latency is stated in words and not drawn."""
-_BEYOND = 0.6
-"""Candidates over the budget are shown this far beyond the others, as a share of the others' width."""
+_MAX_BUDGET_RATIO = 3.0
+"""A budget of more than this times the highest latency is stated in the caption and not drawn."""
+_EXTRA_WIDTH = 0.6
+"""Width for candidates over the budget to the right of the others, as a share of the width of the others."""
 
 
 @register(order=10)
 def section(outcome: Outcome, control: Control | None = None) -> Section:
     """Score and latency of all candidates that were measured."""
-    groups, best, by = _Groups.of(outcome), [outcome.best] if outcome.best else [], outcome.config.rank_by
-    xs, ys = _shown(outcome, groups)
-    floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # candidates without a score are drawn here
+    groups, winner, by = _Groups.of(outcome), [outcome.best] if outcome.best else [], outcome.config.rank_by
+    xs, ys = _visible_values(outcome, groups)
+    floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # the height of candidates without a score
     y_range = padded_range([*ys, floor] if groups.over else ys, 0.04)
     plot = chart("latency, ms", score_label(by), 460, x_range=padded_range(xs, 0.04), y_range=y_range)
     budget = outcome.config.latency_budget_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(plot, budget)
-    lower, top, winner = ([_score(record, by) for record in some] for some in (groups.lower, groups.top, best))
+    lower, top, best = ([_score(record, by) for record in group] for group in (groups.lower, groups.top, winner))
     marks = [
         _draw(plot, groups.over, GREY, [floor] * len(groups.over), marker="x", size=7, line_alpha=0.8),
         _draw(plot, groups.lower, BLUE, lower, marker="circle", size=8, fill_alpha=0.0, line_alpha=0.45),
@@ -48,8 +48,8 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     ]
     _draw_front(plot, outcome)
     marks.append(_draw(plot, [outcome.base], INK, [_base_score(outcome)], marker="square", size=11, line_color="white"))
-    marks.append(_draw(plot, best, RED, winner, marker="diamond", size=17, line_color="white"))
-    hover(plot, marks)
+    marks.append(_draw(plot, winner, RED, best, marker="diamond", size=17, line_color="white"))
+    add_tooltips(plot, marks)
     if by == "loss":
         label_losses(plot)
     return Section(
@@ -63,11 +63,12 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Candidates that were measured, by how they are drawn."""
+    """The measured candidates, grouped by how they are drawn."""
 
     top: list[Record]
-    """Trained, on the highest rung that any reached."""
+    """Trained up to the highest rung that any candidate reached."""
     lower: list[Record]
+    """Trained on lower rungs only."""
     over: list[Record]
     """Over the budget, not trained."""
 
@@ -81,17 +82,17 @@ class _Groups:
         )
 
 
-def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]:
-    """The latencies and scores that the axes cover; the rest is a drag away."""
+def _visible_values(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]:
+    """The latencies and scores that the axes include; others become visible by dragging."""
     candidates = [*groups.top, *groups.lower]
     winner = [outcome.best] if outcome.best else []
     xs = without_outliers(_ends(candidates)) + _ends([outcome.base, *winner])
     budget = outcome.config.latency_budget_ms
-    if budget is not None and budget < _FAR * max(xs):
+    if budget is not None and budget < _MAX_BUDGET_RATIO * max(xs):
         xs.append(budget)
     over = [_ms(record) for record in groups.over]
-    most = max(xs) + _BEYOND * (max(xs) - min(xs))
-    xs += [ms for ms in over if ms <= most] if candidates else without_outliers(over)
+    max_ms = max(xs) + _EXTRA_WIDTH * (max(xs) - min(xs))
+    xs += [ms for ms in over if ms <= max_ms] if candidates else without_outliers(over)
     ys = without_outliers([_score(record, outcome.config.rank_by) for record in candidates]) + [
         _score(record, outcome.config.rank_by) for record in winner
     ]
@@ -99,7 +100,7 @@ def _shown(outcome: Outcome, groups: _Groups) -> tuple[list[float], list[float]]
 
 
 def _ends(records: Sequence[Record]) -> list[float]:
-    """Both ends of the intervals of their latencies."""
+    """Both ends of the confidence intervals of their latencies."""
     return [end for record in records if record.timing for end in (record.timing.low_ms, record.timing.high_ms)]
 
 
@@ -109,7 +110,7 @@ def _draw(
     colour: str,
     heights: Sequence[float],
     line_color: str | None = None,
-    **look: object,
+    **style: object,
 ) -> GlyphRenderer:
     """Draw marks with the confidence intervals of their latencies."""
     timings = [record.timing for record in records if record.timing]
@@ -121,11 +122,11 @@ def _draw(
         high=[timing.high_ms for timing in timings],
     )
     plot.segment("low", "y", "high", "y", source=columns, line_color=colour, line_alpha=0.4, line_width=1.2)
-    return plot.scatter("x", "y", source=columns, fill_color=colour, line_color=line_color or colour, **look)
+    return plot.scatter("x", "y", source=columns, fill_color=colour, line_color=line_color or colour, **style)
 
 
 def _draw_front(plot: figure, outcome: Outcome) -> None:
-    """Draw the Pareto front as steps: the best score within so many milliseconds."""
+    """Draw the Pareto front as steps: the best score up to each latency."""
     xs, ys = (
         [_ms(record) for record in outcome.front],
         [_score(record, outcome.config.rank_by) for record in outcome.front],
@@ -136,7 +137,7 @@ def _draw_front(plot: figure, outcome: Outcome) -> None:
 
 
 def _draw_budget(plot: figure, budget: float) -> None:
-    """Draw a line at the budget, and shade what is beyond it."""
+    """Draw a line at the budget, and shade the area beyond it."""
     plot.add_layout(BoxAnnotation(left=budget, fill_color=GREY, fill_alpha=0.07, level="underlay"))
     plot.add_layout(Span(location=budget, dimension="height", line_color=RED, line_dash="dashed"))
     label = Label(x=budget, y=6, y_units="screen", x_offset=-6, text=f"budget {budget:g} ms", text_align="right")
@@ -145,39 +146,42 @@ def _draw_budget(plot: figure, budget: float) -> None:
 
 
 def _key(outcome: Outcome, groups: _Groups) -> tuple[Mark, ...]:
-    """The marks that occur in the picture."""
+    """The marks that occur in the figure."""
     highest = f"trained, {rung_name(outcome.top_rung)}" if groups.lower else "trained"
     marks = [
         (Mark("■", INK, "base"), [outcome.base]),
         (Mark("●", BLUE, highest), groups.top),
         (Mark("○", BLUE, "trained on lower rungs only"), groups.lower),
         (Mark("◆", RED, "best"), groups.top),
-        (Mark("━", BLUE, "front"), groups.top),
+        (Mark("━", BLUE, "Pareto front"), groups.top),
         (Mark("\N{MULTIPLICATION SIGN}", GREY, "over budget: measured, not trained"), groups.over),
     ]
     return tuple(mark for mark, records in marks if records)
 
 
 def _caption(outcome: Outcome, groups: _Groups, plot: figure) -> Markup:
-    """What the picture shows, and what lies outside it."""
-    sentences = ["Horizontal bars are 95 % intervals of latency; the front holds the best candidate at each latency."]
+    """An explanation of the figure, and the number of candidates outside it."""
+    sentences = [
+        "Horizontal bars are 95 % confidence intervals of latency.",
+        "The Pareto front contains the best candidate up to each latency.",
+    ]
     if groups.lower:
         sentences.append(
-            "Scores of different rungs are not comparable: only candidates on the highest rung that any reached "
-            "are on the front, the others are drawn fainter."
+            "Scores on different rungs are not comparable. Only candidates on the highest rung can be on the front, "
+            "and the others are drawn fainter."
         )
     budget = outcome.config.latency_budget_ms
     if budget is None:
-        sentences.append(f"There is no budget of latency here, but one of {outcome.budgets.describe()}.")
+        sentences.append(f"This search has no latency budget, but a budget of {outcome.budgets.describe()}.")
     elif budget > plot.x_range.end:
-        sentences.append(f"The budget of {budget:g} ms lies far to the right of the picture.")
+        sentences.append(f"The budget of {budget:g} ms is far to the right of the figure.")
     outside = sum(
         _ms(record) > plot.x_range.end
         or (record.top1 is not None and _score(record, outcome.config.rank_by) < plot.y_range.start)
         for record in (*groups.top, *groups.lower, *groups.over)
     )
     if outside:
-        sentences.append(f"Outside the picture, a drag away: {quantity(outside, 'candidate')}.")
+        sentences.append(f"Outside the visible range, which can be dragged: {quantity(outside, 'candidate')}.")
     return html('<p class="faint">{{ sentences | join(" ") }}</p>', sentences=sentences)
 
 
@@ -186,7 +190,7 @@ def _ms(record: Record) -> float:
 
 
 def _score(record: Record, by: RankBy) -> float:
-    """The score after the highest rung that the candidate was on."""
+    """The score on the highest rung that the candidate reached."""
     return score(record, record.reached, by)
 
 

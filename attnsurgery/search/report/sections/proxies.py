@@ -1,4 +1,4 @@
-"""How training-free proxies order the candidates that were trained."""
+"""The rank correlation of training-free proxies with the scores of trained candidates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
-_FEW = 5
+_MIN_CANDIDATES = 5
+"""With fewer candidates, a rank correlation is hardly informative."""
 _NAMES = {
     "parameters": "parameters",
     "macs": "multiply-accumulates",
@@ -22,24 +23,24 @@ _NAMES = {
     "synflow": "synaptic flow (Tanaka et al., NeurIPS 2020)",
 }
 
-_MEASURES = {"top1": "validation top-1", "loss": "validation loss, negated,"}
+_MEASURES = {"top1": "validation top-1", "loss": "negated validation loss"}
 
 
 @register(order=50)
 def section(outcome: Outcome, control: Control | None = None) -> Section | None:
-    """A line for each proxy; None where too few candidates were trained."""
+    """One row for each proxy; None if too few candidates were trained."""
     candidates, by = trained(outcome.records), outcome.config.rank_by
     rows = []
-    for name, words in _NAMES.items():
+    for name, description in _NAMES.items():
         pairs = [(value, score(record, 0, by)) for record in candidates if (value := _value(record, name)) is not None]
-        if len(pairs) >= _FEW:
-            tau = kendall_tau_b([value for value, _ in pairs], [score for _, score in pairs])
-            rows.append((words, "undefined" if tau is None else f"{tau:+.2f}", quantity(len(pairs), "candidate")))
+        if len(pairs) >= _MIN_CANDIDATES:
+            tau = kendall_tau_b([value for value, _ in pairs], [target for _, target in pairs])
+            rows.append((description, "undefined" if tau is None else f"{tau:+.2f}", quantity(len(pairs), "candidate")))
     if not rows:
         return None
     return Section(
         "proxies",
-        "Proxies: would one have known without training?",
+        "Proxies: can the ranking be predicted without training?",
         below=html(_BELOW, rows=rows, measure=_MEASURES[by]),
     )
 
@@ -51,8 +52,9 @@ _BELOW = """\
 <tr><td>{{ proxy }}</td><td class="n">{{ tau }}</td><td>{{ count }}</td></tr>
 {% endfor %}
 </tbody></table>
-<p class="faint">Kendall's tau-b between the proxy and the {{ measure }} after training. Near 0, training was needed to
-tell candidates apart; far from it, the proxy would have told for nothing. The search does not follow them.</p>
+<p class="faint">Kendall's tau-b between the proxy and the {{ measure }} after training. A value near 0 means that
+only training distinguishes the candidates. A value far from 0 means that the proxy predicts their ranking without
+training. The search does not use proxies.</p>
 """
 
 

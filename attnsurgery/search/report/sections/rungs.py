@@ -1,4 +1,4 @@
-"""Does a short training predict a longer one: each two neighbouring rungs against each other."""
+"""Whether short trainings predict longer ones: the scores of each rung against those of the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bokeh.models import Title
 from bokeh.plotting import figure
 
 from attnsurgery.search.report.colours import BLUE
-from attnsurgery.search.report.figures import chart, hover, label_losses, padded_range, source
+from attnsurgery.search.report.figures import add_tooltips, chart, label_losses, padded_range, source
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import quantity, rung_name, score, score_label
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
     from attnsurgery.search.result.outcome import Outcome
 
-_FEW = 5
-"""Rank correlations of fewer say hardly anything."""
+_MIN_CANDIDATES = 5
+"""With fewer candidates, a rank correlation is hardly informative."""
 
 
 @register(order=40)
 def section(outcome: Outcome, control: Control | None = None) -> Section | None:
-    """One scatter for each rung that has another below it; None where no candidate was promoted."""
+    """One scatter plot for each pair of neighbouring rungs; None if no candidate was promoted."""
     candidates = trained(outcome.records)
-    both = [[record for record in candidates if record.reached > rung] for rung in range(outcome.top_rung)]
-    if not both:
+    promoted = [[record for record in candidates if record.reached > rung] for rung in range(outcome.top_rung)]
+    if not promoted:
         return None
     by = outcome.config.rank_by
-    figures = tuple(_scatter(rung, records, by) for rung, records in enumerate(both))
-    sentences = [_words(rung, records, by) for rung, records in enumerate(both)]
+    figures = tuple(_scatter(rung, records, by) for rung, records in enumerate(promoted))
+    sentences = [_sentence(rung, records, by) for rung, records in enumerate(promoted)]
     if outcome.trust:
-        sentences.append(f"The supernet, rung 1: {outcome.trust.sentence()}.")
+        sentences.append(f"Supernet, on rung 1: {outcome.trust.sentence()}.")
     return Section(
         "rungs",
         "Rungs: does a short training predict a longer one?",
@@ -47,9 +47,9 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
 
 _BELOW = """\
 <p>{{ sentences | join(" ") }}</p>
-<p class="faint">Kendall's tau-b is 1 where both rungs order candidates alike, and 0 where they have nothing to do with
-each other. Only promoted candidates are on both: it tells how the lower rung orders the better ones among themselves,
-which is harder than to tell good from bad.</p>
+<p class="faint">Kendall's tau-b is 1 if both rungs rank the candidates in the same order, and 0 if their rankings are
+unrelated. Only promoted candidates have scores on both rungs. The value therefore shows how well the lower rung ranks
+the better candidates, which is harder than separating good candidates from bad ones.</p>
 """
 
 
@@ -64,7 +64,7 @@ def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
     )
     plot.add_layout(Title(text=_tau(rung, records, by), text_font_style="normal", text_font_size="13px"), "above")
     marks = plot.scatter("x", "y", source=source(records, x=lower, y=higher), size=9, color=BLUE, alpha=0.7)
-    hover(plot, [marks])
+    add_tooltips(plot, [marks])
     if by == "loss":
         label_losses(plot, x=True)
     return plot
@@ -75,8 +75,8 @@ def _tau(rung: int, records: Sequence[Record], by: RankBy) -> str:
     return f"tau-b {'undefined' if tau is None else f'{tau:.2f}'}, {quantity(len(records), 'candidate')}"
 
 
-def _words(rung: int, records: Sequence[Record], by: RankBy) -> str:
-    few = ", which is too few to mean much" if len(records) < _FEW else ""
+def _sentence(rung: int, records: Sequence[Record], by: RankBy) -> str:
+    few = ", which is too few to mean much" if len(records) < _MIN_CANDIDATES else ""
     return f"{rung_name(rung).capitalize()} to {rung_name(rung + 1)}: {_tau(rung, records, by)}{few}."
 
 

@@ -1,4 +1,4 @@
-"""Every trial as a row of a table, and the number of trials in each state."""
+"""A table of all trials, and the number of trials in each state."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 def section(outcome: Outcome, control: Control | None = None) -> Section:
     """The number of trials in each state, and the table."""
     counts = Counter(state(record) for record in outcome.records)
-    tally = ", ".join(f"{counts[name]} {words}" for name, words in STATES.items() if counts[name])
+    tally = ", ".join(f"{counts[name]} {label}" for name, label in STATES.items() if counts[name])
     rungs = range(outcome.top_rung + 1)
     names = ("val top-1", "val loss")
     best = outcome.best.number if outcome.best else None
-    records = [record for record in outcome.records if record.state != "too_many_blocks"]  # the tally counts those
+    records = [
+        record for record in outcome.records if record.state != "too_many_blocks"
+    ]  # only the tally includes those
     return Section(
         "trials",
         "Trials",
@@ -38,7 +40,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     )
 
 
-_ABOVE = "<p>{{ tally }}; the space has {{ candidates }} candidates.</p>"
+_ABOVE = "<p>{{ tally }}. The space has {{ candidates }} candidates.</p>"
 _BELOW = """\
 <div class="scroll"><table>
 <thead><tr>
@@ -68,7 +70,7 @@ class _Row:
     number: str
     blocks: str
     numbers: list[str]
-    """Latency, the two scores of each rung, parameters; empty where there is none."""
+    """Latency, the two scores on each rung, parameters; '' if there is no value."""
     outcome: str
     best: bool
 
@@ -87,11 +89,11 @@ def _row(record: Record, rungs: Sequence[int], best: int | None) -> _Row:
 
 def _outcome(record: Record) -> str:
     """The state of a trial, with its reason."""
-    words = "reference" if record.number < 0 else STATES[state(record)]
+    text = "reference" if record.number < 0 else STATES[state(record)]
     if record.duplicate_of is not None:
-        words += f" (as {'the base' if record.duplicate_of < 0 else f'trial {record.duplicate_of}'})"
+        text += f" (same as {'the base' if record.duplicate_of < 0 else f'trial {record.duplicate_of}'})"
     if record.reason:
-        words += f": {record.reason}"
+        text += f": {record.reason}"
     if record.halted:
-        words += f"; not promoted: {record.halted}"
-    return words
+        text += f"; not promoted: {record.halted}"
+    return text

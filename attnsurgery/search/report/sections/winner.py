@@ -1,6 +1,6 @@
-"""The best candidate drawn on the model: its stages in a row, the places of the space in them, and what stands there.
+"""The best candidate as a diagram of the model: its stages in a row, with the sites of the space and their blocks.
 
-Plain HTML and no picture: it reads without a script, wraps on a narrow screen, and follows light and dark.
+It is plain HTML and no figure, so it needs no script, wraps on a narrow screen, and adapts to dark mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @register(order=60)
 def section(outcome: Outcome, control: Control | None = None) -> Section | None:
-    """The winner's blocks at their places; None before there is one."""
+    """The best candidate's blocks at their sites; None if there is no such candidate."""
     best = outcome.best
     if best is None:
         return None
@@ -34,7 +34,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     boxes = [_Box("images", _size(*about.input_size))]
     for stage in about.stages:
         size = _size(stage.channels, stage.height, stage.width)
-        own_blocks = f"{quantity(stage.blocks, 'block')} of its own"
+        own_blocks = f"{quantity(stage.blocks, 'block')} of the base"
         boxes.append(_Box(f"stage {stage.number}", size, own_blocks, _lines(about, stage.number, labels, colours)))
     outside = [line for number in _other_stages(about) for line in _lines(about, number, labels, colours)]
     if outside:
@@ -64,16 +64,16 @@ _BELOW = """\
 {{ "" if loop.last else '<div class="arrow" aria-hidden="true">→</div>' | safe }}
 {% endfor %}
 </div>
-<p class="faint">{{ base }} with {{ blocks }}; ○ is a place that the space offers and the candidate leaves as it is.</p>
+<p class="faint">{{ base }} with {{ blocks }}. ○ is a site of the search space at which the candidate has no block.</p>
 """
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A block, or a run of empty sites."""
+    """A block, or neighbouring sites without a block."""
 
     empty: tuple[str, ...] = ()
-    """Addresses of neighbouring sites without a block."""
+    """Addresses of the sites without a block; () for a block."""
     family: str = ""
     options: str = ""
     site: str = ""
@@ -89,7 +89,7 @@ class _Box:
     size: str = ""
     """Channels, height and width of its features."""
     own_blocks: str = ""
-    """How many residual blocks the base has there."""
+    """Number of the base's own blocks there, as text."""
     lines: Sequence[_Line] = ()
 
 
@@ -98,7 +98,7 @@ def _size(channels: int, height: int, width: int) -> str:
 
 
 def _other_stages(about: About) -> list[int | None]:
-    """Stages of sites that are none of the model's stages; None if a site is in no stage."""
+    """Stage numbers of sites outside the model's stages; None for sites without a stage."""
     numbers = {spot.stage for place in about.places for spot in place.spots} - {stage.number for stage in about.stages}
     return sorted(numbers, key=lambda stage: (stage is None, stage or 0))
 
@@ -115,7 +115,7 @@ def _lines(about: About, stage: int | None, labels: Mapping[str, str], colours: 
 
 
 def _spots(about: About, stage: int | None, labels: Mapping[str, str]) -> Iterator[tuple[Spot, str]]:
-    """Every site of the space in the stage once for each block there, or once with '' if there is none."""
+    """The sites of the space in the stage, once for each block at a site, or once with '' if it has none."""
     labels_at: dict[str, tuple[Spot, list[str]]] = {}
     for place in about.places:
         for spot in place.spots:
