@@ -31,7 +31,7 @@ _HIDDEN = {"too_many_blocks"}
 _STATE_LABELS: dict[State, str] = {
     "trained": "trained",
     "over_budget": "over budget",
-    "duplicate": "seen before",
+    "duplicate": "duplicate",
     "failed": "failed",
 }
 

@@ -14,7 +14,7 @@ from attnsurgery.cli._options import STORAGE_VARIABLE, AsJson
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What a search has written, finished or not.")],
     control: Annotated[
-        Path | None, typer.Option(help="Run directory of the same search with --sampler random, to hold beside it.")
+        Path | None, typer.Option(help="Run directory of the same search with --sampler random, to compare with it.")
     ] = None,
     storage: Annotated[
         str | None,

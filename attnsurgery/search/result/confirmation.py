@@ -97,8 +97,8 @@ class Confirmation:
             "no significant difference": "No significant difference on images that the search never saw",
         }
         again = (
-            f" This is look {self.looks} of this search at the test images, and each look is a chance more to find a "
-            "difference: one of its own would need other images."
+            f" This is look {self.looks} of this search at the test images, and each look raises the chance of "
+            "a false positive. An independent confirmation needs other images."
             if self.looks > 1
             else ""
         )

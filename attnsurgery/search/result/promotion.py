@@ -54,7 +54,7 @@ class Trust:
         )
         if self.holds:
             return f"{statement}, so its ranking was used"
-        return f"{statement}, so its ranking was not used, and those asked for first went on"
+        return f"{statement}, so its ranking was not used, and the candidates that were proposed first were promoted"
 
 
 def check_sample(records: Sequence[Record]) -> list[Record]:
