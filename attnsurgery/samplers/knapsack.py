@@ -16,7 +16,8 @@ An integer program (HiGHS, by scipy.optimize.milp) would be a tenth of this code
 search's kind it took 4.4 times the time (the median of their ratios; half of them 2.6 to 7.9) and gave the same answer
 in 2,997 and a worse one in 3. On 35 hard ones it took 0.3 (budgets that contradict each other) to 13 times the time. Of
 the 7 whose values follow their costs it gave a worse answer for 4 and one over the budget for 1, and in 4 runs it
-printed to stdout, which no option prevents. Of 48 places of that kind it found a better candidate. See scripts/bench/knapsack.py.
+printed to stdout, which no option prevents. Of 48 places of that kind it found a better candidate. See
+scripts/bench/knapsack.py.
 """
 
 from __future__ import annotations
