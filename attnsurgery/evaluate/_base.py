@@ -33,6 +33,7 @@ class TrainSettings:
     new_lr_scale: float = 10.0
     """Factor on the learning rate of blocks, which are new, relative to that of the base's weights."""
     weight_decay: float = 0.05
+    """Relative to the learning rate `lr`, for the base's weights and those of blocks alike."""
     warmup: float = 0.1
     """Share of all steps over which the learning rate rises linearly."""
     label_smoothing: float = 0.05
@@ -87,7 +88,7 @@ class Score:
     top1: float
     """Top-1 accuracy, 0 to 1."""
     loss: float
-    """Mean cross-entropy without label smoothing."""
+    """Mean cross-entropy without label smoothing, at the temperature where it is smallest."""
     seconds: float
     """Time that training and evaluation took."""
     epochs: int

@@ -26,6 +26,7 @@ from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.channels_last import ChannelsLast
 from attnsurgery.evaluate.memory import free_memory, halve_until_it_fits
 from attnsurgery.evaluate.precision import autocast, float32_as
+from attnsurgery.evaluate.temperature import calibrated_loss
 from attnsurgery.faults import Fault, fault_of
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -104,7 +105,11 @@ def train(
 
 
 def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """timm's parameter groups, each divided into blocks and the rest; timm's schedules multiply by `lr_scale`."""
+    """timm's parameter groups, each divided into blocks and the rest; timm's schedules multiply by `lr_scale`.
+
+    Optimizers multiply the weight decay by the learning rate. It is divided by the scale, so that a step shrinks the
+    weights of blocks by the same share as all others.
+    """
     exempt: Any = getattr(model, "no_weight_decay", set)
     groups = _optim.param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt())
     new = {id(p) for module in model.modules() if getattr(module, "grafted", False) for p in module.parameters()}
@@ -113,7 +118,8 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
         for grafted, scale in ((False, 1.0), (True, settings.new_lr_scale)):
             members = [p for p in group["params"] if (id(p) in new) == grafted]
             if members:
-                split.append({**group, "params": members, "lr_scale": scale})
+                decay = group["weight_decay"] / scale
+                split.append({**group, "params": members, "lr_scale": scale, "weight_decay": decay})
     return split
 
 
@@ -204,23 +210,23 @@ def accuracy(
         watch: its `step` is called before each batch.
 
     Returns:
-        Top-1 accuracy from 0 to 1, mean cross-entropy, and whether each image is predicted correctly: booleans (N,).
+        Top-1 accuracy from 0 to 1, the mean cross-entropy after a temperature is fitted (`calibrated_loss`), and
+        whether each image is predicted correctly: booleans (N,).
 
     Raises:
         SearchError: the model's outputs are not finite.
         torch.OutOfMemoryError: one image at a time does not fit.
     """
-    correct: list[torch.Tensor] = []
-    losses: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
 
     def collect(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
-        right_B = (logits_BK.argmax(dim=1) == labels_B).float()
-        batch_2B = torch.stack([right_B, F.cross_entropy(logits_BK, labels_B, reduction="none")]).cpu()
-        correct.append(batch_2B[0] > 0)
-        losses.append(batch_2B[1])
+        logits.append(logits_BK.cpu())
+        labels.append(labels_B.cpu())
 
     _predict(model, split, settings, collect, forward, watch)
-    correct_N, loss = torch.cat(correct), float(torch.cat(losses).mean())
+    logits_NK, labels_N = torch.cat(logits), torch.cat(labels)
+    correct_N, loss = logits_NK.argmax(dim=1) == labels_N, calibrated_loss(logits_NK, labels_N)
     if not math.isfinite(loss):
         raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
     return float(correct_N.float().mean()), loss, correct_N
