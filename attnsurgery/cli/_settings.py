@@ -143,8 +143,8 @@ def _option_type(info: pydantic.fields.FieldInfo) -> Any:
     """The type that the command line converts a value to; the model checks the value itself."""
     kinds = list(_plain_types(info.annotation))
     choices = [candidate for candidate in kinds if typing.get_origin(candidate) is Literal]
-    if choices:
-        return choices[0]
+    if choices:  # a number or a word, such as auto, is text until the model reads it
+        return choices[0] if len(kinds) == 1 else str
     if any(isinstance(entry, pydantic.BeforeValidator) for entry in _metadata(info)):
         return str  # the model converts it
     return next(candidate for candidate in (bool, int, float, str) if candidate in kinds)

@@ -7,7 +7,7 @@ fields (`attnsurgery.settings`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ from attnsurgery.recipe.schema import Strict
 from attnsurgery.recipe.strict_yaml import writes
 from attnsurgery.settings import Amount, Augment, Mode, RankBy, Setting, TrainDtype, settings_of
 
+AUTO = "auto"
+"""The value of a setting that the search chooses for the data and the model."""
 DEFAULT_BASE = "test_resnet"
 """The default model: small enough for a search in minutes on a laptop, with four stages."""
 
@@ -155,12 +157,25 @@ class SearchConfig(Strict):
         int, Field(ge=0, lt=2**31, description="The same seed makes the same search."), Setting(CHOOSING)
     ] = 0
     epochs: Annotated[
-        int, Field(ge=1, description="Epochs of each trial, and of the confirmation."), Setting(TRAINING)
+        Annotated[int, Field(ge=1)] | Literal["auto"],
+        Field(
+            description="Epochs of each trial, and of the confirmation; auto doubles them while the base gains from it."
+        ),
+        Setting(TRAINING, metavar="N|auto"),
     ] = 3
     base_epochs: Annotated[
         int, Field(ge=1, description="Epochs of a base without weights, or of a new head."), Setting(TRAINING)
     ] = 2
-    lr: Annotated[float, Field(gt=0, description="Peak learning rate."), Setting(TRAINING)] = 1e-3
+    lr: Annotated[
+        Annotated[float, Field(gt=0)] | Literal["auto"],
+        Field(description="Peak learning rate; auto chooses one for the base and one for the candidates."),
+        Setting(TRAINING, metavar="RATE|auto"),
+    ] = 1e-3
+    block_lr_scale: Annotated[
+        Annotated[float, Field(gt=0)] | Literal["auto"],
+        Field(description="Learning rate of blocks, relative to --lr."),
+        Setting(TRAINING, metavar="FACTOR|auto"),
+    ] = 10.0
     train_batch_size: Annotated[int, Field(ge=2, description="Images in one training step."), Setting(TRAINING)] = 64
     evaluator: Annotated[
         str,
@@ -276,6 +291,11 @@ class SearchConfig(Strict):
         Field(description="Resume although budgets, hardware or library versions changed, or the space offers more."),
         Setting(STORING, flags=("--extend",), may_change=True),
     ] = False
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a setting of the training is left to the search."""
+        return AUTO in (self.lr, self.block_lr_scale, self.epochs)
 
     @property
     def latency_budget_ms(self) -> float | None:

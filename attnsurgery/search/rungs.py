@@ -37,8 +37,8 @@ class Rung:
 
     evaluator: str
     """A name of EVALUATORS, or SUPERNET."""
-    epochs: int
-    """Epochs of the training."""
+    epochs: int | None
+    """Epochs of the training; None if the search chooses them."""
 
     @classmethod
     def parse(cls, text: str) -> Rung:
@@ -54,6 +54,8 @@ class Rung:
         return cls(_check_evaluator(evaluator, "--rungs"), int(epochs))
 
     def __str__(self) -> str:
+        if self.epochs is None:
+            return f"{self.evaluator}, as many epochs as the base gains from"
         length = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         return f"{self.evaluator}, {length}{' for all candidates together' if self.evaluator == SUPERNET else ''}"
 
@@ -67,10 +69,13 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
         UsageError, UnknownNameError: as `Rung.parse`; or a supernet is above another rung.
     """
     lower = [*map(Rung.parse, config.rungs.split())]
-    top = Rung(_check_evaluator(config.evaluator, "--evaluator"), config.epochs)
+    epochs = None if isinstance(config.epochs, str) else config.epochs
+    top = Rung(_check_evaluator(config.evaluator, "--evaluator"), epochs)
     if config.evaluator == SUPERNET:
-        lower.append(Rung(SUPERNET, _ROUNDS * config.epochs))
-        top = Rung("finetune", config.epochs)
+        if epochs is None:
+            raise UsageError("--evaluator supernet needs --epochs: a supernet is trained for four times as many.")
+        lower.append(Rung(SUPERNET, _ROUNDS * epochs))
+        top = Rung("finetune", epochs)
     if any(rung.evaluator == SUPERNET for rung in lower[1:]):
         raise UsageError("a supernet is the lowest rung: it scores all candidates at once. Put it first in --rungs.")
     return (*lower, top)

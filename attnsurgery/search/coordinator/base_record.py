@@ -6,34 +6,98 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
+from attnsurgery.search.coordinator.tune import tune
+from attnsurgery.search.execution.baseline import timing_of
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.jobs import Job
-from attnsurgery.search.result.record import Promotion, Record, Timing
+from attnsurgery.search.execution.jobs import Data, Job
+from attnsurgery.search.execution.over_budget import refuse_over_budget
+from attnsurgery.search.execution.what_fits import Alternative
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.result.record import Promotion, Record
 from attnsurgery.search.storage.store import Store
+from attnsurgery.search.tuning import Tuned
 from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.pool import WorkerPool
 
 _WAIT_S = 1.0
 
 
-def base_of(bench: Bench, pool: WorkerPool, store: Store, stop: Callable[[], bool]) -> tuple[Latency, Record]:
+def measure_base(bench: Bench, pool: WorkerPool, *, suggest: bool) -> Data:
+    """Measure the base before anything is trained, for `base_of`.
+
+    Args:
+        bench: what trials are made on.
+        pool: does the work.
+        suggest: where the base is over a budget, measure what would fit.
+
+    Raises:
+        NothingFeasibleError: the base alone is over a budget.
+        StopRequested: the user asked for an end.
+    """
+    (facts,) = pool.all([Job("base latency")])
+    reference = Latency(**facts["latency"])
+
+    def alternatives() -> list[Alternative]:
+        try:
+            (result,) = pool.all([Job("what fits", {"reference": reference})])
+        except SearchError:  # every worker was lost: what is known of the base is reported without it
+            return []
+        return [Alternative(**other) for other in result["tried"]]
+
+    refuse_over_budget(bench, reference, facts["peak_mb"], alternatives if suggest else None)
+    return facts
+
+
+def base_of(
+    bench: Bench,
+    pool: WorkerPool,
+    store: Store,
+    stop: Callable[[], bool],
+    listener: Listener,
+    measured: Data | None = None,
+) -> tuple[Latency, Record]:
     """The base's latency and record from the store. What is missing is measured by one of the searches at the study.
+
+    Args:
+        bench: what trials are made on.
+        pool: does the work.
+        store: the study and its journal.
+        stop: whether the user asked for an end.
+        listener: told of progress.
+        measured: what `measure_base` returned; it is stored if the study does not have the base's latency.
 
     Raises:
         StopRequested: the user asked for an end.
     """
     facts = _wait_for_others(store, stop)
     if facts is None:
-        (facts,) = pool.all([Job("base latency")])
+        facts = measured or pool.all([Job("base latency")])[0]
         store.fix("base", dict(facts))
     reference = Latency(**facts["latency"])
+    if bench.config.tunes and bench.evaluator.trains:
+        bench.tuned = _tuned(bench, pool, store, listener)
+        facts = store.fixed("base")
     if "record" not in facts:
-        (result,) = pool.all([Job("base scores")])
+        (result,) = pool.all([Job("base scores", training=bench.tuned.base if bench.tuned else None)])
         scores = [Promotion(**score) for score in result["scores"]]
         facts = {**facts, "record": _record(bench, reference, facts["peak_mb"], scores).as_dict()}
         store.fix("base", facts)
     return reference, Record.from_dict(facts["record"])
+
+
+def _tuned(bench: Bench, pool: WorkerPool, store: Store, listener: Listener) -> Tuned:
+    """How base and candidates are trained, from the store; what is missing is chosen by trainings."""
+    facts = store.fixed("base")
+    if "tuned" not in facts:
+
+        def keep(results: dict[str, Any]) -> None:
+            store.fix("base", {**facts, "tuning": results})
+
+        tuned = tune(bench, pool, listener, facts.get("tuning", {}), keep)
+        store.fix("base", {**store.fixed("base"), "tuned": tuned.as_dict()})
+    return Tuned.from_dict(store.fixed("base")["tuned"])
 
 
 def _wait_for_others(store: Store, stop: Callable[[], bool]) -> Any:
@@ -51,13 +115,12 @@ def _wait_for_others(store: Store, stop: Callable[[], bool]) -> Any:
 
 
 def _record(bench: Bench, reference: Latency, peak_mb: float | None, scores: list[Promotion]) -> Record:
-    half = reference.noise * reference.p50_ms
     lowest, *above = scores
     return Record(
         number=-1,
         state="trained",
         digest="",
-        timing=Timing(reference.p50_ms, reference.p50_ms - half, reference.p50_ms + half, 1.0),
+        timing=timing_of(reference),
         top1=lowest.top1,
         loss=lowest.loss,
         balanced=lowest.balanced,

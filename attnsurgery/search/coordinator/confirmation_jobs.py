@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsurgery.search.execution.baseline import hash_of
+from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.storage.run_directory import CONFIRMING, weights_of
 from attnsurgery.search.storage.store import Store
@@ -17,13 +18,17 @@ class ConfirmationJobs:
     """Does jobs in a pool, and stores each result in the study as soon as it is there.
 
     Args:
+        bench: what trials are made on.
         pool: does the jobs.
         store: the study, which holds the results until there is a verdict.
         folder: the run directory, which holds the weights that trainings leave.
         check_stop: raises StopRequested once the user asked for an end.
     """
 
-    def __init__(self, pool: WorkerPool, store: Store, folder: Path, check_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, bench: Bench, pool: WorkerPool, store: Store, folder: Path, check_stop: Callable[[], None]
+    ) -> None:
+        self._bench = bench
         self._pool, self._store, self._folder = pool, store, folder
         self._check_stop = check_stop
 
@@ -43,9 +48,12 @@ class ConfirmationJobs:
             self._store.fix(CONFIRMING, results)
 
         self._check_stop()
-        jobs = [Job(kind, payloads[at], trial=(payloads[at]["record"] or {}).get("number")) for at in missing]
-        self._pool.all(jobs, keep)
+        self._pool.all([self._job(kind, payloads[at]) for at in missing], keep)
         return [results[key] for key in keys]
+
+    def _job(self, kind: str, payload: Mapping[str, Any]) -> Job:
+        record = payload["record"]
+        return Job(kind, payload, (record or {}).get("number"), training=self._bench.training(base=record is None))
 
     def _is_complete(self, result: Mapping[str, Any] | None, payload: Mapping[str, Any]) -> bool:
         """Whether an earlier run has done a job, and the weights that it left are unchanged."""

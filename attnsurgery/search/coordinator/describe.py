@@ -29,6 +29,7 @@ def about_of(
     command: str,
     previous: Mapping[str, Any] | None,
     changes: Sequence[str] = (),
+    tuning: Mapping[str, Any] | None = None,
 ) -> About:
     """Describe what trials are made on.
 
@@ -38,6 +39,7 @@ def about_of(
         command: the equivalent command line; '' for that of an earlier run.
         previous: the description that an earlier run of this search wrote, if there was one.
         changes: how this run differs from the one before.
+        tuning: how the settings of the trainings were chosen, as `About` has it.
     """
     previous = previous or {}
     code, data = tuple(previous.get("code", ())), bench.data
@@ -51,7 +53,7 @@ def about_of(
         fingerprint=data.fingerprint,
         weights=bench.weights,
         candidates=bench.space.size(),
-        training=asdict(bench.evaluator.settings),
+        training=asdict(bench.changed(1, bench.training()).evaluator.settings),
         versions=reference.versions,
         code=code if code_version() in code else (*code, code_version()),
         noise=reference.noise,
@@ -64,6 +66,7 @@ def about_of(
         head=bench.head or previous.get("head", ""),
         notes=data.notes,
         shared=data.shared,
+        tuning=tuning,
     )
 
 
@@ -77,11 +80,16 @@ def remember(store: Store, bench: Bench, reference: Latency, command: str, chang
         command: the equivalent command line; '' for that of an earlier run.
         changes: how this run differs from the one before.
     """
-    about = about_of(bench, reference, command, store.fixed("about"), changes)
+    about = about_of(bench, reference, command, store.fixed("about"), changes, _tuning(store))
     store.fix("about", about.as_dict())
     store.fix("asked", bench.config.model_dump(exclude={"storage"}))  # it may hold a password
     store.fix("ended", None)
     return about
+
+
+def _tuning(store: Store) -> dict[str, Any] | None:
+    facts = store.fixed("base") or {}
+    return {name: facts[name] for name in ("tuned", "tuning")} if "tuned" in facts else None
 
 
 def _places(bench: Bench) -> tuple[Place, ...]:

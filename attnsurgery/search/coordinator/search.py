@@ -19,7 +19,7 @@ from attnsurgery.latency import LatencyBackend
 from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.compatibility import VERSIONS
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.coordinator.base_record import base_of
+from attnsurgery.search.coordinator.base_record import base_of, measure_base
 from attnsurgery.search.coordinator.confirm import confirm
 from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
@@ -28,7 +28,7 @@ from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
 from attnsurgery.search.execution.assemble import assemble, save_digests
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.execution.jobs import Data, Job
 from attnsurgery.search.files import locked
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.report.write import write_outcome
@@ -81,7 +81,8 @@ def run(
         The result. It is marked as interrupted if `stop` ended the search.
 
     Raises:
-        NothingFeasibleError: no candidate is within the budget; the report is written.
+        NothingFeasibleError: the base alone is over the budget, before anything is trained; or no candidate is within
+            it, and the report is written.
         SearchError: the run directory or the study holds another search, or is in use; or the data cannot be used.
         UsageError and its subclasses: the configuration names what does not exist or does not fit; or the run directory
             holds other files.
@@ -111,6 +112,7 @@ def run(
         facts = stored_facts(folder, config.storage)
         mark(folder)
         with writing_errors(), _pool(config, listener, pulse, backend) as (bench, pool):
+            measured = None if facts.get("base") else measure_base(bench, pool, suggest=backend is None)
             bench.weights = _weights(pool, bench, folder, facts, listener)
             store, changes = open_store(bench, folder, listener)
             save_digests(bench, folder)
@@ -118,7 +120,7 @@ def run(
             write_own(folder, CONFIG, bench.config.model_copy(update={"extend": False}).as_yaml())
             pulse.beat = store.beat
             with closing(store):
-                outcome = _Search(bench, pool, store, folder, listener, pulse, command, changes).run()
+                outcome = _Search(bench, pool, store, folder, listener, pulse, command, changes, measured).run()
     outcome.check_feasible()
     return outcome
 
@@ -201,6 +203,7 @@ class _Search:
         stop: whether the user asked for an end.
         command: the equivalent command line, for the report.
         changes: how this run differs from the one before.
+        measured: the base's latency, if it was measured before the search began.
     """
 
     def __init__(
@@ -213,12 +216,13 @@ class _Search:
         stop: Callable[[], bool],
         command: str,
         changes: Sequence[str],
+        measured: Data | None,
     ) -> None:
         self.bench, self.pool, self.store, self.folder = bench, pool, store, folder
         self.listener, self.stop = listener, stop
         self.config = bench.config
         requests, records = store.open(), store.records()
-        self.reference, self.base = base_of(bench, pool, store, stop)
+        self.reference, self.base = base_of(bench, pool, store, stop, listener, measured)
         self.about = remember(store, bench, self.reference, command, changes)
         latencies = store.fixed("latencies")
         if latencies is None:
@@ -298,7 +302,7 @@ class _Search:
                 lane = f"{rungs_of(config)[record.reached + 1]}"
                 self.listener.phase(f"trial {record.number} on rung {record.reached + 2} of {rungs}: {lane}")
                 running.add(record.number)
-                self.pool.give(Job("promotion", {"record": record}, trial=record.number))
+                self.pool.give(Job("promotion", {"record": record}, record.number, training=self.bench.training()))
             if not self.pool.busy:
                 break
             for outcome in self.pool.wait(WAIT_S):
@@ -338,8 +342,10 @@ class _Search:
         if earlier and earlier.answers(order, *counts) and saved:
             self.confirmation = earlier
             return
-        work = ConfirmationJobs(self.pool, self.store, self.folder, self.trials.check_stop)
+        work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.trials.check_stop)
         confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work).after(data)
+        if self.bench.tuned:
+            confirmation = confirmation.with_base(self.bench.tuned.trained_out)
         self.store.fix("confirmation", confirmation.as_dict())
         self.store.fix(CONFIRMING, None)
         remove_own(self.folder, CONFIRMING)

@@ -194,7 +194,8 @@ class TrialLoop:
         else:
             self._running[request.number] = request
             payload = {"record": record, "reference": self.reference}
-            self.pool.give(Job("trial", payload, trial=request.number, before=attempts - 1))
+            training = self.bench.training()
+            self.pool.give(Job("trial", payload, request.number, before=attempts - 1, training=training))
 
     def _receive(self, outcome: JobOutcome) -> None:
         """Record the result of a trial that a worker had."""

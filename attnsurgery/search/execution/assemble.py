@@ -36,6 +36,7 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.device_lock import with_device_lock
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench, Fresh
+from attnsurgery.search.execution.over_budget import refuse_over_budget
 from attnsurgery.search.execution.pretrained_base import (
     can_reorder,
     label_names,
@@ -46,11 +47,13 @@ from attnsurgery.search.execution.pretrained_base import (
 )
 from attnsurgery.search.execution.scorers import Alone, Scorer, Shared
 from attnsurgery.search.execution.supernet import Supernet
+from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
 from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
+from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
@@ -147,7 +150,7 @@ def assemble(
     normalized = normalization(config.checkpoint)
     data, digests = _images(config, size, normalized, listener, decode, check)
     config = config.model_copy(update={"augment": data.augment})
-    settings = _train_settings(config)
+    settings = _train_settings(config, len(data.train))
     base, untrained_part, source_digest = _untrained(
         config, data.classes, weights, sized, listener if check else Listener()
     )
@@ -155,13 +158,12 @@ def assemble(
     anatomy = survey(base, size)
     space = bind(space_file, anatomy, config.base)
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)
-    costs.check_feasible(space.places, budgets)
     for choice in space.left_out:
         listener.phase(f"left out of the space: {choice}")
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
     evaluator = EVALUATORS[top.evaluator](data, settings)
     places = replace(space.places, budgets=costs.block_budgets(budgets))
-    return Bench(
+    bench = Bench(
         config=config,
         base=base,
         anatomy=anatomy,
@@ -178,6 +180,9 @@ def assemble(
         source_digest=source_digest,
         digests=digests,
     )
+    refuse_over_budget(bench, None, None, lambda: what_fits(bench, None, Watching(listener, lambda: False)))
+    costs.check_feasible(space.places, budgets)
+    return bench
 
 
 def _images(
@@ -217,12 +222,19 @@ def _images(
     return data, digests
 
 
-def _train_settings(config: SearchConfig) -> TrainSettings:
-    """How each candidate is trained on the top rung."""
+def _train_settings(config: SearchConfig, images: int) -> TrainSettings:
+    """How each candidate is trained on the top rung. What the search is to choose has a value to begin with.
+
+    Args:
+        config: all settings.
+        images: number of training images.
+    """
+    epochs, lr, scale = config.epochs, config.lr, config.block_lr_scale
     return TrainSettings(
-        epochs=config.epochs,
+        epochs=pilot_epochs(images, config.train_batch_size) if isinstance(epochs, str) else epochs,
         batch_size=config.train_batch_size,
-        lr=config.lr,
+        lr=DEFAULT_RATE if isinstance(lr, str) else lr,
+        new_lr_scale=SCALES[-1] if isinstance(scale, str) else scale,
         device=config.device,
         amp=config.train_dtype == "bfloat16",
         channels_last=config.channels_last,
@@ -265,6 +277,7 @@ def _scorer(
     data: Data,
     settings: TrainSettings,
 ) -> Scorer:
+    assert rung.epochs is not None, "only the top rung may be left to the search"
     settings = replace(settings, epochs=rung.epochs)
     if rung.evaluator != SUPERNET:
         return Alone(EVALUATORS[rung.evaluator](data, settings))

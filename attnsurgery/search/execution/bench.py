@@ -22,9 +22,10 @@ from attnsurgery.search.budgets.calibrate import LatencyCache
 from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.compatibility import VERSIONS, WEIGHTS_GIVEN
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.execution.scorers import Scorer
+from attnsurgery.search.execution.scorers import Alone, Scorer
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.space import BoundSpace
+from attnsurgery.search.tuning import Training, Tuned
 
 Fresh = Literal["all", "head", "nothing"]
 """Which part of the base is trained before the search begins."""
@@ -68,6 +69,8 @@ class Bench:
     """Digests of the image files, as `attnsurgery.evaluate.contents` stores them."""
     weights: str = ""
     """Hash of the starting weights."""
+    tuned: Tuned | None = None
+    """How base and candidates are trained, in the process that gives jobs; None if the settings say all."""
 
     @property
     def final_evaluator(self) -> Evaluator:
@@ -76,13 +79,27 @@ class Bench:
             return self.evaluator
         return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings)
 
-    def in_pieces(self, pieces: int) -> Bench:
-        """The same bench, with each training batch split into so many pieces to save memory."""
-        if pieces == 1:
+    def training(self, *, base: bool = False) -> Training | None:
+        """How the base, or else a candidate, is trained where that was chosen; None if the configuration says all."""
+        if self.tuned is None:
+            return None
+        return self.tuned.base if base else self.tuned.candidates
+
+    def changed(self, pieces: int, training: Training | None) -> Bench:
+        """The same bench with other settings of its trainings.
+
+        Args:
+            pieces: number of parts that each training batch is split into, to save memory.
+            training: learning rates, and the epochs of the top rung; None for those of the configuration.
+        """
+        if pieces == 1 and training is None:
             return self
         settings = replace(self.evaluator.settings, pieces=pieces)
-        rungs = tuple(rung.in_pieces(pieces) for rung in self.rungs)
-        return replace(self, rungs=rungs, evaluator=type(self.evaluator)(self.data, settings))
+        if training is not None:
+            settings = replace(settings, lr=training.lr, new_lr_scale=training.block_lr_scale, epochs=training.epochs)
+        evaluator = type(self.evaluator)(self.data, settings)
+        lower = tuple(rung.changed(pieces, training) for rung in self.rungs[:-1])
+        return replace(self, rungs=(*lower, Alone(evaluator)), evaluator=evaluator)
 
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""

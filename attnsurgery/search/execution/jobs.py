@@ -17,14 +17,19 @@ from attnsurgery.latency import Latency
 from attnsurgery.search.execution.baseline import base_latency, base_scores, starting_weights
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import promote, run_trial, train_seed
+from attnsurgery.search.execution.tune import try_training
 from attnsurgery.search.execution.verdict import final_verdict, measure_again, train_again
+from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.result.record import Promotion, Record
+from attnsurgery.search.tuning import Training
 from attnsurgery.search.watching import Watching
 
 Data = dict[str, Any]
 Result = Record | Data
 _OF_RECORDS = ("trial", "promotion")
 """Kinds of jobs whose payload holds a record and whose result is one."""
+BEFORE_WEIGHTS = ("base latency", "what fits")
+"""Kinds of jobs that need no starting weights. One worker does them, before the others start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,15 @@ class Job:
     """Number of attempts in earlier runs."""
     pieces: int = 1
     """Number of pieces that each training batch is split into, because memory ran out in an earlier attempt."""
+    training: Training | None = None
+    """How the job trains; None for the settings of the configuration."""
     tag: int = 0
     """Identifies the job to whoever gave it; workers ignore it."""
 
     def as_dict(self) -> Data:
         """JSON data from which `from_dict` makes an equal job."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        data["training"] = None if self.training is None else asdict(self.training)
         return {**data, "payload": {name: _to_data(value) for name, value in self.payload.items()}}
 
     @classmethod
@@ -61,7 +69,8 @@ class Job:
             payload["record"] = Record.from_dict(payload["record"])
         if "reference" in payload:
             payload["reference"] = Latency(**payload["reference"])
-        return cls(**{**data, "payload": payload})
+        training = None if data["training"] is None else Training(**data["training"])
+        return cls(**{**data, "payload": payload, "training": training})
 
     def again(self, out_of_memory: bool) -> Job:
         """The job of the next attempt, with smaller pieces if memory ran out."""
@@ -95,7 +104,7 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Result:
         AttnSurgeryError: the job cannot be done, and the search cannot continue without it.
         RuntimeError and others: the device failed or memory ran out; another worker may be able to do the job.
     """
-    return KINDS[job.kind](bench.in_pieces(job.pieces), job.payload, watch)
+    return KINDS[job.kind](bench.changed(job.pieces, job.training), job.payload, watch)
 
 
 def _weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
@@ -104,6 +113,14 @@ def _weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
 
 def _base_latency(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     return {"latency": asdict(base_latency(bench, watch)), "peak_mb": bench.peak_mb(bench.base)}
+
+
+def _what_fits(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return {"tried": [asdict(other) for other in what_fits(bench, payload["reference"].p50_ms, watch)]}
+
+
+def _tuning(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return try_training(bench, payload["part"], train_seed(bench), watch)
 
 
 def _base_scores(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
@@ -136,8 +153,10 @@ def _verdict(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
 
 
 KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
-    "weights": _weights,
     "base latency": _base_latency,
+    "what fits": _what_fits,
+    "weights": _weights,
+    "tuning": _tuning,
     "base scores": _base_scores,
     "trial": _trial,
     "promotion": _promotion,
@@ -148,8 +167,10 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
 }
 """The function of each kind of job, by name.
 
-weights         make the starting weights of the base
 base latency    measure the base
+what fits       try smaller images and models in place of a base that is over a budget
+weights         make the starting weights of the base
+tuning          train the base or the probe with settings that are on trial
 base scores     train the base on every rung
 trial           build, measure and train a candidate
 promotion       train a candidate on its next rung

@@ -19,16 +19,19 @@ from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
+from attnsurgery.search.execution.over_budget import refuse_over_budget
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
 from attnsurgery.search.execution.trial import build, outline, train_seed
+from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.rungs import rungs_of, shares
 from attnsurgery.search.storage.run_directory import check_free
 from attnsurgery.search.storage.urls import check_url
-from attnsurgery.search.watching import StopRequested
+from attnsurgery.search.tuning import expected_trainings
+from attnsurgery.search.watching import StopRequested, Watching
 
 DRAWN = 12
 """Number of candidates that are built and measured."""
@@ -144,6 +147,7 @@ def preview(
 
     Raises:
         StopRequested: the user asked for an end.
+        NothingFeasibleError: the base alone is over the budget.
         AttnSurgeryError: as `run` before its first trial.
     """
     listener, stop = listener or Listener(), stop or (lambda: False)
@@ -154,6 +158,9 @@ def preview(
     bench.base.to(config.device).eval()
     listener.phase("measuring the base")
     reference = bench.backend.measure(bench.base)
+    watch = Watching(listener, stop)
+    alternatives = None if backend else lambda: what_fits(bench, reference.p50_ms, watch)
+    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives)
     rng = np.random.default_rng(0)
     candidates = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
     exact = sum(map(bench.places.holds, candidates)) / max(1, len(candidates))
@@ -262,7 +269,8 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
         share: of the candidates that is within the budgets, 0 to 1.
     """
     config = bench.config
-    initial = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs / config.epochs
+    initial = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs
+    initial = initial / bench.evaluator.settings.epochs + (expected_trainings(config) if config.tunes else 0.0)
     if share == 0.0:
         return sum(seconds for _, seconds in rungs) + initial * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
     finalists = min(config.finalists, rungs[-1][0])

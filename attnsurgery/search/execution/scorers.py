@@ -13,6 +13,7 @@ from attnsurgery.evaluate import Data, Evaluator, Score, TrainSettings, Watch
 from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.storage.run_directory import is_own, write_own
+from attnsurgery.search.tuning import Training
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def in_pieces(self, pieces: int) -> Scorer:
-        """The same scorer, with each training batch split into so many pieces to save memory."""
+    def changed(self, pieces: int, training: Training | None) -> Scorer:
+        """The same scorer with other settings of its training; the number of epochs stays that of the rung.
+
+        Args:
+            pieces: number of parts that each batch is split into, to save memory.
+            training: the learning rates; None for the same as before.
+        """
 
 
 class Alone(Scorer):
@@ -54,12 +60,17 @@ class Alone(Scorer):
     def score(self, candidate: Candidate, seed: int, watch: Watch | None = None) -> Score:
         return self.evaluator.score(candidate.model, seed, watch=watch)
 
-    def in_pieces(self, pieces: int) -> Scorer:
-        return Alone(type(self.evaluator)(self.data, replace(self.settings, pieces=pieces)))
+    def changed(self, pieces: int, training: Training | None) -> Scorer:
+        settings = replace(self.settings, pieces=pieces)
+        if training is not None:
+            settings = replace(settings, lr=training.lr, new_lr_scale=training.block_lr_scale)
+        return Alone(type(self.evaluator)(self.data, settings))
 
 
 class Shared(Scorer):
     """Scores candidates as paths through one supernet, which is trained before the first score and saved in a file.
+
+    One supernet serves the base and all candidates, so learning rates that are chosen for either do not change it.
 
     An interrupted training starts again, as only complete weights are saved. A file that the search has not written is
     not read, but renamed.
@@ -87,7 +98,7 @@ class Shared(Scorer):
             self._ready = True
         return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
 
-    def in_pieces(self, pieces: int) -> Scorer:
+    def changed(self, pieces: int, training: Training | None) -> Scorer:
         settings = replace(self.settings, pieces=pieces)
         return Shared(self._supernet, self._base, self.data, settings, self._path)
 

@@ -110,7 +110,9 @@ def final_verdict(bench: Bench, record: Record, reference: Latency, watch: Watch
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
     if new_name := save(bench, best, recipe, folder):
         watch.listener.phase(f"{BEST} holds files that the search has not written, and is kept as {new_name}")
-    confirmation = compare_on_test(record.digest or "", rights[True], rights[False], bench.config.epochs, timing)
+    confirmation = compare_on_test(
+        record.digest or "", rights[True], rights[False], bench.final_evaluator.settings.epochs, timing
+    )
     return replace(confirmation, balanced=_balanced(bench, rights))
 
 

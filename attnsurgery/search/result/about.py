@@ -102,6 +102,10 @@ class About:
     shared: tuple[str, ...] | None = None
     """What the splits have in common, one sentence each; None if that was not checked."""
 
+    tuning: Mapping[str, Any] | None = None
+    """How the settings of the trainings were chosen: `tuned`, as `Tuned.as_dict` gives it, and the results of the
+    attempts by their keys, as `tuning`; None if they were given."""
+
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal description."""
         return asdict(self)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attnsurgery.search.result.record import Record, Timing
 from attnsurgery.settings import RankBy
 
-Verdict = Literal["better", "no significant difference", "worse"]
+Verdict = Literal["better", "no significant difference", "worse", "not trained out"]
 SIGNIFICANT = 0.05
 """The significance level of the verdict."""
 
@@ -68,7 +68,7 @@ class Confirmation:
     p_value: float
     """Two-sided p-value of the gain."""
     verdict: Verdict
-    """The result of the test at level SIGNIFICANT."""
+    """The result of the test at level SIGNIFICANT. No winner is called better than a base that is not trained out."""
     timing: Timing
     """Latency of the winner, measured at the end of the search."""
     finalists: tuple[Finalist, ...] = ()
@@ -94,6 +94,8 @@ class Confirmation:
         words = {
             "better": "The winner is better on images that the search never saw",
             "worse": "The winner is WORSE than the base on images that the search never saw",
+            "not trained out": "The base is NOT TRAINED OUT: it still gained from longer training, so a better winner "
+            "proves nothing yet. On images that the search never saw",
             "no significant difference": "No significant difference on images that the search never saw",
         }
         again = (
@@ -148,6 +150,16 @@ class Confirmation:
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
         """This confirmation, counted as one more look at the test images than an earlier one of the same search."""
         return replace(self, looks=1 + (earlier.get("looks", 1) if earlier else 0))
+
+    def with_base(self, trained_out: bool | None) -> Confirmation:
+        """This confirmation with what is known of the base.
+
+        Args:
+            trained_out: False if the base still gained from longer training.
+        """
+        if trained_out is False and self.verdict == "better":
+            return replace(self, verdict="not trained out")
+        return self
 
     def undone(self) -> Confirmation:
         """This confirmation without finalists: it is made again, but still counts as a look at the test images."""

@@ -17,6 +17,7 @@ from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import budgeted_latency, duration, points, quantity
 from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation
 from attnsurgery.search.result.record import Record
+from attnsurgery.search.tuning import Tuned
 
 if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
@@ -73,11 +74,17 @@ def checklist(outcome: Outcome, control: Control | None = None) -> list[Item]:
 
 
 def _settings(outcome: Outcome) -> Item:
-    training, config = outcome.about.training, outcome.config
+    training, config, tuning = outcome.about.training, outcome.config, outcome.about.tuning
+    optimizer = training.get("optimizer", "?")
+    length = quantity(training.get("epochs", config.epochs), "epoch")
+    rate = training.get("lr", config.lr)
+    trained = f"{length} of {optimizer} with learning rate {rate}"
+    if tuning:
+        trained = f"Chosen for this data, by trainings: {Tuned.from_dict(tuning['tuned']).words()}; {optimizer}"
     return Item(
         "Are training settings and seeds stated exactly?",
         "yes" if training else "no",
-        f"{quantity(config.epochs, 'epoch')} of {training.get('optimizer', '?')} with learning rate {config.lr:g}, "
+        f"{trained}, "
         f"batch size {config.train_batch_size} and seed {config.seed}. The other settings are under Conditions.",
     )
 

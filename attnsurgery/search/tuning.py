@@ -1,0 +1,246 @@
+"""Trains the base out before anything is compared with it: its learning rate, its length, and the rates of blocks.
+
+A gain over a base that was trained with a bad learning rate, or too briefly, is no gain: the same accuracy was to be
+had without any block. So these are chosen before the first trial, each by trainings that are scored on the validation
+images:
+
+1. **Learning rate of the base.** All rates of `RATES` are tried. While the best one is the highest or the lowest that
+   was tried, the next beyond it is tried too.
+2. **Epochs.** The base is trained twice as long, as long as that gains `MARGIN` or more. A base that still gains where
+   this ends is not trained out, and the verdict says so.
+3. **Learning rates of candidates.** A probe, a candidate with blocks in half of its places, is trained at the base's
+   rate and its neighbours, each with the rates of blocks in `SCALES`. All candidates train with the best of these.
+
+The search then compares candidates with a base that had the same choices. Values that the settings give are not tried.
+The number of choices is small because each costs a training, and because the best of many trainings is partly luck;
+the verdict therefore trains again from fresh seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from attnsurgery.search.config import AUTO, SearchConfig
+
+Part = Literal["base", "probe"]
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""Peak learning rates that are always tried."""
+FURTHER = (1e-5, 3e-5, 1e-4, *RATES, 3e-2, 1e-1)
+"""Peak learning rates that may be tried, in ascending order."""
+DEFAULT_RATE = 1e-3
+"""The rate of trainings that come before the choice."""
+SCALES = (1.0, 10.0)
+"""Learning rates of blocks relative to the base's weights."""
+MARGIN = 0.005
+"""A gain in validation top-1 below which a training twice as long is not worth its time, 0 to 1."""
+MIN_STEPS = 200
+"""Training steps of the shortest training."""
+DOUBLINGS = 4
+"""How often the number of epochs is doubled at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Settings of a training that are chosen for the data and the model."""
+
+    lr: float
+    """Peak learning rate of the base's weights."""
+    block_lr_scale: float
+    """Learning rate of blocks, relative to `lr`."""
+    epochs: int
+    """Number of epochs."""
+
+    @property
+    def key(self) -> str:
+        """A text that identifies these settings in stored results."""
+        return f"{self.lr:g}:{self.block_lr_scale:g}:{self.epochs}"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A training that the choice needs."""
+
+    part: Part
+    """The model that is trained: the base, or the probe."""
+    training: Training
+    """How it is trained."""
+
+    @property
+    def key(self) -> str:
+        """A text that identifies the attempt in stored results."""
+        return f"{self.part}:{self.training.key}"
+
+    @classmethod
+    def of(cls, key: str) -> Attempt:
+        """The attempt with a key."""
+        part, lr, scale, epochs = key.split(":")
+        return cls("base" if part == "base" else "probe", Training(float(lr), float(scale), int(epochs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """How the base and the candidates are trained."""
+
+    base: Training
+    """How the base is trained."""
+    candidates: Training
+    """How each candidate is trained."""
+    trained_out: bool | None = None
+    """False if the base still gained from twice the epochs where the choice ended; None if that was not tried."""
+
+    def words(self) -> str:
+        """The settings as a sentence."""
+        length = f"{self.base.epochs} epoch{'s' if self.base.epochs > 1 else ''}"
+        out = {None: "", True: "", False: "; the base still gains from more, so it is not trained out"}[
+            self.trained_out
+        ]
+        return (
+            f"trainings take {length}{out}; the base trains at {self.base.lr:g}, candidates at {self.candidates.lr:g} "
+            f"with blocks at {self.candidates.block_lr_scale:g} times that"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data from which `from_dict` makes equal settings."""
+        parts = {"base": self.base, "candidates": self.candidates}
+        data: dict[str, Any] = {
+            name: {"lr": part.lr, "block_lr_scale": part.block_lr_scale, "epochs": part.epochs}
+            for name, part in parts.items()
+        }
+        return {**data, "trained_out": self.trained_out}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Tuned:
+        """The settings that `as_dict` was called on."""
+        return cls(Training(**data["base"]), Training(**data["candidates"]), data["trained_out"])
+
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Results of attempts by their keys: `top1` and `loss` on the validation images, or why the training `failed`."""
+
+
+class Tuning:
+    """Chooses the settings of trainings from the results of attempts, and says which attempts are still needed.
+
+    Args:
+        config: the settings of the search.
+        epochs: epochs of the shortest training; `pilot_epochs` gives them.
+    """
+
+    def __init__(self, config: SearchConfig, epochs: int) -> None:
+        self._lr = None if config.lr == AUTO else float(config.lr)
+        self._scale = None if config.block_lr_scale == AUTO else float(config.block_lr_scale)
+        self._epochs = None if isinstance(config.epochs, str) else config.epochs
+        self._shortest = self._epochs or epochs
+
+    def needed(self, results: Results) -> list[Attempt]:
+        """The attempts whose results the next choice depends on; none if all is chosen.
+
+        Args:
+            results: of the attempts so far.
+        """
+        for attempts in (self._base_rates(results), self._lengths(results), self._probes(results)):
+            if missing := [attempt for attempt in attempts if attempt.key not in results]:
+                return missing
+        return []
+
+    def chosen(self, results: Results) -> Tuned:
+        """The settings that the results speak for.
+
+        Args:
+            results: of all attempts that `needed` named.
+        """
+        base, trained_out = self._length(results)
+        probe = _best(self._probes(results), results)
+        candidates = replace(probe.training if probe else self._plain(base.lr), epochs=base.epochs)
+        return Tuned(base, candidates, trained_out)
+
+    def _plain(self, lr: float) -> Training:
+        return Training(lr, self._scale or SCALES[0], self._shortest)
+
+    def _base_rates(self, results: Results) -> list[Attempt]:
+        """The attempts of step 1: all rates, and further ones while the best is the last one on a side."""
+        if self._lr is not None:
+            return []
+        rates = list(RATES)
+        while True:
+            attempts = [Attempt("base", self._plain(lr)) for lr in rates]
+            best = _best(attempts, results)
+            if best is None or any(attempt.key not in results for attempt in attempts):
+                return attempts
+            place = FURTHER.index(best.training.lr)
+            beyond = [FURTHER[at] for at in (place - 1, place + 1) if 0 <= at < len(FURTHER)]
+            if not (new := [lr for lr in beyond if lr not in rates]):
+                return attempts
+            rates += new
+
+    def _rate(self, results: Results) -> float:
+        best = _best(self._base_rates(results), results)
+        return self._lr if self._lr is not None else (best.training.lr if best else DEFAULT_RATE)
+
+    def _lengths(self, results: Results) -> list[Attempt]:
+        """The attempts of step 2: the base at its rate, for the shortest length and doubled ones while they gain."""
+        training = self._plain(self._rate(results))
+        attempts = [Attempt("base", training)]
+        for _ in range(DOUBLINGS if self._epochs is None else 1):
+            longer = Attempt("base", replace(training, epochs=2 * attempts[-1].training.epochs))
+            attempts.append(longer)
+            if longer.key not in results or not _gains(longer, attempts[-2], results):
+                break
+        return attempts
+
+    def _length(self, results: Results) -> tuple[Training, bool]:
+        """How the base is trained, and whether a training twice as long gained nothing."""
+        *_, last_but_one, last = self._lengths(results)
+        if not _gains(last, last_but_one, results):
+            return last_but_one.training, True
+        return (last if self._epochs is None else last_but_one).training, False
+
+    def _probes(self, results: Results) -> list[Attempt]:
+        """The attempts of step 3, at the shortest length."""
+        if self._lr is not None and self._scale is not None:
+            return []
+        rate = self._rate(results)
+        rates: Sequence[float] = (rate,)
+        if self._lr is None:
+            place = FURTHER.index(rate)
+            rates = FURTHER[max(0, place - 1) : place + 2]
+        scales = SCALES if self._scale is None else (self._scale,)
+        return [Attempt("probe", Training(lr, scale, self._shortest)) for lr in rates for scale in scales]
+
+
+def pilot_epochs(images: int, batch_size: int) -> int:
+    """Epochs of the shortest training: as many as make `MIN_STEPS` steps.
+
+    Args:
+        images: number of training images.
+        batch_size: images in one step.
+    """
+    return math.ceil(MIN_STEPS / max(1, images // min(batch_size, images)))
+
+
+def expected_trainings(config: SearchConfig) -> float:
+    """Usual duration of the choice, in trainings of the shortest length. More follow where rates or length go on."""
+    rates = len(RATES) if config.lr == AUTO else 1
+    scales = len(SCALES) if config.block_lr_scale == AUTO else 1
+    probes = (3 if config.lr == AUTO else 1) * scales if AUTO in (config.lr, config.block_lr_scale) else 0
+    return rates + 2.0 + probes
+
+
+def _best(attempts: Sequence[Attempt], results: Results) -> Attempt | None:
+    """The attempt with the highest top-1, of equal ones that with the lower loss; None if none has succeeded."""
+    finished = [attempt for attempt in attempts if "top1" in results.get(attempt.key, {})]
+    return max(finished, key=lambda attempt: _rank(results[attempt.key]), default=None)
+
+
+def _rank(result: Mapping[str, Any]) -> tuple[float, float]:
+    return result["top1"], -result["loss"]
+
+
+def _gains(longer: Attempt, shorter: Attempt, results: Results) -> bool:
+    """Whether a longer training has gained enough to be worth its time."""
+    one, other = results.get(longer.key, {}), results.get(shorter.key, {})
+    return "top1" in one and one["top1"] - other.get("top1", 0.0) >= MARGIN
