@@ -131,9 +131,39 @@ def test_size_counts_within_max_blocks(anatomy: Anatomy) -> None:
 
 def test_decisions_on_one_place_stay_apart(anatomy: Anatomy) -> None:
     """Two decisions about one place are two variables."""
-    both = SE.format(each="true") + SE.format(each="true").replace("block: se", "block: se")
-    bound = bind(read(both), anatomy, "test_resnet")
+    eca = SE.format(each="true").replace("block: se", "block: timm:eca").partition("        options")[0]
+    bound = bind(read(SE.format(each="true") + eca), anatomy, "test_resnet")
     assert len({variable.name for variable in bound.variables}) == 4
+    assert bound.left_out == ()
+
+
+def test_block_offered_once_at_each_site(anatomy: Anatomy) -> None:
+    """A decision does not offer a block where an earlier one does, and all candidates can be built."""
+    gc = "      - block: timm:gc\n"
+    wider = SE.format(each="true").replace("[12]", "[234]").replace("[4, 8]", "4") + gc
+    bound = bind(read(SE.format(each="true") + wider), anatomy, "test_resnet")
+    assert {variable.name: list(variable.choices)[1:] for variable in bound.variables} == {
+        "layer1.0.bn2": ["se(reduction=4)", "se(reduction=8)"],
+        "layer2.0.bn2": ["se(reduction=4)", "se(reduction=8)"],
+        "layer2.0.bn2#2": ["timm:gc"],
+        "layer3.0.bn2": ["se(reduction=4)", "timm:gc"],
+        "layer4.0.bn2": ["se(reduction=4)", "timm:gc"],
+    }
+    assert bound.left_out == ("se at layer2.0.bn2: decisions[0] offers it there, and a site holds it once",)
+    for choice in (1, -1):
+        recipe = bound.recipe_for({variable.name: list(variable.choices)[choice] for variable in bound.variables})
+        assert recipe is not None
+        assert len(resolve(recipe, anatomy)) == 5
+
+
+def test_repeated_decision_adds_no_place(anatomy: Anatomy) -> None:
+    """Sites where a decision offers nothing new are no places, and wrong options in it are still refused."""
+    both = SE.format(each="true") + SE.format(each="true")
+    bound = bind(read(both), anatomy, "test_resnet")
+    assert [variable.name for variable in bound.variables] == ["layer1.0.bn2", "layer2.0.bn2"]
+    assert bound.left_out == ("se at layer1.0.bn2 and 1 more: decisions[0] offers it there, and a site holds it once",)
+    with pytest.raises(OptionError, match="reduction=0"):
+        bind(read(SE.format(each="true") + SE.format(each="true").replace("[4, 8]", "0")), anatomy, "test_resnet")
 
 
 def test_unmatched_decision_must_be_optional(anatomy: Anatomy) -> None:

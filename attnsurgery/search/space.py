@@ -11,7 +11,8 @@
             options: {reduction: [8, 16]}     # a list is several choices
 
 "No block" is always a choice. When a space is bound to a model, each place gets only the choices that are legal there,
-so that no trial is spent on a candidate that cannot be built.
+so that no trial is spent on a candidate that cannot be built. Two decisions may select the same site. A site holds each
+block once, so a later decision does not offer there what an earlier one offers.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
     variables: list[Variable] = []
     rejected: list[str] = []
     labels: Counter[str] = Counter()
+    offers: dict[tuple[str, str], int] = {}
+    repeated: dict[tuple[str, int], list[str]] = {}
     for number, decision in enumerate(space.decisions):
         field = where(space, f"decisions[{number}].at")
         try:
@@ -174,12 +177,21 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
                 continue
             raise SiteError(f"{field}: {error} Mark it 'optional: true' if some models have no such place.") from None
         for group in [(site,) for site in sites] if decision.each else [sites]:
-            choices, refused = _legal(decision, group, anatomy, base, field)
+            earlier = {block: first for (site, block), first in offers.items() if site in group}
+            choices, refused = _legal(decision, group, anatomy, base, field, set(earlier))
             rejected += refused
+            for block in sorted({choice.block for choice in decision.choices} & set(earlier)):
+                repeated.setdefault((block, earlier[block]), []).extend(group)
+            if len(choices) == 1:
+                continue
+            offers |= {(site, edit.block): number for edit in choices.values() if edit for site in group}
             label = group[0] if decision.each else decision.at
             labels[label] += 1
             name = label if labels[label] == 1 else f"{label}#{labels[label]}"
             variables.append(Variable(name, group, choices))
+    for (block, first), again in repeated.items():
+        more = f" and {len(again) - 1} more" if len(again) > 1 else ""
+        rejected.append(f"{block} at {again[0]}{more}: decisions[{first}] offers it there, and a site holds it once")
     if not variables:
         raise SiteError(
             f"the space {space.name!r} has no place in {anatomy.name}: every decision is optional and none matches. "
@@ -189,14 +201,19 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
 
 
 def _legal(
-    decision: Decision, sites: tuple[str, ...], anatomy: Anatomy, base: str, field: str
+    decision: Decision, sites: tuple[str, ...], anatomy: Anatomy, base: str, field: str, offered: set[str]
 ) -> tuple[dict[str, Edit | None], list[str]]:
-    """The choices that are legal at all of the sites, by label, 'none' first; and the others, with the reason."""
+    """The choices that are legal at all of the sites, by label, 'none' first; and the illegal ones, with the reason.
+
+    Blocks that earlier decisions offer at one of the sites are in neither.
+    """
     choices: dict[str, Edit | None] = {NONE: None}
     refused: list[str] = []
     for choice in decision.choices:
         for options in choice.expanded():
             check_options(choice.block, options)  # raises for options that are wrong at any site
+            if choice.block in offered:
+                continue
             edit = Edit(at=sites[0], block=choice.block, options=options)
             edits = [edit.model_copy(update={"at": site}) for site in sites]
             try:
@@ -205,7 +222,7 @@ def _legal(
                 refused.append(f"{_label(edit)} at {sites[0]}: {reason(error)}")
                 continue
             choices[_label(edit)] = edit
-    if len(choices) == 1:
+    if len(choices) == 1 and refused:
         raise OptionError(f"{field}: nothing of this decision can go to {', '.join(sites[:3])}. {refused[-1]}")
     return choices, refused
 
