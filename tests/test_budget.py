@@ -125,7 +125,8 @@ def test_search_ends_when_all_were_tried(config: SearchConfig, sampler: str) -> 
 def test_budget_below_base_is_refused_early(config: SearchConfig) -> None:
     """A budget below the base's own parameters is refused before a file is written."""
     with pytest.raises(
-        NothingFeasibleError, match=r"keeps to 100 k parameters: the base alone has .*Raise --budget-params"
+        NothingFeasibleError,
+        match=r"fits 100 k parameters .*alone has 373.7 k parameters.*Raise --budget-params above 37",
     ):
         run(change(config, budget_ms=None, budget_params=100_000))
     assert not (Path(config.output) / "base.safetensors").exists()
@@ -135,7 +136,9 @@ def test_budget_below_base_is_refused_early(config: SearchConfig) -> None:
 @pytest.mark.slow
 def test_budget_of_memory_is_held(config: SearchConfig) -> None:
     """Memory is measured before training, and no trained candidate exceeds its budget."""
-    with pytest.raises(NothingFeasibleError, match=r"no candidate fits 0.5 MB .*The base alone takes .* ms and \d"):
+    with pytest.raises(
+        NothingFeasibleError, match=r"no candidate fits 0.5 MB .*alone needs \d\S* MB.*raise --budget-mb"
+    ):
         run(change(config, budget_ms=None, budget_mb=0.5))
     outcome = run(change(config, budget_mb=500.0, output=f"{config.output}2", trials=2))
     assert all(r.peak_mb is not None and 0.5 < r.peak_mb < 500 for r in outcome.records if r.state == "trained")

@@ -223,7 +223,7 @@ def test_worker_tells_faults_from_mistakes(
         raise UsageError("ResNet cannot run") from RuntimeError(wrapped)
 
     monkeypatch.setattr(worker, "perform", fail)
-    monkeypatch.setattr(worker._Worker, "_ready", lambda self: None)
+    monkeypatch.setattr(worker._Worker, "_ready", lambda self, job: None)
     message = {"threads": 1, "config": {"device": "cpu", "budget_ms": 1.0, "data": "/nowhere"}}
     subject = worker._Worker(message, worker.Wire(io.StringIO()), threading.Event())
     subject.assemble()  # in vain, for there are no images

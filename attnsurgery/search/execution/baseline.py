@@ -24,6 +24,7 @@ from attnsurgery.search.execution.pretrained_base import (
 )
 from attnsurgery.search.execution.scorers import Candidate
 from attnsurgery.search.files import to_safetensors
+from attnsurgery.search.result.record import Timing
 from attnsurgery.search.rungs import SUPERNET, rungs_of
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.watching import Watching
@@ -88,6 +89,12 @@ def base_latency(bench: Bench, watch: Watching) -> Latency:
     watch.listener.phase("measuring the base")
     with bench.backend.longer():
         return bench.backend.measure(bench.base)
+
+
+def timing_of(latency: Latency) -> Timing:
+    """The latency of the base, or of another model that is not compared with it, and its 95 % interval."""
+    half = latency.noise * latency.p50_ms
+    return Timing(latency.p50_ms, latency.p50_ms - half, latency.p50_ms + half, 1.0)
 
 
 def base_scores(bench: Bench, seed: int, watch: Watching) -> list[Score]:

@@ -13,7 +13,7 @@ from attnsurgery import errors
 from attnsurgery.errors import AttnSurgeryError, SearchError
 from attnsurgery.evaluate import Epoch
 from attnsurgery.search.compatibility import VERSIONS, differences
-from attnsurgery.search.execution.jobs import Job, result_from_data
+from attnsurgery.search.execution.jobs import BEFORE_WEIGHTS, Job, result_from_data
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.workers.launch import Launcher, Link, Message, WorkerExited
@@ -120,7 +120,10 @@ class ProcessPool(WorkerPool):
     def _assign(self) -> None:
         if self._stopped_at is not None:
             return
+        early = all(job.kind in BEFORE_WEIGHTS for job in self._waiting)
         for slot in self._slots:
+            if early and any(other.link is not None for other in self._slots):
+                break  # a worker that starts would disturb a measurement that comes before all other work
             if self._waiting and slot.link is None:  # start all workers: more jobs will follow
                 self._start(slot)
         for slot in self._slots:

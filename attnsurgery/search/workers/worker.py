@@ -30,7 +30,7 @@ from attnsurgery.search.device_lock import DeviceLock, device_lock
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.jobs import Job, perform, result_to_data
+from attnsurgery.search.execution.jobs import BEFORE_WEIGHTS, Job, perform, result_to_data
 from attnsurgery.search.execution.trial import reason_of
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
@@ -123,7 +123,7 @@ class _Worker:
     def answer(self, job: Job) -> dict[str, Any]:
         """Do a job; return the message with its result, error or fault."""
         try:
-            bench = self._ready()
+            bench = self._ready(job)
             with self._lock.shared():
                 return {"result": result_to_data(perform(bench, job, self._watch))}
         except StopRequested:
@@ -136,10 +136,10 @@ class _Worker:
                 return {"error": [type(error).__name__, str(error)]}
             raise
 
-    def _ready(self) -> Bench:
+    def _ready(self, job: Job) -> Bench:
         if self._bench is None:
             raise self._error or AttnSurgeryError("the worker was given a job before it was ready.")
-        if not self._loaded and (Path(self._config.output) / WEIGHTS).exists():
+        if not self._loaded and job.kind not in BEFORE_WEIGHTS and (Path(self._config.output) / WEIGHTS).exists():
             self._bench.weights = starting_weights(self._bench, self._watch)
             self._loaded = True
         return self._bench
