@@ -82,7 +82,7 @@ class SearchError(AttnSurgeryError):
 
 
 class NothingFeasibleError(SearchError):
-    """No candidate fits the budget; the message lists the fastest that were measured."""
+    """No candidate fits the budget; the message says what does, or lists the fastest that were measured."""
 
     exit_code = 3
 
