@@ -65,6 +65,28 @@ def test_shipped_space_fits_model_families(name: str, model: str) -> None:
     assert recipe.base == model
 
 
+@pytest.mark.parametrize(
+    ("model", "branches", "spatial"),
+    [("resnet50", 16, 16), ("convnext_tiny", 18, 18), ("efficientnet_b0", 9, 15), ("vit_small_patch16_224", 24, 0)],
+)
+@pytest.mark.slow
+def test_se_space_offers_both_slots(model: str, branches: int, spatial: int) -> None:
+    """The space `se` has wide and narrow slots where a model has them, and all of them can be filled at once."""
+    anatomy = survey(weightless(model))
+    bound = bind(load("se"), anatomy, model)
+    assert [len(variable.choices) for variable in bound.variables] == [5] * branches + [4] * spatial
+    recipe = bound.recipe_for({variable.name: list(variable.choices)[-1] for variable in bound.variables})
+    assert recipe is not None
+    assert len(resolve(recipe, anatomy)) == branches + spatial
+
+
+def test_basic_blocks_have_one_slot() -> None:
+    """In basic blocks, the last spatial convolution ends the branch: one place for both decisions of `se`."""
+    bound = bind(load("se"), survey(timm.create_model("resnet10t"), (3, 64, 64)), "resnet10t")
+    assert [variable.name for variable in bound.variables] == [f"layer{stage}.0.bn2" for stage in (1, 2, 3, 4)]
+    assert len(bound.left_out) == 1
+
+
 @pytest.mark.slow
 def test_shipped_space_sizes_equal_readme() -> None:
     """The sizes in search_spaces/README.md are those of the spaces."""
