@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from attnsurgery.cli import main
 from attnsurgery.cli._settings import Grouped, build_settings, with_settings
-from attnsurgery.errors import SearchError
+from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same, fixed_part
 from attnsurgery.search.config import MEASURING, TRAINING
@@ -87,9 +87,9 @@ def test_setting_round_trips_through_file(command: Command, tmp_path: Path) -> N
 def test_options_precede_environment_file(command: Command, tmp_path: Path) -> None:
     """Options go before the environment, and the environment before the file."""
     file = tmp_path / "search.yaml"
-    file.write_text("tricks: 2\nepochs: 2\nseed: 2\nbold: true\n")
-    command("--config", str(file), "--seed", "4", "--no-bold", ATTNSURGERY_EPOCHS="3", ATTNSURGERY_SEED="3")
-    assert command.settings == {"tricks": 2, "epochs": 3, "seed": 4, "bold": False}
+    file.write_text("tricks: 2\nbase_epochs: 2\nseed: 2\nbold: true\n")
+    command("--config", str(file), "--seed", "4", "--no-bold", ATTNSURGERY_BASE_EPOCHS="3", ATTNSURGERY_SEED="3")
+    assert command.settings == {"tricks": 2, "base_epochs": 3, "seed": 4, "bold": False}
 
 
 def test_changed_setting_refused_on_resume() -> None:
@@ -203,3 +203,18 @@ def test_printed_settings_repeat_the_search(
     assert "base: test_vit\n" in printed
     assert "tf32: true\n" in printed
     assert [file.name for file in tmp_path.iterdir()] == ["search.yaml"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", 3), ("auto", "auto")])
+def test_setting_of_number_or_word(command: Command, text: str, value: object) -> None:
+    """A setting that is a number or a word is read as either."""
+    command("--epochs", text)
+    assert Tricky(budget_ms=2.0, device="cpu", **command.settings).epochs == value
+
+
+def test_setting_refuses_other_words(command: Command) -> None:
+    """A setting that is a number or a word refuses other words and fractions, with its name."""
+    for text in ("often", "2.5", "0"):
+        command("--epochs", text)
+        with pytest.raises(UsageError, match=f"--epochs cannot be '{text}'"):
+            build_settings(Tricky, "search", {"budget_ms": 2.0, **command.settings})
