@@ -216,5 +216,5 @@ def test_setting_refuses_other_words(command: Command) -> None:
     """A setting that is a number or a word refuses other words and fractions, with its name."""
     for text in ("often", "2.5", "0"):
         command("--epochs", text)
-        with pytest.raises(UsageError, match=f"--epochs cannot be '{text}'"):
+        with pytest.raises(UsageError, match=f"--epochs cannot be '?{text}'?:"):
             build_settings(Tricky, "search", {"budget_ms": 2.0, **command.settings})

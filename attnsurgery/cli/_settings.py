@@ -134,6 +134,7 @@ def _parameter(name: str, info: pydantic.fields.FieldInfo, setting: Setting) -> 
         show_envvar=False,
         show_default=False,
         rich_help_panel=setting.group,
+        parser=_number_or_word(info),
     )
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -143,11 +144,30 @@ def _option_type(info: pydantic.fields.FieldInfo) -> Any:
     """The type that the command line converts a value to; the model checks the value itself."""
     kinds = list(_plain_types(info.annotation))
     choices = [candidate for candidate in kinds if typing.get_origin(candidate) is Literal]
-    if choices:  # a number or a word, such as auto, is text until the model reads it
+    if choices:
         return choices[0] if len(kinds) == 1 else str
     if any(isinstance(entry, pydantic.BeforeValidator) for entry in _metadata(info)):
         return str  # the model converts it
     return next(candidate for candidate in (bool, int, float, str) if candidate in kinds)
+
+
+def _number_or_word(info: pydantic.fields.FieldInfo) -> Callable[[str], int | float | str] | None:
+    """Converts the text of a setting that is a number or a word, such as auto; None for other settings.
+
+    Text that is neither stays text, which the model refuses.
+    """
+    kinds = list(_plain_types(info.annotation))
+    number = next((kind for kind in (int, float) if kind in kinds), None)
+    if number is None or not any(typing.get_origin(kind) is Literal for kind in kinds):
+        return None
+
+    def parse(text: str) -> int | float | str:
+        try:
+            return number(text)
+        except ValueError:
+            return text
+
+    return parse
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
