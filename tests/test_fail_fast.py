@@ -20,8 +20,9 @@ from attnsurgery.evaluate import finetune
 from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.search import Listener, SearchConfig, run
+from attnsurgery.search.execution import assemble as assembling
 from attnsurgery.search.execution import baseline
-from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.assemble import assemble, before_images
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.execution.over_budget import refuse_over_budget
@@ -228,6 +229,39 @@ def test_extend_below_base_keeps_its_trials(config: SearchConfig) -> None:
     assert (Path(config.output) / "report.html").is_file()
     again = run(change(config, extend=True))
     assert again.records[0].top1 == earlier.records[0].top1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
+def test_many_images_are_read_afterwards(config: SearchConfig, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where reading the images takes long, the base is measured before they are opened, and once."""
+    monkeypatch.setattr(assembling, "MANY_IMAGES", 41)
+    assert before_images(config) is None, "there are 40 images"
+    monkeypatch.setattr(assembling, "MANY_IMAGES", 40)
+    config = change(config, workers=workers)
+    phases: list[str] = []
+
+    class Phases(Listener):
+        def phase(self, text: str) -> None:
+            phases.append(text.partition(" ")[0])
+
+    for start in (run, preview):
+        with pytest.raises(NothingFeasibleError, match="The base test_resnet alone takes"):
+            start(change(config, budget_ms=0.01), Phases())
+    assert "measuring" in phases
+    assert "reading" not in phases
+    phases.clear()
+    outcome = run(config, Phases())
+    assert phases[:3] == ["measuring", "reading", "training"]
+    assert phases.count("measuring") == 1
+    assert outcome.base.timing is not None
+    assert outcome.base.timing.ms == pytest.approx(latency_at(config, 64))
+    assert outcome.trained == 1
+    phases.clear()
+    assert preview(change(config, output=f"{config.output}-2"), Phases()).base_ms == pytest.approx(
+        outcome.base.timing.ms
+    )
+    assert phases[:2] == ["measuring", "reading"]
 
 
 # Which base is over its budget

@@ -1,7 +1,7 @@
 """Images in three splits, and evaluators, which train a model and give it a score."""
 
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, TrainSettings, Watch
-from attnsurgery.evaluate.data import Data, load_data, native_size
+from attnsurgery.evaluate.data import Data, count_files, load_data, native_size
 from attnsurgery.evaluate.finetune import accuracy, answers, train
 from attnsurgery.evaluate.head import fit_head
 from attnsurgery.evaluate.preprocess import Preprocessing
@@ -17,6 +17,7 @@ __all__ = [
     "Watch",
     "accuracy",
     "answers",
+    "count_files",
     "fit_head",
     "load_data",
     "native_size",

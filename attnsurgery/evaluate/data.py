@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,18 @@ class _Inspection:
     augment: Augment
     notes: tuple[str, ...]
     shared: tuple[str, ...] | None
+
+
+def count_files(spec: str | None) -> int:
+    """Number of images in an image folder, without opening any; 0 for other data.
+
+    Raises:
+        SearchError: as `load_data`.
+    """
+    if spec is None or not Path(spec).is_dir():
+        return 0
+    sources = find_sources(spec)
+    return sum(len(source.ids) for source in (sources.train, sources.val, sources.test) if source is not None)
 
 
 def _inspect(

@@ -17,7 +17,6 @@ from typing import Any
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.search.budgets.predict import LatencyPredictor
-from attnsurgery.search.compatibility import VERSIONS
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.coordinator.base_record import base_of, measure_base
 from attnsurgery.search.coordinator.confirm import confirm
@@ -25,7 +24,7 @@ from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
 from attnsurgery.search.coordinator.resume import open_store
 from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
-from attnsurgery.search.execution.assemble import assemble, save_digests
+from attnsurgery.search.execution.assemble import assemble, before_images, save_digests
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Data, Job
@@ -36,6 +35,7 @@ from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.outcome import Outcome
 from attnsurgery.search.result.promotion import next_promotion
 from attnsurgery.search.result.record import Record, contenders
+from attnsurgery.search.result.statistics import smallest_visible_gain
 from attnsurgery.search.rungs import rungs_of, shares
 from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.run_directory import (
@@ -111,8 +111,10 @@ def run(
     with locked(folder):
         facts = stored_facts(folder, config.storage)
         mark(folder)
+        measured = None if facts.get("base") else _measured_early(config, listener, pulse, backend)
         with writing_errors(), _pool(config, listener, pulse, backend) as (bench, pool):
-            measured = None if facts.get("base") else measure_base(bench, pool, suggest=backend is None)
+            if not measured and not facts.get("base"):
+                measured = measure_base(bench, pool, suggest=backend is None)
             bench.weights = _weights(pool, bench, folder, facts, listener)
             store, changes = open_store(bench, folder, listener)
             save_digests(bench, folder)
@@ -125,19 +127,49 @@ def run(
     return outcome
 
 
+def _measured_early(
+    config: SearchConfig, listener: Listener, stop: Callable[[], bool], backend: LatencyBackend | None
+) -> Data | None:
+    """The base's latency, measured before many images are opened; None where the search measures it afterwards.
+
+    Workers on other machines are not started twice, because they may have to wait for their turn.
+
+    Raises:
+        NothingFeasibleError: the base alone is over a budget.
+    """
+    if config.launcher != "local" or (bench := before_images(config, backend)) is None:
+        return None
+    with _pool(config, listener, stop, backend, bench) as (_, pool):
+        return measure_base(bench, pool, suggest=backend is None)
+
+
 @contextmanager
 def _pool(
-    config: SearchConfig, listener: Listener, stop: Callable[[], bool], backend: LatencyBackend | None
+    config: SearchConfig,
+    listener: Listener,
+    stop: Callable[[], bool],
+    backend: LatencyBackend | None,
+    early: Bench | None = None,
 ) -> Iterator[tuple[Bench, WorkerPool]]:
-    """The bench and the workers of a search; with a `backend`, this process does the work itself."""
+    """The bench and the workers of a search; with a `backend`, this process does the work itself.
+
+    Args:
+        config: all settings.
+        listener: told of progress.
+        stop: whether the user asked for an end.
+        backend: measures latencies instead of the backend that the configuration names.
+        early: a bench without images, for jobs that need none.
+    """
     alone = config.workers == 0 or backend is not None
     launcher = LAUNCHERS[config.launcher]  # looked up before images are read: an unknown name is an error
-    bench = assemble(config, listener, backend, decode=alone)
+    bench = early or assemble(config, listener, backend, decode=alone)
     pool: WorkerPool
     if alone:
         pool = InProcessPool(bench, listener, stop)
     else:  # created last, because a launcher may hold a cluster until its pool is closed
-        pool = ProcessPool(launcher(bench.config), listener, stop, versions=bench.environment()[VERSIONS])
+        started = launcher(bench.config)
+        started.decode = early is None
+        pool = ProcessPool(started, listener, stop, versions=bench.versions())
     try:
         yield bench, pool
     finally:
@@ -249,7 +281,7 @@ class _Search:
     def run(self) -> Outcome:
         """The whole search; an interrupted one has an outcome too."""
         conditions = "; the base: ".join(filter(None, [self.about.conditions, self.about.beside]))
-        self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base)
+        self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base, self._power())
         interrupted = False
         try:
             self.trials.run()
@@ -265,6 +297,16 @@ class _Search:
         self.store.end(interrupted)
         self._write(interrupted)
         return self._outcome(interrupted)
+
+    def _power(self) -> str:
+        """Which gain the verdict can show, in words."""
+        images, seeds = self.about.images["test"], self.config.confirm_seeds
+        gain = smallest_visible_gain(self.base.top1_on(self.base.reached) or 0.0, images, seeds)
+        trainings = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        return (
+            f"with {images:,} test images and {trainings}, the verdict can show gains of about {100 * gain:.1f} points "
+            "or more; smaller ones need more images or --confirm-seeds"
+        )
 
     def _leads(self) -> bool:
         """Whether this search does the rest. Of several at one study, one does; the others wait for its result.

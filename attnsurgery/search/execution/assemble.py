@@ -16,12 +16,13 @@ from torch import nn
 from attnsurgery.checkpoint.base import build_base, trained_sizes
 from attnsurgery.checkpoint.difference import digest
 from attnsurgery.checkpoint.weights import StateDict, read_state_dict
-from attnsurgery.errors import SearchError, UsageError
+from attnsurgery.errors import AttnSurgeryError, SearchError, UsageError
 from attnsurgery.evaluate import (
     EVALUATORS,
     Data,
     Preprocessing,
     TrainSettings,
+    count_files,
     load_data,
     native_size,
 )
@@ -59,8 +60,27 @@ from attnsurgery.timm_plugin.architectures import check_base, for_images, weight
 
 _TOLERANCE = 0.005
 """Half the 95 % interval at which a measurement may end, as a share of the latency."""
+MANY_IMAGES = 1000
+"""Number of image files from which on the base is measured before they are opened."""
 _DEFAULT_SIZE = 48
 """Height and width of the embedded digits, in pixels."""
+
+
+def before_images(config: SearchConfig, backend: LatencyBackend | None = None) -> Bench | None:
+    """What the base is measured on, before images are opened; None where they are few and soon read.
+
+    Args:
+        config: all settings.
+        backend: measures latencies instead of the backend that the configuration names.
+
+    Raises:
+        AttnSurgeryError: as `assemble`.
+    """
+    try:
+        count = count_files(config.data)
+    except AttnSurgeryError:  # `assemble` reports it, and unknown names before it
+        return None
+    return assemble(config, Listener(), backend, decode=False, check=False) if count >= MANY_IMAGES else None
 
 
 def save_digests(bench: Bench, folder: Path) -> None:

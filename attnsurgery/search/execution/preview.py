@@ -16,7 +16,7 @@ from attnsurgery.evaluate import Epoch, Watch
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.assemble import assemble, before_images
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.over_budget import refuse_over_budget
@@ -154,13 +154,11 @@ def preview(
     check_free(Path(config.output))
     if config.storage:
         check_url(config.storage)
+    early = before_images(config, backend)
+    reference = _checked_base(early, listener, stop, suggest=backend is None) if early else None
     bench = assemble(config, listener, backend)
     bench.base.to(config.device).eval()
-    listener.phase("measuring the base")
-    reference = bench.backend.measure(bench.base)
-    watch = Watching(listener, stop)
-    alternatives = None if backend else lambda: what_fits(bench, reference.p50_ms, watch)
-    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives)
+    reference = reference or _checked_base(bench, listener, stop, suggest=backend is None)
     rng = np.random.default_rng(0)
     candidates = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
     exact = sum(map(bench.places.holds, candidates)) / max(1, len(candidates))
@@ -200,6 +198,21 @@ def preview(
         rungs=rungs,
         seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share),
     )
+
+
+def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *, suggest: bool) -> Latency:
+    """The base's latency.
+
+    Raises:
+        NothingFeasibleError: the base alone is over the budget.
+        StopRequested: the user asked for an end.
+    """
+    listener.phase("measuring the base")
+    reference = bench.backend.measure(bench.base)
+    watch = Watching(listener, stop)
+    alternatives = (lambda: what_fits(bench, reference.p50_ms, watch)) if suggest else None
+    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives)
+    return reference
 
 
 def _measure_drawn(

@@ -112,7 +112,7 @@ class _Worker:
             self._config = SearchConfig(**self._begin["config"])
             self._lock = device_lock(self._config.device)
             self._watch = _SigningWatch(self._wire, self._stop, self._lock)
-            self._bench = assemble(self._config, self._wire, check=False)
+            self._bench = assemble(self._config, self._wire, check=False, decode=self._begin.get("decode", True))
             self._bench.backend.lock = self._lock.exclusive
             self._wire.send({"versions": {"node": platform.node(), "worker_versions": self._bench.versions()}})
         except Exception as error:

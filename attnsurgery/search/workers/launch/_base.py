@@ -83,6 +83,8 @@ class Launcher(ABC):
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self.size = max(1, config.workers)
+        self.decode = True
+        """Whether workers decode the images when they start; their first job may need none."""
         self.arguments = _pairs(config.launcher_args)
         unknown = [] if self.argument_names is None else sorted(self.arguments.keys() - self.argument_names)
         if unknown:
@@ -95,6 +97,7 @@ class Launcher(ABC):
         return {
             "config": config.model_dump(exclude={"storage"}),  # which may hold a password
             "threads": self.threads,
+            "decode": self.decode,
         }
 
     @property
