@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import ndtr
 
 import attnsurgery.search.execution.verdict as verdict_module
 from attnsurgery.errors import SearchError
@@ -24,7 +26,7 @@ from attnsurgery.search import SearchConfig, Timing, run
 from attnsurgery.search.execution.verdict import compare_on_test
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import contenders
-from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_test
+from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_test, smallest_visible_gain
 from attnsurgery.search.watching import Watching
 from tests._searches import change, small_search, write_images, write_space
 
@@ -248,6 +250,25 @@ def test_gain_controls_variance_of_training(seeds: int) -> None:
         votes += sign_test(int((more > 0).sum()), int((more < 0).sum())) < 0.05
     assert alarms / 400 < 0.08
     assert votes / 400 > 0.1
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_gain_is_visible_as_was_predicted(seeds: int) -> None:
+    """A gain as large as predicted is found in about four of five searches, and one a third as large is not."""
+    rng = np.random.default_rng(seeds)
+    ease_N = rng.normal(1.3, 1.0, 500)
+    top1 = float(ndtr(2 * ease_N).mean())
+    predicted = smallest_visible_gain(top1, 500, seeds)
+
+    def found(gain: float) -> float:
+        """The share of verdicts that call a second model better whose accuracy is higher by `gain`."""
+        shift = brentq(lambda shift: float(ndtr(2 * (ease_N + shift)).mean()) - top1 - gain, 0.0, 5.0)
+        answers = [ease_N + own + rng.normal(0.0, 0.5, (200, seeds, 500)) > 0 for own in (shift, 0.0)]
+        gains = [gain_of(second, first) for second, first in zip(*answers, strict=True)]
+        return sum(gain.p_value < 0.05 and gain.mean > 0 for gain in gains) / len(gains)
+
+    assert 0.75 < found(predicted) < 0.97
+    assert found(predicted / 3) < 0.45
 
 
 def test_gain_of_equal_models_is_none() -> None:

@@ -63,7 +63,7 @@ class FaultInjector(Listener):
         self.phases: list[str] = []
         self._faults, self._planned = injected_faults, planned
 
-    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+    def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:
         for one in self._planned:
             assert self._faults is not None
             (self._faults / one).touch()

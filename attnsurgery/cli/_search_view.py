@@ -65,10 +65,11 @@ class PlainView(Listener):
         if time.monotonic() - self._printed_at > _SILENCE_S:
             self._print(f"         {split} {count:,} of {total:,}")
 
-    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+    def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:
         self._print(f"latency  {conditions}")
         self._print(f"space    {candidates:,} candidates")
         self._print(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
+        self._print(f"power    {power}")
 
     def trial_finished(self, record: Record, trained: int, total: int) -> None:
         if record.state in _HIDDEN:
@@ -143,8 +144,8 @@ class LiveView(_Activity):
         for line in _data_lines(description, notes):  # above the live lines, where it stays
             self._console.print(Text(line))
 
-    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
-        self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
+    def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:
+        self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates", f"power    {power}"]
         self._base = base
 
     def trial_started(self, number: int, name: str) -> None:

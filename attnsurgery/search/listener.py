@@ -27,7 +27,7 @@ class Listener:
     def epoch(self, epoch: Epoch) -> None:
         """An epoch of a training has ended."""
 
-    def ready(self, conditions: str, data: str, candidates: int, base: Record) -> None:
+    def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:
         """The base is measured and scored, and trials begin.
 
         Args:
@@ -35,6 +35,7 @@ class Listener:
             data: a description of the images.
             candidates: number of candidates in the space.
             base: its record.
+            power: which gain the verdict can show, in words.
         """
 
     def trial_started(self, number: int, name: str) -> None:

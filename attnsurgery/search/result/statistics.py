@@ -16,6 +16,7 @@ from attnsurgery.search.result.record import Record
 from attnsurgery.search.space import NONE
 
 _Z = float(ndtri(0.975))
+_Z_POWER = float(ndtri(0.8))
 _ADDED = (1, -1, 0, 0)
 """Gains of four additional images that intervals count, so that they hold for few images."""
 
@@ -163,6 +164,27 @@ def pool_estimates(values: Sequence[float], halves: Sequence[float]) -> tuple[fl
     between = excess / scale if excess > 0 and scale > 0 else 0.0
     weight_K = 1 / (own_K + between)
     return float((weight_K * value_K).sum() / weight_K.sum()), _Z / math.sqrt(float(weight_K.sum()))
+
+
+def smallest_visible_gain(top1: float, images: int, seeds: int) -> float:
+    """The gain that the verdict finds in four of five searches, at best, 0 to 1.
+
+    Two trainings of one model disagree on about as many images as each gets wrong. So the mean gain over S trainings of
+    each model on N images has a variance of at least (1 - top1) / (S N). The result is that standard deviation times
+    the sum of two quantiles, for a significance level of 5 % (two-sided) and a power of 80 %: of Student's t with the
+    2 (S - 1) degrees of freedom that S trainings of each model leave, or normal ones for one training, whose test is
+    about images only. Trainings that differ in their accuracy as a whole add to this.
+
+    Args:
+        top1: accuracy of the base, 0 to 1.
+        images: number N of test images.
+        seeds: number S of trainings of each model.
+    """
+    # as in the intervals, a few images more, one of them wrong, so that it also holds for a base without errors
+    wrong = ((1 - top1) * images + 1) / (images + len(_ADDED))
+    freedom = 2 * (seeds - 1)
+    quantiles = float(stdtrit(freedom, 0.975) + stdtrit(freedom, 0.8)) if freedom else _Z + _Z_POWER
+    return quantiles * math.sqrt(wrong / (seeds * images))
 
 
 def sign_test(first: int, second: int) -> float:
