@@ -109,8 +109,9 @@ def _advice(bench: Bench, over: Sequence[str], tried: Sequence[Alternative], rem
     excess = [name for name, cost in closest.costs.items() if cost > bench.budgets.limits[name]]
     smallest = " and ".join(_remedy(bench, name, closest.costs[name]) for name in excess)
     return (
-        f"No smaller image size or model fits either ({len(tried)} {how}). The closest is {_named(closest, excess)}: "
-        f"for it, {smallest}, and by more for blocks. For the present base, {remedy}; or choose a faster MODEL."
+        f"None of the smaller image sizes and models that were tried fits ({len(tried)}, {how}). The closest is "
+        f"{_named(closest, excess)}: for it, {smallest}, and by more for blocks. For the present base, {remedy}; or choose "
+        "a faster MODEL."
     )
 
 

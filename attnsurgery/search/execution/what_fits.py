@@ -29,9 +29,9 @@ from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.verify import count_macs
 from attnsurgery.timm_plugin.architectures import for_images, weightless
 
-_SECONDS = 6.0
-"""Time after which nothing more is tried, in s; half of it is for sizes."""
-_EFFORT = Effort(tolerance=0.02, max_seconds=0.3, min_rounds=4, max_warmup_seconds=0.2, placements=4, rounds=1)
+_SECONDS = 8.0
+"""Time after which nothing more is tried, in s; five eighths of it are for sizes."""
+_EFFORT = Effort(tolerance=0.02, max_seconds=0.3, min_rounds=3, max_warmup_seconds=0.2, placements=3, rounds=1)
 """Effort for one measurement."""
 _MAX_SIBLINGS = 3
 """Largest number of other models that are measured."""
@@ -39,6 +39,8 @@ _MAX_COUNTED = 8
 """Largest number of other models whose multiply-accumulates are counted."""
 _SMALL_IMAGE, _FINE_STEP, _STEP = 96, 8, 32
 """Images up to this many pixels a side are reduced in fine steps, larger ones in steps of 32 pixels."""
+_MARGIN = 0.95
+"""Share of a budget that the next size is chosen for, as the upper end of an interval has to keep to it."""
 _SMALLEST = 16
 """Smallest height and width that is tried, in pixels."""
 _SIZE_WORDS = [
@@ -92,7 +94,7 @@ def what_fits(bench: Bench, base_ms: float | None, watch: Watching) -> list[Alte
         return []
     start, attempts = time.monotonic(), _Attempts(bench, base_ms, watch)
     if bench.costs.base["parameters"] <= bench.budgets.limits.get("parameters", math.inf):  # or sizes do not help
-        attempts.until = start + _SECONDS / 2
+        attempts.until = start + _SECONDS * 5 / 8
         _try_sizes(attempts)
     attempts.until = start + _SECONDS
     _try_siblings(attempts)
@@ -115,6 +117,8 @@ class _Attempts:
         """Time after which nothing more is measured, on the monotonic clock, in s."""
         self._watch = watch
         self._longest_s = 0.0
+        self._takes_any_size = False
+        """Whether the base is known to take images of any size as it is."""
 
     @property
     def over(self) -> bool:
@@ -148,7 +152,8 @@ class _Attempts:
         bench = self.bench
         model, input_size = self._model(name, size), (bench.anatomy.input_size[0], *size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        record = Record(-1, "pending", parameters=parameters, macs=count_macs(model, input_size))
+        macs = count_macs(model, input_size) if "macs" in bench.budgets.limits else None
+        record = Record(-1, "pending", parameters=parameters, macs=macs)
         if self.base_ms is not None and bench.budgets.check(record).within:
             self._watch.listener.phase(f"measuring what fits: {name} at {size[0]} x {size[1]}")
             conditions = replace(bench.backend.conditions, input_size=input_size)
@@ -164,8 +169,11 @@ class _Attempts:
     def _model(self, name: str, size: tuple[int, int]) -> nn.Module:
         """The base, or a model with random weights, which suffice for a latency."""
         bench = self.bench
+        if name == bench.config.base and self._takes_any_size:
+            return bench.base
         sized = for_images(name, size)
         if name == bench.config.base and not sized and not for_images(name, bench.anatomy.input_size[1:]):
+            self._takes_any_size = True
             return bench.base
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = timm.create_model(name, num_classes=len(bench.data.classes), **sized)
@@ -182,7 +190,8 @@ def _try_sizes(attempts: _Attempts) -> None:
     pixels, low, high = height * width, 0, len(sizes)
     while low < high and not attempts.over:  # the sizes from `low` to before `high` are still to be decided
         # the next one is the largest that would fit if costs were proportional to the number of pixels
-        most_pixels = pixels * min(limits.get(name, math.inf) / max(cost, 1e-9) for name, cost in costs.items())
+        shares = [limits.get(name, math.inf) / max(cost, 1e-9) for name, cost in costs.items()]
+        most_pixels = pixels * _MARGIN * min(shares)
         index = sum(size * size <= most_pixels for size in sizes) - 1
         index = min(max(index, low), high - 1)
         alternative = attempts.attempt(bench.config.base, (sizes[index], sizes[index]))
