@@ -6,6 +6,7 @@ import itertools
 from dataclasses import asdict
 
 import timm
+from slot_costs import BLOCKS, MODELS, SLOTS
 
 import attnsurgery
 from attnsurgery.errors import AttnSurgeryError
@@ -15,9 +16,6 @@ from gpu_bench.rows import Refused, Row, Rows
 from gpu_bench.tiny import EFFORT, MODEL, SIZE
 
 Size = tuple[int, int, int]
-_MODELS = ("resnet50", "resnet33ts", "convnext_tiny", "efficientnet_b0")
-_SLOTS = ("branches", "spatial")
-_BLOCKS = ("se", "timm:eca", "timm:gc")
 _LADDER = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 _SIZES = (64, 96, 128, 160, 224)
 
@@ -63,7 +61,7 @@ def slots(rows: Rows, tiny: bool) -> None:
     if tiny:
         rows.make(f"{MODEL} se branches b1", lambda: slot(MODEL, "branches", "se", 1, EFFORT, SIZE), 1.0)
         return
-    for batch, model, block, place in itertools.product((64, 1), _MODELS, _BLOCKS, _SLOTS):
+    for batch, model, block, place in itertools.product((64, 1), MODELS, BLOCKS, SLOTS):
         rows.make(
             f"{model} {block} {place} b{batch}",
             lambda case=(model, place, block, batch): slot(*case, Effort(0.003, 0.8)),  # type: ignore[misc]
