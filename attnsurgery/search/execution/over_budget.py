@@ -110,8 +110,8 @@ def _advice(bench: Bench, over: Sequence[str], tried: Sequence[Alternative], rem
     smallest = " and ".join(_remedy(bench, name, closest.costs[name]) for name in excess)
     return (
         f"None of the smaller image sizes and models that were tried fits ({len(tried)}, {how}). The closest is "
-        f"{_named(closest, excess)}: for it, {smallest}, and by more for blocks. For the present base, {remedy}; or choose "
-        "a faster MODEL."
+        f"{_named(closest, excess)}: for it, {smallest}, and by more for blocks. For the present base, {remedy}; "
+        "or choose a faster MODEL."
     )
 
 
