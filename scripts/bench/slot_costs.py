@@ -1,27 +1,29 @@
 #!/usr/bin/env python
 """The cost of blocks in wide and in narrow slots: at the ends of branches, and behind their spatial convolutions.
 
-    python scripts/bench/slot_costs.py [--device cuda] [--seconds 8]
+    python scripts/bench/slot_costs.py [--device cuda] [--seconds 8] [--only resnet50]
 
 The block goes to every place of the slot in a model, and both models are measured alternately in one process. A
 combination that a model does not have is written as refused, with the reason. The conditions are those of a deployment
 on the device: one thread, eager and float32 on a CPU; a CUDA graph in bfloat16 on a GPU.
 
 Writes docs/benchmarks/slot-costs-<card>.json, on a CPU slot-costs-cpu.json, and prints the table of
-search_spaces/README.md. `scripts/bench/gpu` makes the same rows at batch 1 and 64, at the models' own input sizes.
+search_spaces/README.md. With --only, the rows of the other models stay. `scripts/bench/gpu` makes the same rows at
+batch 1 and 64, at the models' own input sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
-from _common import card_or_cpu, write
+from _common import RESULTS, card_or_cpu, write
 
 import attnsurgery
 from attnsurgery.errors import AttnSurgeryError
@@ -98,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=8.0, help="time limit of one comparison")
+    parser.add_argument("--only", choices=MODELS, help="measure this model alone")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
@@ -106,12 +109,16 @@ def main() -> None:
     backend = backend_for(
         conditions, effort=Effort(tolerance=0.003, max_seconds=options.seconds, max_warmup_seconds=1.0)
     )
-    results: dict[str, Any] = {"processors": os.cpu_count(), "rows": []}
     name = f"slot-costs-{card_or_cpu() if device.type == 'cuda' else 'cpu'}"
-    for model, block, slot in itertools.product(MODELS, BLOCKS, SLOTS):
-        results["rows"].append(measure(model, slot, block, backend))
-        print(f"{model:16} {slot:9} {block:9} {row_text(results['rows'][-1])}", flush=True)
-    print(f"{table(results['rows'])}\nwritten {write(name, results)}")
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text())["rows"] if options.only and path.exists() else []
+    rows = {(row["model"], row["block"], row["slot"]): row for row in earlier}
+    for case in itertools.product([options.only] if options.only else MODELS, BLOCKS, SLOTS):
+        model, block, slot = case
+        rows[case] = measure(model, slot, block, backend)
+        print(f"{model:16} {slot:9} {block:9} {row_text(rows[case])}", flush=True)
+    ordered = [rows[case] for case in itertools.product(MODELS, BLOCKS, SLOTS) if case in rows]
+    print(f"{table(ordered)}\nwritten {write(name, {'processors': os.cpu_count(), 'rows': ordered})}")
 
 
 if __name__ == "__main__":
