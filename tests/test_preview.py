@@ -118,10 +118,18 @@ def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
 
 @pytest.mark.slow
 def test_preview_reports_empty_sample(config: SearchConfig) -> None:
-    """Of 48 variables with two blocks each, all but a few candidates have far too many."""
+    """Of 24 variables with two blocks each, all but a few candidates have far too many."""
     space = Path(config.output).parent / "wide.yaml"
-    decision = '  - at: "stage:* branches"\n    choices:\n      - block: se\n        options: {{reduction: [{}, {}]}}\n'
-    places = "".join(decision.format(4 + number, 30 + number) for number in range(12))
+    choices = {
+        "se": "reduction: [4, 5]",
+        "timm:se": "rd_ratio: [0.25, 0.2]",
+        "timm:gc": "rd_ratio: [0.25, 0.2]",
+        "timm:cbam": "rd_ratio: [0.25, 0.2]",
+        "timm:gca": "rd_ratio: [0.25, 0.2]",
+        "timm:lcbam": "rd_ratio: [0.25, 0.2]",
+    }
+    decision = '  - at: "stage:* branches"\n    choices:\n      - block: {}\n        options: {{{}}}\n'
+    places = "".join(decision.format(block, options) for block, options in choices.items())
     space.write_text(f"version: 1\nname: wide\ndecisions:\n{places}")
     params = previewed(config, trials=2).base_parameters
     sparse = previewed(config, space=str(space), budget_ms=None, budget_params=params + 2000, trials=2)

@@ -30,7 +30,7 @@ from attnsurgery.cli import build_app
 from attnsurgery.cli._console import building
 from attnsurgery.cli._search_view import files_of
 from attnsurgery.errors import NothingFeasibleError, SearchError, UsageError
-from attnsurgery.evaluate import Preprocessing, Score, load_data
+from attnsurgery.evaluate import Preprocessing, Score, TrainSettings, load_data
 from attnsurgery.evaluate.contents import load_digests
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
@@ -579,7 +579,8 @@ def test_failed_winner_is_replaced_by_next() -> None:
 def test_preview_counts_verdict_trainings(finalists: int, trainings: int) -> None:
     """Two seeds each of winner and base, and of as many finalists as there are candidates to choose from, here 5."""
     config = SearchConfig(budget_params=10**9, trials=5, finalists=finalists, confirm_seeds=2, latency_seconds=1e-9)
-    bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing"))
+    evaluator = SimpleNamespace(settings=TrainSettings())
+    bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing", evaluator=evaluator))
     assert _seconds(bench, [(5, 1.0)], 1.0) == pytest.approx(5 + 1 + trainings, abs=1e-3)
 
 
