@@ -1170,7 +1170,12 @@ def test_winner_directory_has_class_names(finished_search: tuple[Path, str, list
 def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search settles whether images may be mirrored, and its workers use that."""
     configs: list[SearchConfig] = []
-    monkeypatch.setattr(study, "LAUNCHERS", {"local": configs.append})
+
+    def launcher(config: SearchConfig) -> types.SimpleNamespace:
+        configs.append(config)
+        return types.SimpleNamespace()
+
+    monkeypatch.setattr(study, "LAUNCHERS", {"local": launcher})
     monkeypatch.setattr(study, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
     config = small_search(arrows, write_space(tmp_path), tmp_path / "run").model_copy(update={"workers": 1})
     with study._pool(config, Listener(), lambda: False, None) as (bench, _):
