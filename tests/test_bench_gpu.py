@@ -308,7 +308,7 @@ def test_steps_import_names_that_exist() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
                 imported.add((aliases[node.value.id], node.attr))
     ours = {(module, name) for module, name in imported if (BENCH / f"{module}.py").exists()}
-    assert {module for module, _ in ours} == {"budget", "latency", "latency_model"}
+    assert {module for module, _ in ours} == {"budget", "latency", "latency_model", "slot_costs"}
     for module, name in sorted(ours):
         assert name in defined(BENCH / f"{module}.py"), f"{module}.py has no {name}"
 

@@ -262,7 +262,7 @@ def test_worker_sets_its_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
 
-    def assemble(config: object, listener: object, *, check: bool) -> None:
+    def assemble(config: object, listener: object, *, check: bool, decode: bool) -> None:
         order.append("assemble")
         raise worker.UsageError("enough")
 
