@@ -99,6 +99,8 @@ class Shared(Scorer):
         return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
 
     def changed(self, pieces: int, training: Training | None) -> Scorer:
+        if pieces == self.settings.pieces:
+            return self  # a new one would read the supernet from its file again
         settings = replace(self.settings, pieces=pieces)
         return Shared(self._supernet, self._base, self.data, settings, self._path)
 
