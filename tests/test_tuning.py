@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _searches import change, small_search, write_images, write_space
 
 from attnsurgery.cli import main
 from attnsurgery.errors import SearchError
@@ -34,6 +33,7 @@ from attnsurgery.search.tuning import (
     pilot_epochs,
 )
 from attnsurgery.search.watching import StopRequested
+from tests._searches import change, small_search, write_images, write_space
 
 Score = Callable[[Attempt], float | None]
 ALL_AUTO: dict[str, Any] = {"lr": AUTO, "epochs": AUTO, "block_lr_scale": AUTO}

@@ -95,9 +95,7 @@ class Tuned:
     def words(self) -> str:
         """The settings as a sentence."""
         length = f"{self.base.epochs} epoch{'s' if self.base.epochs > 1 else ''}"
-        out = {None: "", True: "", False: "; the base still gains from more, so it is not trained out"}[
-            self.trained_out
-        ]
+        out = "; the base still gains from more, so it is not trained out" if self.trained_out is False else ""
         return (
             f"trainings take {length}{out}; the base trains at {self.base.lr:g}, candidates at {self.candidates.lr:g} "
             f"with blocks at {self.candidates.block_lr_scale:g} times that"
