@@ -66,6 +66,45 @@ def amount(value: object) -> object:
 Amount = Annotated[int, pydantic.BeforeValidator(amount)]
 """A number of parameters or operations, also as text such as 25.6M."""
 
+SMALLEST_SIDE = 8
+"""Smallest height and width of an image, in pixels."""
+
+
+def image_size(value: object) -> object:
+    """Convert the size of an image to a number for a square one, or to text such as '16x128', height before width.
+
+    Args:
+        value: a number; text such as '96', '96x96' or '16x128'; or [height, width]. Anything else is unchanged.
+
+    Raises:
+        ValueError: it is no size, or a side is too short.
+    """
+    if value is None or isinstance(value, bool | float):
+        return value
+    parts: list[Any] = value.lower().split("x") if isinstance(value, str) else [value]
+    if isinstance(value, list | tuple):
+        parts = list(value)
+    try:
+        numbers = [int(part) for part in parts]
+    except (ValueError, TypeError):
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"{value!r} is no size such as 96, or 96x128 for height 96 and width 128")
+    if min(numbers) < SMALLEST_SIDE:
+        raise ValueError(f"a side has at least {SMALLEST_SIDE} pixels")
+    height, width = numbers[0], numbers[-1]
+    return height if height == width else f"{height}x{width}"
+
+
+def sides(size: int | str) -> tuple[int, int]:
+    """The height and width of an image's size, as `image_size` returns it."""
+    height, _, width = str(size).partition("x")
+    return int(height), int(width or height)
+
+
+ImageSize = Annotated[int | str, pydantic.BeforeValidator(image_size)]
+"""The size of an image in pixels: the side of a square, or text such as '16x128', height before width."""
+
 
 def settings_of(model: type[pydantic.BaseModel]) -> dict[str, Setting]:
     """The settings of a model by the names of its fields, ordered by group and then by field.

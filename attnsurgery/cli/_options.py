@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnsurgery.settings import VARIABLE
+from attnsurgery.settings import VARIABLE, image_size
 
 STORAGE_VARIABLE = f"{VARIABLE}STORAGE"
 """Environment variable with the URL of a shared study; on a command line, all users could read its password."""
@@ -33,6 +33,23 @@ WeightsPrefix = Annotated[
     ),
 ]
 BasePretrained = Annotated[bool, typer.Option("--pretrained", help="The base is timm's published weights.")]
+
+
+def _image_size(text: str) -> int | str:
+    try:
+        return image_size(text)  # type: ignore[return-value]
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
+
+
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Height and width of an image in pixels, as 96 or 96x128; by default the model's own.",
+        metavar="N|HxW",
+        parser=_image_size,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

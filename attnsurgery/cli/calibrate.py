@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._options import AsJson, InputSize
 from attnsurgery.cli._settings import Grouped, with_settings
 from attnsurgery.search.config import MEASURING, SearchConfig
+from attnsurgery.settings import sides
 
 if TYPE_CHECKING:
     from attnsurgery.search.budgets.calibrate import Calibration
@@ -22,7 +23,7 @@ def calibrate(
     ] = "se",
     seconds: Annotated[float, typer.Option(help="Time to measure for.", min=0)] = 60.0,
     classes: Annotated[int | None, typer.Option(help="Classes of the data; by default the model's own.", min=1)] = None,
-    input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
+    input_size: InputSize = None,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -43,7 +44,7 @@ def calibrate(
             lambda size: measured_conditions(settings, size, "calibrate"),
             seconds,
             classes=classes,
-            input_size=input_size,
+            input_size=None if input_size is None else sides(input_size),
             backend=settings.get("latency"),
             on_measured=advance,
         )

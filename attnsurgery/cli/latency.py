@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnsurgery.cli._options import AsJson
+from attnsurgery.cli._options import AsJson, InputSize
 from attnsurgery.cli._settings import Grouped, with_settings
 from attnsurgery.search.config import MEASURING, SearchConfig
+from attnsurgery.settings import sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def latency(
     batch_size: Annotated[
         str, typer.Option(metavar="N[,N...]", help="Images in one measured forward; several are measured in turn.")
     ] = "1",
-    input_size: Annotated[int | None, typer.Option(help="Pixels a side; by default the model's own.", min=8)] = None,
+    input_size: InputSize = None,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -60,7 +61,7 @@ def latency(
         _load(first, checkpoint)
     second = open_model(versus) if versus else None
     channels, height, width = input_size_of(first)
-    size = (channels, input_size or height, input_size or width)
+    size = (channels, *((height, width) if input_size is None else sides(input_size)))
     backends = [
         with_device_lock(
             backend_for(

@@ -15,7 +15,7 @@ from attnsurgery.catalog import Declaration, declarations
 from attnsurgery.errors import UsageError
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.recipe.strict_yaml import writes
-from attnsurgery.settings import Amount, Augment, Mode, RankBy, Setting, TrainDtype, settings_of
+from attnsurgery.settings import Amount, Augment, ImageSize, Mode, RankBy, Setting, TrainDtype, settings_of
 
 AUTO = "auto"
 """The value of a setting that the search chooses for the data and the model."""
@@ -88,9 +88,9 @@ class SearchConfig(Strict):
         Setting(MODEL, default="the embedded digits", may_change=True),
     ] = None
     input_size: Annotated[
-        int | None,
-        Field(ge=8, description="Height and width of the images, in pixels."),
-        Setting(MODEL, default="what suits model and data"),
+        ImageSize | None,
+        Field(description="Height and width of the images, in pixels: 96, or 96x128 with the height first."),
+        Setting(MODEL, metavar="N|HxW", default="what suits model and data"),
     ] = None
     augment: Annotated[
         Augment | None,

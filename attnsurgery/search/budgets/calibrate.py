@@ -137,7 +137,7 @@ def calibrate(
     seconds: float,
     *,
     classes: int | None = None,
-    input_size: int | None = None,
+    input_size: tuple[int, int] | None = None,
     backend: str | None = None,
     on_measured: Callable[[int], None] | None = None,
 ) -> Calibration:
@@ -161,7 +161,7 @@ def calibrate(
     check_base(model, "MODEL")
     base: nn.Module = timm.create_model(model, **({} if classes is None else {"num_classes": classes})).eval()
     channels, height, width = input_size_of(base)
-    size = (channels, input_size, input_size) if input_size else (channels, height, width)
+    size = (channels, *(input_size or (height, width)))
     anatomy = survey(base, size)
     bound = bind(space, anatomy, model)
     costs = Costs.count(bound, anatomy, base)

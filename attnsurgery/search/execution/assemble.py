@@ -56,6 +56,7 @@ from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
+from attnsurgery.settings import sides
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 _TOLERANCE = 0.005
@@ -314,7 +315,7 @@ def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, i
     if weights is not None:
         channels = trained_sizes(config.base, weights, str(config.checkpoint)).get("in_chans", channels)
     if config.input_size:
-        return channels, config.input_size, config.input_size
+        return channels, *sides(config.input_size)
     fixed = bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
     if config.pretrained or config.checkpoint or fixed:
         return channels, height, width

@@ -16,6 +16,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.what_fits import Alternative
 from attnsurgery.search.result.limits import COST_KINDS, EXACT, amount
 from attnsurgery.search.result.record import Record
+from attnsurgery.settings import image_size
 
 _DIGITS = 3
 """Significant digits of a budget that is recommended."""
@@ -102,7 +103,7 @@ def _advice(bench: Bench, over: Sequence[str], tried: Sequence[Alternative], rem
     size = next((other for other in reversed(fitting) if other.model == base), None)
     sibling = next((other for other in fitting if other.model != base), None)
     if size or sibling:
-        choices = [f"{_named(size, over)} (--input-size {size.height})"] if size else []
+        choices = [f"{_named(size, over)} (--input-size {image_size((size.height, size.width))})"] if size else []
         choices += [f"the smaller model {_named(sibling, over)}"] if sibling else []
         return f"What would fit, {how}: {'; '.join(choices)}. Take that, or {remedy}."
     closest = min(tried, key=lambda other: max(other.costs[name] / bench.budgets.limits[name] for name in other.costs))

@@ -184,7 +184,7 @@ def _try_sizes(attempts: _Attempts) -> None:
     """Look for the largest image size at which the base fits."""
     bench = attempts.bench
     height, width = bench.anatomy.input_size[1:]
-    sizes = _smaller_sizes(bench.base, min(height, width))
+    sizes = _smaller_sizes(bench.base, (height, width))
     limits = bench.budgets.limits
     costs = {"macs": float(bench.costs.base["macs"])} | ({"latency": attempts.base_ms} if attempts.base_ms else {})
     pixels, low, high = height * width, 0, len(sizes)
@@ -192,9 +192,9 @@ def _try_sizes(attempts: _Attempts) -> None:
         # the next one is the largest that would fit if costs were proportional to the number of pixels
         shares = [limits.get(name, math.inf) / max(cost, 1e-9) for name, cost in costs.items()]
         most_pixels = pixels * _MARGIN * min(shares)
-        index = sum(size * size <= most_pixels for size in sizes) - 1
+        index = sum(math.prod(size) <= most_pixels for size in sizes) - 1
         index = min(max(index, low), high - 1)
-        alternative = attempts.attempt(bench.config.base, (sizes[index], sizes[index]))
+        alternative = attempts.attempt(bench.config.base, sizes[index])
         if alternative is None:
             del sizes[index]
             high -= 1
@@ -206,14 +206,23 @@ def _try_sizes(attempts: _Attempts) -> None:
             high = index
 
 
-def _smaller_sizes(base: nn.Module, size: int) -> list[int]:
-    """Image sizes below the present one, ascending: multiples of the patch size, or of 8 or 32 pixels."""
-    step = _FINE_STEP if size <= _SMALL_IMAGE else _STEP
+def _smaller_sizes(base: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Image sizes (H, W) below the present one, ascending: multiples of the patch size, or of 8 or 32 pixels.
+
+    The ratio of height to width stays as it is, up to the size of a step.
+    """
+    shorter, longer = min(size), max(size)
+    step = _FINE_STEP if shorter <= _SMALL_IMAGE else _STEP
     patch = getattr(getattr(base, "patch_embed", None), "patch_size", 1)
     patch = max(patch) if isinstance(patch, Sequence) else patch
     if isinstance(patch, int):
         step = patch * math.ceil(step / patch)
-    return [smaller for smaller in range(step, size, step) if smaller >= _SMALLEST]
+    sizes = []
+    for side in range(step, shorter, step):
+        other = step * max(1, round(side * longer / shorter / step))
+        if side >= _SMALLEST:
+            sizes.append((side, other) if size[0] <= size[1] else (other, side))
+    return sizes
 
 
 def _try_siblings(attempts: _Attempts) -> None:
