@@ -29,6 +29,7 @@ def json_schema() -> dict[str, Any]:
     for name, options in options_schema().items():
         schema["$defs"].update(options.pop("$defs", {}))
         schema["$defs"][f"{name}.options"] = options
+    schema["anyOf"] = [{"required": ["input_size"]}, {"properties": {"edits": {"minItems": 1}}}]
     return {"$schema": DIALECT, **schema}
 
 

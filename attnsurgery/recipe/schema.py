@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 
 def _exactly_one(version: object) -> object:
@@ -55,7 +56,21 @@ class Recipe(Strict):
         description="refuse the recipe where its blocks together would hold more attention than so many megabytes "
         "(10^6 bytes, one image, fp32, as the plain formula holds it); 'subsample: auto' keeps to it",
     )
-    edits: Annotated[list[Edit], Field(min_length=1, max_length=1000)] = Field(description="applied in this order")
+    input_size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] | None = Field(
+        default=None,
+        description="height and width of the images that the model is meant for, in pixels; without it, the base's own",
+    )
+    edits: Annotated[list[Edit], Field(max_length=1000)] = Field(
+        description="applied in this order; at least one, unless the recipe is the base at another `input_size`"
+    )
+
+    @pydantic.field_validator("edits")
+    @classmethod
+    def _not_empty(cls, edits: list[Edit], info: pydantic.ValidationInfo) -> list[Edit]:
+        """Only a recipe that has an input size may do without edits."""
+        if not edits and not info.data.get("input_size"):
+            raise PydanticCustomError("too_short", "List should have at least 1 item after validation, not 0")
+        return edits
 
     def __hash__(self) -> int:
         return hash(self.digest())
@@ -69,5 +84,6 @@ class Recipe(Strict):
 
     def digest(self) -> str:
         """A hash of what the recipe does, independent of its name and the order of keys."""
-        content = self.model_dump(exclude={"name"} if self.max_attention_mb else {"name", "max_attention_mb"})
+        unset = {name for name in ("max_attention_mb", "input_size") if not getattr(self, name)}
+        content = self.model_dump(exclude={"name", *unset})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -59,6 +59,9 @@ def best(
         budgets: costs and their limits.
         excluded: candidates that must not be returned.
     """
+    if any(budget.by_first for budget in budgets):
+        by_first = [values] * len(values[0])
+        return best_by_first(places, by_first, by_count, budgets, excluded)
     if len(budgets) > 1:
         feasible = _feasible_choices(budgets)
         if any(len(choices) < len(value) for choices, value in zip(feasible, values, strict=True)):
@@ -105,6 +108,42 @@ def best(
             new_count = count + (places.weights[place] if choice else 0)
             push((*picks, choice), value + added, new_count, tuple(map(operator.sub, remaining, cost)))
     return None
+
+
+def best_by_first(
+    places: Places,
+    values: Sequence[Sequence[Floats]],
+    by_count: Floats | None = None,
+    budgets: Sequence[Budget] = (),
+    excluded: Collection[Picks] = (),
+) -> Picks | None:
+    """`best` where values, costs or both depend on the choice at the first place: the best of one knapsack for each.
+
+    Args:
+        places: the space.
+        values: by the choice at the first place, the value of each choice by place.
+        by_count: as in `best`.
+        budgets: as in `best`.
+        excluded: as in `best`.
+    """
+    found: tuple[float, Picks] | None = None
+    for first, (first_label, given) in enumerate(zip(next(iter(places.choices.values())), values, strict=True)):
+        name, *_ = places.choices
+        subspace = replace(places, choices={**places.choices, name: (first_label,)})
+        sub_budgets = []
+        for budget in budgets:
+            costs = list(budget.given(first).costs)
+            sub_budgets.append(Budget([costs[0][[first]], *costs[1:]], budget.most))
+        sub_excluded = [(0, *picks[1:]) for picks in excluded if picks[0] == first]
+        picks = best(subspace, [given[0][[first]], *given[1:]], by_count, sub_budgets, sub_excluded)
+        if picks is None:
+            continue
+        picks = (first, *picks[1:])
+        value = float(sum(row[pick] for row, pick in zip(given, picks, strict=True)))
+        value += 0.0 if by_count is None else float(by_count[places.count(picks)])
+        if found is None or value > found[0]:
+            found = value, picks
+    return None if found is None else found[1]
 
 
 def random_candidate(

@@ -21,21 +21,39 @@ class Budget:
     Args:
         costs: by place, the cost of each choice.
         most: the limit; the cost of a candidate may equal it.
+        by_first: where costs depend on the choice at the first place, which holds no blocks: by that choice, `costs`.
     """
 
     costs: Sequence[Floats]
     most: float
+    by_first: Sequence[Sequence[Floats]] = ()
+
+    @classmethod
+    def of_first(cls, by_first: Sequence[Sequence[Floats]], most: float) -> Budget:
+        """A budget whose costs depend on the choice at the first place."""
+        return cls(by_first[0], most, by_first)
+
+    def given(self, first: int) -> Budget:
+        """The budget of candidates with this choice at the first place: a sum over places."""
+        return Budget(self.by_first[first], self.most) if self.by_first else self
 
     def spent(self, candidates: Sequence[Picks]) -> Floats:
         """The cost of each candidate, (M,)."""
         total: Floats = np.zeros(len(candidates))
-        for costs, picks in zip(self.costs, np.asarray(candidates, dtype=np.int64).T, strict=False):
+        picks_MP = np.asarray(candidates, dtype=np.int64)
+        if self.by_first:
+            for first in range(len(self.by_first) if len(candidates) else 0):
+                rows_M = np.flatnonzero(picks_MP[:, 0] == first)
+                total[rows_M] = self.given(first).spent(picks_MP[rows_M])  # type: ignore[arg-type]
+            return total
+        for costs, picks in zip(self.costs, picks_MP.T, strict=False):
             total += costs[picks]
         return total
 
     def holds(self, picks: Picks) -> bool:
         """True if the cost of a candidate is within the limit."""
-        return sum(float(costs[pick]) for costs, pick in zip(self.costs, picks, strict=True)) <= self.most
+        costs_by_place = self.by_first[picks[0]] if self.by_first else self.costs
+        return sum(float(costs[pick]) for costs, pick in zip(costs_by_place, picks, strict=True)) <= self.most
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,8 @@ class Places:
 
     Args:
         choices: by the name of each place, the labels of its choices; the first means no block. A label is the name
-            of a block, then its options in brackets, if it has any.
+            of a block, then its options in brackets, if it has any. A place whose blocks count as 0 holds no blocks,
+            but another choice, such as the input size; its first label is that of the base.
         blocks: by place, the number of blocks that one block there counts as, where that is not 1.
         most_blocks: the largest number of blocks in one candidate; None for no limit.
         budgets: by the name of a constraint of the study, the budget where costs are known before measuring; a sampler
@@ -63,7 +82,7 @@ class Places:
 
     @cached_property
     def nothing(self) -> Picks:
-        """The candidate without any block."""
+        """The candidate without any block, which is the base."""
         return (0,) * len(self.choices)
 
     @cached_property
@@ -92,7 +111,7 @@ class Places:
         return sum(blocks for blocks, pick in zip(self.weights, picks, strict=True) if pick)
 
     def size(self) -> int:
-        """Number of candidates with at most `most_blocks` blocks, without the empty one."""
+        """Number of candidates with at most `most_blocks` blocks, without the base."""
         return self._candidate_counts[0][self.limit] - 1
 
     @cached_property
@@ -125,7 +144,7 @@ class Places:
                     yield (*picks[:place], choice, *picks[place + 1 :])
 
     def drawn(self, rng: np.random.Generator, accept: Callable[[Picks], bool], tries: int = 2000) -> Picks | None:
-        """An accepted candidate with at least one block within all limits, drawn uniformly by rejection sampling.
+        """An accepted candidate within all limits, other than the base, drawn uniformly by rejection sampling.
 
         Args:
             rng: random numbers.

@@ -10,24 +10,29 @@
           - block: se
             options: {reduction: [8, 16]}     # a list is several choices
 
+    input_sizes: [80, 96, [96, 128]]          # optional: each candidate has one of these sizes, or the base's own
+
 "No block" is always a choice. When a space is bound to a model, each place gets only the choices that are legal there,
 so that no trial is spent on a candidate that cannot be built. Two decisions may select the same site. A site holds each
 block once, so a later decision does not offer there what an earlier one offers.
+
+The input size is one choice more, of the whole candidate. The base's own size is the first, with which all others are
+compared, so "96 px without blocks" is a candidate. A block that is possible at one size may be impossible at another.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from attnsurgery.blocks._base import check_options
-from attnsurgery.errors import OptionError, SiteError, UnknownNameError, did_you_mean
+from attnsurgery.errors import OptionError, SiteError, SurgeryError, UnknownNameError, UsageError, did_you_mean
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
 from attnsurgery.recipe.build import resolve
@@ -35,9 +40,17 @@ from attnsurgery.recipe.plan import reason
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
+from attnsurgery.settings import SMALLEST_SIDE, image_size, sides
 
 NONE = "none"
 """The label of the choice without a block."""
+INPUT_SIZE = "input_size"
+"""The key of the input size in assignments, and its place for samplers, which is the first."""
+Sides = tuple[int, int]
+"""Height and width of an image, in pixels."""
+SurveyAt = Callable[[Sides], Anatomy]
+"""The sites of the model at an input size; raises an error of the user where it does not take such images."""
+_Side = Annotated[int, Field(ge=SMALLEST_SIDE)]
 
 
 class BlockChoices(Strict):
@@ -72,6 +85,15 @@ class SearchSpace(Strict):
     description: str = Field(default="", description="what the space asks, for people")
     base: str | None = Field(default=None, description="the model to search for when the command names none")
     max_blocks: Annotated[int, Field(ge=1)] | None = Field(default=None, description="most blocks in one candidate")
+    input_sizes: (
+        Annotated[
+            list[_Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]], Field(min_length=1, max_length=16)
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="input sizes that a candidate may have beside the base's own, in pixels: 96, or [height, width]",
+    )
     decisions: Annotated[list[Decision], Field(min_length=1, max_length=64)]
 
 
@@ -101,12 +123,28 @@ class BoundSpace:
     """Maximum number of blocks in one candidate."""
     left_out: tuple[str, ...] = ()
     """Choices that are not legal at a place of this model, with the reason, in words."""
+    sizes: tuple[str, ...] = ()
+    """Labels of the input sizes, the base's own first; () if a candidate has no other."""
+    illegal: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    """By label of an input size, name of a variable and label of a choice: why that choice is not legal at that size,
+    where it is at another."""
+
+    def size_of(self, assignment: Mapping[str, str]) -> Sides | None:
+        """The input size of a candidate; None for the base's own."""
+        label = assignment.get(INPUT_SIZE)
+        return None if label is None or label == self.sizes[0] else sides(label)
+
+    def objection(self, assignment: Mapping[str, str]) -> str:
+        """Why one of the blocks of a candidate is not possible at its input size; '' if all are."""
+        label = assignment.get(INPUT_SIZE, "")
+        keys = [(label, variable.name, assignment[variable.name]) for variable in self.variables]
+        return next((self.illegal[key] for key in keys if key in self.illegal), "")
 
     def recipe_for(self, assignment: Mapping[str, str]) -> Recipe | None:
-        """The recipe of a candidate; None for the base without blocks.
+        """The recipe of a candidate; None for the base without blocks at its own input size.
 
         Args:
-            assignment: a label for every variable.
+            assignment: a label for every variable, and for `INPUT_SIZE` if there are several sizes.
         """
         edits = [
             edit.model_copy(update={"at": site})
@@ -114,16 +152,20 @@ class BoundSpace:
             if (edit := variable.choices[assignment[variable.name]]) is not None
             for site in variable.sites
         ]
-        if not edits:
+        size = self.size_of(assignment)
+        if not edits and size is None:
             return None
-        draft = Recipe(version=1, name="draft", base=self.base, edits=edits)
+        draft = Recipe(
+            version=1, name="draft", base=self.base, input_size=None if size is None else list(size), edits=edits
+        )
         arch = self.base.partition(".")[0]
         return draft.model_copy(update={"name": f"{arch}_{self.name}_{draft.digest()[:8]}"})
 
     @property
     def nothing(self) -> dict[str, str]:
-        """The assignment of the base without blocks."""
-        return {variable.name: NONE for variable in self.variables}
+        """The assignment of the base without blocks, at its own input size."""
+        size = {INPUT_SIZE: self.sizes[0]} if self.sizes else {}
+        return {**size, **{variable.name: NONE for variable in self.variables}}
 
     def blocks(self, assignment: Mapping[str, str]) -> int:
         """Number of blocks that an assignment inserts."""
@@ -132,9 +174,10 @@ class BoundSpace:
     @property
     def places(self) -> Places:
         """The space as samplers see it."""
+        size = {INPUT_SIZE: self.sizes} if self.sizes else {}
         return Places(
-            choices={variable.name: tuple(variable.choices) for variable in self.variables},
-            blocks={variable.name: len(variable.sites) for variable in self.variables},
+            choices={**size, **{variable.name: tuple(variable.choices) for variable in self.variables}},
+            blocks={**dict.fromkeys(size, 0), **{variable.name: len(variable.sites) for variable in self.variables}},
             most_blocks=self.max_blocks,
         )
 
@@ -147,38 +190,42 @@ class BoundSpace:
         return {
             "base": self.base,
             "max_blocks": self.max_blocks,
-            "variables": {variable.name: list(variable.choices) for variable in self.variables},
+            "variables": {name: list(labels) for name, labels in self.places.choices.items()},
         }
 
 
-def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
+def bind(space: SearchSpace, anatomy: Anatomy, base: str, survey_at: SurveyAt | None = None) -> BoundSpace:
     """The space for one model.
 
     Args:
         space: as a file describes it.
-        anatomy: the sites of the model.
+        anatomy: the sites of the model at its own input size.
         base: the model's full name, with its tag if it has one, for the recipes.
+        survey_at: the sites of the model at another size, for a space with input sizes.
 
     Raises:
         SiteError: a decision that is not optional matches no site, or no decision matches any.
         OptionError, UnknownNameError: a block or option that no place of this model allows.
+        UsageError, SurgeryError: the model does not take images of one of the sizes.
     """
+    anatomies = _at_sizes(space, anatomy, survey_at)
     variables: list[Variable] = []
     rejected: list[str] = []
+    illegal: dict[tuple[str, str, str], str] = {}
     labels: Counter[str] = Counter()
     offers: dict[tuple[str, str], int] = {}
     repeated: dict[tuple[str, int], list[str]] = {}
     for number, decision in enumerate(space.decisions):
-        field = where(space, f"decisions[{number}].at")
+        place = where(space, f"decisions[{number}].at")
         try:
             sites = tuple(site.address for site in select(decision.at, anatomy))
         except SiteError as error:
             if decision.optional:
                 continue
-            raise SiteError(f"{field}: {error} Mark it 'optional: true' if some models have no such place.") from None
+            raise SiteError(f"{place}: {error} Mark it 'optional: true' if some models have no such place.") from None
         for group in [(site,) for site in sites] if decision.each else [sites]:
             earlier = {block: first for (site, block), first in offers.items() if site in group}
-            choices, refused = _legal(decision, group, anatomy, base, field, set(earlier))
+            choices, refused, refused_at = _legal(decision, group, anatomies, base, place, set(earlier))
             rejected += refused
             for block in sorted({choice.block for choice in decision.choices} & set(earlier)):
                 repeated.setdefault((block, earlier[block]), []).extend(group)
@@ -189,26 +236,67 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str) -> BoundSpace:
             labels[label] += 1
             name = label if labels[label] == 1 else f"{label}#{labels[label]}"
             variables.append(Variable(name, group, choices))
+            illegal |= {(size, name, choice): text for (size, choice), text in refused_at.items()}
     for (block, first), again in repeated.items():
         more = f" and {len(again) - 1} more" if len(again) > 1 else ""
         rejected.append(f"{block} at {again[0]}{more}: decisions[{first}] offers it there, and a site holds it once")
-    if not variables:
+    if not variables and len(anatomies) == 1:
         raise SiteError(
             f"the space {space.name!r} has no place in {anatomy.name}: every decision is optional and none matches. "
             f"See the places there are: attnsurgery inspect {anatomy.name}"
         )
-    return BoundSpace(space.name, base, tuple(variables), space.max_blocks, tuple(rejected))
+    sizes = tuple(anatomies) if len(anatomies) > 1 else ()
+    rejected += [f"at {size} pixels, {text}" for (size, _, _), text in illegal.items()]
+    return BoundSpace(space.name, base, tuple(variables), space.max_blocks, tuple(rejected), sizes, illegal)
+
+
+def _at_sizes(space: SearchSpace, anatomy: Anatomy, survey_at: SurveyAt | None) -> dict[str, Anatomy]:
+    """The sites of the model at each input size of the space, by label; those of its own size first.
+
+    Raises:
+        UsageError, SurgeryError: the model does not take images of one of the sizes; the message names the field.
+    """
+    anatomies = {size_label(anatomy.input_size[1:]): anatomy}
+    for number, size in enumerate(space.input_sizes or ()):
+        label = f"{image_size(size)}"
+        if label in anatomies:
+            continue
+        field = where(space, f"input_sizes[{number}]")
+        if survey_at is None:
+            raise UsageError(
+                f"{field}: candidates can only have the input size of the base here. Leave input_sizes out."
+            )
+        try:
+            anatomies[label] = survey_at(sides(label))
+        except (UsageError, SurgeryError) as error:
+            raise type(error)(f"{field}: {error}") from None
+    return anatomies
+
+
+def size_label(size: Sides) -> str:
+    """The label of an input size: '96', or '96x128' with the height first."""
+    return f"{image_size(size)}"
 
 
 def _legal(
-    decision: Decision, sites: tuple[str, ...], anatomy: Anatomy, base: str, field: str, offered: set[str]
-) -> tuple[dict[str, Edit | None], list[str]]:
-    """The choices that are legal at all of the sites, by label, 'none' first; and the illegal ones, with the reason.
+    decision: Decision,
+    sites: tuple[str, ...],
+    anatomies: Mapping[str, Anatomy],
+    base: str,
+    field: str,
+    offered: set[str],
+) -> tuple[dict[str, Edit | None], list[str], dict[tuple[str, str], str]]:
+    """The choices that are legal at all of the sites, at one input size at least.
 
-    Blocks that earlier decisions offer at one of the sites are in neither.
+    Blocks that earlier decisions offer at one of the sites are not among them.
+
+    Returns:
+        The choices by label, 'none' first; the illegal ones with the reason; and by label of an input size and of a
+        choice, the reason why that choice is not legal at that size.
     """
     choices: dict[str, Edit | None] = {NONE: None}
     refused: list[str] = []
+    refused_at: dict[tuple[str, str], str] = {}
     for choice in decision.choices:
         for options in choice.expanded():
             check_options(choice.block, options)  # raises for options that are wrong at any site
@@ -216,15 +304,22 @@ def _legal(
                 continue
             edit = Edit(at=sites[0], block=choice.block, options=options)
             edits = [edit.model_copy(update={"at": site}) for site in sites]
-            try:
-                resolve(Recipe(version=1, name="probe", base=base, edits=edits), anatomy)
-            except OptionError as error:
-                refused.append(f"{_label(edit)} at {sites[0]}: {reason(error)}")
+            reasons: dict[str, str] = {}
+            for number, (size, anatomy) in enumerate(anatomies.items()):
+                try:
+                    resolve(Recipe(version=1, name="probe", base=base, edits=edits), anatomy)
+                except (OptionError, SiteError) as error:
+                    if not number and isinstance(error, SiteError):  # the decision is wrong, and not the size
+                        raise
+                    reasons[size] = f"{_label(edit)} at {sites[0]}: {reason(error)}"
+            if len(reasons) == len(anatomies):
+                refused.append(next(iter(reasons.values())))
                 continue
             choices[_label(edit)] = edit
+            refused_at |= {(size, _label(edit)): text for size, text in reasons.items()}
     if len(choices) == 1 and refused:
         raise OptionError(f"{field}: nothing of this decision can go to {', '.join(sites[:3])}. {refused[-1]}")
-    return choices, refused
+    return choices, refused, refused_at
 
 
 def _label(edit: Edit) -> str:
