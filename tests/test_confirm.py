@@ -22,8 +22,8 @@ from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
-from attnsurgery.search import SearchConfig, Timing, run
-from attnsurgery.search.execution.verdict import compare_on_test
+from attnsurgery.search import SearchConfig, run
+from attnsurgery.search.coordinator.confirm import compare_on_test
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import contenders
 from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_test, smallest_visible_gain
@@ -68,7 +68,7 @@ def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: py
     assert outcome.best is not None
     assert outcome.best.digest == verdict.digest
     assert load(outcome.folder / "best.yaml").digest() == verdict.digest
-    assert counts == [verdict.images] * 4, "base and winner, from two seeds each"
+    assert counts == [verdict.images] * 4, "winner and base, from two seeds each"
     assert verdict.choice() in (outcome.folder / "report.html").read_text()
     assert Confirmation.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
 
@@ -186,12 +186,11 @@ def test_finalist_that_fails_is_left_out(config: SearchConfig, monkeypatch: pyte
 
 def test_verdict_is_better_equal_or_worse() -> None:
     """The verdict says better, no significant difference, or worse."""
-    timing = Timing(1.0, 1.0, 1.0, 1.0)
 
     def verdict(winner_only: int, base_only: int) -> str:
-        base = torch.arange(100) < base_only
-        winner = torch.arange(100) >= 100 - winner_only
-        return compare_on_test("", [base], [winner], 1, timing).sentence()
+        base = np.arange(100) < base_only
+        winner = np.arange(100) >= 100 - winner_only
+        return compare_on_test("", base[None], winner[None], 1).sentence()
 
     assert verdict(20, 2).startswith("The winner is better")
     assert verdict(5, 4).startswith("No significant difference")
@@ -202,9 +201,9 @@ def test_verdict_is_better_equal_or_worse() -> None:
 def test_comparison_equal_seeds_add_nothing() -> None:
     """Three seeds that agree on every image give the interval of one seed."""
     rng = np.random.default_rng(0)
-    first, second = (torch.from_numpy(rng.random(300) < share) for share in (0.8, 0.7))
-    one = gain_of(first[None].numpy(), second[None].numpy())
-    three = compare_on_test("", [second] * 3, [first] * 3, 1, Timing(1.0, 1.0, 1.0, 1.0))
+    first, second = (rng.random(300) < share for share in (0.8, 0.7))
+    one = gain_of(first[None], second[None])
+    three = compare_on_test("", np.stack([second] * 3), np.stack([first] * 3), 1)
     assert three.winner_top1 - three.base_top1 == pytest.approx(one.mean)
     assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.01)
 

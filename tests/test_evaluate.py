@@ -270,6 +270,33 @@ def test_train_moves_a_gate_at_zero(digits: Data) -> None:
     assert not model.training
 
 
+def test_train_leaves_average_of_weights(digits: Data) -> None:
+    """With `average`, the weights that are left are the exponential average of those after each step."""
+    settings = TrainSettings(epochs=1, batch_size=256, lr=1e-3, average=0.5)
+    model, states = tiny(), []
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        done = real(self, *arguments)  # type: ignore[arg-type]
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return done
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", step)
+        train(model, digits.train, settings, seed=0)
+    assert len(states) == len(digits.train) // 256
+    window = 0.5 * len(states) / 2
+    for state in states:
+        for name, value in state.items():
+            if value.is_floating_point():
+                expected[name] = (window * expected[name] + value) / (1 + window)
+            else:
+                expected[name] = value
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_train_diverged_names_the_epoch(digits: Data) -> None:
     """Training that diverges fails with the epoch and the loss."""
     model = tiny()

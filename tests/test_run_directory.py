@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import attnsurgery.search.execution.jobs as jobs_module
@@ -65,7 +66,7 @@ from attnsurgery.search.storage.run_directory import (
 from attnsurgery.search.storage.schema import TRIALS, trials_of
 from attnsurgery.search.storage.urls import check_url
 from attnsurgery.search.workers.pool import WorkerPool
-from tests._searches import change, outcome, small_search, trial, write_images, write_space
+from tests._searches import change, small_search, timing, trial, write_images, write_space
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
@@ -507,34 +508,34 @@ def test_postgres_means_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def simulated(
-    finalists: int, luck: np.random.Generator, diverging: str = ""
+    finalists: int, luck: np.random.Generator, diverging: str = "", gain: float = 0.0, **settings: Any
 ) -> tuple[Confirmation, set[tuple[str, str, int]]]:
     """A confirmation of candidates that are all as good as the base, each training with its own luck, which shows on
     validation and test images alike; and its trainings: kind, who, and which seed.
 
     Args:
         diverging: the candidate whose training for the verdict fails.
+        gain: what all candidates are better by than the base.
+        settings: of the search.
     """
     top1s: dict[tuple[str, str, int], float] = {}
 
     def work(kind: str, *requests: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if kind == "verdict":
-            (one,) = requests
-            digest = one["record"]["digest"]
-            shares = [np.mean([top1s["final training", who, index] for index in range(2)]) for who in (digest, "base")]
-            confirmation = outcome(Path("there"), [trial(0, 0.9, 1.0)]).confirmation
-            assert confirmation is not None
-            return [replace(confirmation, digest=digest, winner_top1=shares[0], base_top1=shares[1]).as_dict()]
+        if kind == "winner":
+            return [{"timing": asdict(timing(1.0))}]
         results: list[dict[str, Any]] = []
         for one in requests:
             key = kind, one["record"]["digest"] if one["record"] else "base", one["index"]
-            top1 = top1s.setdefault(key, 0.8 + float(luck.normal(0.0, 0.01)))
+            top1 = top1s.setdefault(key, 0.8 + gain * (one["record"] is not None) + float(luck.normal(0.0, 0.01)))
             fails = key[:2] == ("final training", diverging)
-            results.append({"failed": "the loss became infinite."} if fails else {"top1": top1, "loss": 1 - top1})
+            right = np.packbits(luck.random(1000) < top1).tobytes().hex()
+            tested = {"images": 1000, "right": right, "balanced": None, "epochs": 1}
+            score = {"top1": top1, "loss": 1 - top1, **tested}
+            results.append({"failed": "the loss became infinite."} if fails else score)
         return results
 
     order = [trial(number, 0.9 - number / 100, 1.0) for number in range(finalists)]
-    config = SearchConfig(budget_params=10**9, finalists=finalists, confirm_seeds=2)
+    config = SearchConfig(**{"budget_params": 10**9, "finalists": finalists, "confirm_seeds": 2, **settings})
     return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(top1s)
 
 
@@ -564,6 +565,25 @@ def test_confirmation_trains_as_needed() -> None:
     assert len(single.finalists[0].top1s) == 2
 
 
+@pytest.mark.parametrize(("gain", "difference", "seeds"), [(0.15, 0.5, 4), (0.0, 10.0, 5), (0.02, 2.0, 6)])
+def test_confirmation_adds_seeds_until_decided(gain: float, difference: float, seeds: int) -> None:
+    """A gain far above or below the difference that matters is decided early, and one that equals it is not."""
+    verdicts = [
+        simulated(2, np.random.default_rng(n), gain=gain, confirm_seeds="auto", max_seeds=6, difference=difference)
+        for n in range(3)
+    ]
+    for confirmation, trainings in verdicts:
+        assert Counter(kind for kind, _, _ in trainings)["final training"] == 2 * confirmation.seeds
+        assert Counter(kind for kind, _, _ in trainings)["training"] == 2 * 3
+        assert (confirmation.first_seeds, confirmation.most_seeds) == (3, 6)
+        assert confirmation.looks_at_seeds == confirmation.seeds - 2
+        assert gain == 0.02 or (confirmation.verdict == "better") == (gain > 0)
+        says = {0.15: "The gain is at least 0.5 points", 0.0: "A gain of 10 points is ruled out", 0.02: "is open"}
+        assert says[gain] in confirmation.sentence()
+    counts = [confirmation.seeds for confirmation, _ in verdicts]
+    assert max(counts) <= seeds if gain != 0.02 else min(counts) == seeds
+
+
 def test_failed_winner_is_replaced_by_next() -> None:
     """A winner whose training for the verdict fails is replaced by the next finalist."""
     best, _ = simulated(3, np.random.default_rng(1))
@@ -575,10 +595,20 @@ def test_failed_winner_is_replaced_by_next() -> None:
         simulated(1, np.random.default_rng(1), diverging=trial(0, 0.9, 1.0).digest or "")
 
 
-@pytest.mark.parametrize(("finalists", "trainings"), [(1, 2 * 2), (3, 5 * 2), (9, 7 * 2)])
+@pytest.mark.parametrize(("finalists", "trainings"), [(1, 4 * 2), (3, 7 * 2), (9, 9 * 2)])
 def test_preview_counts_verdict_trainings(finalists: int, trainings: int) -> None:
-    """Two seeds each of winner and base, and of as many finalists as there are candidates to choose from, here 5."""
-    config = SearchConfig(budget_params=10**9, trials=5, finalists=finalists, confirm_seeds=2, latency_seconds=1e-9)
+    """Two seeds each of winner and base, trained twice as long as a trial, and of as many finalists as there are
+    candidates to choose from, here 5."""
+    config = SearchConfig(
+        budget_params=10**9,
+        trials=5,
+        finalists=finalists,
+        confirm_seeds=2,
+        latency_seconds=1e-9,
+        lr=1e-3,
+        block_lr_scale=1.0,
+        epochs=4,
+    )
     evaluator = SimpleNamespace(settings=TrainSettings())
     bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing", evaluator=evaluator))
     assert _seconds(bench, [(5, 1.0)], 1.0) == pytest.approx(5 + 1 + trainings, abs=1e-3)
@@ -614,21 +644,23 @@ def test_changed_weights_are_trained_again(copied: SearchConfig, monkeypatch: py
         seeds.append(seed)
         return real(self, model, seed, **named)
 
-    def dies(*args: Any) -> Confirmation:
+    def dies(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FineTune, "score", score)
     again = change(copied, confirm_seeds=2)
     with monkeypatch.context() as patched:
-        patched.setattr(jobs_module, "final_verdict", dies)
+        patched.setattr(jobs_module, "save_winner", dies)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     assert len(seeds) == 4
     folder = Path(copied.output) / "confirming"
-    shutil.copy(folder / "base-1.safetensors", folder / "base-0.safetensors")
+    (weights,) = folder.iterdir()
+    other = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in other.items()}, weights)
     run(again)
     assert len(seeds) == 5, "the one whose weights are others; the rest is known"
-    assert [path.name for path in folder.iterdir()] == ["base-0.safetensors.kept-1"]
+    assert [path.name for path in folder.iterdir()] == [f"{weights.name}.kept-1"]
 
 
 # What is said at the end

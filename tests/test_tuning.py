@@ -29,6 +29,7 @@ from attnsurgery.search.tuning import (
     Training,
     Tuned,
     Tuning,
+    alternatives,
     expected_trainings,
     pilot_epochs,
 )
@@ -197,7 +198,8 @@ def rates(settings: list[TrainSettings]) -> list[tuple[float, float, int]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_search_trains_as_was_chosen(tmp_path: Path, trainings: list[TrainSettings]) -> None:
-    """Trials and winner train with the rates chosen for candidates, the base with its own, and the report shows why."""
+    """Trials train with the rates chosen for candidates, the winner with its own best of their neighbours, the base
+    with its own, and the report shows why."""
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)
     config = change(small_search(images, space, tmp_path / "run"), lr=AUTO, block_lr_scale=AUTO, trials=2)
     notes = Notes()
@@ -206,7 +208,16 @@ def test_search_trains_as_was_chosen(tmp_path: Path, trainings: list[TrainSettin
     attempts = len(stored_facts(tmp_path / "run", None)["base"]["tuning"])
     assert attempts >= expected_trainings(config) - 1
     base, candidate = ((one.lr, one.block_lr_scale, one.epochs) for one in (tuned.base, tuned.candidates))
-    assert rates(trainings[attempts:]) == [base, candidate, candidate, candidate, base]
+    neighbours = [(one.lr, one.block_lr_scale, one.epochs) for one in alternatives(config, tuned)]
+    assert len(neighbours) == 4
+    assert rates(trainings[attempts:-2]) == [base, candidate, candidate, *neighbours]
+    assert outcome.confirmation is not None
+    (finalist,) = outcome.confirmation.finalists
+    assert finalist.training is not None
+    own = Training(**finalist.training)
+    assert (own.lr, own.block_lr_scale, own.epochs) in neighbours
+    assert rates(trainings[-2:]) == [(own.lr, own.block_lr_scale, 2), (*base[:2], 2)], "twice as long"
+    assert [one.average for one in trainings[-3:]] == [0.0, 0.1, 0.1]
     assert tuned.words() in notes.phases
     report = (outcome.folder / "report.html").read_text()
     assert "was the base trained out?" in report

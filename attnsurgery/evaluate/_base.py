@@ -45,6 +45,8 @@ class TrainSettings:
     """Whether convolutions use the channels-last format on CUDA; on a CPU they always do."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may round to TF32; on CUDA only."""
+    average: float = 0.0
+    """Share of the training over which weights are averaged, exponentially; the average is what is left. 0 for none."""
     pieces: int = 1
     """Number of parts that a batch is split into, with accumulated gradients, where memory is known to be short."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import timm.optim
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,6 +75,7 @@ def train(
         SearchError: training diverged: the loss is infinite or NaN.
         torch.OutOfMemoryError: two images at a time do not fit.
     """
+    watch = watch or Watch()
     model.to(settings.device)
     steps = max(1, len(split) // min(settings.batch_size, len(split)))
     optimizer = _optim.create_optimizer_v2(_groups(model, settings), opt=settings.optimizer, lr=settings.lr)
@@ -95,13 +97,31 @@ def train(
         float32_as(settings),
     ):
         pieces = min(settings.pieces, max(1, settings.batch_size // _MIN_PIECE))
-        run = _Run(model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces)
+        average = _average_of(model, settings, total)
+        run = _Run(
+            model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces, average
+        )
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
             loss = run.epoch(epoch)
-            if watch:
-                watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
+            watch.epoch(Epoch(epoch + 1, settings.epochs, loss))
+        if average is not None:
+            model.load_state_dict(average.module.state_dict())
     model.eval()
+
+
+def _average_of(model: nn.Module, settings: TrainSettings, steps: int) -> ModelEmaV3 | None:
+    """The exponential moving average of the weights of a training, if there is to be one.
+
+    With the decay d a step of age k has the weight d^k, so the mean age is d / (1 - d) steps.
+
+    Args:
+        model: that is trained.
+        settings: how it is trained.
+        steps: of the training.
+    """
+    window = settings.average * steps / 2
+    return ModelEmaV3(model, decay=window / (1 + window)) if window > 0 else None
 
 
 def _groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -138,6 +158,8 @@ class _Run:
     layout: ChannelsLast
     pieces: int
     """Number of parts that a batch is split into for want of memory."""
+    average: ModelEmaV3 | None = None
+    """The average of the weights."""
 
     def epoch(self, epoch: int) -> float:
         """Train on all images once; returns the mean loss.
@@ -154,6 +176,8 @@ class _Run:
             if settings.grad_clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
             step, count = step + 1, count + 1
             self.schedule.step_update(step)
         mean = float(total) / max(1, count)  # one synchronisation an epoch

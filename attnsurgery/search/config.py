@@ -19,6 +19,8 @@ from attnsurgery.settings import Amount, Augment, ImageSize, Mode, RankBy, Setti
 
 AUTO = "auto"
 """The value of a setting that the search chooses for the data and the model."""
+FIRST_SEEDS = 3
+"""Trainings of a model from which on their variance is estimated well enough for a verdict."""
 DEFAULT_BASE = "test_resnet"
 """The default model: small enough for a search in minutes on a laptop, with four stages."""
 
@@ -149,10 +151,23 @@ class SearchConfig(Strict):
         Setting(CHOOSING, may_change=True),
     ] = 3
     confirm_seeds: Annotated[
+        Annotated[int, Field(ge=1, le=20)] | Literal["auto"],
+        Field(
+            description="Trainings of each finalist, then of winner and base for the verdict; auto takes three, and "
+            "adds more to the verdict until it is decided."
+        ),
+        Setting(CHOOSING, metavar="N|auto", may_change=True),
+    ] = "auto"
+    max_seeds: Annotated[
         int,
-        Field(ge=1, le=20, description="Trainings of each finalist, then of winner and base for the verdict."),
+        Field(ge=3, le=50, description="Most trainings of winner and base with --confirm-seeds auto."),
         Setting(CHOOSING, may_change=True),
-    ] = 2
+    ] = 8
+    difference: Annotated[
+        float,
+        Field(ge=0, lt=100, description="Smallest gain that matters, in points of top-1: the verdict looks for it."),
+        Setting(CHOOSING, metavar="POINTS", may_change=True),
+    ] = 0.5
     seed: Annotated[
         int, Field(ge=0, lt=2**31, description="The same seed makes the same search."), Setting(CHOOSING)
     ] = 0
@@ -163,6 +178,14 @@ class SearchConfig(Strict):
         ),
         Setting(TRAINING, metavar="N|auto"),
     ] = 3
+    final_epochs: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"],
+        Field(
+            description="Epochs of the trainings for the verdict, of which one is saved; their weights are averaged. "
+            "auto is twice the epochs of a trial."
+        ),
+        Setting(TRAINING, metavar="N|auto", may_change=True),
+    ] = "auto"
     base_epochs: Annotated[
         int, Field(ge=1, description="Epochs of a base without weights, or of a new head."), Setting(TRAINING)
     ] = 2
@@ -296,6 +319,16 @@ class SearchConfig(Strict):
     def tunes(self) -> bool:
         """Whether a setting of the training is left to the search."""
         return AUTO in (self.lr, self.block_lr_scale, self.epochs)
+
+    @property
+    def first_seeds(self) -> int:
+        """Trainings of each finalist, and of winner and base at the first look of the verdict."""
+        return FIRST_SEEDS if isinstance(self.confirm_seeds, str) else self.confirm_seeds
+
+    @property
+    def most_seeds(self) -> int:
+        """Trainings of winner and base at the last look of the verdict."""
+        return self.max_seeds if isinstance(self.confirm_seeds, str) else self.confirm_seeds
 
     @property
     def latency_budget_ms(self) -> float | None:

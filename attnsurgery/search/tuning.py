@@ -11,7 +11,8 @@ images:
 3. **Learning rates of candidates.** A probe, a candidate with blocks in half of its places, is trained at the base's
    rate and its neighbours, each with the rates of blocks in `SCALES`. All candidates train with the best of these.
 
-The search then compares candidates with a base that had the same choices. Values that the settings give are not tried.
+Before the verdict, each finalist gets its own best of the neighbours of these settings (`alternatives`). So the verdict
+compares candidates with a base that had the same choices. Values that the settings give are not tried.
 The number of choices is small because each costs a training, and because the best of many trainings is partly luck;
 the verdict therefore trains again from fresh seeds.
 """
@@ -208,6 +209,24 @@ class Tuning:
             rates = FURTHER[max(0, place - 1) : place + 2]
         scales = SCALES if self._scale is None else (self._scale,)
         return [Attempt("probe", Training(lr, scale, self._shortest)) for lr in rates for scale in scales]
+
+
+def alternatives(config: SearchConfig, tuned: Tuned) -> tuple[Training, ...]:
+    """The settings of which each finalist gets its own best, those of all candidates first.
+
+    These are the neighbouring learning rates, and the other rates of blocks; none beside the first if both were given.
+
+    Args:
+        config: the settings of the search.
+        tuned: what was chosen for all candidates.
+    """
+    usual, found = tuned.candidates, [tuned.candidates]
+    if config.lr == AUTO:
+        place = FURTHER.index(usual.lr)
+        found += [replace(usual, lr=FURTHER[at]) for at in (place - 1, place + 1) if 0 <= at < len(FURTHER)]
+    if config.block_lr_scale == AUTO:
+        found += [replace(usual, block_lr_scale=scale) for scale in SCALES if scale != usual.block_lr_scale]
+    return tuple(found)
 
 
 def pilot_epochs(images: int, batch_size: int) -> int:

@@ -17,9 +17,9 @@ import torch
 
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search import Timing
+from attnsurgery.search.coordinator.confirm import compare_on_test
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
-from attnsurgery.search.execution.verdict import compare_on_test
 from attnsurgery.search.files import Journal
 from attnsurgery.search.seeds import seed_of
 
@@ -115,7 +115,8 @@ def _unpack(right: str, images: int) -> torch.Tensor:
 
 
 def _comparison(first: Correct, second: Correct) -> dict[str, Any]:
-    verdict = compare_on_test("", second, first, 0, Timing(0.0, 0.0, 0.0, 0.0))
+    second_SN, first_SN = (torch.stack(rights).numpy() for rights in (second, first))
+    verdict = compare_on_test("", second_SN, first_SN, 0)
     return {
         "gain": verdict.winner_top1 - verdict.base_top1,
         "gains": [

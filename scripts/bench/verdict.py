@@ -31,7 +31,7 @@ from table import CHOSEN_SETUP, SETUPS, TABLE, data_of, settings_of, start_of
 from attnsurgery.evaluate import Data, TrainSettings, train
 from attnsurgery.evaluate.finetune import accuracy
 from attnsurgery.search.files import Journal
-from attnsurgery.search.result.confirmation import SIGNIFICANT
+from attnsurgery.search.result.sequential import SIGNIFICANT
 from attnsurgery.search.result.statistics import gain_of, sign_test
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,43 +2,56 @@
 
 Picking the best of many noisy measurements is biased (the winner's curse), in latency as in accuracy. So the best few
 candidates are measured again, and a candidate whose interval is not wholly within the budget is replaced by the next
-one. These finalists are trained again, from seeds that the search did not use, and the best of them on the validation
-images, averaged over the seeds, is the winner. This choice favours lucky trainings once more. So the winner and the
-base are then trained from seeds that nothing was chosen by, and only these trainings see the test images. A single
-finalist needs no choice and is trained from these last seeds only.
+one. Where the search chose the learning rates of all candidates, each of these finalists then gets its own best of
+their neighbours, as the base got. They are trained again, from seeds that the search did not use, and the best of them
+on the validation images, averaged over the seeds, is the winner. This choice favours lucky trainings once more. So the
+winner and the base are then trained from seeds that nothing was chosen by, and only these trainings see the test
+images. A single finalist needs no choice between finalists.
 
 The verdict counts both the chance of images and the chance of training
 (`attnsurgery.search.result.statistics.gain_of`): the same model trained again may do half a point better, and a test of
-images alone would call that progress. One seed says nothing of other trainings, so the verdict is then about images
+images alone would call that progress. Trainings are added one by one until the gain is decided
+(`attnsurgery.search.result.sequential`). One seed says nothing of other trainings, so the verdict is then about images
 only.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from statistics import fmean
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.result.confirmation import Confirmation, Finalist
+from attnsurgery.search.result.confirmation import Confirmation, Finalist, Verdict
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.search.result.sequential import Look, look_at, seeds_move_together
 from attnsurgery.search.result.statistics import pool_estimates
+from attnsurgery.search.tuning import Training
+
+Results = list[dict[str, Any]]
 
 
 class Work(Protocol):
     """Does jobs of one kind, one for each payload, and returns their results in the same order."""
 
-    def __call__(self, kind: str, *payloads: Mapping[str, Any]) -> list[dict[str, Any]]: ...
+    def __call__(self, kind: str, *payloads: Mapping[str, Any]) -> Results: ...
 
 
 def confirm(
-    config: SearchConfig, budgets: Budgets, order: Sequence[Record], reference: Latency, work: Work
+    config: SearchConfig,
+    budgets: Budgets,
+    order: Sequence[Record],
+    reference: Latency,
+    work: Work,
+    trainings: Sequence[Training] = (),
 ) -> Confirmation:
     """Train finalists, choose the winner on the validation split, compare it with the base on the test split.
 
@@ -52,6 +65,7 @@ def confirm(
         order: all candidates that may be the winner, the best first.
         reference: the base's latency.
         work: does jobs.
+        trainings: settings of which each finalist gets its own best, that of all trials first; none if they were given.
 
     Raises:
         StopRequested: the user asked for an end.
@@ -59,55 +73,192 @@ def confirm(
     """
     measured = {"reference": reference}
     candidates = _within_budget(config, budgets, order, measured, work)
-    finalists = _trained_to_choose(config, candidates, work)
+    finalists = _tuned([_finalist(record, slow) for record, slow in candidates], candidates, config, trainings, work)
     records = {record.digest: record for record, _ in candidates}
+    finalists = _trained_to_choose(config, finalists, records, work)
     for best in sorted(finalists, key=lambda finalist: finalist.rank(config.rank_by), reverse=True):
         if best.failed:
             continue
         winner = records[best.digest]
-        payloads = [_trainings(record, config) for record in (winner, None)]
-        scores = work("final training", *itertools.chain(*payloads))
-        winner_scores, base_scores = scores[: len(payloads[0])], scores[len(payloads[0]) :]
-        if failed := _failed(base_scores):
-            raise SearchError(failed)
-        if not _failed(winner_scores):
+        comparison = _compared(config, winner, best, finalists, work)
+        if isinstance(comparison, Confirmation):
             break
-        failure = replace(best, failed=_failed(winner_scores))
-        finalists = [failure if finalist == best else finalist for finalist in finalists]
+        finalists = [replace(best, failed=comparison) if finalist == best else finalist for finalist in finalists]
     else:
         failed = next((finalist.failed for finalist in finalists if not finalist.slow), "none keeps to its budget.")
         raise SearchError(f"no finalist could be trained again: {failed}")
+    (saved,) = work("winner", {"record": winner.as_dict(), **measured})
+    return replace(comparison, timing=Timing(**saved["timing"]))
+
+
+def _finalist(record: Record, slow: str) -> Finalist:
+    return Finalist(record.number, record.digest or "", (), None, failed=slow, slow=bool(slow))
+
+
+def _tuned(
+    finalists: Sequence[Finalist],
+    candidates: Sequence[tuple[Record, str]],
+    config: SearchConfig,
+    trainings: Sequence[Training],
+    work: Work,
+) -> list[Finalist]:
+    """The finalists, each with its own best of several settings; the score of each comes from one training."""
+    if len(trainings) < 2:
+        return list(finalists)
+    tried = [
+        [_training(record, 0, asdict(training)) for training in trainings] for record, slow in candidates if not slow
+    ]
+    results = iter(work("training", *(payload for payloads in tried for payload in payloads)))
+    tuned = []
+    for finalist in finalists:
+        if not finalist.failed:
+            scores = list(islice(results, len(trainings)))
+            best = max(range(len(trainings)), key=lambda at: _rank(scores[at], config))
+            finalist = replace(finalist, training=asdict(trainings[best]))
+        tuned.append(finalist)
+    return tuned
+
+
+def _rank(score: Mapping[str, Any], config: SearchConfig) -> tuple[float, float]:
+    if "failed" in score:
+        return -np.inf, 0.0
+    return (score["top1"], -score["loss"]) if config.rank_by == "top1" else (-score["loss"], score["top1"])
+
+
+def _trained_to_choose(
+    config: SearchConfig, finalists: Sequence[Finalist], records: Mapping[str | None, Record], work: Work
+) -> list[Finalist]:
+    """The finalists, with validation scores if there are several to choose from."""
+    chosen = [finalist for finalist in finalists if not finalist.failed]
+    if len(chosen) < 2:
+        return list(finalists)
+    payloads = [
+        _training(records[finalist.digest], index, finalist.training)
+        for finalist in chosen
+        for index in range(config.first_seeds)
+    ]
+    results = iter(work("training", *payloads))
+    scored = []
+    for finalist in finalists:
+        if not finalist.failed:
+            scores = list(islice(results, config.first_seeds))
+            failed = _failed(scores)
+            finalist = replace(finalist, failed=failed) if failed else _with_scores(finalist, scores)
+        scored.append(finalist)
+    return scored
+
+
+def _compared(
+    config: SearchConfig, winner: Record, best: Finalist, finalists: Sequence[Finalist], work: Work
+) -> Confirmation | str:
+    """The comparison of the winner with the base; the reason why the winner could not be trained.
+
+    Args:
+        config: settings of the search.
+        winner: the record of the best finalist.
+        best: the best finalist.
+        finalists: all of them.
+        work: does jobs.
+
+    Raises:
+        SearchError: the base cannot be trained.
+    """
+    scored = [finalist.top1s for finalist in finalists if finalist.top1s]
+    paired = seeds_move_together(np.array(scored)) if scored else False
+    own: Results = []  # of the winner's trainings
+    base: Results = []
+    while True:
+        start = len(own)
+        count = 1 if start else config.first_seeds
+        indices = range(start, start + count)
+        results = work(
+            "final training",
+            *(_training(winner, index, best.training) for index in indices),
+            *(_training(None, index) for index in indices),
+        )
+        own, base = own + results[:count], base + results[count:]
+        if failed := _failed(base):
+            raise SearchError(failed)
+        if failed := _failed(own):
+            return failed
+        own_SN, base_SN = (np.stack([right_of(result) for result in side]) for side in (own, base))
+        look = look_at(
+            own_SN,
+            base_SN,
+            begin=config.first_seeds,
+            most=config.most_seeds,
+            difference=config.difference / 100,
+            paired=paired,
+        )
+        if look.decided:
+            break
     if not best.top1s:
-        finalists = [_with_scores(finalist, winner_scores) if finalist == best else finalist for finalist in finalists]
-    (verdict,) = work("verdict", {"record": winner.as_dict(), **measured})
-    confirmation = Confirmation.from_dict(verdict)
-    return replace(confirmation, finalists=tuple(finalists), rank_by=config.rank_by, anew=True)
+        finalists = [_with_scores(one, own) if one == best else one for one in finalists]
+    compared = compare_on_test(best.digest, base_SN, own_SN, own[0]["epochs"], look)
+    balanced = [[result["balanced"] for result in side if result["balanced"] is not None] for side in (base, own)]
+    return replace(
+        compared,
+        balanced=(fmean(balanced[0]), fmean(balanced[1])) if all(balanced) else None,
+        finalists=tuple(finalists),
+        rank_by=config.rank_by,
+        anew=True,
+        first_seeds=config.first_seeds,
+        most_seeds=config.most_seeds,
+        difference=config.difference / 100,
+        paired=paired,
+    )
 
 
-def _trained_to_choose(config: SearchConfig, candidates: Sequence[tuple[Record, str]], work: Work) -> list[Finalist]:
-    """The finalists in their order, with validation scores if there are several to choose from."""
-    chosen_records = [record for record, slow in candidates if not slow]
-    trainings = [_trainings(record, config) for record in chosen_records] if len(chosen_records) > 1 else []
-    results = iter(work("training", *itertools.chain(*trainings)))
-    finalists = []
-    for record, slow in candidates:
-        finalist = Finalist(record.number, record.digest or "", (), None)
-        if slow:
-            finalists.append(replace(finalist, failed=slow, slow=True))
-            continue
-        scores = list(islice(results, config.confirm_seeds))
-        if failed := _failed(scores):
-            finalist = replace(finalist, failed=failed)
-        elif scores:
-            finalist = _with_scores(finalist, scores)
-        finalists.append(finalist)
-    return finalists
+def compare_on_test(
+    digest: str, base_SN: npt.NDArray[np.bool_], winner_SN: npt.NDArray[np.bool_], epochs: int, look: Look | None = None
+) -> Confirmation:
+    """The verdict on the winner from its answers and the base's on the same N test images.
+
+    Args:
+        digest: of the winner.
+        base_SN: booleans for each seed, true where the base classified an image correctly.
+        winner_SN: the same for the winner.
+        epochs: length of each training.
+        look: the comparison of the two; by default the only look at these trainings.
+    """
+    trainings, images = base_SN.shape
+    look = look or look_at(winner_SN, base_SN, begin=trainings, most=trainings, difference=0.0)
+    verdict: Verdict = "no significant difference"
+    if look.significant:
+        verdict = "better" if look.gain.mean > 0 else "worse"
+    return Confirmation(
+        digest=digest,
+        images=images,
+        seeds=trainings,
+        epochs=epochs,
+        base_top1=float(base_SN.mean()),
+        winner_top1=float(winner_SN.mean()),
+        low=look.gain.low,
+        high=look.gain.high,
+        p_value=look.gain.p_value,
+        verdict=verdict,
+        timing=Timing(0.0, 0.0, 0.0, 0.0),
+        limit=look.limit,
+        looks_at_seeds=look.number,
+    )
 
 
-def _trainings(record: Record | None, config: SearchConfig) -> list[dict[str, Any]]:
-    """The payloads of the trainings of a candidate, or of the base (None), one for each seed."""
-    data = record.as_dict() if record else None
-    return [{"record": data, "index": index} for index in range(config.confirm_seeds)]
+def right_of(result: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """(N,) booleans: which test images a training classified correctly, from the packed form in its result."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["images"])
+    return bits.astype(bool)
+
+
+def _training(record: Record | None, index: int, training: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The payload of a training of a candidate, or of the base (None).
+
+    Args:
+        record: of the candidate.
+        index: of the seed.
+        training: its own settings; None for those that all trainings of its kind have.
+    """
+    payload = {"record": record.as_dict() if record else None, "index": index}
+    return {**payload, "training": dict(training)} if training else payload
 
 
 def _failed(scores: Sequence[Mapping[str, Any]]) -> str:

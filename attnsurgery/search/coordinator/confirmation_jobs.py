@@ -11,6 +11,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
 from attnsurgery.search.storage.run_directory import CONFIRMING, weights_of
 from attnsurgery.search.storage.store import Store
+from attnsurgery.search.tuning import Training
 from attnsurgery.search.workers.pool import WorkerPool
 
 
@@ -53,19 +54,23 @@ class ConfirmationJobs:
 
     def _job(self, kind: str, payload: Mapping[str, Any]) -> Job:
         record = payload["record"]
-        return Job(kind, payload, (record or {}).get("number"), training=self._bench.training(base=record is None))
+        own = payload.get("training")
+        training = Training(**own) if own else self._bench.training(base=record is None)
+        return Job(kind, payload, (record or {}).get("number"), training=training)
 
     def _is_complete(self, result: Mapping[str, Any] | None, payload: Mapping[str, Any]) -> bool:
         """Whether an earlier run has done a job, and the weights that it left are unchanged."""
-        if result is None or "failed" in result or "verdict" in result:
+        if result is None or "failed" in result or "timing" in result:
             return False
         if "weights" not in result:
             return True
-        path = self._folder / weights_of(payload["record"], payload["index"])
+        path = self._folder / weights_of(payload["record"])
         return path.is_file() and hash_of(path) == result["weights"]
 
 
 def _key(kind: str, payload: Mapping[str, Any]) -> str:
-    """The key of a job's result: its kind, its candidate, and the index of its seed."""
-    digest = payload["record"]["digest"] if payload["record"] else "base"
-    return ":".join([kind, digest, *([str(payload["index"])] if "index" in payload else [])])
+    """The key of a job's result: its kind, its candidate, the index of its seed, and its own settings."""
+    parts = [kind, payload["record"]["digest"] if payload["record"] else "base"]
+    parts += [str(payload["index"])] if "index" in payload else []
+    parts += [Training(**payload["training"]).key] if payload.get("training") else []
+    return ":".join(parts)

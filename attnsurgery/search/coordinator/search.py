@@ -53,6 +53,7 @@ from attnsurgery.search.storage.run_directory import (
 from attnsurgery.search.storage.schema import SECONDS
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
+from attnsurgery.search.tuning import alternatives
 from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.launch import LAUNCHERS
 from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
@@ -300,12 +301,12 @@ class _Search:
 
     def _power(self) -> str:
         """Which gain the verdict can show, in words."""
-        images, seeds = self.about.images["test"], self.config.confirm_seeds
+        images, seeds = self.about.images["test"], self.config.most_seeds
         gain = smallest_visible_gain(self.base.top1_on(self.base.reached) or 0.0, images, seeds)
-        trainings = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        trainings = f"{'up to ' * (self.config.first_seeds < seeds)}{seeds} seed{'s' if seeds > 1 else ''}"
         return (
             f"with {images:,} test images and {trainings}, the verdict can show gains of about {100 * gain:.1f} points "
-            "or more; smaller ones need more images or --confirm-seeds"
+            "or more; smaller ones need more images or seeds"
         )
 
     def _leads(self) -> bool:
@@ -379,13 +380,14 @@ class _Search:
             return
         data = self.store.fixed("confirmation")
         earlier = Confirmation.from_dict(data) if data else None
-        counts = self.config.finalists, self.config.confirm_seeds
+        seeds = self.config.first_seeds, self.config.most_seeds
         saved = self.store.sharing is not None or (self.folder / BEST).is_dir()
-        if earlier and earlier.answers(order, *counts) and saved:
+        if earlier and earlier.answers(order, self.config.finalists, seeds, self.config.difference / 100) and saved:
             self.confirmation = earlier
             return
         work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.trials.check_stop)
-        confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work).after(data)
+        trainings = alternatives(self.config, self.bench.tuned) if self.bench.tuned else ()
+        confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work, trainings).after(data)
         if self.bench.tuned:
             confirmation = confirmation.with_base(self.bench.tuned.trained_out)
         self.store.fix("confirmation", confirmation.as_dict())

@@ -18,7 +18,7 @@ from attnsurgery.search.execution.baseline import base_latency, base_scores, sta
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import promote, run_trial, train_seed
 from attnsurgery.search.execution.tune import try_training
-from attnsurgery.search.execution.verdict import final_verdict, measure_again, train_again
+from attnsurgery.search.execution.verdict import measure_again, save_winner, train_again, train_finally
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.result.record import Promotion, Record
 from attnsurgery.search.tuning import Training
@@ -141,15 +141,15 @@ def _timing(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
 
 
 def _training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return train_again(bench, payload["record"], payload["index"], watch, final=False)
+    return train_again(bench, payload["record"], payload["index"], watch)
 
 
 def _final_training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return train_again(bench, payload["record"], payload["index"], watch, final=True)
+    return train_finally(bench, payload["record"], payload["index"], watch)
 
 
-def _verdict(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return final_verdict(bench, Record.from_dict(payload["record"]), payload["reference"], watch).as_dict()
+def _winner(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return save_winner(bench, Record.from_dict(payload["record"]), payload["reference"], watch)
 
 
 KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
@@ -163,7 +163,7 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "timing": _timing,
     "training": _training,
     "final training": _final_training,
-    "verdict": _verdict,
+    "winner": _winner,
 }
 """The function of each kind of job, by name.
 
@@ -176,6 +176,6 @@ trial           build, measure and train a candidate
 promotion       train a candidate on its next rung
 timing          measure a finalist again
 training        train a finalist from another seed
-final training  train the winner, or the base, from a seed that nothing was chosen by
-verdict         compare winner and base on the test images
+final training  train the winner, or the base, from a seed that nothing was chosen by, and test it
+winner          measure the winner again, and save it
 """

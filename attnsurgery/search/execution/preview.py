@@ -15,7 +15,7 @@ from torch import nn
 from attnsurgery.evaluate import Epoch, Watch
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
-from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.config import AUTO, SearchConfig
 from attnsurgery.search.execution.assemble import assemble, before_images
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
@@ -23,6 +23,7 @@ from attnsurgery.search.execution.over_budget import refuse_over_budget
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
 from attnsurgery.search.execution.trial import build, outline, train_seed
+from attnsurgery.search.execution.verdict import LONGER
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
@@ -287,7 +288,10 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
     if share == 0.0:
         return sum(seconds for _, seconds in rungs) + initial * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
     finalists = min(config.finalists, rungs[-1][0])
-    extra_trainings = float((2 + (finalists if finalists > 1 else 0)) * config.confirm_seeds)
+    longer = LONGER if isinstance(config.final_epochs, str) else config.final_epochs / bench.evaluator.settings.epochs
+    extra_trainings = (config.first_seeds + config.most_seeds) * longer  # on average, of winner and base
+    extra_trainings += finalists * config.first_seeds if finalists > 1 else 0
+    extra_trainings += finalists * (2.0 * (config.lr == AUTO) + (config.block_lr_scale == AUTO))
     extra_trainings += initial
     measured = config.trials / share + 4 + 2 * config.finalists
     trainings = sum((count + 1) * seconds for count, seconds in rungs)

@@ -1,24 +1,23 @@
-"""The jobs of the confirmation: measure and train finalists again, compare the winner with the base, save it."""
+"""The jobs of the confirmation: measure and train finalists again, train and test winner and base, save the winner."""
 
 from __future__ import annotations
 
 import copy
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
 from attnsurgery.checkpoint.base import load_weights
 from attnsurgery.checkpoint.directory import write_directory
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate import accuracy
+from attnsurgery.evaluate import Evaluator, accuracy
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
@@ -26,14 +25,16 @@ from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import to_safetensors
-from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation, Verdict
 from attnsurgery.search.result.record import Record, Timing
-from attnsurgery.search.result.statistics import gain_of
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.storage.run_directory import BEST, CONFIRMING, replace_own, weights_of, write_own
 from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import for_images
 
+LONGER = 2
+"""Epochs of a training for the verdict, relative to a trial, where the settings leave them to the search."""
+AVERAGE = 0.1
+"""Share of a training over which the weights of the trainings for the verdict are averaged."""
 _LENGTHS = (2.0, 8.0)
 """Lengths of the measurements of a finalist, relative to its trial; the second is made if the first is undecided."""
 
@@ -52,118 +53,102 @@ def measure_again(bench: Bench, record: Record, reference: Latency, watch: Watch
     return timing
 
 
-def train_again(
-    bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching, *, final: bool
-) -> dict[str, Any]:
-    """Train a finalist, or the base, from one of the seeds of the confirmation.
+def train_again(bench: Bench, record: Mapping[str, Any], index: int, watch: Watching) -> dict[str, Any]:
+    """Train a finalist from one of the seeds by which the winner is chosen.
 
     Args:
         bench: what trials are made on.
-        record: of the finalist as JSON data; None for the base.
+        record: of the finalist as JSON data.
         index: of the seed.
         watch: told of progress.
-        final: use a seed that nothing is chosen by, and write the weights to the run directory for the verdict.
 
     Returns:
-        "top1" and "loss" on the validation split, and of a final training the hash of its "weights"; or the reason why
-        it "failed".
+        "top1" and "loss" on the validation split; or the reason why it "failed".
     """
-    name_of_model = "the base" if record is None else f"trial {record['number']}{', the winner' if final else ''}"
-    watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of {bench.config.confirm_seeds}")
-    model = _initial_model(bench, record)
+    settings = bench.final_evaluator.settings
+    watch.listener.phase(
+        f"confirming: trial {record['number']}, seed {index + 1}, learning rate {settings.lr:g}, blocks at "
+        f"{settings.new_lr_scale:g} times that"
+    )
     try:
         score = bench.final_evaluator.score(
-            model, seed_of(bench.config.seed, "verdict" if final else "confirm", index), watch=watch
+            _initial_model(bench, record), seed_of(bench.config.seed, "confirm", index), watch=watch
         )
     except SearchError as error:
         return {"failed": str(error)}
-    result = {"top1": score.top1, "loss": score.loss}
-    if not final:
+    return {"top1": score.top1, "loss": score.loss}
+
+
+def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching) -> dict[str, Any]:
+    """Train the winner, or the base, from a seed that nothing is chosen by, and test it.
+
+    The winner's weights from the first of these seeds are written to the run directory, to be saved as the winner.
+
+    Args:
+        bench: what trials are made on.
+        record: of the winner as JSON data; None for the base.
+        index: of the seed.
+        watch: told of progress.
+
+    Returns:
+        "top1" and "loss" on the validation split; on the test split which of the "images" were classified "right", as
+        packed bits in hexadecimal, and the "balanced" accuracy, if classes differ in size; the "epochs"; and the hash
+        of the "weights" that were written. Or the reason why it "failed".
+    """
+    name_of_model = "the base" if record is None else f"trial {record['number']}, the winner"
+    watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of at most {bench.config.most_seeds}")
+    evaluator, model = _lasting(bench), _initial_model(bench, record)
+    try:
+        score = evaluator.score(model, seed_of(bench.config.seed, "verdict", index), watch=watch)
+        right_N = accuracy(model, bench.data.test, evaluator.settings, watch=watch)[2]
+    except SearchError as error:
+        return {"failed": str(error)}
+    result = {
+        "top1": score.top1,
+        "loss": score.loss,
+        "epochs": score.epochs,
+        "images": len(right_N),
+        "right": np.packbits(right_N.numpy()).tobytes().hex(),
+        "balanced": bench.data.balanced(bench.data.test, right_N),
+    }
+    if record is None or index > 0:
         return result
-    folder, name = Path(bench.config.output), weights_of(record, index)
+    folder, name = Path(bench.config.output), weights_of(record)
     (folder / CONFIRMING).mkdir(exist_ok=True)
     write_own(folder, name, to_safetensors(model))
     return {**result, "weights": hash_of(folder / name)}
 
 
-def final_verdict(bench: Bench, record: Record, reference: Latency, watch: Watching) -> Confirmation:
-    """Compare winner and base, with the weights of `train_again`, on the test split; measure and save the winner.
+def _lasting(bench: Bench) -> Evaluator:
+    """The evaluator of the trainings for the verdict, which are longer and average the weights."""
+    evaluator, epochs = bench.final_evaluator, bench.config.final_epochs
+    settings = evaluator.settings
+    longer = LONGER * settings.epochs if isinstance(epochs, str) else epochs
+    return type(evaluator)(evaluator.data, replace(settings, epochs=longer, average=AVERAGE))
+
+
+def save_winner(bench: Bench, record: Record, reference: Latency, watch: Watching) -> dict[str, Any]:
+    """Measure the winner with the weights of `train_finally`, and save it.
+
+    Returns:
+        The "timing" as JSON data.
 
     Raises:
         CheckpointError: the winner cannot be saved; an earlier one is unchanged.
     """
-    folder, winner, recipe = Path(bench.config.output), record.as_dict(), Recipe.model_validate(record.recipe)
-    rights: dict[bool, list[torch.Tensor]] = {}
-    for base in (True, False):
-        for index in range(bench.config.confirm_seeds):
-            watch.step()
-            model = _initial_model(bench, None if base else winner)
-            path = folder / weights_of(None if base else winner, index)
-            load_weights(model, read_state_dict(path), str(path))
-            rights.setdefault(base, []).append(
-                accuracy(model, bench.data.test, bench.final_evaluator.settings, watch=watch)[2]
-            )
-            if not base and index == 0:
-                best = model
+    folder, winner = Path(bench.config.output), record.as_dict()
+    best, path = _initial_model(bench, winner), folder / weights_of(winner)
+    load_weights(best, read_state_dict(path), str(path))
     watch.listener.phase("confirming: measuring the winner again")
     with bench.backend.longer():
         timing = Timing.of(bench.backend.compare(bench.base, best, reference))
-    if new_name := save(bench, best, recipe, folder):
+    if new_name := save(bench, best, Recipe.model_validate(record.recipe), folder):
         watch.listener.phase(f"{BEST} holds files that the search has not written, and is kept as {new_name}")
-    confirmation = compare_on_test(
-        record.digest or "", rights[True], rights[False], bench.final_evaluator.settings.epochs, timing
-    )
-    return replace(confirmation, balanced=_balanced(bench, rights))
-
-
-def _balanced(bench: Bench, rights: Mapping[bool, Sequence[torch.Tensor]]) -> tuple[float, float] | None:
-    """The mean balanced accuracies of base and winner on the test images; None if the classes are of similar sizes.
-
-    Args:
-        bench: holds the test images.
-        rights: (N,) booleans for each seed, true where an image was classified correctly; the base's under True.
-    """
-    base, winner = (
-        [bench.data.balanced(bench.data.test, right_N) for right_N in rights[side]] for side in (True, False)
-    )
-    means = [fmean(share for share in side if share is not None) for side in (base, winner) if None not in side]
-    return (means[0], means[1]) if len(means) == 2 else None
+    return {"timing": asdict(timing)}
 
 
 def _initial_model(bench: Bench, data: Mapping[str, Any] | None) -> nn.Module:
     return copy.deepcopy(bench.base) if data is None else build(bench, Recipe.model_validate(data["recipe"]))
-
-
-def compare_on_test(
-    digest: str, base: Sequence[torch.Tensor], winner: Sequence[torch.Tensor], epochs: int, timing: Timing
-) -> Confirmation:
-    """The verdict on the winner from its answers and the base's on the same N test images.
-
-    Args:
-        digest: of the winner.
-        base: (N,) booleans for each seed, true where the base classified an image correctly.
-        winner: the same for the winner.
-        epochs: length of each training.
-        timing: the winner's latency.
-    """
-    base_SN, winner_SN = (torch.stack(list(rights)).numpy() for rights in (base, winner))
-    gain = gain_of(winner_SN, base_SN)
-    verdict: Verdict = "no significant difference"
-    if gain.p_value < SIGNIFICANT:
-        verdict = "better" if gain.mean > 0 else "worse"
-    return Confirmation(
-        digest=digest,
-        images=base_SN.shape[1],
-        seeds=len(base),
-        epochs=epochs,
-        base_top1=float(base_SN.mean()),
-        winner_top1=float(winner_SN.mean()),
-        low=gain.low,
-        high=gain.high,
-        p_value=gain.p_value,
-        verdict=verdict,
-        timing=timing,
-    )
 
 
 def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:

@@ -9,11 +9,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.search.result.sequential import SIGNIFICANT
 from attnsurgery.settings import RankBy
 
 Verdict = Literal["better", "no significant difference", "worse", "not trained out"]
-SIGNIFICANT = 0.05
-"""The significance level of the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +31,8 @@ class Finalist:
     """Why it was not trained again; '' if it was."""
     slow: bool = False
     """True if its second measurement was not surely within the budget."""
+    training: Mapping[str, Any] | None = None
+    """Its own best settings, by the fields of `attnsurgery.search.tuning.Training`; None for those of all trials."""
 
     def rank(self, by: RankBy) -> tuple[float, float]:
         """A key to order finalists by; larger is better."""
@@ -82,6 +83,18 @@ class Confirmation:
     of similar sizes."""
     looks: int = field(default=1, compare=False)
     """How often this search has evaluated on the test images; each time after the first is another chance to err."""
+    limit: float = SIGNIFICANT
+    """The significance level of the last look at the trainings; all looks together have the level SIGNIFICANT."""
+    looks_at_seeds: int = 1
+    """How often the trainings were compared, while their number grew."""
+    first_seeds: int = 0
+    """Number of trainings at the first of these looks; 0 in old studies."""
+    most_seeds: int = 0
+    """Number of trainings at which the comparison would have ended; 0 in old studies."""
+    difference: float = 0.0
+    """The smallest gain that matters, 0 to 1; 0 in old studies."""
+    paired: bool = False
+    """True if trainings were compared in pairs of the same seed."""
 
     def sentence(self) -> str:
         """The result as a sentence, with its numbers."""
@@ -89,7 +102,8 @@ class Confirmation:
         numbers = (
             f"{100 * self.winner_top1:.2f} % against {100 * self.base_top1:.2f} % of the base trained equally long "
             f"({gain:+.2f} points, 95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, "
-            f"p = {self.p_value:.3g}, {self.images} test images, {self.seeds} seed{'s' if self.seeds > 1 else ''})"
+            f"p = {self.p_value:.3g}{self._of_looks()}, {self.images} test images, "
+            f"{self.seeds} seed{'s' if self.seeds > 1 else ''})"
         )
         words = {
             "better": "The winner is better on images that the search never saw",
@@ -104,7 +118,25 @@ class Confirmation:
             if self.looks > 1
             else ""
         )
-        return f"{words[self.verdict]}: {numbers}.{self._by_class()}{again}"
+        return f"{words[self.verdict]}: {numbers}.{self._of_difference()}{self._by_class()}{again}"
+
+    def _of_looks(self) -> str:
+        """The significance level of the last of several looks, in words."""
+        if self.looks_at_seeds == 1:
+            return ""
+        return f" where {self.limit:.2g} is significant at look {self.looks_at_seeds}"
+
+    def _of_difference(self) -> str:
+        """What is known of the smallest gain that matters, as a sentence; '' if it was not asked for."""
+        if not self.difference:
+            return ""
+        text = f"{100 * self.difference:g} points"
+        if self.low >= self.difference:
+            return f" The gain is at least {text}."
+        if self.high < self.difference:
+            return f" A gain of {text} is ruled out."
+        more = "more seeds or test images" if self.seeds == self.most_seeds else "more test images"
+        return f" Whether the gain is {text} or more is open: that needs {more}."
 
     def _by_class(self) -> str:
         """Balanced accuracy as a sentence, if the classes are of different sizes."""
@@ -128,24 +160,41 @@ class Confirmation:
         )
         count = sum(not finalist.failed for finalist in self.finalists)
         best = f"the {count} best" if count > 1 else "the best"
-        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        trainings = max((len(finalist.top1s) for finalist in self.finalists), default=self.seeds)
+        seeds = f"{trainings} seed{'s' if trainings > 1 else ''}"
         left_out = f"; left out: {out}" if out else ""
         anew = "; trained once more for the verdict, from fresh seeds" if self.anew and count > 1 else ""
         return f"{best}, trained again from {seeds}, on validation images: {means}{left_out}{anew}"
 
-    def answers(self, order: Sequence[Record], count: int | None = None, seeds: int | None = None) -> bool:
+    def answers(
+        self,
+        order: Sequence[Record],
+        count: int | None = None,
+        seeds: tuple[int, int] | None = None,
+        difference: float = 0.0,
+    ) -> bool:
         """Whether another confirmation would have the same finalists and seeds.
 
         Args:
             order: all candidates that may be the winner, the best first.
             count: requested number of finalists; None for any.
-            seeds: requested number of trainings; None for any.
+            seeds: requested number of trainings at the first and at the last look; None for any.
+            difference: the smallest gain that matters, which decides between the two numbers, 0 to 1.
         """
         digests = [finalist.digest for finalist in self.finalists]
-        if digests != [record.digest for record in order[: len(digests)]] or self.seeds != (seeds or self.seeds):
+        if digests != [record.digest for record in order[: len(digests)]]:
+            return False
+        if seeds is not None and not self._has_seeds(*seeds, difference):
             return False
         actual = sum(not finalist.slow for finalist in self.finalists)
         return count is None or actual == count or (actual < count and len(digests) == len(order))
+
+    def _has_seeds(self, first: int, most: int, difference: float) -> bool:
+        """Whether it is a comparison with these numbers of trainings; that of an old study is any with several."""
+        if not self.first_seeds:
+            return first < most or self.seeds == first
+        same = (self.first_seeds, self.most_seeds) == (first, most)
+        return same and (first == most or self.difference == difference)
 
     def after(self, earlier: Mapping[str, Any] | None) -> Confirmation:
         """This confirmation, counted as one more look at the test images than an earlier one of the same search."""

@@ -28,14 +28,13 @@ BEST = "best"
 """Folder of the run directory that holds the trained winner."""
 
 
-def weights_of(record: Mapping[str, Any] | None, index: int) -> str:
-    """Path, relative to the run directory, of the weights of the winner's or the base's (None) training from a seed.
+def weights_of(record: Mapping[str, Any]) -> str:
+    """Path, relative to the run directory, of the weights of the winner's first training for the verdict.
 
     Args:
-        record: of the winner; None for the base.
-        index: of the seed.
+        record: of the winner.
     """
-    return f"{CONFIRMING}/{'base' if record is None else record['digest'][:16]}-{index}.safetensors"
+    return f"{CONFIRMING}/{record['digest'][:16]}.safetensors"
 
 
 WEIGHTS = "base.safetensors"

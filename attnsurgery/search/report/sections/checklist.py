@@ -15,8 +15,9 @@ from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import budgeted_latency, duration, points, quantity
-from attnsurgery.search.result.confirmation import SIGNIFICANT, Confirmation
+from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import Record
+from attnsurgery.search.result.sequential import SIGNIFICANT
 from attnsurgery.search.tuning import Tuned
 
 if TYPE_CHECKING:
@@ -228,14 +229,24 @@ def _planned_test(outcome: Outcome) -> Item:
         question,
         "yes" if confirmation.looks == 1 else "no",
         f"The search compared {candidates} on validation images, and tested one: {_test_name(confirmation)}, "
-        f"p = {confirmation.p_value:.3g}, significance level {SIGNIFICANT:g}.{look}",
+        f"p = {confirmation.p_value:.3g}, significance level {_level(confirmation)}.{look}",
+    )
+
+
+def _level(confirmation: Confirmation) -> str:
+    if confirmation.looks_at_seeds == 1:
+        return f"{SIGNIFICANT:g}"
+    return (
+        f"{confirmation.limit:.2g} at this number of seeds, so that all {confirmation.looks_at_seeds} looks together "
+        f"have {SIGNIFICANT:g}"
     )
 
 
 def _test_name(confirmation: Confirmation) -> str:
     if confirmation.seeds == 1:
         return "McNemar's exact test over images, which does not cover the variation between trainings"
-    return f"analysis of variance of {confirmation.images:,} images and {confirmation.seeds} trainings of each model"
+    sample = f"{confirmation.images:,} images and {confirmation.seeds} trainings of each model"
+    return f"analysis of variance of {sample}{', in pairs of the same seed' if confirmation.paired else ''}"
 
 
 def _latency(outcome: Outcome) -> Item:
