@@ -47,6 +47,7 @@ def config(tmp_path: Path) -> SearchConfig:
     space = tmp_path / "sizes.yaml"
     space.write_text(SPACE)
     return SearchConfig(
+        data="digits",
         space=str(space),
         trials=3,
         epochs=1,

@@ -589,6 +589,7 @@ def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.Capt
     """A search on the embedded digits holds a budget that is measured in ONNX Runtime."""
     config = SearchConfig(
         base="test_resnet",
+        data="digits",
         budget_ms=100.0,
         latency="onnxruntime",
         latency_seconds=0.3,

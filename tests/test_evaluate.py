@@ -53,7 +53,7 @@ def names(data: Data) -> tuple[set[str], set[str], set[str]]:
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return load_data(None, SMALL)
+    return load_data("digits", SMALL)
 
 
 @pytest.mark.slow
@@ -75,9 +75,9 @@ def test_splits_all_have_every_class(digits: Data) -> None:
 @pytest.mark.slow
 def test_splits_depend_on_the_seed(digits: Data) -> None:
     """The same seed gives the same splits and fingerprint, and another seed others."""
-    assert names(load_data(None, SMALL)) == names(digits)
-    assert load_data(None, SMALL).fingerprint == digits.fingerprint
-    other = load_data(None, SMALL, seed=1)
+    assert names(load_data("digits", SMALL)) == names(digits)
+    assert load_data("digits", SMALL).fingerprint == digits.fingerprint
+    other = load_data("digits", SMALL, seed=1)
     assert names(other) != names(digits)
     assert other.fingerprint != digits.fingerprint
 
@@ -213,7 +213,7 @@ def test_pixels_are_normalised_for_the_model() -> None:
     model = timm.create_model("test_resnet")
     preprocessing = Preprocessing.of(model, (3, 16, 16))
     assert (preprocessing.mean, preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
-    x, _ = next(load_data(None, preprocessing).val.eval_batches(8, "cpu"))
+    x, _ = next(load_data("digits", preprocessing).val.eval_batches(8, "cpu"))
     assert x.shape == (8, 3, 16, 16)
     assert x.min() == -1.0
     assert x.max() <= 1.0

@@ -413,7 +413,7 @@ def test_image_mode_follows_channels() -> None:
     """One, three and four channels have the modes L, RGB and RGBA; other numbers are refused."""
     assert [Preprocessing((channels, 8, 8)).image_mode for channels in (1, 3, 4)] == ["L", "RGB", "RGBA"]
     with pytest.raises(SearchError, match="the model takes 12 channels"):
-        load_data(None, Preprocessing((12, 8, 8)))
+        load_data("digits", Preprocessing((12, 8, 8)))
 
 
 # Copies, and images that belong together.
@@ -637,7 +637,7 @@ def test_mirroring_is_on_if_sides_are_alike(tmp_path: Path) -> None:
 
 def test_digits_are_shifted_not_mirrored() -> None:
     """The embedded digits are shifted and not mirrored."""
-    assert load_data(None, SMALL, decode=False).augment == "shift"
+    assert load_data("digits", SMALL, decode=False).augment == "shift"
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "light", "timm"])
@@ -712,7 +712,7 @@ def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
     assert data.balanced(data.val, constant_N) == pytest.approx(0.5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     assert EVALUATORS["finetune"](data, TrainSettings(epochs=1)).score(model, 0).balanced is not None
-    assert load_data(None, SMALL).balanced(data.val, constant_N) is None
+    assert load_data("digits", SMALL).balanced(data.val, constant_N) is None
 
 
 # Data sets of Hugging Face, whose columns have many names.

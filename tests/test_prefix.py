@@ -104,7 +104,7 @@ def test_prefix_is_none_before_first_block() -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return load_data(None, Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
+    return load_data("digits", Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 @pytest.fixture
 def config(tmp_path: Path) -> SearchConfig:
     return SearchConfig(
+        data="digits",
         budget_ms=100.0,
         trials=2,
         epochs=1,
@@ -96,6 +97,8 @@ def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
     """The command prints the preview for people and as JSON, and writes nothing."""
     arguments = [
         "search",
+        "--data",
+        "digits",
         "--budget-ms",
         "100",
         "--input-size",

@@ -81,7 +81,7 @@ class Two(nn.Module):
 
 def test_weight_decay_ignores_rate_of_blocks() -> None:
     """Weights without gradients shrink by the same share in a block as in the base, at any rate of the blocks."""
-    data = load_data(None, Preprocessing((3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3))
+    data = load_data("digits", Preprocessing((3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3))
     model = Two()
     train(model, data.train, TrainSettings(epochs=1, lr=1e-2, new_lr_scale=10.0, weight_decay=0.5), seed=0)
     assert float(model.base.weight.mean().detach()) < 0.99
@@ -90,7 +90,7 @@ def test_weight_decay_ignores_rate_of_blocks() -> None:
 
 def test_accuracy_loss_ignores_confidence() -> None:
     """The loss of a model does not depend on the scale of its outputs."""
-    data = load_data(None, Preprocessing((3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3))
+    data = load_data("digits", Preprocessing((3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3))
     torch.manual_seed(0)
     model = Two()
     train(model, data.train, TrainSettings(epochs=1), seed=0)

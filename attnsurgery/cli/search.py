@@ -75,7 +75,7 @@ def _in_its_directory(config: SearchConfig) -> SearchConfig:
     from attnsurgery.search.result.limits import Budgets
 
     description = Budgets.of(config).describe().replace(" and ", "-").replace(" (", "-")
-    budgets, data = description.replace(")", "").replace(" ", ""), _stem(config.data or "digits")
+    budgets, data = description.replace(")", "").replace(" ", ""), _stem(config.data or "pairs")
     folder = Path("runs") / "-".join([config.base, data, _stem(config.space), budgets])
     if config.extend and not folder.exists():
         _check_extend(folder, f"{config.base}-{data}")

@@ -21,6 +21,7 @@ from attnsurgery.evaluate import duplicates
 from attnsurgery.evaluate.augment import NAMES, describe, mirrors
 from attnsurgery.evaluate.batches import FileSplit, MemorySplit, Split
 from attnsurgery.evaluate.contents import digests_of
+from attnsurgery.evaluate.embedded import embedded_name, embedded_sources
 from attnsurgery.evaluate.flips import check_flips
 from attnsurgery.evaluate.partition import find_groups, split_sources
 from attnsurgery.evaluate.picture import Rendering
@@ -41,6 +42,16 @@ OnLoad = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class FirstTask:
+    """What a base without weights is trained on before the data itself."""
+
+    name: str
+    """What the images show."""
+    classes: tuple[str, ...]
+    train: Split
+
+
+@dataclass(frozen=True)
 class Data:
     """What a search trains on (`train`), chooses by (`val`) and is evaluated on once, at the end (`test`)."""
 
@@ -58,6 +69,8 @@ class Data:
     """What is not as one might expect, a line each: images left out, converted or in two splits, unbalanced classes."""
     shared: tuple[str, ...] | None = None
     """What the splits have in common, a line each; None where that was not checked."""
+    first: FirstTask | None = None
+    """What a base without weights is trained on first."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,11 +125,11 @@ def load_data(
     the same seed.
 
     Args:
-        spec: None for the embedded digits; an image folder; or a name such as 'hfds/cifar10'.
+        spec: None for the embedded pairs; an image folder; 'pairs' or 'digits'; or a name such as 'hfds/cifar10'.
         preprocessing: size and colours of the model's input.
         seed: of the division into splits.
-        augment: how training images are varied: none, shift, light or timm. By default 'light', or 'shift' for the
-            digits and where mirrored images turn out to be of another class.
+        augment: how training images are varied: none, shift, light or timm. By default 'light'; 'shift' for the digits
+            and where mirrored images turn out to be of another class; 'none' for the pairs.
         group_by: a regular expression on the path of an image relative to the data; images in which its first group, or
             else the whole match, is the same stay in one split.
         memory_bytes: data that fits at its input size, as uint8, is decoded once and stays in memory.
@@ -133,6 +146,11 @@ def load_data(
     """
     inspection = _inspect(spec, preprocessing, seed, augment, group_by, memory_bytes, on_load, check)
     processes = min(8, os.cpu_count() or 1) if workers is None else workers
+
+    first_task = None
+    if (first := inspection.sources.first) is not None:
+        images = MemorySplit(first.train, preprocessing, inspection.rendering)
+        first_task = FirstTask(first.name, first.classes, images)
 
     def split(name: str) -> Split:
         source, rendering = inspection.parts[name], inspection.rendering
@@ -155,6 +173,7 @@ def load_data(
         augment=inspection.augment,
         notes=(*inspection.notes, *(inspection.shared or ())),
         shared=inspection.shared,
+        first=first_task,
     )
 
 
@@ -178,9 +197,9 @@ def count_files(spec: str | None) -> int:
     Raises:
         SearchError: as `load_data`.
     """
-    if spec is None or not Path(spec).is_dir():
+    if embedded_name(spec) or not Path(str(spec)).is_dir():
         return 0
-    sources = find_sources(spec)
+    sources = find_sources(str(spec))
     return sum(len(source.ids) for source in (sources.train, sources.val, sources.test) if source is not None)
 
 
@@ -198,13 +217,13 @@ def _inspect(
     if augment is not None and augment not in NAMES:
         raise UsageError(f"--augment {augment}: there is no such augmentation. Known: {', '.join(NAMES)}.")
     image_mode = preprocessing.image_mode
-    sources = find_sources(spec)
+    sources = _sources(spec, preprocessing.input_size[1:])
     grouping = find_groups(sources.train, group_by)
     parts = split_sources(sources, seed, grouping.groups if grouping else None)
     image_bytes = math.prod(preprocessing.input_size)
     fits = image_bytes * sum(len(part.ids) for part in parts.values()) <= memory_bytes
     scans: dict[str, Scan] = {}
-    if check and spec is not None and (sources.train.paths or not fits):
+    if check and not embedded_name(spec) and (sources.train.paths or not fits):
         scans = {name: scan(part, _progress(on_load, f"checking {name}")) for name, part in parts.items()}
     ranges = depths(list(scans.values())) if scans else depths_of(list(parts.values()))
     rendering = Rendering(image_mode, *ranges)
@@ -215,6 +234,12 @@ def _inspect(
         augmentation, flip_notes = _check_augment(augmentation, parts["train"], rendering, augment is not None)
         notes += [*flip_notes, *_balance_notes(sources.classes, parts)]
     return _Inspection(sources, parts, fits, rendering, augmentation, tuple(notes), shared)
+
+
+def _sources(spec: str | None, size: tuple[int, int]) -> Sources:
+    """The images that `spec` names; embedded ones are drawn for an input of this height and width."""
+    name = embedded_name(spec)
+    return find_sources(str(spec)) if name is None else embedded_sources(name, size)
 
 
 def _progress(on_load: OnLoad | None, step: str) -> Callable[[int, int], None] | None:
@@ -276,8 +301,8 @@ def _shared(scans: Mapping[str, Scan], parts: Mapping[str, Source]) -> list[str]
     return lines
 
 
-def native_size(spec: str | None) -> int:
-    """The median of the shorter sides of some images, in pixels; 224 where none can be read.
+def native_size(spec: str) -> int:
+    """The median of the shorter sides of some images that are not embedded, in pixels; 224 where none can be read.
 
     Raises:
         UsageError, SearchError: as `load_data`.
@@ -299,10 +324,12 @@ def _fingerprint(
     on_progress: Callable[[int, int], None] | None,
 ) -> str:
     parts = sorted(inspection.parts.items())
-    content = {
+    content: dict[str, Any] = {
         "classes": inspection.sources.classes,
         "parts": {name: [part.ids, part.labels, part.content()] for name, part in parts},
         "files": digests_of([path for _, part in parts for path in part.paths], known, on_progress),
         "preprocessing": asdict(preprocessing),
     }
+    if first := inspection.sources.first:
+        content["first"] = [first.classes, first.train.ids, first.train.labels, first.train.content()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Labelled images before they are split: the embedded digits, an image folder, or a data set that timm knows by name.
+"""Labelled images before they are split: an image folder, or a data set that timm knows by name.
 
 Images are decoded when they are opened, and one that cannot be read fails then.
 """
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.data
 from PIL import Image
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate.contents import content_of, pixels_of
+from attnsurgery.evaluate.contents import content_of
 from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, formats, read_folder
 from attnsurgery.evaluate.picture import upright
 from attnsurgery.settings import Augment
@@ -68,22 +67,22 @@ class Sources:
     """How training images are varied by default."""
     notes: tuple[str, ...] = ()
     """What was left out or has an unusual name, a line each."""
+    first: Sources | None = None
+    """What a base without weights is trained on first; its `name` describes the images."""
 
 
-def find_sources(spec: str | None) -> Sources:
+def find_sources(spec: str) -> Sources:
     """The labelled images that `spec` names.
 
     Args:
-        spec: None for the embedded digits; a directory; or a name such as 'hfds/cifar10' or 'torch/cifar10'. Columns
-            of a data set of Hugging Face may stand behind a colon: 'hfds/cifar100:fine_label'.
+        spec: a directory, or a name such as 'hfds/cifar10' or 'torch/cifar10'. Columns of a data set of Hugging Face
+            may stand behind a colon: 'hfds/cifar100:fine_label'.
 
     Raises:
         UsageError: nothing of that name, or a kind of data set that cannot be split.
         SearchError: a directory without classes or images or with an ambiguous structure, or a split with classes that
             the training split does not have.
     """
-    if spec is None:
-        return _digits()
     if Path(spec).is_dir():
         return _folder(Path(spec))
     if spec.startswith(_STREAMED):
@@ -96,22 +95,8 @@ def find_sources(spec: str | None) -> Sources:
     raise UsageError(
         f"--data {spec}: there is no such directory, and it is not the name of a data set "
         f"({', '.join(prefix + '...' for prefix in _PREFIXES)}). An image folder has one sub-folder a class, or train/ "
-        "and test/ with one a class. Without --data the embedded digits are used."
+        "and test/ with one a class. Embedded data: pairs, the default, and digits."
     )
-
-
-def _digits() -> Sources:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    source = Source(
-        ids=tuple(f"digits/{index}" for index in range(len(pixels))),
-        labels=tuple(int(label) for label in bunch.target),
-        open=lambda index: Image.fromarray(pixels[index]),
-        content=lambda: pixels_of([pixels]),
-    )
-    return Sources("digits", tuple(map(str, range(10))), source, augment="shift")
 
 
 def _folder(root: Path) -> Sources:

@@ -86,8 +86,8 @@ class SearchConfig(Strict):
     ] = DEFAULT_BASE
     data: Annotated[
         str | None,
-        Field(description="Image folder, or a name such as hfds/cifar10."),
-        Setting(MODEL, default="the embedded digits", may_change=True),
+        Field(description="Image folder, or a name such as hfds/cifar10; embedded data: pairs and digits."),
+        Setting(MODEL, default="the embedded pairs", may_change=True),
     ] = None
     input_size: Annotated[
         ImageSize | None,

@@ -55,6 +55,7 @@ CLOSE = 0.97
 
 def config_of(number: int, budget_ms: float, options: argparse.Namespace) -> SearchConfig:
     return SearchConfig(
+        data="digits",
         budget_ms=budget_ms,
         base=BASES[number % len(BASES)],
         space=list(SPACES)[number // len(BASES) % len(SPACES)],

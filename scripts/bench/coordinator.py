@@ -115,6 +115,7 @@ def run_search(folder: Path, workers: int, trials: int, training_s: float) -> di
 
     outcome = run(
         SearchConfig(
+            data="digits",
             budget_ms=100.0,
             latency="fixed",
             evaluator="dummy",

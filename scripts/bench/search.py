@@ -125,10 +125,10 @@ def convert_weights(source: Path, base: str) -> StateDict:
     return dict(zip(expected, published.values(), strict=True))
 
 
-def images_of(arguments: argparse.Namespace) -> str | None:
-    """The folder with train, val and test; None for the embedded digits."""
+def images_of(arguments: argparse.Namespace) -> str:
+    """The folder with train, val and test, or the embedded digits."""
     if arguments.images is None:
-        return None
+        return "digits"
     parts = {
         "train": ("train", slice(arguments.train)),
         "val": ("train", slice(arguments.train, arguments.train + arguments.val)),

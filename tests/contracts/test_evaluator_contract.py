@@ -51,7 +51,7 @@ every_training = pytest.mark.parametrize("name", [name for name, evaluator in CL
 @pytest.fixture(scope="module")
 def digits() -> Data:
     """The embedded digits, with few images to train on."""
-    data = load_data(None, Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
+    data = load_data("digits", Preprocessing.of(timm.create_model("test_resnet"), (3, 32, 32)), 0)
     return replace(data, train=data.test)
 
 

@@ -45,6 +45,7 @@ def dummy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def config_in(folder: Path, pool: str) -> SearchConfig:
     folder.mkdir(exist_ok=True)
     return SearchConfig(
+        data="digits",
         budget_ms=100.0,
         latency="fixed",
         evaluator="dummy",

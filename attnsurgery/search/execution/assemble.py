@@ -19,10 +19,12 @@ from attnsurgery.checkpoint.weights import StateDict, read_state_dict
 from attnsurgery.errors import AttnSurgeryError, SearchError, UsageError
 from attnsurgery.evaluate import (
     EVALUATORS,
+    SIZES,
     Data,
     Preprocessing,
     TrainSettings,
     count_files,
+    embedded_name,
     load_data,
     native_size,
 )
@@ -63,8 +65,6 @@ _TOLERANCE = 0.005
 """Half the 95 % interval at which a measurement may end, as a share of the latency."""
 MANY_IMAGES = 1000
 """Number of image files from which on the base is measured before they are opened."""
-_DEFAULT_SIZE = 48
-"""Height and width of the embedded digits, in pixels."""
 
 
 def before_images(config: SearchConfig, backend: LatencyBackend | None = None) -> Bench | None:
@@ -225,7 +225,8 @@ def _images(
         check: as in `assemble`.
     """
     if check:
-        listener.phase(f"reading {config.data or 'the embedded digits'}")
+        name = embedded_name(config.data)
+        listener.phase(f"reading {f'the embedded {name}' if name else config.data}")
     digests = load_digests(Path(config.output) / IMAGES)
     data = load_data(
         config.data,
@@ -319,10 +320,22 @@ def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, i
     fixed = bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
     if config.pretrained or config.checkpoint or fixed:
         return channels, height, width
-    if config.data is None:
-        return channels, min(_DEFAULT_SIZE, height), min(_DEFAULT_SIZE, width)
-    native = max(32, 32 * round(native_size(config.data) / 32))
+    if name := embedded_name(config.data):
+        *sizes, last = SIZES[name]
+        return channels, *next((size for size in sizes if _takes(model, (channels, *size))), last)
+    native = max(32, 32 * round(native_size(str(config.data)) / 32))
     return channels, min(native, height), min(native, width)
+
+
+def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether a model can process images of this (C, H, W)."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(1, *size, device=device))
+    except Exception:  # each layer has its own way of refusing a map that is too small
+        return False
+    return True
 
 
 def _untrained(

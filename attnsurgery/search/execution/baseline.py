@@ -12,11 +12,14 @@ import torch
 from attnsurgery.checkpoint.base import load_weights
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.evaluate import (
+    FirstTask,
     Score,
+    TrainSettings,
     fit_head,
     train,
 )
 from attnsurgery.latency import Latency
+from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.pretrained_base import (
     check_head,
@@ -27,6 +30,7 @@ from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.rungs import SUPERNET, rungs_of
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
+from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import Watching
 
 _BASE_LR = 3.0
@@ -48,7 +52,9 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
         usual = bench.evaluator.settings
         settings = replace(usual, epochs=config.base_epochs, lr=usual.lr * _BASE_LR)
         length = f"on {bench.data.name}, {config.base_epochs} epochs"
-        if bench.fresh == "all":
+        if bench.fresh == "all" and bench.data.first is not None:
+            _first_training(bench, bench.data.first, settings, watch)
+        elif bench.fresh == "all":
             watch.listener.phase(f"training the base {config.base} {length}")
             train(base, bench.data.train, settings, config.seed, watch)
         elif bench.fresh == "nothing" and not label_names(config.checkpoint, base):
@@ -59,6 +65,32 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
         write_own(path.parent, path.name, to_safetensors(base))
     base.to(config.device).eval()
     return hash_of(path)
+
+
+def _first_training(bench: Bench, first: FirstTask, settings: TrainSettings, watch: Watching) -> None:
+    """Train a base without weights on another task first; then it has a new head, as a pretrained model has.
+
+    Args:
+        bench: its base is trained in place.
+        first: the other task.
+        settings: how the base is trained, but for the number of epochs.
+        watch: callbacks.
+    """
+    config, base = bench.config, bench.base
+    epochs = first_epochs(config, first)
+    watch.listener.phase(f"training the base {config.base} on {first.name} first, {epochs} epochs")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        base.reset_classifier(len(first.classes))  # type: ignore[operator]
+        train(base, first.train, replace(settings, epochs=epochs), config.seed, watch)
+        base.reset_classifier(bench.data.num_classes)  # type: ignore[operator]
+    base.to(config.device)
+    bench.fresh, bench.head = "head", f"trained from scratch on {first.name}, for {epochs} epochs"
+
+
+def first_epochs(config: SearchConfig, first: FirstTask) -> int:
+    """Number of epochs in which a base without weights is trained on another task first."""
+    return max(config.base_epochs, pilot_epochs(len(first.train), config.train_batch_size))
 
 
 def _check_head(bench: Bench, watch: Watching) -> str:

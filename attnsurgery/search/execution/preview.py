@@ -17,6 +17,7 @@ from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import AUTO, SearchConfig
 from attnsurgery.search.execution.assemble import assemble, before_images
+from attnsurgery.search.execution.baseline import first_epochs
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.over_budget import refuse_over_budget
@@ -284,6 +285,9 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
     """
     config = bench.config
     initial = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs
+    if bench.fresh == "all" and (first := bench.data.first):  # and a new head after that
+        share_of_images = len(first.train) / len(bench.data.train)
+        initial = first_epochs(config, first) * share_of_images + _FORWARD * config.base_epochs
     initial = initial / bench.evaluator.settings.epochs + (expected_trainings(config) if config.tunes else 0.0)
     if share == 0.0:
         return sum(seconds for _, seconds in rungs) + initial * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds

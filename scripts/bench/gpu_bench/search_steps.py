@@ -29,7 +29,7 @@ from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
 
 
 def command(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
-    arguments = f"search --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
+    arguments = f"search --data digits --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
     tiny_arguments = search_options(output.parent) if tiny else []
     return [sys.executable, "-m", "attnsurgery", *arguments.split(), *tiny_arguments, "--output", str(output)]
 
@@ -149,7 +149,7 @@ def peak_of(data: Data, base: str, batch: int) -> int:
 
 
 def limited_memory_row(base: str, batch: int, size: int, tiny: bool) -> Row:
-    data = load_data(None, Preprocessing((3, size, size)))
+    data = load_data("digits", Preprocessing((3, size, size)))
     full_bytes, quarter_bytes = peak_of(data, base, batch), peak_of(data, base, batch // 4)
     limit = quarter_bytes + (full_bytes - quarter_bytes) // 3
     try:
@@ -161,7 +161,15 @@ def limited_memory_row(base: str, batch: int, size: int, tiny: bool) -> Row:
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             start, folder = time.monotonic(), Path(scratch) / "run"
-            settings = {"trials": 2, "epochs": 1, "base_epochs": 1, "finalists": 1, "confirm_seeds": 1, "workers": 0}
+            settings = {
+                "data": "digits",
+                "trials": 2,
+                "epochs": 1,
+                "base_epochs": 1,
+                "finalists": 1,
+                "confirm_seeds": 1,
+                "workers": 0,
+            }
             basics = {"budget_ms": 1000.0, "base": base, "space": "se", "device": "cuda", "output": str(folder)}
             overrides = {"latency_seconds": SECONDS} if tiny else {}
             config = SearchConfig(**basics, **settings, **overrides, train_batch_size=batch, input_size=size)

@@ -45,7 +45,7 @@ def row(name: str, data: Data, batch: int, epochs: int, precision: str) -> Row:
 
 def run(rows: Rows, tiny: bool) -> None:
     size, batch, epochs = (SIZE, 256, 2) if tiny else ((3, 224, 224), 128, 4)
-    data = load_data(None, Preprocessing(size))
+    data = load_data("digits", Preprocessing(size))
     for name in (MODEL,) if tiny else ("resnet50", "efficientnet_lite0"):
         for precision in PRECISIONS:
             rows.make(

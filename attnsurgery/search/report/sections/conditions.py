@@ -87,6 +87,8 @@ def _rungs(config: SearchConfig) -> str:
 def _weights(outcome: Outcome) -> str:
     config, length = outcome.config, quantity(outcome.config.base_epochs, "epoch")
     head = f" and a new head, trained alone for {length}" if outcome.about.fresh == "head" else ""
+    if head and not config.pretrained and not config.checkpoint:
+        return outcome.about.head + head
     head += f" ({outcome.about.head})" if outcome.about.head else ""
     if config.pretrained:
         return f"with timm's pretrained weights{head}"
