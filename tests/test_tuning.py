@@ -75,6 +75,18 @@ def test_tuning_finds_rates_and_length() -> None:
     assert tuned.trained_out is True
 
 
+def test_tuning_probes_all_rates() -> None:
+    """The rate of candidates does not depend on that of a base that learns nothing."""
+
+    def score(attempt: Attempt) -> float:
+        if attempt.part == "base":
+            return 0.5 + attempt.training.lr / 10
+        return 0.9 if attempt.training == Training(3e-4, 10.0, SHORTEST) else 0.6 - attempt.training.lr
+
+    tuned, _ = choose(score, **ALL_AUTO)
+    assert (tuned.base.lr, tuned.candidates.lr, tuned.candidates.block_lr_scale) == (FURTHER[-1], 3e-4, 10.0)
+
+
 @pytest.mark.parametrize("rate", [FURTHER[0], FURTHER[-1], 3e-5, 3e-2])
 def test_tuning_goes_beyond_usual_rates(rate: float) -> None:
     """While the best rate is the last on a side, the next one is tried."""

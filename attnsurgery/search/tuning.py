@@ -8,8 +8,10 @@ images:
    was tried, the next beyond it is tried too.
 2. **Epochs.** The base is trained twice as long, as long as that gains `MARGIN` or more. A base that still gains where
    this ends is not trained out, and the verdict says so.
-3. **Learning rates of candidates.** A probe, a candidate with blocks in half of its places, is trained at the base's
-   rate and its neighbours, each with the rates of blocks in `SCALES`. All candidates train with the best of these.
+3. **Learning rates of candidates.** A probe, a candidate with blocks in half of its places, is trained at all of
+   `RATES` and at the base's rate, with blocks at the first of `SCALES`; then at the best of these rates and the next
+   lower one, with blocks at the other scales. All candidates train with the best of these. A base that learns nothing
+   without blocks has no best rate, so rates are not limited to the neighbours of the base's.
 
 Before the verdict, each finalist gets its own best of the neighbours of these settings (`alternatives`). So the verdict
 compares candidates with a base that had the same choices. Values that the settings give are not tried.
@@ -203,12 +205,17 @@ class Tuning:
         if self._lr is not None and self._scale is not None:
             return []
         rate = self._rate(results)
-        rates: Sequence[float] = (rate,)
-        if self._lr is None:
-            place = FURTHER.index(rate)
-            rates = FURTHER[max(0, place - 1) : place + 2]
-        scales = SCALES if self._scale is None else (self._scale,)
-        return [Attempt("probe", Training(lr, scale, self._shortest)) for lr in rates for scale in scales]
+        rates = (rate,) if self._lr is not None else sorted({*RATES, rate})
+        attempts = [Attempt("probe", self._plain(lr)) for lr in rates]
+        best = _best(attempts, results)
+        if self._scale is not None or best is None or any(attempt.key not in results for attempt in attempts):
+            return attempts
+        lower = [lr for lr in FURTHER if lr < best.training.lr][-1:] if self._lr is None else []
+        return attempts + [
+            Attempt("probe", replace(best.training, lr=lr, block_lr_scale=scale))
+            for lr in (best.training.lr, *lower)
+            for scale in SCALES[1:]
+        ]
 
 
 def alternatives(config: SearchConfig, tuned: Tuned) -> tuple[Training, ...]:
@@ -242,8 +249,9 @@ def pilot_epochs(images: int, batch_size: int) -> int:
 def expected_trainings(config: SearchConfig) -> float:
     """Usual duration of the choice, in trainings of the shortest length. More follow where rates or length go on."""
     rates = len(RATES) if config.lr == AUTO else 1
-    scales = len(SCALES) if config.block_lr_scale == AUTO else 1
-    probes = (3 if config.lr == AUTO else 1) * scales if AUTO in (config.lr, config.block_lr_scale) else 0
+    probes = rates if AUTO in (config.lr, config.block_lr_scale) else 0
+    if config.block_lr_scale == AUTO:
+        probes += (2 if config.lr == AUTO else 1) * (len(SCALES) - 1)
     return rates + 2.0 + probes
 
 
