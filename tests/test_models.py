@@ -251,3 +251,18 @@ def test_pruned_network_still_runs() -> None:
     after = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert model(x).shape == before[-1].shape
+
+
+def test_deeper_sibling_is_test_resnet_twice() -> None:
+    """Its stages begin like those of test_resnet and have a second block each, which is like the first without a change
+    of size; its preprocessing is the same."""
+    base, deeper = timm.create_model("test_resnet"), timm.create_model("test_resnet_deeper")
+    same = timm.create_model("test_resnet", layers=(2, 2, 2, 2))
+    assert {key: value.shape for key, value in deeper.state_dict().items()} == {
+        key: value.shape for key, value in same.state_dict().items()
+    }
+    assert base.state_dict().keys() < deeper.state_dict().keys()
+    for field in ("input_size", "mean", "std", "crop_pct", "interpolation", "classifier", "first_conv"):
+        assert deeper.pretrained_cfg[field] == base.pretrained_cfg[field], field
+    assert deeper.pretrained_cfg["architecture"] == "test_resnet_deeper"
+    assert timm.create_model("test_resnet_deeper_se_s3", num_classes=2)(torch.zeros(1, 3, 8, 192)).shape == (1, 2)

@@ -1,4 +1,5 @@
-"""Complete models of the attention papers, under timm names: `timm.create_model("residual_attention_56")`.
+"""Complete models under timm names: those of the attention papers, `timm.create_model("residual_attention_56")`, and a
+deeper sibling of timm's smallest network, the alternative to blocks in it.
 
 Importing attnsurgery registers the names with timm; the classes are imported when a model is first built. There are no
 pretrained weights: the models are for training from scratch and for comparison.
@@ -31,6 +32,20 @@ default_cfgs = generate_default_cfgs(
         }
         for name in ("residual_attention_56.untrained", "residual_attention_92.untrained")
     }
+    | {
+        "test_resnet_deeper.untrained": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 160, 160),
+            "pool_size": (5, 5),
+            "crop_pct": 0.95,
+            "interpolation": "bilinear",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "first_conv": "conv1.0",
+            "classifier": "fc",
+        }
+    }
 )
 
 
@@ -57,3 +72,20 @@ def residual_attention_56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def residual_attention_92(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Attention-92 (arXiv:1704.06904, table 2), with one, two and three attention modules in the stages."""
     return _residual_attention_net("residual_attention_92", (1, 2, 3), pretrained, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def test_resnet_deeper(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: PT028
+    """timm's test_resnet with two blocks a stage and no attention: what the latency of blocks may also be spent on."""
+    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    arguments: dict[str, Any] = {
+        "block": [BasicBlock, BasicBlock, Bottleneck, BasicBlock],
+        "layers": (2, 2, 2, 2),
+        "stem_width": 16,
+        "stem_type": "deep",
+        "avg_down": True,
+        "channels": (32, 48, 48, 96),
+    }
+    model: nn.Module = build_model_with_cfg(ResNet, "test_resnet_deeper", pretrained, **{**arguments, **kwargs})
+    return model
