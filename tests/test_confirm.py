@@ -23,7 +23,7 @@ from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
 from attnsurgery.recipe.text import load
 from attnsurgery.search import SearchConfig, run
-from attnsurgery.search.coordinator.confirm import compare_on_test
+from attnsurgery.search.coordinator.compare import compare_on_test
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.record import contenders
 from attnsurgery.search.result.statistics import gain_of, pool_estimates, sign_test, smallest_visible_gain

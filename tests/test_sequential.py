@@ -7,7 +7,14 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from attnsurgery.search.result.sequential import Look, look_at, seeds_move_together, significance_levels
+from attnsurgery.search.result.sequential import (
+    Design,
+    Look,
+    look_at,
+    not_beaten,
+    seeds_move_together,
+    significance_levels,
+)
 from attnsurgery.search.result.statistics import gain_of
 
 Right = npt.NDArray[np.bool_]
@@ -32,12 +39,8 @@ def trainings(rng: np.random.Generator, seeds: int, images: int, own: float, sha
     return models
 
 
-def until_decided(first: Right, second: Right, *, paired: bool = False, difference: float = 0.005) -> Look:
-    for count in range(3, len(first) + 1):
-        look = look_at(first[:count], second[:count], begin=3, most=len(first), difference=difference, paired=paired)
-        if look.decided:
-            break
-    return look
+def until_decided(first: Right, second: Right) -> Look:
+    return look_at(first, second, Design(3, len(first), 0.005))
 
 
 def test_significance_levels_are_published_ones() -> None:
@@ -61,8 +64,8 @@ def test_significance_levels_sum_to_level(fractions: tuple[float, ...]) -> None:
 def test_single_look_has_whole_level() -> None:
     """Where the number of trainings is given, there is one look, and it is the usual test."""
     first, second = trainings(np.random.default_rng(0), 3, 200, 0.1, 0.0, 0.3)
-    look = look_at(first, second, begin=3, most=3, difference=0.005)
-    assert (look.limit, look.number, look.decided) == (0.05, 1, True)
+    look = look_at(first, second, Design(3, 3, 0.005))
+    assert (look.limit, look.trainings, look.number, look.decided) == (0.05, 3, 1, True)
     assert look.gain == gain_of(first, second)
 
 
@@ -85,8 +88,9 @@ def test_large_gain_is_decided_early() -> None:
     first, second = trainings(np.random.default_rng(2), 8, 500, 0.05, 0.0, 2.0)
     look = until_decided(first, second)
     assert look.significant
-    assert look.number <= 3
+    assert look.number == look.trainings - 2 <= 3
     assert look.gain.low > 0.005
+    assert look.gain == gain_of(first[: look.trainings], second[: look.trainings], level=look.limit)
 
 
 def test_few_images_end_comparison_at_once() -> None:
@@ -101,7 +105,7 @@ def test_few_images_end_comparison_at_once() -> None:
 def test_repeated_interval_agrees_with_test() -> None:
     """The interval of a look is wider than that of a single look, because other looks come."""
     first, second = trainings(np.random.default_rng(4), 8, 2000, 0.5, 0.0, 0.0)
-    early = look_at(first[:3], second[:3], begin=3, most=8, difference=0.0)
+    early = look_at(first[:3], second[:3], Design(3, 8))
     usual = gain_of(first[:3], second[:3])
     assert early.limit < 0.05
     assert early.gain.high - early.gain.low > 1.3 * (usual.high - usual.low)
@@ -142,6 +146,29 @@ def test_paired_false_alarms_are_bounded() -> None:
             first, second = trainings(rng, 5, 300, 0.3, shared, 0.0)
             alarms += gain_of(first, second, paired=True).p_value < 0.05
         assert alarms / 150 < 0.1
+
+
+def test_not_beaten_keeps_what_may_be_best() -> None:
+    """Models that are clearly worse than another are out; those that cannot be told from the best are not."""
+    rng = np.random.default_rng(9)
+    ease_N = rng.normal(0.5, 3.0, 2000)
+    rights = [
+        ease_N + better + rng.normal(0.0, 0.02, (4, 1)) + rng.normal(0.0, 1.0, (4, 2000)) > 0
+        for better in (0.0, 0.8, 0.82, 0.4)
+    ]
+    assert not_beaten(rights, Design(3, 4)) == [False, True, True, False]
+    assert not_beaten(rights[:1], Design(3, 4)) == [True]
+
+
+@pytest.mark.slow
+def test_not_beaten_rarely_drops_an_equal() -> None:
+    """Of four equal models, the first is beaten by any other in at most 5 % of cases."""
+    rng = np.random.default_rng(10)
+    beaten = 0
+    for _ in range(100):
+        models = [side for _ in range(2) for side in trainings(rng, 3, 200, 0.3, 0.0, 0.0)]
+        beaten += not not_beaten(models, Design(3, 3))[0]
+    assert beaten / 100 <= 0.1
 
 
 def test_seeds_move_together_by_f_test() -> None:

@@ -224,6 +224,7 @@ def print_outcome(outcome: Outcome) -> None:
         over = "" if budget is None or again.ms <= budget else f": over the budget of {budget:g} ms"
         lines += [
             f"verdict    {outcome.confirmation.sentence()}",
+            *([f"advice     {advice}"] if (advice := outcome.confirmation.advice()) else []),
             f"again      {_ms(again)}{over}, measured after the search ({outcome.about.conditions})",
         ]
     print_lines([*lines, *files_of(outcome)])

@@ -178,6 +178,19 @@ class SearchConfig(Strict):
         ),
         Setting(TRAINING, metavar="N|auto"),
     ] = 3
+    against: Annotated[
+        str | None,
+        Field(
+            description="Other timm models, and other input sizes of the base, that are trained under the same budget: "
+            "'resnet34,seresnet50:192,:160'; or none."
+        ),
+        Setting(
+            CHOOSING,
+            metavar="NAME[:SIZE],...",
+            default="with --pretrained, up to three models of the family that fit",
+            may_change=True,
+        ),
+    ] = None
     final_epochs: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"],
         Field(

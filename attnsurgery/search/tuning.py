@@ -148,6 +148,22 @@ class Tuning:
                 return missing
         return []
 
+    def rates_needed(self, results: Results) -> list[Attempt]:
+        """The attempts that the choice of a learning rate for one plain model still depends on.
+
+        Args:
+            results: of that model's attempts so far.
+        """
+        return [attempt for attempt in self._base_rates(results) if attempt.key not in results]
+
+    def rate(self, results: Results) -> float:
+        """The learning rate that the results speak for, or the one that the settings give.
+
+        Args:
+            results: of all attempts that `rates_needed` named.
+        """
+        return self._rate(results)
+
     def chosen(self, results: Results) -> Tuned:
         """The settings that the results speak for.
 

@@ -17,7 +17,7 @@ import torch
 
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search import Timing
-from attnsurgery.search.coordinator.confirm import compare_on_test
+from attnsurgery.search.coordinator.compare import compare_on_test
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import Journal

@@ -20,29 +20,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.result.confirmation import Confirmation, Finalist, Verdict
+from attnsurgery.search.coordinator.compare import compare, failed_in, training_of, with_scores
+from attnsurgery.search.coordinator.rivals import Work, meet_rivals
+from attnsurgery.search.execution.baseline import timing_of
+from attnsurgery.search.result.confirmation import Confirmation, Finalist
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record, Timing
-from attnsurgery.search.result.sequential import Look, look_at, seeds_move_together
 from attnsurgery.search.result.statistics import pool_estimates
-from attnsurgery.search.tuning import Training
-
-Results = list[dict[str, Any]]
-
-
-class Work(Protocol):
-    """Does jobs of one kind, one for each payload, and returns their results in the same order."""
-
-    def __call__(self, kind: str, *payloads: Mapping[str, Any]) -> Results: ...
+from attnsurgery.search.tuning import Training, Tuned, alternatives
 
 
 def confirm(
@@ -51,13 +43,14 @@ def confirm(
     order: Sequence[Record],
     reference: Latency,
     work: Work,
-    trainings: Sequence[Training] = (),
+    tuned: Tuned | None = None,
+    pilot: int = 1,
 ) -> Confirmation:
     """Train finalists, choose the winner on the validation split, compare it with the base on the test split.
 
-    For the comparison, winner and base are trained from seeds that no finalist was chosen by. The winner is measured
-    again, and its training from the first of these seeds is saved as a timm directory. A finalist whose training
-    diverges is left out, with the reason.
+    For the comparison, winner and base, and the rivals of `--against`, are trained from seeds that no finalist was
+    chosen by. The winner is measured again, and its training from the first of these seeds is saved as a timm
+    directory. A finalist whose training diverges is left out, with the reason.
 
     Args:
         config: settings of the search.
@@ -65,7 +58,8 @@ def confirm(
         order: all candidates that may be the winner, the best first.
         reference: the base's latency.
         work: does jobs.
-        trainings: settings of which each finalist gets its own best, that of all trials first; none if they were given.
+        tuned: how base and candidates are trained, if that was chosen; each finalist then gets its own best settings.
+        pilot: epochs of the shortest training, by which learning rates of rivals are chosen.
 
     Raises:
         StopRequested: the user asked for an end.
@@ -73,22 +67,28 @@ def confirm(
     """
     measured = {"reference": reference}
     candidates = _within_budget(config, budgets, order, measured, work)
+    trainings = alternatives(config, tuned) if tuned else ()
     finalists = _tuned([_finalist(record, slow) for record, slow in candidates], candidates, config, trainings, work)
     records = {record.digest: record for record, _ in candidates}
     finalists = _trained_to_choose(config, finalists, records, work)
+    entrants, others = meet_rivals(config, budgets, reference, work, tuned, pilot)
     for best in sorted(finalists, key=lambda finalist: finalist.rank(config.rank_by), reverse=True):
         if best.failed:
             continue
         winner = records[best.digest]
-        comparison = _compared(config, winner, best, finalists, work)
-        if isinstance(comparison, Confirmation):
+        comparison = compare(config, winner, best, finalists, entrants, work)
+        if not isinstance(comparison, str):
             break
         finalists = [replace(best, failed=comparison) if finalist == best else finalist for finalist in finalists]
     else:
         failed = next((finalist.failed for finalist in finalists if not finalist.slow), "none keeps to its budget.")
         raise SearchError(f"no finalist could be trained again: {failed}")
     (saved,) = work("winner", {"record": winner.as_dict(), **measured})
-    return replace(comparison, timing=Timing(**saved["timing"]))
+    confirmation, options = comparison
+    timings = {"winner": Timing(**saved["timing"]), "base": timing_of(reference)}
+    options = [replace(option, timing=timings.get(option.kind, option.timing)) for option in options]
+    confirmation = replace(confirmation, timing=timings["winner"], options=(*options, *others))
+    return confirmation.with_base(tuned.trained_out) if tuned else confirmation
 
 
 def _finalist(record: Record, slow: str) -> Finalist:
@@ -106,7 +106,7 @@ def _tuned(
     if len(trainings) < 2:
         return list(finalists)
     tried = [
-        [_training(record, 0, asdict(training)) for training in trainings] for record, slow in candidates if not slow
+        [training_of(record, 0, asdict(training)) for training in trainings] for record, slow in candidates if not slow
     ]
     results = iter(work("training", *(payload for payloads in tried for payload in payloads)))
     tuned = []
@@ -133,7 +133,7 @@ def _trained_to_choose(
     if len(chosen) < 2:
         return list(finalists)
     payloads = [
-        _training(records[finalist.digest], index, finalist.training)
+        training_of(records[finalist.digest], index, finalist.training)
         for finalist in chosen
         for index in range(config.first_seeds)
     ]
@@ -142,133 +142,10 @@ def _trained_to_choose(
     for finalist in finalists:
         if not finalist.failed:
             scores = list(islice(results, config.first_seeds))
-            failed = _failed(scores)
-            finalist = replace(finalist, failed=failed) if failed else _with_scores(finalist, scores)
+            failed = failed_in(scores)
+            finalist = replace(finalist, failed=failed) if failed else with_scores(finalist, scores)
         scored.append(finalist)
     return scored
-
-
-def _compared(
-    config: SearchConfig, winner: Record, best: Finalist, finalists: Sequence[Finalist], work: Work
-) -> Confirmation | str:
-    """The comparison of the winner with the base; the reason why the winner could not be trained.
-
-    Args:
-        config: settings of the search.
-        winner: the record of the best finalist.
-        best: the best finalist.
-        finalists: all of them.
-        work: does jobs.
-
-    Raises:
-        SearchError: the base cannot be trained.
-    """
-    scored = [finalist.top1s for finalist in finalists if finalist.top1s]
-    paired = seeds_move_together(np.array(scored)) if scored else False
-    own: Results = []  # of the winner's trainings
-    base: Results = []
-    while True:
-        start = len(own)
-        count = 1 if start else config.first_seeds
-        indices = range(start, start + count)
-        results = work(
-            "final training",
-            *(_training(winner, index, best.training) for index in indices),
-            *(_training(None, index) for index in indices),
-        )
-        own, base = own + results[:count], base + results[count:]
-        if failed := _failed(base):
-            raise SearchError(failed)
-        if failed := _failed(own):
-            return failed
-        own_SN, base_SN = (np.stack([right_of(result) for result in side]) for side in (own, base))
-        look = look_at(
-            own_SN,
-            base_SN,
-            begin=config.first_seeds,
-            most=config.most_seeds,
-            difference=config.difference / 100,
-            paired=paired,
-        )
-        if look.decided:
-            break
-    if not best.top1s:
-        finalists = [_with_scores(one, own) if one == best else one for one in finalists]
-    compared = compare_on_test(best.digest, base_SN, own_SN, own[0]["epochs"], look)
-    balanced = [[result["balanced"] for result in side if result["balanced"] is not None] for side in (base, own)]
-    return replace(
-        compared,
-        balanced=(fmean(balanced[0]), fmean(balanced[1])) if all(balanced) else None,
-        finalists=tuple(finalists),
-        rank_by=config.rank_by,
-        anew=True,
-        first_seeds=config.first_seeds,
-        most_seeds=config.most_seeds,
-        difference=config.difference / 100,
-        paired=paired,
-    )
-
-
-def compare_on_test(
-    digest: str, base_SN: npt.NDArray[np.bool_], winner_SN: npt.NDArray[np.bool_], epochs: int, look: Look | None = None
-) -> Confirmation:
-    """The verdict on the winner from its answers and the base's on the same N test images.
-
-    Args:
-        digest: of the winner.
-        base_SN: booleans for each seed, true where the base classified an image correctly.
-        winner_SN: the same for the winner.
-        epochs: length of each training.
-        look: the comparison of the two; by default the only look at these trainings.
-    """
-    trainings, images = base_SN.shape
-    look = look or look_at(winner_SN, base_SN, begin=trainings, most=trainings, difference=0.0)
-    verdict: Verdict = "no significant difference"
-    if look.significant:
-        verdict = "better" if look.gain.mean > 0 else "worse"
-    return Confirmation(
-        digest=digest,
-        images=images,
-        seeds=trainings,
-        epochs=epochs,
-        base_top1=float(base_SN.mean()),
-        winner_top1=float(winner_SN.mean()),
-        low=look.gain.low,
-        high=look.gain.high,
-        p_value=look.gain.p_value,
-        verdict=verdict,
-        timing=Timing(0.0, 0.0, 0.0, 0.0),
-        limit=look.limit,
-        looks_at_seeds=look.number,
-    )
-
-
-def right_of(result: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
-    """(N,) booleans: which test images a training classified correctly, from the packed form in its result."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["images"])
-    return bits.astype(bool)
-
-
-def _training(record: Record | None, index: int, training: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The payload of a training of a candidate, or of the base (None).
-
-    Args:
-        record: of the candidate.
-        index: of the seed.
-        training: its own settings; None for those that all trainings of its kind have.
-    """
-    payload = {"record": record.as_dict() if record else None, "index": index}
-    return {**payload, "training": dict(training)} if training else payload
-
-
-def _failed(scores: Sequence[Mapping[str, Any]]) -> str:
-    """Why the first of the failed trainings failed; '' if none failed."""
-    return next((score["failed"] for score in scores if "failed" in score), "")
-
-
-def _with_scores(finalist: Finalist, scores: Sequence[Mapping[str, Any]]) -> Finalist:
-    top1s, loss = tuple(score["top1"] for score in scores), fmean(score["loss"] for score in scores)
-    return replace(finalist, top1s=top1s, loss=loss)
 
 
 def _within_budget(

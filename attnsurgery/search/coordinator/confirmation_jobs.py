@@ -56,6 +56,8 @@ class ConfirmationJobs:
         record = payload["record"]
         own = payload.get("training")
         training = Training(**own) if own else self._bench.training(base=record is None)
+        if kind == "rival weights":  # made as those of the base are, before anything was chosen
+            training = None
         return Job(kind, payload, (record or {}).get("number"), training=training)
 
     def _is_complete(self, result: Mapping[str, Any] | None, payload: Mapping[str, Any]) -> bool:
@@ -69,8 +71,11 @@ class ConfirmationJobs:
 
 
 def _key(kind: str, payload: Mapping[str, Any]) -> str:
-    """The key of a job's result: its kind, its candidate, the index of its seed, and its own settings."""
-    parts = [kind, payload["record"]["digest"] if payload["record"] else "base"]
+    """The key of a job's result: its kind, its candidate, the index of its seed, and its own settings.
+
+    A rival's key is in place of the candidate's digest.
+    """
+    parts = [kind, payload["record"]["digest"] if payload["record"] else payload.get("rival", "base")]
     parts += [str(payload["index"])] if "index" in payload else []
     parts += [Training(**payload["training"]).key] if payload.get("training") else []
     return ":".join(parts)

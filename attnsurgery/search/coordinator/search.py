@@ -53,7 +53,7 @@ from attnsurgery.search.storage.run_directory import (
 from attnsurgery.search.storage.schema import SECONDS
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
-from attnsurgery.search.tuning import alternatives
+from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import StopRequested
 from attnsurgery.search.workers.launch import LAUNCHERS
 from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
@@ -386,10 +386,9 @@ class _Search:
             self.confirmation = earlier
             return
         work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.trials.check_stop)
-        trainings = alternatives(self.config, self.bench.tuned) if self.bench.tuned else ()
-        confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work, trainings).after(data)
-        if self.bench.tuned:
-            confirmation = confirmation.with_base(self.bench.tuned.trained_out)
+        pilot = pilot_epochs(len(self.bench.data.train), self.config.train_batch_size)
+        tuned = self.bench.tuned
+        confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work, tuned, pilot).after(data)
         self.store.fix("confirmation", confirmation.as_dict())
         self.store.fix(CONFIRMING, None)
         remove_own(self.folder, CONFIRMING)

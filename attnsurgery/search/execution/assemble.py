@@ -169,10 +169,10 @@ def assemble(
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
     normalized = normalization(config.checkpoint)
-    data, digests = _images(config, size, normalized, listener, decode, check)
+    data, digests = images_of(config, size, normalized, listener, decode, check)
     config = config.model_copy(update={"augment": data.augment})
     settings = _train_settings(config, len(data.train))
-    base, untrained_part, source_digest = _untrained(
+    base, untrained_part, source_digest = untrained(
         config, data.classes, weights, sized, listener if check else Listener()
     )
     base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
@@ -206,7 +206,7 @@ def assemble(
     return bench
 
 
-def _images(
+def images_of(
     config: SearchConfig,
     size: tuple[int, int, int],
     normalized: Mapping[str, Any],
@@ -338,7 +338,7 @@ def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
     return True
 
 
-def _untrained(
+def untrained(
     config: SearchConfig,
     classes: Sequence[str],
     weights: StateDict | None,

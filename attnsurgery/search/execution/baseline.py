@@ -37,15 +37,21 @@ _BASE_LR = 3.0
 """Learning rate of a base or a head trained from scratch, relative to that of fine-tuning."""
 
 
-def starting_weights(bench: Bench, watch: Watching) -> str:
+def starting_weights(bench: Bench, watch: Watching, name: str = WEIGHTS) -> str:
     """Load the starting weights from the run directory, or make and write them; return their hash.
+
+    Args:
+        bench: whose base gets the weights.
+        watch: told of progress.
+        name: of their file, relative to the run directory.
 
     Raises:
         CheckpointError: the weights in the run directory cannot be read.
         SearchError: training diverged, or the run directory cannot be written.
     """
     config, base = bench.config, bench.base
-    path = Path(config.output) / WEIGHTS
+    folder = Path(config.output)
+    path = folder / name
     if path.exists():
         load_weights(base, read_state_dict(path), str(path))
     else:
@@ -62,7 +68,8 @@ def starting_weights(bench: Bench, watch: Watching) -> str:
         if bench.fresh == "head":
             watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
             fit_head(base, bench.data.train, settings, config.seed, watch)
-        write_own(path.parent, path.name, to_safetensors(base))
+        path.parent.mkdir(exist_ok=True)
+        write_own(folder, name, to_safetensors(base))
     base.to(config.device).eval()
     return hash_of(path)
 

@@ -69,6 +69,8 @@ class Bench:
     """Digests of the image files, as `attnsurgery.evaluate.contents` stores them."""
     weights: str = ""
     """Hash of the starting weights."""
+    rivals: dict[str, Bench] = field(default_factory=dict)
+    """The benches of rivals by their keys, as far as they were needed in this process."""
     tuned: Tuned | None = None
     """How base and candidates are trained, in the process that gives jobs; None if the settings say all."""
 

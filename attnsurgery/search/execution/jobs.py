@@ -16,6 +16,7 @@ from typing import Any
 from attnsurgery.latency import Latency
 from attnsurgery.search.execution.baseline import base_latency, base_scores, starting_weights
 from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.rivals import bench_of, measure_rival, propose_rivals, start_rival
 from attnsurgery.search.execution.trial import promote, run_trial, train_seed
 from attnsurgery.search.execution.tune import try_training
 from attnsurgery.search.execution.verdict import measure_again, save_winner, train_again, train_finally
@@ -28,6 +29,8 @@ Data = dict[str, Any]
 Result = Record | Data
 _OF_RECORDS = ("trial", "promotion")
 """Kinds of jobs whose payload holds a record and whose result is one."""
+_AS_THE_BASE = ("tuning", "final training")
+"""Kinds of jobs that are done for a rival as for the base, on the rival's own bench."""
 BEFORE_WEIGHTS = ("base latency", "what fits")
 """Kinds of jobs that need no starting weights. One worker does them, before the others start."""
 
@@ -104,7 +107,10 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Result:
         AttnSurgeryError: the job cannot be done, and the search cannot continue without it.
         RuntimeError and others: the device failed or memory ran out; another worker may be able to do the job.
     """
-    return KINDS[job.kind](bench.changed(job.pieces, job.training), job.payload, watch)
+    bench = bench.changed(job.pieces, job.training)
+    if job.kind in _AS_THE_BASE and "rival" in job.payload:
+        bench = bench_of(bench, job.payload["rival"], watch)
+    return KINDS[job.kind](bench, job.payload, watch)
 
 
 def _weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
@@ -152,6 +158,14 @@ def _winner(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     return save_winner(bench, Record.from_dict(payload["record"]), payload["reference"], watch)
 
 
+def _rival_costs(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return measure_rival(bench, payload["rival"], payload["reference"], watch)
+
+
+def _rival_weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return start_rival(bench, payload["rival"], watch)
+
+
 KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "base latency": _base_latency,
     "what fits": _what_fits,
@@ -164,18 +178,24 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "training": _training,
     "final training": _final_training,
     "winner": _winner,
+    "rival proposals": propose_rivals,
+    "rival costs": _rival_costs,
+    "rival weights": _rival_weights,
 }
 """The function of each kind of job, by name.
 
 base latency    measure the base
 what fits       try smaller images and models in place of a base that is over a budget
 weights         make the starting weights of the base
-tuning          train the base or the probe with settings that are on trial
+tuning          train the base, a rival or the probe with settings that are on trial
 base scores     train the base on every rung
 trial           build, measure and train a candidate
 promotion       train a candidate on its next rung
 timing          measure a finalist again
 training        train a finalist from another seed
-final training  train the winner, or the base, from a seed that nothing was chosen by, and test it
+final training  train winner, base or rival from a seed that nothing was chosen by, and test it
 winner          measure the winner again, and save it
+rival proposals look for models of the base's family that fit the budget
+rival costs     build and measure a rival
+rival weights   make the starting weights of a rival
 """

@@ -30,7 +30,7 @@ def try_training(bench: Bench, part: Part, seed: int, watch: Watching) -> dict[s
     text = f"{settings.epochs} epochs at learning rate {settings.lr:g}"
     if part == "probe":
         text += f", blocks at {settings.new_lr_scale:g} times that"
-    watch.listener.phase(f"choosing how to train: {'the base' if part == 'base' else 'a candidate'}, {text}")
+    watch.listener.phase(f"choosing how to train: {bench.config.base if part == 'base' else 'a candidate'}, {text}")
     model = copy.deepcopy(bench.base)
     if part == "probe" and (recipe := bench.space.recipe_for(probe_of(bench.space))) is not None:
         model = build(bench, recipe)

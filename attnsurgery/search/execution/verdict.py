@@ -95,7 +95,7 @@ def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, wa
         packed bits in hexadecimal, and the "balanced" accuracy, if classes differ in size; the "epochs"; and the hash
         of the "weights" that were written. Or the reason why it "failed".
     """
-    name_of_model = "the base" if record is None else f"trial {record['number']}, the winner"
+    name_of_model = bench.config.base if record is None else f"trial {record['number']}, the winner"
     watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of at most {bench.config.most_seeds}")
     evaluator, model = _lasting(bench), _initial_model(bench, record)
     try:

@@ -271,19 +271,21 @@ def _macs_of_siblings(attempts: _Attempts, base: str, pretrained: bool) -> dict[
     return macs
 
 
-def siblings(base: str, pretrained: bool = False) -> list[str]:
-    """timm's other models of a family, without those that a word such as "large" calls larger.
+def siblings(base: str, pretrained: bool = False, larger: bool = False) -> list[str]:
+    """timm's other models of a family.
 
     First those whose names differ in size alone, and then those of the same first word; the most similar names first.
 
     Args:
         base: timm name of a model.
         pretrained: only models with published weights.
+        larger: also those that a word such as "large" calls larger.
     """
     arch = split_model_name_tag(base)[0]
     module = model_entrypoint(arch).__module__.rpartition(".")[2]
     names = {split_model_name_tag(name)[0] for name in timm.list_models(module=module, pretrained=pretrained)}
-    others = [name for name in names if name != arch and _word(name) == _word(arch) and _rank(name) <= _rank(arch)]
+    family = [name for name in names if name != arch and _word(name) == _word(arch)]
+    others = [name for name in family if larger or _rank(name) <= _rank(arch)]
 
     def distance(name: str) -> tuple[bool, float, str]:
         similarity = difflib.SequenceMatcher(None, name, arch, autojunk=False).ratio()

@@ -90,7 +90,7 @@ def _verdicts(outcome: Outcome) -> list[str]:
     elif outcome.confirmation is None and outcome.best is not None:
         verdicts.append(f"Not finished: {progress}")
     if outcome.confirmation:
-        verdicts.append(outcome.confirmation.sentence())
+        verdicts += [text for text in (outcome.confirmation.sentence(), outcome.confirmation.advice()) if text]
     return verdicts
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
+from attnsurgery.search.result.options import Option, advice
 from attnsurgery.search.result.record import Record, Timing
 from attnsurgery.search.result.sequential import SIGNIFICANT
 from attnsurgery.settings import RankBy
@@ -95,6 +96,10 @@ class Confirmation:
     """The smallest gain that matters, 0 to 1; 0 in old studies."""
     paired: bool = False
     """True if trainings were compared in pairs of the same seed."""
+    options: tuple[Option, ...] = ()
+    """The ways to spend the budget that were compared: winner, base, and rivals; () in old studies."""
+    trained_out: bool | None = None
+    """False if the base still gained from longer training; None if that was not tried."""
 
     def sentence(self) -> str:
         """The result as a sentence, with its numbers."""
@@ -206,9 +211,12 @@ class Confirmation:
         Args:
             trained_out: False if the base still gained from longer training.
         """
-        if trained_out is False and self.verdict == "better":
-            return replace(self, verdict="not trained out")
-        return self
+        verdict: Verdict = "not trained out" if trained_out is False and self.verdict == "better" else self.verdict
+        return replace(self, verdict=verdict, trained_out=trained_out)
+
+    def advice(self) -> str:
+        """The best way to spend the budget, as sentences; '' in old studies."""
+        return advice(self.options, self.trained_out is not False) if self.options else ""
 
     def undone(self) -> Confirmation:
         """This confirmation without finalists: it is made again, but still counts as a look at the test images."""
@@ -225,4 +233,6 @@ class Confirmation:
             Finalist(**{**finalist, "top1s": tuple(finalist["top1s"])}) for finalist in data.get("finalists", ())
         )
         balanced = None if data.get("balanced") is None else tuple(data["balanced"])
-        return cls(**{**data, "timing": Timing(**data["timing"]), "finalists": finalists, "balanced": balanced})
+        options = tuple(map(Option.from_dict, data.get("options", ())))
+        made = {"timing": Timing(**data["timing"]), "finalists": finalists, "balanced": balanced, "options": options}
+        return cls(**{**data, **made})

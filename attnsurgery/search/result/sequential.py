@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,20 @@ _REACH, _POINTS = 8.0, 601
 
 
 @dataclass(frozen=True, slots=True)
+class Design:
+    """When a comparison is looked at, and when it is decided."""
+
+    begin: int
+    """Number of trainings of each model at the first look; each further training is another look."""
+    most: int
+    """Number of trainings at the last look."""
+    difference: float = 0.0
+    """The smallest gain that matters, 0 to 1."""
+    paired: bool = False
+    """Whether trainings from the same seed are compared in pairs, as in `gain_of`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """The comparison of two models after some trainings of each."""
 
@@ -46,6 +60,8 @@ class Look:
     """The gain, whose interval holds for all looks together."""
     limit: float
     """The significance level of this look: a p-value below it is significant."""
+    trainings: int
+    """Number of trainings of each model."""
     number: int
     """Number of looks so far."""
     decided: bool
@@ -61,42 +77,42 @@ class Look:
 def look_at(
     first_SN: npt.NDArray[np.bool_],
     second_SN: npt.NDArray[np.bool_],
-    *,
-    begin: int,
-    most: int,
-    difference: float,
-    paired: bool = False,
+    design: Design,
+    level: float = SIGNIFICANT,
 ) -> Look:
-    """Compare two models after S trainings of each, where every number of trainings from `begin` on was a look.
+    """Compare two models after trainings of each.
+
+    Later trainings than those that decided the comparison are not used.
 
     Args:
         first_SN: booleans, true where a training of the first model classified an image correctly.
         second_SN: the same for the second model.
-        begin: number of trainings at the first look.
-        most: number of trainings at the last look.
-        difference: the smallest gain that matters, 0 to 1.
-        paired: as in `gain_of`.
+        design: when it is looked at, and when it is decided.
+        level: the significance level of all looks together.
+
+    Returns:
+        The look that decided, or else the last one.
 
     Example: with one look the limit is 5 %
         >>> right, wrong = np.ones((2, 50), dtype=bool), np.zeros((2, 50), dtype=bool)
-        >>> look = look_at(right, wrong, begin=2, most=2, difference=0.005)
+        >>> look = look_at(right, wrong, Design(begin=2, most=2))
         >>> look.limit, look.significant, look.decided
         (0.05, True, True)
     """
-    trainings = len(first_SN)
+    most, paired = design.most, design.paired
     fractions: list[float] = []
-    for count in range(begin, trainings + 1):
-        gain = gain_of(first_SN[:count], second_SN[:count], paired=paired)
-        reached = _information(gain, count, most)
+    for count in range(design.begin, len(first_SN) + 1):
+        first, second = first_SN[:count], second_SN[:count]
+        reached = _information(gain_of(first, second, paired=paired), count, most)
         if fractions:  # an estimate may fall, and information never does
             reached = max(reached, fractions[-1] + (1 - fractions[-1]) / (2 * (most - count + 1)))
         fractions.append(1.0 if count >= most or reached >= _ENOUGH else reached)
-        if fractions[-1] == 1.0:
+        limit = significance_levels(fractions, level)[-1]
+        gain = gain_of(first, second, paired=paired, level=limit)
+        decided = fractions[-1] == 1.0 or gain.low >= design.difference or gain.high < design.difference
+        if decided:
             break
-    limit = significance_levels(fractions, SIGNIFICANT)[-1]
-    gain = gain_of(first_SN, second_SN, paired=paired, level=limit)
-    decided = fractions[-1] == 1.0 or gain.low >= difference or gain.high < difference
-    return Look(gain, limit, len(fractions), decided)
+    return Look(gain, limit, count, len(fractions), decided)
 
 
 def _information(gain: Gain, trainings: int, most: int) -> float:
@@ -145,6 +161,31 @@ def _spent(fraction: float, level: float) -> float:
 
 def _normal(x: npt.NDArray[np.float64], variance: float) -> npt.NDArray[np.float64]:
     return np.exp(-(x**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+
+
+def not_beaten(rights: Sequence[npt.NDArray[np.bool_]], design: Design) -> list[bool]:
+    """Which of several models may be the best: those that no other one beats.
+
+    This is a comparison with the best (Hsu, "Constrained simultaneous confidence intervals for multiple comparisons
+    with the best", 1984): each model is compared with all others, each time at the level SIGNIFICANT divided by their
+    number. The truly best model is in the result with a probability of at least 95 %, and so is the base where nothing
+    is better.
+
+    Args:
+        rights: of each model, (S, N) booleans, true where a training classified an image correctly.
+        design: when each pair is looked at; its difference does not count.
+    """
+    design = replace(design, difference=0.0)
+    level = SIGNIFICANT / max(1, len(rights) - 1)
+
+    def beats(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> bool:
+        look = look_at(first, second, design, level)
+        return look.significant and look.gain.mean > 0
+
+    return [
+        not any(beats(other, right) for place, other in enumerate(rights) if place != at)
+        for at, right in enumerate(rights)
+    ]
 
 
 def seeds_move_together(scores_FS: npt.NDArray[np.float64]) -> bool:

@@ -1,0 +1,182 @@
+"""Trains winner, base and rivals for the verdict, from one seed after the other, until their comparison is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attnsurgery.errors import SearchError
+from attnsurgery.search.config import SearchConfig
+from attnsurgery.search.coordinator.rivals import Entrant, Results, Work
+from attnsurgery.search.result.confirmation import Confirmation, Finalist, Verdict
+from attnsurgery.search.result.options import Option
+from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.search.result.sequential import Design, Look, look_at, not_beaten, seeds_move_together
+
+BASE, WINNER = "base", "winner"
+
+
+def compare(
+    config: SearchConfig,
+    winner: Record,
+    best: Finalist,
+    finalists: Sequence[Finalist],
+    entrants: Sequence[Entrant],
+    work: Work,
+) -> tuple[Confirmation, list[Option]] | str:
+    """The comparison of the winner with the base and with rivals; or the reason why the winner could not be trained.
+
+    All are trained from the same seeds, one by one, until each of the comparisons is decided.
+
+    Args:
+        config: settings of the search.
+        winner: the record of the best finalist.
+        best: the best finalist.
+        finalists: all of them.
+        entrants: the rivals.
+        work: does jobs.
+
+    Returns:
+        The confirmation, and the options without the winner's final latency.
+
+    Raises:
+        SearchError: the base cannot be trained.
+    """
+    scored = [finalist.top1s for finalist in finalists if finalist.top1s]
+    paired = seeds_move_together(np.array(scored)) if scored else False
+    design = Design(config.first_seeds, config.most_seeds, config.difference / 100, paired)
+    requests: dict[str, Callable[[int], dict[str, Any]]] = {
+        WINNER: lambda index: training_of(winner, index, best.training),
+        BASE: lambda index: training_of(None, index),
+    }
+    for entrant in entrants:
+        requests[entrant.rival.key] = partial(_training_of_rival, entrant)
+    results: dict[str, Results] = {name: [] for name in requests}
+    failures: dict[str, str] = {}
+    while True:
+        start = len(results[BASE])
+        indices = range(start, start + 1) if start else range(config.first_seeds)
+        names = [name for name in requests if name not in failures]
+        done = iter(work("final training", *(requests[name](index) for name in names for index in indices)))
+        for name in names:
+            results[name] += islice(done, len(indices))
+            if failed := failed_in(results[name]):
+                failures[name] = failed
+        if BASE in failures:
+            raise SearchError(failures[BASE])
+        if WINNER in failures:
+            return failures[WINNER]
+        rights = {
+            name: np.stack([right_of(result) for result in results[name]]) for name in requests if name not in failures
+        }
+        looks = {name: look_at(rights[WINNER], right_SN, design) for name, right_SN in rights.items() if name != WINNER}
+        if all(look.decided for look in looks.values()):
+            break
+    if not best.top1s:
+        finalists = [with_scores(one, results[WINNER]) if one == best else one for one in finalists]
+    look = looks[BASE]
+    compared = compare_on_test(best.digest, rights[BASE], rights[WINNER], results[WINNER][0]["epochs"], look)
+    balanced = [
+        [result["balanced"] for result in results[name][: look.trainings] if result["balanced"] is not None]
+        for name in (BASE, WINNER)
+    ]
+    confirmation = replace(
+        compared,
+        balanced=(fmean(balanced[0]), fmean(balanced[1])) if all(balanced) else None,
+        finalists=tuple(finalists),
+        rank_by=config.rank_by,
+        anew=True,
+        first_seeds=design.begin,
+        most_seeds=design.most,
+        difference=design.difference,
+        paired=design.paired,
+    )
+    drafts = {
+        WINNER: Option("winner", f"trial {winner.number}", training=best.training),
+        BASE: Option("base", config.base),
+        **{entrant.rival.key: entrant.option for entrant in entrants},
+    }
+    may_be_best = not_beaten(list(rights.values()), design)
+    options = []
+    for (name, right_SN), kept in zip(rights.items(), may_be_best, strict=True):
+        option = replace(drafts[name], top1=float(right_SN.mean()), may_be_best=kept)
+        if name != BASE:
+            gain = look_at(right_SN, rights[BASE], design).gain
+            option = replace(option, gain=gain.mean, low=gain.low, high=gain.high)
+        options.append(option)
+    options += [replace(drafts[name], left_out=failed) for name, failed in failures.items()]
+    return confirmation, options
+
+
+def _training_of_rival(entrant: Entrant, index: int) -> dict[str, Any]:
+    training = asdict(entrant.training) if entrant.training else None
+    return {**training_of(None, index, training), "rival": entrant.rival.key}
+
+
+def compare_on_test(
+    digest: str, base_SN: npt.NDArray[np.bool_], winner_SN: npt.NDArray[np.bool_], epochs: int, look: Look | None = None
+) -> Confirmation:
+    """The verdict on the winner from its answers and the base's on the same N test images.
+
+    Args:
+        digest: of the winner.
+        base_SN: booleans for each seed, true where the base classified an image correctly.
+        winner_SN: the same for the winner.
+        epochs: length of each training.
+        look: the comparison of the two; by default the only look at these trainings.
+    """
+    look = look or look_at(winner_SN, base_SN, Design(len(base_SN), len(base_SN)))
+    base_SN, winner_SN = base_SN[: look.trainings], winner_SN[: look.trainings]
+    verdict: Verdict = "no significant difference"
+    if look.significant:
+        verdict = "better" if look.gain.mean > 0 else "worse"
+    return Confirmation(
+        digest=digest,
+        images=base_SN.shape[1],
+        seeds=look.trainings,
+        epochs=epochs,
+        base_top1=float(base_SN.mean()),
+        winner_top1=float(winner_SN.mean()),
+        low=look.gain.low,
+        high=look.gain.high,
+        p_value=look.gain.p_value,
+        verdict=verdict,
+        timing=Timing(0.0, 0.0, 0.0, 0.0),
+        limit=look.limit,
+        looks_at_seeds=look.number,
+    )
+
+
+def right_of(result: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """(N,) booleans: which test images a training classified correctly, from the packed form in its result."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["images"])
+    return bits.astype(bool)
+
+
+def training_of(record: Record | None, index: int, training: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The payload of a training of a candidate, or of the base (None).
+
+    Args:
+        record: of the candidate.
+        index: of the seed.
+        training: its own settings; None for those that all trainings of its kind have.
+    """
+    payload = {"record": record.as_dict() if record else None, "index": index}
+    return {**payload, "training": dict(training)} if training else payload
+
+
+def failed_in(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Why the first of the failed trainings failed; '' if none failed."""
+    return next((score["failed"] for score in scores if "failed" in score), "")
+
+
+def with_scores(finalist: Finalist, scores: Sequence[Mapping[str, Any]]) -> Finalist:
+    top1s, loss = tuple(score["top1"] for score in scores), fmean(score["loss"] for score in scores)
+    return replace(finalist, top1s=top1s, loss=loss)
