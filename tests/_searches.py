@@ -12,6 +12,7 @@ from PIL import Image
 from attnsurgery.search import Outcome, Record, SearchConfig, Timing
 from attnsurgery.search.result.about import About, Place, Spot, Stage
 from attnsurgery.search.result.confirmation import Confirmation
+from attnsurgery.search.result.options import Option
 from attnsurgery.search.result.record import Promotion, best
 
 SPACE = """
@@ -159,6 +160,12 @@ def outcome(folder: Path, records: list[Record], judged: bool = True, **fields: 
         p_value=0.0021,
         verdict="better",
         timing=winner.timing or timing(1.0),
+        options=(
+            Option("winner", f"trial {winner.number}", timing(1.9), 0.824, 0.023, 0.009, 0.037, may_be_best=True),
+            Option("base", "test_resnet", timing(1.5), 0.801),
+            Option("rival", "resnet34", timing(1.95), 0.815, 0.014, -0.002, 0.03, may_be_best=True),
+            Option("rival", "resnet50", timing(3.1), left_out="3.1 ms, over the budget of 2 ms"),
+        ),
     ) if winner and judged else None  # fmt: skip
     config = SearchConfig(budget_ms=2.0, trials=len(records), output=str(folder), rank_by="top1")
     given = {"about": about(), "base": BASE, "confirmation": verdict, "interrupted": False, "seconds": 4321.0}

@@ -168,6 +168,15 @@ def test_images_from_files_have_same_pixels(flat_folder: Path) -> None:
         assert torch.equal(y, y_read)
 
 
+def test_images_decode_late_in_inference_mode(flat_folder: Path) -> None:
+    """Images that are needed first for an evaluation can be read then, and trained on later."""
+    data = load_data(str(flat_folder), Preprocessing((3, 16, 16)), decode=False)
+    with torch.inference_mode():
+        (batch, _), *_ = data.val.eval_batches(4, "cpu")
+    assert batch.shape[1:] == (3, 16, 16)
+    assert not data.val.decode().is_inference()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("memory_bytes", [2**30, 0])
 def test_batches_depend_on_seed_and_epoch(flat_folder: Path, memory_bytes: int) -> None:
     """Batches of training depend on seed and epoch alone."""

@@ -820,3 +820,15 @@ def test_browser_draws_without_a_complaint(tmp_path: Path) -> None:
     # the key is text and has blue signs too, but of a hundred pixels
     assert pixels_of(heat_map._PALETTE[-1]) > 1000  # the best cell
     assert pixels_of(BLUE) > 1000  # front and progress
+
+
+def test_report_says_how_to_spend_the_budget(tmp_path: Path) -> None:
+    """All options are listed, the fastest first, and the fastest of those that may be the best is recommended."""
+    page = Page(render(outcome(tmp_path, search(12))))
+    table = page.words.partition("How to spend the budget")[2].partition("All were trained equally long")[0]
+    places = [table.rindex(name) for name in ("test_resnet", "1.9 ms", "resnet34", "resnet50")]
+    assert places == sorted(places)
+    assert "Best use of the budget: trial" in table
+    assert "surely not the best" in table
+    assert "3.1 ms, over the budget of 2 ms" in table
+    assert "How to spend" not in Page(render(outcome(tmp_path, search(12), judged=False))).words

@@ -126,7 +126,8 @@ class MemorySplit(Split):
             SearchError: images that cannot be read; the message names the first of them.
         """
         if "cpu" not in self._resident:
-            self._resident["cpu"] = self._decode()
+            with torch.inference_mode(False):  # threads fill the tensor, and training may need it later
+                self._resident["cpu"] = self._decode()
         return self._resident["cpu"]
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:

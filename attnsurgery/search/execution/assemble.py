@@ -53,6 +53,7 @@ from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.rivals import rivals_of
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
 from attnsurgery.search.space import BoundSpace, bind, load
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
@@ -161,6 +162,8 @@ def assemble(
     resolved = resolve_base(config.base, config.checkpoint)
     config = config.model_copy(update={"base": resolved.base, "checkpoint": resolved.checkpoint})
     check_base(config.base, "MODEL")
+    for rival in rivals_of(config):
+        check_base(resolve_base(rival.model, None).base, "--against")
     space_file = load(config.space)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
     size = _input_size(config, weights)
