@@ -162,7 +162,7 @@ def test_pilot_epochs_make_enough_steps(images: int, batch: int, epochs: int) ->
 def test_verdict_needs_base_trained_out() -> None:
     """A winner is not called better than a base that still gains from training."""
     better = Confirmation("d", 100, 2, 3, 0.8, 0.9, 0.05, 0.15, 0.01, "better", Timing(1.0, 1.0, 1.0, 1.0))
-    assert better.with_base(trained_out=True) == better
+    assert better.with_base(trained_out=True).verdict == "better"
     assert better.with_base(trained_out=None) == better
     changed = better.with_base(trained_out=False)
     assert changed.verdict == "not trained out"
