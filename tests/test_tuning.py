@@ -110,6 +110,15 @@ def test_tuning_checks_given_epochs(gained_until: int, trained_out: bool) -> Non
     assert {Attempt.of(key).training.epochs for key in keys} == {3, 6}
 
 
+@pytest.mark.parametrize(("loss", "trained_out"), [(0.691, True), (0.66, False)])
+def test_tuning_is_not_misled_by_guesses(loss: float, trained_out: bool) -> None:
+    """A base that guesses right more often after a longer training has gained nothing if its loss stays the same."""
+    tuning = Tuning(SearchConfig(budget_ms=1.0, lr=1e-3, epochs=4, block_lr_scale=1.0), 4)
+    results = {"base:0.001:1:4": {"top1": 0.49, "loss": 0.693}, "base:0.001:1:8": {"top1": 0.54, "loss": loss}}
+    assert tuning.needed(results) == []
+    assert tuning.chosen(results).trained_out is trained_out
+
+
 def test_tuning_keeps_given_rates() -> None:
     """Given rates are not varied: only lengths are tried."""
     tuned, keys = choose(peak(1e-2, 1e-2, 1.0, 16), lr=2e-3, block_lr_scale=4.0, epochs=AUTO)

@@ -6,8 +6,8 @@ images:
 
 1. **Learning rate of the base.** All rates of `RATES` are tried. While the best one is the highest or the lowest that
    was tried, the next beyond it is tried too.
-2. **Epochs.** The base is trained twice as long, as long as that gains `MARGIN` or more. A base that still gains where
-   this ends is not trained out, and the verdict says so.
+2. **Epochs.** The base is trained twice as long, as long as that gains `MARGIN` or more and lowers the loss. A base
+   that still gains where this ends is not trained out, and the verdict says so.
 3. **Learning rates of candidates.** A probe, a candidate with blocks in half of its places, is trained at all of
    `RATES` and at the base's rate, with blocks at the first of `SCALES`; then at the best of these rates and the next
    lower one, with blocks at the other scales. All candidates train with the best of these. A base that learns nothing
@@ -40,6 +40,9 @@ SCALES = (1.0, 10.0)
 """Learning rates of blocks relative to the base's weights."""
 MARGIN = 0.005
 """A gain in validation top-1 below which a training twice as long is not worth its time, 0 to 1."""
+LOSS_MARGIN = 0.01
+"""The validation loss also has to fall by this share. It hardly does if a model guesses, while its top-1 may vary by
+several points from one training to another."""
 MIN_STEPS = 200
 """Training steps of the shortest training."""
 DOUBLINGS = 4
@@ -284,4 +287,7 @@ def _rank(result: Mapping[str, Any]) -> tuple[float, float]:
 def _gains(longer: Attempt, shorter: Attempt, results: Results) -> bool:
     """Whether a longer training has gained enough to be worth its time."""
     one, other = results.get(longer.key, {}), results.get(shorter.key, {})
-    return "top1" in one and one["top1"] - other.get("top1", 0.0) >= MARGIN
+    if "top1" not in one or "top1" not in other:
+        return "top1" in one
+    falls = one["loss"] <= (1 - LOSS_MARGIN) * other["loss"]
+    return bool(one["top1"] - other["top1"] >= MARGIN and falls)
