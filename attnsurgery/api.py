@@ -14,7 +14,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from attnsurgery.errors import SurgeryError, UnknownNameError, UsageError
+from attnsurgery.errors import RecipeError, SurgeryError, UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.graph.wrappers import Verb, bare, unwrapped
@@ -136,6 +136,8 @@ def operate(
         'layer3.0.se_2'
     """
     recipe = registry.as_recipe(recipe)
+    if not recipe.edits:
+        raise RecipeError(f"the recipe {recipe.name!r} puts no block anywhere: it only says an input size.")
     host = _host(model, "operate")
     anatomy = survey(host, input_size)
     resolved = resolve_edits(recipe, anatomy)

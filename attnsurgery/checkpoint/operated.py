@@ -26,7 +26,7 @@ from attnsurgery.checkpoint.directory import (
 )
 from attnsurgery.checkpoint.formats import DELTA_NAME
 from attnsurgery.checkpoint.weights import AUTOMATIC, Layout, StateDict, read
-from attnsurgery.errors import SurgeryError, UsageError
+from attnsurgery.errors import RecipeError, SurgeryError, UsageError
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Recipe
@@ -34,7 +34,7 @@ from attnsurgery.recipe.text import dumps, keep_origin, where
 from attnsurgery.surgery.operate import grafted_blocks, operate
 from attnsurgery.surgery.verify import Report, verify
 from attnsurgery.timm_plugin import registry
-from attnsurgery.timm_plugin.architectures import check_base, weightless
+from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,12 @@ class Operated:
     @property
     def model_args(self) -> dict[str, Any]:
         """The arguments from which the generic architecture builds the model."""
-        return {"base": self.recipe.base, "recipe": self.recipe.as_dict(), "in_chans": input_size_of(self.model)[0]}
+        return {
+            "base": self.recipe.base,
+            "recipe": self.recipe.as_dict(),
+            "in_chans": input_size_of(self.model)[0],
+            **for_images(self.recipe.base, _size_of(self.recipe)),
+        }
 
 
 def apply(
@@ -115,19 +120,30 @@ def operated_base(
     """
     if (checkpoint is None) != pretrained:
         raise UsageError("apply needs weights: either a checkpoint (--checkpoint FILE) or --pretrained, and not both.")
-    recipe = _with_start(recipe, start)
+    recipe, size = _with_start(recipe, start), _size_of(recipe)
     check_base(recipe.base, where(recipe, "base"))
+    if not recipe.edits:
+        raise RecipeError(
+            f"{where(recipe, 'edits')}: the recipe {recipe.name!r} puts no block anywhere: it is {recipe.base} for "
+            f"another input size, {size}, which timm builds by itself."
+        )
     earlier = None if checkpoint is None or layout else surgery_in(checkpoint)
     if checkpoint is not None and earlier is not None:
         return _with_added_edits(recipe, checkpoint, earlier)
     notes = None
     if checkpoint is None:
-        model = build_base(recipe.base)
+        model = build_base(recipe.base, img_size=size)
         weights = dict(model.state_dict())
     else:
         loaded = match_names(weightless(recipe.base), read(checkpoint, layout.key), layout.prefix)
         weights, notes = loaded.tensors, loaded.describe()
-        model = build_base(recipe.base, weights, str(checkpoint))
+        model = build_base(recipe.base, weights, str(checkpoint), size)
+    if size is not None:
+        described: dict[str, Any] = {
+            **getattr(model, "pretrained_cfg", {}),
+            "input_size": (input_size_of(model)[0], *size),
+        }
+        model.pretrained_cfg = described  # type: ignore[assignment]
     plan = resolve(recipe, survey(model))
     outputs = outputs_on_random_images(model)
     blocks = len(grafted_blocks(model))
@@ -214,6 +230,11 @@ def _prove(model: nn.Module, recipe: Recipe, outputs: torch.Tensor | None) -> Re
             f"{''.join(f'; {fault}' for fault in report.faults)}. Nothing was written."
         )
     return report
+
+
+def _size_of(recipe: Recipe) -> tuple[int, int] | None:
+    """Height and width of the images that a recipe is meant for; None for the base's own."""
+    return None if recipe.input_size is None else (recipe.input_size[0], recipe.input_size[1])
 
 
 def _with_start(recipe: Recipe, start: Start | None) -> Recipe:

@@ -268,6 +268,7 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
             *(f"left out   {choice}" for choice in preview.left_out),
             f"data       {preview.data}",
             f"base       {preview.base_ms:.3f} ms  {preview.base_parameters:,} parameters  {preview.base_macs:,} MACs",
+            *(f"           {ms:.3f} ms at {size} pixels" for size, ms in preview.sizes[1:]),
             f"           {preview.conditions}",
             f"budget     {preview.budgets}: {fit}",
             f"a trial    {_rungs(preview)}",

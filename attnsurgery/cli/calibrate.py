@@ -29,16 +29,17 @@ def calibrate(
 ) -> None:
     """Measure candidates of a space for a while, so that a search can predict the latency of all others.
 
-    Measurements are cached, and used by searches with the same model, device and conditions.
+    Measurements are cached, and used by searches with the same model, device and conditions. If the space has several
+    input sizes, candidates are measured at each of them for an equal part of the time.
     """
     from attnsurgery.cli._console import print_json, progress
     from attnsurgery.cli._models import measured_conditions
-    from attnsurgery.search.budgets.calibrate import calibrate as measure
+    from attnsurgery.search.budgets.calibrate import calibrate_sizes
     from attnsurgery.search.space import load
 
     loaded_space = load(space)
     with progress(f"measuring candidates of {loaded_space.name}", seconds) as advance:
-        calibration = measure(
+        calibrations = calibrate_sizes(
             model,
             loaded_space,
             lambda size: measured_conditions(settings, size, "calibrate"),
@@ -48,9 +49,11 @@ def calibrate(
             backend=settings.get("latency"),
             on_measured=advance,
         )
+    results = [calibration.as_dict() for calibration in calibrations]
     if as_json:
-        print_json(calibration.as_dict())
-    else:
+        print_json(results if loaded_space.input_sizes else results[0])
+        return
+    for calibration in calibrations:
         _print(calibration)
 
 

@@ -16,7 +16,9 @@ def plan(
     base: Annotated[str | None, typer.Option(help="Another model to plan it for; by default the recipe's own.")] = None,
     image_size: Annotated[
         tuple[int, int] | None,
-        typer.Option(min=1, help="Height and width of the images; by default what the model is made for."),
+        typer.Option(
+            min=1, help="Height and width of the images; by default those of the recipe, or what the model is made for."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -29,6 +31,8 @@ def plan(
 
     loaded = _recipe(recipe)
     name = base or loaded.base
+    if image_size is None and loaded.input_size is not None:
+        image_size = loaded.input_size[0], loaded.input_size[1]
     check_base(name, "--base" if base else where(loaded, "base"))
     with busy(f"planning {loaded.name} on {name}"):
         model = weightless(name, image_size)

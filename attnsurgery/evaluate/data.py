@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from attnsurgery.evaluate.flips import check_flips
 from attnsurgery.evaluate.partition import find_groups, split_sources
 from attnsurgery.evaluate.picture import Rendering
 from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.evaluate.resized import Resized, Sides
 from attnsurgery.evaluate.scan import Scan, conversion_notes, depths, depths_of, scan
 from attnsurgery.evaluate.source import Source, Sources, find_sources
 from attnsurgery.settings import Augment
@@ -71,6 +72,15 @@ class Data:
     """What the splits have in common, a line each; None where that was not checked."""
     first: FirstTask | None = None
     """What a base without weights is trained on first."""
+    resized: Resized[Data] | None = None
+    """Decodes the same images at other sizes."""
+
+    def at(self, size: Sides) -> Data:
+        """The same images in the same splits at another height and width, decoded from the originals on demand."""
+        if size == self.preprocessing.input_size[1:]:
+            return self
+        assert self.resized is not None, "the data was made by load_data"
+        return self.resized(size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,35 +156,62 @@ def load_data(
     """
     inspection = _inspect(spec, preprocessing, seed, augment, group_by, memory_bytes, on_load, check)
     processes = min(8, os.cpu_count() or 1) if workers is None else workers
+    count = sum(len(part.ids) for part in inspection.parts.values())
 
     first_task = None
     if (first := inspection.sources.first) is not None:
         images = MemorySplit(first.train, preprocessing, inspection.rendering)
         first_task = FirstTask(first.name, first.classes, images)
 
-    def split(name: str) -> Split:
-        source, rendering = inspection.parts[name], inspection.rendering
-        variation: Augment = inspection.augment if name == "train" else "none"
-        if not inspection.fits or variation == "timm":
-            return FileSplit(source, preprocessing, rendering, variation, processes)
-        in_memory = MemorySplit(source, preprocessing, rendering, variation, _progress(on_load, name))
-        if decode:
-            in_memory.decode()
-        return in_memory
+    def parts_at(size: Sides) -> dict[str, Source]:
+        """The images of each split; embedded ones are drawn for the size."""
+        if size == preprocessing.input_size[1:] or not embedded_name(spec):
+            return inspection.parts
+        sources = _sources(spec, size)
+        grouping = find_groups(sources.train, group_by)
+        return split_sources(sources, seed, grouping.groups if grouping else None)
 
-    return Data(
-        name=inspection.sources.name,
-        classes=inspection.sources.classes,
-        preprocessing=preprocessing,
-        train=split("train"),
-        val=split("val"),
-        test=split("test"),
-        compute_fingerprint=lambda: _fingerprint(inspection, preprocessing, known, _progress(on_load, "comparing")),
-        augment=inspection.augment,
-        notes=(*inspection.notes, *(inspection.shared or ())),
-        shared=inspection.shared,
-        first=first_task,
-    )
+    def split(name: str, source: Source, prepared: Preprocessing) -> Split:
+        rendering = inspection.rendering
+        variation: Augment = inspection.augment if name == "train" else "none"
+        if _bytes(prepared, count) > memory_bytes or variation == "timm":
+            return FileSplit(source, prepared, rendering, variation, processes)
+        return MemorySplit(source, prepared, rendering, variation, _progress(on_load, name))
+
+    def resize(size: Sides) -> Preprocessing:
+        return replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
+
+    def make(prepared: Preprocessing, resized: Resized[Data] | None) -> Data:
+        splits = {name: split(name, part, prepared) for name, part in parts_at(prepared.input_size[1:]).items()}
+        return Data(
+            name=inspection.sources.name,
+            classes=inspection.sources.classes,
+            preprocessing=prepared,
+            train=splits["train"],
+            val=splits["val"],
+            test=splits["test"],
+            compute_fingerprint=lambda: _fingerprint(inspection, prepared, known, _progress(on_load, "comparing")),
+            augment=inspection.augment,
+            notes=(*inspection.notes, *(inspection.shared or ())),
+            shared=inspection.shared,
+            resized=resized,
+            first=first_task if resized else None,
+        )
+
+    def decoded_bytes(size: Sides) -> int:
+        needed = _bytes(resize(size), count)
+        return needed if needed <= memory_bytes else 0
+
+    data = make(preprocessing, Resized(lambda size: make(resize(size), None), decoded_bytes, memory_bytes))
+    for part in (data.train, data.val, data.test):
+        if decode and isinstance(part, MemorySplit):
+            part.decode()
+    return data
+
+
+def _bytes(preprocessing: Preprocessing, images: int) -> int:
+    """Memory of so many decoded images, as uint8."""
+    return math.prod(preprocessing.input_size) * images
 
 
 @dataclass(frozen=True)
@@ -183,8 +220,6 @@ class _Inspection:
 
     sources: Sources
     parts: dict[str, Source]
-    fits: bool
-    """Whether all images fit into memory."""
     rendering: Rendering
     augment: Augment
     notes: tuple[str, ...]
@@ -220,8 +255,7 @@ def _inspect(
     sources = _sources(spec, preprocessing.input_size[1:])
     grouping = find_groups(sources.train, group_by)
     parts = split_sources(sources, seed, grouping.groups if grouping else None)
-    image_bytes = math.prod(preprocessing.input_size)
-    fits = image_bytes * sum(len(part.ids) for part in parts.values()) <= memory_bytes
+    fits = _bytes(preprocessing, sum(len(part.ids) for part in parts.values())) <= memory_bytes
     scans: dict[str, Scan] = {}
     if check and not embedded_name(spec) and (sources.train.paths or not fits):
         scans = {name: scan(part, _progress(on_load, f"checking {name}")) for name, part in parts.items()}
@@ -233,7 +267,7 @@ def _inspect(
         notes += [*conversion_notes(list(scans.values())), *(grouping.notes(sources) if grouping else ())]
         augmentation, flip_notes = _check_augment(augmentation, parts["train"], rendering, augment is not None)
         notes += [*flip_notes, *_balance_notes(sources.classes, parts)]
-    return _Inspection(sources, parts, fits, rendering, augmentation, tuple(notes), shared)
+    return _Inspection(sources, parts, rendering, augmentation, tuple(notes), shared)
 
 
 def _sources(spec: str | None, size: tuple[int, int]) -> Sources:

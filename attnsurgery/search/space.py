@@ -129,6 +129,10 @@ class BoundSpace:
     """By label of an input size, name of a variable and label of a choice: why that choice is not legal at that size,
     where it is at another."""
 
+    def size_index(self, assignment: Mapping[str, str]) -> int:
+        """The index of a candidate's input size in `sizes`, 0 for the base's own."""
+        return self.sizes.index(assignment[INPUT_SIZE]) if self.sizes else 0
+
     def size_of(self, assignment: Mapping[str, str]) -> Sides | None:
         """The input size of a candidate; None for the base's own."""
         label = assignment.get(INPUT_SIZE)

@@ -31,8 +31,9 @@ from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.device_lock import with_device_lock
 from attnsurgery.search.files import Journal
 from attnsurgery.search.space import BoundSpace, SearchSpace, bind
+from attnsurgery.settings import image_size, sides
 from attnsurgery.surgery.operate import operate
-from attnsurgery.timm_plugin.architectures import check_base
+from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 _DRAWN = 64
 """Number of candidates that are drawn for each measurement; the one with the largest expected gain is measured."""
@@ -124,6 +125,8 @@ class Calibration:
     """The error of the latency model; None if there are too few candidates."""
     path: str
     """The cache file."""
+    input_size: tuple[int, int, int]
+    """(C, H, W) of an image."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data."""
@@ -141,11 +144,11 @@ def calibrate(
     backend: str | None = None,
     on_measured: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Measure candidates of a space for a while, and cache the measurements.
+    """Measure candidates of a space at one input size for a while, and cache the measurements.
 
     Args:
         model: any timm name; its weights do not matter.
-        space: the search space.
+        space: the search space; its own input sizes are ignored (`calibrate_sizes`).
         conditions: returns the conditions for (C, H, W) of an image.
         seconds: how long to measure.
         classes: number of classes; by default the model's own.
@@ -159,11 +162,12 @@ def calibrate(
         SearchError: the cache cannot be written.
     """
     check_base(model, "MODEL")
-    base: nn.Module = timm.create_model(model, **({} if classes is None else {"num_classes": classes})).eval()
+    number = {} if classes is None else {"num_classes": classes}
+    base: nn.Module = timm.create_model(model, **number, **for_images(model, input_size)).eval()
     channels, height, width = input_size_of(base)
     size = (channels, *(input_size or (height, width)))
     anatomy = survey(base, size)
-    bound = bind(space, anatomy, model)
+    bound = bind(space.model_copy(update={"input_sizes": None}), anatomy, model)
     costs = Costs.count(bound, anatomy, base)
     meter = with_device_lock(backend_for(conditions(size), backend, EFFORT))
     base = base.to(meter.conditions.device)
@@ -188,7 +192,50 @@ def calibrate(
         before=count_before,
         quality=quality(costs.base["macs"], {**kinds, **costs.kinds}, measurements),
         path=str(cache.path),
+        input_size=size,
     )
+
+
+def calibrate_sizes(
+    model: str,
+    space: SearchSpace,
+    conditions: Callable[[tuple[int, int, int]], Conditions],
+    seconds: float,
+    *,
+    classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    backend: str | None = None,
+    on_measured: Callable[[int], None] | None = None,
+) -> list[Calibration]:
+    """`calibrate` at each input size of a space, its own first; the time is divided equally among them.
+
+    What is measured at one size says nothing of another, so each has a latency model of its own.
+    """
+    check_base(model, "MODEL")
+    listed = [sides(image_size(size)) for size in space.input_sizes or ()]  # type: ignore[arg-type]
+    own = input_size or input_size_of(weightless(model))[1:]
+    sizes = dict.fromkeys([own, *listed])
+    before = 0
+    results: list[Calibration] = []
+    for size in sizes:
+
+        def measured(count: int, before: int = before) -> None:
+            if on_measured:
+                on_measured(before + count)
+
+        result = calibrate(
+            model,
+            space,
+            conditions,
+            seconds / len(sizes),
+            classes=classes,
+            input_size=size,
+            backend=backend,
+            on_measured=measured,
+        )
+        before += result.measured - result.before
+        results.append(result)
+    return results
 
 
 def base_key(base: nn.Module, name: str) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import Latency
+from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.coordinator.tune import tune
 from attnsurgery.search.execution.baseline import timing_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Data, Job
-from attnsurgery.search.execution.over_budget import refuse_over_budget
+from attnsurgery.search.execution.over_budget import BaseFacts, refuse_over_budget
 from attnsurgery.search.execution.what_fits import Alternative
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Promotion, Record
@@ -36,7 +37,7 @@ def measure_base(bench: Bench, pool: WorkerPool, *, suggest: bool) -> Data:
         NothingFeasibleError: the base alone is over a budget.
         StopRequested: the user asked for an end.
     """
-    (facts,) = pool.all([Job("base latency")])
+    facts = _with_sizes(pool.all([Job("base latency")])[0], bench, pool)
     reference = Latency(**facts["latency"])
 
     def alternatives() -> list[Alternative]:
@@ -46,8 +47,24 @@ def measure_base(bench: Bench, pool: WorkerPool, *, suggest: bool) -> Data:
             return []
         return [Alternative(**other) for other in result["tried"]]
 
-    refuse_over_budget(bench, reference, facts["peak_mb"], alternatives if suggest else None)
+    others = _at_other_sizes(facts, bench)
+    refuse_over_budget(bench, reference, facts["peak_mb"], alternatives if suggest else None, others)
     return facts
+
+
+def _at_other_sizes(facts: Data, bench: Bench) -> list[BaseFacts]:
+    """What was measured of the base at the other input sizes of the space."""
+    return [BaseFacts.of(facts["sizes"][label]) for label in bench.space.sizes[1:]]
+
+
+def _with_sizes(facts: Data, bench: Bench, pool: WorkerPool) -> Data:
+    """What was measured of the base, with all input sizes of the space; measures those that are missing."""
+    measured = facts.get("sizes", {})
+    missing = [label for label in bench.space.sizes[1:] if label not in measured]
+    if not missing:
+        return facts
+    results = pool.all([Job("base latency", {"size": label}) for label in missing])
+    return {**facts, "sizes": {**measured, **dict(zip(missing, results, strict=True))}}
 
 
 def base_of(
@@ -57,8 +74,10 @@ def base_of(
     stop: Callable[[], bool],
     listener: Listener,
     measured: Data | None = None,
-) -> tuple[Latency, Record]:
-    """The base's latency and record from the store. What is missing is measured by one of the searches at the study.
+) -> tuple[list[Latency], Record]:
+    """The base's latency at each input size and its record, from the store.
+
+    What is missing is measured by one of the searches at the study.
 
     Args:
         bench: what trials are made on.
@@ -75,16 +94,33 @@ def base_of(
     if facts is None:
         facts = measured or pool.all([Job("base latency")])[0]
         store.fix("base", dict(facts))
-    reference = Latency(**facts["latency"])
+    if (complete := _with_sizes(facts, bench, pool)) is not facts:
+        facts = complete
+        store.fix("base", dict(facts))
+    references = [Latency(**facts["latency"]), *(other.latency for other in _at_other_sizes(facts, bench))]
     if bench.config.tunes and bench.evaluator.trains:
         bench.tuned = _tuned(bench, pool, store, listener)
         facts = store.fixed("base")
     if "record" not in facts:
         (result,) = pool.all([Job("base scores", training=bench.tuned.base if bench.tuned else None)])
         scores = [Promotion(**score) for score in result["scores"]]
-        facts = {**facts, "record": _record(bench, reference, facts["peak_mb"], scores).as_dict()}
+        facts = {**facts, "record": _record(bench, references[0], facts["peak_mb"], scores).as_dict()}
         store.fix("base", facts)
-    return reference, Record.from_dict(facts["record"])
+    return references, Record.from_dict(facts["record"])
+
+
+def measured_earlier(bench: Bench, store: Store) -> list[Any]:
+    """What this machine had measured before the search began at each input size of the space, from the store."""
+    facts = store.fixed("latencies")
+    if facts is None:
+        facts = LatencyPredictor.measured_before(bench.latency_cache)
+        store.fix("latencies", facts)
+    before = dict(facts.get("sizes", {}))
+    caches = dict(zip(bench.space.sizes[1:], (other.latency_cache for other in bench.at_sizes), strict=True))
+    if missing := {label: cache for label, cache in caches.items() if label not in before}:
+        before |= {label: LatencyPredictor.measured_before(cache) for label, cache in missing.items()}
+        store.fix("latencies", {**facts, "sizes": before})
+    return [facts, *(before[label] for label in caches)]
 
 
 def _tuned(bench: Bench, pool: WorkerPool, store: Store, listener: Listener) -> Tuned:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnsurgery.latency import Latency
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Job
@@ -23,13 +24,20 @@ class ConfirmationJobs:
         pool: does the jobs.
         store: the study, which holds the results until there is a verdict.
         folder: the run directory, which holds the weights that trainings leave.
+        references: the base's latency at each input size of the space, its own first.
         check_stop: raises StopRequested once the user asked for an end.
     """
 
     def __init__(
-        self, bench: Bench, pool: WorkerPool, store: Store, folder: Path, check_stop: Callable[[], None]
+        self,
+        bench: Bench,
+        pool: WorkerPool,
+        store: Store,
+        folder: Path,
+        references: Sequence[Latency],
+        check_stop: Callable[[], None],
     ) -> None:
-        self._bench = bench
+        self._bench, self._references = bench, references
         self._pool, self._store, self._folder = pool, store, folder
         self._check_stop = check_stop
 
@@ -54,6 +62,9 @@ class ConfirmationJobs:
 
     def _job(self, kind: str, payload: Mapping[str, Any]) -> Job:
         record = payload["record"]
+        if record and "reference" in payload:  # the base's latency at the input size of the candidate
+            reference = self._references[self._bench.space.size_index(record["assignment"])]
+            payload = {**payload, "reference": reference}
         own = payload.get("training")
         training = Training(**own) if own else self._bench.training(base=record is None)
         if kind == "rival weights":  # made as those of the base are, before anything was chosen

@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 
 def about_of(
     bench: Bench,
-    reference: Latency,
+    references: Sequence[Latency],
     command: str,
     previous: Mapping[str, Any] | None,
     changes: Sequence[str] = (),
@@ -35,13 +35,13 @@ def about_of(
 
     Args:
         bench: what trials are made on.
-        reference: the base's latency.
+        references: the base's latency at each input size of the space, its own first.
         command: the equivalent command line; '' for that of an earlier run.
         previous: the description that an earlier run of this search wrote, if there was one.
         changes: how this run differs from the one before.
         tuning: how the settings of the trainings were chosen, as `About` has it.
     """
-    previous = previous or {}
+    previous, reference = previous or {}, references[0]
     code, data = tuple(previous.get("code", ())), bench.data
     if changes:
         code = (*code, f"extended, {'; '.join(changes)}")
@@ -67,20 +67,23 @@ def about_of(
         notes=data.notes,
         shared=data.shared,
         tuning=tuning,
+        base_ms={label: latency.p50_ms for label, latency in zip(bench.space.sizes, references, strict=False)},
     )
 
 
-def remember(store: Store, bench: Bench, reference: Latency, command: str, changes: Sequence[str] = ()) -> About:
+def remember(
+    store: Store, bench: Bench, references: Sequence[Latency], command: str, changes: Sequence[str] = ()
+) -> About:
     """Write into the study what its report needs besides results, and that the search has not ended.
 
     Args:
         store: of the study.
         bench: what trials are made on.
-        reference: the base's latency.
+        references: the base's latency at each input size of the space, its own first.
         command: the equivalent command line; '' for that of an earlier run.
         changes: how this run differs from the one before.
     """
-    about = about_of(bench, reference, command, store.fixed("about"), changes, _tuning(store))
+    about = about_of(bench, references, command, store.fixed("about"), changes, _tuning(store))
     store.fix("about", about.as_dict())
     store.fix("asked", bench.config.model_dump(exclude={"storage"}))  # it may hold a password
     store.fix("ended", None)

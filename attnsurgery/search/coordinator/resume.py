@@ -21,7 +21,7 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
-from attnsurgery.search.space import BoundSpace
+from attnsurgery.search.space import INPUT_SIZE, BoundSpace
 from attnsurgery.search.storage.rebuild import clocks_of, rebuild
 from attnsurgery.search.storage.run_directory import BEST, CONFIRMING
 from attnsurgery.search.storage.schema import STUDY, Terms, same_json, trials_of
@@ -135,10 +135,38 @@ def _facts(
         new_facts["base"] = {**base, "record": {**base["record"], "assignment": bench.space.nothing}}
     if latencies := facts.get("latencies"):
         timed = [record for record in retryable if record.timing and record.duplicate_of is None]
-        measurements = [
-            asdict(measurement_of(bench.costs, bench.places, record, base["latency"]["p50_ms"])) for record in timed
-        ]
-        kinds = {key: asdict(kind) for key, kind in bench.costs.kinds.items()}
-        new = [measurement for measurement in measurements if measurement not in latencies["measured"]]
-        new_facts["latencies"] = {"measured": [*latencies["measured"], *new], "kinds": {**latencies["kinds"], **kinds}}
+        new_facts["latencies"] = _with_measurements(latencies, timed, bench, base)
     return new_facts
+
+
+def _with_measurements(
+    latencies: Mapping[str, Any], timed: Sequence[Record], bench: Bench, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The measurements from before the search at each input size, and those of trials that may be tried again.
+
+    Args:
+        latencies: as the study has them.
+        timed: the trials.
+        bench: what trials are made on.
+        base: what the study has of the base.
+    """
+    kinds = {key: asdict(kind) for key, kind in bench.costs.kinds.items()}
+    entries = {"": dict(latencies), **latencies.get("sizes", {})}
+    facts = {"": base, **base.get("sizes", {})}
+    for label, entry in entries.items():
+        records = [
+            record for record in timed if (record.assignment.get(INPUT_SIZE) if _resized(record) else "") == label
+        ]
+        measurements = [
+            asdict(measurement_of(bench.costs, bench.places, record, facts[label]["latency"]["p50_ms"]))
+            for record in records
+        ]
+        new = [measurement for measurement in measurements if measurement not in entry["measured"]]
+        entries[label] = {**entry, "measured": [*entry["measured"], *new], "kinds": {**entry["kinds"], **kinds}}
+    own, sizes = entries.pop(""), entries
+    return {**own, "sizes": sizes} if sizes else own
+
+
+def _resized(record: Record) -> bool:
+    """Whether the candidate of a trial has another input size than the base."""
+    return (record.recipe or {}).get("input_size") is not None

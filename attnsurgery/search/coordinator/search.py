@@ -18,7 +18,7 @@ from attnsurgery.errors import SearchError
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.config import SearchConfig
-from attnsurgery.search.coordinator.base_record import base_of, measure_base
+from attnsurgery.search.coordinator.base_record import base_of, measure_base, measured_earlier
 from attnsurgery.search.coordinator.confirm import confirm
 from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
@@ -255,20 +255,17 @@ class _Search:
         self.listener, self.stop = listener, stop
         self.config = bench.config
         requests, records = store.open(), store.records()
-        self.reference, self.base = base_of(bench, pool, store, stop, listener, measured)
-        self.about = remember(store, bench, self.reference, command, changes)
-        latencies = store.fixed("latencies")
-        if latencies is None:
-            latencies = LatencyPredictor.measured_before(bench.latency_cache)
-            store.fix("latencies", latencies)
-        predictor = LatencyPredictor(bench.costs, bench.places, bench.budgets, self.reference, latencies)
+        self.references, self.base = base_of(bench, pool, store, stop, listener, measured)
+        self.about = remember(store, bench, self.references, command, changes)
+        latencies = measured_earlier(bench, store)
+        predictor = LatencyPredictor(bench.costs, bench.places, bench.budgets, self.references, latencies)
         self.trials = TrialLoop(
             bench,
             pool,
             store,
             listener,
             stop,
-            self.reference,
+            self.references,
             self.base,
             predictor,
             requests,
@@ -385,10 +382,12 @@ class _Search:
         if earlier and earlier.answers(order, self.config.finalists, seeds, self.config.difference / 100) and saved:
             self.confirmation = earlier
             return
-        work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.trials.check_stop)
+        work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.references, self.trials.check_stop)
         pilot = pilot_epochs(len(self.bench.data.train), self.config.train_batch_size)
         tuned = self.bench.tuned
-        confirmation = confirm(self.config, self.bench.budgets, order, self.reference, work, tuned, pilot).after(data)
+        confirmation = confirm(self.config, self.bench.budgets, order, self.references[0], work, tuned, pilot).after(
+            data
+        )
         self.store.fix("confirmation", confirmation.as_dict())
         self.store.fix(CONFIRMING, None)
         remove_own(self.folder, CONFIRMING)

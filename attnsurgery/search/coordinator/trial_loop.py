@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -41,7 +41,7 @@ class TrialLoop:
         store: the study and its journal.
         listener: told of each trial.
         stop: whether the user asked for an end.
-        reference: the base's latency.
+        references: the base's latency at each input size of the space, its own first.
         base: the base's record.
         predictor: predicts the latency of candidates; it learns from each trial.
         requests: candidates that were asked for before and have no result.
@@ -56,7 +56,7 @@ class TrialLoop:
         store: Store,
         listener: Listener,
         stop: Callable[[], bool],
-        reference: Latency,
+        references: Sequence[Latency],
         base: Record,
         predictor: LatencyPredictor,
         requests: list[Request],
@@ -66,7 +66,7 @@ class TrialLoop:
         self.bench, self.pool, self.store = bench, pool, store
         self.listener, self.stop = listener, stop
         self.config = bench.config
-        self.reference, self.base, self.predictor = reference, base, predictor
+        self.references, self.base, self.predictor = references, base, predictor
         self.records = records
         """The records of all finished trials, in order."""
         self._on_result = on_result
@@ -193,7 +193,8 @@ class TrialLoop:
             self._finish(replace(record, state="failed", reason=reason, attempts=_MAX_ATTEMPTS))
         else:
             self._running[request.number] = request
-            payload = {"record": record, "reference": self.reference}
+            reference = self.references[self.bench.space.size_index(request.assignment)]
+            payload = {"record": record, "reference": reference}
             training = self.bench.training()
             self.pool.give(Job("trial", payload, request.number, before=attempts - 1, training=training))
 
@@ -216,7 +217,7 @@ class TrialLoop:
     def _finish(self, record: Record) -> None:
         """Store the record of a trial, unless another search has taken the trial over."""
         stored = self.store.finish(record)
-        self.predictor.keep(record, self.bench.latency_cache)
+        self.predictor.keep(record, self.bench.at_size_of(record).latency_cache)
         if stored is None:
             self.refresh()
             return

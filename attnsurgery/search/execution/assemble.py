@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
-from attnsurgery.search.budgets.costs import Costs
+from attnsurgery.search.budgets.costs import Costs, Sized
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.device_lock import with_device_lock
 from attnsurgery.search.execution.baseline import starting_weights
@@ -49,13 +50,14 @@ from attnsurgery.search.execution.pretrained_base import (
     resolve_base,
 )
 from attnsurgery.search.execution.scorers import Alone, Scorer, Shared
+from attnsurgery.search.execution.sizes import AtSize, at_size
 from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.rivals import rivals_of
-from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
-from attnsurgery.search.space import BoundSpace, bind, load
+from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of, shares
+from attnsurgery.search.space import BoundSpace, Sides, bind, load
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
@@ -168,7 +170,12 @@ def assemble(
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
     size = _input_size(config, weights)
     sized = for_images(config.base, size[1:])
-    backend = backend or _backend(config, size)
+    if space_file.input_sizes and shares(config):
+        raise UsageError(
+            f"the space {space_file.name!r} has several input sizes, and a supernet is trained at one. Use another "
+            "--evaluator and --rungs, or a space without input_sizes."
+        )
+    given_backend, backend = backend, backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
     normalized = normalization(config.checkpoint)
@@ -180,8 +187,16 @@ def assemble(
     )
     base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
     anatomy = survey(base, size)
-    space = bind(space_file, anatomy, config.base)
-    budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base)
+    models: dict[Sides, Sized] = {}
+
+    def survey_at(other: Sides) -> Anatomy:
+        model = at_size(base, config.base, size[1:], other)
+        models[other] = survey(model, (size[0], *other)), model
+        return models[other][0]
+
+    space = bind(space_file, anatomy, config.base, survey_at)
+    others = [models[sides(label)] for label in space.sizes[1:]]
+    budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base, others)
     for choice in space.left_out:
         listener.phase(f"left out of the space: {choice}")
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
@@ -203,6 +218,7 @@ def assemble(
         fresh=untrained_part,
         source_digest=source_digest,
         digests=digests,
+        at_sizes=tuple(_at_size(there, base, config, given_backend) for there, _ in others),
     )
     refuse_over_budget(bench, None, None, lambda: what_fits(bench, None, Watching(listener, lambda: False)))
     costs.check_feasible(space.places, budgets)
@@ -291,6 +307,21 @@ def conditions_of(config: SearchConfig, size: tuple[int, int, int]) -> Condition
 def _backend(config: SearchConfig, size: tuple[int, int, int]) -> LatencyBackend:
     effort = Effort(tolerance=_TOLERANCE, max_seconds=config.latency_seconds)
     return with_device_lock(backend_for(conditions_of(config, size), config.latency, effort))
+
+
+def _at_size(anatomy: Anatomy, base: nn.Module, config: SearchConfig, given: LatencyBackend | None) -> AtSize:
+    """What trials at another input size are made on.
+
+    Args:
+        anatomy: the sites of the base at that size.
+        base: the base.
+        config: all settings.
+        given: a backend that measures instead of the one that the configuration names.
+    """
+    size = anatomy.input_size
+    backend = copy.copy(given) if given else _backend(config, size)
+    backend.conditions = replace(backend.conditions, input_size=size)
+    return AtSize(size[1:], anatomy, backend, LatencyCache(backend, base_key(base, config.base)))
 
 
 def _scorer(

@@ -23,8 +23,10 @@ from attnsurgery.search.budgets.costs import Costs, picks_of
 from attnsurgery.search.compatibility import VERSIONS, WEIGHTS_GIVEN
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.scorers import Alone, Scorer
+from attnsurgery.search.execution.sizes import AtSize, at_size
 from attnsurgery.search.result.limits import Budgets
-from attnsurgery.search.space import BoundSpace
+from attnsurgery.search.result.record import Record
+from attnsurgery.search.space import BoundSpace, Sides
 from attnsurgery.search.tuning import Training, Tuned
 
 Fresh = Literal["all", "head", "nothing"]
@@ -73,6 +75,8 @@ class Bench:
     """The benches of rivals by their keys, as far as they were needed in this process."""
     tuned: Tuned | None = None
     """How base and candidates are trained, in the process that gives jobs; None if the settings say all."""
+    at_sizes: tuple[AtSize, ...] = ()
+    """What trials at the other input sizes of the space are made on, in its order."""
 
     @property
     def final_evaluator(self) -> Evaluator:
@@ -102,6 +106,29 @@ class Bench:
         evaluator = type(self.evaluator)(self.data, settings)
         lower = tuple(rung.changed(pieces, training) for rung in self.rungs[:-1])
         return replace(self, rungs=(*lower, Alone(evaluator)), evaluator=evaluator)
+
+    def at(self, size: Sides | None) -> Bench:
+        """The same bench for candidates of an input size of the space; None for the base's own."""
+        if size is None or size == self.anatomy.input_size[1:]:
+            return self
+        there = next(other for other in self.at_sizes if other.size == size)
+        data = self.data.at(size)
+        return replace(
+            self,
+            base=at_size(self.base, self.config.base, self.anatomy.input_size[1:], size),
+            anatomy=there.anatomy,
+            data=data,
+            rungs=tuple(rung.on(data) for rung in self.rungs),
+            evaluator=type(self.evaluator)(data, self.evaluator.settings),
+            backend=there.backend,
+            latency_cache=there.latency_cache,
+        )
+
+    def at_size_of(self, record: Record | Mapping[str, Any] | None) -> Bench:
+        """The same bench for a candidate, whose record may be JSON data; None for the base."""
+        recipe = record.recipe if isinstance(record, Record) else (record or {}).get("recipe")
+        size = (recipe or {}).get("input_size")
+        return self.at(None if size is None else (size[0], size[1]))
 
     def picks(self, assignment: Mapping[str, str]) -> Picks:
         """A candidate as samplers see it."""

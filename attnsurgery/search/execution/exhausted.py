@@ -64,7 +64,8 @@ def _hopeless(bench: Bench, base: Record, records: Sequence[Record], predicted: 
     # trained under a wider budget
     over = [record for record in records if record.state == "over_budget" and record.top1 is None]
     measured = sum(record.timing is not None for record in over)
-    base_over = not bench.budgets.check(base, "low").within
+    # at another input size the base may be within the budgets
+    base_over = not bench.space.sizes and not bench.budgets.check(base, "low").within
     if base_over and measured:  # then candidates that are predicted to be over the budget count as well
         measured += sum(record.timing is None and record.predicted_ms is not None for record in over)
     if base_over or measured < _HOPELESS_PREDICTED:

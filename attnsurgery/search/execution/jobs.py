@@ -24,6 +24,7 @@ from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.result.record import Promotion, Record
 from attnsurgery.search.tuning import Training
 from attnsurgery.search.watching import Watching
+from attnsurgery.settings import sides
 
 Data = dict[str, Any]
 Result = Record | Data
@@ -107,7 +108,7 @@ def perform(bench: Bench, job: Job, watch: Watching) -> Result:
         AttnSurgeryError: the job cannot be done, and the search cannot continue without it.
         RuntimeError and others: the device failed or memory ran out; another worker may be able to do the job.
     """
-    bench = bench.changed(job.pieces, job.training)
+    bench = bench.changed(job.pieces, job.training).at_size_of(job.payload.get("record"))
     if job.kind in _AS_THE_BASE and "rival" in job.payload:
         bench = bench_of(bench, job.payload["rival"], watch)
     return KINDS[job.kind](bench, job.payload, watch)
@@ -118,6 +119,8 @@ def _weights(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
 
 
 def _base_latency(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    if "size" in payload:
+        bench = bench.at(sides(payload["size"]))
     return {"latency": asdict(base_latency(bench, watch)), "peak_mb": bench.peak_mb(bench.base)}
 
 
@@ -184,7 +187,7 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
 }
 """The function of each kind of job, by name.
 
-base latency    measure the base
+base latency    measure the base, at another input size of the space if the payload has one
 what fits       try smaller images and models in place of a base that is over a budget
 weights         make the starting weights of the base
 tuning          train the base, a rival or the probe with settings that are on trial

@@ -6,17 +6,37 @@ multiply-accumulates need no measurement. A measured latency is over its budget 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.latency import Latency
+from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.execution.baseline import timing_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.what_fits import Alternative
 from attnsurgery.search.result.limits import COST_KINDS, EXACT, amount
 from attnsurgery.search.result.record import Record
 from attnsurgery.settings import image_size
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What was measured of the base at an input size."""
+
+    latency: Latency
+    """Its latency."""
+    peak_mb: float | None
+    """Its peak memory in MB, if there is a budget for it."""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> BaseFacts:
+        """The facts in JSON data."""
+        return cls(Latency(**data["latency"]), data["peak_mb"])
+
 
 _DIGITS = 3
 """Significant digits of a budget that is recommended."""
@@ -27,37 +47,53 @@ def refuse_over_budget(
     reference: Latency | None,
     peak_mb: float | None,
     alternatives: Callable[[], Sequence[Alternative]] | None,
+    others: Sequence[BaseFacts] = (),
 ) -> None:
-    """Refuse a search whose base alone is over a budget.
+    """Refuse a search whose base alone is over a budget, at each of the input sizes of its space.
 
     Args:
         bench: what trials are made on.
         reference: the base's latency; None to compare parameters and multiply-accumulates alone.
         peak_mb: the base's peak memory in MB, if there is a budget for it.
         alternatives: tries others in place of the base; None where they cannot be measured.
+        others: what was measured of the base at the other input sizes of the space; () as `reference`.
 
     Raises:
         NothingFeasibleError: the message has the costs of the base, the budgets, and what would fit.
     """
     if not _blocks_only_add(bench):
         return
-    timing, exact = timing_of(reference) if reference else None, bench.costs.base
-    base = Record(-1, "pending", timing=timing, peak_mb=peak_mb, parameters=exact["parameters"], macs=exact["macs"])
-    over = [name for name, share in bench.budgets.check(base, "low").by.items() if share > 0]
-    if not over:
+    own = None if reference is None else BaseFacts(reference, peak_mb)
+    records = [_record(costs, facts) for costs, facts in itertools.zip_longest(bench.costs.sizes, [own, *others])]
+    overs = [[name for name, share in bench.budgets.check(record, "low").by.items() if share > 0] for record in records]
+    if not all(overs):
         return
+    base, over = records[0], overs[0]
     needs = [_needs(name, base) for name in over]
     remedies = [_remedy(bench, name, COST_KINDS[name].of(base, "high") or 0.0) for name in over]
+    sizes = f" at its own input size, and is over a budget at {', '.join(bench.space.sizes[1:])} pixels too"
     raise NothingFeasibleError(
         f"no candidate fits {bench.budgets.describe()} ({bench.backend.describe()}). The base {bench.config.base} "
-        f"alone {' and '.join(needs)}, and blocks only add to that; nothing was trained. "
-        + _advice(bench, over, alternatives() if alternatives else [], " and ".join(remedies))
+        f"alone {' and '.join(needs)}{sizes if bench.space.sizes else ''}, and blocks only add to that; nothing was "
+        "trained. " + _advice(bench, over, alternatives() if alternatives else [], " and ".join(remedies))
+    )
+
+
+def _record(costs: Costs, facts: BaseFacts | None) -> Record:
+    """What is known of the base at an input size."""
+    return Record(
+        -1,
+        "pending",
+        timing=timing_of(facts.latency) if facts else None,
+        peak_mb=facts.peak_mb if facts else None,
+        parameters=costs.base["parameters"],
+        macs=costs.base["macs"],
     )
 
 
 def _blocks_only_add(bench: Bench) -> bool:
     """Whether no choice of the space reduces a cost of the base."""
-    return all(float(row.min()) >= 0 for name in EXACT for row in bench.costs.added[name])
+    return all(float(row.min()) >= 0 for name in EXACT for costs in bench.costs.sizes for row in costs.added[name])
 
 
 def _needs(name: str, base: Record) -> str:

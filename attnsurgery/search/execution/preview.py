@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from attnsurgery.search.execution.assemble import assemble, before_images
 from attnsurgery.search.execution.baseline import first_epochs
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
-from attnsurgery.search.execution.over_budget import refuse_over_budget
+from attnsurgery.search.execution.over_budget import BaseFacts, refuse_over_budget
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
 from attnsurgery.search.execution.trial import build, outline, train_seed
@@ -74,6 +74,8 @@ class Preview:
     """Number of parameters of the base."""
     base_macs: int
     """Multiply-accumulates of the base for one image."""
+    sizes: tuple[tuple[str, float], ...]
+    """Each input size of the space, the base's own first, with the base's latency there in ms; () if there is one."""
     fitting: int
     """Number of measured candidates within all budgets."""
     drawn: int
@@ -157,25 +159,29 @@ def preview(
     if config.storage:
         check_url(config.storage)
     early = before_images(config, backend)
-    reference = _checked_base(early, listener, stop, suggest=backend is None) if early else None
+    references = _checked_base(early, listener, stop, suggest=backend is None) if early else []
     bench = assemble(config, listener, backend)
     bench.base.to(config.device).eval()
-    reference = reference or _checked_base(bench, listener, stop, suggest=backend is None)
+    references = references or _checked_base(bench, listener, stop, suggest=backend is None)
     rng = np.random.default_rng(0)
     candidates = [picks for _ in range(_COUNTED) if (picks := bench.space.places.drawn(rng, lambda _: True))]
     exact = sum(map(bench.places.holds, candidates)) / max(1, len(candidates))
-    candidate, fitting, measured = _measure_drawn(bench, reference, rng, listener, stop)
+    candidate, fitting, measured = _measure_drawn(bench, references, rng, listener, stop)
     listener.phase("timing training steps")
     counts = places_on(len(bench.rungs), config.trials, config.halving)
     if shares(config):  # the candidates that a supernet is checked by are promoted as well
         counts[1] = min(counts[0], counts[1] + CHECKED)
+    timed = bench.at(bench.space.size_of(candidate.assignment))
+    macs = [costs.base["macs"] for costs in bench.costs.sizes]  # a candidate of another size takes about as much longer
+    scale = float(np.mean(macs)) / macs[bench.space.size_index(candidate.assignment)]
     rungs = tuple(
         (
             str(rung),
             count,
-            _trial_seconds(bench, scorer, replace(candidate, model=copy.deepcopy(candidate.model)), count, stop),
+            _trial_seconds(timed, scorer, replace(candidate, model=copy.deepcopy(candidate.model)), count, stop)
+            * scale,
         )
-        for rung, count, scorer in zip(rungs_of(config), counts, bench.rungs, strict=True)
+        for rung, count, scorer in zip(rungs_of(config), counts, timed.rungs, strict=True)
     )
     low, high = _wilson(fitting, measured)
     share = fitting / measured if measured else 1.0
@@ -189,9 +195,10 @@ def preview(
         budgets=bench.budgets.describe(),
         conditions=bench.backend.describe(),
         data=bench.data.describe(),
-        base_ms=reference.p50_ms,
+        base_ms=references[0].p50_ms,
         base_parameters=bench.costs.base["parameters"],
         base_macs=bench.costs.base["macs"],
+        sizes=tuple(zip(bench.space.sizes, (latency.p50_ms for latency in references), strict=False)),
         fitting=fitting,
         drawn=measured,
         exact_share=exact,
@@ -202,8 +209,8 @@ def preview(
     )
 
 
-def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *, suggest: bool) -> Latency:
-    """The base's latency.
+def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *, suggest: bool) -> list[Latency]:
+    """The base's latency at each input size of the space, its own first.
 
     Raises:
         NothingFeasibleError: the base alone is over the budget.
@@ -213,12 +220,20 @@ def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *,
     reference = bench.backend.measure(bench.base)
     watch = Watching(listener, stop)
     alternatives = (lambda: what_fits(bench, reference.p50_ms, watch)) if suggest else None
-    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives)
-    return reference
+    others = []
+    for there in (bench.at(other.size) for other in bench.at_sizes):
+        watch.step()
+        others.append(BaseFacts(there.backend.measure(there.base), there.peak_mb(there.base)))
+    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives, others)
+    return [reference, *(other.latency for other in others)]
 
 
 def _measure_drawn(
-    bench: Bench, reference: Latency, rng: np.random.Generator, listener: Listener, stop: Callable[[], bool]
+    bench: Bench,
+    references: Sequence[Latency],
+    rng: np.random.Generator,
+    listener: Listener,
+    stop: Callable[[], bool],
 ) -> tuple[Candidate, int, int]:
     """Measure candidates drawn uniformly within the exact budgets.
 
@@ -239,7 +254,7 @@ def _measure_drawn(
         drawn.add(picks)
         listener.phase(f"measuring candidate {index + 1} of {DRAWN}")
         assignment = bench.space.places.params(picks)
-        model, fits = _measured(bench, assignment, reference)
+        model, fits = _measured(bench, assignment, references[bench.space.size_index(assignment)])
         candidate, fitting = Candidate(model, assignment), fitting + fits
     return candidate, fitting, len(drawn)
 
@@ -247,7 +262,8 @@ def _measure_drawn(
 def _measured(bench: Bench, assignment: Mapping[str, str], reference: Latency) -> tuple[nn.Module, bool]:
     """The model of a candidate, and whether its measured costs are within the budgets."""
     recipe = bench.space.recipe_for(assignment)
-    assert recipe is not None, "what is drawn has a block"
+    assert recipe is not None, "the base itself is not drawn"
+    bench = bench.at(bench.space.size_of(assignment))
     model = build(bench, recipe)
     timing = Timing.of(bench.backend.compare(bench.base, model, reference))
     record = replace(outline(bench, 0, assignment), timing=timing, peak_mb=bench.peak_mb(model))

@@ -61,7 +61,7 @@ def _build(bench: Bench, rival: Rival) -> Bench:
     own = bench.anatomy.input_size
     size = (own[0], *(sides(rival.size) if rival.size else own[1:]))
     if rival.model == bench.config.base:
-        data = bench.data.at(size[1:])  # type: ignore[attr-defined]
+        data = bench.data.at(size[1:])
         model = copy.deepcopy(at_size(bench.base, rival.model, own[1:], size[1:]))
         config, fresh, weights = bench.config, bench.fresh, bench.weights
     else:

@@ -49,6 +49,10 @@ class Scorer(ABC):
             training: the learning rates; None for the same as before.
         """
 
+    @abstractmethod
+    def on(self, data: Data) -> Scorer:
+        """The same scorer on the same images at another input size."""
+
 
 class Alone(Scorer):
     """Trains each candidate by itself, with an evaluator."""
@@ -65,6 +69,9 @@ class Alone(Scorer):
         if training is not None:
             settings = replace(settings, lr=training.lr, new_lr_scale=training.block_lr_scale)
         return Alone(type(self.evaluator)(self.data, settings))
+
+    def on(self, data: Data) -> Scorer:
+        return Alone(type(self.evaluator)(data, self.settings))
 
 
 class Shared(Scorer):
@@ -103,6 +110,9 @@ class Shared(Scorer):
             return self  # a new one would read the supernet from its file again
         settings = replace(self.settings, pieces=pieces)
         return Shared(self._supernet, self._base, self.data, settings, self._path)
+
+    def on(self, data: Data) -> Scorer:
+        raise AssertionError("a space with several input sizes has no supernet")
 
     def train(self, seed: int, watch: Watch | None = None) -> None:
         """Train the supernet without saving it.

@@ -85,6 +85,8 @@ def settle_early(bench: Bench, record: Record, known_records: Mapping[str, Recor
     """
     if (previous := known_records.get(record.digest or "")) is not None:
         return _again(record, previous)
+    if objection := bench.space.objection(record.assignment):
+        return replace(record, state="failed", reason=objection)
     if bench.space.max_blocks is not None and record.blocks > bench.space.max_blocks:
         return replace(record, state="too_many_blocks")
     check = bench.budgets.check(record)

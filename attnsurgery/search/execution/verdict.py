@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 from torch import nn
 
 from attnsurgery.checkpoint.base import load_weights
@@ -171,9 +172,9 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
     for leftover in folder.glob(f".{BEST}.*.new*"):  # left by a search that died
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".{BEST}.{secrets.token_hex(4)}.new"
+    surgical = {"base": recipe.base, "recipe": recipe.as_dict()} if recipe.edits else {}
     arguments = {
-        "base": recipe.base,
-        "recipe": recipe.as_dict(),
+        **surgical,
         "num_classes": bench.data.num_classes,
         "in_chans": bench.anatomy.input_size[0],
         **for_images(bench.config.base, bench.anatomy.input_size[1:]),
@@ -183,7 +184,9 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
     config = {**getattr(model, "pretrained_cfg", {}), "input_size": size, "num_classes": classes}
     config["label_names"] = list(bench.data.classes)
     model.pretrained_cfg = config  # type: ignore[assignment]
-    write_directory(model.cpu(), temporary, architecture="surgery", model_args=arguments, texts=texts)
+    # the base at another input size, without blocks, is a plain timm model
+    architecture = "surgery" if surgical else timm.models.split_model_name_tag(recipe.base)[0]
+    write_directory(model.cpu(), temporary, architecture=architecture, model_args=arguments, texts=texts)
     try:
         return replace_own(folder, BEST, temporary)
     finally:

@@ -7,7 +7,7 @@ those of that run; the versions of the code are those of all runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -106,6 +106,9 @@ class About:
     """How the settings of the trainings were chosen: `tuned`, as `Tuned.as_dict` gives it, and the results of the
     attempts by their keys, as `tuning`; None if they were given."""
 
+    base_ms: Mapping[str, float] = field(default_factory=dict)
+    """By label of each input size of the space, its own first, the base's latency in ms; {} if there is one size."""
+
     def as_dict(self) -> dict[str, Any]:
         """JSON data from which `from_dict` makes an equal description."""
         return asdict(self)
@@ -113,7 +116,7 @@ class About:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> About:
         """The description in JSON data; fields that another version has added are ignored."""
-        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        values = {entry.name: data[entry.name] for entry in fields(cls) if entry.name in data}
         places = tuple(Place(place["name"], tuple(Spot(**spot) for spot in place["spots"])) for place in data["places"])
         stages = tuple(Stage(**stage) for stage in data["stages"])
         tuples: dict[str, Any] = {"code": tuple(data["code"]), "input_size": tuple(data["input_size"])}

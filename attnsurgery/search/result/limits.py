@@ -15,6 +15,8 @@ from attnsurgery.search.result.record import Record
 
 EXACT = ("parameters", "macs")
 """Costs that are known exactly, as sums over blocks, by the fields of a record."""
+POSSIBLE = "possible at its size"
+"""Name of the limit on blocks that are impossible at the candidate's input size: there may be none."""
 
 
 Rule = Literal["estimate", "low", "high"]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
+from attnsurgery.search.space import INPUT_SIZE, NONE
 from attnsurgery.settings import RankBy
 
 State = Literal["pending", "trained", "over_budget", "too_many_blocks", "duplicate", "failed"]
@@ -26,7 +27,7 @@ class Timing:
     high_ms: float
     """Upper end of its 95 % interval, in ms."""
     ratio: float
-    """The latency relative to the base's."""
+    """The latency relative to the base's at the same input size."""
 
     @classmethod
     def of(cls, comparison: Comparison) -> Timing:
@@ -131,9 +132,14 @@ class Record:
         return cls(**{**data, "timing": Timing(**timing) if timing else None, "promotions": promotions})
 
     def describe(self) -> str:
-        """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'."""
-        placed = [f"{label} at {site}" for site, label in self.assignment.items() if label != "none"]
-        return ", ".join(placed) or "the base as it is"
+        """The blocks and their places: 'se(reduction=4) at layer1.0.bn2'; and the input size, if not the base's own."""
+        placed = [
+            f"{label} at {site}" for site, label in self.assignment.items() if label != NONE and site != INPUT_SIZE
+        ]
+        size = (self.recipe or {}).get("input_size")
+        if size is None:
+            return ", ".join(placed) or "the base as it is"
+        return f"{', '.join(placed) or 'the base'}, at {' x '.join(map(str, size))} pixels"
 
     def top1_on(self, rung: int) -> float | None:
         """Top-1 on the validation split on a rung, 0 being the lowest; None if it was not trained there."""

@@ -18,9 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attnsurgery.errors import SearchError
 from attnsurgery.samplers import Sampler
-from attnsurgery.samplers.knapsack import best
+from attnsurgery.samplers.knapsack import best, best_by_first
 from attnsurgery.samplers.places import Picks, Places
-from attnsurgery.search.result.limits import EXACT
+from attnsurgery.search.result.limits import EXACT, POSSIBLE
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.schema import SLOT
@@ -97,7 +97,9 @@ def propose(
             )
     if isinstance(sampler, Sampler) and not (waiting or choice or sampler.fell_back):
         # every candidate that is predicted to be within the budgets was asked for: a measurement may still find others
-        exact = replace(places, budgets={name: limit for name, limit in places.budgets.items() if name in EXACT})
+        exact = replace(
+            places, budgets={name: limit for name, limit in places.budgets.items() if name in (*EXACT, POSSIBLE)}
+        )
         choice = None if trained(records) else _fastest(places, exact, trials)
         choice = choice or _draw_new(space, exact, digests, seed)
     # a candidate that is drawn because the sampler is stuck does not count as drawn at random
@@ -140,7 +142,12 @@ def _fastest(places: Places, exact: Places, trials: Sequence[FrozenTrial]) -> di
         return None
     tried = {picks for trial in trials if (picks := places.picks({k: str(v) for k, v in trial.params.items()}))}
     nothing = (0,) * len(places.choices)
-    picks = best(exact, [-costs for costs in latency.costs], None, list(exact.budgets.values()), {nothing, *tried})
+    values = [[-costs for costs in table] for table in latency.by_first or [latency.costs]]
+    excluded, budgets = {nothing, *tried}, list(exact.budgets.values())
+    if latency.by_first:
+        picks = best_by_first(exact, values, None, budgets, excluded)
+    else:
+        picks = best(exact, values[0], None, budgets, excluded)
     return None if picks is None else places.params(picks)
 
 

@@ -125,8 +125,7 @@ class Store:
             )
             self._storage = self._study._storage  # with Optuna's cache of finished trials
         self._start, self._earlier_s = time.monotonic(), float(self.fixed(SECONDS) or 0.0)
-        choices = {variable.name: tuple(variable.choices) for variable in space.variables}
-        self._terms = Terms(choices, space.max_blocks, budgets, rank_by)
+        self._terms = Terms(space.places.choices, space.max_blocks, budgets, rank_by)
         self._distributions = self._terms.distributions
         check_format(self.fixed(FORMAT_KEY), str(folder))
         if self.fixed(FORMAT_KEY) is None:

@@ -120,6 +120,7 @@ _COLUMNS = ("x", "y", "mean", "words", "label", "place", "gain", "count", "range
 _CAPTION = """\
 <p class="faint">Each cell shows the mean gain in validation top-1 over the base{{ rung }}, in points, of the trained
 candidates with that block at that place, and their number. The blocks of the best candidate are framed. A cell is blank
-if no trained candidate has that block there. The gains are descriptive, not causal: the candidates also differ in their
-other blocks, and choices that did well were tried more often.</p>
+if no trained candidate has that block there. A row input_size shows the candidates of each input size. The gains are
+descriptive, not causal: the candidates also differ in their other blocks, and choices that did well were tried more
+often.</p>
 """

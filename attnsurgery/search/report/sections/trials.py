@@ -31,7 +31,12 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     return Section(
         "trials",
         "Trials",
-        above=html(_ABOVE, tally=tally or "none yet", candidates=f"{outcome.about.candidates:,}"),
+        above=html(
+            _ABOVE,
+            tally=tally or "none yet",
+            candidates=f"{outcome.about.candidates:,}",
+            sizes=", ".join(f"{size} pixels {base_ms:.3g} ms" for size, base_ms in outcome.about.base_ms.items()),
+        ),
         below=html(
             _BELOW,
             columns=[(name, rung_name(rung) if outcome.top_rung else "") for rung in rungs for name in names],
@@ -40,7 +45,10 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     )
 
 
-_ABOVE = "<p>{{ tally }}. The space has {{ candidates }} candidates.</p>"
+_ABOVE = (
+    "<p>{{ tally }}. The space has {{ candidates }} candidates."
+    "{% if sizes %} Input sizes, with the latency of the base alone: {{ sizes }}.{% endif %}</p>"
+)
 _BELOW = """\
 <div class="scroll"><table>
 <thead><tr>

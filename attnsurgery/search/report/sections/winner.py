@@ -15,7 +15,8 @@ from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import quantity
 from attnsurgery.search.result.about import About, Spot
-from attnsurgery.search.space import NONE
+from attnsurgery.search.result.record import Record
+from attnsurgery.search.space import INPUT_SIZE, NONE
 
 if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
@@ -28,10 +29,13 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     best = outcome.best
     if best is None:
         return None
-    about, labels = outcome.about, {place: label for place, label in best.assignment.items() if label != NONE}
-    families = sorted({_family(label) for record in outcome.records for label in record.assignment.values()} - {NONE})
+    about, labels = outcome.about, _blocks(best)
+    families = sorted({_family(label) for record in outcome.records for label in _blocks(record).values()})
     colours = {family: FAMILIES[index % len(FAMILIES)] for index, family in enumerate(families)}
-    boxes = [_Box("images", _size(*about.input_size))]
+    channels, *own = about.input_size
+    height, width = (best.recipe or {}).get("input_size") or own
+    resized = [height, width] != own
+    boxes = [_Box("images", _size(channels, height, width))]
     for stage in about.stages:
         size = _size(stage.channels, stage.height, stage.width)
         own_blocks = f"{quantity(stage.blocks, 'block')} of the base"
@@ -43,7 +47,13 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     return Section(
         "winner",
         "The best candidate",
-        below=html(_BELOW, boxes=boxes, base=outcome.config.base, blocks=quantity(best.blocks, "block")),
+        below=html(
+            _BELOW,
+            boxes=boxes,
+            base=outcome.config.base,
+            blocks=quantity(best.blocks, "block"),
+            own=_size(*own) if resized else "",
+        ),
     )
 
 
@@ -64,8 +74,18 @@ _BELOW = """\
 {{ "" if loop.last else '<div class="arrow" aria-hidden="true">→</div>' | safe }}
 {% endfor %}
 </div>
-<p class="faint">{{ base }} with {{ blocks }}. ○ is a site of the search space at which the candidate has no block.</p>
+<p class="faint">{{ base }} with {{ blocks }}. ○ is a site of the search space at which the candidate has no block.
+{% if own %}
+Its input size is not that of the base; the sizes in the stages are those for the base, with images of
+{{ own }} pixels.
+{% endif %}
+</p>
 """
+
+
+def _blocks(record: Record) -> dict[str, str]:
+    """The blocks of a candidate by place."""
+    return {place: label for place, label in record.assignment.items() if label != NONE and place != INPUT_SIZE}
 
 
 @dataclass(frozen=True)
@@ -93,8 +113,8 @@ class _Box:
     lines: Sequence[_Line] = ()
 
 
-def _size(channels: int, height: int, width: int) -> str:
-    return " \N{MULTIPLICATION SIGN} ".join(map(str, (channels, height, width)))
+def _size(*numbers: int) -> str:
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, numbers))
 
 
 def _other_stages(about: About) -> list[int | None]:
