@@ -77,7 +77,9 @@ def test_rivals_are_compared_under_budget(config: SearchConfig, monkeypatch: pyt
     confirmation = outcome.confirmation
     assert confirmation is not None
     by_name = {option.name: option for option in confirmation.options}
-    assert list(by_name) == ["trial 0", "test_resnet", "test_efficientnet", "test_vit4"]
+    blocks = outcome.best.blocks if outcome.best else 0
+    winner = f"trial 0 ({blocks} block{'s' if blocks > 1 else ''})"
+    assert list(by_name) == [winner, "test_resnet", "test_efficientnet", "test_vit4"]
     rival, over = by_name["test_efficientnet"], by_name["test_vit4"]
     assert rival.top1 is not None
     assert rival.gain == pytest.approx(rival.top1 - confirmation.base_top1)
@@ -87,6 +89,32 @@ def test_rivals_are_compared_under_budget(config: SearchConfig, monkeypatch: pyt
     assert seeds["EfficientNet"] == seeds["ResNet"][:2] == seeds["ResNet"][2:], "the same seeds for all"
     assert confirmation.advice() in (outcome.folder / "report.html").read_text().replace("&#39;", "'")
     assert Confirmation.from_dict(json.loads(json.dumps(confirmation.as_dict()))) == confirmation
+
+
+@pytest.mark.slow
+def test_rival_is_base_at_another_size(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base at another size starts from the same weights, and is trained and tested on images of that size."""
+    sides: list[int] = []
+    starts: dict[int, torch.Tensor] = {}
+    real = FineTune.score
+
+    def score(self: FineTune, model: torch.nn.Module, seed: int, **named: Any) -> Score:
+        sides.append(self.data.preprocessing.input_size[1])
+        starts.setdefault(sides[-1], next(model.parameters()).detach().clone())
+        return real(self, model, seed, **named)
+
+    monkeypatch.setattr(FineTune, "score", score)
+    outcome = run(change(config, against=":48"))
+    assert outcome.confirmation is not None
+    assert [option.name for option in outcome.confirmation.options][1:] == [
+        "test_resnet",
+        "test_resnet at 48 x 48 pixels",
+    ]
+    assert sides == [32] * (len(sides) - 1) + [48]
+    assert torch.equal(starts[32], starts[48])
+    rival = outcome.confirmation.options[2]
+    assert rival.timing is not None
+    assert 1.2 < rival.timing.ratio < 2.25, "the computed latency has a part that does not grow with the pixels"
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def compare(
         paired=design.paired,
     )
     drafts = {
-        WINNER: Option("winner", f"trial {winner.number}", training=best.training),
+        WINNER: Option("winner", _name_of(winner), training=best.training),
         BASE: Option("base", config.base),
         **{entrant.rival.key: entrant.option for entrant in entrants},
     }
@@ -118,6 +118,14 @@ def compare(
 def _training_of_rival(entrant: Entrant, index: int) -> dict[str, Any]:
     training = asdict(entrant.training) if entrant.training else None
     return {**training_of(None, index, training), "rival": entrant.rival.key}
+
+
+def _name_of(winner: Record) -> str:
+    """The winner in words, which say what it spends the budget on: blocks, pixels, or both."""
+    blocks = f"{winner.blocks} block{'s' if winner.blocks > 1 else ''}" if winner.blocks else ""
+    size = (winner.recipe or {}).get("input_size")
+    pixels = f"{size[0]} x {size[1]} pixels" if size else ""
+    return f"trial {winner.number} ({' at '.join(filter(None, (blocks, pixels)))})"
 
 
 def compare_on_test(
