@@ -16,7 +16,10 @@ from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.evaluate import Score
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.search import SearchConfig, run
+from attnsurgery.search.execution.assemble import prepare
 from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.rivals import bench_of
+from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.options import Option, advice, best_of
 from attnsurgery.search.result.record import Timing
@@ -115,6 +118,19 @@ def test_rival_is_base_at_another_size(config: SearchConfig, monkeypatch: pytest
     rival = outcome.confirmation.options[2]
     assert rival.timing is not None
     assert 1.2 < rival.timing.ratio < 2.25, "the computed latency has a part that does not grow with the pixels"
+
+
+@pytest.mark.slow
+def test_rival_is_base_with_chosen_blocks(config: SearchConfig) -> None:
+    """A surgical name of the same base starts from the base's weights, with blocks that change nothing yet."""
+    bench = prepare(config, Path(config.output), Listener(), lambda: False)
+    rival = bench_of(bench, "test_resnet_se", Watching(Listener(), lambda: False))
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    assert torch.equal(rival.base(x_BCHW), bench.base(x_BCHW))
+    grafted = [module for module in rival.base.modules() if getattr(module, "grafted", False)]
+    assert len(grafted) > 3
+    with pytest.raises(UsageError, match="without a size"):
+        bench_of(bench, "test_resnet_se:48", Watching(Listener(), lambda: False))
 
 
 @pytest.mark.slow

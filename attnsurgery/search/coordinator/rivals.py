@@ -99,14 +99,20 @@ def _training(
         return None, start["failed"]
     if tuned is None:
         return None, ""
+    scale = tuned.candidates.block_lr_scale  # for a rival that has blocks
     tuning = Tuning(config, pilot)
     results: dict[str, dict[str, Any]] = {}
     while attempts := tuning.rates_needed(results):
         payloads = [
-            {"record": None, "rival": rival.key, "part": "base", "training": asdict(attempt.training)}
+            {
+                "record": None,
+                "rival": rival.key,
+                "part": "base",
+                "training": asdict(replace(attempt.training, block_lr_scale=scale)),
+            }
             for attempt in attempts
         ]
         results |= dict(zip([attempt.key for attempt in attempts], work("tuning", *payloads), strict=True))
     if results and all("failed" in result for result in results.values()):
         return None, next(iter(results.values()))["failed"]
-    return replace(tuned.base, lr=tuning.rate(results)), ""
+    return replace(tuned.base, lr=tuning.rate(results), block_lr_scale=scale), ""

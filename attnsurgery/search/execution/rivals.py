@@ -13,8 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from timm.models import split_model_name_tag
+
 from attnsurgery.checkpoint.weights import read_state_dict
-from attnsurgery.errors import AttnSurgeryError
+from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.execution.assemble import images_of, untrained
@@ -23,6 +25,7 @@ from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.pretrained_base import normalization, resolve_base
 from attnsurgery.search.execution.scorers import Alone
 from attnsurgery.search.execution.sizes import at_size
+from attnsurgery.search.execution.trial import build
 from attnsurgery.search.execution.what_fits import siblings
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.record import Timing
@@ -32,6 +35,7 @@ from attnsurgery.search.watching import Watching
 from attnsurgery.settings import sides
 from attnsurgery.surgery.verify import count_macs
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
+from attnsurgery.timm_plugin.registry import recipe_by_name
 
 _MOST_COUNTED = 16
 """Largest number of models whose multiply-accumulates are counted to find those to propose."""
@@ -60,6 +64,13 @@ def bench_of(bench: Bench, key: str, watch: Watching) -> Bench:
 def _build(bench: Bench, rival: Rival) -> Bench:
     own = bench.anatomy.input_size
     size = (own[0], *(sides(rival.size) if rival.size else own[1:]))
+    recipe = recipe_by_name(rival.model)
+    if recipe is not None and _arch(recipe.base) == _arch(
+        bench.config.base
+    ):  # the base with blocks of the user's choice
+        if rival.size:
+            raise UsageError(f"--against {rival.key}: give {rival.model} without a size; it has that of the search.")
+        return replace(bench, base=build(bench, recipe.model_copy(update={"base": bench.config.base})))
     if rival.model == bench.config.base:
         data = bench.data.at(size[1:])
         model = copy.deepcopy(at_size(bench.base, rival.model, own[1:], size[1:]))
@@ -83,6 +94,10 @@ def _build(bench: Bench, rival: Rival) -> Bench:
         fresh=fresh,
         weights=weights,
     )
+
+
+def _arch(name: str) -> str:
+    return str(split_model_name_tag(name)[0])
 
 
 def _backend(bench: Bench, size: tuple[int, int, int]) -> LatencyBackend:
