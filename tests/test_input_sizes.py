@@ -35,6 +35,7 @@ from attnsurgery.search import Record, SearchConfig, Timing, run
 from attnsurgery.search.budgets.calibrate import calibrate_sizes
 from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.execution.baseline import base_latency_at
 from attnsurgery.search.execution.preview import preview
 from attnsurgery.search.execution.sizes import at_size
 from attnsurgery.search.execution.trial import build, outline
@@ -42,6 +43,7 @@ from attnsurgery.search.execution.what_fits import _smaller_sizes
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import POSSIBLE
 from attnsurgery.search.space import INPUT_SIZE, BoundSpace, SearchSpace, bind
+from attnsurgery.search.watching import Watching
 from attnsurgery.settings import sides
 from attnsurgery.surgery.verify import count_macs
 from tests._searches import change, small_search, write_images
@@ -495,6 +497,23 @@ def test_predictor_learns_each_size_alone(config: SearchConfig) -> None:
         over = record.timing.ms / bench.budgets.limits["latency"] - 1.0
         assert places.budgets["latency"].holds(picks) == (over <= 0) or abs(over) < 0.02
     assert {picks for picks in everything if not places.budgets[POSSIBLE].holds(picks)} == {*everything} - {*possible}
+
+
+def test_base_at_size_follows_drift(config: SearchConfig) -> None:
+    """On a machine that got twice as slow since the base was measured, its latency at another size is as before."""
+    bench = assemble(config, Listener())
+    reference = bench.backend.measure(bench.base)
+    for backend in (bench.backend, *(other.backend for other in bench.at_sizes)):
+        slow_down(backend)
+    assert bench.backend.measure(bench.base).p50_ms == pytest.approx(2 * reference.p50_ms)
+    latency = base_latency_at(bench, (24, 24), reference, Watching(Listener(), lambda: False))
+    assert latency.p50_ms == pytest.approx(base_ms_at((24, 24)))
+
+
+def slow_down(backend: Any) -> None:
+    """Let a backend compute twice the time from now on."""
+    computed = backend._from_macs
+    backend._milliseconds = lambda model: 2 * computed(model)
 
 
 def test_sampler_keeps_to_budgets_of_size() -> None:

@@ -63,7 +63,8 @@ def _with_sizes(facts: Data, bench: Bench, pool: WorkerPool) -> Data:
     missing = [label for label in bench.space.sizes[1:] if label not in measured]
     if not missing:
         return facts
-    results = pool.all([Job("base latency", {"size": label}) for label in missing])
+    reference = Latency(**facts["latency"])
+    results = pool.all([Job("base latency", {"size": label, "reference": reference}) for label in missing])
     return {**facts, "sizes": {**measured, **dict(zip(missing, results, strict=True))}}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -29,6 +31,7 @@ from attnsurgery.search.execution.scorers import Candidate
 from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.result.record import Timing
 from attnsurgery.search.rungs import SUPERNET, rungs_of
+from attnsurgery.search.space import Sides
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import Watching
@@ -128,6 +131,31 @@ def base_latency(bench: Bench, watch: Watching) -> Latency:
     watch.listener.phase("measuring the base")
     with bench.backend.longer():
         return bench.backend.measure(bench.base)
+
+
+def base_latency_at(bench: Bench, size: Sides, reference: Latency, watch: Watching) -> Latency:
+    """The base's latency at another input size, on the scale of that at its own size.
+
+    It is measured between two measurements at its own size, so that a drift of the machine moves both.
+
+    Args:
+        bench: what trials are made on.
+        size: height and width of an image.
+        reference: the base's latency at its own size.
+        watch: told of progress.
+    """
+    sized = bench.at(size)
+    watch.listener.phase(f"measuring the base at {size[0]} x {size[1]} pixels")
+    if bench.backend.conditions.compiled:  # each measurement compiles the model
+        with sized.backend.longer():
+            return sized.backend.measure(sized.base)
+    before = bench.backend.measure(bench.base)
+    with sized.backend.longer():
+        latency = sized.backend.measure(sized.base)
+    own = [before, bench.backend.measure(bench.base)]
+    scale = reference.p50_ms / fmean(measured.p50_ms for measured in own)
+    noise = math.hypot(latency.noise, fmean(measured.noise for measured in own))
+    return replace(latency, p50_ms=scale * latency.p50_ms, p90_ms=scale * latency.p90_ms, noise=noise)
 
 
 def timing_of(latency: Latency) -> Timing:

@@ -17,7 +17,7 @@ from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import AUTO, SearchConfig
 from attnsurgery.search.execution.assemble import assemble, before_images
-from attnsurgery.search.execution.baseline import first_epochs
+from attnsurgery.search.execution.baseline import base_latency_at, first_epochs
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.over_budget import BaseFacts, refuse_over_budget
@@ -221,9 +221,10 @@ def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *,
     watch = Watching(listener, stop)
     alternatives = (lambda: what_fits(bench, reference.p50_ms, watch)) if suggest else None
     others = []
-    for there in (bench.at(other.size) for other in bench.at_sizes):
+    for size in (other.size for other in bench.at_sizes):
         watch.step()
-        others.append(BaseFacts(there.backend.measure(there.base), there.peak_mb(there.base)))
+        there = bench.at(size)
+        others.append(BaseFacts(base_latency_at(bench, size, reference, watch), there.peak_mb(there.base)))
     refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives, others)
     return [reference, *(other.latency for other in others)]
 
