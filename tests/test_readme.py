@@ -61,14 +61,18 @@ def test_readme_recipe_and_commands_work(
 
 
 def test_readme_options_exist() -> None:
-    """Every option of a command in README exists."""
+    """Every option of a command in README or in the demo exists."""
     import typer
 
     from attnsurgery.cli import build_app
 
     commands: Any = typer.main.get_command(build_app())
+    demo = (Path(__file__).parents[1] / "scripts" / "demo").read_text()
+    shared = " ".join(re.findall(r'^options="(?:\$options )?(.*)"$', demo, flags=re.MULTILINE))
+    searches = re.findall(r"^(?:\.venv/bin/|echo \"\\\$ )(attnsurgery search [^\"]*)", demo, flags=re.MULTILINE)
     assert COMMANDS
-    for command in COMMANDS:
+    assert len(searches) == 3
+    for command in [*COMMANDS, *(search.replace("$options", shared) for search in searches)]:
         words = shlex.split(command)
         if words[1] == "exec":
             words = words[:3]  # what follows belongs to the script
