@@ -54,6 +54,8 @@ def small_search(images: Path, space: Path, output: Path) -> SearchConfig:
         data=str(images),
         trials=4,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         train_batch_size=8,
         finalists=1,

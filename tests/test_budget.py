@@ -51,6 +51,8 @@ def config(tmp_path: Path) -> SearchConfig:
         space=str(space),
         trials=3,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         finalists=1,
         confirm_seeds=1,

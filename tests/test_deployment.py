@@ -595,6 +595,8 @@ def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.Capt
         latency_seconds=0.3,
         trials=2,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         finalists=1,
         confirm_seeds=1,

@@ -80,7 +80,14 @@ def arguments_of(config: SearchConfig, **budgets: float) -> list[str]:
     """The command line of a small search with these budgets."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in budgets.items()]
     settings = ["--input-size=64", "--trials=1", "--epochs=1", "--base-epochs=1", "--workers=0", "--latency=fixed"]
-    settings += ["--finalists=1", "--confirm-seeds=1", f"--data={config.data}", f"--space={config.space}"]
+    settings += [
+        "--lr=1e-3",
+        "--block-lr-scale=10",
+        "--finalists=1",
+        "--confirm-seeds=1",
+        f"--data={config.data}",
+        f"--space={config.space}",
+    ]
     return ["search", "test_resnet", f"--output={config.output}", *settings, *options]
 
 

@@ -1118,6 +1118,7 @@ def finished_search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
         noise(0).save(images / "test" / "many" / "copy.png")
         words: list[object] = ["--data", images, "--space", write_space(root), "--output", root / "run"]
         words += ["--latency", "fixed", "--workers", 0, "--input-size", 32, "--epochs", 1, "--base-epochs", 1]
+        words += ["--lr", 1e-3, "--block-lr-scale", 10]
         words += ["--budget-ms", 100, "--finalists", 1, "--confirm-seeds", 1, "--trials", 1, "--augment", "none"]
         code, output = cli(*words)
     assert code == 0, output

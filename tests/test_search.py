@@ -539,6 +539,7 @@ def test_new_head_is_fitted_first(config: SearchConfig, tmp_path: Path) -> None:
 def search_cli(config: SearchConfig) -> Callable[..., object]:
     def invoke(*more: str) -> object:
         words = ["search", "--budget-ms", "100", "--data", str(config.data), "--space", config.space, "--epochs", "1"]
+        words += ["--lr", "1e-3", "--block-lr-scale", "10"]
         words += ["--input-size", "32", "--latency", "fixed", "--confirm-seeds", "1", "--trials", "1", "--workers", "0"]
         return CliRunner().invoke(build_app(), [*words, "--output", config.output, *more])
 

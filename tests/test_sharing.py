@@ -242,7 +242,8 @@ def test_shared_study_survives_killed_search(server: tuple[str, str], tmp_path: 
     words = (
         "search --budget-ms 100 --latency fixed --evaluator dummy --space se --trials 12 --input-size 32 --workers 2"
     )
-    words += " --base-epochs 1 --finalists 1 --confirm-seeds 1 --lease-seconds 10"
+    words += " --base-epochs 1 --epochs 3 --lr 1e-3 --block-lr-scale 10"
+    words += " --finalists 1 --confirm-seeds 1 --lease-seconds 10"
     environment["ATTNSURGERY_STORAGE"] = server[0]
     folders = [tmp_path / name / "shared" for name in ("one", "other")]
     processes = []

@@ -255,6 +255,8 @@ def test_trial_is_converted_for_store_alone(tmp_path: Path, monkeypatch: pytest.
         budget_params=1_000_000,
         trials=4,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         input_size=32,
         workers=0,

@@ -20,6 +20,8 @@ _FREE = {name for name, setting in settings_of(SearchConfig).items() if setting.
 _BUDGETS = tuple(name for name, setting in settings_of(SearchConfig).items() if setting.group == BUDGET)
 _NEXT = ("sampler", "in_step", "workers")
 """Settings that decide which candidates are next, and do not change the result of a candidate."""
+_BEFORE_AUTO = {"lr": 1e-3, "block_lr_scale": 10.0, "epochs": 3}
+"""Settings of the training in studies of versions that did not choose them."""
 _SHOWN = 8
 """Number of differences that a message lists."""
 
@@ -90,6 +92,7 @@ def _implied_settings(settings: Mapping[str, Any], now: Mapping[str, Any]) -> di
     mixed = settings.get("dtype") == "bfloat16" and str(settings.get("device")).startswith("cuda")
     return {
         **{name: info.default for name, info in SearchConfig.model_fields.items()},
+        **_BEFORE_AUTO,
         "train_dtype": "bfloat16" if mixed else "float32",
         "augment": "light" if settings.get("data") else "shift",
         WEIGHTS_GIVEN: now.get(WEIGHTS_GIVEN),

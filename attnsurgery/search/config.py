@@ -17,7 +17,7 @@ from attnsurgery.recipe.schema import Strict
 from attnsurgery.recipe.strict_yaml import writes
 from attnsurgery.settings import Amount, Augment, ImageSize, Mode, RankBy, Setting, TrainDtype, settings_of
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 """The value of a setting that the search chooses for the data and the model."""
 FIRST_SEEDS = 3
 """Trainings of a model from which on their variance is estimated well enough for a verdict."""
@@ -177,7 +177,7 @@ class SearchConfig(Strict):
             description="Epochs of each trial, and of the confirmation; auto doubles them while the base gains from it."
         ),
         Setting(TRAINING, metavar="N|auto"),
-    ] = 3
+    ] = AUTO
     against: Annotated[
         str | None,
         Field(
@@ -206,12 +206,12 @@ class SearchConfig(Strict):
         Annotated[float, Field(gt=0)] | Literal["auto"],
         Field(description="Peak learning rate; auto chooses one for the base and one for the candidates."),
         Setting(TRAINING, metavar="RATE|auto"),
-    ] = 1e-3
+    ] = AUTO
     block_lr_scale: Annotated[
         Annotated[float, Field(gt=0)] | Literal["auto"],
         Field(description="Learning rate of blocks, relative to --lr."),
         Setting(TRAINING, metavar="FACTOR|auto"),
-    ] = 10.0
+    ] = AUTO
     train_batch_size: Annotated[int, Field(ge=2, description="Images in one training step."), Setting(TRAINING)] = 64
     evaluator: Annotated[
         str,

@@ -29,6 +29,8 @@ from attnsurgery.search.config import SearchConfig
 SUPERNET = "supernet"
 _ROUNDS = 4
 """Epochs of a supernet, relative to those of one candidate, if they are not given."""
+_USUAL_EPOCHS = 3
+"""Epochs of one candidate for this purpose, where the search chooses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,7 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
     epochs = None if isinstance(config.epochs, str) else config.epochs
     top = Rung(_check_evaluator(config.evaluator, "--evaluator"), epochs)
     if config.evaluator == SUPERNET:
-        if epochs is None:
-            raise UsageError("--evaluator supernet needs --epochs: a supernet is trained for four times as many.")
-        lower.append(Rung(SUPERNET, _ROUNDS * epochs))
+        lower.append(Rung(SUPERNET, _ROUNDS * (epochs or _USUAL_EPOCHS)))
         top = Rung("finetune", epochs)
     if any(rung.evaluator == SUPERNET for rung in lower[1:]):
         raise UsageError("a supernet is the lowest rung: it scores all candidates at once. Put it first in --rungs.")

@@ -61,6 +61,8 @@ def config_of(number: int, budget_ms: float, options: argparse.Namespace) -> Sea
         space=list(SPACES)[number // len(BASES) % len(SPACES)],
         trials=options.trials,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         finalists=1,
         confirm_seeds=1,

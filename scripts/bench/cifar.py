@@ -30,6 +30,7 @@ def main() -> None:
     command = [
         *(sys.executable, "-m", "attnsurgery", "search", "test_resnet", "--data", str(data)),
         *("--budget-ms", str(options.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),
+        *("--lr", "1e-3", "--block-lr-scale", "10"),
         *("--train-batch-size", "128", "--confirm-seeds", "2", "--output", str(options.run / "search"), "--json"),
     ]
     outcome = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

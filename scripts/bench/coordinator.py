@@ -124,6 +124,8 @@ def run_search(folder: Path, workers: int, trials: int, training_s: float) -> di
             trials=trials,
             workers=workers,
             epochs=1,
+            lr=1e-3,
+            block_lr_scale=10.0,
             base_epochs=1,
             finalists=1,
             confirm_seeds=1,

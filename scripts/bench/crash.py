@@ -53,6 +53,7 @@ def command(output: Path, trials: int) -> list[str]:
     )
     arguments += (
         f" --input-size 32 --base-epochs 1 --epochs 1 --confirm-seeds 1 --patience-minutes 0.2 --trials {trials}"
+        " --lr 1e-3 --block-lr-scale 10"
     )
     return [sys.executable, "-m", "attnsurgery", *arguments.split(), "--output", str(output)]
 

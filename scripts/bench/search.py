@@ -74,6 +74,7 @@ SEARCH_ARGUMENTS = (
     "epochs",
     "rungs",
     "lr",
+    "block_lr_scale",
     "trials",
     "finalists",
     "confirm_seeds",
@@ -243,6 +244,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-size", type=int, default=64)
     parser.add_argument("--base-epochs", type=int, default=2, help="of the base before all searches")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--block-lr-scale", type=float, default=10.0)
     parser.add_argument("--space", help="name or file of a space; by default one with the manual designs")
     parser.add_argument("--budget-ratio", type=float, help="to the base's latency; by default the slower design's")
     parser.add_argument("--sampler", choices=("additive", "tpe", "gp", "nsga2"), default="additive")

@@ -51,6 +51,8 @@ def config_in(folder: Path, pool: str) -> SearchConfig:
         evaluator="dummy",
         input_size=32,
         epochs=1,
+        lr=1e-3,
+        block_lr_scale=10.0,
         base_epochs=1,
         workers=0 if pool == "here" else 2,
         launcher="local" if pool == "here" else pool,

@@ -90,8 +90,8 @@ def run(
 
     Example: one trial of SE on the embedded digits
         >>> config = SearchConfig(
-        ...     budget_params=1_000_000, space="se", trials=1, finalists=1, confirm_seeds=1, epochs=1, base_epochs=1,
-        ...     input_size=16, workers=0, output=str(folder / "run"),
+        ...     budget_params=1_000_000, data="digits", space="se", trials=1, finalists=1, confirm_seeds=1, epochs=1,
+        ...     base_epochs=1, lr=1e-3, block_lr_scale=1.0, input_size=16, workers=0, output=str(folder / "run"),
         ... )
         >>> outcome = run(config)
         >>> outcome.best.state, outcome.confirmation.seeds

@@ -30,6 +30,7 @@ from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
 
 def command(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
     arguments = f"search --data digits --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
+    arguments += " --lr 1e-3 --block-lr-scale 10"
     tiny_arguments = search_options(output.parent) if tiny else []
     return [sys.executable, "-m", "attnsurgery", *arguments.split(), *tiny_arguments, "--output", str(output)]
 
@@ -165,6 +166,8 @@ def limited_memory_row(base: str, batch: int, size: int, tiny: bool) -> Row:
                 "data": "digits",
                 "trials": 2,
                 "epochs": 1,
+                "lr": 1e-3,
+                "block_lr_scale": 10.0,
                 "base_epochs": 1,
                 "finalists": 1,
                 "confirm_seeds": 1,
