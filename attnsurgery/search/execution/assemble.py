@@ -197,7 +197,7 @@ def assemble(
     space = bind(space_file, anatomy, config.base, survey_at)
     others = [models[sides(label)] for label in space.sizes[1:]]
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base, others)
-    for choice in space.left_out:
+    for choice in space.left_out if check else ():  # a worker need not say it again
         listener.phase(f"left out of the space: {choice}")
     rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
     evaluator = EVALUATORS[top.evaluator](data, settings)
