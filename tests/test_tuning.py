@@ -75,6 +75,28 @@ def test_tuning_finds_rates_and_length() -> None:
     assert tuned.trained_out is True
 
 
+def test_tuning_trains_all_as_long_as_probe() -> None:
+    """Where candidates gain from longer training than the base, all are trained that long."""
+    base, probe = peak(1e-3, 1e-3, 1.0, 8), peak(1e-3, 1e-3, 1.0, 32)
+    tuned, _ = choose(lambda attempt: (base if attempt.part == "base" else probe)(attempt), **ALL_AUTO)
+    assert tuned.base.epochs == tuned.candidates.epochs == 32
+    assert tuned.trained_out is True
+
+
+def test_tuning_of_rival_goes_as_far_as_it_gains() -> None:
+    """A rival gets its own rate and length, and at least the length of all others."""
+    tuning, usual = Tuning(SearchConfig(budget_ms=1.0, **ALL_AUTO), SHORTEST), Training(1e-3, 1.0, 16)
+    for gains_until, epochs in ((64, 64), (8, 16)):
+        results: dict[str, dict[str, Any]] = {}
+        score = peak(3e-3, 3e-3, 1.0, gains_until)
+        while attempts := tuning.needed_for_plain(results):
+            results |= {one.key: {"top1": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in attempts}
+        assert tuning.chosen_for_plain(results, usual) == Training(3e-3, 1.0, epochs)
+    given = Tuning(SearchConfig(budget_ms=1.0, lr=2e-3, epochs=3), 3)
+    assert given.needed_for_plain({}) == []
+    assert given.chosen_for_plain({}, Training(2e-3, 1.0, 3)) == Training(2e-3, 1.0, 3)
+
+
 def test_tuning_probes_all_rates() -> None:
     """The rate of candidates does not depend on that of a base that learns nothing."""
 

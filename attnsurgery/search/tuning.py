@@ -12,6 +12,8 @@ images:
    `RATES` and at the base's rate, with blocks at the first of `SCALES`; then at the best of these rates and the next
    lower one, with blocks at the other scales. All candidates train with the best of these. A base that learns nothing
    without blocks has no best rate, so rates are not limited to the neighbours of the base's.
+4. **Epochs of candidates.** The probe is trained twice as long as long as it gains, too. Base and candidates are all
+   trained for the longer of both lengths.
 
 Before the verdict, each finalist gets its own best of the neighbours of these settings (`alternatives`). So the verdict
 compares candidates with a base that had the same choices. Values that the settings give are not tried.
@@ -146,26 +148,37 @@ class Tuning:
         Args:
             results: of the attempts so far.
         """
-        for attempts in (self._base_rates(results), self._lengths(results), self._probes(results)):
+        for attempts in (
+            self._base_rates(results),
+            self._lengths(results),
+            self._probes(results),
+            self._probe_lengths(results),
+        ):
             if missing := [attempt for attempt in attempts if attempt.key not in results]:
                 return missing
         return []
 
-    def rates_needed(self, results: Results) -> list[Attempt]:
-        """The attempts that the choice of a learning rate for one plain model still depends on.
+    def needed_for_plain(self, results: Results) -> list[Attempt]:
+        """The attempts that the choice for one plain model, which is not the base, still depends on.
 
         Args:
             results: of that model's attempts so far.
         """
-        return [attempt for attempt in self._base_rates(results) if attempt.key not in results]
+        lengths = self._lengths if self._epochs is None else self._base_rates
+        for attempts in (self._base_rates(results), lengths(results)):
+            if missing := [attempt for attempt in attempts if attempt.key not in results]:
+                return missing
+        return []
 
-    def rate(self, results: Results) -> float:
-        """The learning rate that the results speak for, or the one that the settings give.
+    def chosen_for_plain(self, results: Results, usual: Training) -> Training:
+        """The settings for one plain model. It is trained at least as long as all others.
 
         Args:
-            results: of all attempts that `rates_needed` named.
+            results: of all attempts that `needed_for_plain` named.
+            usual: how the base is trained.
         """
-        return self._rate(results)
+        epochs = self._length(results)[0].epochs if self._epochs is None else usual.epochs
+        return replace(usual, lr=self._rate(results), epochs=max(epochs, usual.epochs))
 
     def chosen(self, results: Results) -> Tuned:
         """The settings that the results speak for.
@@ -175,8 +188,9 @@ class Tuning:
         """
         base, trained_out = self._length(results)
         probe = _best(self._probes(results), results)
-        candidates = replace(probe.training if probe else self._plain(base.lr), epochs=base.epochs)
-        return Tuned(base, candidates, trained_out)
+        epochs = max(base.epochs, self._kept(self._probe_lengths(results), results) or base.epochs)
+        candidates = replace(probe.training if probe else self._plain(base.lr), epochs=epochs)
+        return Tuned(replace(base, epochs=epochs), candidates, trained_out)
 
     def _plain(self, lr: float) -> Training:
         return Training(lr, self._scale or SCALES[0], self._shortest)
@@ -203,21 +217,36 @@ class Tuning:
 
     def _lengths(self, results: Results) -> list[Attempt]:
         """The attempts of step 2: the base at its rate, for the shortest length and doubled ones while they gain."""
-        training = self._plain(self._rate(results))
-        attempts = [Attempt("base", training)]
+        return self._doubled(Attempt("base", self._plain(self._rate(results))), results)
+
+    def _probe_lengths(self, results: Results) -> list[Attempt]:
+        """The attempts of step 4: the probe at its best rates, likewise; none if a length or all rates are given."""
+        best = _best(self._probes(results), results)
+        return self._doubled(best, results) if best is not None and self._epochs is None else []
+
+    def _doubled(self, first: Attempt, results: Results) -> list[Attempt]:
+        attempts = [first]
         for _ in range(DOUBLINGS if self._epochs is None else 1):
-            longer = Attempt("base", replace(training, epochs=2 * attempts[-1].training.epochs))
+            before = attempts[-1]
+            longer = replace(before, training=replace(before.training, epochs=2 * before.training.epochs))
             attempts.append(longer)
-            if longer.key not in results or not _gains(longer, attempts[-2], results):
+            if longer.key not in results or not _gains(longer, before, results):
                 break
         return attempts
 
     def _length(self, results: Results) -> tuple[Training, bool]:
         """How the base is trained, and whether a training twice as long gained nothing."""
-        *_, last_but_one, last = self._lengths(results)
-        if not _gains(last, last_but_one, results):
-            return last_but_one.training, True
-        return (last if self._epochs is None else last_but_one).training, False
+        attempts = self._lengths(results)
+        out = not _gains(attempts[-1], attempts[-2], results)
+        epochs = self._epochs or self._kept(attempts, results)
+        return replace(attempts[0].training, epochs=epochs), out
+
+    def _kept(self, attempts: Sequence[Attempt], results: Results) -> int:
+        """The longest of the doubled lengths that was worth its time; 0 if there are none."""
+        if len(attempts) < 2:
+            return 0
+        last = attempts[-1] if _gains(attempts[-1], attempts[-2], results) else attempts[-2]
+        return last.training.epochs
 
     def _probes(self, results: Results) -> list[Attempt]:
         """The attempts of step 3, at the shortest length."""
@@ -269,6 +298,8 @@ def expected_trainings(config: SearchConfig) -> float:
     """Usual duration of the choice, in trainings of the shortest length. More follow where rates or length go on."""
     rates = len(RATES) if config.lr == AUTO else 1
     probes = rates if AUTO in (config.lr, config.block_lr_scale) else 0
+    if probes and config.epochs == AUTO:
+        probes += 2
     if config.block_lr_scale == AUTO:
         probes += (2 if config.lr == AUTO else 1) * (len(SCALES) - 1)
     return rates + 2.0 + probes

@@ -40,7 +40,7 @@ class Entrant:
 def meet_rivals(
     config: SearchConfig, budgets: Budgets, reference: Latency, work: Work, tuned: Tuned | None, pilot: int
 ) -> tuple[list[Entrant], list[Option]]:
-    """Measure the rivals, and choose the learning rate of each that fits.
+    """Measure the rivals, and choose learning rate and length of training for each that fits, as for the base.
 
     Args:
         config: settings of the search.
@@ -100,19 +100,15 @@ def _training(
     if tuned is None:
         return None, ""
     scale = tuned.candidates.block_lr_scale  # for a rival that has blocks
+    scale = tuned.candidates.block_lr_scale  # for a rival that has blocks
     tuning = Tuning(config, pilot)
     results: dict[str, dict[str, Any]] = {}
-    while attempts := tuning.rates_needed(results):
+    while attempts := tuning.needed_for_plain(results):
+        trainings = [asdict(replace(attempt.training, block_lr_scale=scale)) for attempt in attempts]
         payloads = [
-            {
-                "record": None,
-                "rival": rival.key,
-                "part": "base",
-                "training": asdict(replace(attempt.training, block_lr_scale=scale)),
-            }
-            for attempt in attempts
+            {"record": None, "rival": rival.key, "part": "base", "training": training} for training in trainings
         ]
         results |= dict(zip([attempt.key for attempt in attempts], work("tuning", *payloads), strict=True))
     if results and all("failed" in result for result in results.values()):
         return None, next(iter(results.values()))["failed"]
-    return replace(tuned.base, lr=tuning.rate(results), block_lr_scale=scale), ""
+    return replace(tuning.chosen_for_plain(results, tuned.base), block_lr_scale=scale), ""

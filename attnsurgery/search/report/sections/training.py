@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import percent
-from attnsurgery.search.tuning import MARGIN, Attempt, Tuned
+from attnsurgery.search.tuning import MARGIN, Attempt, Training, Tuned
 
 if TYPE_CHECKING:
     from attnsurgery.search.report.control import Control
@@ -22,22 +23,32 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
         return None
     tuned = Tuned.from_dict(tuning["tuned"])
     rows = []
-    for key, result in tuning["tuning"].items():
-        attempt = Attempt.of(key)
+    attempts = {Attempt.of(key): result for key, result in tuning["tuning"].items()}
+    for attempt, result in attempts.items():
         name, training = ("base", tuned.base) if attempt.part == "base" else ("candidate", tuned.candidates)
         blocks = f"{attempt.training.block_lr_scale:g}" if attempt.part == "probe" else ""
         score = percent(result["top1"]) if "top1" in result else "diverged"
         loss = f"{result['loss']:.4f}" if "loss" in result else ""
-        rates = (attempt.training.lr, attempt.training.block_lr_scale)
-        chosen = rates == (training.lr, training.block_lr_scale)
-        if attempt.part == "base":
-            chosen = chosen and attempt.training.epochs == training.epochs
+        chosen = attempt == _nearest(attempt.part, training, attempts)
         rows.append((name, f"{attempt.training.lr:g}", blocks, attempt.training.epochs, score, loss, chosen))
     return Section(
         "training",
         "Training: was the base trained out?",
         below=html(_BELOW, rows=rows, words=tuned.words(), margin=f"{100 * MARGIN:g}", out=tuned.trained_out),
     )
+
+
+def _nearest(part: str, chosen: Training, attempts: Iterable[Attempt]) -> Attempt | None:
+    """The longest attempt with the chosen rates that is not longer than what was chosen."""
+    rates = (chosen.lr, chosen.block_lr_scale)
+    alike = [
+        attempt
+        for attempt in attempts
+        if attempt.part == part
+        and (attempt.training.lr, attempt.training.block_lr_scale) == rates
+        and attempt.training.epochs <= chosen.epochs
+    ]
+    return max(alike, key=lambda attempt: attempt.training.epochs, default=None)
 
 
 _BELOW = """\
@@ -52,7 +63,7 @@ _BELOW = """\
 </tbody></table>
 <p class="faint">The base is trained with several learning rates, and then for longer, until twice the epochs gain less
 than {{ margin }} points. A candidate with blocks in every second place stands for all candidates in the choice of
-their rates. The scores of the chosen rows are the best of several, so they are a little too high.
+their rates and length. All are trained for the longer of both lengths. The scores of the chosen rows are the best of several, so they are a little too high.
 {% if out == False %}The base still gained where this ended: with more --epochs it may reach the winner's accuracy
 without any block.{% endif %}</p>
 """
