@@ -31,7 +31,7 @@ LAYERS = [
 # The same inside search/: its rooms, and the files that stand beside them.
 ROOMS = [
     {"files", "seeds", "device_lock", "config", "space"},
-    {"compatibility", "rivals", "rungs", "tuning"},
+    {"auto_space", "compatibility", "rivals", "rungs", "tuning"},
     {"result"},
     {"listener"},
     {"watching"},

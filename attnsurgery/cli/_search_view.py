@@ -140,8 +140,11 @@ class LiveView(_Activity):
         self._lanes.append(_LiveLane(worker))
         return self._lanes[-1]
 
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))  # above the live lines, where it stays
+
     def data(self, description: str, notes: Sequence[str]) -> None:
-        for line in _data_lines(description, notes):  # above the live lines, where it stays
+        for line in _data_lines(description, notes):  # above the live lines too
             self._console.print(Text(line))
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:

@@ -32,12 +32,19 @@ def calibrate(
     Measurements are cached, and used by searches with the same model, device and conditions. If the space has several
     input sizes, candidates are measured at each of them for an equal part of the time.
     """
-    from attnsurgery.cli._console import print_json, progress
+    from attnsurgery.cli._console import print_hint, print_json, progress
     from attnsurgery.cli._models import measured_conditions
+    from attnsurgery.search.auto_space import make_for
     from attnsurgery.search.budgets.calibrate import calibrate_sizes
-    from attnsurgery.search.space import load
+    from attnsurgery.search.space import AUTO_SPACE, load
 
-    loaded_space = load(space)
+    own_size = None if input_size is None else sides(input_size)
+    if space == AUTO_SPACE:
+        loaded_space, reasons = make_for(model, own_size)
+        for reason in reasons:
+            print_hint(reason)
+    else:
+        loaded_space = load(space)
     with progress(f"measuring candidates of {loaded_space.name}", seconds) as advance:
         calibrations = calibrate_sizes(
             model,
@@ -45,7 +52,7 @@ def calibrate(
             lambda size: measured_conditions(settings, size, "calibrate"),
             seconds,
             classes=classes,
-            input_size=None if input_size is None else sides(input_size),
+            input_size=own_size,
             backend=settings.get("latency"),
             on_measured=advance,
         )

@@ -46,14 +46,13 @@ def search(
     """
     from attnsurgery.search.execution.assemble import pick_device
     from attnsurgery.search.execution.pretrained_base import resolve_base
-    from attnsurgery.search.space import load
+    from attnsurgery.search.space import AUTO_SPACE, load
 
     if (storage := settings.get("storage")) and storage != os.environ.get(STORAGE_VARIABLE):
         _warn_of_password(storage)
     space = settings.get("space", SearchConfig.model_fields["space"].default)
-    resolved = resolve_base(
-        model or settings.get("base") or load(space).base or DEFAULT_BASE, settings.get("checkpoint")
-    )
+    named = model or settings.get("base") or (None if space == AUTO_SPACE else load(space).base) or DEFAULT_BASE
+    resolved = resolve_base(named, settings.get("checkpoint"))
     output = settings.pop("output", None)
     device = pick_device(settings.get("device", "auto"))
     derived = {"base": resolved.base, "checkpoint": resolved.checkpoint, "device": device, "output": output or ""}

@@ -144,6 +144,11 @@ class Anatomy:
                     last[block] = site
         return tuple(sorted(last.values(), key=lambda site: site.depth))
 
+    def classes(self, stage: int) -> set[str]:
+        """Names of the classes of all modules inside the stage's blocks."""
+        owners = (self._owners.get(block.owner) for block in self.blocks(stage))
+        return {uncut_class(module).__name__ for owner in owners if owner is not None for module in owner.modules()}
+
     def trunk(self, stage: int) -> tuple[Site, ...]:
         """The longest run of blocks at the end of the stage that keep the size of the map, which a span may cover."""
         row: list[Site] = []

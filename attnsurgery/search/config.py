@@ -118,7 +118,7 @@ class SearchConfig(Strict):
     ] = None
     space: Annotated[
         str,
-        Field(description="Search space: tiny, se, non_local, dual, residual, full, or a YAML file."),
+        Field(description="Search space: auto, tiny, se, non_local, dual, residual, full, or a YAML file."),
         Setting(CHOOSING, metavar="NAME|FILE", may_change=True),
     ] = "tiny"
     trials: Annotated[

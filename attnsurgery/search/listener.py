@@ -18,6 +18,10 @@ class Listener:
     def phase(self, text: str) -> None:
         """A longer step begins; the text describes it."""
 
+    def note(self, text: str) -> None:
+        """A fact that should stay in view; by default it is shown as a step."""
+        self.phase(text)
+
     def data(self, description: str, notes: Sequence[str]) -> None:
         """The images are loaded: a description, and notes on what is unusual."""
 

@@ -42,6 +42,8 @@ from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
 from attnsurgery.settings import SMALLEST_SIDE, image_size, sides
 
+AUTO_SPACE = "auto"
+"""The name of the space that is made for the model instead of read from a file (`auto_space`)."""
 NONE = "none"
 """The label of the choice without a block."""
 INPUT_SIZE = "input_size"
@@ -347,7 +349,13 @@ def find(name_or_path: str) -> Path:
 
     Raises:
         UnknownNameError: there is no such space; the message has the most similar name.
+        UsageError: the space is made for a model, and has no file.
     """
+    if name_or_path == AUTO_SPACE:
+        raise UsageError(
+            f"the space {AUTO_SPACE!r} is made for a model and its input size, and has no file. "
+            "attnsurgery.search.auto_space.make_for makes it for a model of timm."
+        )
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if path.is_file():
@@ -370,5 +378,5 @@ def shipped() -> dict[str, Path]:
 
 def _shipped_text(name: str) -> str:
     spaces = shipped()
-    near = did_you_mean(name, spaces).strip()
-    return f"{near} Spaces that ship: {', '.join(spaces) or 'none'}. Or give a YAML file.".strip()
+    near = did_you_mean(name, [*spaces, AUTO_SPACE]).strip()
+    return f"{near} Spaces that ship: {', '.join([AUTO_SPACE, *spaces])}. Or give a YAML file.".strip()

@@ -34,6 +34,7 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
+from attnsurgery.search.auto_space import fixed_size, make
 from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
 from attnsurgery.search.budgets.costs import Costs, Sized
 from attnsurgery.search.config import SearchConfig
@@ -57,7 +58,7 @@ from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.rivals import rivals_of
 from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of, shares
-from attnsurgery.search.space import BoundSpace, Sides, bind, load
+from attnsurgery.search.space import AUTO_SPACE, BoundSpace, Sides, bind, load
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
@@ -166,11 +167,11 @@ def assemble(
     check_base(config.base, "MODEL")
     for rival in rivals_of(config):
         check_base(resolve_base(rival.model, None).base, "--against")
-    space_file = load(config.space)
+    space_file = None if config.space == AUTO_SPACE else load(config.space)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
     size = _input_size(config, weights)
     sized = for_images(config.base, size[1:])
-    if space_file.input_sizes and shares(config):
+    if space_file and space_file.input_sizes and shares(config):
         raise UsageError(
             f"the space {space_file.name!r} has several input sizes, and a supernet is trained at one. Use another "
             "--evaluator and --rungs, or a space without input_sizes."
@@ -190,10 +191,16 @@ def assemble(
     models: dict[Sides, Sized] = {}
 
     def survey_at(other: Sides) -> Anatomy:
-        model = at_size(base, config.base, size[1:], other)
-        models[other] = survey(model, (size[0], *other)), model
+        if other not in models:
+            model = at_size(base, config.base, size[1:], other)
+            models[other] = survey(model, (size[0], *other)), model
         return models[other][0]
 
+    if space_file is None:
+        one_size = "a supernet is trained at one" if shares(config) else fixed_size(config.base)
+        space_file, reasons = make(anatomy, survey_at, one_size)
+        for reason in reasons if check else ():
+            listener.note(reason)
     space = bind(space_file, anatomy, config.base, survey_at)
     others = [models[sides(label)] for label in space.sizes[1:]]
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base, others)
