@@ -50,10 +50,13 @@ _SMALLEST_SIDE = 16
 """Shortest side of an input size that is offered, in pixels."""
 _OVER_CHANNELS = re.compile(
     r"SE[A-Z]|Squeeze|EffectiveS|Eca|Ceca|GlobalContext$|GatherExcite|(Light)?Cbam|(Simple)?CoordAttn|StripAttn|"
-    r"EfficientLocalAttn|SelectiveKernel|SplitAttn|(Light)?ChannelAtt|CrossCovariance|XCA$"
+    r"EfficientLocalAttn|SelectiveKernel|SplitAttn"
 )
-_OVER_POSITIONS = re.compile(r"\w*Attention|\w*Attn|\w*Lambda|NonLocal|MHSA")
-"""Beginnings of the class names of attention modules, of timm and of this package. The first takes precedence."""
+_OVER_POSITIONS = re.compile(
+    r"(?!ChannelAtt|CrossCovariance)(\w*Attention|\w*Attn|\w*Lambda|NonLocal|MHSA|GPSA|LiteMLA)"
+)
+"""Beginnings of the class names of attention modules, of timm and of this package. The first takes precedence. Products
+of queries and keys over channels (DaViT, XCiT) are neither: they do not scale channels as a gate does."""
 _BEHIND = "behind the spatial convolutions"
 _NO_SPATIAL = "at the ends of the branches, as there is no place behind a spatial convolution"
 _WIDE = "at the ends of the branches, which are narrower than the spatial convolutions"
