@@ -63,7 +63,8 @@ _BELOW = """\
 </tbody></table>
 <p class="faint">The base is trained with several learning rates, and then for longer, until twice the epochs gain less
 than {{ margin }} points. A candidate with blocks in every second place stands for all candidates in the choice of
-their rates and length. All are trained for the longer of both lengths. The scores of the chosen rows are the best of several, so they are a little too high.
+their rates and length. All are trained for the longer of both lengths. The scores of the chosen rows are the best of
+several, so they are a little too high.
 {% if out == False %}The base still gained where this ended: with more --epochs it may reach the winner's accuracy
 without any block.{% endif %}</p>
 """
