@@ -232,3 +232,8 @@ def test_dry_run_shows_auto_space(images: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "the space auto offers se, eca or gc in stages 1 to 4" in result.output
     assert "space      auto: 7,499 candidates, 5 places" in result.stdout
+
+
+def test_auto_space_is_default_of_search() -> None:
+    """A search without `--space` makes the space for its model."""
+    assert SearchConfig(budget_ms=1.0).space == AUTO_SPACE

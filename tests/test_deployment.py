@@ -590,6 +590,7 @@ def test_search_holds_budget_in_onnx_runtime(tmp_path: Path, capsys: pytest.Capt
     config = SearchConfig(
         base="test_resnet",
         data="digits",
+        space="tiny",
         budget_ms=100.0,
         latency="onnxruntime",
         latency_seconds=0.3,

@@ -208,12 +208,12 @@ def test_check_same_shortens_long_lists() -> None:
 def test_extend_suggests_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a run directory to extend, the command names the one that may be meant."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "test_resnet-pairs-tiny-10ms").mkdir(parents=True)
-    (tmp_path / "runs" / "test_resnet-pairs-tiny-10ms" / STUDY).touch()
+    (tmp_path / "runs" / "test_resnet-pairs-auto-10ms").mkdir(parents=True)
+    (tmp_path / "runs" / "test_resnet-pairs-auto-10ms" / STUDY).touch()
     result = CliRunner().invoke(build_app(), ["search", "test_resnet", "--budget-ms", "8", "--extend"])
     assert result.exit_code == 2
-    assert "--output runs/test_resnet-pairs-tiny-10ms" in " ".join(result.stderr.split())
-    assert not (tmp_path / "runs" / "test_resnet-pairs-tiny-8ms").exists()
+    assert "--output runs/test_resnet-pairs-auto-10ms" in " ".join(result.stderr.split())
+    assert not (tmp_path / "runs" / "test_resnet-pairs-auto-8ms").exists()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def config(tmp_path: Path) -> SearchConfig:
     return SearchConfig(
         data="digits",
+        space="tiny",
         budget_ms=100.0,
         trials=2,
         epochs=1,
@@ -101,6 +102,8 @@ def test_preview_command_prints_text_or_json(config: SearchConfig) -> None:
         "search",
         "--data",
         "digits",
+        "--space",
+        "tiny",
         "--budget-ms",
         "100",
         "--input-size",

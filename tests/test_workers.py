@@ -252,6 +252,7 @@ def test_trial_is_converted_for_store_alone(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("attnsurgery.search.coordinator.search._Search._confirm", lambda self: None)
     config = SearchConfig(
         data="digits",
+        space="tiny",
         budget_params=1_000_000,
         trials=4,
         epochs=1,

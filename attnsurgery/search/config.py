@@ -120,7 +120,7 @@ class SearchConfig(Strict):
         str,
         Field(description="Search space: auto, tiny, se, non_local, dual, residual, full, or a YAML file."),
         Setting(CHOOSING, metavar="NAME|FILE", may_change=True),
-    ] = "tiny"
+    ] = "auto"
     trials: Annotated[
         int,
         Field(ge=1, description="Candidates within the budget to train, over all runs."),

@@ -29,6 +29,7 @@ def main() -> None:
     data = link_images(options.cifar, options.run / "images", parts)
     command = [
         *(sys.executable, "-m", "attnsurgery", "search", "test_resnet", "--data", str(data)),
+        *("--space", "tiny"),
         *("--budget-ms", str(options.budget_ms), "--trials", "8", "--epochs", "3", "--base-epochs", "10"),
         *("--lr", "1e-3", "--block-lr-scale", "10"),
         *("--train-batch-size", "128", "--confirm-seeds", "2", "--output", str(options.run / "search"), "--json"),

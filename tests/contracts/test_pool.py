@@ -46,6 +46,7 @@ def config_in(folder: Path, pool: str) -> SearchConfig:
     folder.mkdir(exist_ok=True)
     return SearchConfig(
         data="digits",
+        space="tiny",
         budget_ms=100.0,
         latency="fixed",
         evaluator="dummy",

@@ -30,7 +30,7 @@ from gpu_bench.tiny import MODEL, SECONDS, SIZE, images, search_options
 
 def command(workers: int, trials: int, output: Path, tiny: bool) -> list[str]:
     arguments = f"search --data digits --budget-ms 100 --trials {trials} --epochs 1 --device cuda --workers {workers}"
-    arguments += " --lr 1e-3 --block-lr-scale 10"
+    arguments += " --space tiny --lr 1e-3 --block-lr-scale 10"
     tiny_arguments = search_options(output.parent) if tiny else []
     return [sys.executable, "-m", "attnsurgery", *arguments.split(), *tiny_arguments, "--output", str(output)]
 
