@@ -168,6 +168,16 @@ class SearchConfig(Strict):
         Field(ge=0, lt=100, description="Smallest gain that matters, in points of top-1: the verdict looks for it."),
         Setting(CHOOSING, metavar="POINTS", may_change=True),
     ] = 0.5
+    reliability: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=20,
+            description="First candidates that are trained from a second seed, which tells how reliable their ranking "
+            "is; none if --trials is less than twice as many.",
+        ),
+        Setting(CHOOSING, metavar="N", may_change=True),
+    ] = 6
     seed: Annotated[
         int, Field(ge=0, lt=2**31, description="The same seed makes the same search."), Setting(CHOOSING)
     ] = 0
@@ -370,6 +380,8 @@ class SearchConfig(Strict):
             )
         if self.train_dtype != "float32" and not self.device.startswith("cuda"):
             raise UsageError(f"--train-dtype {self.train_dtype} needs a CUDA device, not {self.device}.")
+        if self.reliability == 1:
+            raise UsageError("--reliability 1: one candidate has no rank. Give 2 or more, or 0 for none.")
         if self.workers == 0 and self.launcher != "local":
             raise UsageError(f"--launcher {self.launcher} starts workers, and --workers 0 wants none. Leave one out.")
         return self

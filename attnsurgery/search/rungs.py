@@ -90,6 +90,18 @@ def _check_evaluator(evaluator: str, option: str) -> str:
     return evaluator
 
 
+def repeats_wanted(config: SearchConfig) -> int:
+    """Number of candidates that are trained from a second seed on the lowest rung.
+
+    0 if there are too few trials for it, or if a second seed changes no score there: a supernet scores all candidates
+    with the same weights, and some evaluators train nothing.
+    """
+    lowest = rungs_of(config)[0].evaluator
+    if config.trials < 2 * config.reliability or lowest == SUPERNET or not EVALUATORS[lowest].trains:
+        return 0
+    return config.reliability
+
+
 def shares(config: SearchConfig) -> bool:
     """Whether the lowest rung is a supernet, in which candidates share weights."""
     return rungs_of(config)[0].evaluator == SUPERNET

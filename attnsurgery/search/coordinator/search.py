@@ -22,6 +22,7 @@ from attnsurgery.search.coordinator.base_record import base_of, measure_base, me
 from attnsurgery.search.coordinator.confirm import confirm
 from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
+from attnsurgery.search.coordinator.repeat import repeat
 from attnsurgery.search.coordinator.resume import open_store
 from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
 from attnsurgery.search.execution.assemble import assemble, before_images, save_digests
@@ -34,9 +35,9 @@ from attnsurgery.search.report.write import write_outcome
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.outcome import Outcome
 from attnsurgery.search.result.promotion import next_promotion
-from attnsurgery.search.result.record import Record, contenders
+from attnsurgery.search.result.record import Record, contenders, trained
 from attnsurgery.search.result.statistics import smallest_visible_gain
-from attnsurgery.search.rungs import rungs_of, shares
+from attnsurgery.search.rungs import repeats_wanted, rungs_of, shares
 from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.run_directory import (
     BEST,
@@ -50,7 +51,7 @@ from attnsurgery.search.storage.run_directory import (
     set_aside,
     write_own,
 )
-from attnsurgery.search.storage.schema import SECONDS
+from attnsurgery.search.storage.schema import REPEATS, SECONDS
 from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
 from attnsurgery.search.tuning import pilot_epochs
@@ -282,6 +283,7 @@ class _Search:
         self.listener.ready(conditions, self.bench.data.describe(), self.bench.space.size(), self.base, self._power())
         interrupted = False
         try:
+            self._repeats()
             self.trials.run()
             if self._leads():
                 self._promotions()
@@ -323,6 +325,29 @@ class _Search:
             time.sleep(WAIT_S)
         self.trials.refresh()
         return True
+
+    def _repeats(self) -> None:
+        """Once enough candidates are trained, train them from a second seed, to say how reliable their ranking is.
+
+        Of several searches at one study, one does. A search that has trained all its candidates has no use for it.
+
+        Raises:
+            StopRequested: the user asked for an end.
+        """
+        wanted, sharing = repeats_wanted(self.config), self.store.sharing
+        if not wanted:
+            return
+        self.trials.run(until=wanted)
+        if not wanted <= len(trained(self.trials.records)) < self.config.trials:
+            return
+        while sharing is not None and not sharing.settled:
+            self.trials.check_stop()
+            time.sleep(WAIT_S)
+        if sharing is None or sharing.leads():
+            complete = repeat(self.bench, self.pool, self.store, self.trials.records, self.listener)
+            self._write(seldom=True)
+            if not complete:
+                raise StopRequested
 
     def _promotions(self) -> None:
         """Train the best candidates on the higher rungs, as many as each rung takes.
@@ -415,5 +440,6 @@ class _Search:
             confirmation=self.confirmation,
             interrupted=interrupted,
             seconds=self.store.fixed(SECONDS),
+            repeats=self.store.fixed(REPEATS) or {},
             unwritten=self._unwritten,
         )

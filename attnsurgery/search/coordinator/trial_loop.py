@@ -70,6 +70,8 @@ class TrialLoop:
         self.records = records
         """The records of all finished trials, in order."""
         self._on_result = on_result
+        self._wanted = self.config.trials
+        """Number of trained candidates to stop at."""
         self._queue: deque[Request] = deque(requests)
         """Candidates that were asked for and that no worker has."""
         self._running: dict[int, Request] = {}
@@ -77,12 +79,17 @@ class TrialLoop:
         self._twins: list[Request] = []
         """Candidates that are equal to running ones; they get the results of those."""
 
-    def run(self) -> None:
+    def run(self, until: int | None = None) -> None:
         """Ask, measure and train until enough candidates are trained, or there are no more.
+
+        Args:
+            until: return as soon as so many are trained and no worker is busy, although the search goes on after that;
+                None for all candidates of the search. The candidates are the same either way.
 
         Raises:
             StopRequested: the user asked for an end.
         """
+        self._wanted = self.config.trials if until is None else until
         while True:
             self.refresh()
             if not self.stop():
@@ -90,7 +97,7 @@ class TrialLoop:
             if self.pool.busy:
                 for outcome in self.pool.wait(WAIT_S):
                     self._receive(outcome)
-            elif self.stop() or not self.store.elsewhere():
+            elif self.stop() or self._early(until) or not self.store.elsewhere():
                 break
             else:
                 time.sleep(WAIT_S)
@@ -140,7 +147,11 @@ class TrialLoop:
 
     def _needed(self) -> int:
         """Number of candidates that are still to be trained and that no worker has."""
-        return self.config.trials - len(trained(self.records)) - len(self._running) - self.store.elsewhere()
+        return self._wanted - len(trained(self.records)) - len(self._running) - self.store.elsewhere()
+
+    def _early(self, until: int | None) -> bool:
+        """Whether enough candidates are trained for a return before the end."""
+        return until is not None and len(trained(self.records)) >= until
 
     def _due(self) -> int:
         """Number of candidates to ask for now.

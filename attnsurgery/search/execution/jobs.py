@@ -17,7 +17,7 @@ from attnsurgery.latency import Latency
 from attnsurgery.search.execution.baseline import base_latency, base_latency_at, base_scores, starting_weights
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.rivals import bench_of, measure_rival, propose_rivals, start_rival
-from attnsurgery.search.execution.trial import promote, run_trial, train_seed
+from attnsurgery.search.execution.trial import promote, run_trial, train_second, train_seed
 from attnsurgery.search.execution.tune import try_training
 from attnsurgery.search.execution.verdict import measure_again, save_winner, train_again, train_finally
 from attnsurgery.search.execution.what_fits import what_fits
@@ -147,6 +147,10 @@ def _promotion(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Rec
     return promote(bench, payload["record"], watch)
 
 
+def _repeat(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
+    return train_second(bench, Record.from_dict(payload["record"]), watch)
+
+
 def _timing(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
     return asdict(measure_again(bench, Record.from_dict(payload["record"]), payload["reference"], watch))
 
@@ -179,6 +183,7 @@ KINDS: Mapping[str, Callable[[Bench, Mapping[str, Any], Watching], Result]] = {
     "base scores": _base_scores,
     "trial": _trial,
     "promotion": _promotion,
+    "repeat": _repeat,
     "timing": _timing,
     "training": _training,
     "final training": _final_training,
@@ -196,6 +201,7 @@ tuning          train the base, a rival or the probe with settings that are on t
 base scores     train the base on every rung
 trial           build, measure and train a candidate
 promotion       train a candidate on its next rung
+repeat          train a candidate on the lowest rung from a second seed
 timing          measure a finalist again
 training        train a finalist from another seed
 final training  train winner, base or rival from a seed that nothing was chosen by, and test it

@@ -29,7 +29,7 @@ from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
 from attnsurgery.search.result.record import Timing
-from attnsurgery.search.rungs import rungs_of, shares
+from attnsurgery.search.rungs import repeats_wanted, rungs_of, shares
 from attnsurgery.search.storage.run_directory import check_free
 from attnsurgery.search.storage.urls import check_url
 from attnsurgery.search.tuning import expected_trainings
@@ -316,6 +316,8 @@ def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> floa
     extra_trainings += initial
     measured = config.trials / share + 4 + 2 * config.finalists
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
+    if (wanted := repeats_wanted(config)) <= rungs[0][0]:
+        trainings += wanted * rungs[0][1]
     return trainings + extra_trainings * rungs[-1][1] + measured * config.latency_seconds
 
 

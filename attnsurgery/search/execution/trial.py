@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -184,6 +185,26 @@ def promote(bench: Bench, record: Record, watch: Watching) -> Record:
             raise
         return replace(record, halted=reason_of(error))
     return replace(record, promotions=(*record.promotions, Promotion.of(score)))
+
+
+def train_second(bench: Bench, record: Record, watch: Watching) -> dict[str, Any]:
+    """Train a candidate on the lowest rung once more, from another seed than all trials.
+
+    Returns:
+        "top1" and "loss" on the validation split; or the reason why it "failed".
+
+    Raises:
+        StopRequested, RuntimeError: as `run_trial`.
+    """
+    watch.listener.phase(f"trial {record.number} from a second seed: is the ranking reliable?")
+    recipe, seed = Recipe.model_validate(record.recipe), seed_of(bench.config.seed, "repeat")
+    try:
+        score = bench.rungs[0].score(Candidate(build(bench, recipe), record.assignment), seed, watch)
+    except Exception as error:
+        if not _of_the_candidate(error):
+            raise
+        return {"failed": reason_of(error)}
+    return {"top1": score.top1, "loss": score.loss}
 
 
 def _of_the_candidate(error: Exception) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.search.config import SearchConfig
@@ -14,6 +16,7 @@ from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.promotion import Trust, trust
 from attnsurgery.search.result.record import Record, best, front, trained
+from attnsurgery.search.result.reliability import Reliability
 from attnsurgery.search.rungs import shares
 
 
@@ -39,6 +42,9 @@ class Outcome:
     """Duration over all runs, from the measurement of the base on."""
     unwritten: str = ""
     """Why report, recipe or front could not be written; '' if they were."""
+
+    repeats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By digest, the candidates that were trained from a second seed: `number`, and the scores `first`, `second`."""
 
     @cached_property
     def budgets(self) -> Budgets:
@@ -81,6 +87,11 @@ class Outcome:
     def counts(self) -> Counter[str]:
         """Number of trials by state."""
         return Counter(record.state for record in self.records)
+
+    @property
+    def reliability(self) -> Reliability | None:
+        """How reliable the ranking of candidates is; None if it was not measured."""
+        return Reliability.of(self.repeats, self.config.rank_by, self.about.images["validation"])
 
     def check_feasible(self) -> None:
         """Raise an error if the search ended without a candidate within the budget.

@@ -26,6 +26,7 @@ from attnsurgery.search.result.outcome import Outcome
 from attnsurgery.search.result.record import Record, contenders
 from attnsurgery.search.storage.schema import (
     FORMAT_KEY,
+    REPEATS,
     SECONDS,
     STUDY,
     TRIALS,
@@ -81,6 +82,7 @@ def _outcome(facts: Mapping[str, Any], records: list[Record], folder: Path) -> O
         confirmation=_confirmation(facts, records),
         interrupted=facts.get("ended") == "interrupted",
         seconds=facts.get(SECONDS),
+        repeats=facts.get(REPEATS) or {},
     )
 
 

@@ -28,6 +28,8 @@ FACT, CLOCK = "fact", "clock"
 """Keys of the journal. A line with the first holds data of the whole search; the second is the search time, in s."""
 SECONDS = "seconds"
 """User attribute of the study: the search time, in s. In the journal, the last trial has it as its clock."""
+REPEATS = "repeats"
+"""User attribute of the study: by digest, the candidates that were trained from a second seed, with both scores."""
 FORMAT_KEY, FORMAT = "format", 1
 """The key of the format version in study and journal, and the version; newer versions are not read."""
 SLOT, ORIGIN, ATTEMPTS = "slot", "how", "begun"
