@@ -329,25 +329,21 @@ class _Search:
     def _repeats(self) -> None:
         """Once enough candidates are trained, train them from a second seed, to say how reliable their ranking is.
 
-        Of several searches at one study, one does. A search that has trained all its candidates has no use for it.
+        Searches that share a study do not. A search that has trained all its candidates has no use for it.
 
         Raises:
             StopRequested: the user asked for an end.
         """
-        wanted, sharing = repeats_wanted(self.config), self.store.sharing
-        if not wanted:
+        wanted = repeats_wanted(self.config)
+        if not wanted or self.store.sharing is not None:
             return
         self.trials.run(until=wanted)
         if not wanted <= len(trained(self.trials.records)) < self.config.trials:
             return
-        while sharing is not None and not sharing.settled:
-            self.trials.check_stop()
-            time.sleep(WAIT_S)
-        if sharing is None or sharing.leads():
-            complete = repeat(self.bench, self.pool, self.store, self.trials.records, self.listener)
-            self._write(seldom=True)
-            if not complete:
-                raise StopRequested
+        complete = repeat(self.bench, self.pool, self.store, self.trials.records, self.listener)
+        self._write(seldom=True)
+        if not complete:
+            raise StopRequested
 
     def _promotions(self) -> None:
         """Train the best candidates on the higher rungs, as many as each rung takes.

@@ -84,14 +84,9 @@ class Sharing:
         """End the membership."""
         self._study.set_user_attr(f"{_MEMBER}{self._owner}", None)
 
-    @property
-    def settled(self) -> bool:
-        """Whether members that joined at the same moment see each other by now, so that one of them may lead."""
-        return time.monotonic() - self._joined_clock >= _SETTLED_S
-
     def leads(self) -> bool:
         """Whether this member does what must be done once; true of one living member at a time."""
-        if not self.settled:
+        if time.monotonic() - self._joined_clock < _SETTLED_S:
             return False
         living = {name: member for name, member in self._members().items() if not self._stale(name, member)}
         first = min(living, key=lambda name: (living[name]["joined"], name), default=None)
