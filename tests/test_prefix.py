@@ -131,6 +131,23 @@ def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeyp
     assert score.correct.shape == (len(digits.val),)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.slow
+def test_blocks_evaluator_augments_unstored(stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmentation changes a score of the evaluator where features are not stored, and nowhere else."""
+    if not stored:
+        monkeypatch.setattr("attnsurgery.evaluate.blocks_only.MAX_FEATURE_BYTES", 0)
+    model = surgical("test_resnet", "stage:4 branches", num_classes=10)
+    preprocessing = Preprocessing.of(model, (3, 16, 16))
+    losses = [
+        EVALUATORS["blocks"](load_data("digits", preprocessing, augment=augment), TrainSettings(epochs=1))
+        .score(copy.deepcopy(model), seed=0)
+        .loss
+        for augment in ("none", "shift")
+    ]
+    assert (losses[0] == losses[1]) is stored
+
+
 @pytest.mark.slow
 def test_blocks_evaluator_improves_loss(digits: Data) -> None:
     """Blocks that learn lower the loss of a trained base."""

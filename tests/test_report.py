@@ -407,6 +407,25 @@ def test_conditions_list_the_rungs(tmp_path: Path) -> None:
     assert "<dt>Rungs</dt>" not in render(search_outcome)
 
 
+@pytest.mark.parametrize(("rungs_below", "excepted"), [("", 0), ("blocks:1", 1)])
+def test_conditions_state_the_augmentation(tmp_path: Path, rungs_below: str, excepted: int) -> None:
+    """The report names the augmentation, and the evaluator that may train without it."""
+    search_outcome = outcome(tmp_path, search(3))
+    config = search_outcome.config.model_copy(update={"augment": "light", "rungs": rungs_below})
+    page = render(replace(search_outcome, config=config))
+    assert "light: training images shifted by up to 1/8 of a side, half of them mirrored left to right" in page
+    assert page.count("the evaluator blocks does not augment for a candidate whose features") == excepted
+
+
+def test_conditions_without_any_augmentation(tmp_path: Path) -> None:
+    """Where nothing is augmented, no evaluator is an exception."""
+    search_outcome = outcome(tmp_path, search(3))
+    config = search_outcome.config.model_copy(update={"augment": "none", "rungs": "blocks:1"})
+    page = render(replace(search_outcome, config=config))
+    assert "none: training images as they are" in page
+    assert "does not augment" not in page
+
+
 def test_checklist_approves_a_sound_search(tmp_path: Path) -> None:
     """The checklist answers yes to nearly all questions for a sound search."""
     search_outcome = outcome(tmp_path, search(40))

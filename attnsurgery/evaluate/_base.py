@@ -125,6 +125,8 @@ class Evaluator(ABC):
     """False for a strategy that only ranks candidates, so that the winner is fine-tuned for its confirmation."""
     trains = True
     """False for a strategy that evaluates a model as it is."""
+    unaugmented = ""
+    """When the training images are not augmented, whatever `--augment` says, for the report; empty for never."""
 
     def __init__(self, data: Data, settings: TrainSettings) -> None:
         self.data = data

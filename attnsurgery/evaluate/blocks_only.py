@@ -36,6 +36,10 @@ class BlocksOnly(Evaluator):
     """
 
     final = False
+    unaugmented = (
+        "for a candidate whose features in front of its first block, of all training and validation images, take at "
+        f"most {MAX_FEATURE_BYTES // 2**30} GiB: they are computed once, whatever the free memory"
+    )
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()

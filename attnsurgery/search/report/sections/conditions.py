@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from attnsurgery.evaluate import EVALUATORS
+from attnsurgery.evaluate.augment import describe
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import quantity
@@ -28,6 +30,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
         "Data": f"{about.data} (fingerprint {about.fingerprint}); candidates are chosen on validation images, "
         "and the verdict is on test images",
         **({"About the data": "; ".join(about.notes)} if about.notes else {}),
+        **({"Augmentation": _augmentation(config)} if config.augment else {}),
         "Base": f"{config.base}, {_weights(outcome)} (weights {about.weights})",
         "Training": f"evaluator {rungs_of(config)[-1].evaluator}: {_pairs(about.training)}; seed {config.seed}",
         **({"Rungs": _rungs(config)} if len(rungs_of(config)) > 1 else {}),
@@ -62,6 +65,19 @@ def _settings(config: SearchConfig) -> str:
             if name not in ("base", "output", "storage") and (value := getattr(config, name)) != fields[name].default
         }
     )
+
+
+def _augmentation(config: SearchConfig) -> str:
+    """What varies the training images, and the evaluators that leave some of them as they are."""
+    assert config.augment is not None, "a search that has begun knows its augmentation"
+    evaluators = sorted({rung.evaluator for rung in rungs_of(config)} & set(EVALUATORS))
+    exceptions = [
+        f"the evaluator {name} does not augment {exception}"
+        for name in evaluators
+        if config.augment != "none" and (exception := EVALUATORS[name].unaugmented)
+    ]
+    varied = f"{config.augment}: training images {describe(config.augment)}, whether or not memory holds them"
+    return "; but ".join([varied, *exceptions])
 
 
 def _fallbacks(outcome: Outcome) -> str:
