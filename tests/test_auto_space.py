@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attnsurgery.cli import build_app
-from attnsurgery.errors import SiteError, UnknownNameError, UsageError
+from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.select import select
@@ -154,12 +154,18 @@ def test_auto_space_is_same_again() -> None:
     assert make_for("test_resnet", (64, 64)).space != made("test_resnet", (48, 48))[0].space
 
 
-def test_auto_space_without_place_is_refused() -> None:
-    """A model with SE has no place at a size at which all of its maps are small; the message says why."""
-    with pytest.raises(SiteError, match=r"efficientnet_b0 at 24 pixels: .*SqueezeExcite.*7 x 7.*larger --input-size"):
-        make_for("efficientnet_b0", (24, 24))
+def test_auto_space_of_unknown_model_is_refused() -> None:
+    """The message names the most similar model."""
     with pytest.raises(UnknownNameError, match="test_resnet"):
         make_for("test_resnett")
+
+
+def test_auto_space_falls_back_to_stage_ends() -> None:
+    """A model whose blocks have attention, on images too small for attention over positions, still has a space."""
+    space, (offered, left_out) = make_for("efficientnet_b0", (24, 24))
+    assert [decision.at for decision in space.decisions] == [f"stage:{stage} last" for stage in (1, 2, 3, 4)]
+    assert "at the ends of the stages, as there is no other place" in offered
+    assert "SqueezeExcite" in left_out
 
 
 def test_auto_space_has_no_file() -> None:

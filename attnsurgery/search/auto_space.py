@@ -59,6 +59,7 @@ _OVER_POSITIONS = re.compile(
 of queries and keys over channels (DaViT, XCiT) are neither: they do not scale channels as a gate does."""
 _BEHIND = "behind the spatial convolutions"
 _NO_SPATIAL = "at the ends of the branches, as there is no place behind a spatial convolution"
+_END = "at the ends of the stages, as there is no other place"
 _WIDE = "at the ends of the branches, which are narrower than the spatial convolutions"
 """Slots for attention over channels in words."""
 
@@ -104,6 +105,8 @@ def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "") -> AutoSpace
     offers = [*_over_channels(anatomy, left_out), *_over_positions(anatomy, left_out)]
     offers = [offer for offer in offers if _is_legal(offer, anatomy, left_out)]
     sizes, why = _input_sizes(anatomy, survey_at, one_size)
+    if not offers:  # all blocks have attention, and no map is large: what is left are the ends of stages
+        offers = [offer for offer in _at_stage_ends(anatomy) if _is_legal(offer, anatomy, left_out)]
     if not offers:
         raise SiteError(
             f"the space {AUTO_SPACE!r} has no place in {anatomy.name} at {_pixels(anatomy)} pixels: "
@@ -171,6 +174,13 @@ def _over_channels(anatomy: Anatomy, left_out: list[str]) -> Iterator[_Offer]:
         ]
         decision = Decision(at=f"stage:{stage} {rule}", each=places <= MOST_PLACES, choices=choices)
         yield _Offer(decision, stage, slot)
+
+
+def _at_stage_ends(anatomy: Anatomy) -> Iterator[_Offer]:
+    """Attention over channels at the end of each stage, for a model that has no other place."""
+    choices = [BlockChoices(block="se", options={"reduction": 16}), BlockChoices(block="timm:eca")]
+    for stage in anatomy.stages:
+        yield _Offer(Decision(at=f"stage:{stage} last", choices=choices), stage, _END)
 
 
 def _slot(anatomy: Anatomy, stage: int) -> tuple[str, str]:

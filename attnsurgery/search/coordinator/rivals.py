@@ -100,7 +100,6 @@ def _training(
     if tuned is None:
         return None, ""
     scale = tuned.candidates.block_lr_scale  # for a rival that has blocks
-    scale = tuned.candidates.block_lr_scale  # for a rival that has blocks
     tuning = Tuning(config, pilot)
     results: dict[str, dict[str, Any]] = {}
     while attempts := tuning.needed_for_plain(results):
