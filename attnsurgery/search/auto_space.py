@@ -301,8 +301,10 @@ def _described(offers: list[_Offer], over_positions: bool) -> str:
     if over_positions:
         where = _listed([f"{offer.stage} ({offer.place})" for offer in chosen])
         return f"{names} before the last block of stage{'s' * (len(chosen) > 1)} {where}"
-    slots = {slot: [offer.stage for offer in chosen if offer.place == slot] for slot in (_BEHIND, _NO_SPATIAL, _WIDE)}
-    where = " and ".join(f"in {_stages(stages)} {slot}" for slot, stages in slots.items() if stages)
+    slots: dict[str, list[int]] = {}
+    for offer in chosen:
+        slots.setdefault(offer.place, []).append(offer.stage)
+    where = " and ".join(f"in {_stages(stages)} {slot}" for slot, stages in slots.items())
     return f"{names} {where}, one choice for each {'place' if chosen[0].decision.each else 'stage'}"
 
 
