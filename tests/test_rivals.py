@@ -171,6 +171,7 @@ def test_best_option_is_fastest_of_the_best() -> None:
     base = option("base", "resnet18", 1.0, None, False)
     winner, slower = option("winner", "trial 3", 1.2, 0.02, True), option("rival", "resnet34", 1.4, 0.03, True)
     assert best_of([base, slower, winner]) == winner
+    assert best_of([replace(winner, may_be_best=False), base]) == base, "each is beaten by another one"
     assert advice([winner, base, slower]) == (
         "Best use of the budget: trial 3 +2.00 points (+1.00 to +3.00) at 1.2 ms over the base. Not distinguishable "
         "from it, and slower: resnet34 +3.00 points (+2.00 to +4.00) at 1.4 ms."

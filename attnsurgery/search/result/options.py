@@ -54,10 +54,12 @@ class Option:
 
 
 def best_of(options: Sequence[Option]) -> Option:
-    """The fastest of the options that may be the best.
+    """The fastest of the options that may be the best; the base if each is beaten by another one.
+
+    Comparisons in pairs may form a circle, because each is decided after its own number of trainings.
 
     Args:
-        options: of which one at least may be the best.
+        options: what was compared, with the base among them.
 
     Example: a slower model that cannot be told apart from the base is no reason to change
         >>> base = Option("base", "resnet18", Timing(1.0, 1.0, 1.0, 1.0), may_be_best=True)
@@ -66,7 +68,7 @@ def best_of(options: Sequence[Option]) -> Option:
         'resnet18'
     """
     return min(
-        (option for option in options if option.may_be_best),
+        [option for option in options if option.may_be_best] or [one for one in options if one.kind == "base"],
         key=lambda option: option.timing.ms if option.timing else 0.0,
     )
 
