@@ -19,24 +19,21 @@ finished; the same call adds the missing ones, and ends after `--minutes` withou
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from _common import RESULTS, conditions, with_base_latency, write
+from _common import with_base_latency
+from _whole import Row, Searches, parser_of
 
 from attnsurgery.latency import Effort, Latency, LatencyBackend
-from attnsurgery.search import Outcome, SearchConfig, run
+from attnsurgery.search import SearchConfig
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.listener import Listener
-from attnsurgery.search.result.options import best_of
 
 NAME = "relation"
 DEEPER = "test_resnet_deeper"
@@ -57,10 +54,9 @@ SHARES = {"tight": 0.8, "wide": 1.2}
 """Budgets: the base's latency, and this share of what the deeper network takes in addition."""
 WANTED = 0.15
 """The gain over the base that the winner of the tight budget should have."""
-Row = dict[str, Any]
 
 
-def config_of(seed: int, sampler: str, budget: str, budget_ms: float, output: Path) -> SearchConfig:
+def search_config(seed: int, sampler: str, budget: str, budget_ms: float, output: Path) -> SearchConfig:
     against = DEEPER if budget == "wide" else "none"
     return SearchConfig(
         **SETTINGS, seed=seed, sampler=sampler, against=against, budget_ms=budget_ms, output=str(output)
@@ -69,7 +65,7 @@ def config_of(seed: int, sampler: str, budget: str, budget_ms: float, output: Pa
 
 def reference_of(results: Row, folder: Path) -> tuple[Row, LatencyBackend]:
     """The stored latencies of base and deeper network, measured if there are none, and a backend on their scale."""
-    bench = assemble(config_of(0, "random", "tight", 1e3, folder), Listener(), check=False)
+    bench = assemble(search_config(0, "random", "tight", 1e3, folder), Listener(), check=False)
     if "reference" not in results:
         bench.backend.effort = Effort(tolerance=0.005, max_seconds=20.0)
         deeper = timm.create_model(DEEPER, num_classes=bench.data.num_classes).eval()
@@ -83,29 +79,6 @@ def reference_of(results: Row, folder: Path) -> tuple[Row, LatencyBackend]:
         bench.backend.effort = Effort(tolerance=0.005, max_seconds=1.5)
     reference = results["reference"]
     return reference, with_base_latency(bench.backend, Latency(**reference["base"]))
-
-
-def row_of(key: Row, outcome: Outcome, cpu_seconds: float) -> Row:
-    """The results of a search: the gain of its winner with its interval, and what it tried."""
-    confirmation, base, winner = outcome.confirmation, outcome.base, outcome.best
-    row = {**key, "cpu_seconds": round(cpu_seconds), "conditions": conditions(), "counts": dict(outcome.counts)}
-    if confirmation is None or winner is None:
-        return {**row, "verdict": "no winner"}
-    assert base.timing is not None
-    return {
-        **row,
-        "verdict": confirmation.verdict,
-        "winner": winner.describe(),
-        "ratio": confirmation.timing.ms / base.timing.ms,
-        "base_top1": confirmation.base_top1,
-        "winner_top1": confirmation.winner_top1,
-        "gain": confirmation.winner_top1 - confirmation.base_top1,
-        "gain_95": [confirmation.low, confirmation.high],
-        "seeds_of_verdict": confirmation.seeds,
-        "options": [option.as_dict() for option in confirmation.options],
-        "best_use_of_budget": best_of(confirmation.options).name if confirmation.options else "",
-        "tuned": (outcome.about.tuning or {}).get("tuned"),
-    }
 
 
 def figures_of(searches: list[Row]) -> Row:
@@ -129,49 +102,27 @@ def figures_of(searches: list[Row]) -> Row:
     return figures
 
 
-def key_of(row: Row) -> str:
-    return json.dumps([row[name] for name in ("budget", "sampler", "seed")])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = parser_of(__doc__, NAME, seeds=10)
     parser.add_argument("--samplers", nargs="+", default=["additive", "random"])
     parser.add_argument("--budgets", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("--minutes", type=float, default=600.0)
-    parser.add_argument("--results", type=Path, default=Path("runs/relation"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    deadline = time.monotonic() + 60 * options.minutes
-    path = RESULTS / f"{NAME}.json"
-    results: Row = json.loads(path.read_text()) if path.exists() else {}
-    if results.get("settings", SETTINGS) != SETTINGS:
-        raise SystemExit(f"{path} has results of other settings; move it away.")
-    searches: list[Row] = results.get("searches", [])
-    existing = {key_of(row) for row in searches}
-    options.results.mkdir(parents=True, exist_ok=True)
-    reference, backend = reference_of(results, options.results / "reference")
+    searches = Searches(NAME, SETTINGS, figures_of)
+    reference, backend = reference_of(searches.header, options.results / "reference")
     base_ms = reference["base"]["p50_ms"]
     ratios = {name: 1 + share * (reference["deeper_ratio"] - 1) for name, share in SHARES.items()}
+    searches.header["budgets_in_base_latencies"] = ratios
+    searches.save()
+    keys = [
+        {"budget": budget, "sampler": sampler, "seed": seed}
+        for sampler, seed, budget in itertools.product(options.samplers, range(options.seeds), options.budgets)
+    ]
 
-    def save() -> None:
-        results = {"settings": SETTINGS, "reference": reference, "budgets_in_base_latencies": ratios}
-        write(NAME, {**results, "figures": figures_of(searches), "searches": searches})
+    def config_of(key: Row, output: Path) -> SearchConfig:
+        return search_config(**key, budget_ms=base_ms * ratios[key["budget"]], output=output)
 
-    save()
-    for seed, budget, sampler in itertools.product(range(options.seeds), options.budgets, options.samplers):
-        key = {"budget": budget, "sampler": sampler, "seed": seed}
-        if key_of(key) in existing:
-            continue
-        if time.monotonic() > deadline:
-            break
-        start = time.process_time()
-        output = options.results / f"{budget}-{sampler}-{seed}"
-        outcome = run(config_of(seed, sampler, budget, base_ms * ratios[budget], output), backend=backend)
-        searches.append(row_of(key, outcome, time.process_time() - start))
-        print(json.dumps(searches[-1]), flush=True)
-        save()
-    print(json.dumps(figures_of(searches), indent=2))
+    searches.add(keys, config_of, options.results, options.minutes, backend)
 
 
 if __name__ == "__main__":
