@@ -119,6 +119,27 @@ def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: py
         run(change(config, workers=1))
 
 
+def test_prepared_worker_does_the_first_job(config: SearchConfig) -> None:
+    """The process that was started early is the first worker, and one that was never needed ends with the launcher."""
+    Path(config.output).mkdir(exist_ok=True)
+    used, unused = (processes.Processes(change(config, workers=1)) for _ in range(2))
+    spares = []
+    for launcher in (used, unused):
+        launcher.prepare()
+        assert launcher._spare is not None
+        spares.append(launcher._spare)
+    pool = ProcessPool(used, Listener(), lambda: False)
+    try:
+        pool.all([Job("weights")])
+        assert [slot.link._process.pid for slot in pool._slots] == [spares[0].pid]  # type: ignore[union-attr]
+        assert spares[0].poll() is None
+    finally:
+        pool.close()
+        unused.close()
+    assert all(spare.poll() is not None for spare in spares)
+    assert not list(Path(config.output).glob("worker-*.log"))
+
+
 class Box:
     """A mailbox, and the lines that its worker has read."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
 from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import StopRequested
-from attnsurgery.search.workers.launch import LAUNCHERS
+from attnsurgery.search.workers.launch import LAUNCHERS, Launcher
 from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
 from attnsurgery.search.workers.processes import ProcessPool
 
@@ -163,19 +163,23 @@ def _pool(
         early: a bench without images, for jobs that need none.
     """
     alone = config.workers == 0 or backend is not None
-    launcher = LAUNCHERS[config.launcher]  # looked up before images are read: an unknown name is an error
-    bench = early or assemble(config, listener, backend, decode=alone)
-    pool: WorkerPool
-    if alone:
-        pool = InProcessPool(bench, listener, stop)
-    else:  # created last, because a launcher may hold a cluster until its pool is closed
-        started = launcher(bench.config)
-        started.decode = early is None
-        pool = ProcessPool(started, listener, stop, versions=bench.versions())
-    try:
+    make = LAUNCHERS[config.launcher]  # looked up before images are read: an unknown name is an error
+    with ExitStack() as stack:
+        launcher: Launcher | None = None
+        if make.prepares and not alone:  # another may hold a cluster until its pool is closed, so it is made last
+            launcher = make(config)
+            stack.callback(launcher.close)
+            launcher.prepare()
+        bench = early or assemble(config, listener, backend, decode=alone)
+        pool: WorkerPool
+        if alone:
+            pool = InProcessPool(bench, listener, stop)
+        else:
+            launcher = launcher or make(bench.config)
+            launcher.config, launcher.decode = bench.config, early is None
+            pool = ProcessPool(launcher, listener, stop, versions=bench.versions())
+        stack.callback(pool.close)
         yield bench, pool
-    finally:
-        pool.close()
 
 
 def _weights(pool: WorkerPool, bench: Bench, folder: Path, facts: Mapping[str, Any], listener: Listener) -> str:

@@ -79,10 +79,11 @@ class Launcher(ABC):
     """The Python package that the launcher needs besides the dependencies of this one, if any."""
     local_arguments: str = ""
     """The `launcher_args` with which workers start on this machine, as in the tests."""
+    prepares: bool = False
+    """Whether `prepare` saves time, so that the launcher is made before images are read, and not after."""
 
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
-        self.size = max(1, config.workers)
         self.decode = True
         """Whether workers decode the images when they start; their first job may need none."""
         self.arguments = _pairs(config.launcher_args)
@@ -90,6 +91,15 @@ class Launcher(ABC):
         if unknown:
             names, extra = ", ".join(sorted(self.argument_names or ())) or "nothing", ", ".join(unknown)
             raise UsageError(f"--launcher-args: {config.launcher} does not take {extra}. It takes {names}.")
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return max(1, self.config.workers)
+
+    def prepare(self) -> None:
+        """Begin what the first start needs whatever the final settings are, without waiting for it."""
+        return
 
     def begin(self, index: int) -> dict[str, Any]:
         """The first message to a worker."""

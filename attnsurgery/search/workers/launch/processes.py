@@ -18,6 +18,7 @@ import torch
 
 from attnsurgery.errors import SearchError
 from attnsurgery.faults import Fault, fault_of
+from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.workers.launch._base import (
     COMMAND,
     LAUNCHERS,
@@ -36,6 +37,16 @@ class Processes(Launcher):
     """Starts processes on this machine; 'cuda' stands for all of its CUDA devices in turn."""
 
     name = "local"
+    prepares = True
+
+    def __init__(self, config: SearchConfig) -> None:
+        super().__init__(config)
+        self._spare: subprocess.Popen[bytes] | None = None
+        """A process that imports torch and waits for its first message."""
+
+    def prepare(self) -> None:
+        with suppress(OSError):  # `start` reports it
+            self._spare = spawn(self.log(0), import_path())
 
     def device(self, index: int) -> str:
         if self.config.device == "cuda" and self.size > 1:
@@ -44,14 +55,23 @@ class Processes(Launcher):
 
     def start(self, index: int, on_message: OnMessage) -> Link:
         log = self.log(index)
+        spare, self._spare = (self._spare, None) if index == 0 else (None, self._spare)
         try:
-            process = spawn(log, import_path())
+            process = spare or spawn(log, import_path())
         except OSError as error:
             raise SearchError(f"a worker cannot be started: {error.strerror}.") from None
         link = _PipeLink(process)
         link.send({"begin": self.begin(index)})
         threading.Thread(target=_listen, args=(process, log, on_message), daemon=True).start()
         return link
+
+    def close(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            _PipeLink(spare).end()
+            assert spare.stdout is not None
+            spare.stdout.close()
+        super().close()
 
 
 def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
