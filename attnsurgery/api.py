@@ -25,6 +25,7 @@ from attnsurgery.recipe.without import without
 from attnsurgery.surgery import operate as surgery
 from attnsurgery.surgery.bypass import bypass
 from attnsurgery.surgery.parameters import block_parameters, freeze_base
+from attnsurgery.surgery.replaced import check_restorable
 from attnsurgery.surgery.select_blocks import base_anatomy, blocks_by_place, select_blocks
 from attnsurgery.surgery.verify import Report
 from attnsurgery.surgery.verify import verify as verify_model
@@ -156,9 +157,9 @@ def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | No
     Args:
         model: a surgical model, in a wrapper or not.
         blocks: paths ('layer3.0.non_local'), patterns of paths ('layer3.*.se'), or selectors of sites with blocks
-            ('stage:3 last'). By default all blocks are removed, and classes, state dict and description are the base's
-            again. Otherwise the remaining blocks are renamed as if the others had never been inserted, and the
-            description is that of the remaining blocks.
+            ('stage:3 last'). By default all blocks are removed and what was taken out of the base is put back, so that
+            classes, state dict and description are the base's again. Otherwise the remaining blocks are renamed as if
+            the others had never been inserted, and the description is that of the remaining blocks.
         input_size: (C, H, W) of one image, for selectors; by default the size that the model is built for.
 
     Returns:
@@ -166,7 +167,8 @@ def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | No
 
     Raises:
         SiteError: an entry of `blocks` matches no block.
-        SurgeryError: the model has blocks but no record of the operation, because it was rebuilt since.
+        SurgeryError: the model has blocks but no record of the operation, because it was rebuilt since; or it was
+            loaded from a file that has no weights for an attention of the base that was taken out.
         UsageError: the model is in a wrapper that does not allow this; the message says what to do.
 
     Example:
@@ -178,7 +180,9 @@ def remove(model: nn.Module, *blocks: str, input_size: tuple[int, int, int] | No
     before = _checked_recipe(host)
     paths_by_place = blocks_by_place(host)
     removed_paths = select_blocks(host, blocks, input_size)
-    if not blocks or len(removed_paths) == len(paths_by_place):
+    check_restorable(host)
+    takes_out = any(graft.part == "removal" for _, _, grafts in surgery.operated(host) for graft in grafts)
+    if not blocks or (len(removed_paths) == len(paths_by_place) and not takes_out):
         surgery.remove(host)
         _describe_base(host, before)
         return model

@@ -18,7 +18,7 @@ from attnsurgery.recipe.build import resolve
 from attnsurgery.search import Listener, SearchConfig, run
 from attnsurgery.search.auto_space import AutoSpace, make_for
 from attnsurgery.search.execution.assemble import assemble
-from attnsurgery.search.space import AUTO_SPACE, INPUT_SIZE, NONE, BoundSpace, Sides, bind, load
+from attnsurgery.search.space import AUTO_SPACE, INPUT_SIZE, NONE, TAKE_OUT, BoundSpace, Sides, bind, load
 from attnsurgery.settings import sides
 from attnsurgery.timm_plugin.architectures import weightless
 from tests._searches import change, small_search, write_images
@@ -95,8 +95,12 @@ def _sites(name: str, *selectors: str) -> list[str]:
 
 
 def test_auto_space_puts_no_se_on_se() -> None:
-    """Stages of EfficientNet, which have SE, are offered attention over positions alone."""
-    assert list(offers("efficientnet_b0").values()) == [[NONE, "non_local(reduction=2)", "dual(parts=position)"]] * 2
+    """Stages of EfficientNet, which have SE, are offered attention over positions, and another in place of SE."""
+    assert offers("efficientnet_b0") == {
+        **{f"blocks.{index}": [NONE, "non_local(reduction=2)", "dual(parts=position)"] for index in ("4.1", "5.3")},
+        **{f"stage:{stage} attention": [NONE, "replace by timm:eca", TAKE_OUT] for stage in (1, 2, 3, 4)},
+    }
+    assert "eca, or nothing, in place of SqueezeExcite in stages 1 to 4" in reasons("efficientnet_b0")
     assert "leaves out attention over channels in stages 1 to 4, whose blocks have it already (SqueezeExcite)" in (
         reasons("efficientnet_b0")
     )
@@ -106,6 +110,7 @@ def test_auto_space_keeps_stages_without_se() -> None:
     """Where some stages have SE, the others are still offered attention over channels."""
     auto = made("mobilenetv3_large_100")[0]
     places = ["stage:1 branches", "stage:3 before_last_block", "stage:4 before_last_block"]
+    places += [f"stage:{stage} attention" for stage in (2, 3, 4)]
     assert [decision.at for decision in auto.space.decisions] == places
     assert "branches, which are narrower than the spatial convolutions" in reasons("mobilenetv3_large_100")
 
@@ -163,7 +168,8 @@ def test_auto_space_of_unknown_model_is_refused() -> None:
 def test_auto_space_falls_back_to_stage_ends() -> None:
     """A model whose blocks have attention, on images too small for attention over positions, still has a space."""
     space, (offered, left_out) = make_for("efficientnet_b0", (24, 24))
-    assert [decision.at for decision in space.decisions] == [f"stage:{stage} last" for stage in (1, 2, 3, 4)]
+    places = [f"stage:{stage} {rule}" for rule in ("last", "attention") for stage in (1, 2, 3, 4)]
+    assert [decision.at for decision in space.decisions] == places
     assert "at the ends of the stages, as there is no other place" in offered
     assert "SqueezeExcite" in left_out
 

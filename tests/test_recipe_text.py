@@ -410,5 +410,7 @@ def test_json_schema_lists_blocks_options():
     for block in ("non_local", "dual"):
         number, auto = options_schema()[block]["properties"]["subsample"]["anyOf"]
         assert (number["maximum"], auto["const"]) == (64, "auto")
-    references = {rule["then"]["properties"]["options"]["$ref"] for rule in schema["$defs"]["Edit"]["allOf"]}
+    *rules, taking_out = schema["$defs"]["Edit"]["allOf"]
+    assert taking_out["then"]["required"] == ["replace"]
+    references = {rule["then"]["properties"]["options"]["$ref"] for rule in rules}
     assert all(reference.removeprefix("#/$defs/") in schema["$defs"] for reference in references)

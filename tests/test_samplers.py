@@ -49,7 +49,9 @@ def test_knapsack_is_exact(seed: int, steps: int | None, monkeypatch: pytest.Mon
     values = [np.append(0.0, rng.normal(size=len(c) - 1).round(1)) for c in places.choices.values()]
     by_count = rng.normal(size=sum(places.weights) + 1).round(1)
     budgets = [
-        Budget([np.append(0.0, rng.uniform(-0.2, 1, len(c) - 1)) for c in places.choices.values()], rng.uniform(0, 2))
+        Budget(
+            [np.append(0.0, rng.uniform(-0.2, 1, len(c) - 1)) for c in places.choices.values()], rng.uniform(-0.4, 2)
+        )
         for _ in range(rng.integers(0, 3))
     ]
 

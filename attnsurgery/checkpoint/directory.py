@@ -224,7 +224,7 @@ def _difference(model: nn.Module, rebuilt: nn.Module) -> str | None:
 def _grafts(model: nn.Module) -> list[tuple[Any, ...]]:
     """Place, kind and options of all blocks."""
     return [
-        (path, graft.child, graft.node, graft.block, dict(graft.options), graft.start, graft.part)
+        (path, graft.child, graft.node, graft.block, dict(graft.options), graft.start, graft.part, graft.replaces)
         for path, _, grafts in operated(model)
         for graft in grafts
     ]

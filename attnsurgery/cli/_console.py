@@ -231,14 +231,19 @@ def _times(shape: Sequence[int]) -> str:
 
 def print_plan(plan: Plan) -> None:
     """Each block of a recipe at its place, with what it costs, and all of them against the base."""
+    from attnsurgery.surgery.insertion import NO_BLOCK
+
     size = _times(plan.input_size)
-    print_lines([f"{plan.name}: {_counted(len(plan.blocks), 'block')} into {plan.base}, images of {size}", ""])
+    blocks = _counted(sum(planned.block != NO_BLOCK for planned in plan.blocks), "block")
+    taken_out = _counted(sum(bool(planned.replaces) for planned in plan.blocks), "attention module")
+    out = f", {taken_out} out of it" if any(planned.replaces for planned in plan.blocks) else ""
+    print_lines([f"{plan.name}: {blocks} into {plan.base}{out}, images of {size}", ""])
     print_table(
         ["site", "block", "options", "shape", "parameters", "multiply-accumulates", "bytes of attention"],
         [
             (
                 planned.address,
-                planned.block,
+                f"{planned.block} for {planned.replaces}" if planned.replaces else planned.block,
                 _options(planned),
                 _times(planned.shape),
                 f"{planned.cost.params:,}",
@@ -291,6 +296,9 @@ def print_report(report: Report) -> None:
         )
     print_lines([""])
     same = "equal" if report.max_abs_diff == 0 else f"different by up to {report.max_abs_diff:.3g}"
+    if report.replaced:
+        same += f" to those of the base without its {', '.join(report.replaced[:2])}"
+        same += f" and {len(report.replaced) - 2} more" * (len(report.replaced) > 2)
     lost_keys = f"{len(report.keys_missing)} of the base lost" if report.keys_missing else "none of the base lost"
     print_lines(
         [

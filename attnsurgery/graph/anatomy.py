@@ -14,6 +14,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from attnsurgery.errors import SiteError, did_you_mean
+from attnsurgery.graph.attention import OwnAttention, own_attention
 from attnsurgery.graph.forward_run import ForwardRun, UnstagedSite, map_shape
 from attnsurgery.graph.inside import Shapes, inner_sites
 from attnsurgery.graph.site import Role, Site
@@ -54,6 +55,7 @@ class Anatomy:
         self._inside: dict[str, tuple[Site, ...]] = {}
         self._graphs: dict[str, fx.Graph | None] = {}
         self._shapes: dict[Hashable, Shapes] = {}
+        self._own: dict[str, OwnAttention] = {}
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -143,6 +145,24 @@ class Anatomy:
                 if site.spatial:
                     last[block] = site
         return tuple(sorted(last.values(), key=lambda site: site.depth))
+
+    def attentions(self, stage: int) -> tuple[Site, ...]:
+        """What the stage's own attention modules return, where a block can take their place, in order of execution."""
+        found: list[Site] = []
+        prefixes = tuple(f"{block.owner}." for block in self.blocks(stage))
+        for path in self._owners:
+            if f"{path}.".startswith(prefixes):
+                found += (site for site in self._sites_inside(path) if site.attention)
+        paths = [f"{site.attention}." for site in found]
+        outermost = (site for site in found if not any(site.attention.startswith(path) for path in paths))
+        return tuple(sorted(outermost, key=lambda site: site.depth))
+
+    def own_attention(self, site: Site) -> OwnAttention:
+        """The model's own attention module at a site of which `attention` is not empty."""
+        if site.attention not in self._own:
+            module = self._owners[site.owner].get_submodule(site.attention.removeprefix(f"{site.owner}."))
+            self._own[site.attention] = own_attention(site.attention, module, self._run.inputs[site.attention][0])
+        return self._own[site.attention]
 
     def classes(self, stage: int) -> set[str]:
         """Names of the classes of all modules inside the stage's blocks."""

@@ -176,6 +176,7 @@ class _Finisher:
             source_layout=detected.source_layout,
             ordered=detected.ordered,
             spatial=place.spatial,
+            attention=place.attention,
             refused=_REPLACED.format(path=place.owner) if place.owner in self._replaced else detected.refused,
         )
         stride = math.sqrt(self._pixels / site.positions)

@@ -67,6 +67,7 @@ class UnstagedSite(NamedTuple):
     spatial: bool = False
     element: tuple[int, int] | None = None
     host: str = ""
+    attention: str = ""
 
 
 VersionedTensors = list[tuple[torch.Tensor, int]]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from attnsurgery.graph.attention import is_attention
 from attnsurgery.graph.forward_run import ForwardRun, UnstagedSite, map_shape
 from attnsurgery.graph.site import Role
 from attnsurgery.graph.trace import ONE_AT_A_TIME
@@ -59,7 +60,18 @@ def inner_sites(
         if shape is None or node.op in ("placeholder", "output", "get_attr"):
             continue
         role: Role = "branch" if node in ends else "inner"
-        yield UnstagedSite(order, address, path, node.name, shape, role, spatial=node is spatial)
+        attention = address if _is_attention(owner, graph, node, shapes) else ""
+        yield UnstagedSite(order, address, path, node.name, shape, role, spatial=node is spatial, attention=attention)
+
+
+def _is_attention(owner: nn.Module, graph: fx.Graph, node: fx.Node, shapes: Shapes) -> bool:
+    """Whether the node is the only call of an attention module, which takes a tensor and returns one of its shape."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return False
+    if not is_attention(owner.get_submodule(str(node.target))):
+        return False
+    calls = sum(other.op == "call_module" and other.target == node.target for other in graph.nodes)
+    return calls == 1 and shapes.get(node.args[0]) == shapes.get(node)
 
 
 def _sides(path: str, node: fx.Node, addition: Addition, shapes: Shapes, order: float) -> Iterator[UnstagedSite]:

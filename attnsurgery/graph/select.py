@@ -8,6 +8,7 @@
     stage:* branch_inputs         what every residual branch reads; the shortcut stays as it is
     stage:* shortcuts             what every residual branch is added to; the branch stays as it is
     stage:* spatial               behind the last 3x3 (or larger) convolution of every block
+    stage:* attention             what every attention module that the model has of its own returns; for `replace: true`
     stage:-1 last                 what the last stage returns
     layer2.1 .. layer2.2          a span: what goes into the one module and comes out of the other
     stage:3 trunk                 a span over the last two blocks of the stage that keep the map's size; where none
@@ -37,6 +38,7 @@ RULES = (
     "branch_inputs",
     "shortcuts",
     "spatial",
+    "attention",
     "trunk",
     "span",
     "spans:N",
@@ -90,6 +92,7 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
         "branch_inputs": lambda model, stage: model.sides(stage, "branch_input"),
         "shortcuts": lambda model, stage: model.sides(stage, "shortcut"),
         "spatial": lambda model, stage: model.spatial(stage),
+        "attention": lambda model, stage: model.attentions(stage),
         "trunk": _trunk,
         "span": lambda model, stage: _in_spans(model, stage, len(model.trunk(stage)) or 1),
         "spans": lambda model, stage: _in_spans(model, stage, step),
@@ -104,6 +107,7 @@ def _by_stage(text: str, anatomy: Anatomy) -> tuple[Site, ...]:
             "branch_inputs": "it adds no branch to a shortcut there",
             "shortcuts": "it adds no branch to a shortcut there",
             "spatial": "its blocks have no convolution larger than 1x1 there",
+            "attention": "its blocks have no attention of their own there whose place another could take",
             "span": "no block there keeps the map's size",
             "spans": "too few blocks in a row keep the map's size there",
         }

@@ -58,6 +58,8 @@ class Site:
     """False if the positions do not lie as in the image, because of windows or a reordered sequence."""
     spatial: bool = False
     """True for the result of a block's last spatial convolution (3x3 or larger), after normalization and activation."""
+    attention: str = ""
+    """Path of the model's own attention module that returns the tensor, if a block can take its place; else empty."""
     refused: str = ""
     """The reason why no block can stand here; empty if one can."""
 

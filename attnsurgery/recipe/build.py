@@ -6,6 +6,7 @@ All errors that follow from recipe and model are raised here, before the model i
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from attnsurgery.graph.site import Site
 from attnsurgery.recipe.guard import within_limit
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.insertion import Insertion, Insertions
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion, Insertions
 
 
 def resolve(recipe: Recipe, anatomy: Anatomy) -> Insertions:
@@ -37,8 +38,16 @@ def resolve_edits(recipe: Recipe, anatomy: Anatomy) -> list[list[Insertion]]:
     """The insertions of each edit; raises the errors of `resolve`."""
     edits = [_resolve_edit(recipe, index, edit, anatomy) for index, edit in enumerate(recipe.edits)]
     first_edits: dict[tuple[str, str], int] = {}
+    replacing: dict[str, int] = {}
     for index, insertions in enumerate(edits):
         for insertion in insertions:
+            taken_out = insertion.site.attention
+            if insertion.replaced is not None and replacing.setdefault(taken_out, index) != index:
+                raise RecipeError(
+                    f"{where(recipe, f'edits[{index}].at')} = {recipe.edits[index].at!r} takes the place of "
+                    f"{taken_out!r}, and edits[{replacing[taken_out]}] ({recipe.edits[replacing[taken_out]].at!r}) "
+                    "has taken it already. Narrow one of the two selectors."
+                )
             key = insertion.site.address, insertion.block
             first = first_edits.setdefault(key, index)
             if first != index:
@@ -66,7 +75,7 @@ def with_explicit_options(recipe: Recipe, resolved: list[list[Insertion]]) -> Re
     """`settled`, from the result of `resolve_edits`."""
     edits: list[Edit] = []
     for edit, insertions in zip(recipe.edits, resolved, strict=True):
-        requested = check_options(edit.block, edit.options)
+        requested = requested_options(edit)
         if all(insertion.options == requested for insertion in insertions):
             edits.append(edit)
             continue
@@ -79,12 +88,23 @@ def with_explicit_options(recipe: Recipe, resolved: list[list[Insertion]]) -> Re
     return recipe.model_copy(update={"edits": edits})
 
 
+def requested_options(edit: Edit) -> dict[str, Any]:
+    """All options of an edit's block, with defaults filled in.
+
+    Raises:
+        UnknownNameError, OptionError: there is no such block, or an option is invalid at any site.
+    """
+    return {} if edit.block == NO_BLOCK else check_options(edit.block, edit.options)
+
+
 def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> list[Insertion]:
     field = "at"
     try:
         sites = select(edit.at, anatomy)
+        if edit.replace:
+            _check_attention(edit, sites, anatomy)
         field = "block"
-        options = check_options(edit.block, edit.options)
+        options = requested_options(edit)
     except OptionError as error:
         raise OptionError(f"{where(recipe, f'edits[{index}].options')}: {error}") from None
     except UsageError as error:
@@ -93,10 +113,19 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
         if site.refused:
             place = where(recipe, f"edits[{index}].at")
             raise SiteError(f"{place}: {site.address!r} can hold no block: {site.refused}.")
+    if edit.block == NO_BLOCK:
+        return [Insertion(site, NO_BLOCK, replaced=anatomy.own_attention(site)) for site in sites]
     block = BLOCKS[edit.block]
     places = [_fitting(recipe, index, edit, site, anatomy) for site in sites]
     insertions = [
-        Insertion(site, edit.block, block.fittings(options, *site.map_size)[0], edit.start) for site in places
+        Insertion(
+            site,
+            edit.block,
+            block.fittings(options, *site.map_size)[0],
+            edit.start,
+            anatomy.own_attention(site) if edit.replace else None,
+        )
+        for site in places
     ]
     checked: set[tuple[int, tuple[int, int]]] = set()
     for insertion in insertions:
@@ -105,6 +134,22 @@ def _resolve_edit(recipe: Recipe, index: int, edit: Edit, anatomy: Anatomy) -> l
             checked.add(size)
             _check_fit(recipe, index, insertion, insertion.site)
     return insertions
+
+
+def _check_attention(edit: Edit, sites: tuple[Site, ...], anatomy: Anatomy) -> None:
+    """
+    Raises:
+        SiteError: one of the sites is not the result of an attention module that can be taken out.
+    """
+    other = next((site for site in sites if not site.attention), None)
+    if other is None:
+        return
+    listed = [site.address for site in anatomy.sites if site.attention]
+    there = f"It has {len(listed)}: {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "It has none"
+    raise SiteError(
+        f"{edit.at!r} selects {other.address!r}, and 'replace: true' takes the place of an attention module that "
+        f"{anatomy.name} has of its own, that takes one tensor and keeps its shape. {there}."
+    )
 
 
 def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatomy) -> Site:
@@ -128,6 +173,8 @@ def _fitting(recipe: Recipe, index: int, edit: Edit, site: Site, anatomy: Anatom
 def _check_order(recipe: Recipe, index: int, insertion: Insertion) -> None:
     """Refuse a block that depends on neighbouring positions where positions are not in the order of the image."""
     site = insertion.site
+    if insertion.block == NO_BLOCK:
+        return
     if not site.ordered and not BLOCKS[insertion.block].order_free(insertion.options):
         free = ", ".join(name for name in BLOCKS if BLOCKS[name].order_free(check_options(name, {})))
         raise SiteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 
 from attnsurgery.blocks import Start
 from attnsurgery.blocks._base import build_block
-from attnsurgery.surgery.insertion import Insertion
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """What one block adds to a model."""
+    """What one block adds to a model, less what it takes the place of: both numbers can be negative."""
 
     params: int
     """Number of parameters."""
@@ -31,6 +31,20 @@ def cost_of(insertion: Insertion) -> BlockCost:
     Raises:
         OptionError: no block with these options exists for the number of channels of the site.
     """
+    cost, replaced = own_cost_of(insertion), insertion.replaced
+    if replaced is None:
+        return cost
+    return replace(cost, params=cost.params - replaced.params, macs=cost.macs - replaced.macs)
+
+
+def own_cost_of(insertion: Insertion) -> BlockCost:
+    """The cost of the block alone, whatever it takes the place of.
+
+    Raises:
+        OptionError: as `cost_of`.
+    """
+    if insertion.block == NO_BLOCK:
+        return BlockCost(0, 0, 0)
     site, options = insertion.site, tuple(sorted(insertion.options.items()))
     return _cost(insertion.block, site.channels, options, insertion.start, site.map_size)
 

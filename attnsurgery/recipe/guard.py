@@ -26,7 +26,7 @@ from attnsurgery.graph.site import Site
 from attnsurgery.recipe.costs import cost_of
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.insertion import Insertion
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
 
 MB = 1_000_000
 """Bytes of a megabyte in `max_attention_mb`."""
@@ -78,6 +78,8 @@ def attention(insertion: Insertion) -> int:
 
 def _variants(insertion: Insertion, requested: Mapping[str, Any]) -> Variants:
     """The variants of an insertion with the requested options, in order of falling attention."""
+    if insertion.block == NO_BLOCK:
+        return [insertion]
     options = check_options(insertion.block, requested)
     variants: Variants = []
     for fitting in BLOCKS[insertion.block].fittings(options, *insertion.site.map_size):
@@ -100,6 +102,8 @@ def _cheaper(insertion: Insertion) -> dict[str, Variants]:
 @cache
 def _with_auto(block: str) -> tuple[str, ...]:
     """The options of the block that may be 'auto'."""
+    if block == NO_BLOCK:
+        return ()
     return tuple(option for option in options_model(BLOCKS[block]).model_fields if _takes_auto(block, option))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import options_model
 from attnsurgery.recipe.schema import Recipe
+from attnsurgery.surgery.insertion import NO_BLOCK
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -18,7 +19,8 @@ def json_schema() -> dict[str, Any]:
     """The schema (draft 2020-12) of what `attnsurgery.recipe.text.loads` accepts, block options included."""
     schema = Recipe.model_json_schema()
     edit = schema["$defs"]["Edit"]
-    edit["properties"]["block"]["enum"] = list(BLOCKS)
+    edit["properties"]["block"]["enum"] = [*BLOCKS, NO_BLOCK]
+    taking_out = {"properties": {"replace": {"const": True}, "options": {"maxProperties": 0}}, "required": ["replace"]}
     edit["allOf"] = [
         {
             "if": {"properties": {"block": {"const": name}}, "required": ["block"]},
@@ -26,6 +28,7 @@ def json_schema() -> dict[str, Any]:
         }
         for name in BLOCKS
     ]
+    edit["allOf"].append({"if": {"properties": {"block": {"const": NO_BLOCK}}}, "then": taking_out})
     for name, options in options_schema().items():
         schema["$defs"].update(options.pop("$defs", {}))
         schema["$defs"][f"{name}.options"] = options

@@ -20,7 +20,7 @@ from attnsurgery.errors import UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.graph.twin import meta_twin
-from attnsurgery.recipe.build import resolve, resolve_edits
+from attnsurgery.recipe.build import requested_options, resolve, resolve_edits
 from attnsurgery.recipe.costs import BlockCost, cost_of
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.surgery.insertion import Insertion
@@ -52,7 +52,9 @@ class PlannedBlock:
     settled: Mapping[str, Any]
     """The options that the recipe leaves at 'auto', with the values that they resolve to at this site."""
     cost: BlockCost
-    """What the block adds to the model."""
+    """What the block adds to the model, less what it takes the place of."""
+    replaces: str = ""
+    """Class of the attention module of the model that it takes the place of; empty if it takes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def reason(error: UsageError) -> str:
 
 def _planned(edit: Edit, insertion: Insertion) -> PlannedBlock:
     site = insertion.site
-    requested = check_options(edit.block, edit.options)
+    requested = requested_options(edit)
     return PlannedBlock(
         address=site.address,
         block=insertion.block,
@@ -160,4 +162,5 @@ def _planned(edit: Edit, insertion: Insertion) -> PlannedBlock:
         chosen={option: value for option, value in insertion.options.items() if option in edit.options},
         settled={option: value for option, value in insertion.options.items() if requested[option] == "auto"},
         cost=cost_of(insertion),
+        replaces=insertion.replaced.kind if insertion.replaced else "",
     )

@@ -10,6 +10,8 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from attnsurgery.surgery.insertion import NO_BLOCK
+
 
 def _exactly_one(version: object) -> object:
     """Refuse `true` and `1.0`, which equal 1 but are no version."""
@@ -35,12 +37,28 @@ class Edit(Strict):
     at: Annotated[str, Field(min_length=1, max_length=500)] = Field(
         description="a selector: an address pattern such as 'layer[234].*.bn3', or 'stage:3 before_last_block'"
     )
-    block: str = Field(description="a block of the catalog, such as 'se' or 'non_local'")
+    block: str = Field(
+        description="a block of the catalog, such as 'se' or 'non_local'; 'none', together with `replace`, for nothing"
+    )
     options: dict[str, Scalar] = Field(default_factory=dict, description="options of that block")
+    replace: bool = Field(
+        default=False,
+        description="true: the block takes the place of the model's own attention there, which is taken out; `at` is "
+        "then an attention module, such as all of 'stage:* attention'",
+    )
     start: Literal["identity", "paper"] = Field(
         default="identity",
         description="'identity': a pretrained model computes the same numbers right after surgery; or 'paper'",
     )
+
+    @pydantic.model_validator(mode="after")
+    def _none_replaces(self) -> Edit:
+        """Only in place of something can an edit have no block."""
+        if self.block == NO_BLOCK and not self.replace:
+            raise PydanticCustomError("none", "block 'none' takes an attention of the model out: add 'replace: true'")
+        if self.block == NO_BLOCK and self.options:
+            raise PydanticCustomError("none", "block 'none' has no options")
+        return self
 
 
 class Recipe(Strict):
@@ -86,4 +104,7 @@ class Recipe(Strict):
         """A hash of what the recipe does, independent of its name and the order of keys."""
         unset = {name for name in ("max_attention_mb", "input_size") if not getattr(self, name)}
         content = self.model_dump(exclude={"name", *unset})
+        for edit in content["edits"]:
+            if not edit["replace"]:
+                del edit["replace"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

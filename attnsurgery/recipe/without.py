@@ -8,6 +8,7 @@ from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.recipe.build import resolve_edits, settled
 from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.surgery.select_blocks import Key, key_of_site
 
 
@@ -29,6 +30,9 @@ def without(recipe: Recipe, anatomy: Anatomy, blocks: Mapping[Key, str], removed
         recipe = settled(recipe, anatomy)
     edits: list[Edit] = []
     for edit, insertions in zip(recipe.edits, resolve_edits(recipe, anatomy), strict=True):
+        if edit.block == NO_BLOCK:  # what was taken out stays out
+            edits.append(edit)
+            continue
         paths = [blocks.get(key_of_site(insertion.site, insertion.block)) for insertion in insertions]
         if None in paths:
             address = insertions[paths.index(None)].site.address

@@ -62,6 +62,7 @@ def best(
     if any(budget.by_first for budget in budgets):
         by_first = [values] * len(values[0])
         return best_by_first(places, by_first, by_count, budgets, excluded)
+    budgets = [_from_zero(budget) for budget in budgets]
     if len(budgets) > 1:
         feasible = _feasible_choices(budgets)
         if any(len(choices) < len(value) for choices, value in zip(feasible, values, strict=True)):
@@ -155,6 +156,14 @@ def random_candidate(
     """
     values = [np.append(0.0, rng.standard_normal(len(choices) - 1)) for choices in places.choices.values()]
     return best(places, values, None, budgets, excluded)
+
+
+def _from_zero(budget: Budget) -> Budget:
+    """The budget with costs that are nowhere negative: places where a choice lowers the cost count from the lowest."""
+    lowest = [min(0.0, float(costs.min())) for costs in budget.costs]
+    if not any(lowest):
+        return budget
+    return Budget([costs - low for costs, low in zip(budget.costs, lowest, strict=True)], budget.most - sum(lowest))
 
 
 def _feasible_choices(budgets: Sequence[Budget]) -> list[Counts]:

@@ -6,7 +6,7 @@ for 10 to 64 trials:
 * **Attention over channels** behind the spatial convolution of each block, where a bottleneck is narrow. Where a stage
   has no such convolution, or is wider there, it is at the ends of the residual branches. A model with few places has a
   choice at each; another has one choice for each stage. Stages whose blocks attend to channels already, such as those
-  of EfficientNet, get none.
+  of EfficientNet, get none in addition, but may have a cheaper one, or none, in place of their own.
 * **Attention over positions** before the last block of the latest stages whose maps have at least 7 x 7 positions: on a
   smaller map there is little to look at. In elongated pictures distance matters along one axis, so 7 positions along
   the longer side suffice. Stages whose blocks attend to positions already, such as those of a ViT, get none.
@@ -19,17 +19,18 @@ The same model and input size always give the same space.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from attnsurgery.errors import AttnSurgeryError, SiteError, SurgeryError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
+from attnsurgery.graph.attention import OVER_CHANNELS, OVER_POSITIONS
 from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.select import select
 from attnsurgery.graph.site import Site
 from attnsurgery.search.space import AUTO_SPACE, BlockChoices, Decision, SearchSpace, Sides, SurveyAt, bind, size_label
+from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.timm_plugin.architectures import check_base, weightless
 
 SMALLEST_MAP = 7
@@ -48,15 +49,6 @@ _STEPS = ((128, 32), (64, 16), (0, 8))
 """Input sizes whose longer side is over the first number are rounded to multiples of the second, in pixels."""
 _SMALLEST_SIDE = 16
 """Shortest side of an input size that is offered, in pixels."""
-_OVER_CHANNELS = re.compile(
-    r"SE[A-Z]|Squeeze|EffectiveS|Eca|Ceca|GlobalContext$|GatherExcite|(Light)?Cbam|(Simple)?CoordAttn|StripAttn|"
-    r"EfficientLocalAttn|SelectiveKernel|SplitAttn"
-)
-_OVER_POSITIONS = re.compile(
-    r"(?!ChannelAtt|CrossCovariance)(\w*Attention|\w*Attn|\w*Lambda|NonLocal|MHSA|GPSA|LiteMLA)"
-)
-"""Beginnings of the class names of attention modules, of timm and of this package. The first takes precedence. Products
-of queries and keys over channels (DaViT, XCiT) are neither: they do not scale channels as a gate does."""
 _BEHIND = "behind the spatial convolutions"
 _NO_SPATIAL = "at the ends of the branches, as there is no place behind a spatial convolution"
 _END = "at the ends of the stages, as there is no other place"
@@ -82,13 +74,14 @@ class _Offer:
     place: str
 
 
-def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "") -> AutoSpace:
+def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "", replacing: bool = True) -> AutoSpace:
     """The space for a model at an input size.
 
     Args:
         anatomy: the sites of the model at its own input size.
         survey_at: the sites of the model at another size.
         one_size: the reason why candidates cannot have other input sizes; '' if they can.
+        replacing: whether attention that the model has of its own can be taken out.
 
     Raises:
         SiteError: no block is worth a try in this model at this size.
@@ -103,16 +96,20 @@ def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "") -> AutoSpace
     """
     left_out: list[str] = []
     offers = [*_over_channels(anatomy, left_out), *_over_positions(anatomy, left_out)]
+    offers += _in_place(anatomy) if replacing else ()
     offers = [offer for offer in offers if _is_legal(offer, anatomy, left_out)]
     sizes, why = _input_sizes(anatomy, survey_at, one_size)
-    if not offers:  # all blocks have attention, and no map is large: what is left are the ends of stages
-        offers = [offer for offer in _at_stage_ends(anatomy) if _is_legal(offer, anatomy, left_out)]
+    if all(offer.decision.replace for offer in offers):  # all blocks have attention, and no map is large
+        at_ends = [offer for offer in _at_stage_ends(anatomy) if _is_legal(offer, anatomy, left_out)]
+        offers = [*at_ends, *offers]
     if not offers:
         raise SiteError(
             f"the space {AUTO_SPACE!r} has no place in {anatomy.name} at {_pixels(anatomy)} pixels: "
             f"{'; '.join(left_out) or 'it has no blocks'}. Give a larger --input-size, or another --space."
         )
-    offered = [_described(offers, over_positions) for over_positions in (False, True)]
+    added = [offer for offer in offers if not offer.decision.replace]
+    offered = [_described(added, over_positions) for over_positions in (False, True)]
+    offered += _replacements([offer for offer in offers if offer.decision.replace])
     if sizes:
         offered.append(f"input sizes {_listed(sizes)} beside {_pixels(anatomy)}")
     else:
@@ -176,6 +173,31 @@ def _over_channels(anatomy: Anatomy, left_out: list[str]) -> Iterator[_Offer]:
         yield _Offer(decision, stage, slot)
 
 
+def _in_place(anatomy: Anatomy) -> Iterator[_Offer]:
+    """In place of the model's own attention over channels: the cheapest kind, or another where it is that, or none."""
+    for stage in anatomy.stages:
+        kinds = {anatomy.own_attention(site).kind for site in anatomy.attentions(stage)}
+        if not kinds or not all(map(OVER_CHANNELS.match, kinds)):
+            continue
+        own_is_eca = any("Eca" in kind for kind in kinds)
+        other = BlockChoices(block="se", options={"reduction": 16}) if own_is_eca else BlockChoices(block="timm:eca")
+        choices = [other, BlockChoices(block=NO_BLOCK)]
+        decision = Decision(at=f"stage:{stage} attention", each=False, replace=True, choices=choices)
+        yield _Offer(decision, stage, " and ".join(sorted(kinds)))
+
+
+def _replacements(offers: list[_Offer]) -> list[str]:
+    """The decisions that replace attention of the model, in words."""
+    by_words: dict[tuple[str, str], list[int]] = {}
+    for offer in offers:
+        block = offer.decision.choices[0].block.removeprefix("timm:")
+        by_words.setdefault((block, offer.place), []).append(offer.stage)
+    return [
+        f"{block}, or nothing, in place of {kinds} in {_stages(stages)}, one choice for each stage"
+        for (block, kinds), stages in by_words.items()
+    ]
+
+
 def _at_stage_ends(anatomy: Anatomy) -> Iterator[_Offer]:
     """Attention over channels at the end of each stage, for a model that has no other place."""
     choices = [BlockChoices(block="se", options={"reduction": 16}), BlockChoices(block="timm:eca")]
@@ -227,8 +249,8 @@ def _over_positions(anatomy: Anatomy, left_out: list[str]) -> Iterator[_Offer]:
 def _attentions(anatomy: Anatomy, stage: int) -> tuple[set[str], set[str]]:
     """Class names of the attention that a stage's blocks have, over channels and over positions."""
     names = anatomy.classes(stage)
-    over_channels = {name for name in names if _OVER_CHANNELS.match(name)}
-    return over_channels, {name for name in names - over_channels if _OVER_POSITIONS.match(name)}
+    over_channels = {name for name in names if OVER_CHANNELS.match(name)}
+    return over_channels, {name for name in names - over_channels if OVER_POSITIONS.match(name)}
 
 
 def _is_large(site: Site, anatomy: Anatomy) -> bool:

@@ -10,6 +10,12 @@
           - block: se
             options: {reduction: [8, 16]}     # a list is several choices
 
+      - at: "stage:* attention"     # what the model has of its own, such as the SE of an EfficientNet
+        replace: true               # the block takes its place; `none` takes it out. By default it stays
+        choices:
+          - block: timm:eca
+          - block: none
+
     input_sizes: [80, 96, [96, 128]]          # optional: each candidate has one of these sizes, or the base's own
 
 "No block" is always a choice. When a space is bound to a model, each place gets only the choices that are legal there,
@@ -29,23 +35,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
-from attnsurgery.blocks._base import check_options
 from attnsurgery.errors import OptionError, SiteError, SurgeryError, UnknownNameError, UsageError, did_you_mean
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
-from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.build import requested_options, resolve
 from attnsurgery.recipe.plan import reason
 from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
 from attnsurgery.settings import SMALLEST_SIDE, image_size, sides
+from attnsurgery.surgery.insertion import NO_BLOCK
 
 AUTO_SPACE = "auto"
 """The name of the space that is made for the model instead of read from a file (`auto_space`)."""
 NONE = "none"
 """The label of the choice without a block."""
+TAKE_OUT = "take out"
+"""The label of the choice that takes an attention of the model out."""
+REPLACE_BY = "replace by "
+"""The beginning of the labels of blocks that take the place of an attention of the model."""
+_PLACE_OF_ATTENTION = " "
+"""Stands for the place of an attention of the model among names of blocks."""
 INPUT_SIZE = "input_size"
 """The key of the input size in assignments, and its place for samplers, which is the first."""
 Sides = tuple[int, int]
@@ -58,7 +72,9 @@ _Side = Annotated[int, Field(ge=SMALLEST_SIDE)]
 class BlockChoices(Strict):
     """One block with its options; a list as an option makes one choice of each of its values."""
 
-    block: str = Field(description="a block of the catalog, such as 'se' or 'non_local'")
+    block: str = Field(
+        description="a block of the catalog, such as 'se' or 'non_local'; 'none' in a decision with `replace`"
+    )
     options: dict[str, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=32)]] = Field(
         default_factory=dict, description="options of that block; a list makes one choice of each value"
     )
@@ -76,7 +92,20 @@ class Decision(Strict):
     at: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="a selector, as in a recipe")
     each: bool = Field(default=True, description="true: every matched place decides alone; false: all alike")
     optional: bool = Field(default=False, description="true: a model without such a place skips this decision")
+    replace: bool = Field(
+        default=False, description="true: blocks take the place of the model's own attention there, or it stays"
+    )
     choices: Annotated[list[BlockChoices], Field(min_length=1, max_length=64)]
+
+    @pydantic.model_validator(mode="after")
+    def _none_replaces(self) -> Decision:
+        """Only in place of something can a choice have no block."""
+        if not self.replace and any(choice.block == NO_BLOCK for choice in self.choices):
+            raise PydanticCustomError(
+                "none",
+                "block 'none' takes an attention of the model out, which needs 'replace: true'",
+            )
+        return self
 
 
 class SearchSpace(Strict):
@@ -233,17 +262,19 @@ def bind(space: SearchSpace, anatomy: Anatomy, base: str, survey_at: SurveyAt | 
             earlier = {block: first for (site, block), first in offers.items() if site in group}
             choices, refused, refused_at = _legal(decision, group, anatomies, base, place, set(earlier))
             rejected += refused
-            for block in sorted({choice.block for choice in decision.choices} & set(earlier)):
+            for block in sorted(_claims(decision, *decision.choices) & set(earlier)):
                 repeated.setdefault((block, earlier[block]), []).extend(group)
             if len(choices) == 1:
                 continue
-            offers |= {(site, edit.block): number for edit in choices.values() if edit for site in group}
+            kept = [choice for choice in decision.choices if not _claims(decision, choice) & set(earlier)]
+            offers |= {(site, claim): number for claim in _claims(decision, *kept) for site in group}
             label = group[0] if decision.each else decision.at
             labels[label] += 1
             name = label if labels[label] == 1 else f"{label}#{labels[label]}"
             variables.append(Variable(name, group, choices))
             illegal |= {(size, name, choice): text for (size, choice), text in refused_at.items()}
-    for (block, first), again in repeated.items():
+    for (claim, first), again in repeated.items():
+        block = "another block in place of the attention" if claim == _PLACE_OF_ATTENTION else claim
         more = f" and {len(again) - 1} more" if len(again) > 1 else ""
         rejected.append(f"{block} at {again[0]}{more}: decisions[{first}] offers it there, and a site holds it once")
     if not variables and len(anatomies) == 1:
@@ -305,10 +336,10 @@ def _legal(
     refused_at: dict[tuple[str, str], str] = {}
     for choice in decision.choices:
         for options in choice.expanded():
-            check_options(choice.block, options)  # raises for options that are wrong at any site
-            if choice.block in offered:
+            edit = Edit(at=sites[0], block=choice.block, options=options, replace=decision.replace)
+            requested_options(edit)  # raises for options that are wrong at any site
+            if _claims(decision, choice) & offered:
                 continue
-            edit = Edit(at=sites[0], block=choice.block, options=options)
             edits = [edit.model_copy(update={"at": site}) for site in sites]
             reasons: dict[str, str] = {}
             for number, (size, anatomy) in enumerate(anatomies.items()):
@@ -328,9 +359,17 @@ def _legal(
     return choices, refused, refused_at
 
 
+def _claims(decision: Decision, *choices: BlockChoices) -> set[str]:
+    """What a site holds once, of what these choices put there: each block, and the place of its own attention."""
+    own = {_PLACE_OF_ATTENTION} if decision.replace and choices else set()
+    return own | {choice.block for choice in choices if choice.block != NO_BLOCK}
+
+
 def _label(edit: Edit) -> str:
+    if edit.block == NO_BLOCK:
+        return TAKE_OUT
     options = ", ".join(f"{name}={value}" for name, value in edit.options.items())
-    return f"{edit.block}({options})" if options else edit.block
+    return f"{REPLACE_BY if edit.replace else ''}{edit.block}{f'({options})' if options else ''}"
 
 
 def load(name_or_path: str) -> SearchSpace:

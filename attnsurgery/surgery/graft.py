@@ -15,10 +15,11 @@ RECORD = "_attnsurgery"
 Slot = Literal["new", "none", "identity"]
 """What the block's name stood for before: 'new' is nothing; 'none' and 'identity' are a None or an Identity that the
 host reserves for such a block and that its forward calls."""
-Part = Literal["place", "point", "whole", "first", "middle", "last", "map_source"]
+Part = Literal["place", "point", "whole", "first", "middle", "last", "map_source", "removal"]
 """The role of the owner. 'place': the block replaces a tensor. 'point': the tensor is multiplied by the block's result.
 'whole': the owner is a span of one. 'first', 'middle' and 'last': a module of a longer span; the first one holds the
-block. 'map_source': it holds no block, but publishes the size of the map that it makes."""
+block. 'map_source': it holds no block, but publishes the size of the map that it makes. 'removal': a module of it was
+taken out, with no block in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,18 @@ class Graft:
     """The arguments of the owner that pass the grid in each forward."""
     grid_source: str = ""
     """Path of the module that makes the map and publishes its size in each forward."""
+    replaces: str = ""
+    """Path, relative to the owner, of the model's own attention module that was taken out; empty if none was."""
 
     @property
     def owns_block(self) -> bool:
         """True if the block is a child of this owner."""
         return self.part in ("place", "point", "whole", "first")
+
+    @property
+    def has_block(self) -> bool:
+        """True if the surgery concerns a block, which this owner or another module of the span has."""
+        return self.part not in ("map_source", "removal")
 
     @property
     def has_fixed_grid(self) -> bool:

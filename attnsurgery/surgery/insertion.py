@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnsurgery.blocks import Start
+from attnsurgery.graph.attention import OwnAttention
 from attnsurgery.graph.site import Site
+
+NO_BLOCK = "none"
+"""In the place of a block's name: nothing stands in for the module that is taken out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Insertion:
     """All options of the block, with defaults filled in."""
     start: Start = "identity"
     """How the block is initialized."""
+    replaced: OwnAttention | None = None
+    """The model's own attention module that is taken out; the block may then be `NO_BLOCK`."""
 
 
 Insertions = tuple[Insertion, ...]

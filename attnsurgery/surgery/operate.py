@@ -13,16 +13,18 @@ from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
 from attnsurgery.blocks.loading import watch
 from attnsurgery.errors import SiteError
+from attnsurgery.graph.attention import is_attention
 from attnsurgery.graph.find import survey
 from attnsurgery.graph.site import Site
 from attnsurgery.graph.submodels import feature_infos
 from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.twin import meta_twin
-from attnsurgery.graph.wrappers import check_forward, check_uncompiled, submodule, unwrapped
+from attnsurgery.graph.wrappers import bare, check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
-from attnsurgery.surgery.insertion import Insertion, Insertions
-from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, holder_of, joined, operated
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion, Insertions
+from attnsurgery.surgery.owners import PATHS, Grids, child_for, copy_path, grafted_blocks, holder_of, joined, operated
 from attnsurgery.surgery.remove import remove
+from attnsurgery.surgery.replaced import Replaced
 from attnsurgery.surgery.rewrite import surgical_class
 
 __all__ = ["PATHS", "grafted_blocks", "operate", "operated", "remove"]
@@ -54,8 +56,8 @@ def operate(model: nn.Module, insertions: Insertions) -> nn.Module:
     grids = Grids(model)
     for path, owner, grafts, blocks, cls in prepared:
         grids.share(owner, grafts)
-        for name, block in blocks.items():
-            setattr(*holder_of(owner, name), block)
+        for name, module in (*owners[path].stand_ins.items(), *blocks.items()):
+            setattr(*holder_of(owner, name), module)
         owner.__dict__[RECORD] = grafts
         owner.__class__ = cls
         resized = _resized(model, path) if any(graft.has_fixed_grid for graft in grafts) else None
@@ -106,6 +108,24 @@ class _Owner:
         self.trial = uncut_copy(self.module)
         self.grafts: list[Graft] = list(self.module.__dict__.get(RECORD, ()))
         self.blocks: dict[str, Block] = {}
+        self.stand_ins: dict[str, Replaced] = {}
+
+    def take_out(self, path: str) -> str:
+        """Put a stand-in into the place of a module, in the copy; returns the module's path relative to the owner.
+
+        Raises:
+            SiteError: the owner has no such module now, because an earlier operation has changed it.
+        """
+        child = path.removeprefix(f"{self.path}.")
+        host = child.rpartition(".")[0]
+        if host:
+            copy_path(self.trial, host)
+        holder, name = holder_of(self.trial, child)
+        original = getattr(holder, name, None)
+        if not isinstance(original, nn.Module) or not is_attention(bare(original)):
+            raise SiteError(f"{path!r} is no attention module of this model any more, so no block can take its place.")
+        holder._modules[name] = self.stand_ins[child] = Replaced(original)
+        return child
 
     def finished(self) -> Prepared:
         """The module with its new class, grafts and blocks.
@@ -141,6 +161,10 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
     place = site.node, site.users, site.span, site.element
     if any((g.node, g.users, g.span, g.element) == place and g.block == insertion.block for g in first.grafts):
         raise SiteError(f"there is a {insertion.block!r} at {site.address!r} already.")
+    replaces = first.take_out(insertion.replaced.path) if insertion.replaced else ""
+    if insertion.block == NO_BLOCK:
+        first.grafts.append(_removal(insertion, replaces))
+        return
     device, dtype = _device_and_dtype(first.module, model)
     block = build_block(insertion.block, site.channels, insertion.options, insertion.start, device=device, dtype=dtype)
     if site.span and not block.gates:
@@ -173,10 +197,27 @@ def _prepare(model: nn.Module, insertion: Insertion, owners: dict[str, _Owner]) 
                 grid=None if free else site.grid,
                 grid_names=() if free else site.grid_names,
                 grid_source="" if free else site.grid_source,
+                replaces=replaces if index == 0 else "",
             )
         )
     if site.grid_source and not free:
         _report_map_size(model, site, owners)
+
+
+def _removal(insertion: Insertion, replaces: str) -> Graft:
+    """The record that a module was taken out and nothing was put in its place."""
+    return Graft(
+        child="",
+        node=None,
+        layout=insertion.site.layout,
+        prefix_tokens=0,
+        slot="none",
+        block=NO_BLOCK,
+        options={},
+        start="identity",
+        part="removal",
+        replaces=replaces,
+    )
 
 
 def _report_map_size(model: nn.Module, site: Site, owners: dict[str, _Owner]) -> None:

@@ -49,6 +49,18 @@ def joined(path: str, child: str) -> str:
     return f"{path}.{child}" if path else child
 
 
+def copy_path(trial: nn.Module, path: str) -> None:
+    """Replace the modules along `path` by copies, so that changes to them do not affect the model."""
+    parent = trial
+    for name in path.split("."):
+        child = bare(parent._modules[name])  # type: ignore[arg-type]
+        copied: nn.Module = object.__new__(type(child))
+        copied.__dict__.update(child.__dict__)
+        copied.__dict__["_modules"] = dict(child._modules)
+        parent._modules[name] = copied
+        parent = copied
+
+
 class Grids:
     """The sizes of maps that modules share: one `Grid` for each map, which its source writes and owners read.
 

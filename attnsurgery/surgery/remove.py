@@ -16,19 +16,21 @@ from attnsurgery.blocks import Block
 from attnsurgery.blocks.loading import unwatch
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.trace import uncut_copy
-from attnsurgery.graph.wrappers import bare, check_uncompiled, unwrapped, walk
+from attnsurgery.graph.wrappers import check_uncompiled, unwrapped, walk
 from attnsurgery.surgery.graft import RECORD, Graft, Slot
-from attnsurgery.surgery.owners import PATHS, Grids, child_for, grafted_blocks, holder_of, joined, operated
+from attnsurgery.surgery.owners import PATHS, Grids, child_for, copy_path, grafted_blocks, holder_of, joined, operated
+from attnsurgery.surgery.replaced import Replaced
 from attnsurgery.surgery.rewrite import surgical_class
 
 
-def remove(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Remove inserted blocks, in place.
+def remove(model: nn.Module, paths: Collection[str] | None = None, put_back: bool = True) -> nn.Module:
+    """Remove inserted blocks, in place; what they took the place of is put back.
 
     Args:
         model: a model, in a wrapper or not.
         paths: paths of the blocks, as `grafted_blocks` gives them. By default all blocks are removed, and classes,
             children and state dict are those of the base.
+        put_back: False leaves what was taken out where it is, so that the model is the base without it.
 
     Returns:
         The same object; a model without surgery is returned as it is.
@@ -52,11 +54,13 @@ def remove(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     with torch.inference_mode(False):
         changes = _renamed(owners, remaining, blocks)
     # all checks are done; the model is changed from here on
-    for owner, grafts in owners.values():
+    for path, (owner, grafts) in owners.items():
         for graft in reversed([graft for graft in grafts if graft.owns_block]):
             _take_out(owner, graft)
         for graft in grafts:
             owner.__dict__.pop(graft.grid_attribute, None)
+        if put_back:
+            _put_back(owner, {graft.replaces for graft in grafts} - {graft.replaces for graft in remaining[path]})
         owner.__dict__.pop(RECORD, None)
         owner.__class__ = getattr(type(owner), "uncut_class", type(owner))
     grids = Grids(model)
@@ -89,7 +93,7 @@ def _block_path(path: str, graft: Graft) -> str:
 
 
 def _remaining(path: str, grafts: tuple[Graft, ...], removed: Collection[str]) -> list[Graft]:
-    return [graft for graft in grafts if graft.part == "map_source" or _block_path(path, graft) not in removed]
+    return [graft for graft in grafts if not graft.has_block or _block_path(path, graft) not in removed]
 
 
 def _check_present(remaining: dict[str, list[Graft]], blocks: Mapping[str, Block]) -> None:
@@ -99,7 +103,7 @@ def _check_present(remaining: dict[str, list[Graft]], blocks: Mapping[str, Block
     """
     for path, grafts in remaining.items():
         for graft in grafts:
-            if graft.part != "map_source" and _block_path(path, graft) not in blocks:
+            if graft.has_block and _block_path(path, graft) not in blocks:
                 raise SurgeryError(
                     f"the block {_block_path(path, graft)!r} is missing: a module that held it was replaced after "
                     "surgery. Remove all blocks (attnsurgery.remove(model)) and operate again."
@@ -132,7 +136,7 @@ def _renamed(
     changes = {}
     for path, trial in trials.items():
         grafts = tuple(
-            graft if graft.part == "map_source" else _with_name(graft, *names[_block_path(path, graft)])
+            _with_name(graft, *names[_block_path(path, graft)]) if graft.has_block else graft
             for graft in remaining[path]
         )
         changes[path] = _Change(grafts, children[path], surgical_class(trial, grafts))
@@ -148,22 +152,18 @@ def _without_blocks(owner: nn.Module, grafts: tuple[Graft, ...]) -> nn.Module:
     trial = uncut_copy(owner)
     trial.__dict__.pop(RECORD, None)
     for host in {graft.child.rpartition(".")[0] for graft in grafts if "." in graft.child}:
-        _copy_path(trial, host)
+        copy_path(trial, host)
     for graft in reversed([graft for graft in grafts if graft.owns_block]):
         _take_out(trial, graft)
     return trial
 
 
-def _copy_path(trial: nn.Module, path: str) -> None:
-    """Replace the modules along `path` by copies, so that changes to them do not affect the model."""
-    parent = trial
-    for name in path.split("."):
-        child = bare(parent._modules[name])  # type: ignore[arg-type]
-        copied: nn.Module = object.__new__(type(child))
-        copied.__dict__.update(child.__dict__)
-        copied.__dict__["_modules"] = dict(child._modules)
-        parent._modules[name] = copied
-        parent = copied
+def _put_back(owner: nn.Module, children: Collection[str]) -> None:
+    """Put modules that were taken out of an owner back in their places."""
+    for child in children:
+        holder, name = holder_of(owner, child)
+        if child and isinstance(stand_in := getattr(holder, name, None), Replaced):
+            setattr(holder, name, stand_in.restored())
 
 
 def _take_out(owner: nn.Module, graft: Graft) -> None:

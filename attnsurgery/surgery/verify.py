@@ -22,6 +22,7 @@ from attnsurgery.surgery.effects import Effects, measured_effects
 from attnsurgery.surgery.outputs import flattened
 from attnsurgery.surgery.owners import PATHS, grafted_blocks, joined, operated
 from attnsurgery.surgery.remove import remove
+from attnsurgery.surgery.replaced import put_back_all, replaced_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,9 @@ class Report:
     """(C, H, W) of the images."""
     blocks: tuple[BlockReport, ...]
     """The inserted blocks, in the model's order."""
+    replaced: tuple[str, ...] = ()
+    """The base's own attention modules that were taken out, with their classes. `max_abs_diff` and `keys_missing`
+    compare with the base without them; parameters and multiply-accumulates are those of the whole base."""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -144,9 +148,11 @@ def _compared(model: nn.Module, twin: nn.Module, size: tuple[int, int, int]) -> 
     # where the host overwrites a block's input, backward fails; that fault is reported already
     effects = measured_effects(twin, images) if not watch.overwritten else Effects(set(), set(), set())
     _copy_values(twin, model)
-    base = remove(twin)
+    taken_out = [(path, stand_in.extra_repr()) for path, stand_in in replaced_modules(twin)]
+    base = remove(twin, put_back=False)
     base_output = _output(base, images)
     base_keys = list(base.state_dict())
+    put_back_all(base)
     return Report(
         max_abs_diff=float((surgical_output - base_output).abs().max()) if surgical_output.numel() else 0.0,
         keys_added=tuple(key for key in surgical_keys if key not in set(base_keys)),
@@ -157,6 +163,7 @@ def _compared(model: nn.Module, twin: nn.Module, size: tuple[int, int, int]) -> 
         macs_after=count_macs(model, size),
         attention_bytes=sum(watch.attention_bytes.values()),
         input_size=size,
+        replaced=tuple(f"{path} ({kind})" for path, kind in taken_out),
         blocks=tuple(
             BlockReport(
                 path=path,

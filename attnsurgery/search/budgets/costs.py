@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +14,12 @@ from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.latency.model import Kind
 from attnsurgery.recipe.build import resolve
-from attnsurgery.recipe.costs import cost_of
+from attnsurgery.recipe.costs import cost_of, own_cost_of
 from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 from attnsurgery.search.result.limits import COST_KINDS, EXACT, POSSIBLE, Budgets, amount
 from attnsurgery.search.space import BoundSpace
-from attnsurgery.surgery.insertion import Insertion
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
 from attnsurgery.surgery.verify import count_macs
 
 Sized = tuple[Anatomy, nn.Module]
@@ -31,6 +31,17 @@ def _kind(insertion: Insertion) -> str:
     options = ", ".join(f"{name}={value}" for name, value in sorted(insertion.options.items()))
     shape = "x".join(map(str, insertion.site.shape))
     return f"{insertion.block}({options}) on {shape} {insertion.site.layout}"
+
+
+def _kinds(insertion: Insertion) -> Iterator[tuple[str, Kind, int]]:
+    """The kinds of blocks whose number an insertion changes, by how much: less of an attention that is taken out."""
+    elements, replaced = math.prod(insertion.site.shape), insertion.replaced
+    if insertion.block != NO_BLOCK:
+        yield _kind(insertion), Kind(own_cost_of(insertion).macs, elements), 1
+    if replaced is not None:
+        shape = "x".join(map(str, insertion.site.shape))
+        key = f"the model's own {replaced.kind} of {replaced.params} parameters on {shape} {insertion.site.layout}"
+        yield key, Kind(replaced.macs, elements), -1
 
 
 def picks_of(places: Places, assignment: Mapping[str, str]) -> Picks:
@@ -104,9 +115,9 @@ class Costs:
                 for insertion in resolve(recipe, anatomy) if recipe else ():
                     cost = cost_of(insertion)
                     added_CL[:, index] += (cost.params, cost.macs)
-                    key = _kind(insertion)
-                    counts[index][key] += 1
-                    kinds[key] = Kind(cost.macs, math.prod(insertion.site.shape))
+                    for key, kind, count in _kinds(insertion):
+                        counts[index][key] += count
+                        kinds[key] = kind
             blocks.append(counts)
             impossible.append(np.array(illegal, dtype=float))
             for name, row in zip(EXACT, added_CL, strict=True):
@@ -126,8 +137,11 @@ class Costs:
         return self.by_size[picks[0]] if self.by_size else self
 
     def counts(self, picks: Picks) -> Counter[str]:
-        """The number of blocks of each kind in a candidate."""
-        return sum((row[pick] for row, pick in zip(self.at(picks).blocks, picks, strict=True)), Counter())
+        """The number of blocks of each kind in a candidate; negative for what is taken out of the model."""
+        total: Counter[str] = Counter()
+        for row, pick in zip(self.at(picks).blocks, picks, strict=True):
+            total.update(row[pick])  # a sum would drop negative numbers
+        return total
 
     def of(self, name: str, picks: Picks) -> int:
         """A cost of a candidate, by its name in EXACT."""

@@ -176,6 +176,11 @@ def assemble(
             f"the space {space_file.name!r} has several input sizes, and a supernet is trained at one. Use another "
             "--evaluator and --rungs, or a space without input_sizes."
         )
+    if space_file and any(decision.replace for decision in space_file.decisions) and shares(config):
+        raise UsageError(
+            f"the space {space_file.name!r} puts blocks in place of attention that the model has ('replace: true'), "
+            "and a supernet keeps that. Use another --evaluator and --rungs, or a space without such decisions."
+        )
     given_backend, backend = backend, backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
@@ -198,7 +203,7 @@ def assemble(
 
     if space_file is None:
         one_size = "a supernet is trained at one" if shares(config) else fixed_size(config.base)
-        space_file, reasons = make(anatomy, survey_at, one_size)
+        space_file, reasons = make(anatomy, survey_at, one_size, replacing=not shares(config))
         for reason in reasons if check else ():
             listener.note(reason)
     space = bind(space_file, anatomy, config.base, survey_at)

@@ -92,7 +92,10 @@ def _record(costs: Costs, facts: BaseFacts | None) -> Record:
 
 
 def _blocks_only_add(bench: Bench) -> bool:
-    """Whether no choice of the space reduces a cost of the base."""
+    """Whether no choice of the space reduces a cost of the base, as one that takes out attention of its own may."""
+    edits = [edit for variable in bench.space.variables for edit in variable.choices.values() if edit]
+    if any(edit.replace for edit in edits):
+        return False
     return all(float(row.min()) >= 0 for name in EXACT for costs in bench.costs.sizes for row in costs.added[name])
 
 

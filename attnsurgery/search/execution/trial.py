@@ -22,6 +22,7 @@ from attnsurgery.search.execution.scorers import Candidate
 from attnsurgery.search.result.record import Promotion, Record, Timing
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.watching import Watching
+from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.surgery.operate import operate
 
 _PROXY_BATCH = 64
@@ -29,6 +30,8 @@ _PROXY_BATCH = 64
 
 def build(bench: Bench, recipe: Recipe) -> nn.Module:
     """The base with its starting weights and the blocks of a recipe; its outputs equal the base's bit for bit.
+
+    Where blocks take the place of attention that the base has, they equal those of the base without that attention.
 
     Raises:
         SiteError, OptionError: the recipe does not fit the base.
@@ -38,11 +41,20 @@ def build(bench: Bench, recipe: Recipe) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(2, *bench.anatomy.input_size, generator=generator).to(bench.config.device)
     with torch.inference_mode():
-        expected, actual = bench.base(x_BCHW), candidate(x_BCHW)
+        expected, actual = _without_replaced(bench, recipe)(x_BCHW), candidate(x_BCHW)
     if not torch.equal(expected, actual):
         worst = float((expected - actual).abs().max())
         raise SurgeryError(f"the candidate does not start as the base: outputs differ by up to {worst:.3g}.")
     return candidate
+
+
+def _without_replaced(bench: Bench, recipe: Recipe) -> nn.Module:
+    """The base without the attention that a recipe takes out; the base itself where it takes none out."""
+    taken_out = [insertion for insertion in resolve(recipe, bench.anatomy) if insertion.replaced]
+    if not taken_out:
+        return bench.base
+    removals = tuple(replace(insertion, block=NO_BLOCK, options={}) for insertion in taken_out)
+    return operate(copy.deepcopy(bench.base), removals)
 
 
 def _operated(bench: Bench, recipe: Recipe) -> nn.Module:
