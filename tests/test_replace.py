@@ -250,6 +250,13 @@ def test_plan_lists_what_is_taken_out(tmp_path: Path) -> None:
     assert "-6,996" in result.output
 
 
+def test_inspect_names_models_own_attention() -> None:
+    """The tree ends with the attention that the model has, and the selector for it."""
+    inspected = CliRunner().invoke(build_app(), ["inspect", BASE]).output
+    assert "2 attention modules of its own (SqueezeExcite), whose place a block can take" in inspected
+    assert "of its own" not in CliRunner().invoke(build_app(), ["inspect", "test_resnet"]).output
+
+
 # In spaces
 
 

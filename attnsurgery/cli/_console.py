@@ -162,6 +162,12 @@ def print_anatomy(
     hidden = len(anatomy.sites) - len(shown)
     more = f", and {hidden} inside blocks: --all shows them" if hidden else ""
     console.print(Text(f"{len(shown)} sites{more}", style="dim"))
+    own = [anatomy.own_attention(site) for stage in anatomy.stages for site in anatomy.attentions(stage)]
+    if own:
+        kinds = ", ".join(dict.fromkeys(attention.kind for attention in own))
+        modules = _counted(len(own), "attention module")
+        text = f"{modules} of its own ({kinds}), whose place a block can take: 'stage:* attention' with replace: true"
+        console.print(Text(text, style="dim"))
     if block is not None:
         _print_sums(block, shown, prices or {})
 

@@ -21,20 +21,9 @@ from typing import Any
 
 import torch
 from _common import write
+from _tables import ROOT, SETUPS, SITES, TABLE, build_candidate, data_of, settings_of, start_of
 from samplers import Table
-from table import (
-    CHOSEN_SETUP,
-    OPTIONS,
-    ROOT,
-    SETUPS,
-    SITES,
-    SIZE,
-    TABLE,
-    build_candidate,
-    data_of,
-    settings_of,
-    start_of,
-)
+from table import CHOSEN_SETUP
 
 from attnsurgery.evaluate import EVALUATORS, Data
 from attnsurgery.evaluate.proxies import grad_norm, synflow
@@ -50,16 +39,17 @@ SEED, JUDGE = 0, 1
 FULL = "full training, another seed"
 FULL_ALL = "the same of the whole table"
 Picks = tuple[str, ...]
+SETUP = SETUPS[CHOSEN_SETUP]
 
 
 def scorers(table: Table, data: Data, base: torch.nn.Module, folder: Path) -> dict[str, Scorer]:
-    settings = settings_of(SETUPS[CHOSEN_SETUP])
+    settings = settings_of(SETUP)
     scorers_by_name: dict[str, Scorer] = {
         f"{name}:{epochs}": Alone(EVALUATORS[name](data, replace(settings, epochs=epochs))) for name, epochs in RUNGS
     }
     for epochs in SUPERNETS:
         torch.manual_seed(SEED)
-        supernet = Supernet(base, table.space, survey(base, SIZE))
+        supernet = Supernet(base, table.space, survey(base, SETUP.size))
         path = folder / f"supernet-{epochs}.safetensors"
         scorers_by_name[f"supernet:{epochs}"] = Shared(supernet, base, data, replace(settings, epochs=epochs), path)
     return scorers_by_name
@@ -69,16 +59,16 @@ def proxies(model: torch.nn.Module, opened: torch.nn.Module, data: Data) -> dict
     x_BCHW, labels_B = next(data.train.train_batches(64, "cpu", SEED, 0))
     return {
         "grad_norm": grad_norm(model, x_BCHW, labels_B),
-        "synflow": synflow(opened, SIZE),
+        "synflow": synflow(opened, SETUP.size),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "macs": count_macs(model, SIZE),
+        "macs": count_macs(model, SETUP.size),
     }
 
 
 def score_candidate(scorer: Scorer, base: torch.nn.Module, picks: Picks) -> dict[str, float]:
     start = time.process_time()
     assignment = dict(zip(SITES, picks, strict=True))
-    score = scorer.score(Candidate(build_candidate(base, picks, SEED), assignment), SEED)
+    score = scorer.score(Candidate(build_candidate(base, picks, SEED, SETUP), assignment), SEED)
     return {"val": score.top1, "val_loss": score.loss, "cpu_seconds": time.process_time() - start}
 
 
@@ -89,13 +79,13 @@ def run(options: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
     path = folder / "fidelity.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
     existing = {(row["way"], tuple(row["picks"])) for row in rows}
-    data = data_of(options.cifar, SETUPS[CHOSEN_SETUP])
-    base = start_of(SETUPS[CHOSEN_SETUP], data, options.table)
+    data = data_of(options.cifar, SETUP)
+    base = start_of(SETUP, data, options.table)
     order = torch.randperm(len(table.scores), generator=torch.Generator().manual_seed(2)).tolist()
     sample = [list(table.scores)[index] for index in order[: options.nets]]
     functions: dict[str, Callable[[Picks], dict[str, float]]] = {
         "proxies": lambda picks: proxies(
-            build_candidate(base, picks, SEED), build_candidate(base, picks, SEED, "paper"), data
+            build_candidate(base, picks, SEED, SETUP), build_candidate(base, picks, SEED, SETUP, "paper"), data
         )
     }
     for name, scorer in scorers(table, data, base, folder).items():
@@ -145,10 +135,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "fidelity")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tables = {measure: Table.read(measure, options.table) for measure in ("val_loss", "val")}
+    tables = {measure: Table.read(CHOSEN_SETUP, measure, options.table) for measure in ("val_loss", "val")}
     taus = figures(run(options, tables["val_loss"]), tables)
     if options.table == TABLE:
-        print(f"written {write('fidelity', {'nets': options.nets, 'options': OPTIONS, 'tau': taus})}")
+        print(f"written {write('fidelity', {'nets': options.nets, 'options': SETUP.options, 'tau': taus})}")
     for method, row in sorted(taus.items(), key=lambda pair: -(pair[1]["val_loss"] or 0.0)):
         cost = f"{row['cpu_seconds']:.0f} s a candidate" if "cpu_seconds" in row else ""
         tau_text = "  ".join(f"{name} {'none' if row[name] is None else format(row[name], '+.3f')}" for name in tables)

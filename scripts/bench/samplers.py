@@ -1,18 +1,20 @@
 #!/usr/bin/env python
-"""How many candidates a sampler has to train, simulated on a table of trained networks.
+"""How many candidates a sampler has to train, simulated on tables of trained networks.
 
-    scripts/bench/samplers.py [--repeats 50] [--measure val_loss] [--processes 2] [--samplers gp tpe]
+    scripts/bench/samplers.py [--repeats 50] [--tables strip narrow] [--processes 2] [--samplers gp tpe]
 
-A search is simulated on docs/benchmarks/table (see table.py): latency and score are looked up instead of measured and
-trained, and everything else is the search's own code (attnsurgery.search.storage.store). The budget is the median
-latency of all candidates. A sampler gets the score from one seed; its choice is evaluated by the score of the same
-candidate from the other seed, so that luck in one training does not count.
+A search is simulated on a table of docs/benchmarks/table (see table.py): latency and scores are looked up instead of
+measured and trained, and everything else is the search's own code (attnsurgery.search.storage.store). The budget is the
+median latency of all candidates. A sampler gets the validation scores of one seed, and the candidate with the best
+top-1 of these is chosen, as in a search. The choice is judged by the test top-1 of the same candidate from the other
+seed, so that luck in one training does not count.
 
-Figures: the number of trained candidates that each sampler needs to reach the score of random search with 64, and that
-of TPE; the scores after 16, 32 and 64, with the p-value of a paired Wilcoxon test against the additive sampler; and the
-hypervolume of score and latency that is missing from that of the whole table. Scores are scaled so that 0 is the base
-and 1 the best candidate within the budget. Writes docs/benchmarks/samplers.json for all samplers and at least 50
-repeats. With `--samplers`, only these are simulated, and random, tpe and additive, with which the figures compare.
+Figures: test top-1 in points over the base after 8, 16, 32 and 64 trained candidates, with the difference from the
+additive sampler, its 95 % interval over repeats and the p-value of a paired two-sided Wilcoxon test; the number of
+trained candidates that each sampler needs to reach random search with 64, and TPE with 64; and the hypervolume of
+top-1 and latency that is missing from that of the whole table. Writes docs/benchmarks/samplers.json for all samplers
+and at least 50 repeats. With `--samplers`, only these are simulated, and random, tpe and additive, with which the
+figures compare.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from typing import Any
 import numpy as np
 import optuna
 from _common import write
+from _tables import SETUPS, SITES, TABLE, Options
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import wilcoxon
-from table import CHOSEN_SETUP, OPTIONS, SITES, TABLE, rows_of
+from table import WITH_EFFECT, rows_of
 
 from attnsurgery.recipe.schema import Edit
 from attnsurgery.samplers import SAMPLERS
@@ -49,7 +52,7 @@ REFERENCE = "additive"
 COMPARED = ("random", "tpe", REFERENCE)
 """The figures compare with these samplers."""
 REPEATS = 50
-MARKS = (16, 32, 64)
+MARKS = (8, 16, 32, 64)
 TRAINED = max(MARKS)
 _MAX_ASKS = 12
 """Number of asks for each candidate to be trained after which a sampler that repeats candidates is stopped."""
@@ -94,22 +97,31 @@ class Evolution(BaseSampler):
 
 @dataclass(frozen=True)
 class Table:
-    """Scores by candidate and seed, larger is better, and latencies."""
+    """Scores by candidate and seed, and latencies."""
 
     sites: tuple[str, ...]
-    options: dict[str, dict[str, Any] | None]
+    options: Options
     scores: dict[tuple[str, ...], tuple[float, ...]]
+    """What choices are judged by, by seed; larger is better."""
+    val: dict[tuple[str, ...], tuple[float, ...]]
+    """Top-1 on the validation images."""
+    val_loss: dict[tuple[str, ...], tuple[float, ...]]
     ms: dict[tuple[str, ...], float]
 
     @classmethod
-    def read(cls, measure: str, folder: Path = TABLE) -> Table:
-        by_picks: dict[tuple[str, ...], dict[int, float]] = {}
-        for row in rows_of(folder, CHOSEN_SETUP):
-            score = -row[measure] if measure.endswith("loss") else row[measure]
-            by_picks.setdefault(tuple(row["picks"]), {})[row["seed"]] = score
-        scores = {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in by_picks.items()}
-        ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, "latency")}
-        return cls(SITES, OPTIONS, scores, ms)
+    def read(cls, name: str, measure: str = "test", folder: Path = TABLE) -> Table:
+        """The table of a setup, whose choices are judged by a measure."""
+        rows = rows_of(folder, name)
+
+        def by_picks(column: str, sign: float = 1.0) -> dict[tuple[str, ...], tuple[float, ...]]:
+            values: dict[tuple[str, ...], dict[int, float]] = {}
+            for row in rows:
+                values.setdefault(tuple(row["picks"]), {})[row["seed"]] = sign * row[column]
+            return {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in values.items()}
+
+        ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, f"latency-{name}")}
+        scores = by_picks(measure, -1.0 if measure.endswith("loss") else 1.0)
+        return cls(SITES, SETUPS[name].options, scores, by_picks("val"), by_picks("val_loss"), ms)
 
     @property
     def base(self) -> tuple[str, ...]:
@@ -130,11 +142,9 @@ class Table:
         variables = [Variable(site, (site,), choices(site)) for site in self.sites]
         return BoundSpace("table", "test_resnet", tuple(variables), None)
 
-    def scaled(self, picks: tuple[str, ...], seed: int) -> float:
-        """The score from a seed, scaled so that 0 is the base and 1 the best candidate within the budget."""
-        base = self.scores[self.base][seed]
-        best = max(scores[seed] for picks, scores in self.scores.items() if self.ms[picks] <= self.budget)
-        return (self.scores[picks][seed] - base) / (best - base)
+    def gain(self, picks: tuple[str, ...], seed: int) -> float:
+        """The score from a seed, less that of the base."""
+        return self.scores[picks][seed] - self.scores[self.base][seed]
 
 
 def simulate(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
@@ -143,7 +153,7 @@ def simulate(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
     budgets = Budgets({"latency": table.budget})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), optuna.storages.InMemoryStorage(), table.space, budgets, repeat, sampler)
-        store.fix("base", {"record": Record(-1, "trained", top1=table.scaled(table.base, seed)).as_dict()})
+        store.fix("base", {"record": Record(-1, "trained", top1=table.val[table.base][seed]).as_dict()})
         records: list[Record] = []
         while len(trained(records)) < TRAINED and len(records) < _MAX_ASKS * TRAINED:
             candidate = store.ask(records, table.space.places)
@@ -158,10 +168,10 @@ def _look_up(table: Table, number: int, assignment: Mapping[str, str], seed: int
     recipe = table.space.recipe_for(assignment)
     digest, ms = recipe.digest() if recipe else "", table.ms[picks]
     timing = Timing(ms, ms, ms, 1.0)
-    score = table.scaled(picks, seed)
-    record = Record(number, "trained", assignment, digest=digest, timing=timing, top1=score, loss=-score)
+    top1, loss = table.val[picks][seed], table.val_loss[picks][seed]
+    record = Record(number, "trained", assignment, digest=digest, timing=timing, top1=top1, loss=loss)
     if not recipe or any(record_.digest == digest for record_ in records):
-        known_score = score if ms <= table.budget else None
+        known_score = top1 if ms <= table.budget else None
         return Record(number, "duplicate", assignment, digest=digest, timing=timing, top1=known_score)
     if ms > table.budget:
         return Record(number, "over_budget", assignment, digest=digest, timing=timing)
@@ -173,8 +183,8 @@ def curve(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[
     search_seed, other_seed = repeat % 2, (repeat + 1) % 2
     scores, best = [], table.base
     for picks in candidates:
-        best = max(best, picks, key=lambda candidate: table.scores[candidate][search_seed])
-        scores.append(table.scaled(best, other_seed))
+        best = max(best, picks, key=lambda candidate: (table.val[candidate][search_seed], -table.ms[candidate]))
+        scores.append(table.gain(best, other_seed))
     return scores + scores[-1:] * (TRAINED - len(scores))
 
 
@@ -189,10 +199,10 @@ def missing_hypervolumes(table: Table, candidates: list[tuple[str, ...]], repeat
 def _hypervolume(table: Table, candidates: list[tuple[str, ...]], seed: int) -> float:
     """The hypervolume of scores above the base and milliseconds below the budget."""
     volume, reached_ms = 0.0, 0.0
-    for picks in sorted([*candidates, table.base], key=lambda candidate: -table.scaled(candidate, seed)):
+    for picks in sorted([*candidates, table.base], key=lambda candidate: -table.gain(candidate, seed)):
         saved_ms = table.budget - table.ms[picks]
         if saved_ms > reached_ms:
-            volume += (saved_ms - reached_ms) * max(0.0, table.scaled(picks, seed))
+            volume += (saved_ms - reached_ms) * max(0.0, table.gain(picks, seed))
             reached_ms = saved_ms
     return volume
 
@@ -225,17 +235,13 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         name: np.array([row["missing"] for row in sampler_rows]) for name, sampler_rows in by_sampler.items()
     }
     reference = curves[REFERENCE]
-
-    def p_values(name: str) -> dict[int, float]:
-        return (
-            {mark: _p(reference[:, mark - 1], curves[name][:, mark - 1]) for mark in MARKS} if name != REFERENCE else {}
-        )
-
     return {
         name: {
-            "worth": {mark: float(curve[:, mark - 1].mean()) for mark in MARKS},
+            "gain": {mark: float(curve[:, mark - 1].mean()) for mark in MARKS},
+            "additive_is_better_by": {
+                mark: _difference(reference[:, mark - 1], curve[:, mark - 1]) for mark in MARKS if name != REFERENCE
+            },
             "missing_hypervolume": {mark: float(missing_by_sampler[name][:, i].mean()) for i, mark in enumerate(MARKS)},
-            "ours_is_better_p": p_values(name),
             "needed_for_random_64": needed(curve, float(curves["random"][:, -1].mean())),
             "needed_for_tpe_64": needed(curve, float(curves["tpe"][:, -1].mean())),
         }
@@ -243,40 +249,50 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _p(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """The p-value of a one-sided paired Wilcoxon test that the first are no better."""
-    if np.allclose(reference, other):
-        return 1.0
-    return float(wilcoxon(reference, other, alternative="greater").pvalue)
+def _difference(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> dict[str, float]:
+    """The mean of paired differences, half of its 95 % interval, and the p-value of a two-sided Wilcoxon test."""
+    difference = reference - other
+    half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+    p = 1.0 if np.allclose(difference, 0) else float(wilcoxon(reference, other).pvalue)
+    return {"mean": float(difference.mean()), "half_width_95": half, "p": p}
+
+
+def print_figures(name: str, table_of_figures: dict[str, Any]) -> None:
+    print(f"{name}: gain in points over the base after {', '.join(map(str, MARKS))} trained candidates")
+    for sampler, row in table_of_figures.items():
+        gains = "  ".join(f"{100 * row['gain'][mark]:6.2f}" for mark in MARKS)
+        better = "  ".join(
+            f"{100 * found['mean']:+.2f} +- {100 * found['half_width_95']:.2f} (p {found['p']:.1e})"
+            for found in row["additive_is_better_by"].values()
+        )
+        print(f"  {sampler:10} {gains}   additive less this: {better}" if better else f"  {sampler:10} {gains}")
+    reference = table_of_figures[REFERENCE]
+    print(
+        f"  {REFERENCE}: {reference['needed_for_random_64']} trained candidates reach random search with 64, "
+        f"{reference['needed_for_tpe_64']} reach TPE with 64"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--measure", default="val_loss")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--folder", type=Path, default=TABLE)
+    parser.add_argument("--tables", nargs="+", choices=list(SETUPS), default=list(WITH_EFFECT))
     parser.add_argument("--samplers", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
-    table = Table.read(options.measure, options.table)
     names = [name for name in NAMES if name in {*options.samplers, *COMPARED}]
     tasks = [(name, repeat) for repeat in range(options.repeats) for name in names]
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(partial(run_task, table), tasks, chunksize=5))
-    table_of_figures = figures(rows)
-    if options.table == TABLE and names == NAMES and options.repeats >= REPEATS:
-        data = {"measure": options.measure, "repeats": options.repeats, "figures": table_of_figures}
-        print(f"written {write('samplers', data)}")
-    for name, row in table_of_figures.items():
-        worth_text = "  ".join(f"{row['worth'][mark]:.3f}" for mark in MARKS)
-        missing_text = "  ".join(f"{row['missing_hypervolume'][mark]:.3f}" for mark in MARKS)
-        p = "  ".join(f"{row['ours_is_better_p'][mark]:.1e}" for mark in MARKS) if row["ours_is_better_p"] else ""
-        print(f"{name:10} score {worth_text}   missing hypervolume {missing_text}   p {p}")
-    reference = table_of_figures[REFERENCE]
-    print(
-        f"{REFERENCE}: {reference['needed_for_random_64']} trained candidates reach random search with 64 (target 16), "
-        f"{reference['needed_for_tpe_64']} reach TPE with 64 (target 24)"
-    )
+    by_table = {}
+    for table_name in options.tables:
+        table = Table.read(table_name, folder=options.folder)
+        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+            rows = list(pool.map(partial(run_task, table), tasks, chunksize=5))
+        by_table[table_name] = figures(rows)
+        print_figures(table_name, by_table[table_name])
+    whole = options.folder == TABLE and names == NAMES and options.repeats >= REPEATS
+    if whole and set(options.tables) == set(WITH_EFFECT):
+        print(f"written {write('samplers', {'repeats': options.repeats, 'tables': by_table})}")
 
 
 if __name__ == "__main__":

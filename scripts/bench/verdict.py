@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from _common import begin_or_resume, write
-from table import CHOSEN_SETUP, SETUPS, TABLE, data_of, settings_of, start_of
+from _tables import SETUPS, TABLE, data_of, settings_of, start_of
+from table import CHOSEN_SETUP
 
 from attnsurgery.evaluate import Data, TrainSettings, train
 from attnsurgery.evaluate.finetune import accuracy

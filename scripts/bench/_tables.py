@@ -1,0 +1,182 @@
+"""The spaces whose candidates are all trained, and how: what `table.py` makes a table of.
+
+Each setup has four sites, one after each stage of a small network, with four choices at each: 256 candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _common import RESULTS, link_images
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from attnsurgery.blocks import Start
+from attnsurgery.evaluate import Data, TrainSettings, fit_head, load_data
+from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.graph.find import survey
+from attnsurgery.recipe.build import resolve
+from attnsurgery.recipe.schema import Edit, Recipe
+from attnsurgery.surgery.operate import operate
+from attnsurgery.timm_plugin.architectures import check_base
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = RESULTS / "table"
+"""The results, and the weights that all networks started from."""
+BASE = "test_resnet"
+SITES = ("stage:1 last", "stage:2 last", "stage:3 last", "stage:4 last")
+Picks = tuple[str, ...]
+Options = Mapping[str, Mapping[str, Any] | None]
+SE = {"block": "se", "options": {"reduction": 4}}
+MASK = {"block": "residual_attention", "options": {"width": 0.5}}
+CIFAR_OPTIONS: Options = {
+    "none": None,
+    "se": SE,
+    "non_local": {"block": "non_local", "options": {"reduction": 2, "subsample": 2}},
+    "mask": MASK,
+}
+STRIP_OPTIONS: Options = {
+    "none": None,
+    "se": SE,
+    "non_local": {"block": "non_local", "options": {"reduction": 2}},
+    "dual": {"block": "dual", "options": {"parts": "channel"}},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How candidates are made and trained."""
+
+    embedded: str = ""
+    """Name of the embedded data; '' for CIFAR-10."""
+    size: tuple[int, int, int] = (3, 24, 24)
+    options: Options = field(default_factory=lambda: CIFAR_OPTIONS)
+    images: int = 600
+    """Number of training images of each class of CIFAR-10."""
+    base_epochs: int = 0
+    """Epochs of the base before candidates start from it; 0 for training from scratch."""
+    epochs: int = 4
+    lr: float = 1e-3
+    new_lr_scale: float = 10.0
+    batch_size: int = 128
+    channels: tuple[int, ...] = ()
+    """Channels of the four stages; () for those of the base."""
+    start: Start = "identity"
+
+
+SETUPS = {
+    "pretrained": Setup(base_epochs=8),
+    "pretrained_longer": Setup(base_epochs=8, epochs=8),
+    "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
+    "strip": Setup(
+        embedded="pairs",
+        size=(3, 8, 192),
+        options=STRIP_OPTIONS,
+        base_epochs=8,
+        epochs=3,
+        lr=3e-3,
+        new_lr_scale=1.0,
+        batch_size=32,
+    ),
+    "narrow": Setup(
+        images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
+    ),
+}
+
+
+def candidates(setup: Setup) -> list[Picks]:
+    """All candidates of the space."""
+    return list(itertools.product(setup.options, repeat=len(SITES)))
+
+
+def base_model(setup: Setup, classes: int) -> nn.Module:
+    """timm's test_resnet; at 24 pixels without max-pooling, so that its maps are of 12, 6, 3 and 2."""
+    check_base(BASE, "base")
+    torch.manual_seed(0)
+    narrow = {"channels": setup.channels, "zero_init_last": False} if setup.channels else {}
+    model: nn.Module = timm.create_model(BASE, num_classes=classes, **narrow)
+    if not setup.embedded:
+        model.maxpool = nn.Identity()
+    return model.to(memory_format=torch.channels_last)  # a third faster on CPU
+
+
+def build_candidate(base: nn.Module, picks: Picks, seed: int, setup: Setup, start: Start | None = None) -> nn.Module:
+    """A copy of the base with these blocks in it."""
+    model = copy.deepcopy(base)
+    edits = [
+        Edit(at=site, start=start or setup.start, **fields)
+        for site, pick in zip(SITES, picks, strict=True)
+        if (fields := setup.options[pick])
+    ]
+    if edits:
+        torch.manual_seed(1000 + seed)
+        recipe = Recipe(version=1, name="candidate", base=BASE, edits=edits)
+        operate(model, resolve(recipe, survey(model, setup.size)))
+    return model.to(memory_format=torch.channels_last)
+
+
+def data_of(cifar: Path | None, setup: Setup) -> Data:
+    """The images of a setup.
+
+    Args:
+        cifar: CIFAR-10 as an image folder with train/<class>/ and test/<class>/; for embedded data it is not used.
+        setup: of the table.
+    """
+    preprocessing = Preprocessing.of(timm.create_model(BASE), setup.size)
+    if setup.embedded:
+        return load_data(setup.embedded, preprocessing, 0)
+    assert cifar is not None, "the setup needs CIFAR-10"
+    parts = {
+        "train": ("train", slice(setup.images)),
+        "val": ("train", slice(4000, 5000)),
+        "test": ("test", slice(None)),
+    }
+    images = link_images(cifar, ROOT / "runs" / "table" / f"images-{setup.images}", parts)
+    return load_data(str(images), preprocessing, 0)
+
+
+def settings_of(setup: Setup) -> TrainSettings:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TrainSettings(
+        epochs=setup.epochs,
+        batch_size=setup.batch_size,
+        lr=setup.lr,
+        new_lr_scale=setup.new_lr_scale,
+        device=device,
+        amp=device == "cuda",
+    )
+
+
+def start_of(setup: Setup, data: Data, folder: Path) -> nn.Module:
+    """The base with the weights that all candidates start from; trained once and saved."""
+    if not setup.base_epochs:
+        return base_model(setup, data.num_classes)
+    path = folder / f"base-{setup.embedded or setup.images}-{setup.base_epochs}.safetensors"
+    if path.exists():
+        model = base_model(setup, data.num_classes)
+        model.load_state_dict(load_file(path))
+        return model
+    settings = replace(settings_of(setup), epochs=setup.base_epochs)
+    if data.first is None:
+        model = base_model(setup, data.num_classes)
+        train(model, data.train, replace(settings, lr=4e-3), seed=99)
+    else:  # as in a search: it first learns to read one digit, and then gets a head for pairs
+        model = base_model(setup, len(data.first.classes))
+        train(model, data.first.train, settings, seed=99)
+        model.reset_classifier(data.num_classes)  # type: ignore[operator]
+        fit_head(model, data.train, replace(settings, epochs=2), 99)
+    top1, _, _ = accuracy(model, data.val, settings)
+    print(f"base: {100 * top1:.2f} % after {setup.base_epochs} epochs", flush=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()}, part)
+    part.replace(path)
+    return model
