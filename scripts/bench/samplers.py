@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import optuna
 from _common import write
-from _tables import SETUPS, SITES, TABLE, Options
+from _tables import SETUPS, SITES, TABLE, Options, edit_of
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
@@ -134,10 +134,7 @@ class Table:
     @cached_property
     def space(self) -> BoundSpace:
         def choices(site: str) -> dict[str, Edit | None]:
-            return {
-                name: Edit(at=site, **edit_fields) if edit_fields else None
-                for name, edit_fields in self.options.items()
-            }
+            return {name: edit_of(site, choice) if choice else None for name, choice in self.options.items()}
 
         variables = [Variable(site, (site,), choices(site)) for site in self.sites]
         return BoundSpace("table", "test_resnet", tuple(variables), None)
