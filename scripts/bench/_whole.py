@@ -58,6 +58,7 @@ class Searches:
         folder: Path,
         minutes: float,
         backend: LatencyBackend | None = None,
+        more: Callable[[Outcome], Row] = lambda outcome: {},
     ) -> None:
         """Run the searches that are missing, in the order of their keys, until the time is over.
 
@@ -66,6 +67,7 @@ class Searches:
             folder: for the run directories. A search that was interrupted resumes there.
             minutes: no search begins after this time.
             backend: measures latency; by default each search makes its own.
+            more: further results of a search.
         """
         deadline = time.monotonic() + 60 * minutes
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ class Searches:
                 break
             start = time.process_time()
             outcome = run(config_of(key, folder / "-".join(map(str, key.values()))), backend=backend)
-            self.rows.append(row_of(key, outcome, time.process_time() - start))
+            self.rows.append({**row_of(key, outcome, time.process_time() - start), **more(outcome)})
             print(json.dumps(self.rows[-1]), flush=True)
             self.save()
         self.save()

