@@ -174,7 +174,7 @@ class SearchConfig(Strict):
             ge=0,
             le=20,
             description="First candidates that are trained from a second seed, which tells how reliable their ranking "
-            "is; none if --trials is less than twice as many.",
+            "is: at most half of --trials.",
         ),
         Setting(CHOOSING, metavar="N", may_change=True),
     ] = 6

@@ -81,6 +81,10 @@ def rungs_of(config: SearchConfig) -> tuple[Rung, ...]:
     return (*lower, top)
 
 
+FEWEST_REPEATS = 4
+"""Fewest candidates from which the reliability of a ranking is estimated, unless the settings want fewer."""
+
+
 def _check_evaluator(evaluator: str, option: str) -> str:
     names = sorted([*EVALUATORS, SUPERNET])
     if evaluator not in names:
@@ -91,15 +95,16 @@ def _check_evaluator(evaluator: str, option: str) -> str:
 
 
 def repeats_wanted(config: SearchConfig) -> int:
-    """Number of candidates that are trained from a second seed on the lowest rung.
+    """Number of candidates that are trained from a second seed on the lowest rung: at most half of the trials.
 
-    0 if there are too few trials for it, or if a second seed changes no score there: a supernet scores all candidates
-    with the same weights, and some evaluators train nothing.
+    0 if that is fewer than both `FEWEST_REPEATS` and the setting, or if a second seed changes no score there: a
+    supernet scores all candidates with the same weights, and some evaluators train nothing.
     """
     lowest = rungs_of(config)[0].evaluator
-    if config.trials < 2 * config.reliability or lowest == SUPERNET or not EVALUATORS[lowest].trains:
+    if lowest == SUPERNET or not EVALUATORS[lowest].trains:
         return 0
-    return config.reliability
+    wanted = min(config.reliability, config.trials // 2)
+    return wanted if wanted >= min(FEWEST_REPEATS, config.reliability) else 0
 
 
 def shares(config: SearchConfig) -> bool:
