@@ -169,6 +169,28 @@ def test_lock_never_waits_for_itself(locks: Path) -> None:
         pass
 
 
+def test_long_wait_is_told_once(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that takes long is said once, and says what may be the reason; a short one is not."""
+    other, told, asked = lock_elsewhere(locks), list[str](), list[int]()
+
+    class Told(Listener):
+        def phase(self, text: str) -> None:
+            told.append(text)
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 20
+
+    for seconds, count in ((1e9, 0), (0.0, 1)):
+        monkeypatch.setattr(lock_module, "_LONG_S", seconds)
+        Watching(Told(), stop, device_lock("cpu"))
+        asked.clear()
+        with other.exclusive(), pytest.raises(StopRequested), device_lock("cpu").shared():
+            pass
+        assert len(told) == count
+    assert "waiting for another search or measurement on this device" in told[0]
+
+
 def test_lock_abandoned_wait_opens_the_gate(locks: Path) -> None:
     """A process that gives up waiting leaves no gate closed."""
     lock, other = device_lock("cpu"), lock_elsewhere(locks)

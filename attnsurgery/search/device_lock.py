@@ -36,6 +36,8 @@ except ImportError:  # no such locks on this system; measurements are then distu
 
 _MEASURER_S, _WORKER_S = 0.002, 0.01
 """Time between two attempts to get a lock, for measurements and for trainings, in s."""
+_LONG_S = 10.0
+"""Time after which a wait is long, in s; a measurement of a candidate takes a few seconds."""
 _of_thread = threading.local()
 
 
@@ -69,6 +71,8 @@ class DeviceLock:
     def __init__(self, device: str, path: Path) -> None:
         self.waiting: Callable[[], None] = lambda: None
         """Called repeatedly while this thread waits for the lock; an exception that it raises ends the wait."""
+        self.long_wait: Callable[[], None] = lambda: None
+        """Called once in each wait that takes long."""
         self._device = torch.device(device)
         self._shared = self._exclusive = False
         self._files: list[int] = []
@@ -148,8 +152,12 @@ class DeviceLock:
         _unlock(self._files[0])
 
     def _wait_for(self, file: int, *, exclusive: bool) -> None:
+        start, told = time.monotonic(), False
         while not _try_lock(file, exclusive=exclusive):
             self.waiting()
+            if not told and time.monotonic() - start > _LONG_S:
+                told = True
+                self.long_wait()
             time.sleep(_MEASURER_S if exclusive else _WORKER_S)
 
     def _synchronize(self) -> None:

@@ -27,7 +27,7 @@ class Watching(Watch):
         self.stop = stop
         self._lock = lock
         if lock is not None:
-            lock.waiting = self.wait
+            lock.waiting, lock.long_wait = self.wait, self.long_wait
 
     def step(self) -> None:
         self.wait()
@@ -42,6 +42,10 @@ class Watching(Watch):
         """
         if self.stop():
             raise StopRequested
+
+    def long_wait(self) -> None:
+        """Called once in each long wait for the device."""
+        self.listener.phase("waiting for another search or measurement on this device; it may be stopped (Ctrl-Z)")
 
     def epoch(self, epoch: Epoch) -> None:
         self.listener.epoch(epoch)

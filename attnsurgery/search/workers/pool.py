@@ -185,7 +185,7 @@ class InProcessPool(WorkerPool):
 
     def close(self) -> None:
         self._jobs.clear()
-        self._lock.waiting = lambda: None  # the lock outlives this search
+        self._lock.waiting = self._lock.long_wait = lambda: None  # the lock outlives this search
 
 
 def _name(job: Job) -> str:
