@@ -34,13 +34,14 @@ from attnsurgery.evaluate.picture import Depth, Rendering
 from attnsurgery.evaluate.source import decode
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same
-from attnsurgery.search.coordinator import search as study
+from attnsurgery.search.coordinator import start
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.pretrained_base import can_reorder, check_head, label_names, reorder, resolve_base
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.watching import Watching
+from attnsurgery.search.workers.launch import LAUNCHERS
 from attnsurgery.timm_plugin.architectures import for_images
 from tests._searches import small_search, write_images, write_space
 
@@ -1170,18 +1171,22 @@ def test_winner_directory_has_class_names(finished_search: tuple[Path, str, list
 @pytest.mark.slow
 def test_workers_get_settled_augmentation(arrows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search settles whether images may be mirrored, and its workers use that."""
-    configs: list[SearchConfig] = []
+    launchers: list[Any] = []
 
-    def launcher(config: SearchConfig) -> types.SimpleNamespace:
-        configs.append(config)
-        return types.SimpleNamespace()
+    class Remembered(LAUNCHERS["local"]):  # type: ignore[misc]
+        def __init__(self, config: SearchConfig) -> None:
+            super().__init__(config)
+            launchers.append(self)
 
-    monkeypatch.setattr(study, "LAUNCHERS", {"local": launcher})
-    monkeypatch.setattr(study, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
+        def prepare(self) -> None:
+            """Start no process."""
+
+    monkeypatch.setattr(start, "LAUNCHERS", {"local": Remembered})
+    monkeypatch.setattr(start, "ProcessPool", lambda *_, **__: types.SimpleNamespace(close=lambda: None))
     config = small_search(arrows, write_space(tmp_path), tmp_path / "run").model_copy(update={"workers": 1})
-    with study._pool(config, Listener(), lambda: False, None) as (bench, _):
+    with start.started_pool(config, Listener(), lambda: False, None) as (bench, _):
         assert bench.config.augment == "shift"
-    assert [one.augment for one in configs] == ["shift"]
+    assert [one.config.augment for one in launchers] == ["shift"]
 
 
 def test_search_command_has_data_settings(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from attnsurgery.recipe.text import load
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.compatibility import check_same
 from attnsurgery.search.coordinator.confirm import confirm
-from attnsurgery.search.coordinator.search import _weights
+from attnsurgery.search.coordinator.start import starting_weights_of
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
@@ -322,7 +322,7 @@ def test_stray_weights_are_not_believed(tmp_path: Path, name: str) -> None:
     """Weights that no study knows are not used, and are kept."""
     weights(tmp_path / name, 5)
     pool, recorder = JobCounter(), PhaseRecorder()
-    assert _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, recorder) == "made"
+    assert starting_weights_of(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, {}, recorder) == "made"
     assert pool.job_count == 1
     assert not (tmp_path / name).exists()
     assert (tmp_path / f"{name}.kept-1").is_file()
@@ -335,13 +335,13 @@ def test_weights_must_be_those_of_the_study(tmp_path: Path) -> None:
     attributes = {"config": {"weights": hash_of(tmp_path / WEIGHTS)}, "base": {"latency": {}}}
     pool = JobCounter()
     assert (
-        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
+        starting_weights_of(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
         == attributes["config"]["weights"]
     )
     assert pool.job_count == 0
     weights(tmp_path / WEIGHTS, 6)
     with pytest.raises(SearchError, match=r"does not hold the weights that the search began with"):
-        _weights(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
+        starting_weights_of(cast(WorkerPool, pool), cast(Bench, SimpleNamespace()), tmp_path, attributes, Listener())
     assert (tmp_path / WEIGHTS).is_file()
 
 

@@ -8,11 +8,10 @@ one worker, or with several in step, the trials are those of a search that was n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from attnsurgery.errors import SearchError
 from attnsurgery.latency import LatencyBackend
@@ -24,9 +23,9 @@ from attnsurgery.search.coordinator.confirmation_jobs import ConfirmationJobs
 from attnsurgery.search.coordinator.describe import remember
 from attnsurgery.search.coordinator.repeat import repeat
 from attnsurgery.search.coordinator.resume import open_store
+from attnsurgery.search.coordinator.start import measured_early, started_pool, starting_weights_of
 from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
-from attnsurgery.search.execution.assemble import assemble, before_images, save_digests
-from attnsurgery.search.execution.baseline import hash_of
+from attnsurgery.search.execution.assemble import save_digests
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Data, Job
 from attnsurgery.search.files import locked
@@ -43,12 +42,9 @@ from attnsurgery.search.storage.run_directory import (
     BEST,
     CONFIG,
     CONFIRMING,
-    SUPERNET_WEIGHTS,
-    WEIGHTS,
     check_free,
     mark,
     remove_own,
-    set_aside,
     write_own,
 )
 from attnsurgery.search.storage.schema import REPEATS, SECONDS
@@ -56,9 +52,7 @@ from attnsurgery.search.storage.store import Store
 from attnsurgery.search.storage.urls import check_url, writing_errors
 from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import StopRequested
-from attnsurgery.search.workers.launch import LAUNCHERS, Launcher
-from attnsurgery.search.workers.pool import InProcessPool, JobOutcome, WorkerPool
-from attnsurgery.search.workers.processes import ProcessPool
+from attnsurgery.search.workers.pool import JobOutcome, WorkerPool
 
 
 def run(
@@ -113,11 +107,11 @@ def run(
     with locked(folder):
         facts = stored_facts(folder, config.storage)
         mark(folder)
-        measured = None if facts.get("base") else _measured_early(config, listener, pulse, backend)
-        with writing_errors(), _pool(config, listener, pulse, backend) as (bench, pool):
+        measured = None if facts.get("base") else measured_early(config, listener, pulse, backend)
+        with writing_errors(), started_pool(config, listener, pulse, backend) as (bench, pool):
             if not measured and not facts.get("base"):
                 measured = measure_base(bench, pool, suggest=backend is None)
-            bench.weights = _weights(pool, bench, folder, facts, listener)
+            bench.weights = starting_weights_of(pool, bench, folder, facts, listener)
             store, changes = open_store(bench, folder, listener)
             save_digests(bench, folder)
             # `extend` holds for one run, and not for later ones that read this file
@@ -127,94 +121,6 @@ def run(
                 outcome = _Search(bench, pool, store, folder, listener, pulse, command, changes, measured).run()
     outcome.check_feasible()
     return outcome
-
-
-def _measured_early(
-    config: SearchConfig, listener: Listener, stop: Callable[[], bool], backend: LatencyBackend | None
-) -> Data | None:
-    """The base's latency, measured before many images are opened; None where the search measures it afterwards.
-
-    Workers on other machines are not started twice, because they may have to wait for their turn.
-
-    Raises:
-        NothingFeasibleError: the base alone is over a budget.
-    """
-    if config.launcher != "local" or (bench := before_images(config, backend)) is None:
-        return None
-    with _pool(config, listener, stop, backend, bench) as (_, pool):
-        return measure_base(bench, pool, suggest=backend is None)
-
-
-@contextmanager
-def _pool(
-    config: SearchConfig,
-    listener: Listener,
-    stop: Callable[[], bool],
-    backend: LatencyBackend | None,
-    early: Bench | None = None,
-) -> Iterator[tuple[Bench, WorkerPool]]:
-    """The bench and the workers of a search; with a `backend`, this process does the work itself.
-
-    Args:
-        config: all settings.
-        listener: told of progress.
-        stop: whether the user asked for an end.
-        backend: measures latencies instead of the backend that the configuration names.
-        early: a bench without images, for jobs that need none.
-    """
-    alone = config.workers == 0 or backend is not None
-    make = LAUNCHERS[config.launcher]  # looked up before images are read: an unknown name is an error
-    with ExitStack() as stack:
-        launcher: Launcher | None = None
-        if make.prepares and not alone:  # another may hold a cluster until its pool is closed, so it is made last
-            launcher = make(config)
-            stack.callback(launcher.close)
-            launcher.prepare()
-        bench = early or assemble(config, listener, backend, decode=alone)
-        pool: WorkerPool
-        if alone:
-            pool = InProcessPool(bench, listener, stop)
-        else:
-            launcher = launcher or make(bench.config)
-            launcher.config, launcher.decode = bench.config, early is None
-            pool = ProcessPool(launcher, listener, stop, versions=bench.versions())
-        stack.callback(pool.close)
-        yield bench, pool
-
-
-def _weights(pool: WorkerPool, bench: Bench, folder: Path, facts: Mapping[str, Any], listener: Listener) -> str:
-    """The hash of the starting weights; each process loads the weights themselves where it needs them.
-
-    Args:
-        facts: data of the search as its study has it. Weights that the study does not know are not used.
-
-    Raises:
-        SearchError: the weights in the run directory are not those that the search began with.
-    """
-    path, expected = folder / WEIGHTS, (facts.get("config") or {}).get("weights")
-    if expected is None:
-        _clear(folder, WEIGHTS, listener)
-    if not facts.get("base"):
-        _clear(folder, SUPERNET_WEIGHTS, listener)
-    if path.exists():
-        if (actual := hash_of(path)) != expected:
-            raise SearchError(
-                f"{path} does not hold the weights that the search began with: their hash was {expected}, and is now "
-                f"{actual}. Put them back, or remove the file, and they are made again; or begin another search beside "
-                "this one with --new."
-            )
-        if not isinstance(pool, InProcessPool):
-            return actual
-    (result,) = pool.all([Job("weights")])
-    bench.fresh, bench.head = result["fresh"], result["head"]
-    return str(result["weights"])
-
-
-def _clear(folder: Path, name: str, listener: Listener) -> None:
-    """Free a name in the run directory: a file that the search wrote is removed, any other is renamed."""
-    remove_own(folder, name)
-    if new_name := set_aside(folder, name):
-        listener.phase(f"{name} was not made by this search: it is not used, and kept as {new_name}")
 
 
 class _Pulse:
