@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import attnsurgery
 from attnsurgery.checkpoint.delta import load_delta, save_delta
 from attnsurgery.cli import build_app
-from attnsurgery.errors import RecipeError, SiteError, SurgeryError, UsageError
+from attnsurgery.errors import NothingFeasibleError, RecipeError, SiteError, SurgeryError, UsageError
 from attnsurgery.graph.find import survey
 from attnsurgery.latency.model import LatencyModel, Measured
 from attnsurgery.recipe.schema import Recipe
@@ -24,9 +24,10 @@ from attnsurgery.recipe.text import dumps, loads
 from attnsurgery.search import run
 from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.execution.assemble import assemble
-from attnsurgery.search.execution.over_budget import _blocks_only_add
+from attnsurgery.search.execution.baseline import least_ratio
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.space import NONE, TAKE_OUT, BoundSpace, SearchSpace, bind
+from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.verify import count_macs
 from attnsurgery.timm_plugin.architectures import weightless
 from tests._searches import change, small_search, write_images
@@ -373,14 +374,29 @@ def test_search_swaps_attention(tmp_path: Path) -> None:
 
 
 def test_search_may_begin_over_budget(tmp_path: Path) -> None:
-    """A base over the budget is no reason to refuse where attention can be taken out of it."""
+    """A base over a budget is no reason to refuse, unless it is over it without its own attention too."""
     (tmp_path / "swap.yaml").write_text(SPACE)
-    config = small_search(write_images(tmp_path / "images"), tmp_path / "swap.yaml", tmp_path / "run")
-    bench = assemble(change(config, base=BASE), Listener())
-    assert not _blocks_only_add(bench)
-    parameters = bench.costs.base["parameters"]
-    tight = change(config, base=BASE, budget_params=parameters - 5000)
-    assert assemble(tight, Listener()).costs.base["parameters"] == parameters
+    config = change(
+        small_search(write_images(tmp_path / "images"), tmp_path / "swap.yaml", tmp_path / "run"), base=BASE, trials=1
+    )
+    bench = assemble(config, Listener())
+    parameters, saved = bench.costs.base["parameters"], 6_996
+    assert assemble(change(config, budget_params=parameters - saved), Listener()).costs.base["parameters"] == parameters
+    with pytest.raises(NothingFeasibleError, match=r"without its own attention it would still have 9.* parameters"):
+        assemble(change(config, budget_params=parameters - saved - 1), Listener())
+    latency = bench.backend.measure(bench.base)
+    stripped = bench.backend.measure(without_se(bench.base))
+    ratio = stripped.p50_ms / latency.p50_ms
+    watch = Watching(Listener(), lambda: False)
+    assert least_ratio(bench, latency, watch) == 1
+    tight = assemble(change(config, budget_ms=0.999 * latency.p50_ms), Listener())
+    assert least_ratio(tight, latency, watch) == pytest.approx(ratio)
+    with pytest.raises(NothingFeasibleError, match=r"without its own attention it would still have .* ms or more"):
+        run(change(config, budget_ms=0.5 * latency.p50_ms, output=str(tmp_path / "none")))
+    outcome = run(change(config, budget_ms=(latency.p50_ms + stripped.p50_ms) / 2))
+    assert outcome.best is not None
+    assert outcome.best.timing is not None
+    assert outcome.best.timing.ms < latency.p50_ms
 
 
 def test_supernet_with_swaps_is_refused(tmp_path: Path) -> None:

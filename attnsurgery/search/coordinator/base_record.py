@@ -48,7 +48,7 @@ def measure_base(bench: Bench, pool: WorkerPool, *, suggest: bool) -> Data:
         return [Alternative(**other) for other in result["tried"]]
 
     others = _at_other_sizes(facts, bench)
-    refuse_over_budget(bench, reference, facts["peak_mb"], alternatives if suggest else None, others)
+    refuse_over_budget(bench, BaseFacts.of(facts), alternatives if suggest else None, others)
     return facts
 
 

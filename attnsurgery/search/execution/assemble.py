@@ -232,7 +232,7 @@ def assemble(
         digests=digests,
         at_sizes=tuple(_at_size(there, base, config, given_backend) for there, _ in others),
     )
-    refuse_over_budget(bench, None, None, lambda: what_fits(bench, None, Watching(listener, lambda: False)))
+    refuse_over_budget(bench, None, lambda: what_fits(bench, None, Watching(listener, lambda: False)))
     costs.check_feasible(space.places, budgets)
     return bench
 

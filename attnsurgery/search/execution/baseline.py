@@ -35,6 +35,8 @@ from attnsurgery.search.space import Sides
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import Watching
+from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
+from attnsurgery.surgery.operate import operate
 
 _BASE_LR = 3.0
 """Learning rate of a base or a head trained from scratch, relative to that of fine-tuning."""
@@ -156,6 +158,34 @@ def base_latency_at(bench: Bench, size: Sides, reference: Latency, watch: Watchi
     scale = reference.p50_ms / fmean(measured.p50_ms for measured in own)
     noise = math.hypot(latency.noise, fmean(measured.noise for measured in own))
     return replace(latency, p50_ms=scale * latency.p50_ms, p90_ms=scale * latency.p90_ms, noise=noise)
+
+
+def least_ratio(bench: Bench, latency: Latency, watch: Watching) -> float:
+    """A lower bound of any candidate's latency, as a ratio to the base's at this size, where that matters.
+
+    It is 1 where blocks only add to the base, and where the base is within the budget. Where blocks can take the place
+    of attention that the base has, it is the lower end of the interval of the base without all of that.
+
+    Args:
+        bench: what trials are made on, at the size.
+        latency: the base's, on it.
+        watch: told of progress.
+    """
+    budget_ms = bench.budgets.limits.get("latency")
+    edits = [edit for variable in bench.space.variables for edit in variable.choices.values() if edit]
+    if budget_ms is None or timing_of(latency).low_ms <= budget_ms or not any(edit.replace for edit in edits):
+        return 1.0
+    watch.listener.phase("measuring the base without its own attention")
+    addresses = {
+        site
+        for variable in bench.space.variables
+        if any(edit and edit.replace for edit in variable.choices.values())
+        for site in variable.sites
+    }
+    sites = [site for site in bench.anatomy.sites if site.address in addresses]
+    removals = tuple(Insertion(site, NO_BLOCK, replaced=bench.anatomy.own_attention(site)) for site in sites)
+    bare = operate(copy.deepcopy(bench.base), removals).to(bench.config.device)
+    return min(1.0, bench.backend.compare(bench.base, bare, latency).ratio_low)
 
 
 def timing_of(latency: Latency) -> Timing:

@@ -14,7 +14,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from attnsurgery.latency import Latency
-from attnsurgery.search.execution.baseline import base_latency, base_latency_at, base_scores, starting_weights
+from attnsurgery.search.execution.baseline import (
+    base_latency,
+    base_latency_at,
+    base_scores,
+    least_ratio,
+    starting_weights,
+)
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.rivals import bench_of, measure_rival, propose_rivals, start_rival
 from attnsurgery.search.execution.trial import promote, run_trial, train_second, train_seed
@@ -122,8 +128,11 @@ def _base_latency(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> 
     if "size" in payload:
         size, there = sides(payload["size"]), bench.at(sides(payload["size"]))
         latency = base_latency_at(bench, size, payload["reference"], watch)
-        return {"latency": asdict(latency), "peak_mb": there.peak_mb(there.base)}
-    return {"latency": asdict(base_latency(bench, watch)), "peak_mb": bench.peak_mb(bench.base)}
+    else:
+        there, latency = bench, base_latency(bench, watch)
+    facts = {"latency": asdict(latency), "peak_mb": there.peak_mb(there.base)}
+    least = least_ratio(there, latency, watch)
+    return facts if least == 1 else {**facts, "least": least}
 
 
 def _what_fits(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:

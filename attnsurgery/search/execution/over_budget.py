@@ -1,6 +1,7 @@
 """Refuses a search whose base alone is over a budget, before anything is trained.
 
-A block only adds to the costs of the base, so such a base leaves nothing to search for. Parameters and
+A block only adds to the costs of the base, so such a base leaves nothing to search for. Where blocks can take the place
+of attention that the base has, a candidate may cost less: then the base is compared without all of that. Parameters and
 multiply-accumulates need no measurement. A measured latency is over its budget if the lower end of its interval is.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnsurgery.errors import NothingFeasibleError
@@ -31,11 +32,14 @@ class BaseFacts:
     """Its latency."""
     peak_mb: float | None
     """Its peak memory in MB, if there is a budget for it."""
+    least: float = 1.0
+    """A lower bound of any candidate's latency, as a ratio to the base's: less than 1 where the base is over the budget
+    and attention can be taken out of it."""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> BaseFacts:
         """The facts in JSON data."""
-        return cls(Latency(**data["latency"]), data["peak_mb"])
+        return cls(Latency(**data["latency"]), data["peak_mb"], data.get("least", 1.0))
 
 
 _DIGITS = 3
@@ -44,8 +48,7 @@ _DIGITS = 3
 
 def refuse_over_budget(
     bench: Bench,
-    reference: Latency | None,
-    peak_mb: float | None,
+    own: BaseFacts | None,
     alternatives: Callable[[], Sequence[Alternative]] | None,
     others: Sequence[BaseFacts] = (),
 ) -> None:
@@ -53,19 +56,17 @@ def refuse_over_budget(
 
     Args:
         bench: what trials are made on.
-        reference: the base's latency; None to compare parameters and multiply-accumulates alone.
-        peak_mb: the base's peak memory in MB, if there is a budget for it.
+        own: what was measured of the base; None to compare parameters and multiply-accumulates alone.
         alternatives: tries others in place of the base; None where they cannot be measured.
-        others: what was measured of the base at the other input sizes of the space; () as `reference`.
+        others: what was measured of the base at the other input sizes of the space; () as `own`.
 
     Raises:
         NothingFeasibleError: the message has the costs of the base, the budgets, and what would fit.
     """
-    if not _blocks_only_add(bench):
-        return
-    own = None if reference is None else BaseFacts(reference, peak_mb)
-    records = [_record(costs, facts) for costs, facts in itertools.zip_longest(bench.costs.sizes, [own, *others])]
-    overs = [[name for name, share in bench.budgets.check(record, "low").by.items() if share > 0] for record in records]
+    facts = list(itertools.zip_longest(bench.costs.sizes, [own, *others]))
+    records = [_record(costs, measured) for costs, measured in facts]
+    least = [_least(costs, measured) for costs, measured in facts]
+    overs = [[name for name, share in bench.budgets.check(record, "low").by.items() if share > 0] for record in least]
     if not all(overs):
         return
     base, over = records[0], overs[0]
@@ -74,7 +75,7 @@ def refuse_over_budget(
     sizes = f" at its own input size, and is over a budget at {', '.join(bench.space.sizes[1:])} pixels too"
     raise NothingFeasibleError(
         f"no candidate fits {bench.budgets.describe()} ({bench.backend.describe()}). The base {bench.config.base} "
-        f"alone {' and '.join(needs)}{sizes if bench.space.sizes else ''}, and blocks only add to that; nothing was "
+        f"alone {' and '.join(needs)}{sizes if bench.space.sizes else ''}, {_why(bench, least[0], over)}; nothing was "
         "trained. " + _advice(bench, over, alternatives() if alternatives else [], " and ".join(remedies))
     )
 
@@ -91,12 +92,28 @@ def _record(costs: Costs, facts: BaseFacts | None) -> Record:
     )
 
 
-def _blocks_only_add(bench: Bench) -> bool:
-    """Whether no choice of the space reduces a cost of the base, as one that takes out attention of its own may."""
+def _least(costs: Costs, facts: BaseFacts | None) -> Record:
+    """Lower bounds of the costs of every candidate at an input size."""
+    base = _record(costs, facts)
+    parameters, macs = (costs.base[name] + int(sum(row.min() for row in costs.added[name])) for name in EXACT)
+    timing = base.timing
+    if timing is not None and facts is not None:
+        timing = replace(timing, ms=facts.least * timing.ms, low_ms=facts.least * timing.low_ms)
+    return replace(base, timing=timing, parameters=parameters, macs=macs)
+
+
+def _why(bench: Bench, least: Record, over: Sequence[str]) -> str:
+    """Why no candidate costs less than the budget, in words."""
     edits = [edit for variable in bench.space.variables for edit in variable.choices.values() if edit]
-    if any(edit.replace for edit in edits):
-        return False
-    return all(float(row.min()) >= 0 for name in EXACT for costs in bench.costs.sizes for row in costs.added[name])
+    if not any(edit.replace for edit in edits):
+        return "and blocks only add to that"
+    costs = [
+        f"{least.timing.ms:.4g} ms or more"
+        if name == "latency" and least.timing
+        else amount(COST_KINDS[name].of(least, "estimate") or 0.0, COST_KINDS[name].unit)
+        for name in over
+    ]
+    return f"and without its own attention it would still have {' and '.join(costs)}"
 
 
 def _needs(name: str, base: Record) -> str:

@@ -17,7 +17,7 @@ from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
 from attnsurgery.search.config import AUTO, SearchConfig
 from attnsurgery.search.execution.assemble import assemble, before_images
-from attnsurgery.search.execution.baseline import base_latency_at, first_epochs
+from attnsurgery.search.execution.baseline import base_latency_at, first_epochs, least_ratio
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.over_budget import BaseFacts, refuse_over_budget
@@ -224,8 +224,10 @@ def _checked_base(bench: Bench, listener: Listener, stop: Callable[[], bool], *,
     for size in (other.size for other in bench.at_sizes):
         watch.step()
         there = bench.at(size)
-        others.append(BaseFacts(base_latency_at(bench, size, reference, watch), there.peak_mb(there.base)))
-    refuse_over_budget(bench, reference, bench.peak_mb(bench.base), alternatives, others)
+        latency = base_latency_at(bench, size, reference, watch)
+        others.append(BaseFacts(latency, there.peak_mb(there.base), least_ratio(there, latency, watch)))
+    own = BaseFacts(reference, bench.peak_mb(bench.base), least_ratio(bench, reference, watch))
+    refuse_over_budget(bench, own, alternatives, others)
     return [reference, *(other.latency for other in others)]
 
 
