@@ -299,7 +299,7 @@ def test_refusal_names_largest_size_and_model(config: SearchConfig) -> None:
 
     tried = [other("test_resnet", 32, 0.5), other("test_resnet", 48, 0.91), other("test_vit", 64, 0.7)]
     with pytest.raises(NothingFeasibleError) as fitting:
-        refuse_over_budget(bench, latency(2.0, 0.01), None, lambda: [*tried, other("test_resnet", 56, 1.2)])
+        refuse_over_budget(bench, BaseFacts(latency(2.0, 0.01), None), lambda: [*tried, other("test_resnet", 56, 1.2)])
     assert str(fitting.value).endswith(
         "What would fit, measured here under the same conditions: test_resnet at 48 x 48 pixels with 0.91 ms "
         "(--input-size 48); the smaller model test_vit at 64 x 64 pixels with 0.7 ms. Take that, or raise --budget-ms "
@@ -307,7 +307,9 @@ def test_refusal_names_largest_size_and_model(config: SearchConfig) -> None:
     )
     with pytest.raises(NothingFeasibleError) as none:
         refuse_over_budget(
-            bench, latency(2.0, 0.01), None, lambda: [other("test_resnet", 32, 1.5), other("test_resnet", 16, 1.2)]
+            bench,
+            BaseFacts(latency(2.0, 0.01), None),
+            lambda: [other("test_resnet", 32, 1.5), other("test_resnet", 16, 1.2)],
         )
     assert (
         "The closest is test_resnet at 16 x 16 pixels with 1.2 ms: for it, raise --budget-ms above 1.23"
