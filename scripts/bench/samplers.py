@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How many candidates a sampler has to train, simulated on tables of trained networks.
 
-    scripts/bench/samplers.py [--repeats 50] [--tables strip narrow] [--processes 2] [--samplers gp tpe]
+    scripts/bench/samplers.py [--repeats 50] [--tables strip] [--processes 2] [--samplers gp tpe]
 
 A search is simulated on a table of docs/benchmarks/table (see table.py): latency and scores are looked up instead of
 measured and trained, and everything else is the search's own code (attnsurgery.search.storage.store). The budget is the
