@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from _common import RESULTS, link_images
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from torch import nn
 
 from attnsurgery.blocks import Start
@@ -58,8 +61,8 @@ STRIP_OPTIONS: Options = {
 class Setup:
     """How candidates are made and trained."""
 
-    embedded: str = ""
-    """Name of the embedded data; '' for CIFAR-10."""
+    source: str = "cifar"
+    """'cifar', 'pairs' (the embedded pairs), or 'cue' (pictures made by `write_cue`)."""
     size: tuple[int, int, int] = (3, 24, 24)
     options: Options = field(default_factory=lambda: CIFAR_OPTIONS)
     images: int = 600
@@ -80,7 +83,17 @@ SETUPS = {
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
     "strip": Setup(
-        embedded="pairs",
+        source="pairs",
+        size=(3, 8, 192),
+        options=STRIP_OPTIONS,
+        base_epochs=8,
+        epochs=1,
+        lr=3e-3,
+        new_lr_scale=1.0,
+        batch_size=32,
+    ),
+    "cue": Setup(
+        source="cue",
         size=(3, 8, 192),
         options=STRIP_OPTIONS,
         base_epochs=8,
@@ -106,7 +119,7 @@ def base_model(setup: Setup, classes: int) -> nn.Module:
     torch.manual_seed(0)
     narrow = {"channels": setup.channels, "zero_init_last": False} if setup.channels else {}
     model: nn.Module = timm.create_model(BASE, num_classes=classes, **narrow)
-    if not setup.embedded:
+    if setup.source == "cifar":
         model.maxpool = nn.Identity()
     return model.to(memory_format=torch.channels_last)  # a third faster on CPU
 
@@ -133,16 +146,46 @@ def build_candidate(base: nn.Module, picks: Picks, seed: int, setup: Setup, star
     return model.to(memory_format=torch.channels_last)
 
 
+def write_cue(folder: Path) -> Path:
+    """Write strips with a digit at one end and a cue at the other; returns the image folder.
+
+    The cue is a vertical or a horizontal bar. With the second, the class is the digit plus 5, modulo 10. So the digit
+    alone leaves two classes, and the network has to let the cue decide how the digit is read. No digit is in two
+    splits.
+    """
+    if (folder / "complete").exists():
+        return folder
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    parts = {"train": order[:1200], "val": order[1200:1500], "test": order[1500:]}
+    for part, indices in parts.items():
+        for index, second in itertools.product(indices.tolist(), (False, True)):
+            label = (int(digits.target[index]) + 5 * second) % 10
+            strip = np.zeros((8, 192), dtype=np.uint8)
+            strip[:, :8] = np.minimum(digits.images[index] * 16, 255).astype(np.uint8)
+            if second:
+                strip[3:5, -8:] = 255
+            else:
+                strip[:, -5:-3] = 255
+            path = folder / part / str(label) / f"{index}-{int(second)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(strip).convert("RGB").save(path)
+    (folder / "complete").touch()
+    return folder
+
+
 def data_of(cifar: Path | None, setup: Setup) -> Data:
     """The images of a setup.
 
     Args:
-        cifar: CIFAR-10 as an image folder with train/<class>/ and test/<class>/; for embedded data it is not used.
+        cifar: CIFAR-10 as an image folder with train/<class>/ and test/<class>/; other sources do not need it.
         setup: of the table.
     """
     preprocessing = Preprocessing.of(timm.create_model(BASE), setup.size)
-    if setup.embedded:
-        return load_data(setup.embedded, preprocessing, 0)
+    if setup.source == "pairs":
+        return load_data(setup.source, preprocessing, 0)
+    if setup.source == "cue":
+        return load_data(str(write_cue(ROOT / "runs" / "table" / "cue")), preprocessing, 0)
     assert cifar is not None, "the setup needs CIFAR-10"
     parts = {
         "train": ("train", slice(setup.images)),
@@ -169,7 +212,8 @@ def start_of(setup: Setup, data: Data, folder: Path) -> nn.Module:
     """The base with the weights that all candidates start from; trained once and saved."""
     if not setup.base_epochs:
         return base_model(setup, data.num_classes)
-    path = folder / f"base-{setup.embedded or setup.images}-{setup.base_epochs}.safetensors"
+    name = setup.images if setup.source == "cifar" else setup.source
+    path = folder / f"base-{name}-{setup.base_epochs}.safetensors"
     if path.exists():
         model = base_model(setup, data.num_classes)
         model.load_state_dict(load_file(path))

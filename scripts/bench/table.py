@@ -12,6 +12,8 @@ machine can resume. The setups are in _tables.py. CIFAR10 is an image folder wit
 
 * `strip`: the embedded pairs. Two digits stand at the ends of a strip, and test_resnet alone cannot compare them; with
   the right blocks at the right stages it can. A network starts from weights that can read one digit.
+* `cue`: strips with a digit at one end and a cue at the other, which says whether the class is the digit or the digit
+  plus 5: not a comparison, but a reading that depends on what is far away.
 * `narrow`: CIFAR-10 at 24 pixels, a narrow ResNet trained from scratch with blocks that start as in their papers. In a
   pilot of eight designs from two seeds, blocks made no difference there: 46.0 to 49 % in test, 0.5 to 2 points between
   seeds.
@@ -245,7 +247,7 @@ def main() -> None:
         latencies(options.results, options.setup)
         return
     setup = SETUPS[options.setup]
-    if options.cifar is None and not setup.embedded:
+    if options.cifar is None and setup.source == "cifar":
         parser.error("CIFAR10 is needed to train on")
     chosen = sample_of(setup) if options.pilot else candidates(setup)
     requested = [(picks, seed) for seed in SEEDS for picks in chosen]
