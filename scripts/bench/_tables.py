@@ -185,7 +185,7 @@ def data_of(cifar: Path | None, setup: Setup) -> Data:
     if setup.source == "pairs":
         return load_data(setup.source, preprocessing, 0)
     if setup.source == "cue":
-        return load_data(str(write_cue(ROOT / "runs" / "table" / "cue")), preprocessing, 0)
+        return load_data(str(write_cue(ROOT / "runs" / "table" / "cue")), preprocessing, 0, augment="none")
     assert cifar is not None, "the setup needs CIFAR-10"
     parts = {
         "train": ("train", slice(setup.images)),
