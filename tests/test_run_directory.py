@@ -345,6 +345,15 @@ def test_weights_must_be_those_of_the_study(tmp_path: Path) -> None:
     assert (tmp_path / WEIGHTS).is_file()
 
 
+@pytest.mark.parametrize("name", ["digits", "./photos"])
+def test_run_directory_is_not_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A run directory of the name of the data would be read as data; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"--output {name} and --data {name} name the same folder"):
+        run(SearchConfig(budget_ms=1.0, data=name, output=name))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("other", ["b", None])
 @pytest.mark.slow
 def test_resume_refuses_other_weights(copied: SearchConfig, tmp_path: Path, other: str | None) -> None:

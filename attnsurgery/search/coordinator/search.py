@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from attnsurgery.errors import SearchError
+from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.search.budgets.predict import LatencyPredictor
 from attnsurgery.search.config import SearchConfig
@@ -97,6 +97,11 @@ def run(
     listener, stop = listener or Listener(), stop or (lambda: False)
     folder = Path(config.output)
     check_free(folder)
+    if config.data is not None and Path(config.data).resolve() == folder.resolve():
+        raise UsageError(
+            f"--output {config.output} and --data {config.data} name the same folder, which would then hold the run "
+            "and no images. Give another --output."
+        )
     if config.storage:
         check_url(config.storage)
     try:
