@@ -21,6 +21,8 @@ from typing import Generic, TypeVar
 from attnsurgery.errors import UnknownNameError, did_you_mean
 
 T = TypeVar("T")
+NO_BLOCK = "none"
+"""In the place of the name of a block: nothing stands in for the module of a model that is taken out."""
 
 
 @dataclass(frozen=True, slots=True)

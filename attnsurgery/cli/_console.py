@@ -237,7 +237,7 @@ def _times(shape: Sequence[int]) -> str:
 
 def print_plan(plan: Plan) -> None:
     """Each block of a recipe at its place, with what it costs, and all of them against the base."""
-    from attnsurgery.surgery.insertion import NO_BLOCK
+    from attnsurgery.catalog import NO_BLOCK
 
     size = _times(plan.input_size)
     blocks = _counted(sum(planned.block != NO_BLOCK for planned in plan.blocks), "block")

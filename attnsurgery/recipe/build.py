@@ -12,6 +12,7 @@ import torch
 
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import build_block, check_options
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import OptionError, RecipeError, SiteError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
@@ -19,7 +20,7 @@ from attnsurgery.graph.site import Site
 from attnsurgery.recipe.guard import within_limit
 from attnsurgery.recipe.schema import Edit, Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion, Insertions
+from attnsurgery.surgery.insertion import Insertion, Insertions
 
 
 def resolve(recipe: Recipe, anatomy: Anatomy) -> Insertions:

@@ -10,7 +10,8 @@ import torch
 
 from attnsurgery.blocks import Start
 from attnsurgery.blocks._base import build_block
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
+from attnsurgery.catalog import NO_BLOCK
+from attnsurgery.surgery.insertion import Insertion
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,14 @@ from typing import Any
 
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import build_block, check_options, options_model
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import OptionError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.site import Site
 from attnsurgery.recipe.costs import cost_of
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import where
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
+from attnsurgery.surgery.insertion import Insertion
 
 MB = 1_000_000
 """Bytes of a megabyte in `max_attention_mb`."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import options_model
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.recipe.schema import Recipe
-from attnsurgery.surgery.insertion import NO_BLOCK
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from attnsurgery.surgery.insertion import NO_BLOCK
+from attnsurgery.catalog import NO_BLOCK
 
 
 def _exactly_one(version: object) -> object:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import SurgeryError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.recipe.build import resolve_edits, settled
 from attnsurgery.recipe.schema import Edit, Recipe
-from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.surgery.select_blocks import Key, key_of_site
 
 

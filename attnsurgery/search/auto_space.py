@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import AttnSurgeryError, SiteError, SurgeryError, UsageError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.attention import OVER_CHANNELS, OVER_POSITIONS
@@ -30,7 +31,6 @@ from attnsurgery.graph.find import input_size_of, survey
 from attnsurgery.graph.select import select
 from attnsurgery.graph.site import Site
 from attnsurgery.search.space import AUTO_SPACE, BlockChoices, Decision, SearchSpace, Sides, SurveyAt, bind, size_label
-from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.timm_plugin.architectures import check_base, weightless
 
 SMALLEST_MAP = 7

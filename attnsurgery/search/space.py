@@ -39,6 +39,7 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import OptionError, SiteError, SurgeryError, UnknownNameError, UsageError, did_you_mean
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.select import select
@@ -48,7 +49,6 @@ from attnsurgery.recipe.schema import Edit, Name, Recipe, Scalar, Strict
 from attnsurgery.recipe.text import read_strict, read_text, where
 from attnsurgery.samplers import Places
 from attnsurgery.settings import SMALLEST_SIDE, image_size, sides
-from attnsurgery.surgery.insertion import NO_BLOCK
 
 AUTO_SPACE = "auto"
 """The name of the space that is made for the model instead of read from a file (`auto_space`)."""

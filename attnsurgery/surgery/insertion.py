@@ -10,9 +10,6 @@ from attnsurgery.blocks import Start
 from attnsurgery.graph.attention import OwnAttention
 from attnsurgery.graph.site import Site
 
-NO_BLOCK = "none"
-"""In the place of a block's name: nothing stands in for the module that is taken out."""
-
 
 @dataclass(frozen=True, slots=True)
 class Insertion:

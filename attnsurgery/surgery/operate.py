@@ -12,6 +12,7 @@ from torch import nn
 from attnsurgery.blocks import Block
 from attnsurgery.blocks._base import build_block
 from attnsurgery.blocks.loading import watch
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import SiteError
 from attnsurgery.graph.attention import is_attention
 from attnsurgery.graph.find import survey
@@ -21,7 +22,7 @@ from attnsurgery.graph.trace import uncut_copy
 from attnsurgery.graph.twin import meta_twin
 from attnsurgery.graph.wrappers import bare, check_forward, check_uncompiled, submodule, unwrapped
 from attnsurgery.surgery.graft import RECORD, Graft, Part
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion, Insertions
+from attnsurgery.surgery.insertion import Insertion, Insertions
 from attnsurgery.surgery.owners import PATHS, Grids, child_for, copy_path, grafted_blocks, holder_of, joined, operated
 from attnsurgery.surgery.remove import remove
 from attnsurgery.surgery.replaced import Replaced

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import NothingFeasibleError
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.latency.model import Kind
@@ -19,7 +20,7 @@ from attnsurgery.samplers.knapsack import best
 from attnsurgery.samplers.places import Budget, Floats, Picks, Places
 from attnsurgery.search.result.limits import COST_KINDS, EXACT, POSSIBLE, Budgets, amount
 from attnsurgery.search.space import BoundSpace
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
+from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.verify import count_macs
 
 Sized = tuple[Anatomy, nn.Module]

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.checkpoint.base import load_weights
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.evaluate import (
@@ -35,7 +36,7 @@ from attnsurgery.search.space import Sides
 from attnsurgery.search.storage.run_directory import WEIGHTS, write_own
 from attnsurgery.search.tuning import pilot_epochs
 from attnsurgery.search.watching import Watching
-from attnsurgery.surgery.insertion import NO_BLOCK, Insertion
+from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.operate import operate
 
 _BASE_LR = 3.0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.errors import AttnSurgeryError, SurgeryError
 from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.faults import Fault, fault_of
@@ -22,7 +23,6 @@ from attnsurgery.search.execution.scorers import Candidate
 from attnsurgery.search.result.record import Promotion, Record, Timing
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.watching import Watching
-from attnsurgery.surgery.insertion import NO_BLOCK
 from attnsurgery.surgery.operate import operate
 
 _PROXY_BATCH = 64
