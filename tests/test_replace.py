@@ -178,6 +178,16 @@ def test_weights_of_base_load_into_swapped_model() -> None:
     assert torch.equal(outputs(attnsurgery.remove(model)), outputs(other))
 
 
+def test_weights_of_base_are_assigned_to_model_without_weights() -> None:
+    """A model on the meta device gets the tensors of a checkpoint, also of what was taken out."""
+    other = built()
+    with torch.device("meta"):
+        model = timm.create_model(BASE, num_classes=5).eval()
+    attnsurgery.operate(model, recipe({"block": "none"}), SIZE)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(outputs(attnsurgery.remove(model)), outputs(other))
+
+
 def test_swapped_model_is_saved_and_loaded(tmp_path: Path) -> None:
     """A directory builds the same model again; what it has no weights for is not put back."""
     torch.save(built().state_dict(), tmp_path / "base.pth")

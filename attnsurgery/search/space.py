@@ -197,6 +197,16 @@ class BoundSpace:
         return draft.model_copy(update={"name": f"{arch}_{self.name}_{draft.digest()[:8]}"})
 
     @property
+    def replaceable(self) -> frozenset[str]:
+        """Addresses of the sites where a block may take the place of the model's own attention."""
+        return frozenset(
+            site
+            for variable in self.variables
+            if any(edit and edit.replace for edit in variable.choices.values())
+            for site in variable.sites
+        )
+
+    @property
     def nothing(self) -> dict[str, str]:
         """The assignment of the base without blocks, at its own input size."""
         size = {INPUT_SIZE: self.sizes[0]} if self.sizes else {}

@@ -50,14 +50,16 @@ class Replaced(nn.Module):
         self.__dict__["original"]._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Take the tensors that a checkpoint of the base has for the original; they are not unexpected here."""
         original: nn.Module = self.__dict__["original"]
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         expected = original.state_dict()
         fits = own.keys() == expected.keys() and all(own[key].shape == value.shape for key, value in expected.items())
         if fits:
-            original.load_state_dict(own)
+            original.load_state_dict(own, assign=local_metadata.get("assign_to_params_buffers", False))
         self.stale = bool(expected) and not fits
 
 

@@ -78,30 +78,22 @@ class Setup:
     start: Start = "identity"
 
 
+STRIP = Setup(
+    source="pairs",
+    size=(3, 8, 192),
+    options=STRIP_OPTIONS,
+    base_epochs=8,
+    epochs=1,
+    lr=3e-3,
+    new_lr_scale=1.0,
+    batch_size=32,
+)
 SETUPS = {
     "pretrained": Setup(base_epochs=8),
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
-    "strip": Setup(
-        source="pairs",
-        size=(3, 8, 192),
-        options=STRIP_OPTIONS,
-        base_epochs=8,
-        epochs=1,
-        lr=3e-3,
-        new_lr_scale=1.0,
-        batch_size=32,
-    ),
-    "cue": Setup(
-        source="cue",
-        size=(3, 8, 192),
-        options=STRIP_OPTIONS,
-        base_epochs=8,
-        epochs=1,
-        lr=3e-3,
-        new_lr_scale=1.0,
-        batch_size=32,
-    ),
+    "strip": STRIP,
+    "cue": replace(STRIP, source="cue"),
     "narrow": Setup(
         images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
     ),

@@ -120,6 +120,8 @@ class Table:
             return {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in values.items()}
 
         ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, f"latency-{name}")}
+        if missing := len({tuple(row["picks"]) for row in rows} - ms.keys()):
+            raise SystemExit(f"{missing} candidates of {name} have no latency yet: table.py --setup {name} --latency")
         scores = by_picks(measure, -1.0 if measure.endswith("loss") else 1.0)
         return cls(SITES, SETUPS[name].options, scores, by_picks("val"), by_picks("val_loss"), ms)
 

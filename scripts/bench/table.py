@@ -14,9 +14,8 @@ machine can resume. The setups are in _tables.py. CIFAR10 is an image folder wit
   the right blocks at the right stages it can. A network starts from weights that can read one digit.
 * `cue`: strips with a digit at one end and a cue at the other, which says whether the class is the digit or the digit
   plus 5: not a comparison, but a reading that depends on what is far away.
-* `narrow`: CIFAR-10 at 24 pixels, a narrow ResNet trained from scratch with blocks that start as in their papers. In a
-  pilot of eight designs from two seeds, blocks made no difference there: 46.0 to 49 % in test, 0.5 to 2 points between
-  seeds.
+* `narrow`: CIFAR-10 at 24 pixels, a narrow ResNet trained from scratch with blocks that start as in their papers.
+  Whether blocks make a difference there is not known yet.
 * `pretrained`: CIFAR-10 at 24 pixels, test_resnet with trained weights. Blocks make no difference there: `fidelity.py`
   and `verdict.py` use it.
 

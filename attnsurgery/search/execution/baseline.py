@@ -173,16 +173,10 @@ def least_ratio(bench: Bench, latency: Latency, watch: Watching) -> float:
         watch: told of progress.
     """
     budget_ms = bench.budgets.limits.get("latency")
-    edits = [edit for variable in bench.space.variables for edit in variable.choices.values() if edit]
-    if budget_ms is None or timing_of(latency).low_ms <= budget_ms or not any(edit.replace for edit in edits):
+    addresses = bench.space.replaceable
+    if budget_ms is None or timing_of(latency).low_ms <= budget_ms or not addresses:
         return 1.0
     watch.listener.phase("measuring the base without its own attention")
-    addresses = {
-        site
-        for variable in bench.space.variables
-        if any(edit and edit.replace for edit in variable.choices.values())
-        for site in variable.sites
-    }
     sites = [site for site in bench.anatomy.sites if site.address in addresses]
     removals = tuple(Insertion(site, NO_BLOCK, replaced=bench.anatomy.own_attention(site)) for site in sites)
     bare = operate(copy.deepcopy(bench.base), removals).to(bench.config.device)

@@ -104,8 +104,7 @@ def _least(costs: Costs, facts: BaseFacts | None) -> Record:
 
 def _why(bench: Bench, least: Record, over: Sequence[str]) -> str:
     """Why no candidate costs less than the budget, in words."""
-    edits = [edit for variable in bench.space.variables for edit in variable.choices.values() if edit]
-    if not any(edit.replace for edit in edits):
+    if not bench.space.replaceable:
         return "and blocks only add to that"
     costs = [
         f"{least.timing.ms:.4g} ms or more"
