@@ -30,7 +30,7 @@ torch._ops._refresh_packet = _keeping
 import timm  # noqa: E402  (defines operators)
 
 import attnsurgery  # noqa: E402, F401  (makes the surgical names known to timm)
-from attnsurgery.search.workers.launch import processes  # noqa: E402
+from attnsurgery.search.workers import spawn  # noqa: E402
 from attnsurgery.surgery.operate import grafted_blocks  # noqa: E402
 from tests import warm_start  # noqa: E402
 from tests.lower_end import skip_older  # noqa: E402
@@ -226,7 +226,7 @@ def no_pictures() -> Iterator[None]:
 def warm_workers() -> Iterator[None]:
     """Workers of a search start in forks of a process that has done their imports."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "COMMAND", warm_start.worker())
+        patch.setattr(spawn, "COMMAND", warm_start.worker())
         if importlib.util.find_spec("submitit"):
             from submitit.local.local import LocalExecutor
 

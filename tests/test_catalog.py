@@ -57,9 +57,10 @@ def test_help_describes_each_name(setting: str) -> None:
     assert set(parts) == expected | ({f"{SUPERNET}, all candidates at once"} if setting == "evaluator" else set())
 
 
-def test_settings_import_no_catalog() -> None:
-    """Settings and their help need none of the packages that the classes need."""
-    program = "import sys, attnsurgery.search.config; assert not {'torch', 'timm', 'optuna'} & set(sys.modules)"
+@pytest.mark.parametrize("module", ["search.config", "search.workers.spawn"])
+def test_settings_import_no_catalog(module: str) -> None:
+    """Settings, their help and the start of a worker need none of the packages that the classes need."""
+    program = f"import sys, attnsurgery.{module}; assert not {{'torch', 'timm', 'optuna'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

@@ -15,6 +15,7 @@ import pytest
 from attnsurgery.errors import SearchError, UnknownNameError, UsageError
 from attnsurgery.search import Listener, Outcome, SearchConfig, run
 from attnsurgery.search.execution.jobs import Job
+from attnsurgery.search.workers import spawn
 from attnsurgery.search.workers.launch import LAUNCHERS, processes
 from attnsurgery.search.workers.launch.mailbox import ANSWERS, BEAT, ORDERS, Inbox, Lines, Outbox, add
 from attnsurgery.search.workers.processes import ProcessPool
@@ -114,7 +115,7 @@ def test_worker_with_other_torch_is_refused(config: SearchConfig) -> None:
 @pytest.mark.slow
 def test_worker_that_never_starts_ends_all(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that never starts ends the search with its last words, and costs no trial."""
-    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
+    monkeypatch.setattr(spawn, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch there')"))
     with pytest.raises(SearchError, match=r"started 3 times in vain: .* code 1: no torch there\. Finished results"):
         run(change(config, workers=1))
 
@@ -138,6 +139,35 @@ def test_prepared_worker_does_the_first_job(config: SearchConfig) -> None:
         unused.close()
     assert all(spare.poll() is not None for spare in spares)
     assert not list(Path(config.output).glob("worker-*.log"))
+
+
+@pytest.mark.slow
+def test_worker_started_early_is_taken_over(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher takes the worker of the command line; one that has exited or was not needed is replaced or ended."""
+    monkeypatch.setattr(spawn, "COMMAND", (sys.executable, "-m", "attnsurgery.search.workers.worker"))  # no fork
+    Path(config.output).mkdir(exist_ok=True)
+    launcher = processes.Processes(change(config, workers=1))
+    with spawn.started_early():
+        (early,) = spawn._waiting
+        launcher.prepare()
+        assert launcher._spare is early
+    assert early.poll() is None
+    pool = ProcessPool(launcher, Listener(), lambda: False)
+    try:
+        pool.all([Job("weights")])
+        assert Path(f"/proc/{early.pid}/fd/2").resolve() == launcher.log(0).resolve()
+    finally:
+        pool.close()
+
+    with spawn.started_early():
+        (exited,) = spawn._waiting
+        exited.kill()
+        exited.wait()
+        assert spawn.take() is None
+    with spawn.started_early():
+        (unused,) = spawn._waiting
+    assert unused.poll() is not None
+    assert spawn.take() is None
 
 
 class Box:

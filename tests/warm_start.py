@@ -200,7 +200,7 @@ def _become(request: dict[str, object], streams: list[int], path: str) -> None:
     import traceback
     import warnings
 
-    from attnsurgery.search.workers.launch import processes
+    from attnsurgery.search.workers import spawn
 
     code = 1
     try:
@@ -225,7 +225,7 @@ def _become(request: dict[str, object], streams: list[int], path: str) -> None:
         sys.path[:] = ["", *python_path, *(entry for entry in sys.path if entry not in _OWN_PATH)]
         random.seed()
         warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning, "runpy")
-        processes.COMMAND = worker()
+        spawn.COMMAND = worker()
         kind, program, *arguments = request["arguments"]  # type: ignore[misc]
         sys.argv = ["-c" if kind == "-c" else program, *arguments]
         if kind == "-m":

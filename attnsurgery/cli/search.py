@@ -8,7 +8,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -44,6 +44,23 @@ def search(
     At least one budget is needed; several hold together. Every setting may also come from the environment, such as
     ATTNSURGERY_BUDGET_MS, or from the file of --config.
     """
+    from attnsurgery.search.workers.spawn import started_early
+
+    starts_worker = settings.get("launcher", "local") == "local" and settings.get("workers", 1) != 0
+    with nullcontext() if dry_run or print_config or not starts_worker else started_early():
+        config = _config_of(model, settings)
+        if new:
+            config = config.model_copy(update={"output": _free(config.output)})
+        if print_config:
+            typer.echo(config.as_yaml(), nl=False)
+        elif dry_run:
+            _preview(config, as_json)
+        else:
+            _run(config, as_json)
+
+
+def _config_of(model: str | None, settings: dict[str, Any]) -> SearchConfig:
+    """All settings of the search for a base, from those that the user has set."""
     from attnsurgery.search.execution.assemble import pick_device
     from attnsurgery.search.execution.pretrained_base import resolve_base
     from attnsurgery.search.space import AUTO_SPACE, load
@@ -53,20 +70,11 @@ def search(
     space = settings.get("space", SearchConfig.model_fields["space"].default)
     named = model or settings.get("base") or (None if space == AUTO_SPACE else load(space).base) or DEFAULT_BASE
     resolved = resolve_base(named, settings.get("checkpoint"))
-    output = settings.pop("output", None)
+    output = settings.get("output")
     device = pick_device(settings.get("device", "auto"))
     derived = {"base": resolved.base, "checkpoint": resolved.checkpoint, "device": device, "output": output or ""}
     config: SearchConfig = build_settings(SearchConfig, "search", {**settings, **derived})
-    if output is None:
-        config = _in_its_directory(config)
-    if new:
-        config = config.model_copy(update={"output": _free(config.output)})
-    if print_config:
-        typer.echo(config.as_yaml(), nl=False)
-    elif dry_run:
-        _preview(config, as_json)
-    else:
-        _run(config, as_json)
+    return _in_its_directory(config) if output is None else config
 
 
 def _in_its_directory(config: SearchConfig) -> SearchConfig:

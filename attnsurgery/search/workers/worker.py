@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,7 +186,10 @@ def serve(orders: Iterable[str], out: Out) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     wire.sign()
-    worker = _Worker(waiting.get()["begin"], wire, stop)
+    begin = waiting.get()["begin"]
+    if log := begin.get("log"):
+        _write_to(Path(log))
+    worker = _Worker(begin, wire, stop)
     worker.assemble()
     while True:
         job = Job.from_dict(waiting.get()["job"])
@@ -193,6 +197,13 @@ def serve(orders: Iterable[str], out: Out) -> None:
         wire.send(answer)
         if "broken" in answer:
             os._exit(1)
+
+
+def _write_to(log: Path) -> None:
+    """Append the further output of this process to a file, if it can be written."""
+    with suppress(OSError), log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
 
 
 def serve_mailbox(folder: str) -> None:

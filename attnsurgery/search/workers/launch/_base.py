@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 
-import attnsurgery
 from attnsurgery.catalog import Catalog
 from attnsurgery.errors import UsageError
 from attnsurgery.search.config import SearchConfig
@@ -148,15 +146,6 @@ class Launcher(ABC):
 
 
 LAUNCHERS: Catalog[Launcher] = Catalog("launcher", "attnsurgery.search.workers.launch", group="attnsurgery.launchers")
-
-COMMAND = (sys.executable, "-m", "attnsurgery.search.workers.worker")
-"""Starts a worker on standard input and output."""
-
-
-def import_path() -> str:
-    """PYTHONPATH of a worker: this attnsurgery, which need not be installed, and the PYTHONPATH of this process."""
-    source = str(Path(attnsurgery.__file__).resolve().parents[1])
-    return os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def last_line(path: Path, most: int = 2000) -> str:

@@ -7,7 +7,6 @@ its main code. Their output goes to `worker-<number>.log` in the run directory.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import threading
@@ -20,16 +19,15 @@ from attnsurgery.errors import SearchError
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.workers.launch._base import (
-    COMMAND,
     LAUNCHERS,
     Launcher,
     Link,
     Message,
     OnMessage,
     WorkerExited,
-    import_path,
     last_line,
 )
+from attnsurgery.search.workers.spawn import end, import_path, spawn, take
 
 
 @LAUNCHERS.register("local")
@@ -46,7 +44,7 @@ class Processes(Launcher):
 
     def prepare(self) -> None:
         with suppress(OSError):  # `start` reports it
-            self._spare = spawn(self.log(0), import_path())
+            self._spare = take() or spawn(self.log(0), import_path())
 
     def device(self, index: int) -> str:
         if self.config.device == "cuda" and self.size > 1:
@@ -61,38 +59,15 @@ class Processes(Launcher):
         except OSError as error:
             raise SearchError(f"a worker cannot be started: {error.strerror}.") from None
         link = _PipeLink(process)
-        link.send({"begin": self.begin(index)})
+        link.send({"begin": {**self.begin(index), "log": str(log.resolve())}})
         threading.Thread(target=_listen, args=(process, log, on_message), daemon=True).start()
         return link
 
     def close(self) -> None:
         spare, self._spare = self._spare, None
         if spare is not None:
-            _PipeLink(spare).end()
-            assert spare.stdout is not None
-            spare.stdout.close()
+            end(spare)
         super().close()
-
-
-def spawn(log: Path, path: str) -> subprocess.Popen[bytes]:
-    """Start a worker on pipes.
-
-    Args:
-        log: the file that its output is appended to.
-        path: its PYTHONPATH.
-
-    Raises:
-        OSError: the process or its log cannot be created.
-    """
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C in the terminal does not reach it
-        )
 
 
 def end_of(code: int, log: Path) -> WorkerExited:

@@ -28,10 +28,10 @@ from attnsurgery.search.workers.launch._base import (
     Message,
     OnMessage,
     WorkerExited,
-    import_path,
     missing,
 )
-from attnsurgery.search.workers.launch.processes import end_of, spawn
+from attnsurgery.search.workers.launch.processes import end_of
+from attnsurgery.search.workers.spawn import import_path, spawn
 
 _GROUPS = ("receive", "send", "end")
 """Methods of the actor that run concurrently; calls of the same method keep their order."""
