@@ -83,10 +83,10 @@ STRIP = Setup(
     size=(3, 8, 192),
     options=STRIP_OPTIONS,
     base_epochs=8,
-    epochs=1,
+    epochs=2,
     lr=3e-3,
     new_lr_scale=1.0,
-    batch_size=32,
+    batch_size=64,
 )
 SETUPS = {
     "pretrained": Setup(base_epochs=8),
