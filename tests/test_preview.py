@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from typer.testing import CliRunner
@@ -11,8 +14,12 @@ from typer.testing import CliRunner
 from attnsurgery.cli import build_app
 from attnsurgery.cli._search_view import print_preview
 from attnsurgery.errors import NothingFeasibleError
+from attnsurgery.evaluate import TrainSettings
 from attnsurgery.search import SearchConfig, run
-from attnsurgery.search.execution.preview import DRAWN, Preview, _wilson, preview
+from attnsurgery.search.execution import preview as preview_module
+from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.preview import DRAWN, Preview, _seconds, _wilson, preview
+from attnsurgery.search.tuning import RATES
 from attnsurgery.search.watching import StopRequested
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -77,6 +84,29 @@ def test_preview_predicts_the_time(config: SearchConfig) -> None:
     )  # other programs share the machine
     more = previewed(config, trials=20)
     assert more.seconds > 3 * predicted.rungs[0][2]
+
+
+@pytest.mark.slow
+def test_preview_counts_rivals_that_fit(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time includes the trainings of rivals, in proportion to their size, but not of those over the budget."""
+    given: list[list[float]] = []
+
+    def seconds(bench: Bench, rungs: list[tuple[int, float]], share: float, rivals: Sequence[float] = ()) -> float:
+        given.append(list(rivals))
+        return _seconds(bench, rungs, share, rivals)
+
+    monkeypatch.setattr(preview_module, "_seconds", seconds)
+    previewed(config, against=":64,test_vit4", budget_params=400_000)
+    assert given == [[pytest.approx(4.0, rel=0.01)]]  # twice the side; test_vit4 has more parameters
+
+
+def test_rivals_add_their_trainings() -> None:
+    """A rival of the base's size takes its weights, the choice of its rate and half of the verdict."""
+    config = SearchConfig(budget_params=10**9, trials=5, finalists=1, confirm_seeds=2, latency_seconds=1e-9, epochs=4)
+    evaluator = SimpleNamespace(settings=TrainSettings(epochs=4))
+    bench = cast(Bench, SimpleNamespace(config=config, fresh="nothing", evaluator=evaluator))
+    more = _seconds(bench, [(5, 1.0)], 1.0, [1.0, 0.5]) - _seconds(bench, [(5, 1.0)], 1.0)
+    assert more == pytest.approx(1.5 * (len(RATES) + 2 * 2), abs=1e-3)
 
 
 @pytest.mark.slow

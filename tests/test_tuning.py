@@ -183,6 +183,17 @@ def test_expected_trainings_count_attempts() -> None:
     )
 
 
+def test_expected_trainings_of_plain_model_count_attempts() -> None:
+    """So is that of a rival, which has no probe."""
+    for settings in (ALL_AUTO, {**ALL_AUTO, "epochs": SHORTEST}):
+        config, score = SearchConfig(budget_ms=1.0, **settings), peak(1e-3, 1e-3, 1.0, 8)
+        results: dict[str, dict[str, Any]] = {}
+        while needed := Tuning(config, SHORTEST).needed_for_plain(results):
+            results |= {one.key: {"top1": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in needed}
+        epochs = sum(Attempt.of(key).training.epochs for key in results)
+        assert expected_trainings(config, plain=True) == epochs / SHORTEST
+
+
 @pytest.mark.parametrize(("images", "batch", "epochs"), [(1081, 64, 13), (64_000, 64, 1), (30, 64, 200)])
 def test_pilot_epochs_make_enough_steps(images: int, batch: int, epochs: int) -> None:
     """The shortest training has at least 200 steps, however many images there are."""

@@ -294,9 +294,16 @@ def pilot_epochs(images: int, batch_size: int) -> int:
     return math.ceil(MIN_STEPS / max(1, images // min(batch_size, images)))
 
 
-def expected_trainings(config: SearchConfig) -> float:
-    """Usual duration of the choice, in trainings of the shortest length. More follow where rates or length go on."""
+def expected_trainings(config: SearchConfig, plain: bool = False) -> float:
+    """Usual duration of the choice, in trainings of the shortest length. More follow where rates or length go on.
+
+    Args:
+        config: the settings of the search.
+        plain: for one plain model, as `needed_for_plain`, and not for the base and a probe.
+    """
     rates = len(RATES) if config.lr == AUTO else 1
+    if plain:
+        return rates + 2.0 * (config.epochs == AUTO)
     probes = rates if AUTO in (config.lr, config.block_lr_scale) else 0
     if probes and config.epochs == AUTO:
         probes += 2

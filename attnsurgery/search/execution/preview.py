@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from attnsurgery.errors import AttnSurgeryError
 from attnsurgery.evaluate import Epoch, Watch
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.samplers.places import Picks
@@ -21,6 +23,7 @@ from attnsurgery.search.execution.baseline import base_latency_at, first_epochs,
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.exhausted import HOPELESS
 from attnsurgery.search.execution.over_budget import BaseFacts, refuse_over_budget
+from attnsurgery.search.execution.rivals import bench_of, propose_rivals
 from attnsurgery.search.execution.scorers import Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import COUNTED, PASSES
 from attnsurgery.search.execution.trial import build, outline, train_seed
@@ -28,12 +31,14 @@ from attnsurgery.search.execution.verdict import LONGER
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
-from attnsurgery.search.result.record import Timing
+from attnsurgery.search.result.record import Record, Timing
+from attnsurgery.search.rivals import PROPOSED, rivals_of
 from attnsurgery.search.rungs import repeats_wanted, rungs_of, shares
 from attnsurgery.search.storage.run_directory import check_free
 from attnsurgery.search.storage.urls import check_url
 from attnsurgery.search.tuning import expected_trainings
 from attnsurgery.search.watching import StopRequested, Watching
+from attnsurgery.surgery.verify import count_macs
 
 DRAWN = 12
 """Number of candidates that are built and measured."""
@@ -205,7 +210,12 @@ def preview(
         low=exact * low,
         high=exact * high,
         rungs=rungs,
-        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share),
+        seconds=_seconds(
+            bench,
+            [(count, seconds) for _, count, seconds in rungs],
+            share,
+            _rival_sizes(bench, references[0], Watching(listener, stop)) if share else [],
+        ),
     )
 
 
@@ -294,29 +304,61 @@ def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: in
     return training + forward * len(bench.data.val) / size
 
 
-def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float) -> float:
-    """Expected duration of a search in s: base and candidates on every rung, confirmation, and all measurements.
+def _rival_sizes(bench: Bench, reference: Latency, watch: Watching) -> list[float]:
+    """The multiply-accumulates of each rival that the search will train, relative to the base's.
+
+    The search measures a rival, and does not train it if it is over the budget. Here its latency is predicted from its
+    multiply-accumulates.
+
+    Raises:
+        StopRequested: the user asked for an end.
+    """
+    config = bench.config
+    keys: Sequence[str] = [rival.key for rival in rivals_of(config)]
+    if config.against is None and config.pretrained:
+        keys = propose_rivals(bench, {"reference": reference}, watch)["names"][:PROPOSED]
+    sizes = []
+    for key in keys:
+        watch.step()
+        with suppress(AttnSurgeryError):  # the search leaves it out, with the reason
+            rival = bench_of(bench, key, watch)
+            macs = count_macs(rival.base, rival.anatomy.input_size)
+            size = macs / bench.costs.base["macs"]
+            ms, parameters = size * reference.p50_ms, sum(parameter.numel() for parameter in rival.base.parameters())
+            timing = Timing(ms, ms, ms, size)
+            if bench.budgets.check(Record(-1, "pending", timing=timing, parameters=parameters, macs=macs)).within:
+                sizes.append(size)
+    return sizes
+
+
+def _seconds(bench: Bench, rungs: list[tuple[int, float]], share: float, rivals: Sequence[float] = ()) -> float:
+    """Expected duration of a search in s: base and candidates on every rung, confirmation, rivals, all measurements.
 
     Args:
         bench: what trials are made on.
         rungs: the number of candidates on each rung, and the seconds of one.
         share: of the candidates that is within the budgets, 0 to 1.
+        rivals: the size of each rival that is trained, relative to the base.
     """
     config = bench.config
-    initial = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs
+    weights = {"all": 1.0, "head": _FORWARD, "nothing": 0.0}[bench.fresh] * config.base_epochs
     if bench.fresh == "all" and (first := bench.data.first):  # and a new head after that
         share_of_images = len(first.train) / len(bench.data.train)
-        initial = first_epochs(config, first) * share_of_images + _FORWARD * config.base_epochs
-    initial = initial / bench.evaluator.settings.epochs + (expected_trainings(config) if config.tunes else 0.0)
+        weights = first_epochs(config, first) * share_of_images + _FORWARD * config.base_epochs
+    weights /= bench.evaluator.settings.epochs
+    initial = weights + (expected_trainings(config) if config.tunes else 0.0)
     if share == 0.0:
         return sum(seconds for _, seconds in rungs) + initial * rungs[-1][1] + (1 + HOPELESS) * config.latency_seconds
     finalists = min(config.finalists, rungs[-1][0])
     longer = LONGER if isinstance(config.final_epochs, str) else config.final_epochs / bench.evaluator.settings.epochs
-    extra_trainings = (config.first_seeds + config.most_seeds) * longer  # on average, of winner and base
+    final = (config.first_seeds + config.most_seeds) / 2 * longer  # on average
+    extra_trainings = 2 * final  # of winner and base
     extra_trainings += finalists * config.first_seeds if finalists > 1 else 0
     extra_trainings += finalists * (2.0 * (config.lr == AUTO) + (config.block_lr_scale == AUTO))
     extra_trainings += initial
-    measured = config.trials / share + 4 + 2 * config.finalists
+    of_each_rival = weights + final + (expected_trainings(config, plain=True) if config.tunes else 0.0)
+    extra_trainings += sum(size * of_each_rival for size in rivals)
+    measured = config.trials / share + 4 + 2 * config.finalists + len(rivals)
     trainings = sum((count + 1) * seconds for count, seconds in rungs)
     if (wanted := repeats_wanted(config)) <= rungs[0][0]:
         trainings += wanted * rungs[0][1]
