@@ -93,7 +93,7 @@ SETUPS = {
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
     "strip": STRIP,
-    "cue": replace(STRIP, source="cue"),
+    "cue": replace(STRIP, source="cue", epochs=4, batch_size=16),
     "narrow": Setup(
         images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
     ),

@@ -11,6 +11,8 @@ base on test pictures, as in any search.
   In at least 9 of 10 searches the winner should be better than the base by 15 points or more.
 * `wide` is a budget that it fits. There it is trained and tested too (`--against`), and the verdict should name
   whichever is better.
+* `long` is the same budget with trainings twelve times as long (LONG), from which the deeper network learns the task.
+  It is run only if `--budgets` names it.
 
 Latencies of candidates are ratios to the base's, which is measured once and stored; the budgets are multiples of it. So
 searches that run at different times have the same budgets. docs/benchmarks/relation.json keeps every search that has
@@ -50,16 +52,19 @@ SETTINGS: dict[str, Any] = {
     "final_epochs": 2,
     "workers": 0,
 }
-SHARES = {"tight": 0.8, "wide": 1.2}
+LONG: dict[str, Any] = {"trials": 4, "epochs": 24, "final_epochs": 24, "lr": 3e-3, "block_lr_scale": 1.0}
+"""Settings of `long`; the learning rate is that at which relation_sweep.py found that the deeper network learns."""
+SHARES = {"tight": 0.8, "wide": 1.2, "long": 1.2}
 """Budgets: the base's latency, and this share of what the deeper network takes in addition."""
 WANTED = 0.15
 """The gain over the base that the winner of the tight budget should have."""
 
 
 def search_config(seed: int, sampler: str, budget: str, budget_ms: float, output: Path) -> SearchConfig:
-    against = DEEPER if budget == "wide" else "none"
+    settings = SETTINGS | (LONG if budget == "long" else {})
+    against = "none" if budget == "tight" else DEEPER
     return SearchConfig(
-        **SETTINGS, seed=seed, sampler=sampler, against=against, budget_ms=budget_ms, output=str(output)
+        **settings, seed=seed, sampler=sampler, against=against, budget_ms=budget_ms, output=str(output)
     )
 
 
@@ -82,7 +87,7 @@ def reference_of(results: Row, folder: Path) -> tuple[Row, LatencyBackend]:
 
 
 def figures_of(searches: list[Row]) -> Row:
-    """By budget and sampler: mean gain, range, and how many are as large as wanted."""
+    """By budget and sampler: mean gain and its range, how many are as large as wanted, and what the advice names."""
     figures = {}
     groups = itertools.groupby(
         sorted(searches, key=lambda row: (row["budget"], row["sampler"])),
@@ -98,6 +103,7 @@ def figures_of(searches: list[Row]) -> Row:
             "mean_gain": statistics.mean(gains),
             "smallest_gain": min(gains),
             "largest_gain": max(gains),
+            "winner_is_best_use_of_budget": sum(row.get("best_use_of_budget", "").startswith("trial") for row in rows),
         }
     return figures
 
@@ -105,14 +111,14 @@ def figures_of(searches: list[Row]) -> Row:
 def main() -> None:
     parser = parser_of(__doc__, NAME, seeds=10)
     parser.add_argument("--samplers", nargs="+", default=["additive", "random"])
-    parser.add_argument("--budgets", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--budgets", nargs="+", choices=list(SHARES), default=["tight", "wide"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     searches = Searches(NAME, SETTINGS, figures_of)
     reference, backend = reference_of(searches.header, options.results / "reference")
     base_ms = reference["base"]["p50_ms"]
     ratios = {name: 1 + share * (reference["deeper_ratio"] - 1) for name, share in SHARES.items()}
-    searches.header["budgets_in_base_latencies"] = ratios
+    searches.header |= {"budgets_in_base_latencies": ratios, "settings_of_long": LONG}
     searches.save()
     keys = [
         {"budget": budget, "sampler": sampler, "seed": seed}
