@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from statistics import fmean
@@ -58,31 +58,16 @@ def compare(
     }
     for entrant in entrants:
         requests[entrant.rival.key] = partial(_training_of_rival, entrant)
-    results: dict[str, Results] = {name: [] for name in requests}
-    failures: dict[str, str] = {}
-    while True:
-        start = len(results[BASE])
-        indices = range(start, start + 1) if start else range(config.first_seeds)
-        names = [name for name in requests if name not in failures]
-        done = iter(work("final training", *(requests[name](index) for name in names for index in indices)))
-        for name in names:
-            results[name] += islice(done, len(indices))
-            if failed := failed_in(results[name]):
-                failures[name] = failed
-        if BASE in failures:
-            raise SearchError(failures[BASE])
-        if WINNER in failures:
-            return failures[WINNER]
-        rights = {
-            name: np.stack([right_of(result) for result in results[name]]) for name in requests if name not in failures
-        }
-        looks = {name: look_at(rights[WINNER], right_SN, design) for name, right_SN in rights.items() if name != WINNER}
-        if all(look.decided for look in looks.values()):
-            break
+    trained = _train_until_decided(requests, design, work)
+    if isinstance(trained, str):
+        return trained
+    results = trained.results
     if not best.top1s:
         finalists = [with_scores(one, results[WINNER]) if one == best else one for one in finalists]
-    look = looks[BASE]
-    compared = compare_on_test(best.digest, rights[BASE], rights[WINNER], results[WINNER][0]["epochs"], look)
+    look = trained.looks[BASE]
+    compared = compare_on_test(
+        best.digest, trained.rights[BASE], trained.rights[WINNER], results[WINNER][0]["epochs"], look
+    )
     balanced = [
         [result["balanced"] for result in results[name][: look.trainings] if result["balanced"] is not None]
         for name in (BASE, WINNER)
@@ -103,16 +88,73 @@ def compare(
         BASE: Option("base", config.base),
         **{entrant.rival.key: entrant.option for entrant in entrants},
     }
-    may_be_best = not_beaten(list(rights.values()), design)
+    return confirmation, _options(drafts, trained, design)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """The trainings of all that are compared, by name."""
+
+    results: dict[str, Results]
+    """The results of each training, in the order of the seeds."""
+    rights: dict[str, npt.NDArray[np.bool_]]
+    """(S, N) booleans of those that did not fail: which of N test images each of S trainings classified correctly."""
+    looks: dict[str, Look]
+    """The comparison of the winner with each of them."""
+    failures: dict[str, str]
+    """Why the others failed."""
+
+
+def _train_until_decided(
+    requests: Mapping[str, Callable[[int], dict[str, Any]]], design: Design, work: Work
+) -> _Trained | str:
+    """Train all from the same seeds, one by one, until the winner's comparison with each of them is decided.
+
+    Args:
+        requests: for each name, the payload of its training from the seed of an index.
+        design: of the comparisons.
+        work: does jobs.
+
+    Returns:
+        The trainings, or the reason why the winner could not be trained.
+
+    Raises:
+        SearchError: the base cannot be trained.
+    """
+    results: dict[str, Results] = {name: [] for name in requests}
+    failures: dict[str, str] = {}
+    while True:
+        start = len(results[BASE])
+        indices = range(start, start + 1) if start else range(design.begin)
+        names = [name for name in requests if name not in failures]
+        done = iter(work("final training", *(requests[name](index) for name in names for index in indices)))
+        for name in names:
+            results[name] += islice(done, len(indices))
+            if failed := failed_in(results[name]):
+                failures[name] = failed
+        if BASE in failures:
+            raise SearchError(failures[BASE])
+        if WINNER in failures:
+            return failures[WINNER]
+        rights = {
+            name: np.stack([right_of(result) for result in results[name]]) for name in requests if name not in failures
+        }
+        looks = {name: look_at(rights[WINNER], right_SN, design) for name, right_SN in rights.items() if name != WINNER}
+        if all(look.decided for look in looks.values()):
+            return _Trained(results, rights, looks, failures)
+
+
+def _options(drafts: Mapping[str, Option], trained: _Trained, design: Design) -> list[Option]:
+    """The options with what their trainings showed: accuracy, gain over the base, and whether one may be the best."""
+    may_be_best = not_beaten(list(trained.rights.values()), design)
     options = []
-    for (name, right_SN), kept in zip(rights.items(), may_be_best, strict=True):
+    for (name, right_SN), kept in zip(trained.rights.items(), may_be_best, strict=True):
         option = replace(drafts[name], top1=float(right_SN.mean()), may_be_best=kept)
         if name != BASE:
-            gain = look_at(right_SN, rights[BASE], design).gain
+            gain = look_at(right_SN, trained.rights[BASE], design).gain
             option = replace(option, gain=gain.mean, low=gain.low, high=gain.high)
         options.append(option)
-    options += [replace(drafts[name], left_out=failed) for name, failed in failures.items()]
-    return confirmation, options
+    return options + [replace(drafts[name], left_out=failed) for name, failed in trained.failures.items()]
 
 
 def _training_of_rival(entrant: Entrant, index: int) -> dict[str, Any]:

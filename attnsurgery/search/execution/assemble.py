@@ -34,11 +34,11 @@ from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
 from attnsurgery.samplers import SAMPLERS
-from attnsurgery.search.auto_space import fixed_size, make
 from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
-from attnsurgery.search.budgets.costs import Costs, Sized
+from attnsurgery.search.budgets.costs import Costs
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.device_lock import with_device_lock
+from attnsurgery.search.execution.base_space import bind_space, read_space
 from attnsurgery.search.execution.baseline import starting_weights
 from attnsurgery.search.execution.bench import Bench, Fresh
 from attnsurgery.search.execution.over_budget import refuse_over_budget
@@ -51,14 +51,14 @@ from attnsurgery.search.execution.pretrained_base import (
     resolve_base,
 )
 from attnsurgery.search.execution.scorers import Alone, Scorer, Shared
-from attnsurgery.search.execution.sizes import AtSize, at_size
+from attnsurgery.search.execution.sizes import AtSize
 from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.rivals import rivals_of
-from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of, shares
-from attnsurgery.search.space import AUTO_SPACE, BoundSpace, Sides, bind, load
+from attnsurgery.search.rungs import SUPERNET, Rung, rungs_of
+from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, write_own
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
@@ -167,20 +167,10 @@ def assemble(
     check_base(config.base, "MODEL")
     for rival in rivals_of(config):
         check_base(resolve_base(rival.model, None).base, "--against")
-    space_file = None if config.space == AUTO_SPACE else load(config.space)
+    space_file = read_space(config)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
     size = _input_size(config, weights)
     sized = for_images(config.base, size[1:])
-    if space_file and space_file.input_sizes and shares(config):
-        raise UsageError(
-            f"the space {space_file.name!r} has several input sizes, and a supernet is trained at one. Use another "
-            "--evaluator and --rungs, or a space without input_sizes."
-        )
-    if space_file and any(decision.replace for decision in space_file.decisions) and shares(config):
-        raise UsageError(
-            f"the space {space_file.name!r} puts blocks in place of attention that the model has ('replace: true'), "
-            "and a supernet keeps that. Use another --evaluator and --rungs, or a space without such decisions."
-        )
     given_backend, backend = backend, backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
@@ -193,21 +183,7 @@ def assemble(
     )
     base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
     anatomy = survey(base, size)
-    models: dict[Sides, Sized] = {}
-
-    def survey_at(other: Sides) -> Anatomy:
-        if other not in models:
-            model = at_size(base, config.base, size[1:], other)
-            models[other] = survey(model, (size[0], *other)), model
-        return models[other][0]
-
-    if space_file is None:
-        one_size = "a supernet is trained at one" if shares(config) else fixed_size(config.base)
-        space_file, reasons = make(anatomy, survey_at, one_size, replacing=not shares(config))
-        for reason in reasons if check else ():
-            listener.note(reason)
-    space = bind(space_file, anatomy, config.base, survey_at)
-    others = [models[sides(label)] for label in space.sizes[1:]]
+    space, others = bind_space(space_file, base, anatomy, config, listener.note if check else lambda reason: None)
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base, others)
     for choice in space.left_out if check else ():  # a worker need not say it again
         listener.phase(f"left out of the space: {choice}")
