@@ -96,8 +96,9 @@ def test_preview_counts_rivals_that_fit(config: SearchConfig, monkeypatch: pytes
         return _seconds(bench, rungs, share, rivals)
 
     monkeypatch.setattr(preview_module, "_seconds", seconds)
-    previewed(config, against=":64,test_vit4", budget_params=400_000)
-    assert given == [[pytest.approx(4.0, rel=0.01)]]  # twice the side; test_vit4 has more parameters
+    result = previewed(config, against=":64,test_vit4", budget_params=400_000)
+    assert result.rivals == ("test_resnet at 64 x 64 pixels",)  # test_vit4 has more parameters
+    assert given == [[pytest.approx(4.0, rel=0.01)]]  # twice the side
 
 
 def test_rivals_add_their_trainings() -> None:

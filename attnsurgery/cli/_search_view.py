@@ -257,7 +257,8 @@ def print_preview(preview: Preview, config: SearchConfig) -> None:
     fit += f"{100 * preview.high:.0f} % of the space"
     if not preview.drawn:
         fit = "fewer fit by parameters and MACs than chance would find; the search makes no others"
-    length = f"{_duration(preview.seconds)} for {config.trials} trained trials, with base and confirmation"
+    beside = ["base", *preview.rivals]
+    length = f"{_duration(preview.seconds)} for {config.trials} trained trials, {', '.join(beside)} and confirmation"
     if preview.none_fits:
         limit_ms = config.latency_budget_ms
         over = f", and the base alone takes {preview.base_ms:.3f} ms" if limit_ms and preview.base_ms > limit_ms else ""

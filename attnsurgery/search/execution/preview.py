@@ -32,7 +32,7 @@ from attnsurgery.search.execution.what_fits import what_fits
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.promotion import CHECKED, places_on
 from attnsurgery.search.result.record import Record, Timing
-from attnsurgery.search.rivals import PROPOSED, rivals_of
+from attnsurgery.search.rivals import PROPOSED, Rival, rivals_of
 from attnsurgery.search.rungs import repeats_wanted, rungs_of, shares
 from attnsurgery.search.storage.run_directory import check_free
 from attnsurgery.search.storage.urls import check_url
@@ -93,6 +93,8 @@ class Preview:
     """Upper end of that interval."""
     rungs: tuple[tuple[str, int, float], ...]
     """For each rung from the lowest: how it trains, number of candidates, seconds to train and score one of them."""
+    rivals: tuple[str, ...]
+    """The rivals that the search is expected to train: models, and input sizes of the base."""
     seconds: float
     """Expected duration of the whole search. If none of the measured candidates fits, the time until it gives up."""
 
@@ -190,6 +192,7 @@ def preview(
     )
     low, high = _wilson(fitting, measured)
     share = fitting / measured if measured else 1.0
+    rivals = _rival_sizes(bench, references[0], Watching(listener, stop)) if share else {}
     return Preview(
         base=config.base,
         space=bench.space.name,
@@ -210,12 +213,8 @@ def preview(
         low=exact * low,
         high=exact * high,
         rungs=rungs,
-        seconds=_seconds(
-            bench,
-            [(count, seconds) for _, count, seconds in rungs],
-            share,
-            _rival_sizes(bench, references[0], Watching(listener, stop)) if share else [],
-        ),
+        rivals=tuple(rivals),
+        seconds=_seconds(bench, [(count, seconds) for _, count, seconds in rungs], share, list(rivals.values())),
     )
 
 
@@ -304,8 +303,8 @@ def _trial_seconds(bench: Bench, scorer: Scorer, candidate: Candidate, count: in
     return training + forward * len(bench.data.val) / size
 
 
-def _rival_sizes(bench: Bench, reference: Latency, watch: Watching) -> list[float]:
-    """The multiply-accumulates of each rival that the search will train, relative to the base's.
+def _rival_sizes(bench: Bench, reference: Latency, watch: Watching) -> dict[str, float]:
+    """The rivals that the search is expected to train, each with its multiply-accumulates relative to the base's.
 
     The search measures a rival, and does not train it if it is over the budget. Here its latency is predicted from its
     multiply-accumulates.
@@ -317,7 +316,7 @@ def _rival_sizes(bench: Bench, reference: Latency, watch: Watching) -> list[floa
     keys: Sequence[str] = [rival.key for rival in rivals_of(config)]
     if config.against is None and config.pretrained:
         keys = propose_rivals(bench, {"reference": reference}, watch)["names"][:PROPOSED]
-    sizes = []
+    sizes = {}
     for key in keys:
         watch.step()
         with suppress(AttnSurgeryError):  # the search leaves it out, with the reason
@@ -327,7 +326,7 @@ def _rival_sizes(bench: Bench, reference: Latency, watch: Watching) -> list[floa
             ms, parameters = size * reference.p50_ms, sum(parameter.numel() for parameter in rival.base.parameters())
             timing = Timing(ms, ms, ms, size)
             if bench.budgets.check(Record(-1, "pending", timing=timing, parameters=parameters, macs=macs)).within:
-                sizes.append(size)
+                sizes[Rival.of(key).words] = size
     return sizes
 
 
