@@ -76,6 +76,8 @@ class Setup:
     channels: tuple[int, ...] = ()
     """Channels of the four stages; () for those of the base."""
     start: Start = "identity"
+    latencies: str = ""
+    """The setup whose latencies hold for this one, because its networks and images are the same; '' for its own."""
 
 
 STRIP = Setup(
@@ -93,7 +95,7 @@ SETUPS = {
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
     "strip": STRIP,
-    "cue": replace(STRIP, source="cue", epochs=4, batch_size=16),
+    "cue": replace(STRIP, source="cue", epochs=4, batch_size=16, latencies="strip"),
     "narrow": Setup(
         images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
     ),

@@ -37,7 +37,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import wilcoxon
-from table import WITH_EFFECT, rows_of
+from table import WITH_EFFECT, latency_rows, rows_of
 
 from attnsurgery.recipe.schema import Edit
 from attnsurgery.samplers import SAMPLERS
@@ -119,7 +119,7 @@ class Table:
                 values.setdefault(tuple(row["picks"]), {})[row["seed"]] = sign * row[column]
             return {picks: tuple(by_seed[seed] for seed in sorted(by_seed)) for picks, by_seed in values.items()}
 
-        ms = {tuple(row["picks"]): row["ms"] for row in rows_of(folder, f"latency-{name}")}
+        ms = {tuple(row["picks"]): row["ms"] for row in latency_rows(folder, name)}
         if missing := len({tuple(row["picks"]) for row in rows} - ms.keys()):
             raise SystemExit(f"{missing} candidates of {name} have no latency yet: table.py --setup {name} --latency")
         scores = by_picks(measure, -1.0 if measure.endswith("loss") else 1.0)

@@ -94,6 +94,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def latency_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The latencies of a setup's candidates, a row each."""
+    return rows_of(folder, f"latency-{SETUPS[name].latencies or name}")
+
+
 def run(cifar: Path | None, name: str, requested: list[tuple[Picks, int]], part: int, parts: int, folder: Path) -> None:
     """Train this part of the requested networks, except those with a row."""
     setup = SETUPS[name]
@@ -180,13 +185,15 @@ def print_reliability(name: str, rows: list[dict[str, Any]]) -> None:
 def latencies(folder: Path, name: str) -> None:
     """Measure every candidate against the base, in random order, so that a slow machine affects all kinds of blocks."""
     setup = SETUPS[name]
+    if setup.latencies:
+        raise SystemExit(f"the latencies of {setup.latencies} are those of {name}")
     folder.mkdir(parents=True, exist_ok=True)
     base = base_model(setup, 10).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     conditions = Conditions(device=device, input_size=setup.size, channels_last=True, threads=1)
     backend = backend_for(conditions, effort=Effort(tolerance=0.005, max_seconds=3.0))
     base.to(device)
-    rows = rows_of(folder, f"latency-{name}")
+    rows = latency_rows(folder, name)
     reference = backend.measure(base)
     if rows:  # one scale for all rows, also of earlier calls
         reference = replace(reference, p50_ms=rows[0]["ms"] / rows[0]["ratio"])
@@ -212,7 +219,7 @@ def report(folder: Path) -> None:
         by_network = {(tuple(row["picks"]), row["seed"]): row for row in rows}
         every = list(itertools.product(candidates(setup), SEEDS))
         missing = [network for network in every if network not in by_network]
-        unmeasured = len(candidates(setup)) - len({tuple(row["picks"]) for row in rows_of(folder, f"latency-{name}")})
+        unmeasured = len(candidates(setup)) - len({tuple(row["picks"]) for row in latency_rows(folder, name)})
         if missing or unmeasured:
             if rows:
                 print(f"{name}: {len(missing)} of {len(every)} networks and {unmeasured} latencies are missing")
