@@ -62,7 +62,7 @@ class Setup:
     """How candidates are made and trained."""
 
     source: str = "cifar"
-    """'cifar', 'pairs' (the embedded pairs), or 'cue' (pictures made by `write_cue`)."""
+    """'cifar', 'pairs' (the embedded pairs), or 'differences' (pictures made by `write_differences`)."""
     size: tuple[int, int, int] = (3, 24, 24)
     options: Options = field(default_factory=lambda: CIFAR_OPTIONS)
     images: int = 600
@@ -95,7 +95,7 @@ SETUPS = {
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
     "strip": STRIP,
-    "cue": replace(STRIP, source="cue", epochs=4, batch_size=16, latencies="strip"),
+    "differences": replace(STRIP, source="differences", batch_size=32, latencies="strip"),
     "narrow": Setup(
         images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
     ),
@@ -140,30 +140,29 @@ def build_candidate(base: nn.Module, picks: Picks, seed: int, setup: Setup, star
     return model.to(memory_format=torch.channels_last)
 
 
-def write_cue(folder: Path) -> Path:
-    """Write strips with a digit at one end and a cue at the other; returns the image folder.
+def write_differences(folder: Path) -> Path:
+    """Write strips with a digit from 0 to 4 at either end; the class is their difference. Returns the image folder.
 
-    The cue is a vertical or a horizontal bar. With the second, the class is the digit plus 5, modulo 10. So the digit
-    alone leaves two classes, and the network has to let the cue decide how the digit is read. No digit is in two
-    splits.
+    Each difference is equally frequent. No digit is in two splits, but each is in several pictures.
     """
     if (folder / "complete").exists():
         return folder
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    parts = {"train": order[:1200], "val": order[1200:1500], "test": order[1500:]}
-    for part, indices in parts.items():
-        for index, second in itertools.product(indices.tolist(), (False, True)):
-            label = (int(digits.target[index]) + 5 * second) % 10
-            strip = np.zeros((8, 192), dtype=np.uint8)
-            strip[:, :8] = np.minimum(digits.images[index] * 16, 255).astype(np.uint8)
-            if second:
-                strip[3:5, -8:] = 255
-            else:
-                strip[:, -5:-3] = 255
-            path = folder / part / str(label) / f"{index}-{int(second)}.png"
+    order = np.random.default_rng(0).permutation(np.flatnonzero(digits.target < 5))
+    parts = {"train": (order[:400], 3000), "val": (order[400:550], 600), "test": (order[550:], 1500)}
+    for number, (part, (indices, count)) in enumerate(parts.items()):
+        rng = np.random.default_rng([1, number])
+        by_kind = [indices[digits.target[indices] == kind] for kind in range(5)]
+        for index in range(count):
+            difference = index % 5
+            smaller = int(rng.integers(5 - difference))
+            kinds = rng.permutation([smaller, smaller + difference])
+            left, right = (digits.images[rng.choice(by_kind[kind])] for kind in kinds)
+            strip = np.zeros((8, 192))
+            strip[:, :8], strip[:, -8:] = left, right
+            path = folder / part / str(difference) / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(strip).convert("RGB").save(path)
+            Image.fromarray(np.minimum(16 * strip, 255).astype(np.uint8)).convert("RGB").save(path)
     (folder / "complete").touch()
     return folder
 
@@ -178,8 +177,10 @@ def data_of(cifar: Path | None, setup: Setup) -> Data:
     preprocessing = Preprocessing.of(timm.create_model(BASE), setup.size)
     if setup.source == "pairs":
         return load_data(setup.source, preprocessing, 0)
-    if setup.source == "cue":
-        return load_data(str(write_cue(ROOT / "runs" / "table" / "cue")), preprocessing, 0, augment="none")
+    if setup.source == "differences":
+        images = write_differences(ROOT / "runs" / "table" / "differences")
+        reading = load_data("pairs", preprocessing, 0).first
+        return replace(load_data(str(images), preprocessing, 0, augment="none"), first=reading)
     assert cifar is not None, "the setup needs CIFAR-10"
     parts = {
         "train": ("train", slice(setup.images)),

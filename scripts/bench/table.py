@@ -12,8 +12,8 @@ machine can resume. The setups are in _tables.py. CIFAR10 is an image folder wit
 
 * `strip`: the embedded pairs. Two digits stand at the ends of a strip, and test_resnet alone cannot compare them; with
   the right blocks at the right stages it can. A network starts from weights that can read one digit.
-* `cue`: strips with a digit at one end and a cue at the other, which says whether the class is the digit or the digit
-  plus 5: not a comparison, but a reading that depends on what is far away.
+* `differences`: strips of the same kind; the class is the difference of the two digits, 0 to 4. The sum of what both
+  contribute says something about it, so the base is far better than chance, and blocks add to that.
 * `narrow`: CIFAR-10 at 24 pixels, a narrow ResNet trained from scratch with blocks that start as in their papers.
   Whether blocks make a difference there is not known yet.
 * `pretrained`: CIFAR-10 at 24 pixels, test_resnet with trained weights. Blocks make no difference there: `fidelity.py`
