@@ -13,6 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from attnsurgery.samplers import AGAIN, SAMPLERS, Places
+from attnsurgery.samplers.additive import normal_scores
 from attnsurgery.samplers.knapsack import _greedy, best
 from attnsurgery.samplers.knapsack_bounds import UpperBounds, _undominated
 from attnsurgery.samplers.places import Budget, Picks
@@ -438,3 +439,10 @@ def test_additive_avoids_running_candidates() -> None:
         study.sampler = SAMPLERS["additive"](PLACES, 7, 70.0)
         running.append(PLACES.picks(study.ask(space).params))
     assert len(set(running)) == 4
+
+
+def test_normal_scores_are_quantiles_of_ranks() -> None:
+    """Only the order of scores matters; equal ones are equal, and the middle one is 0."""
+    assert normal_scores([0.5, 0.97, 0.99]) == pytest.approx([-0.9674, 0.0, 0.9674], abs=1e-4)
+    assert normal_scores([2.0, 1.0, 1.0, 3.0]) == pytest.approx([0.3186, -0.6745, -0.6745, 1.1503], abs=1e-4)
+    assert normal_scores([1.0, 1.0]) == [0.0, 0.0]
