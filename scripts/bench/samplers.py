@@ -11,8 +11,9 @@ seed, so that luck in one training does not count.
 
 Figures: test top-1 in points over the base after 8, 16, 32 and 64 trained candidates, with the difference from the
 additive sampler, its 95 % interval over repeats and the p-value of a paired two-sided Wilcoxon test; the number of
-trained candidates that each sampler needs to reach random search with 64, and TPE with 64; and the hypervolume of
-top-1 and latency that is missing from that of the whole table. Writes docs/benchmarks/samplers.json for all samplers
+trained candidates that each sampler needs to reach random search with 64, and TPE with 64; how far the best validation
+top-1 so far is from the best within the budget, which contains no luck of other trainings; and the hypervolume of top-1
+and latency that is missing from that of the whole table. Writes docs/benchmarks/samplers.json for all samplers
 and at least 50 repeats. With `--samplers`, only these are simulated, and random, tpe and additive, with which the
 figures compare.
 """
@@ -187,6 +188,16 @@ def curve(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[
     return scores + scores[-1:] * (TRAINED - len(scores))
 
 
+def validation_gaps(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
+    """At each mark, how far the best validation top-1 so far is from the best of all candidates within the budget.
+
+    A sampler sees these scores and no others, so no luck of other trainings is in this.
+    """
+    val = {picks: scores[repeat % 2] for picks, scores in table.val.items()}
+    best = max(val[picks] for picks, ms in table.ms.items() if ms <= table.budget)
+    return [best - max(val[picks] for picks in [table.base, *candidates[:mark]]) for mark in MARKS]
+
+
 def missing_hypervolumes(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
     """At each mark, the share of the table's hypervolume that is missing from that of the candidates trained so far."""
     other_seed = (repeat + 1) % 2
@@ -215,6 +226,7 @@ def run_task(table: Table, task: tuple[str, int]) -> dict[str, Any]:
         "repeat": repeat,
         "trained": len(candidates),
         "worth": curve(table, candidates, repeat),
+        "gaps": validation_gaps(table, candidates, repeat),
         "missing": missing_hypervolumes(table, candidates, repeat),
     }
 
@@ -230,9 +242,10 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in sorted(rows, key=lambda row: row["repeat"]):
         by_sampler.setdefault(row["sampler"], []).append(row)
     curves = {name: np.array([row["worth"] for row in sampler_rows]) for name, sampler_rows in by_sampler.items()}
-    missing_by_sampler = {
-        name: np.array([row["missing"] for row in sampler_rows]) for name, sampler_rows in by_sampler.items()
-    }
+    gaps, missing_by_sampler = (
+        {name: np.array([row[column] for row in sampler_rows]) for name, sampler_rows in by_sampler.items()}
+        for column in ("gaps", "missing")
+    )
     reference = curves[REFERENCE]
     return {
         name: {
@@ -240,6 +253,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "additive_is_better_by": {
                 mark: _difference(reference[:, mark - 1], curve[:, mark - 1]) for mark in MARKS if name != REFERENCE
             },
+            "validation_gap": {mark: float(gaps[name][:, i].mean()) for i, mark in enumerate(MARKS)},
             "missing_hypervolume": {mark: float(missing_by_sampler[name][:, i].mean()) for i, mark in enumerate(MARKS)},
             "needed_for_random_64": needed(curve, float(curves["random"][:, -1].mean())),
             "needed_for_tpe_64": needed(curve, float(curves["tpe"][:, -1].mean())),
