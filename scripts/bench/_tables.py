@@ -95,7 +95,7 @@ SETUPS = {
     "pretrained_longer": Setup(base_epochs=8, epochs=8),
     "scratch": Setup(epochs=6, lr=4e-3, new_lr_scale=1.0),
     "strip": STRIP,
-    "differences": replace(STRIP, source="differences", batch_size=32, latencies="strip"),
+    "differences": replace(STRIP, source="differences", epochs=4, latencies="strip"),
     "narrow": Setup(
         images=400, epochs=8, lr=1e-2, new_lr_scale=1.0, batch_size=64, channels=(8, 12, 16, 24), start="paper"
     ),
