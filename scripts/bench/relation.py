@@ -14,9 +14,11 @@ base on test pictures, as in any search.
 * `long` is the same budget with trainings twelve times as long (LONG), from which the deeper network learns the task.
   It is run only if `--budgets` names it.
 
-Latencies of candidates are ratios to the base's, which is measured once and stored; the budgets are multiples of it. So
-searches that run at different times have the same budgets. docs/benchmarks/relation.json keeps every search that has
-finished; the same call adds the missing ones, and ends after `--minutes` without starting another.
+Latencies of candidates are ratios to the base's, which is measured once on each kind of processor and stored; the
+budgets are multiples of it. So searches that run at different times have the same budgets. How much longer the deeper
+network takes depends on the processor, and the budgets with it: it fits `wide` and does not fit `tight` on any.
+docs/benchmarks/relation.json keeps every search that has finished; the same call adds the missing ones, and ends after
+`--minutes` without starting another.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from _common import with_base_latency
 from _whole import Row, Searches, parser_of
 
 from attnsurgery.latency import Effort, Latency, LatencyBackend
-from attnsurgery.search import SearchConfig
+from attnsurgery.search import Outcome, SearchConfig
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.listener import Listener
 
@@ -69,20 +71,24 @@ def search_config(seed: int, sampler: str, budget: str, budget_ms: float, output
 
 
 def reference_of(results: Row, folder: Path) -> tuple[Row, LatencyBackend]:
-    """The stored latencies of base and deeper network, measured if there are none, and a backend on their scale."""
+    """The stored latencies of base and deeper network on this processor, measured if there are none, and a backend on
+    their scale."""
     bench = assemble(search_config(0, "random", "tight", 1e3, folder), Listener(), check=False)
-    if "reference" not in results:
+    references, processor = results.setdefault("references", {}), bench.backend.versions()["processor"]
+    if processor not in references:
         bench.backend.effort = Effort(tolerance=0.005, max_seconds=20.0)
         deeper = timm.create_model(DEEPER, num_classes=bench.data.num_classes).eval()
         base = bench.backend.measure(bench.base)
         comparison = bench.backend.compare(bench.base, deeper, base)
-        results["reference"] = {
+        ratios = {name: 1 + share * (comparison.ratio - 1) for name, share in SHARES.items()}
+        references[processor] = {
             "base": asdict(base),
             "deeper_ratio": comparison.ratio,
             "deeper_ratio_95": [comparison.ratio_low, comparison.ratio_high],
+            "budgets_in_base_latencies": ratios,
         }
         bench.backend.effort = Effort(tolerance=0.005, max_seconds=1.5)
-    reference = results["reference"]
+    reference = references[processor]
     return reference, with_base_latency(bench.backend, Latency(**reference["base"]))
 
 
@@ -116,9 +122,9 @@ def main() -> None:
     torch.set_num_threads(1)
     searches = Searches(NAME, SETTINGS, figures_of)
     reference, backend = reference_of(searches.header, options.results / "reference")
-    base_ms = reference["base"]["p50_ms"]
-    ratios = {name: 1 + share * (reference["deeper_ratio"] - 1) for name, share in SHARES.items()}
-    searches.header |= {"budgets_in_base_latencies": ratios, "settings_of_long": LONG}
+    base_ms, ratios = reference["base"]["p50_ms"], reference["budgets_in_base_latencies"]
+    processor = reference["base"]["versions"]["processor"]
+    searches.header["settings_of_long"] = LONG
     searches.save()
     keys = [
         {"budget": budget, "sampler": sampler, "seed": seed}
@@ -128,7 +134,11 @@ def main() -> None:
     def config_of(key: Row, output: Path) -> SearchConfig:
         return search_config(**key, budget_ms=base_ms * ratios[key["budget"]], output=output)
 
-    searches.add(keys, config_of, options.results, options.minutes, backend)
+    def more(outcome: Outcome) -> Row:
+        assert outcome.config.budget_ms is not None
+        return {"budget_in_base_latencies": outcome.config.budget_ms / base_ms, "processor": processor}
+
+    searches.add(keys, config_of, options.results, options.minutes, backend, more)
 
 
 if __name__ == "__main__":
