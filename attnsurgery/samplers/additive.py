@@ -100,9 +100,8 @@ class AdditiveSampler(Sampler):
     ) -> Picks | None:
         if len(scored) < 2:
             return random_candidate(self.places, rng, budgets, excluded)
-        posterior = self._surrogate.fit([picks for picks, _ in scored], normal_scores([s for _, s in scored]), rng)
-        self.cross_validation = posterior.cross_validation() if len(scored) > _VALIDATED else None
-        if self.cross_validation is not None and self.cross_validation.is_bad:
+        posterior = self._fitted(rng, [picks for picks, _ in scored], [score for _, score in scored])
+        if posterior is None:
             self.fell_back = True
             return None
         evaluated = list(dict.fromkeys([self.places.nothing, *(picks for picks, _ in scored)]))
@@ -115,6 +114,18 @@ class AdditiveSampler(Sampler):
         front = _Front(_relative_cost(evaluated, budgets), mean_K)
         acquisition_M = front.acquisition(mean_M, std_M, _relative_cost(candidates, budgets))
         return candidates[int(np.argmax(acquisition_M))]
+
+    def _fitted(
+        self, rng: np.random.Generator, candidates: Sequence[Picks], scores: Sequence[float]
+    ) -> Posterior | None:
+        """The surrogate, fitted to the ranks of the scores, or to the scores where it predicts their ranks badly; None
+        where it predicts neither well."""
+        for values in (normal_scores(scores), scores):
+            posterior = self._surrogate.fit(candidates, values, rng)
+            self.cross_validation = posterior.cross_validation() if len(scores) > _VALIDATED else None
+            if self.cross_validation is None or not self.cross_validation.is_bad:
+                return posterior
+        return None
 
     def _candidates(
         self,
