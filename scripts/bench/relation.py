@@ -80,15 +80,15 @@ def reference_of(results: Row, folder: Path) -> tuple[Row, LatencyBackend]:
         deeper = timm.create_model(DEEPER, num_classes=bench.data.num_classes).eval()
         base = bench.backend.measure(bench.base)
         comparison = bench.backend.compare(bench.base, deeper, base)
-        ratios = {name: 1 + share * (comparison.ratio - 1) for name, share in SHARES.items()}
         references[processor] = {
             "base": asdict(base),
             "deeper_ratio": comparison.ratio,
             "deeper_ratio_95": [comparison.ratio_low, comparison.ratio_high],
-            "budgets_in_base_latencies": ratios,
         }
         bench.backend.effort = Effort(tolerance=0.005, max_seconds=1.5)
     reference = references[processor]
+    ratios = {name: 1 + share * (reference["deeper_ratio"] - 1) for name, share in SHARES.items()}
+    reference["budgets_in_base_latencies"] = ratios
     return reference, with_base_latency(bench.backend, Latency(**reference["base"]))
 
 

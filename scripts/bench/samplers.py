@@ -122,7 +122,8 @@ class Table:
 
         ms = {tuple(row["picks"]): row["ms"] for row in latency_rows(folder, name)}
         if missing := len({tuple(row["picks"]) for row in rows} - ms.keys()):
-            raise SystemExit(f"{missing} candidates of {name} have no latency yet: table.py --setup {name} --latency")
+            measured = SETUPS[name].latencies or name
+            raise SystemExit(f"{missing} candidates of {name} have no latency: table.py --setup {measured} --latency")
         scores = by_picks(measure, -1.0 if measure.endswith("loss") else 1.0)
         return cls(SITES, SETUPS[name].options, scores, by_picks("val"), by_picks("val_loss"), ms)
 

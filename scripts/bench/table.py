@@ -186,7 +186,7 @@ def latencies(folder: Path, name: str) -> None:
     """Measure every candidate against the base, in random order, so that a slow machine affects all kinds of blocks."""
     setup = SETUPS[name]
     if setup.latencies:
-        raise SystemExit(f"the latencies of {setup.latencies} are those of {name}")
+        raise SystemExit(f"{name} has the latencies of {setup.latencies}: table.py --setup {setup.latencies} --latency")
     folder.mkdir(parents=True, exist_ok=True)
     base = base_model(setup, 10).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
