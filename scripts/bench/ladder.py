@@ -12,8 +12,8 @@ The base is EfficientNet-Lite0 with ImageNet weights, at 64 pixels on CIFAR-10 a
 1.5 times its latency. The search chooses blocks and an input size (space `auto`); its rivals are the base alone at the
 other sizes, EfficientNet-Lite1 and -Lite2 with ImageNet weights, and two designs by hand: squeeze-and-excitation at the
 end of every branch, and a non-local block in stage 3. All choose their own learning rate among the same ones, and all
-are trained for the verdict from the same seeds, until a difference of half a point can be told. A random search with
-the same settings stands beside it.
+are trained for the verdict from the same seeds, until a difference of half a point can be told; what is surely not the
+best is trained no further. A random search with the same settings stands beside it.
 
 `blocks_over_size` is the difference between the winner and the best of the base at any size, with its interval. The
 best size is chosen by the test images themselves, so this is a little pessimistic for the blocks.
@@ -117,16 +117,19 @@ def answers_of(folder: Path) -> dict[str, npt.NDArray[np.bool_]]:
 
 
 def blocks_over_size(outcome: Outcome) -> Row:
-    """The difference between the winner and the best of the base at any input size, in the same seeds."""
-    if outcome.confirmation is None or outcome.best is None:
+    """The difference between the winner and the best of the base at any input size, in the seeds that both have."""
+    confirmation, config = outcome.confirmation, outcome.config
+    if confirmation is None:
         return {}
+    design = Design(config.first_seeds, config.most_seeds, config.difference / 100, confirmation.paired)
     rights = answers_of(outcome.folder)
-    winner = rights.pop(outcome.best.digest)
+    winner = rights.pop(confirmation.digest)
     sizes = [name for name in rights if name == "base" or (BASE in name and Rival.of(name).size)]
     best = max(sizes, key=lambda name: float(rights[name].mean()))
-    look = look_at(winner, rights[best], Design(len(winner), len(winner), paired=outcome.confirmation.paired))
-    gain = look.gain
-    return {"blocks_over_size": {"size": best, "gain": gain.mean, "gain_95": [gain.low, gain.high], "p": gain.p_value}}
+    look = look_at(winner, rights[best], design)
+    figures = {"size": best, "trainings": look.trainings, "gain": look.gain.mean}
+    interval = {"gain_95": [look.gain.low, look.gain.high], "p": look.gain.p_value, "limit": look.limit}
+    return {"blocks_over_size": figures | interval}
 
 
 def reference_of(header: Row, data: str, config: SearchConfig) -> tuple[float, LatencyBackend]:

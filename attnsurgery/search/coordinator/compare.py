@@ -33,7 +33,8 @@ def compare(
 ) -> tuple[Confirmation, list[Option]] | str:
     """The comparison of the winner with the base and with rivals; or the reason why the winner could not be trained.
 
-    All are trained from the same seeds, one by one, until each of the comparisons is decided.
+    All are trained from the same seeds, one by one, until each of the comparisons is decided. Whatever is surely not
+    the best is trained no further.
 
     Args:
         config: settings of the search.
@@ -96,7 +97,7 @@ class _Trained:
     """The trainings of all that are compared, by name."""
 
     results: dict[str, Results]
-    """The results of each training, in the order of the seeds."""
+    """The results of each training, in the order of the seeds. They are fewer for what is surely not the best."""
     rights: dict[str, npt.NDArray[np.bool_]]
     """(S, N) booleans of those that did not fail: which of N test images each of S trainings classified correctly."""
     looks: dict[str, Look]
@@ -109,6 +110,9 @@ def _train_until_decided(
     requests: Mapping[str, Callable[[int], dict[str, Any]]], design: Design, work: Work
 ) -> _Trained | str:
     """Train all from the same seeds, one by one, until the winner's comparison with each of them is decided.
+
+    A rival, or the base, is trained no further once its comparison with the winner is decided and anything is
+    significantly better: neither the verdict nor the advice can change then.
 
     Args:
         requests: for each name, the payload of its training from the seed of an index.
@@ -123,10 +127,10 @@ def _train_until_decided(
     """
     results: dict[str, Results] = {name: [] for name in requests}
     failures: dict[str, str] = {}
+    names = list(requests)
     while True:
-        start = len(results[BASE])
+        start = len(results[WINNER])
         indices = range(start, start + 1) if start else range(design.begin)
-        names = [name for name in requests if name not in failures]
         done = iter(work("final training", *(requests[name](index) for name in names for index in indices)))
         for name in names:
             results[name] += islice(done, len(indices))
@@ -142,6 +146,8 @@ def _train_until_decided(
         looks = {name: look_at(rights[WINNER], right_SN, design) for name, right_SN in rights.items() if name != WINNER}
         if all(look.decided for look in looks.values()):
             return _Trained(results, rights, looks, failures)
+        may_be_best = dict(zip(rights, not_beaten(list(rights.values()), design), strict=True))
+        names = [name for name in rights if name == WINNER or may_be_best[name] or not looks[name].decided]
 
 
 def _options(drafts: Mapping[str, Option], trained: _Trained, design: Design) -> list[Option]:
@@ -149,7 +155,7 @@ def _options(drafts: Mapping[str, Option], trained: _Trained, design: Design) ->
     may_be_best = not_beaten(list(trained.rights.values()), design)
     options = []
     for (name, right_SN), kept in zip(trained.rights.items(), may_be_best, strict=True):
-        option = replace(drafts[name], top1=float(right_SN.mean()), may_be_best=kept)
+        option = replace(drafts[name], top1=float(right_SN.mean()), trainings=len(right_SN), may_be_best=kept)
         if name != BASE:
             gain = look_at(right_SN, trained.rights[BASE], design).gain
             option = replace(option, gain=gain.mean, low=gain.low, high=gain.high)

@@ -21,6 +21,8 @@ class Option:
     """Its latency; None if it could not be measured."""
     top1: float | None = None
     """Top-1 on the test images, the mean over its trainings, 0 to 1; None if it was not trained."""
+    trainings: int | None = None
+    """Number of trainings for the verdict; fewer where it was surely not the best before others were decided."""
     gain: float | None = None
     """Top-1 minus that of the base, over the trainings that decided their comparison, 0 to 1; None for the base."""
     low: float | None = None

@@ -82,11 +82,11 @@ def look_at(
 ) -> Look:
     """Compare two models after trainings of each.
 
-    Later trainings than those that decided the comparison are not used.
+    Later trainings than those that decided the comparison are not used, nor those that only one model has.
 
     Args:
         first_SN: booleans, true where a training of the first model classified an image correctly.
-        second_SN: the same for the second model.
+        second_SN: the same for the second model, of which there may be more or fewer trainings.
         design: when it is looked at, and when it is decided.
         level: the significance level of all looks together.
 
@@ -101,7 +101,7 @@ def look_at(
     """
     most, paired = design.most, design.paired
     fractions: list[float] = []
-    for count in range(design.begin, len(first_SN) + 1):
+    for count in range(design.begin, min(len(first_SN), len(second_SN)) + 1):
         first, second = first_SN[:count], second_SN[:count]
         reached = _information(gain_of(first, second, paired=paired), count, most)
         if fractions:  # an estimate may fall, and information never does
@@ -172,7 +172,8 @@ def not_beaten(rights: Sequence[npt.NDArray[np.bool_]], design: Design) -> list[
     is better.
 
     Args:
-        rights: of each model, (S, N) booleans, true where a training classified an image correctly.
+        rights: of each model, (S, N) booleans, true where a training classified an image correctly. Numbers of
+            trainings may differ; two models are compared by those from the same seeds.
         design: when each pair is looked at; its difference does not count.
     """
     design = replace(design, difference=0.0)

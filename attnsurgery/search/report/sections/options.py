@@ -37,22 +37,24 @@ def _row(option: Option) -> tuple[str, ...]:
     rate = f"{option.training['lr']:g}" if option.training else ""
     top1 = "" if option.top1 is None else percent(option.top1)
     ms = f"{option.timing.ms:.3g} ms" if option.timing else ""
-    return option.name, ms, top1, gain, interval, rate, state
+    trainings = "" if option.trainings is None else str(option.trainings)
+    return option.name, ms, top1, trainings, gain, interval, rate, state
 
 
 _BELOW = """\
 <p>{{ advice }}</p>
 <table><thead><tr><th>option</th><th class="n">latency</th><th class="n">test top-1</th>
-<th class="n">against the base</th><th class="n">95 % interval</th><th class="n">learning rate</th><th></th></tr>
-</thead>
+<th class="n">trainings</th><th class="n">against the base</th><th class="n">95 % interval</th>
+<th class="n">learning rate</th><th></th></tr></thead>
 <tbody>
-{% for name, ms, top1, gain, interval, rate, state, best in rows %}
+{% for name, ms, top1, trainings, gain, interval, rate, state, best in rows %}
 <tr><td>{% if best %}<b>{{ name }}</b>{% else %}{{ name }}{% endif %}</td><td class="n">{{ ms }}</td>
-<td class="n">{{ top1 }}</td><td class="n">{{ gain }}</td><td class="n">{{ interval }}</td><td class="n">{{ rate }}</td>
-<td>{{ state }}</td></tr>
+<td class="n">{{ top1 }}</td><td class="n">{{ trainings }}</td><td class="n">{{ gain }}</td>
+<td class="n">{{ interval }}</td><td class="n">{{ rate }}</td><td>{{ state }}</td></tr>
 {% endfor %}
 </tbody></table>
 <p class="faint">All were trained equally long from the same seeds, each with its own best learning rate where the
-search chose it, and tested on the same images. An option may be the best if no other one is significantly better; the
+search chose it, and tested on the same images. What was surely not the best after the first seeds was trained from no
+further ones. An option may be the best if no other one is significantly better; the
 truly best one is among them with a probability of at least 95 %. Of these, the fastest is recommended.</p>
 """
