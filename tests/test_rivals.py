@@ -18,7 +18,7 @@ from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.execution.assemble import prepare
 from attnsurgery.search.execution.bench import Bench
-from attnsurgery.search.execution.rivals import bench_of
+from attnsurgery.search.execution.rivals import bench_of, measure_rival
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.result.confirmation import Confirmation
 from attnsurgery.search.result.options import Option, advice, best_of
@@ -118,6 +118,20 @@ def test_rival_is_base_at_another_size(config: SearchConfig, monkeypatch: pytest
     rival = outcome.confirmation.options[2]
     assert rival.timing is not None
     assert 1.2 < rival.timing.ratio < 2.25, "the computed latency has a part that does not grow with the pixels"
+
+
+@pytest.mark.parametrize("key", ["test_resnet:48", "test_efficientnet"])
+def test_rival_is_measured_beside_base(config: SearchConfig, key: str) -> None:
+    """On a machine that is half as fast as when the base was measured, a rival's latency is on the earlier scale."""
+    bench = prepare(config, Path(config.output), Listener(), lambda: False)
+    base = bench.backend.measure(bench.base)
+    earlier = replace(base, p50_ms=base.p50_ms / 2)
+    watch = Watching(Listener(), lambda: False)
+    now, then = (measure_rival(bench, key, reference, watch)["costs"]["timing"] for reference in (base, earlier))
+    assert then["ratio"] == pytest.approx(now["ratio"])
+    assert now["ms"] == pytest.approx(now["ratio"] * base.p50_ms)
+    assert then["ms"] == pytest.approx(now["ms"] / 2)
+    assert then["high_ms"] == pytest.approx(now["high_ms"] / 2)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import nn
 
 from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.checkpoint.base import load_weights
@@ -21,7 +22,7 @@ from attnsurgery.evaluate import (
     fit_head,
     train,
 )
-from attnsurgery.latency import Latency
+from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.pretrained_base import (
@@ -139,8 +140,6 @@ def base_latency(bench: Bench, watch: Watching) -> Latency:
 def base_latency_at(bench: Bench, size: Sides, reference: Latency, watch: Watching) -> Latency:
     """The base's latency at another input size, on the scale of that at its own size.
 
-    It is measured between two measurements at its own size, so that a drift of the machine moves both.
-
     Args:
         bench: what trials are made on.
         size: height and width of an image.
@@ -149,12 +148,27 @@ def base_latency_at(bench: Bench, size: Sides, reference: Latency, watch: Watchi
     """
     sized = bench.at(size)
     watch.listener.phase(f"measuring the base at {size[0]} x {size[1]} pixels")
+    return latency_beside_base(bench, sized.backend, sized.base, reference)
+
+
+def latency_beside_base(bench: Bench, backend: LatencyBackend, model: nn.Module, reference: Latency) -> Latency:
+    """The latency of a model at another input size than the base's, on the scale of the base's latency.
+
+    It is measured between two measurements of the base, so that a machine that is faster or slower than when the
+    reference was measured moves both.
+
+    Args:
+        bench: what trials are made on.
+        backend: measures at the model's input size.
+        model: is measured.
+        reference: the base's latency, as it was measured before.
+    """
     if bench.backend.conditions.compiled:  # each measurement compiles the model
-        with sized.backend.longer():
-            return sized.backend.measure(sized.base)
+        with backend.longer():
+            return backend.measure(model)
     before = bench.backend.measure(bench.base)
-    with sized.backend.longer():
-        latency = sized.backend.measure(sized.base)
+    with backend.longer():
+        latency = backend.measure(model)
     own = [before, bench.backend.measure(bench.base)]
     scale = reference.p50_ms / fmean(measured.p50_ms for measured in own)
     noise = math.hypot(latency.noise, fmean(measured.noise for measured in own))

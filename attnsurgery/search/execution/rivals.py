@@ -20,7 +20,7 @@ from attnsurgery.errors import AttnSurgeryError, UsageError
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.execution.assemble import images_of, untrained
-from attnsurgery.search.execution.baseline import starting_weights, timing_of
+from attnsurgery.search.execution.baseline import latency_beside_base, starting_weights, timing_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.pretrained_base import normalization, resolve_base
 from attnsurgery.search.execution.scorers import Alone
@@ -118,7 +118,8 @@ def _weights_of(key: str) -> str:
 def measure_rival(bench: Bench, key: str, reference: Latency, watch: Watching) -> dict[str, Any]:
     """The costs of a rival.
 
-    A rival with the input size of the base is measured in turns with it, so that a drift of the machine moves both.
+    A rival is measured in turns with the base, or between two measurements of it if its input size is another one. So a
+    drift of the machine moves both.
 
     Args:
         bench: that of the search.
@@ -135,12 +136,12 @@ def measure_rival(bench: Bench, key: str, reference: Latency, watch: Watching) -
         rival = bench_of(bench, key, watch)
     except AttnSurgeryError as error:
         return {"failed": str(error)}
-    with rival.backend.longer():
-        if rival.anatomy.input_size == bench.anatomy.input_size:
+    if rival.anatomy.input_size == bench.anatomy.input_size:
+        with rival.backend.longer():
             timing = Timing.of(rival.backend.compare(bench.base, rival.base, reference))
-        else:
-            timing = timing_of(rival.backend.measure(rival.base))
-            timing = replace(timing, ratio=timing.ms / reference.p50_ms)
+    else:
+        timing = timing_of(latency_beside_base(bench, rival.backend, rival.base, reference))
+        timing = replace(timing, ratio=timing.ms / reference.p50_ms)
     costs = {
         "timing": asdict(timing),
         "parameters": sum(parameter.numel() for parameter in rival.base.parameters()),
