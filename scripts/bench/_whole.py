@@ -51,6 +51,10 @@ class Searches:
     def save(self) -> None:
         write(self.name, {**self.header, "figures": self.figures_of(self.rows), "searches": self.rows})
 
+    def has(self, key: Row) -> bool:
+        """Whether a search has finished."""
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
     def add(
         self,
         keys: Iterable[Row],
@@ -72,7 +76,7 @@ class Searches:
         deadline = time.monotonic() + 60 * minutes
         folder.mkdir(parents=True, exist_ok=True)
         for key in keys:
-            if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
+            if self.has(key):
                 continue
             if time.monotonic() > deadline:
                 break

@@ -6,7 +6,8 @@
     python scripts/bench/ladder.py --weights DIR --cifar CIFAR10 [--clothes CLOTHES] [--minutes 60]
 
 CIFAR10 and CLOTHES are image folders with train/<class>/ and test/<class>/. Hours on a CPU; an interrupted search
-resumes, and the same call adds what is missing to docs/benchmarks/ladder.json.
+resumes, and the same call adds what is missing to docs/benchmarks/ladder.json. `--keep` writes unfinished searches to
+docs/benchmarks/ladder/, and the same call on another machine goes on with them.
 
 The base is EfficientNet-Lite0 with ImageNet weights, at 64 pixels on CIFAR-10 and at 128 on the clothes. The budget is
 1.5 times its latency. The search chooses blocks and an input size (space `auto`); its rivals are the base alone at the
@@ -21,22 +22,23 @@ best size is chosen by the test images themselves, so this is a little pessimist
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from _common import link_images, with_base_latency
+from _common import RESULTS, link_images
+from _moving import keep, restore
 from _whole import Row, Searches, parser_of
 from search import convert_weights
 
 from attnsurgery.checkpoint.base import build_base
 from attnsurgery.checkpoint.directory import write_directory
-from attnsurgery.latency import Effort, Latency, LatencyBackend
+from attnsurgery.latency import Effort
 from attnsurgery.search import Outcome, SearchConfig
 from attnsurgery.search.coordinator.compare import right_of
 from attnsurgery.search.execution.assemble import assemble
@@ -60,7 +62,6 @@ SETTINGS: dict[str, Any] = {
     "confirm_seeds": "auto",
     "max_seeds": 8,
     "difference": 0.5,
-    "workers": 0,
 }
 DATA: dict[str, dict[str, Any]] = {
     "cifar": {"input_size": 64, "sizes": (48, 80, 96), "train": 1000, "val": 400},
@@ -132,16 +133,11 @@ def blocks_over_size(outcome: Outcome) -> Row:
     return {"blocks_over_size": figures | interval}
 
 
-def reference_of(header: Row, data: str, config: SearchConfig) -> tuple[float, LatencyBackend]:
-    """The base's latency on a data set, measured if it is not stored, and a backend on its scale."""
+def base_ms_of(config: SearchConfig) -> float:
+    """The base's latency on this machine, in milliseconds."""
     bench = assemble(config, Listener(), check=False, decode=False)
-    stored = header.setdefault("base_latency", {})
-    if data not in stored:
-        bench.backend.effort = Effort(tolerance=0.005, max_seconds=20.0)
-        stored[data] = asdict(bench.backend.measure(bench.base))
-        bench.backend.effort = Effort(tolerance=0.005, max_seconds=1.5)
-    latency = Latency(**stored[data])
-    return latency.p50_ms, with_base_latency(bench.backend, latency)
+    bench.backend.effort = Effort(tolerance=0.005, max_seconds=20.0)
+    return bench.backend.measure(bench.base).p50_ms
 
 
 def figures_of(searches: list[Row]) -> Row:
@@ -160,47 +156,91 @@ def figures_of(searches: list[Row]) -> Row:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Where a ladder's weights, images and results are."""
+
+    wheels: Path
+    """Folder with the published weights."""
+    images: Mapping[str, Path]
+    """The image folder of each data set."""
+    folder: Path
+    """For the run directories."""
+    workers: int
+    """Processes of each search."""
+
+    @property
+    def published(self) -> list[Path]:
+        """The timm directories of the published weights."""
+        return [self.folder / name for name in (BASE, *SIBLINGS)]
+
+    def run_directory(self, key: Row) -> Path:
+        """The run directory of a search."""
+        return self.folder / "-".join(map(str, key.values()))
+
+    def kept(self, key: Row) -> Path:
+        """Where an unfinished search is kept for another machine, without suffix."""
+        return RESULTS / NAME / self.run_directory(key).name
+
+    def config(self, key: Row, output: Path, budget_ms: float = 1e6) -> SearchConfig:
+        """The settings of a search."""
+        data = key["data"]
+        return SearchConfig(
+            **SETTINGS,
+            base=directory_of(BASE, self.wheels, self.folder),
+            data=images_of(data, self.images[data], self.folder),
+            input_size=DATA[data]["input_size"],
+            sampler=key["sampler"],
+            seed=key["seed"],
+            budget_ms=budget_ms,
+            against=rivals_of(data, self.wheels, self.folder) if key["sampler"] == "additive" else "none",
+            workers=self.workers,
+            output=str(output),
+            extend=self.kept(key).with_suffix(".jsonl").exists(),
+        )
+
+
 def main() -> None:
     parser = parser_of(__doc__, NAME, seeds=1)
     parser.add_argument("--weights", type=Path, required=True, help="folder with the three packages")
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--clothes", type=Path)
+    for data in DATA:
+        parser.add_argument(f"--{data}", type=Path)
+    parser.add_argument("--workers", type=int, default=0, help="processes of each search")
+    parser.add_argument("--keep", action="store_true", help="run nothing; keep unfinished searches")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder: Path = options.results
-    folder.mkdir(parents=True, exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    images = {data: path for data in DATA if (path := getattr(options, data)) is not None}
+    ladder = Ladder(options.weights, images, options.results, options.workers)
     searches = Searches(NAME, {**SETTINGS, "budget": BUDGET, "data": DATA}, figures_of)
-    base = directory_of(BASE, options.weights, folder)
-    for data, source in (("cifar", options.cifar), ("clothes", options.clothes)):
-        if source is None:
-            continue
+    keys = [
+        {"data": data, "sampler": sampler, "seed": seed}
+        for data in images
+        for seed in range(options.seeds)
+        for sampler in SAMPLERS
+    ]
+    if options.keep:
+        for key in keys:
+            if ladder.run_directory(key).exists() and not searches.has(key):
+                keep(ladder.run_directory(key), ladder.kept(key), ladder.published)
+                print(f"kept {ladder.kept(key)}")
+        return
 
-        def config_of(key: Row, output: Path, data: str = data, source: Path = source) -> SearchConfig:
-            against = rivals_of(data, options.weights, folder) if key.get("sampler") == "additive" else "none"
-            return SearchConfig(
-                **SETTINGS,
-                base=base,
-                data=images_of(data, source, folder),
-                input_size=DATA[data]["input_size"],
-                sampler=key.get("sampler", "additive"),
-                seed=key.get("seed", 0),
-                budget_ms=key.get("budget_ms", 1e6),
-                against=against,
-                output=str(output),
-            )
+    def config_of(key: Row, output: Path) -> SearchConfig:
+        budgets = searches.header.setdefault("base_ms", {})
+        if output.name not in budgets:
+            budgets[output.name] = base_ms_of(ladder.config(key, options.results / "reference"))
+            searches.save()
+        config = ladder.config(key, output, BUDGET * budgets[output.name])
+        restore(output, ladder.kept(key), ladder.published)
+        return config
 
-        base_ms, backend = reference_of(searches.header, data, config_of({"sampler": ""}, folder / "reference"))
-        searches.save()
-        keys = [
-            {"data": data, "sampler": sampler, "seed": seed} for seed in range(options.seeds) for sampler in SAMPLERS
-        ]
+    def more(outcome: Outcome) -> Row:
+        for suffix in (".jsonl", ".safetensors"):
+            (RESULTS / NAME / outcome.folder.name).with_suffix(suffix).unlink(missing_ok=True)
+        return blocks_over_size(outcome)
 
-        def limited(key: Row, output: Path, make: Any = config_of, budget_ms: float = BUDGET * base_ms) -> SearchConfig:
-            config: SearchConfig = make({**key, "budget_ms": budget_ms}, output)
-            return config
-
-        searches.add(keys, limited, folder, options.minutes, backend, blocks_over_size)
-    print(json.dumps(figures_of(searches.rows), indent=2))
+    searches.add(keys, config_of, options.results, options.minutes, more=more)
 
 
 if __name__ == "__main__":
