@@ -62,7 +62,7 @@ from attnsurgery.latency import Conditions, Effort, backend_for
 
 CHOSEN_SETUP = "pretrained"
 """Of fidelity.py and verdict.py."""
-WITH_EFFECT = ("strip",)
+WITH_EFFECT = ("strip", "differences")
 """Of samplers.py."""
 SEEDS = (0, 1)
 MEASURES = ("val", "val_loss", "test")
