@@ -2,7 +2,8 @@
 
 Each folder of strategies (blocks, latency backends, evaluators) has one catalog. A new strategy is a new file with a
 decorated class; the folder imports all its files, so there is no list to edit. Other packages register classes by an
-entry point. The help of the command line reads the names in the decorators from the files, without importing them.
+entry point, and code that is no package is named as 'module:Class'. The help of the command line reads the names in the
+decorators from the files, without importing them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from attnsurgery.errors import UnknownNameError, did_you_mean
+from attnsurgery.errors import UnknownNameError, UsageError, did_you_mean
 
 T = TypeVar("T")
 NO_BLOCK = "none"
@@ -85,12 +87,15 @@ class Catalog(Generic[T]):
         noun: name of an entry in messages, such as "block".
         package: the package whose modules register entries; they are imported at the first look-up.
         group: entry-point group by which installed packages register theirs, if any.
+        base: the class that all entries are subclasses of. With it, a name may also be 'package.module:Class', which is
+            imported. Names that come from files of others, such as recipes, must not be looked up in such a catalog.
     """
 
-    def __init__(self, noun: str, package: str, group: str | None = None) -> None:
+    def __init__(self, noun: str, package: str, group: str | None = None, base: type[T] | None = None) -> None:
         self.noun = noun
         self._package = package
         self._group = group
+        self._base = base
         self._entries: dict[str, type[T]] = {}
         self._loaded = False
         self._lock = threading.RLock()
@@ -124,7 +129,10 @@ class Catalog(Generic[T]):
 
         Raises:
             UnknownNameError: there is none; the message names the nearest.
+            UsageError: 'package.module:Class' cannot be imported, or is no subclass of the base of this catalog.
         """
+        if self._base is not None and ":" in name:
+            return self._imported(name, self._base)
         self._load()
         try:
             return self._entries[name]
@@ -133,6 +141,29 @@ class Catalog(Generic[T]):
                 f"there is no {self.noun} {name!r}.{did_you_mean(name, self._entries)} "
                 f"Known: {', '.join(sorted(self._entries))}."
             ) from None
+
+    def _imported(self, name: str, base: type[T]) -> type[T]:
+        """The class that 'package.module:Class' names; modules in the current directory are found too."""
+        module_name, _, class_name = name.partition(":")
+        here = str(Path.cwd())
+        sys.path.insert(0, here)
+        try:
+            found: object = getattr(importlib.import_module(module_name), class_name, None)
+        except Exception as error:  # a module may raise anything when it is imported
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"the {self.noun} {name!r} cannot be imported: {type(error).__name__}: {reason}. The name of a module, "
+                "a colon and the name of a class are expected; modules are looked for in the current directory too."
+            ) from error
+        finally:
+            sys.path.remove(here)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            was = f"has no {class_name!r}" if found is None else f"has {class_name!r}, which is no such class"
+            raise UsageError(
+                f"the {self.noun} {name!r}: the module {was}. A {self.noun} is a subclass of "
+                f"{base.__module__.removesuffix('._base')}.{base.__name__}."
+            )
+        return found
 
     def __contains__(self, name: object) -> bool:
         self._load()

@@ -20,7 +20,7 @@ Augment = Literal["none", "shift", "light", "timm"]
 """How training images are varied."""
 TrainDtype = Literal["float32", "bfloat16"]
 """Precision of training; bfloat16 is mixed precision."""
-RankBy = Literal["top1", "loss"]
+RankBy = Literal["metric", "loss"]
 """The metric by which candidates are ranked on the validation split. The loss depends on the confidence of a model too,
 so it distinguishes candidates with the same accuracy, but a lower loss need not mean a higher accuracy."""
 

@@ -105,17 +105,17 @@ def timing(ms: float, half: float = 0.006) -> Timing:
     return Timing(ms, ms * (1 - half), ms * (1 + half), ms / 1.5)
 
 
-BASE = Record(-1, "trained", timing=timing(1.5), top1=0.80, loss=0.6, parameters=373_658, seconds=20.0, epochs=3)
+BASE = Record(-1, "trained", timing=timing(1.5), metric=0.80, loss=0.6, parameters=373_658, seconds=20.0, epochs=3)
 
 
-def trial(number: int, top1: float | None, ms: float, **fields: Any) -> Record:
+def trial(number: int, metric: float | None, ms: float, **fields: Any) -> Record:
     """A candidate with one block, trained if it has an accuracy."""
     given = {"assignment": {PLACES[number % len(PLACES)]: LABELS[number % len(LABELS)]}, "blocks": 1, **fields}
     recipe = {"version": 1, "name": f"test_resnet_small_{number:08x}", "base": "test_resnet", "edits": []}
     recipe["edits"] = [{"at": place, "block": "se"} for place in given["assignment"]]
-    state = "over_budget" if top1 is None else "trained"
-    made = Record(number, state, recipe=recipe, digest=f"{number:08x}", timing=timing(ms), top1=top1, epochs=3)
-    loss = None if top1 is None else 1 - top1
+    state = "over_budget" if metric is None else "trained"
+    made = Record(number, state, recipe=recipe, digest=f"{number:08x}", timing=timing(ms), metric=metric, epochs=3)
+    loss = None if metric is None else 1 - metric
     return replace(made, loss=loss, parameters=380_000 + number, seconds=20.0, **given)
 
 
@@ -129,14 +129,14 @@ def search(count: int, rungs: int = 0, seed: int = 0) -> list[Record]:
         drawn = [_drawn(rng) for _ in range(1 if number < 8 else 1 + number // 8)]
         picks = max(drawn, key=lambda picks: sum(worth[pick] for pick in picks) + float(rng.normal(0, 0.02)))
         ms = 1.5 + sum(price[pick] for pick in picks) + float(rng.normal(0, 0.003))
-        top1 = 0.80 + sum(worth[pick] for pick in picks) + float(rng.normal(0, 0.004))
+        metric = 0.80 + sum(worth[pick] for pick in picks) + float(rng.normal(0, 0.004))
         fields = {"assignment": {PLACES[p]: LABELS[b] for p, b in picks}, "blocks": len(picks), "drawn": number < 8}
-        found.append(trial(number, top1 if ms <= 2.0 else None, ms, **fields))
+        found.append(trial(number, metric if ms <= 2.0 else None, ms, **fields))
     for rung in range(rungs):
         there = [record for record in found if record.state == "trained" and record.reached == rung]
-        there.sort(key=lambda record: record.final_top1 or 0.0, reverse=True)
+        there.sort(key=lambda record: record.final_metric or 0.0, reverse=True)
         for record in there[: max(2, len(there) // 3)]:
-            higher = (record.final_top1 or 0.0) + 0.02 + float(rng.normal(0, 0.004))
+            higher = (record.final_metric or 0.0) + 0.02 + float(rng.normal(0, 0.004))
             promotion = Promotion(higher, 1 - higher, 60.0, 3 * 3 ** (rung + 1))
             found[record.number] = replace(record, promotions=(*record.promotions, promotion))
     return found
@@ -149,14 +149,14 @@ def _drawn(rng: np.random.Generator) -> list[tuple[int, int]]:
 
 def outcome(folder: Path, records: list[Record], judged: bool = True, **fields: Any) -> Outcome:
     """A search that has come to an end, unless told otherwise."""
-    winner = best(records, "top1")
+    winner = best(records, "metric")
     verdict = Confirmation(
         digest=winner.digest or "",
         images=2000,
         seeds=3,
         epochs=3,
-        base_top1=0.801,
-        winner_top1=0.824,
+        base_metric=0.801,
+        winner_metric=0.824,
         low=0.009,
         high=0.037,
         p_value=0.0021,
@@ -169,6 +169,6 @@ def outcome(folder: Path, records: list[Record], judged: bool = True, **fields: 
             Option("rival", "resnet50", timing(3.1), left_out="3.1 ms, over the budget of 2 ms"),
         ),
     ) if winner and judged else None  # fmt: skip
-    config = SearchConfig(budget_ms=2.0, trials=len(records), output=str(folder), rank_by="top1")
+    config = SearchConfig(budget_ms=2.0, trials=len(records), output=str(folder), rank_by="metric")
     given = {"about": about(), "base": BASE, "confirmation": verdict, "interrupted": False, "seconds": 4321.0}
     return Outcome(**{"config": config, "folder": folder, "records": records, **given, **fields})

@@ -19,8 +19,8 @@ PACKAGE = Path(attnsurgery.__file__).parent
 LAYERS = [
     {"errors", "faults", "settings", "tf32"},
     {"catalog"},
-    {"blocks", "graph", "latency", "evaluate", "samplers", "optimizer"},
-    {"surgery", "models"},
+    {"blocks", "graph", "latency", "data", "tasks", "samplers", "optimizer"},
+    {"surgery", "models", "evaluate"},
     {"recipe"},
     {"timm_plugin"},
     {"api", "attention"},

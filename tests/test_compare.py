@@ -47,7 +47,7 @@ class Trainer:
         self.trained[name] += 1
         right = self.right(name, payload["index"])
         packed = np.packbits(right).tobytes().hex()
-        score = {"top1": float(right.mean()), "loss": 1.0, "balanced": None, "epochs": 2}
+        score = {"metric": float(right.mean()), "loss": 1.0, "balanced": None, "epochs": 2}
         return {**score, "right": packed, "images": IMAGES}
 
 
@@ -71,7 +71,9 @@ def test_surely_worse_are_trained_no_further() -> None:
     assert trainer.trained["base"] == trainer.trained["resnet26"] == 3
     assert {name: option.trainings for name, option in options.items()} == dict(trainer.trained)
     assert (confirmation.verdict, confirmation.seeds) == ("better", 3)
-    assert options["winner"].gain == pytest.approx(confirmation.winner_top1 - confirmation.base_top1), "by equal seeds"
+    assert options["winner"].gain == pytest.approx(confirmation.winner_metric - confirmation.base_metric), (
+        "by equal seeds"
+    )
 
 
 def test_base_is_trained_on_while_it_may_be_best() -> None:

@@ -50,20 +50,20 @@ def test_sign_test_is_exact(first: int, second: int, expected: float) -> None:
 def test_winner_is_best_finalist_retrained(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of the finalists that were trained again is the winner, and alone is scored on the test images."""
     counts: list[int] = []
-    count = verdict_module.accuracy
+    count = verdict_module.evaluate
 
     def counted(*arguments: Any, watch: Watching) -> Any:
         counts.append(len(arguments[1]))
         return count(*arguments, watch=watch)
 
-    monkeypatch.setattr(verdict_module, "accuracy", counted)
+    monkeypatch.setattr(verdict_module, "evaluate", counted)
     outcome = run(change(config, finalists=3, confirm_seeds=2))
     verdict = outcome.confirmation
     assert verdict is not None
     assert [one.digest for one in verdict.finalists] == [
         r.digest for r in contenders(outcome.records, outcome.config.rank_by)[:3]
     ]
-    assert all(len(one.top1s) == 2 for one in verdict.finalists)
+    assert all(len(one.metrics) == 2 for one in verdict.finalists)
     assert verdict.digest == max(verdict.finalists, key=lambda one: one.rank(verdict.rank_by)).digest
     assert outcome.best is not None
     assert outcome.best.digest == verdict.digest
@@ -83,14 +83,14 @@ def test_winner_is_not_who_was_lucky_once(config: SearchConfig, monkeypatch: pyt
         size = sum(parameter.numel() for parameter in model.parameters())
         done = real(self, model, seed, **named)  # type: ignore[arg-type]
         first.append(seed)
-        return replace(done, top1=0.5 + (size if seed == first[0] else -size) / 1e7)
+        return replace(done, metric=0.5 + (size if seed == first[0] else -size) / 1e7)
 
     monkeypatch.setattr(FineTune, "score", score)
-    outcome = run(change(config, finalists=2, rank_by="top1"))
+    outcome = run(change(config, finalists=2, rank_by="metric"))
     lucky, other = contenders(outcome.records, outcome.config.rank_by)[:2]
-    assert lucky.top1 is not None
-    assert other.top1 is not None
-    assert lucky.top1 > other.top1
+    assert lucky.metric is not None
+    assert other.metric is not None
+    assert lucky.metric > other.metric
     assert outcome.best == other
 
 
@@ -204,7 +204,7 @@ def test_comparison_equal_seeds_add_nothing() -> None:
     first, second = (rng.random(300) < share for share in (0.8, 0.7))
     one = gain_of(first[None], second[None])
     three = compare_on_test("", np.stack([second] * 3), np.stack([first] * 3), 1)
-    assert three.winner_top1 - three.base_top1 == pytest.approx(one.mean)
+    assert three.winner_metric - three.base_metric == pytest.approx(one.mean)
     assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.01)
 
 
@@ -256,12 +256,12 @@ def test_gain_is_visible_as_was_predicted(seeds: int) -> None:
     """A gain as large as predicted is found in about four of five searches, and one a third as large is not."""
     rng = np.random.default_rng(seeds)
     ease_N = rng.normal(1.3, 1.0, 500)
-    top1 = float(ndtr(2 * ease_N).mean())
-    predicted = smallest_visible_gain(top1, 500, seeds)
+    metric = float(ndtr(2 * ease_N).mean())
+    predicted = smallest_visible_gain(metric, 500, seeds)
 
     def found(gain: float) -> float:
         """The share of verdicts that call a second model better whose accuracy is higher by `gain`."""
-        shift = brentq(lambda shift: float(ndtr(2 * (ease_N + shift)).mean()) - top1 - gain, 0.0, 5.0)
+        shift = brentq(lambda shift: float(ndtr(2 * (ease_N + shift)).mean()) - metric - gain, 0.0, 5.0)
         answers = [ease_N + own + rng.normal(0.0, 0.5, (200, seeds, 500)) > 0 for own in (shift, 0.0)]
         gains = [gain_of(second, first) for second, first in zip(*answers, strict=True)]
         return sum(gain.p_value < 0.05 and gain.mean > 0 for gain in gains) / len(gains)

@@ -11,10 +11,10 @@ import timm
 import torch
 from _searches import change, small_search, write_space
 
+from attnsurgery.data import SIZES, Preprocessing, embedded_name, load_data
+from attnsurgery.data.embedded import embedded_sources
+from attnsurgery.data.source import Source
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate import SIZES, Preprocessing, embedded_name, load_data
-from attnsurgery.evaluate.embedded import embedded_sources
-from attnsurgery.evaluate.source import Source
 from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.execution.assemble import _input_size
 from attnsurgery.search.execution.baseline import first_epochs

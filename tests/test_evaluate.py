@@ -12,22 +12,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from attnsurgery.data import Data, Preprocessing, load_data
+from attnsurgery.data.batches import apply_moves, augment_images, draw_moves
+from attnsurgery.data.memory import allocate_for
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate import (
-    EVALUATORS,
-    Data,
-    Epoch,
-    Preprocessing,
-    TrainSettings,
-    Watch,
-    accuracy,
-    fit_head,
-    load_data,
-    train,
-)
-from attnsurgery.evaluate.batches import apply_moves, augment_images, draw_moves
+from attnsurgery.evaluate import EVALUATORS, Epoch, TrainSettings, Watch, evaluate, fit_head, train
 from attnsurgery.evaluate.channels_last import ChannelsLast
-from attnsurgery.evaluate.memory import allocate_for
 from attnsurgery.evaluate.precision import float32_as
 
 SMALL = Preprocessing((3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -237,7 +227,7 @@ def tiny() -> nn.Module:
 def test_finetune_learns_and_repeats(digits: Data) -> None:
     """Fine-tuning learns, and gives the same score for the same seed."""
     settings = TrainSettings(epochs=2, lr=3e-3)
-    before, _, _ = accuracy(tiny(), digits.val, settings)
+    before = evaluate(tiny(), digits.val, settings).metric
     epochs: list[Epoch] = []
 
     class Note(Watch):
@@ -247,18 +237,18 @@ def test_finetune_learns_and_repeats(digits: Data) -> None:
     score = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0, watch=Note())
     again = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=0)
     other = EVALUATORS["finetune"](digits, settings).score(tiny(), seed=1)
-    assert score.top1 > before + 0.3
-    assert (score.top1, score.loss) == (again.top1, again.loss)
+    assert score.metric > before + 0.3
+    assert (score.metric, score.loss) == (again.metric, again.loss)
     assert score.loss != other.loss
-    assert torch.equal(score.correct, again.correct)
-    assert score.correct.shape == (len(digits.val),)
+    assert torch.equal(score.values, again.values)
+    assert score.values.shape == (len(digits.val),)
     assert [epoch.index for epoch in epochs] == [1, 2]
 
 
 def test_finetune_scores_test_on_demand(digits: Data) -> None:
     """The test split is scored on demand."""
     score = EVALUATORS["finetune"](digits, TrainSettings(epochs=1)).score(tiny(), seed=0, on="test")
-    assert score.correct.shape == (len(digits.test),)
+    assert score.values.shape == (len(digits.test),)
 
 
 def test_train_moves_a_gate_at_zero(digits: Data) -> None:
@@ -416,16 +406,16 @@ def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, ro
         split, classes = load_data(str(flat_folder), SMALL, memory_bytes=0, workers=0).train, 2
     torch.manual_seed(0)
     model = Cramped(10_000, 768, classes)
-    expected = accuracy(model, split, TrainSettings())
+    expected = evaluate(model, split, TrainSettings())
     size, halves = 256, []
     while min(size, len(split)) > room:
         size //= 2
         halves.append(size)
     for free in (0, 1):  # from the first batch on, or from the second
         model.room, model.forwards, model.free, watch = room, 0, free, Halves()
-        top1, loss, correct_N = accuracy(model, split, TrainSettings(), watch=watch)
-        assert torch.equal(correct_N, expected[2])
-        assert (top1, loss) == (expected[0], pytest.approx(expected[1], abs=1e-6))
+        evaluation = evaluate(model, split, TrainSettings(), watch=watch)
+        assert torch.equal(evaluation.values, expected.values)
+        assert (evaluation.metric, evaluation.loss) == (expected.metric, pytest.approx(expected.loss, abs=1e-6))
         if not free:
             assert watch.halves == halves
         assert watch.steps == model.forwards
@@ -434,14 +424,14 @@ def test_accuracy_halves_batch_on_low_memory(digits: Data, flat_folder: Path, ro
 def test_accuracy_of_one_image_may_not_fit(digits: Data) -> None:
     """A single image that memory does not hold raises the out-of-memory error."""
     with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
-        accuracy(Cramped(0, 768, 10, "CUDA error: out of memory"), digits.val, TrainSettings())
+        evaluate(Cramped(0, 768, 10, "CUDA error: out of memory"), digits.val, TrainSettings())
 
 
 def test_accuracy_repeats_no_other_error(digits: Data) -> None:
     """An error that is no lack of memory is raised at once."""
     model = Cramped(0, 768, 10, "CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):
-        accuracy(model, digits.val, TrainSettings())
+        evaluate(model, digits.val, TrainSettings())
     assert model.forwards == 1
 
 
@@ -458,7 +448,7 @@ def test_accuracy_stops_between_batches(digits: Data) -> None:
 
     model = Cramped(10_000, 768, 10)
     with pytest.raises(KeyboardInterrupt):
-        accuracy(model, digits.val, TrainSettings(), watch=Stop())
+        evaluate(model, digits.val, TrainSettings(), watch=Stop())
     assert model.forwards == 1
 
 
@@ -516,12 +506,12 @@ def test_channels_last_on_cpu_where_possible(flat_folder: Path, monkeypatch: pyt
     """A CPU trains and evaluates with channels last where the model allows it, with the same results."""
     data = load_data(str(flat_folder), Preprocessing((3, 16, 16)))
 
-    def trained() -> tuple[Convolving, tuple[float, float, torch.Tensor]]:
+    def trained() -> tuple[Convolving, float]:
         model = Convolving(views)
         train(model, data.train, TrainSettings(epochs=2, batch_size=8), 0)
-        return model, accuracy(model, data.val, TrainSettings())
+        return model, evaluate(model, data.val, TrainSettings()).loss
 
-    model, (_, loss, _) = trained()
+    model, loss = trained()
     assert not model.first.weight.is_contiguous(memory_format=torch.channels_last), "afterwards they are as they were"
     assert model.first.weight.is_contiguous()
     if views:  # the first batch of each is tried, and then gone through as before
@@ -529,7 +519,7 @@ def test_channels_last_on_cpu_where_possible(flat_folder: Path, monkeypatch: pyt
     else:
         assert all(model.last)
     monkeypatch.setattr(ChannelsLast, "_convert", lambda self, memory_format: None)
-    plain, (_, plain_loss, _) = trained()
+    plain, plain_loss = trained()
     assert not any(plain.last)
     assert torch.allclose(model.second.weight, plain.second.weight, atol=1e-5)
     assert loss == pytest.approx(plain_loss, abs=1e-4)
@@ -607,9 +597,9 @@ def test_fit_head_trains_the_head_alone(digits: Data) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, zero_init_last=False)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    untrained, _, _ = accuracy(model, digits.val, TrainSettings())
+    untrained = evaluate(model, digits.val, TrainSettings()).metric
     fit_head(model, digits.train, TrainSettings(epochs=4, lr=1e-2), seed=0)
-    fitted, _, _ = accuracy(model, digits.val, TrainSettings())
+    fitted = evaluate(model, digits.val, TrainSettings()).metric
     moved = {name for name, tensor in model.named_parameters() if not torch.equal(before[name], tensor)}
     assert moved == {"fc.weight", "fc.bias"}
     assert fitted > untrained + 0.2

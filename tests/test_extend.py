@@ -54,11 +54,17 @@ def tighter_than(finished: Outcome, rank: int = -2) -> float:
 
 
 def scores(records: list[Record]) -> dict[str, object]:
-    return {f"{one.digest}": (one.top1, one.loss, one.seconds) for one in records if one.top1 is not None}
+    return {f"{one.digest}": (one.metric, one.loss, one.seconds) for one in records if one.metric is not None}
 
 
 def facts_of(record: Record) -> tuple[object, ...]:
-    return record.number, record.state, record.assignment, record.top1, record.promotions and record.promotions[0].top1
+    return (
+        record.number,
+        record.state,
+        record.assignment,
+        record.metric,
+        record.promotions and record.promotions[0].metric,
+    )
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -80,7 +86,7 @@ def test_extend_tighter_budget_reuses_trials(finished: Outcome, config: SearchCo
         "kept as they are, not trained again"
     )
     assert {by_number[number].state for number in over} == {"over_budget"}
-    assert all(by_number[number].top1 == finished.records[number].top1 for number in over)
+    assert all(by_number[number].metric == finished.records[number].metric for number in over)
     assert len(trained(tighter.records)) == config.trials
     assert all(r.timing and r.timing.ms <= most for r in trained(tighter.records))
     assert tighter.best
@@ -105,7 +111,7 @@ def test_extend_study_keeps_all_scores(finished: Outcome, config: SearchConfig) 
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{done.folder / STUDY}")
     for record in finished.records:
         trial = study.trials[record.number]
-        assert trial.value == record.top1
+        assert trial.value == record.metric
         assert record.timing
         assert trial.constraints["latency"] == pytest.approx(record.timing.ms / most - 1)
     assert study.best_trial.constraints["latency"] <= 0

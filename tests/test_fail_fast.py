@@ -59,9 +59,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     calls: list[object] = []
     real = finetune.train
 
-    def spy(*args: object) -> object:
+    def spy(*args: object, **named: object) -> object:
         calls.append(args)
-        return real(*args)  # type: ignore[arg-type]
+        return real(*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(baseline, "train", spy)
     monkeypatch.setattr(finetune, "train", spy)
@@ -166,9 +166,9 @@ def test_base_is_measured_once(config: SearchConfig, monkeypatch: pytest.MonkeyP
         events.append("measured")
         return real[0](self, model)  # type: ignore[arg-type]
 
-    def train(*args: object) -> object:
+    def train(*args: object, **named: object) -> object:
         events.append("trained")
-        return real[1](*args)  # type: ignore[arg-type]
+        return real[1](*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FixedLatency, "measure", measure)
     monkeypatch.setattr(FixedLatency, "compare", lambda *args: pytest.fail("no candidate is wanted here"))
@@ -233,7 +233,7 @@ def test_extend_below_base_keeps_its_trials(config: SearchConfig) -> None:
         run(change(config, budget_ms=earlier.base.timing.ms * 0.9, extend=True))
     assert (Path(config.output) / "report.html").is_file()
     again = run(change(config, extend=True))
-    assert again.records[0].top1 == earlier.records[0].top1
+    assert again.records[0].metric == earlier.records[0].metric
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from attnsurgery.blocks import cuda_attention
 from attnsurgery.blocks.functional import attend, concatenate
+from attnsurgery.data.batches import Batch, Split
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate import Epoch, TrainSettings, Watch, accuracy, train
-from attnsurgery.evaluate.batches import Batch, Split
+from attnsurgery.evaluate import Epoch, TrainSettings, Watch, evaluate, train
 from attnsurgery.latency import Conditions, Effort, backend_for
 from attnsurgery.search import Listener, SearchConfig, run
 from tests._searches import small_search, write_images, write_space
@@ -166,9 +166,9 @@ def test_gpu_mixed_precision_lowers_the_loss(channels_last: bool) -> None:
     assert all(map(math.isfinite, watch.losses))
     assert watch.losses[-1] < 0.7 * watch.losses[0]
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-    top1, loss, _ = accuracy(model, Noise(64, 32), settings)
-    assert top1 > 0.9
-    assert math.isfinite(loss)
+    evaluation = evaluate(model, Noise(64, 32), settings)
+    assert evaluation.metric > 0.9
+    assert math.isfinite(evaluation.loss)
 
 
 @pytest.fixture
@@ -222,16 +222,16 @@ def test_gpu_evaluation_halves_its_batch(memory_limit: Any) -> None:
     """Evaluation continues at half the batch where memory is short, with the same score."""
     settings = TrainSettings(epochs=1, batch_size=64, device="cuda")
     split, model = Noise(512, 64), Net(4, 64).cuda()
-    whole = peak_of(lambda: accuracy(model, split, settings))
-    top1, loss, right = accuracy(model, split, settings)
+    whole = peak_of(lambda: evaluate(model, split, settings))
+    expected = evaluate(model, split, settings)
     sizes = batch_sizes(model)
     memory_limit(0.6 * whole)
-    got = accuracy(model, split, settings)
+    got = evaluate(model, split, settings)
     assert sum(sizes) == 512
     assert max(sizes) < 256
-    assert len(got[2]) == len(right)
-    assert got[0] == pytest.approx(top1, abs=0.02)
-    assert got[1] == pytest.approx(loss, rel=0.05)
+    assert len(got.values) == len(expected.values)
+    assert got.metric == pytest.approx(expected.metric, abs=0.02)
+    assert got.loss == pytest.approx(expected.loss, rel=0.05)
 
 
 # ---- what is measured

@@ -27,11 +27,12 @@ from typer.testing import CliRunner
 from attnsurgery.cli import build_app
 from attnsurgery.cli._search_view import LiveView
 from attnsurgery.cli.search import command_of
+from attnsurgery.data import Data, Preprocessing, load_data
+from attnsurgery.data.folder import read_folder, readable, role_of
+from attnsurgery.data.picture import Depth, Rendering
+from attnsurgery.data.source import decode
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate import EVALUATORS, Data, Preprocessing, TrainSettings, load_data
-from attnsurgery.evaluate.folder import read_folder, readable, role_of
-from attnsurgery.evaluate.picture import Depth, Rendering
-from attnsurgery.evaluate.source import decode
+from attnsurgery.evaluate import EVALUATORS, TrainSettings
 from attnsurgery.search import SearchConfig
 from attnsurgery.search.compatibility import check_same
 from attnsurgery.search.coordinator import start
@@ -42,6 +43,7 @@ from attnsurgery.search.execution.pretrained_base import can_reorder, check_head
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.watching import Watching
 from attnsurgery.search.workers.launch import LAUNCHERS
+from attnsurgery.tasks.classification import Classification
 from attnsurgery.timm_plugin.architectures import for_images
 from tests._searches import small_search, write_images, write_space
 
@@ -708,12 +710,16 @@ def test_balanced_accuracy_weighs_classes(tmp_path: Path) -> None:
     write(tmp_path / "few", 4, 160)
     write(tmp_path / "many", 200)
     data = load_data(str(tmp_path), SMALL)
-    constant_N = data.val.labels == data.classes.index("many")
-    assert float(constant_N.float().mean()) == pytest.approx(40 / 41)
-    assert data.balanced(data.val, constant_N) == pytest.approx(0.5)
+    constant_NK = torch.tensor([[0.0, 1.0]]).expand(len(data.val), 2)
+    assert data.classes == ("few", "many")
+    evaluation = Classification().evaluate(constant_NK, data.val.labels)
+    assert evaluation.metric == pytest.approx(40 / 41)
+    assert evaluation.balanced == pytest.approx(0.5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     assert EVALUATORS["finetune"](data, TrainSettings(epochs=1)).score(model, 0).balanced is not None
-    assert load_data("digits", SMALL).balanced(data.val, constant_N) is None
+    digits = load_data("digits", SMALL)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    assert EVALUATORS["finetune"](digits, TrainSettings(epochs=1)).score(model, 0).balanced is None
 
 
 # Data sets of Hugging Face, whose columns have many names.

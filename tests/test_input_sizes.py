@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import attnsurgery
 from attnsurgery.checkpoint.operated import apply
 from attnsurgery.cli import build_app
+from attnsurgery.data import Preprocessing, load_data
+from attnsurgery.data.batches import FileSplit
 from attnsurgery.errors import NothingFeasibleError, RecipeError, SearchError, UsageError
-from attnsurgery.evaluate import Preprocessing, TrainSettings, accuracy, finetune, load_data
-from attnsurgery.evaluate.batches import FileSplit
+from attnsurgery.evaluate import TrainSettings, evaluate, finetune
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions
@@ -285,11 +286,11 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     real = finetune.train
 
-    def spy(model: Any, split: Any, *args: Any) -> Any:
+    def spy(model: Any, split: Any, *args: Any, **named: Any) -> Any:
         heights = []
         handle = model.register_forward_pre_hook(lambda _, args: heights.append(tuple(args[0].shape[2:])))
         try:
-            return real(model, split, *args)
+            return real(model, split, *args, **named)
         finally:
             handle.remove()
             (size,) = set(heights)
@@ -379,8 +380,8 @@ def test_search_saves_winner_at_own_size(config: SearchConfig, blocks: bool) -> 
     model = timm.create_model(f"local-dir:{outcome.folder / 'best'}", pretrained=True).eval()
     assert model.pretrained_cfg["input_size"][1:] == size
     data = load_data(config.data, Preprocessing.of(model), config.seed)
-    correct = accuracy(model, data.test, TrainSettings(batch_size=config.train_batch_size))[2]
-    assert float(correct.float().mean()) == outcome.confirmation.winner_top1
+    correct = evaluate(model, data.test, TrainSettings(batch_size=config.train_batch_size)).values
+    assert float(correct.float().mean()) == outcome.confirmation.winner_metric
     assert load(outcome.folder / "best.yaml").input_size == list(size)
     assert f"at {size[0]} x {size[1]} pixels" in (outcome.folder / "report.html").read_text()
 

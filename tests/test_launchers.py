@@ -40,7 +40,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def essence(outcome: Outcome) -> list[tuple[object, ...]]:
-    return [(r.number, r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in outcome.records]
+    return [(r.number, r.state, dict(r.assignment), r.digest, r.metric, r.loss, r.timing) for r in outcome.records]
 
 
 @pytest.mark.parametrize(("launcher", "launcher_args"), [("ray", ""), ("submitit", "cluster=local timeout_min=10")])

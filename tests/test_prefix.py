@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import attnsurgery
-from attnsurgery.evaluate import EVALUATORS, Data, TrainSettings, Watch, load_data
+from attnsurgery.data import Data, load_data
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.evaluate import EVALUATORS, TrainSettings, Watch
 from attnsurgery.evaluate.blocks_only import FeatureSplit, blocks_and_norms
 from attnsurgery.evaluate.prefix import Prefix
-from attnsurgery.evaluate.preprocess import Preprocessing
 from tests.conftest import wake
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +119,7 @@ def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeyp
     evaluator = EVALUATORS["blocks"](digits, TrainSettings(epochs=2))
     first = evaluator.score(copy.deepcopy(model), seed=0)
     score = evaluator.score(model, seed=0)
-    assert (score.top1, score.loss) == (first.top1, first.loss)
+    assert (score.metric, score.loss) == (first.metric, first.loss)
     learning = {id(parameter) for parameter in blocks_and_norms(model)}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -128,7 +129,7 @@ def test_blocks_evaluator_trains_only_blocks(digits: Data, stored: bool, monkeyp
     assert all(parameter.requires_grad for parameter in parameters.values())
     in_front = "layer2.0.bn1.running_mean"
     assert torch.equal(model.state_dict()[in_front], before[in_front]) is stored
-    assert score.correct.shape == (len(digits.val),)
+    assert score.values.shape == (len(digits.val),)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import attnsurgery
+from attnsurgery.data.folder import read_folder, readable
 from attnsurgery.errors import AttnSurgeryError, LoadError, SearchError
-from attnsurgery.evaluate.folder import read_folder, readable
 from attnsurgery.graph.find import survey
 from attnsurgery.search.storage.run_directory import mark, remove_own, replace_own, write_own
 from tests.conftest import build, images, move_gates

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import attnsurgery
+from attnsurgery.data import Preprocessing, load_data
 from attnsurgery.errors import LoadError, SearchError, UsageError
-from attnsurgery.evaluate import Preprocessing, load_data
 from attnsurgery.search.files import write_atomically
 from attnsurgery.search.storage.facts import stored_facts
 from attnsurgery.search.storage.urls import open_storage, url_of

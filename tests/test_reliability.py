@@ -221,10 +221,14 @@ def test_search_in_step_has_the_same_trials(config: SearchConfig, monkeypatch: p
 def test_report_shows_failed_second_training(tmp_path: Path) -> None:
     """A candidate whose second training failed is shown, and does not count; without repeats there is no section."""
     repeats = {
-        str(number): {"number": number, "first": {"top1": 0.8, "loss": 0.5}, "second": {"top1": score, "loss": 0.4}}
+        str(number): {"number": number, "first": {"metric": 0.8, "loss": 0.5}, "second": {"metric": score, "loss": 0.4}}
         for number, score in enumerate((0.81, 0.85, 0.79))
     }
-    repeats["9"] = {"number": 9, "first": {"top1": 0.8, "loss": 0.5}, "second": {"failed": "the loss became infinite"}}
+    repeats["9"] = {
+        "number": 9,
+        "first": {"metric": 0.8, "loss": 0.5},
+        "second": {"failed": "the loss became infinite"},
+    }
     found = outcome(tmp_path, search(12), repeats=repeats)
     assert found.reliability is not None
     assert found.reliability.candidates == 3

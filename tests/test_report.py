@@ -508,7 +508,7 @@ def test_progress_draws_the_controls_scores(tmp_path: Path) -> None:
     section = progress.section(outcome(tmp_path, search(12)), control)
     assert section is not None
     lines = [list(r.data_source.data["y"]) for r in section.figures[0].renderers if "who" not in r.data_source.data]
-    scores = [100 * (record.top1 or 0.0) for record in control.trained]
+    scores = [100 * (record.metric or 0.0) for record in control.trained]
     assert best_so_far(scores) in lines
     assert expected_best(scores) in lines
 
@@ -813,7 +813,7 @@ def test_front_csv_has_the_rung(tmp_path: Path) -> None:
     write_outcome(search_outcome)
     with (tmp_path / "front.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["val_top1"], row["rung"]) for row in rows] == [("0.84", "2")]
+    assert [(row["val_metric"], row["rung"]) for row in rows] == [("0.84", "2")]
 
 
 # A browser

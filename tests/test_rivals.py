@@ -84,10 +84,10 @@ def test_rivals_are_compared_under_budget(config: SearchConfig, monkeypatch: pyt
     winner = f"trial 0 ({blocks} block{'s' if blocks > 1 else ''})"
     assert list(by_name) == [winner, "test_resnet", "test_efficientnet", "test_vit4"]
     rival, over = by_name["test_efficientnet"], by_name["test_vit4"]
-    assert rival.top1 is not None
-    assert rival.gain == pytest.approx(rival.top1 - confirmation.base_top1)
+    assert rival.metric is not None
+    assert rival.gain == pytest.approx(rival.metric - confirmation.base_metric)
     assert "over the budget of 100 ms and 600 k parameters" in over.left_out
-    assert over.top1 is None
+    assert over.metric is None
     seeds = {name: [one[1] for one in trained if one[0] == name and one[2] == 2] for name in ("ResNet", "EfficientNet")}
     assert seeds["EfficientNet"] == seeds["ResNet"][:2] == seeds["ResNet"][2:], "the same seeds for all"
     assert confirmation.advice() in (outcome.folder / "report.html").read_text().replace("&#39;", "'")

@@ -30,9 +30,10 @@ import attnsurgery.search.execution.jobs as jobs_module
 from attnsurgery.cli import build_app
 from attnsurgery.cli._console import building
 from attnsurgery.cli._search_view import files_of
+from attnsurgery.data import Preprocessing, load_data
+from attnsurgery.data.contents import load_digests
 from attnsurgery.errors import NothingFeasibleError, SearchError, UsageError
-from attnsurgery.evaluate import Preprocessing, Score, TrainSettings, load_data
-from attnsurgery.evaluate.contents import load_digests
+from attnsurgery.evaluate import Score, TrainSettings
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
 from attnsurgery.latency.fixed import FixedLatency
@@ -527,7 +528,7 @@ def simulated(
         gain: what all candidates are better by than the base.
         settings: of the search.
     """
-    top1s: dict[tuple[str, str, int], float] = {}
+    metrics: dict[tuple[str, str, int], float] = {}
 
     def work(kind: str, *requests: Mapping[str, Any]) -> list[dict[str, Any]]:
         if kind == "winner":
@@ -535,17 +536,17 @@ def simulated(
         results: list[dict[str, Any]] = []
         for one in requests:
             key = kind, one["record"]["digest"] if one["record"] else "base", one["index"]
-            top1 = top1s.setdefault(key, 0.8 + gain * (one["record"] is not None) + float(luck.normal(0.0, 0.01)))
+            metric = metrics.setdefault(key, 0.8 + gain * (one["record"] is not None) + float(luck.normal(0.0, 0.01)))
             fails = key[:2] == ("final training", diverging)
-            right = np.packbits(luck.random(1000) < top1).tobytes().hex()
+            right = np.packbits(luck.random(1000) < metric).tobytes().hex()
             tested = {"images": 1000, "right": right, "balanced": None, "epochs": 1}
-            score = {"top1": top1, "loss": 1 - top1, **tested}
+            score = {"metric": metric, "loss": 1 - metric, **tested}
             results.append({"failed": "the loss became infinite."} if fails else score)
         return results
 
     order = [trial(number, 0.9 - number / 100, 1.0) for number in range(finalists)]
     config = SearchConfig(**{"budget_params": 10**9, "finalists": finalists, "confirm_seeds": 2, **settings})
-    return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(top1s)
+    return confirm(config, Budgets.of(config), order, Latency(**_latency()), work), set(metrics)
 
 
 @cache
@@ -558,7 +559,7 @@ def test_gain_is_free_of_winners_curse() -> None:
     """The reported gain is unbiased, and not that of the best of many noisy trainings."""
     luck = np.random.default_rng(0)
     verdicts = [simulated(3, luck)[0] for _ in range(200)]
-    gains = [verdict.winner_top1 - verdict.base_top1 for verdict in verdicts]
+    gains = [verdict.winner_metric - verdict.base_metric for verdict in verdicts]
     error = float(np.std(gains)) / len(gains) ** 0.5
     assert abs(float(np.mean(gains))) < 3 * error
     assert 3 * error < 0.0035, "a winner by choice would show more: 0.846 standard deviations of a mean of two"
@@ -571,7 +572,7 @@ def test_confirmation_trains_as_needed() -> None:
     assert {who for kind, who, _ in trainings if kind == "training"} == {trial(n, 0.9, 1.0).digest for n in range(3)}
     single, trainings = simulated(1, np.random.default_rng(1))
     assert Counter(kind for kind, _, _ in trainings) == {"final training": 4}
-    assert len(single.finalists[0].top1s) == 2
+    assert len(single.finalists[0].metrics) == 2
 
 
 @pytest.mark.parametrize(("gain", "difference", "seeds"), [(0.15, 0.5, 4), (0.0, 10.0, 5)])

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def candidate(number: int, *scores: float, ms: float = 1.0, halted: str | None = None) -> Record:
     higher = tuple(Promotion(score, 0.0, 0.0, 1) for score in scores[1:])
     timing = Timing(ms, ms, ms, 1.0)
-    return Record(number, "trained", top1=scores[0], promotions=higher, timing=timing, halted=halted)
+    return Record(number, "trained", metric=scores[0], promotions=higher, timing=timing, halted=halted)
 
 
 def climbed(records: list[Record], rungs: int, halving: int, scores: dict[int, float]) -> list[int]:
@@ -83,10 +83,10 @@ def test_promotion_grows_with_trials() -> None:
 def test_best_is_of_the_highest_rung() -> None:
     """The highest rung decides, and scores of different rungs are never compared."""
     records = [candidate(0, 0.99), candidate(1, 0.5, 0.6, ms=2.0), candidate(2, 0.6, 0.5, ms=1.5), candidate(3, 0.7)]
-    winner = best(records, "top1")
+    winner = best(records, "metric")
     assert winner is not None
     assert winner.number == 1
-    assert [record.number for record in front(records, "top1")] == [2, 1]
+    assert [record.number for record in front(records, "metric")] == [2, 1]
 
 
 @pytest.mark.parametrize("text", ["blocks", "blocks:0", "blocks:x", "blocks:", "blocks:-1"])
@@ -118,7 +118,7 @@ class Counting(Listener):
 
 
 def climbers(outcome: Outcome) -> dict[int, tuple[float | None, float | None]]:
-    return {r.number: (r.top1, r.final_top1) for r in outcome.records if r.reached}
+    return {r.number: (r.metric, r.final_metric) for r in outcome.records if r.reached}
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_search_trains_rungs_by_their_places(config: SearchConfig, monkeypatch: 
     assert outcome.best is not None
     assert outcome.best.reached == 1
     values = {trial.number: trial.value for trial in outcome_study(config) if trial.value is not None}
-    assert values == {r.number: r.top1 for r in outcome.records if r.top1 is not None}
+    assert values == {r.number: r.metric for r in outcome.records if r.metric is not None}
 
 
 def outcome_study(config: SearchConfig):  # type: ignore[no-untyped-def]

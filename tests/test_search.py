@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, images: Path, space: Path
 
 
 def essence(records: list[Record]) -> list[tuple[object, ...]]:
-    return [(r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in records]
+    return [(r.state, dict(r.assignment), r.digest, r.metric, r.loss, r.timing) for r in records]
 
 
 def differences(actual: list[Record], expected: list[Record]) -> str:
@@ -116,7 +116,7 @@ def test_budget_pruned_before_training(config: SearchConfig, finished: Outcome) 
     for record in over:
         assert record.timing is not None
         assert record.timing.ms > tight.budget_ms
-        assert record.top1 is None
+        assert record.metric is None
         assert record.recipe is not None
         assert record.recipe["name"] not in trained_names
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{outcome.folder / 'study.db'}")
@@ -272,8 +272,8 @@ def test_duplicate_is_told_its_first_result(config: SearchConfig, monkeypatch: p
     outcome = run(change(config, trials=2))
     first, base, second, other = outcome.records
     assert [r.state for r in outcome.records] == ["trained", "duplicate", "duplicate", "trained"]
-    assert (second.duplicate_of, second.top1, second.timing, second.seconds) == (0, first.top1, first.timing, 0.0)
-    assert (base.duplicate_of, base.top1) == (-1, outcome.base.top1)
+    assert (second.duplicate_of, second.metric, second.timing, second.seconds) == (0, first.metric, first.timing, 0.0)
+    assert (base.duplicate_of, base.metric) == (-1, outcome.base.metric)
     assert other.digest != first.digest
 
 
@@ -365,7 +365,7 @@ def test_report_has_verdict_and_trials(finished: Outcome) -> None:
     assert all(f'<td class="n">{record.number}</td>' in page for record in finished.records)
     assert finished.about.conditions in page
     assert "attnsurgery search test_resnet --budget-ms 100.0" in page
-    assert f"{100 * finished.confirmation.winner_top1:.2f} %" in page
+    assert f"{100 * finished.confirmation.winner_metric:.2f} %" in page
 
 
 def test_winner_is_built_by_timm(finished: Outcome) -> None:
@@ -427,8 +427,8 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
 
 
-def record_with(number: int, top1: float, ms: float) -> Record:
-    return Record(number, "trained", top1=top1, loss=0.1, timing=Timing(ms, ms, ms, 1.0))
+def record_with(number: int, metric: float, ms: float) -> Record:
+    return Record(number, "trained", metric=metric, loss=0.1, timing=Timing(ms, ms, ms, 1.0))
 
 
 def test_rank_ties_go_by_other_score() -> None:
@@ -437,14 +437,14 @@ def test_rank_ties_go_by_other_score() -> None:
     losses = {0: 0.2, 1: 0.1, 2: 0.2}
     records_with_loss = [replace(record, loss=losses[record.number]) for record in records]
     assert [record.number for record in contenders(records_with_loss, "loss")] == [1, 2, 0]
-    assert [record.number for record in contenders(records_with_loss, "top1")] == [2, 0, 1]
+    assert [record.number for record in contenders(records_with_loss, "metric")] == [2, 0, 1]
     assert [record.number for record in contenders(records, "loss")] == [2, 0, 1]
     assert records_with_loss[1].score_on(0, "loss") == -0.1
     assert records_with_loss[1].score_on(1, "loss") is None
-    assert records_with_loss[1].score_on(1, "top1") is None
-    promotion = Promotion(top1=0.7, loss=0.3, seconds=1.0, epochs=1)
+    assert records_with_loss[1].score_on(1, "metric") is None
+    promotion = Promotion(metric=0.7, loss=0.3, seconds=1.0, epochs=1)
     risen = replace(records_with_loss[0], promotions=(promotion,))
-    assert (risen.score_on(1, "loss"), risen.score_on(1, "top1")) == (-0.3, 0.7)
+    assert (risen.score_on(1, "loss"), risen.score_on(1, "metric")) == (-0.3, 0.7)
     assert best([*records_with_loss, risen], "loss") is risen
 
 
@@ -461,11 +461,11 @@ def test_unknown_name_refused_before_images(config: SearchConfig, monkeypatch: p
 def test_front_leaves_out_dominated_records() -> None:
     """The front leaves out what is beaten in both, and the best is the fastest of equals."""
     records = [record_with(0, 0.9, 2.0), record_with(1, 0.8, 1.0), record_with(2, 0.85, 3.0), record_with(3, 0.9, 1.5)]
-    assert [record.number for record in front(records, "top1")] == [1, 3]
-    winner = best(records, "top1")
+    assert [record.number for record in front(records, "metric")] == [1, 3]
+    winner = best(records, "metric")
     assert winner is not None
     assert winner.number == 3
-    assert best([replace(records[0], state="over_budget")], "top1") is None
+    assert best([replace(records[0], state="over_budget")], "metric") is None
 
 
 def test_passwords_are_never_shown(config: SearchConfig) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import attnsurgery.search.execution.preview as preview_module
+from attnsurgery.data import Preprocessing, load_data
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate import Preprocessing, TrainSettings, load_data
+from attnsurgery.evaluate import TrainSettings
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
@@ -145,7 +146,7 @@ def test_supernet_score_is_of_its_path_alone(tmp_path: Path) -> None:
     first = supernet.score(one, data, settings, seed=0)
     between = supernet.score(other, data, settings, seed=0)
     again = supernet.score(one, data, settings, seed=0)
-    assert (first.top1, first.loss) == (again.top1, again.loss)
+    assert (first.metric, first.loss) == (again.metric, again.loss)
     assert first.loss != between.loss
     assert not any(module.training for module in supernet.model.modules())
 
@@ -177,7 +178,7 @@ def config(tmp_path: Path) -> SearchConfig:
 
 
 def scores(outcome: Outcome) -> list[tuple[float | None, float | None]]:
-    return [(record.top1, record.final_top1) for record in (outcome.base, *outcome.records)]
+    return [(record.metric, record.final_metric) for record in (outcome.base, *outcome.records)]
 
 
 @pytest.mark.slow
@@ -254,7 +255,7 @@ def promoted(records: list[Record], alone: dict[int, float]) -> list[int]:
 
 def by_supernet(count: int, drawn: int) -> list[Record]:
     """Returns records whose scores rise with the number, the first of them drawn at random."""
-    return [Record(number, "trained", top1=0.01 * number, drawn=number < drawn) for number in range(count)]
+    return [Record(number, "trained", metric=0.01 * number, drawn=number < drawn) for number in range(count)]
 
 
 def test_right_supernet_is_followed() -> None:
@@ -270,7 +271,7 @@ def test_wrong_supernet_is_not_followed() -> None:
     """A supernet that ranks the candidates drawn at random wrongly, or not at all, is not followed."""
     records = by_supernet(count=27, drawn=8)
     assert promoted(records, {number: -0.02 * number for number in range(27)}) == [*range(9)]
-    same = trust([replace(r, promotions=(Promotion(0.5, 0.0, 0.0, 1),)) for r in records], "top1")
+    same = trust([replace(r, promotions=(Promotion(0.5, 0.0, 0.0, 1),)) for r in records], "metric")
     assert same is not None
     assert not same.holds
 
@@ -278,5 +279,5 @@ def test_wrong_supernet_is_not_followed() -> None:
 def test_untested_supernet_is_not_followed() -> None:
     """A supernet is not followed where no candidates drawn at random test it."""
     records = by_supernet(count=9, drawn=0)
-    assert trust(records, "top1") is None
+    assert trust(records, "metric") is None
     assert promoted(records, dict.fromkeys(range(9), 0.5)) == [0, 1, 2]

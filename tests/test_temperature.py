@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnsurgery.evaluate import TrainSettings, accuracy, load_data, train
-from attnsurgery.evaluate.preprocess import Preprocessing
-from attnsurgery.evaluate.temperature import calibrated_loss, temperature
+from attnsurgery.data import load_data
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.evaluate import TrainSettings, evaluate, train
+from attnsurgery.tasks.temperature import calibrated_loss, temperature
 
 
 def drawn(count: int, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +95,7 @@ def test_accuracy_loss_ignores_confidence() -> None:
     torch.manual_seed(0)
     model = Two()
     train(model, data.train, TrainSettings(epochs=1), seed=0)
-    plain = accuracy(model, data.val, TrainSettings())
+    plain = evaluate(model, data.val, TrainSettings())
     model.confidence = 4.0
-    confident = accuracy(model, data.val, TrainSettings())
-    assert (plain[0], plain[1]) == pytest.approx((confident[0], confident[1]), rel=2e-3)
+    confident = evaluate(model, data.val, TrainSettings())
+    assert (plain.metric, plain.loss) == pytest.approx((confident.metric, confident.loss), rel=2e-3)

@@ -48,8 +48,10 @@ def choose(score: Score, **settings: Any) -> tuple[Tuned, list[str]]:
     while attempts := tuning.needed(results):
         for attempt in attempts:
             assert attempt.key not in results
-            top1 = score(attempt)
-            results[attempt.key] = {"failed": "diverged"} if top1 is None else {"top1": top1, "loss": 1.0 - top1}
+            metric = score(attempt)
+            results[attempt.key] = (
+                {"failed": "diverged"} if metric is None else {"metric": metric, "loss": 1.0 - metric}
+            )
     return tuning.chosen(results), list(results)
 
 
@@ -90,7 +92,7 @@ def test_tuning_of_rival_goes_as_far_as_it_gains() -> None:
         results: dict[str, dict[str, Any]] = {}
         score = peak(3e-3, 3e-3, 1.0, gains_until)
         while attempts := tuning.needed_for_plain(results):
-            results |= {one.key: {"top1": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in attempts}
+            results |= {one.key: {"metric": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in attempts}
         assert tuning.chosen_for_plain(results, usual) == Training(3e-3, 1.0, epochs)
     given = Tuning(SearchConfig(budget_ms=1.0, lr=2e-3, epochs=3), 3)
     assert given.needed_for_plain({}) == []
@@ -136,7 +138,7 @@ def test_tuning_checks_given_epochs(gained_until: int, trained_out: bool) -> Non
 def test_tuning_is_not_misled_by_guesses(loss: float, trained_out: bool) -> None:
     """A base that guesses right more often after a longer training has gained nothing if its loss stays the same."""
     tuning = Tuning(SearchConfig(budget_ms=1.0, lr=1e-3, epochs=4, block_lr_scale=1.0), 4)
-    results = {"base:0.001:1:4": {"top1": 0.49, "loss": 0.693}, "base:0.001:1:8": {"top1": 0.54, "loss": loss}}
+    results = {"base:0.001:1:4": {"metric": 0.49, "loss": 0.693}, "base:0.001:1:8": {"metric": 0.54, "loss": loss}}
     assert tuning.needed(results) == []
     assert tuning.chosen(results).trained_out is trained_out
 
@@ -162,9 +164,9 @@ def test_tuning_passes_over_diverged_rates() -> None:
 def test_tuning_of_equal_scores_takes_lower_loss() -> None:
     """Of equal accuracies the lower loss decides."""
     tuning = Tuning(SearchConfig(budget_ms=1.0, lr=1e-3, epochs=4, block_lr_scale=AUTO), 4)
-    results = {f"base:0.001:1:{epochs}": {"top1": 0.5, "loss": 1.0} for epochs in (4, 8)}
+    results = {f"base:0.001:1:{epochs}": {"metric": 0.5, "loss": 1.0} for epochs in (4, 8)}
     losses = dict(zip(SCALES, (0.7, 0.6), strict=True))
-    results |= {f"probe:0.001:{scale:g}:4": {"top1": 0.5, "loss": loss} for scale, loss in losses.items()}
+    results |= {f"probe:0.001:{scale:g}:4": {"metric": 0.5, "loss": loss} for scale, loss in losses.items()}
     assert tuning.needed(results) == []
     assert tuning.chosen(results).candidates.block_lr_scale == 10.0
 
@@ -189,7 +191,7 @@ def test_expected_trainings_of_plain_model_count_attempts() -> None:
         config, score = SearchConfig(budget_ms=1.0, **settings), peak(1e-3, 1e-3, 1.0, 8)
         results: dict[str, dict[str, Any]] = {}
         while needed := Tuning(config, SHORTEST).needed_for_plain(results):
-            results |= {one.key: {"top1": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in needed}
+            results |= {one.key: {"metric": score(one), "loss": 1.0 - (score(one) or 0.0)} for one in needed}
         epochs = sum(Attempt.of(key).training.epochs for key in results)
         assert expected_trainings(config, plain=True) == epochs / SHORTEST
 
@@ -237,9 +239,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
     settings: list[TrainSettings] = []
     actual = finetuning.train
 
-    def train(model: Any, split: Any, given: TrainSettings, *others: Any) -> None:
+    def train(model: Any, split: Any, given: TrainSettings, *others: Any, **named: Any) -> None:
         settings.append(given)
-        actual(model, split, replace(given, epochs=1, lr=1e-3), *others)
+        actual(model, split, replace(given, epochs=1, lr=1e-3), *others, **named)
 
     monkeypatch.setattr(finetuning, "train", train)
     return settings
@@ -302,7 +304,7 @@ def test_search_resumes_choice_of_settings(tmp_path: Path, trainings: list[Train
 def test_search_ends_if_base_always_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that cannot be trained at any rate ends the search with the reason."""
 
-    def diverge(*_: Any) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
         raise SearchError("training diverged in epoch 1.")
 
     images, space = write_images(tmp_path / "images"), write_space(tmp_path)

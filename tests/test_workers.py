@@ -73,7 +73,7 @@ class FaultInjector(Listener):
 
 
 def essence(outcome: Outcome) -> list[tuple[object, ...]]:
-    return [(r.number, r.state, dict(r.assignment), r.digest, r.top1, r.loss, r.timing) for r in outcome.records]
+    return [(r.number, r.state, dict(r.assignment), r.digest, r.metric, r.loss, r.timing) for r in outcome.records]
 
 
 def scores(tmp_path: Path) -> list[dict[str, object]]:

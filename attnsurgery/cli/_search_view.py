@@ -69,7 +69,8 @@ class PlainView(Listener):
         self._print(f"latency  {conditions}")
         self._print(f"space    {candidates:,} candidates")
         self._print(f"base     {_ms(base.timing)}  {_scores(base, 0)}")
-        self._print(f"power    {power}")
+        if power:
+            self._print(f"power    {power}")
 
     def trial_finished(self, record: Record, trained: int, total: int) -> None:
         if record.state in _HIDDEN:
@@ -148,7 +149,8 @@ class LiveView(_Activity):
             self._console.print(Text(line))
 
     def ready(self, conditions: str, data: str, candidates: int, base: Record, power: str) -> None:
-        self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates", f"power    {power}"]
+        self._facts = [f"data     {data}", f"latency  {conditions}; {candidates:,} candidates"]
+        self._facts += [f"power    {power}"] if power else []
         self._base = base
 
     def trial_started(self, number: int, name: str) -> None:
@@ -215,7 +217,7 @@ def print_outcome(outcome: Outcome) -> None:
     if winner is None:
         return
     rows = [_row("base", outcome.base), _row("winner", winner)]
-    print_table(["", "latency", "val top-1", "val loss", "parameters"], rows)
+    print_table(["", "latency", f"val {outcome.about.metric}", "val loss", "parameters"], rows)
     lines = [f"winner     {winner.describe()}"]
     if outcome.trust:
         lines.append(f"supernet   {outcome.trust.sentence()}")
@@ -323,7 +325,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def _row(name: str, record: Record) -> tuple[str, ...]:
-    scores = _top1(record, record.reached), _loss(record, record.reached)
+    scores = _metric(record, record.reached), _loss(record, record.reached)
     return name, _ms(record.timing), *scores, f"{record.parameters or 0:,}"
 
 
@@ -342,13 +344,13 @@ def _ms(timing: Timing | None) -> str:
 
 def _scores(record: Record, rung: int) -> str:
     """Both scores on one rung; '-' if the candidate was not trained."""
-    return f"{_top1(record, rung)}  loss {_loss(record, rung)}" if record.top1 is not None else "-"
+    return f"{_metric(record, rung)}  loss {_loss(record, rung)}" if record.metric is not None else "-"
 
 
-def _top1(record: Record, rung: int) -> str:
+def _metric(record: Record, rung: int) -> str:
     """Top-1, with balanced accuracy if classes are of different sizes."""
     balanced = record.balanced_on(rung)
-    return _percent(record.top1_on(rung)) + ("" if balanced is None else f" (balanced {_percent(balanced)})")
+    return _percent(record.metric_on(rung)) + ("" if balanced is None else f" (balanced {_percent(balanced)})")
 
 
 def _loss(record: Record, rung: int) -> str:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from attnsurgery.catalog import Catalog
+from attnsurgery.data.batches import Split
+from attnsurgery.data.load import Data
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate.batches import Split
-from attnsurgery.evaluate.data import Data
+from attnsurgery.tasks import Criterion, Evaluation, Task
+from attnsurgery.tasks.classification import Classification
 
 SplitName = Literal["val", "test"]
 
@@ -87,18 +89,33 @@ class Watch:
 class Score:
     """Results of a model on one split after its training."""
 
-    top1: float
-    """Top-1 accuracy, 0 to 1."""
+    metric: float
+    """The metric of the task, such as top-1 accuracy, 0 to 1."""
     loss: float
-    """Mean cross-entropy without label smoothing, at the temperature where it is smallest."""
+    """The mean loss of the task, such as the cross-entropy at the temperature where it is smallest."""
     seconds: float
     """Time that training and evaluation took."""
     epochs: int
     """Number of epochs of the training."""
-    correct: torch.Tensor = field(repr=False, compare=False)
-    """Whether each image is predicted correctly, for paired tests: booleans (N,) in the order of the split."""
+    values: torch.Tensor = field(repr=False, compare=False)
+    """A value for each image, whose mean is the metric, for paired tests: (N,) in the order of the split. Booleans
+    where each image is right or wrong."""
     balanced: float | None = None
-    """Balanced accuracy, the mean of the accuracies of all classes; None where the classes are balanced."""
+    """Balanced accuracy, the mean of the accuracies of all classes; None where the classes are balanced, or where it is
+    the metric."""
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, seconds: float, epochs: int, data: Data) -> Score:
+        """The score of a trained model.
+
+        Args:
+            evaluation: of the model.
+            seconds: time that training and evaluation took.
+            epochs: of the training.
+            data: tells whether classes differ in size.
+        """
+        balanced = evaluation.balanced if data.unbalanced else None
+        return cls(evaluation.metric, evaluation.loss, seconds, epochs, evaluation.values, balanced)
 
 
 class Evaluator(ABC):
@@ -119,6 +136,7 @@ class Evaluator(ABC):
     Args:
         data: the three splits.
         settings: how models are trained.
+        task: the loss and the metric; by default classification and top-1.
     """
 
     final = True
@@ -128,16 +146,22 @@ class Evaluator(ABC):
     unaugmented = ""
     """When the training images are not augmented, whatever `--augment` says, for the report; empty for never."""
 
-    def __init__(self, data: Data, settings: TrainSettings) -> None:
+    def __init__(self, data: Data, settings: TrainSettings, task: Task | None = None) -> None:
         self.data = data
         self.settings = settings
+        self.task = task or Classification()
+
+    @property
+    def criterion(self) -> Criterion:
+        """The loss that trains a model."""
+        return self.task.criterion(self.settings.label_smoothing)
 
     @abstractmethod
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         """Train `model` in place, then evaluate it on a split.
 
         Args:
-            model: a classifier for the classes of the data.
+            model: of the task, with an output for each class of the data.
             seed: of the training: order and augmentation of images, dropout.
             on: the split to evaluate on.
             watch: callbacks.
@@ -151,4 +175,6 @@ class Evaluator(ABC):
         return self.data.val if name == "val" else self.data.test
 
 
-EVALUATORS: Catalog[Evaluator] = Catalog("evaluator", "attnsurgery.evaluate", group="attnsurgery.evaluators")
+EVALUATORS: Catalog[Evaluator] = Catalog(
+    "evaluator", "attnsurgery.evaluate", group="attnsurgery.evaluators", base=Evaluator
+)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from attnsurgery.data.batches import Batch, Split
+from attnsurgery.data.memory import allocate_for, halve_until_it_fits, to_device
 from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, TrainSettings, Watch
-from attnsurgery.evaluate.batches import Batch, Split
 from attnsurgery.evaluate.channels_last import ChannelsLast
-from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.evaluate.finetune import evaluate, train
 from attnsurgery.evaluate.frozen import train_only
-from attnsurgery.evaluate.memory import allocate_for, halve_until_it_fits, to_device
 from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.prefix import Prefix
 
@@ -51,8 +51,8 @@ class BlocksOnly(Evaluator):
             size = 0 if prefix is None else prefix.features(images[:1]).nbytes
         with train_only(blocks_and_norms(model), model):
             if prefix is None or size * (len(self.data.train) + len(evaluated)) > MAX_FEATURE_BYTES:
-                train(model, self.data.train, settings, seed, watch)
-                top1, loss, correct_N = accuracy(model, evaluated, settings, watch=watch)
+                train(model, self.data.train, settings, seed, watch, criterion=self.criterion)
+                evaluation = evaluate(model, evaluated, settings, self.task, watch=watch)
             else:
                 shape = images.shape[1:]
 
@@ -61,11 +61,11 @@ class BlocksOnly(Evaluator):
                         logits: torch.Tensor = model(features_B.new_zeros(()).expand(len(features_B), *shape))
                     return logits
 
-                train(model, FeatureSplit(self.data.train, prefix, settings, watch), settings, seed, watch, forward)
+                train_split = FeatureSplit(self.data.train, prefix, settings, watch)
+                train(model, train_split, settings, seed, watch, forward, self.criterion)
                 features_split = FeatureSplit(evaluated, prefix, settings, watch)
-                top1, loss, correct_N = accuracy(model, features_split, settings, forward, watch)
-        balanced = self.data.balanced(evaluated, correct_N)
-        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
+                evaluation = evaluate(model, features_split, settings, self.task, forward, watch)
+        return Score.of(evaluation, time.perf_counter() - start, self.settings.epochs, self.data)
 
 
 class FeatureSplit(Split):

@@ -19,16 +19,16 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-from torch.nn import functional as F
 
+from attnsurgery.data.batches import Split
+from attnsurgery.data.memory import free_memory, halve_until_it_fits
 from attnsurgery.errors import SearchError
 from attnsurgery.evaluate._base import EVALUATORS, Epoch, Evaluator, Score, SplitName, TrainSettings, Watch
-from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.channels_last import ChannelsLast
-from attnsurgery.evaluate.memory import free_memory, halve_until_it_fits
 from attnsurgery.evaluate.precision import autocast, float32_as
-from attnsurgery.evaluate.temperature import calibrated_loss
 from attnsurgery.faults import Fault, fault_of
+from attnsurgery.tasks import Criterion, Evaluation, Task
+from attnsurgery.tasks.classification import Classification
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 _EVAL_BATCH = 256
@@ -43,10 +43,9 @@ class FineTune(Evaluator):
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
         start = time.perf_counter()
-        train(model, self.data.train, self.settings, seed, watch)
-        top1, loss, correct_N = accuracy(model, self.split(on), self.settings, watch=watch)
-        balanced = self.data.balanced(self.split(on), correct_N)
-        return Score(top1, loss, time.perf_counter() - start, self.settings.epochs, correct_N, balanced)
+        train(model, self.data.train, self.settings, seed, watch, criterion=self.criterion)
+        evaluation = evaluate(model, self.split(on), self.settings, self.task, watch=watch)
+        return Score.of(evaluation, time.perf_counter() - start, self.settings.epochs, self.data)
 
 
 def train(
@@ -56,6 +55,7 @@ def train(
     seed: int,
     watch: Watch | None = None,
     forward: Forward | Sequence[Forward] | None = None,
+    criterion: Criterion | None = None,
 ) -> None:
     """Train the parameters of `model` that require a gradient, in place; it ends in eval mode.
 
@@ -70,6 +70,7 @@ def train(
         watch: callbacks.
         forward: maps a batch of the split to logits; by default the model itself. With several, each is applied to
             every batch, and a step follows the mean of their gradients.
+        criterion: the loss; by default the cross-entropy.
 
     Raises:
         SearchError: training diverged: the loss is infinite or NaN.
@@ -90,6 +91,7 @@ def train(
         t_in_epochs=False,
     )
     forwards = forward if isinstance(forward, Sequence) else [forward or model]
+    criterion = criterion or Classification().criterion(settings.label_smoothing)
     model.train()
     with (
         torch.random.fork_rng(devices=_cuda_devices(settings.device)),
@@ -99,7 +101,7 @@ def train(
         pieces = min(settings.pieces, max(1, settings.batch_size // _MIN_PIECE))
         average = _average_of(model, settings, total)
         run = _Run(
-            model, forwards, split, settings, optimizer, schedule, seed, watch or Watch(), layout, pieces, average
+            model, forwards, criterion, split, settings, optimizer, schedule, seed, watch, layout, pieces, average
         )
         torch.manual_seed(seed)  # dropout and stochastic depth draw from here
         for epoch in range(settings.epochs):
@@ -149,6 +151,7 @@ class _Run:
 
     model: nn.Module
     forwards: Sequence[Forward]
+    criterion: Criterion
     split: Split
     settings: TrainSettings
     optimizer: torch.optim.Optimizer
@@ -170,9 +173,9 @@ class _Run:
         settings, split = self.settings, self.split
         total, count = torch.zeros((), device=settings.device), 0
         step = epoch * max(1, len(split) // min(settings.batch_size, len(split)))
-        for x_BCHW, labels_B in split.train_batches(settings.batch_size, settings.device, self.seed, epoch):
+        for x_BCHW, targets_B in split.train_batches(settings.batch_size, settings.device, self.seed, epoch):
             self.watch.step()
-            total += self._gradients(x_BCHW, labels_B)
+            total += self._gradients(x_BCHW, targets_B)
             if settings.grad_clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
             self.optimizer.step()
@@ -188,40 +191,41 @@ class _Run:
             )
         return mean
 
-    def _gradients(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    def _gradients(self, x_BCHW: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
         """Compute the gradients of the mean loss of a batch, in as many parts as memory requires; returns the loss."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._in_pieces(x_BCHW, labels_B)
+                return self._in_pieces(x_BCHW, targets_B)
             except Exception as error:
                 lacking = fault_of(error) is Fault.OUT_OF_MEMORY
-                if not lacking or len(labels_B) // (2 * self.pieces) < _MIN_PIECE:
+                if not lacking or len(targets_B) // (2 * self.pieces) < _MIN_PIECE:
                     raise
             self.pieces *= 2  # after the handler, whose traceback keeps tensors alive
             free_memory()
-            self.watch.accumulating(math.ceil(len(labels_B) / self.pieces))
+            self.watch.accumulating(math.ceil(len(targets_B) / self.pieces))
 
-    def _in_pieces(self, x_BCHW: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), device=labels_B.device)
-        pieces = zip(x_BCHW.tensor_split(self.pieces), labels_B.tensor_split(self.pieces), strict=True)
-        for (x_PCHW, labels_P), forward in itertools.product(pieces, self.forwards):
+    def _in_pieces(self, x_BCHW: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=targets_B.device)
+        pieces = zip(x_BCHW.tensor_split(self.pieces), targets_B.tensor_split(self.pieces), strict=True)
+        for (x_PCHW, targets_P), forward in itertools.product(pieces, self.forwards):
             with autocast(self.settings):
-                logits_PK = self.layout.run(forward, x_PCHW)
-                loss = F.cross_entropy(logits_PK.float(), labels_P, label_smoothing=self.settings.label_smoothing)
-            loss = loss * (len(labels_P) / len(labels_B) / len(self.forwards))
+                outputs_P = self.layout.run(forward, x_PCHW)
+                loss = self.criterion(outputs_P.float(), targets_P)
+            loss = loss * (len(targets_P) / len(targets_B) / len(self.forwards))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
 
-def accuracy(
+def evaluate(
     model: nn.Module,
     split: Split,
     settings: TrainSettings,
+    task: Task | None = None,
     forward: Forward | None = None,
     watch: Watch | None = None,
-) -> tuple[float, float, torch.Tensor]:
+) -> Evaluation:
     """Evaluate a model on a split.
 
     Where a batch does not fit into memory, the remaining images are processed in batches of half the size.
@@ -230,30 +234,24 @@ def accuracy(
         model: put into eval mode.
         split: the images.
         settings: device, memory format and precision.
-        forward: maps a batch of the split to logits; by default the model itself.
+        task: judges the outputs; by default classification by top-1.
+        forward: maps a batch of the split to outputs; by default the model itself.
         watch: its `step` is called before each batch.
-
-    Returns:
-        Top-1 accuracy from 0 to 1, the mean cross-entropy after a temperature is fitted (`calibrated_loss`), and
-        whether each image is predicted correctly: booleans (N,).
 
     Raises:
         SearchError: the model's outputs are not finite.
         torch.OutOfMemoryError: one image at a time does not fit.
     """
-    logits: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
+    task, batches = task or Classification(), []
 
-    def collect(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
-        logits.append(logits_BK.cpu())
-        labels.append(labels_B.cpu())
+    def collect(outputs_B: torch.Tensor, targets_B: torch.Tensor) -> None:
+        batches.append(task.statistics(outputs_B, targets_B))
 
     _predict(model, split, settings, collect, forward, watch)
-    logits_NK, labels_N = torch.cat(logits), torch.cat(labels)
-    correct_N, loss = logits_NK.argmax(dim=1) == labels_N, calibrated_loss(logits_NK, labels_N)
-    if not math.isfinite(loss):
+    evaluation = task.evaluate(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    if not math.isfinite(evaluation.loss):
         raise SearchError("the trained model's outputs are not finite numbers. A smaller learning rate may help.")
-    return float(correct_N.float().mean()), loss, correct_N
+    return evaluation
 
 
 def answers(model: nn.Module, split: Split, settings: TrainSettings, watch: Watch | None = None) -> torch.Tensor:
@@ -273,18 +271,18 @@ def _predict(
     forward: Forward | None,
     watch: Watch | None,
 ) -> None:
-    """Call `collect` with the logits and labels of all images, in batches that fit into memory."""
+    """Call `collect` with the outputs and targets of all images, in batches that fit into memory."""
     model.to(settings.device).eval()
     watch, count = watch or Watch(), 0
 
     def process(size: int) -> None:
         nonlocal count
-        for x_BCHW, labels_B in split.eval_batches(size, settings.device, count):
+        for x_BCHW, targets_B in split.eval_batches(size, settings.device, count):
             watch.step()
             with autocast(settings):
-                logits_BK = layout.run(forward or model, x_BCHW).float()
-            collect(logits_BK, labels_B)
-            count += len(labels_B)
+                outputs_B = layout.run(forward or model, x_BCHW).float()
+            collect(outputs_B, targets_B)
+            count += len(targets_B)
 
     with (
         ChannelsLast(model, settings.device, settings.channels_last) as layout,

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgery.data.batches import Split
 from attnsurgery.evaluate._base import TrainSettings, Watch
-from attnsurgery.evaluate.batches import Split
 from attnsurgery.evaluate.finetune import train
 from attnsurgery.evaluate.frozen import train_only
 

@@ -15,14 +15,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnsurgery.evaluate.memory import halve_until_it_fits
+from attnsurgery.data.memory import halve_until_it_fits
+from attnsurgery.tasks import Criterion
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
-def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor, pieces: int = 1) -> float:
-    """Euclidean norm of the gradient of the cross-entropy over all parameters, from one batch, in eval mode.
+def grad_norm(
+    model: nn.Module,
+    x_BCHW: torch.Tensor,
+    targets_B: torch.Tensor,
+    pieces: int = 1,
+    criterion: Criterion = F.cross_entropy,
+) -> float:
+    """Euclidean norm of the gradient of the loss over all parameters, from one batch, in eval mode.
 
     A batch that does not fit into memory is split, with accumulated gradients, which gives the same gradient.
 
@@ -31,10 +38,11 @@ def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor, pi
     for lightweight NAS", ICLR 2021, section 3.2.
 
     Args:
-        model: a classifier; its training flag is restored.
+        model: its training flag is restored.
         x_BCHW: images, normalised.
-        labels_B: their classes.
+        targets_B: what the outputs should be, such as classes.
         pieces: number of parts that the batch is split into, where memory is known to be short.
+        criterion: the loss; by default the cross-entropy.
 
     Raises:
         torch.OutOfMemoryError: one image at a time does not fit.
@@ -44,7 +52,7 @@ def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor, pi
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         gradients = halve_until_it_fits(
-            lambda size: _gradients(model, parameters, x_BCHW, labels_B, size), len(labels_B), pieces
+            lambda size: _gradients(model, parameters, x_BCHW, targets_B, size, criterion), len(targets_B), pieces
         )
     finally:
         model.train(training)
@@ -53,13 +61,18 @@ def grad_norm(model: nn.Module, x_BCHW: torch.Tensor, labels_B: torch.Tensor, pi
 
 
 def _gradients(
-    model: nn.Module, parameters: list[nn.Parameter], x_BCHW: torch.Tensor, labels_B: torch.Tensor, size: int
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    x_BCHW: torch.Tensor,
+    targets_B: torch.Tensor,
+    size: int,
+    criterion: Criterion,
 ) -> list[torch.Tensor | None]:
     """The gradient of the batch's mean loss for each parameter, from at most `size` images at a time."""
     total: list[torch.Tensor | None] = [None] * len(parameters)
     with torch.enable_grad():
-        for x_PCHW, labels_P in zip(torch.split(x_BCHW, size), torch.split(labels_B, size), strict=True):
-            loss = F.cross_entropy(model(x_PCHW).float(), labels_P) * (len(labels_P) / len(labels_B))
+        for x_PCHW, targets_P in zip(torch.split(x_BCHW, size), torch.split(targets_B, size), strict=True):
+            loss = criterion(model(x_PCHW).float(), targets_P) * (len(targets_P) / len(targets_B))
             for index, gradient in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
                 existing = total[index]
                 total[index] = gradient if existing is None or gradient is None else existing + gradient

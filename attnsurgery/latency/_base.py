@@ -335,7 +335,9 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
-LATENCY: Catalog[LatencyBackend] = Catalog("latency backend", "attnsurgery.latency", group="attnsurgery.latency")
+LATENCY: Catalog[LatencyBackend] = Catalog(
+    "latency backend", "attnsurgery.latency", group="attnsurgery.latency", base=LatencyBackend
+)
 
 
 def backend_for(conditions: Conditions, name: str | None = None, effort: Effort | None = None) -> LatencyBackend:

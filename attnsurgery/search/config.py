@@ -44,6 +44,7 @@ def _summaries(entries: Iterable[Declaration]) -> str:
 
 
 # the catalogs themselves would import torch and Optuna, which takes seconds
+_TASKS = declarations("attnsurgery.tasks", "attnsurgery.tasks")
 _SAMPLERS = _ordered(declarations("attnsurgery.samplers", "attnsurgery.samplers"), "additive", "tpe")
 _EVALUATORS = [
     *_ordered(declarations("attnsurgery.evaluate", "attnsurgery.evaluators"), "finetune"),
@@ -89,6 +90,16 @@ class SearchConfig(Strict):
         Field(description="Image folder, or a name such as hfds/cifar10; embedded data: pairs and digits."),
         Setting(MODEL, default="the embedded pairs", may_change=True),
     ] = None
+    task: Annotated[
+        str,
+        Field(description="What models are trained for, or a class of your own as 'module:Class'."),
+        Setting(MODEL, metavar=_names(_TASKS)),
+    ] = "classification"
+    metric: Annotated[
+        str | None,
+        Field(description="What models are judged by: top1, balanced (accuracy) or f1 for classification."),
+        Setting(MODEL, metavar="NAME", default="the task's first: top1"),
+    ] = None
     input_size: Annotated[
         ImageSize | None,
         Field(description="Height and width of the images, in pixels: 96, or 96x128 with the height first."),
@@ -133,7 +144,7 @@ class SearchConfig(Strict):
     ] = "additive"
     rank_by: Annotated[
         RankBy, Field(description="What orders candidates on the validation images."), Setting(CHOOSING)
-    ] = "top1"
+    ] = "metric"
     rungs: Annotated[
         str,
         Field(
@@ -165,7 +176,9 @@ class SearchConfig(Strict):
     ] = 8
     difference: Annotated[
         float,
-        Field(ge=0, lt=100, description="Smallest gain that matters, in points of top-1: the verdict looks for it."),
+        Field(
+            ge=0, lt=100, description="Smallest gain that matters, in points of the metric: the verdict looks for it."
+        ),
         Setting(CHOOSING, metavar="POINTS", may_change=True),
     ] = 0.5
     reliability: Annotated[

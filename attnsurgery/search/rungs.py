@@ -87,7 +87,9 @@ FEWEST_REPEATS = 4
 
 def _check_evaluator(evaluator: str, option: str) -> str:
     names = sorted([*EVALUATORS, SUPERNET])
-    if evaluator not in names:
+    if ":" in evaluator:
+        EVALUATORS[evaluator]  # raises where it cannot be imported
+    elif evaluator not in names:
         raise UnknownNameError(
             f"{option}: there is no evaluator {evaluator!r}.{did_you_mean(evaluator, names)} Known: {', '.join(names)}."
         )

@@ -125,7 +125,7 @@ class Tuned:
 
 
 Results = Mapping[str, Mapping[str, Any]]
-"""Results of attempts by their keys: `top1` and `loss` on the validation images, or why the training `failed`."""
+"""Results of attempts by their keys: `metric` and `loss` on the validation images, or why the training `failed`."""
 
 
 class Tuning:
@@ -314,18 +314,18 @@ def expected_trainings(config: SearchConfig, plain: bool = False) -> float:
 
 def _best(attempts: Sequence[Attempt], results: Results) -> Attempt | None:
     """The attempt with the highest top-1, of equal ones that with the lower loss; None if none has succeeded."""
-    finished = [attempt for attempt in attempts if "top1" in results.get(attempt.key, {})]
+    finished = [attempt for attempt in attempts if "metric" in results.get(attempt.key, {})]
     return max(finished, key=lambda attempt: _rank(results[attempt.key]), default=None)
 
 
 def _rank(result: Mapping[str, Any]) -> tuple[float, float]:
-    return result["top1"], -result["loss"]
+    return result["metric"], -result["loss"]
 
 
 def _gains(longer: Attempt, shorter: Attempt, results: Results) -> bool:
     """Whether a longer training has gained enough to be worth its time."""
     one, other = results.get(longer.key, {}), results.get(shorter.key, {})
-    if "top1" not in one or "top1" not in other:
-        return "top1" in one
+    if "metric" not in one or "metric" not in other:
+        return "metric" in one
     falls = one["loss"] <= (1 - LOSS_MARGIN) * other["loss"]
-    return bool(one["top1"] - other["top1"] >= MARGIN and falls)
+    return bool(one["metric"] - other["metric"] >= MARGIN and falls)

@@ -42,9 +42,9 @@ def train_contestants(bench: Bench, recipes: Recipes, seeds: int, path: Path) ->
             score = bench.final_evaluator.score(
                 _build_contestant(bench, recipe), seed_of(bench.config.seed, "contest", seed), on="test"
             )
-            packed[key] = np.packbits(score.correct.numpy()).tobytes().hex()
-            journal.append({"digest": key[0], "seed": seed, "name": name, "top1": score.top1, "right": packed[key]})
-            print(f"{name}, seed {seed + 1} of {seeds}: {100 * score.top1:.2f} %", flush=True)
+            packed[key] = np.packbits(score.values.numpy()).tobytes().hex()
+            journal.append({"digest": key[0], "seed": seed, "name": name, "top1": score.metric, "right": packed[key]})
+            print(f"{name}, seed {seed + 1} of {seeds}: {100 * score.metric:.2f} %", flush=True)
     images = len(bench.data.test)
     return {
         name: [_unpack(packed[_digest(recipe), seed], images) for seed in range(seeds)]
@@ -118,7 +118,7 @@ def _comparison(first: Correct, second: Correct) -> dict[str, Any]:
     second_SN, first_SN = (torch.stack(rights).numpy() for rights in (second, first))
     verdict = compare_on_test("", second_SN, first_SN, 0)
     return {
-        "gain": verdict.winner_top1 - verdict.base_top1,
+        "gain": verdict.winner_metric - verdict.base_metric,
         "gains": [
             float(first_N.float().mean() - second_N.float().mean())
             for first_N, second_N in zip(first, second, strict=True)

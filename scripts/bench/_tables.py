@@ -24,9 +24,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from attnsurgery.blocks import Start
-from attnsurgery.evaluate import Data, TrainSettings, fit_head, load_data
-from attnsurgery.evaluate.finetune import accuracy, train
-from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.data import Data, load_data
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.evaluate import TrainSettings, fit_head
+from attnsurgery.evaluate.finetune import evaluate, train
 from attnsurgery.graph.find import survey
 from attnsurgery.recipe.build import resolve
 from attnsurgery.recipe.schema import Edit, Recipe
@@ -76,6 +77,8 @@ class Setup:
     channels: tuple[int, ...] = ()
     """Channels of the four stages; () for those of the base."""
     start: Start = "identity"
+    seeds: int = 2
+    """Number of trainings of each candidate, from seeds 0, 1, 2 ..."""
     latencies: str = ""
     """The setup whose latencies hold for this one, because its networks and images are the same; '' for its own."""
 
@@ -89,6 +92,7 @@ STRIP = Setup(
     lr=3e-3,
     new_lr_scale=1.0,
     batch_size=64,
+    seeds=4,
 )
 SETUPS = {
     "pretrained": Setup(base_epochs=8),
@@ -222,7 +226,7 @@ def start_of(setup: Setup, data: Data, folder: Path) -> nn.Module:
         train(model, data.first.train, settings, seed=99)
         model.reset_classifier(data.num_classes)  # type: ignore[operator]
         fit_head(model, data.train, replace(settings, epochs=2), 99)
-    top1, _, _ = accuracy(model, data.val, settings)
+    top1 = evaluate(model, data.val, settings).metric
     print(f"base: {100 * top1:.2f} % after {setup.base_epochs} epochs", flush=True)
     part = path.with_suffix(f".{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()}, part)

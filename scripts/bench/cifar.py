@@ -36,7 +36,7 @@ def main() -> None:
     ]
     outcome = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     confirmation = outcome["confirmation"]
-    fields = ("number", "state", "top1", "parameters", "timing", "assignment")
+    fields = ("number", "state", "metric", "parameters", "timing", "assignment")
     rows = [{key: row[key] for key in fields} for row in outcome["front"]]
     path = write(
         "cifar",
@@ -53,8 +53,8 @@ def main() -> None:
     )
     print(f"written {path}")
     print(
-        f"{confirmation['verdict']}: test top-1 {100 * confirmation['winner_top1']:.2f} % against "
-        f"{100 * confirmation['base_top1']:.2f} % of the base, p = {confirmation['p_value']:.3g}"
+        f"{confirmation['verdict']}: test top-1 {100 * confirmation['winner_metric']:.2f} % against "
+        f"{100 * confirmation['base_metric']:.2f} % of the base, p = {confirmation['p_value']:.3g}"
     )
 
 

@@ -81,7 +81,7 @@ def time_asks(folder: Path, asks: int) -> list[float]:
             assignment=candidate.assignment,
             digest=recipe.digest() if recipe else "",
             timing=Timing(ms, ms - 0.02, ms + 0.02, ms / 8.0),
-            top1=float(top1) if ms <= 10.0 else None,
+            metric=float(top1) if ms <= 10.0 else None,
             loss=float(1 - top1) if ms <= 10.0 else None,
         )
         finished = store.finish(record)

@@ -25,13 +25,15 @@ from _tables import ROOT, SETUPS, SITES, TABLE, build_candidate, data_of, settin
 from samplers import Table
 from table import CHOSEN_SETUP
 
-from attnsurgery.evaluate import EVALUATORS, Data
+from attnsurgery.data import Data
+from attnsurgery.evaluate import EVALUATORS
 from attnsurgery.evaluate.proxies import grad_norm, synflow
 from attnsurgery.graph.find import survey
 from attnsurgery.search.execution.scorers import Alone, Candidate, Scorer, Shared
 from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.result.statistics import kendall_tau_b
 from attnsurgery.surgery.verify import count_macs
+from attnsurgery.tasks.classification import Classification
 
 RUNGS = (("blocks", 1), ("blocks", 4), ("finetune", 1), ("finetune", 2))
 SUPERNETS = (4, 16)
@@ -51,7 +53,8 @@ def scorers(table: Table, data: Data, base: torch.nn.Module, folder: Path) -> di
         torch.manual_seed(SEED)
         supernet = Supernet(base, table.space, survey(base, SETUP.size))
         path = folder / f"supernet-{epochs}.safetensors"
-        scorers_by_name[f"supernet:{epochs}"] = Shared(supernet, base, data, replace(settings, epochs=epochs), path)
+        settings_of_it = replace(settings, epochs=epochs)
+        scorers_by_name[f"supernet:{epochs}"] = Shared(supernet, base, data, settings_of_it, Classification(), path)
     return scorers_by_name
 
 
@@ -69,7 +72,7 @@ def score_candidate(scorer: Scorer, base: torch.nn.Module, picks: Picks) -> dict
     start = time.process_time()
     assignment = dict(zip(SITES, picks, strict=True))
     score = scorer.score(Candidate(build_candidate(base, picks, SEED, SETUP), assignment), SEED)
-    return {"val": score.top1, "val_loss": score.loss, "cpu_seconds": time.process_time() - start}
+    return {"val": score.metric, "val_loss": score.loss, "cpu_seconds": time.process_time() - start}
 
 
 def run(options: argparse.Namespace, table: Table) -> list[dict[str, Any]]:

@@ -40,10 +40,10 @@ from attnsurgery.checkpoint.base import build_base
 from attnsurgery.checkpoint.directory import write_directory
 from attnsurgery.latency import Effort
 from attnsurgery.search import Outcome, SearchConfig
-from attnsurgery.search.coordinator.compare import right_of
 from attnsurgery.search.execution.assemble import assemble
 from attnsurgery.search.files import Journal
 from attnsurgery.search.listener import Listener
+from attnsurgery.search.result.answers import values_of
 from attnsurgery.search.result.sequential import Design, look_at
 from attnsurgery.search.rivals import Rival
 
@@ -115,7 +115,7 @@ def answers_of(folder: Path) -> dict[str, npt.NDArray[np.bool_]]:
     rights: dict[str, dict[int, npt.NDArray[np.bool_]]] = {}
     for key, result in facts[-1].items():
         if (match := _TRAINING.fullmatch(key)) and "right" in result:
-            rights.setdefault(match["name"], {})[int(match["seed"])] = right_of(result)
+            rights.setdefault(match["name"], {})[int(match["seed"])] = values_of(result)
     return {name: np.stack([by_seed[seed] for seed in sorted(by_seed)]) for name, by_seed in rights.items()}
 
 
@@ -149,7 +149,7 @@ def figures_of(searches: list[Row]) -> Row:
             "verdict": row["verdict"],
             "best_use_of_budget": row.get("best_use_of_budget", ""),
             "options": {
-                option["name"]: [option["top1"], option["gain"], option["low"], option["high"]]
+                option["name"]: [option["metric"], option["gain"], option["low"], option["high"]]
                 for option in row.get("options", ())
             },
             "blocks_over_size": row.get("blocks_over_size"),

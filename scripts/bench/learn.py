@@ -31,10 +31,10 @@ from torch.nn import functional as F
 
 import attnsurgery
 from attnsurgery.blocks._base import check_options
+from attnsurgery.data.batches import Split
+from attnsurgery.data.load import Data, load_data
+from attnsurgery.data.preprocess import Preprocessing
 from attnsurgery.errors import AttnSurgeryError
-from attnsurgery.evaluate.batches import Split
-from attnsurgery.evaluate.data import Data, load_data
-from attnsurgery.evaluate.preprocess import Preprocessing
 from attnsurgery.surgery.operate import grafted_blocks
 
 SIZE = (3, 32, 32)

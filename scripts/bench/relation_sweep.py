@@ -11,7 +11,7 @@ the two digits, and `reach` the width of the receptive field; at a gap of at lea
 feature map depends on both.
 
 A call adds the missing trainings of its grid to docs/benchmarks/relation-sweep.json, and prints a table of all: test
-accuracy at the learning rate with the best validation accuracy, mean and range over seeds.
+accuracy at the learning rate with the best validation evaluate, mean and range over seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch import nn
 
 import attnsurgery  # noqa: F401  (registers test_resnet_deeper)
 from attnsurgery import operate
-from attnsurgery.evaluate import Data, Preprocessing, TrainSettings, accuracy, fit_head, load_data, train
+from attnsurgery.data import Data, Preprocessing, load_data
+from attnsurgery.evaluate import TrainSettings, evaluate, fit_head, train
 
 NAME = "relation-sweep"
 HEIGHT = 8
@@ -103,7 +104,7 @@ def row_of(key: Row, data: Data, starts: dict[str, dict[str, torch.Tensor]], opt
     train(model, data.train, settings, seed)
     seconds = time.process_time() - start
     parts = {"train": data.train, "val": data.val, "test": data.test}
-    scores = {name: round(accuracy(model, part, settings)[0], 4) for name, part in parts.items()}
+    scores = {name: round(evaluate(model, part, settings).metric, 4) for name, part in parts.items()}
     return {**key, **scores, "cpu_seconds": round(seconds, 1)}
 
 

@@ -6,8 +6,8 @@
 A search is simulated on a table of docs/benchmarks/table (see table.py): latency and scores are looked up instead of
 measured and trained, and everything else is the search's own code (attnsurgery.search.storage.store). The budget is the
 median latency of all candidates. A sampler gets the validation scores of one seed, and the candidate with the best
-top-1 of these is chosen, as in a search. The choice is judged by the test top-1 of the same candidate from the other
-seed, so that luck in one training does not count.
+top-1 of these is chosen, as in a search. The choice is judged by the mean test top-1 of the same candidate from the
+other seeds, so that luck in one training does not count.
 
 Figures: test top-1 in points over the base after 8, 16, 32 and 64 trained candidates, with the difference from the
 additive sampler, its 95 % interval over repeats and the p-value of a paired two-sided Wilcoxon test; the number of
@@ -143,18 +143,24 @@ class Table:
         variables = [Variable(site, (site,), choices(site)) for site in self.sites]
         return BoundSpace("table", "test_resnet", tuple(variables), None)
 
-    def gain(self, picks: tuple[str, ...], seed: int) -> float:
-        """The score from a seed, less that of the base."""
-        return self.scores[picks][seed] - self.scores[self.base][seed]
+    @cached_property
+    def seeds(self) -> int:
+        """Number of trainings that every candidate has."""
+        return min(map(len, self.scores.values()))
+
+    def gain(self, picks: tuple[str, ...], search_seed: int) -> float:
+        """The mean score from all seeds but that of the search, less that of the base."""
+        others = [seed for seed in range(self.seeds) if seed != search_seed]
+        return float(np.mean([self.scores[picks][seed] - self.scores[self.base][seed] for seed in others]))
 
 
 def simulate(table: Table, sampler: str, repeat: int) -> list[tuple[str, ...]]:
     """The candidates that a search would train, in order."""
-    seed = repeat % 2
+    seed = repeat % table.seeds
     budgets = Budgets({"latency": table.budget})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), optuna.storages.InMemoryStorage(), table.space, budgets, repeat, sampler)
-        store.fix("base", {"record": Record(-1, "trained", top1=table.val[table.base][seed]).as_dict()})
+        store.fix("base", {"record": Record(-1, "trained", metric=table.val[table.base][seed]).as_dict()})
         records: list[Record] = []
         while len(trained(records)) < TRAINED and len(records) < _MAX_ASKS * TRAINED:
             candidate = store.ask(records, table.space.places)
@@ -170,22 +176,22 @@ def _look_up(table: Table, number: int, assignment: Mapping[str, str], seed: int
     digest, ms = recipe.digest() if recipe else "", table.ms[picks]
     timing = Timing(ms, ms, ms, 1.0)
     top1, loss = table.val[picks][seed], table.val_loss[picks][seed]
-    record = Record(number, "trained", assignment, digest=digest, timing=timing, top1=top1, loss=loss)
+    record = Record(number, "trained", assignment, digest=digest, timing=timing, metric=top1, loss=loss)
     if not recipe or any(record_.digest == digest for record_ in records):
         known_score = top1 if ms <= table.budget else None
-        return Record(number, "duplicate", assignment, digest=digest, timing=timing, top1=known_score)
+        return Record(number, "duplicate", assignment, digest=digest, timing=timing, metric=known_score)
     if ms > table.budget:
         return Record(number, "over_budget", assignment, digest=digest, timing=timing)
     return record
 
 
 def curve(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
-    """After each trained candidate, the score from the other seed of the candidate that is the best so far."""
-    search_seed, other_seed = repeat % 2, (repeat + 1) % 2
+    """After each trained candidate, the score from the other seeds of the candidate that is the best so far."""
+    search_seed = repeat % table.seeds
     scores, best = [], table.base
     for picks in candidates:
         best = max(best, picks, key=lambda candidate: (table.val[candidate][search_seed], -table.ms[candidate]))
-        scores.append(table.gain(best, other_seed))
+        scores.append(table.gain(best, search_seed))
     return scores + scores[-1:] * (TRAINED - len(scores))
 
 
@@ -194,26 +200,26 @@ def validation_gaps(table: Table, candidates: list[tuple[str, ...]], repeat: int
 
     A sampler sees these scores and no others, so no luck of other trainings is in this.
     """
-    val = {picks: scores[repeat % 2] for picks, scores in table.val.items()}
+    val = {picks: scores[repeat % table.seeds] for picks, scores in table.val.items()}
     best = max(val[picks] for picks, ms in table.ms.items() if ms <= table.budget)
     return [best - max(val[picks] for picks in [table.base, *candidates[:mark]]) for mark in MARKS]
 
 
 def missing_hypervolumes(table: Table, candidates: list[tuple[str, ...]], repeat: int) -> list[float]:
     """At each mark, the share of the table's hypervolume that is missing from that of the candidates trained so far."""
-    other_seed = (repeat + 1) % 2
+    search_seed = repeat % table.seeds
     within = [picks for picks, ms in table.ms.items() if ms <= table.budget]
-    full = _hypervolume(table, within, other_seed)
-    return [1.0 - _hypervolume(table, candidates[:mark], other_seed) / full for mark in MARKS]
+    full = _hypervolume(table, within, search_seed)
+    return [1.0 - _hypervolume(table, candidates[:mark], search_seed) / full for mark in MARKS]
 
 
-def _hypervolume(table: Table, candidates: list[tuple[str, ...]], seed: int) -> float:
-    """The hypervolume of scores above the base and milliseconds below the budget."""
+def _hypervolume(table: Table, candidates: list[tuple[str, ...]], search_seed: int) -> float:
+    """The hypervolume of scores from the other seeds above the base and milliseconds below the budget."""
     volume, reached_ms = 0.0, 0.0
-    for picks in sorted([*candidates, table.base], key=lambda candidate: -table.gain(candidate, seed)):
+    for picks in sorted([*candidates, table.base], key=lambda candidate: -table.gain(candidate, search_seed)):
         saved_ms = table.budget - table.ms[picks]
         if saved_ms > reached_ms:
-            volume += (saved_ms - reached_ms) * max(0.0, table.gain(picks, seed))
+            volume += (saved_ms - reached_ms) * max(0.0, table.gain(picks, search_seed))
             reached_ms = saved_ms
     return volume
 

@@ -38,8 +38,9 @@ from _contest import BASE, WINNER, Recipes, conclude, entries, show, train_conte
 from attnsurgery.checkpoint.base import build_base
 from attnsurgery.checkpoint.formats import SUFFIXES
 from attnsurgery.checkpoint.weights import StateDict, read_state_dict
+from attnsurgery.data import Preprocessing, load_data
 from attnsurgery.errors import NothingFeasibleError
-from attnsurgery.evaluate import Preprocessing, TrainSettings, load_data, train
+from attnsurgery.evaluate import TrainSettings, train
 from attnsurgery.latency import Effort, Latency, LatencyBackend, backend_for
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.search import Listener, Outcome, Record, SearchConfig, run
@@ -97,11 +98,11 @@ class PrintingListener(Listener):
 
     def trial_finished(self, record: Record, trained: int, total: int) -> None:
         ms = f"{record.timing.ms:.3f} ms  " if record.timing else ""
-        scores = f"{100 * record.top1:.2f} %  loss {record.loss:.4f}  " if record.top1 is not None else ""
+        scores = f"{100 * record.metric:.2f} %  loss {record.loss:.4f}  " if record.metric is not None else ""
         print(f"  [{trained}/{total}] {ms}{scores}{record.state}  {record.describe()}", flush=True)
 
     def promoted(self, record: Record, rungs: int) -> None:
-        print(f"  trial {record.number}: {100 * (record.final_top1 or 0.0):.2f} %", flush=True)
+        print(f"  trial {record.number}: {100 * (record.final_metric or 0.0):.2f} %", flush=True)
 
 
 def convert_weights(source: Path, base: str) -> StateDict:
@@ -223,8 +224,8 @@ def search_summary(outcome: Outcome | None) -> dict[str, Any] | None:
         "seconds": outcome.seconds,
         "conditions": outcome.about.conditions,
         "candidates": outcome.about.candidates,
-        "val_top1": outcome.best.final_top1,
-        "base_val_top1": outcome.base.top1_on(outcome.best.reached),
+        "val_top1": outcome.best.final_metric,
+        "base_val_top1": outcome.base.metric_on(outcome.best.reached),
         "confirmation": outcome.confirmation.sentence(),
     }
 

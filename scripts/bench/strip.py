@@ -8,7 +8,7 @@ Each image has one embedded digit at either end, 16 pixels high, and nothing in 
 sum, so it can read both digits. Then everything is trained to answer "same digit?" on 3,000 pairs. The receptive field
 of its convolutions hardly covers both ends; an attention block covers the whole map. All candidates have the same grid
 of learning rates (for blocks and all other weights), the same lengths and the same seeds. Each candidate is evaluated
-at its best setting by validation accuracy, on test pairs whose digits are in no other split.
+at its best setting by validation evaluate, on test pairs whose digits are in no other split.
 
 Candidates: the base; SE in all branches and in the narrow slots; a non-local block at the end of stage 3; dual
 attention there; and, as a baseline, the same network with two blocks a stage and no attention, whose latency blocks
@@ -41,9 +41,9 @@ from torch import nn
 
 import attnsurgery  # noqa: F401  (makes the names known to timm)
 from attnsurgery import operate
+from attnsurgery.data.batches import Batch, Split
 from attnsurgery.evaluate import TrainSettings, train
-from attnsurgery.evaluate.batches import Batch, Split
-from attnsurgery.evaluate.finetune import accuracy
+from attnsurgery.evaluate.finetune import evaluate
 from attnsurgery.latency import Conditions, Effort, backend_for
 
 SIDE = 16
@@ -148,7 +148,7 @@ def train_job(job: dict[str, Any]) -> dict[str, Any]:
     parts = splits(key["width"], "same", options)
     train_settings = settings(key["lr"], key["epochs"], options.train_device)
     train(model, parts["train"], train_settings, key["seed"])
-    scores = {name: accuracy(model, parts[name], train_settings)[0] for name in ("train", "val", "test")}
+    scores = {name: evaluate(model, parts[name], train_settings).metric for name in ("train", "val", "test")}
     return {**key, **scores, "seconds": time.perf_counter() - start}
 
 

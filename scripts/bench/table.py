@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fully enumerated tables of trained networks: the scores of every candidate of a small space from two seeds.
+"""Fully enumerated tables of trained networks: the scores of every candidate of a small space from several seeds.
 
     scripts/bench/table.py --setup strip --pilot                      a dozen candidates: do blocks differ? minutes
     scripts/bench/table.py --setup strip                              all 256 candidates, twice; hours, resumable
@@ -56,15 +56,14 @@ from _tables import (
 )
 from torch import nn
 
-from attnsurgery.evaluate import Data
-from attnsurgery.evaluate.finetune import accuracy, train
+from attnsurgery.data import Data
+from attnsurgery.evaluate.finetune import evaluate, train
 from attnsurgery.latency import Conditions, Effort, backend_for
 
 CHOSEN_SETUP = "pretrained"
 """Of fidelity.py and verdict.py."""
 WITH_EFFECT = ("strip", "differences")
 """Of samplers.py."""
-SEEDS = (0, 1)
 MEASURES = ("val", "val_loss", "test")
 SAMPLE = 12
 """Number of candidates of a pilot."""
@@ -75,12 +74,12 @@ def train_candidate(base: nn.Module, picks: Picks, seed: int, setup: Setup, data
     model = build_candidate(base, picks, seed, setup)
     settings = settings_of(setup)
     train(model, data.train, settings, seed)
-    val, val_loss, _ = accuracy(model, data.val, settings)
-    test, _, _ = accuracy(model, data.test, settings)
+    val = evaluate(model, data.val, settings)
+    test = evaluate(model, data.test, settings).metric
     seconds = time.process_time() - start
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "picks": list(picks), "seed": seed, "val": val, "val_loss": val_loss, "test": test,
+        "picks": list(picks), "seed": seed, "val": val.metric, "val_loss": val.loss, "test": test,
         "parameters": parameters, "cpu_seconds": round(seconds, 1),
     }  # fmt: skip
 
@@ -143,6 +142,7 @@ def reliability(rows: list[dict[str, Any]], measure: str = "val_loss") -> dict[s
     between = max(0.0, statistics.variance(means) - noise / len(seeds))
     return {
         "candidates": len(table),
+        "seeds": len(seeds),
         "mean": grand,
         "sd_between": between**0.5,
         "sd_seeds": noise**0.5,
@@ -153,14 +153,15 @@ def reliability(rows: list[dict[str, Any]], measure: str = "val_loss") -> dict[s
 
 def cross_seed_correlation(rows: list[dict[str, Any]], measure: str) -> float:
     """Correlation of a measure after one training with the test top-1 after another training of the same candidate."""
-    by_seed = {seed: {tuple(row["picks"]): row for row in rows if row["seed"] == seed} for seed in SEEDS}
+    seeds = sorted({row["seed"] for row in rows})
+    by_seed = {seed: {tuple(row["picks"]): row for row in rows if row["seed"] == seed} for seed in seeds}
     sign = -1.0 if measure.endswith("loss") else 1.0
     correlations = [
         statistics.correlation(
             [sign * by_seed[trained_seed][picks][measure] for picks in by_seed[trained_seed]],
             [by_seed[judged_seed][picks]["test"] for picks in by_seed[trained_seed]],
         )
-        for trained_seed, judged_seed in itertools.permutations(SEEDS, 2)
+        for trained_seed, judged_seed in itertools.permutations(seeds, 2)
     ]
     return statistics.mean(correlations)
 
@@ -178,7 +179,8 @@ def print_reliability(name: str, rows: list[dict[str, Any]]) -> None:
         print(
             f"{name}, {measure}: {figure['mean']:.4f} on average, sd {figure['sd_between']:.4f} between "
             f"{figure['candidates']} candidates and {figure['sd_seeds']:.4f} between seeds, ratio "
-            f"{figure['effect_by_noise']:.1f}; reliability of two seeds {figure['reliability']:.2f}; {cost:.0f} s each"
+            f"{figure['effect_by_noise']:.1f}; reliability of {figure['seeds']} seeds {figure['reliability']:.2f}; "
+            f"{cost:.0f} s each"
         )
 
 
@@ -217,7 +219,7 @@ def report(folder: Path) -> None:
     for name, setup in SETUPS.items():
         rows = rows_of(folder, name)
         by_network = {(tuple(row["picks"]), row["seed"]): row for row in rows}
-        every = list(itertools.product(candidates(setup), SEEDS))
+        every = list(itertools.product(candidates(setup), range(setup.seeds)))
         missing = [network for network in every if network not in by_network]
         unmeasured = len(candidates(setup)) - len({tuple(row["picks"]) for row in latency_rows(folder, name)})
         if missing or unmeasured:
@@ -256,7 +258,7 @@ def main() -> None:
     if options.cifar is None and setup.source == "cifar":
         parser.error("CIFAR10 is needed to train on")
     chosen = sample_of(setup) if options.pilot else candidates(setup)
-    requested = [(picks, seed) for seed in SEEDS for picks in chosen]
+    requested = [(picks, seed) for seed in range(setup.seeds) for picks in chosen]
     run(options.cifar, options.setup, requested, part, parts, options.results)
     if options.pilot:
         rows = [row for row in rows_of(options.results, options.setup) if tuple(row["picks"]) in chosen]

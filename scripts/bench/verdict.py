@@ -29,8 +29,9 @@ from _common import begin_or_resume, write
 from _tables import SETUPS, TABLE, data_of, settings_of, start_of
 from table import CHOSEN_SETUP
 
-from attnsurgery.evaluate import Data, TrainSettings, train
-from attnsurgery.evaluate.finetune import accuracy
+from attnsurgery.data import Data
+from attnsurgery.evaluate import TrainSettings, train
+from attnsurgery.evaluate.finetune import evaluate
 from attnsurgery.search.files import Journal
 from attnsurgery.search.result.sequential import SIGNIFICANT
 from attnsurgery.search.result.statistics import gain_of, sign_test
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, journals: list[Journal]) -> None:
 
 def train_and_test(model: torch.nn.Module, data: Data, settings: TrainSettings, seed: int) -> torch.Tensor:
     train(model, data.train, settings, seed)
-    return accuracy(model, data.test, settings)[2]
+    return evaluate(model, data.test, settings).values
 
 
 def load_correct(journals: list[Journal]) -> dict[tuple[str, int], Correct]:

@@ -12,19 +12,9 @@ import torch
 from torch import nn
 
 import attnsurgery
+from attnsurgery.data import Data, Preprocessing, load_data
 from attnsurgery.errors import SearchError, UnknownNameError
-from attnsurgery.evaluate import (
-    EVALUATORS,
-    Data,
-    Epoch,
-    Evaluator,
-    Preprocessing,
-    Score,
-    TrainSettings,
-    Watch,
-    accuracy,
-    load_data,
-)
+from attnsurgery.evaluate import EVALUATORS, Epoch, Evaluator, Score, TrainSettings, Watch, evaluate
 from attnsurgery.evaluate._base import SplitName
 from tests.conftest import wake
 
@@ -39,8 +29,8 @@ class EvaluatesOnly(Evaluator):
     trains = False
 
     def score(self, model: nn.Module, seed: int, on: SplitName = "val", watch: Watch | None = None) -> Score:
-        top1, loss, correct_N = accuracy(model, self.split(on), self.settings, watch=watch)
-        return Score(top1, loss, seconds=1.0, epochs=0, correct=correct_N)
+        evaluation = evaluate(model, self.split(on), self.settings, self.task, watch=watch)
+        return Score.of(evaluation, seconds=1.0, epochs=0, data=self.data)
 
 
 CLASSES: dict[str, type[Evaluator]] = {**{name: EVALUATORS[name] for name in EVALUATORS}, "none": EvaluatesOnly}
@@ -74,8 +64,8 @@ def test_evaluator_repeats_its_score(digits: Data, original: nn.Module, name: st
     assert torch.equal(torch.get_rng_state(), random)
     torch.manual_seed(6)
     again = CLASSES[name](digits, SETTINGS).score(models[1], seed=3)
-    assert (first.top1, first.loss) == (again.top1, again.loss)
-    assert torch.equal(first.correct, again.correct)
+    assert (first.metric, first.loss) == (again.metric, again.loss)
+    assert torch.equal(first.values, again.values)
     weights = [model.state_dict() for model in models]
     assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
 
@@ -90,17 +80,17 @@ def test_evaluator_score_is_complete(digits: Data, original: nn.Module, name: st
     score = evaluator.score(model, seed=0, on=on)  # type: ignore[arg-type]
     split = evaluator.split(on)  # type: ignore[arg-type]
     assert len(split) == len(digits.val if on == "val" else digits.test)
-    assert score.correct.dtype == torch.bool
-    assert score.correct.shape == (len(split),)
-    assert score.top1 == pytest.approx(float(score.correct.double().mean()))
+    assert score.values.dtype == torch.bool
+    assert score.values.shape == (len(split),)
+    assert score.metric == pytest.approx(float(score.values.double().mean()))
     assert math.isfinite(score.loss)
     assert score.loss > 0
     assert score.epochs == (SETTINGS.epochs if evaluator.trains else 0)
     assert score.seconds > 0
     assert score.balanced is None  # classes of about the same size
-    top1, loss, correct_N = accuracy(model, split, SETTINGS)
-    assert (top1, loss) == pytest.approx((score.top1, score.loss), rel=1e-5)
-    assert torch.equal(correct_N, score.correct)
+    evaluation = evaluate(model, split, SETTINGS)
+    assert (evaluation.metric, evaluation.loss) == pytest.approx((score.metric, score.loss), rel=1e-5)
+    assert torch.equal(evaluation.values, score.values)
 
 
 @every_evaluator

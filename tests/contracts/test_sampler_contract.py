@@ -374,7 +374,7 @@ def assignments_of(store: Store, space: BoundSpace, count: int) -> list[Mapping[
         candidate = store.ask(records, space.places)
         recipe = space.recipe_for(candidate.assignment)
         assert recipe is not None
-        record = Record(candidate.number, "trained", candidate.assignment, digest=recipe.digest(), top1=0.5, loss=0.5)
+        record = Record(candidate.number, "trained", candidate.assignment, digest=recipe.digest(), metric=0.5, loss=0.5)
         finished = store.finish(record)
         assert finished is not None
         records.append(finished)

@@ -158,7 +158,7 @@ def _record(bench: Bench, reference: Latency, peak_mb: float | None, scores: lis
         state="trained",
         digest="",
         timing=timing_of(reference),
-        top1=lowest.top1,
+        metric=lowest.metric,
         loss=lowest.loss,
         balanced=lowest.balanced,
         promotions=tuple(above),

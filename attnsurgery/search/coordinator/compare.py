@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from attnsurgery.errors import SearchError
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.coordinator.rivals import Entrant, Results, Work
+from attnsurgery.search.result.answers import Values, values_of
 from attnsurgery.search.result.confirmation import Confirmation, Finalist, Verdict
 from attnsurgery.search.result.options import Option
 from attnsurgery.search.result.record import Record, Timing
@@ -50,7 +50,7 @@ def compare(
     Raises:
         SearchError: the base cannot be trained.
     """
-    scored = [finalist.top1s for finalist in finalists if finalist.top1s]
+    scored = [finalist.metrics for finalist in finalists if finalist.metrics]
     paired = seeds_move_together(np.array(scored)) if scored else False
     design = Design(config.first_seeds, config.most_seeds, config.difference / 100, paired)
     requests: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -63,11 +63,11 @@ def compare(
     if isinstance(trained, str):
         return trained
     results = trained.results
-    if not best.top1s:
+    if not best.metrics:
         finalists = [with_scores(one, results[WINNER]) if one == best else one for one in finalists]
     look = trained.looks[BASE]
     compared = compare_on_test(
-        best.digest, trained.rights[BASE], trained.rights[WINNER], results[WINNER][0]["epochs"], look
+        best.digest, trained.values[BASE], trained.values[WINNER], results[WINNER][0]["epochs"], look
     )
     balanced = [
         [result["balanced"] for result in results[name][: look.trainings] if result["balanced"] is not None]
@@ -98,8 +98,8 @@ class _Trained:
 
     results: dict[str, Results]
     """The results of each training, in the order of the seeds. They are fewer for what is surely not the best."""
-    rights: dict[str, npt.NDArray[np.bool_]]
-    """(S, N) booleans of those that did not fail: which of N test images each of S trainings classified correctly."""
+    values: dict[str, Values]
+    """(S, N) of those that did not fail: the values of N test images after each of S trainings."""
     looks: dict[str, Look]
     """The comparison of the winner with each of them."""
     failures: dict[str, str]
@@ -140,24 +140,26 @@ def _train_until_decided(
             raise SearchError(failures[BASE])
         if WINNER in failures:
             return failures[WINNER]
-        rights = {
-            name: np.stack([right_of(result) for result in results[name]]) for name in requests if name not in failures
+        values = {
+            name: np.stack([values_of(result) for result in results[name]]) for name in requests if name not in failures
         }
-        looks = {name: look_at(rights[WINNER], right_SN, design) for name, right_SN in rights.items() if name != WINNER}
+        looks = {
+            name: look_at(values[WINNER], values_SN, design) for name, values_SN in values.items() if name != WINNER
+        }
         if all(look.decided for look in looks.values()):
-            return _Trained(results, rights, looks, failures)
-        may_be_best = dict(zip(rights, not_beaten(list(rights.values()), design), strict=True))
-        names = [name for name in rights if name == WINNER or may_be_best[name] or not looks[name].decided]
+            return _Trained(results, values, looks, failures)
+        may_be_best = dict(zip(values, not_beaten(list(values.values()), design), strict=True))
+        names = [name for name in values if name == WINNER or may_be_best[name] or not looks[name].decided]
 
 
 def _options(drafts: Mapping[str, Option], trained: _Trained, design: Design) -> list[Option]:
     """The options with what their trainings showed: accuracy, gain over the base, and whether one may be the best."""
-    may_be_best = not_beaten(list(trained.rights.values()), design)
+    may_be_best = not_beaten(list(trained.values.values()), design)
     options = []
-    for (name, right_SN), kept in zip(trained.rights.items(), may_be_best, strict=True):
-        option = replace(drafts[name], top1=float(right_SN.mean()), trainings=len(right_SN), may_be_best=kept)
+    for (name, values_SN), kept in zip(trained.values.items(), may_be_best, strict=True):
+        option = replace(drafts[name], metric=float(values_SN.mean()), trainings=len(values_SN), may_be_best=kept)
         if name != BASE:
-            gain = look_at(right_SN, trained.rights[BASE], design).gain
+            gain = look_at(values_SN, trained.values[BASE], design).gain
             option = replace(option, gain=gain.mean, low=gain.low, high=gain.high)
         options.append(option)
     return options + [replace(drafts[name], left_out=failed) for name, failed in trained.failures.items()]
@@ -177,13 +179,13 @@ def _name_of(winner: Record) -> str:
 
 
 def compare_on_test(
-    digest: str, base_SN: npt.NDArray[np.bool_], winner_SN: npt.NDArray[np.bool_], epochs: int, look: Look | None = None
+    digest: str, base_SN: Values, winner_SN: Values, epochs: int, look: Look | None = None
 ) -> Confirmation:
-    """The verdict on the winner from its answers and the base's on the same N test images.
+    """The verdict on the winner from its values of the same N test images as the base's.
 
     Args:
         digest: of the winner.
-        base_SN: booleans for each seed, true where the base classified an image correctly.
+        base_SN: for each seed the values of the images, such as whether the base classified them correctly.
         winner_SN: the same for the winner.
         epochs: length of each training.
         look: the comparison of the two; by default the only look at these trainings.
@@ -198,8 +200,8 @@ def compare_on_test(
         images=base_SN.shape[1],
         seeds=look.trainings,
         epochs=epochs,
-        base_top1=float(base_SN.mean()),
-        winner_top1=float(winner_SN.mean()),
+        base_metric=float(base_SN.mean()),
+        winner_metric=float(winner_SN.mean()),
         low=look.gain.low,
         high=look.gain.high,
         p_value=look.gain.p_value,
@@ -208,12 +210,6 @@ def compare_on_test(
         limit=look.limit,
         looks_at_seeds=look.number,
     )
-
-
-def right_of(result: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
-    """(N,) booleans: which test images a training classified correctly, from the packed form in its result."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8), count=result["images"])
-    return bits.astype(bool)
 
 
 def training_of(record: Record | None, index: int, training: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -234,5 +230,5 @@ def failed_in(scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def with_scores(finalist: Finalist, scores: Sequence[Mapping[str, Any]]) -> Finalist:
-    top1s, loss = tuple(score["top1"] for score in scores), fmean(score["loss"] for score in scores)
-    return replace(finalist, top1s=top1s, loss=loss)
+    metrics, loss = tuple(score["metric"] for score in scores), fmean(score["loss"] for score in scores)
+    return replace(finalist, metrics=metrics, loss=loss)

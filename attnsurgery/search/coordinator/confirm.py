@@ -122,7 +122,7 @@ def _tuned(
 def _rank(score: Mapping[str, Any], config: SearchConfig) -> tuple[float, float]:
     if "failed" in score:
         return -np.inf, 0.0
-    return (score["top1"], -score["loss"]) if config.rank_by == "top1" else (-score["loss"], score["top1"])
+    return (score["metric"], -score["loss"]) if config.rank_by == "metric" else (-score["loss"], score["metric"])
 
 
 def _trained_to_choose(

@@ -67,6 +67,7 @@ def about_of(
         notes=data.notes,
         shared=data.shared,
         tuning=tuning,
+        metric=bench.task.metric.title,
         base_ms={label: latency.p50_ms for label, latency in zip(bench.space.sizes, references, strict=False)},
     )
 

@@ -54,7 +54,7 @@ def repeat(bench: Bench, pool: WorkerPool, store: Store, records: Sequence[Recor
                 continue
             record = next(record for record in missing if record.number == outcome.job.trial)
             second = outcome.result if isinstance(outcome.result, dict) else {"failed": outcome.lost}
-            first = {"top1": record.top1, "loss": record.loss}
+            first = {"metric": record.metric, "loss": record.loss}
             repeats[record.digest or ""] = {"number": record.number, "first": first, "second": second}
             store.fix(REPEATS, repeats)
     reliability = Reliability.of(repeats, bench.config.rank_by, len(bench.data.val))

@@ -69,7 +69,7 @@ def reclassify(record: Record, space: BoundSpace, budgets: Budgets) -> Record | 
     check = budgets.check(record)
     if not check.within:
         return replace(record, state="over_budget", reason=check.words)
-    return None if record.top1 is None else replace(record, state="trained", reason=None)
+    return None if record.metric is None else replace(record, state="trained", reason=None)
 
 
 def _rebuild(bench: Bench, folder: Path, store: Store, now: Mapping[str, Any], listener: Listener) -> None:

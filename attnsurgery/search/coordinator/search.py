@@ -214,9 +214,11 @@ class _Search:
         return self._outcome(interrupted)
 
     def _power(self) -> str:
-        """Which gain the verdict can show, in words."""
+        """Which gain the verdict can show, in words; '' where the metric is no share of images."""
+        if self.bench.task.metric.name != "top1":
+            return ""
         images, seeds = self.about.images["test"], self.config.most_seeds
-        gain = smallest_visible_gain(self.base.top1_on(self.base.reached) or 0.0, images, seeds)
+        gain = smallest_visible_gain(self.base.metric_on(self.base.reached) or 0.0, images, seeds)
         trainings = f"{'up to ' * (self.config.first_seeds < seeds)}{seeds} seed{'s' if seeds > 1 else ''}"
         return (
             f"with {images:,} test images and {trainings}, the verdict can show gains of about {100 * gain:.1f} points "
@@ -321,9 +323,8 @@ class _Search:
         work = ConfirmationJobs(self.bench, self.pool, self.store, self.folder, self.references, self.trials.check_stop)
         pilot = pilot_epochs(len(self.bench.data.train), self.config.train_batch_size)
         tuned = self.bench.tuned
-        confirmation = confirm(self.config, self.bench.budgets, order, self.references[0], work, tuned, pilot).after(
-            data
-        )
+        confirmation = confirm(self.config, self.bench.budgets, order, self.references[0], work, tuned, pilot)
+        confirmation = replace(confirmation.after(data), metric=self.about.metric)
         self.store.fix("confirmation", confirmation.as_dict())
         self.store.fix(CONFIRMING, None)
         remove_own(self.folder, CONFIRMING)

@@ -17,19 +17,10 @@ from torch import nn
 from attnsurgery.checkpoint.base import build_base, trained_sizes
 from attnsurgery.checkpoint.difference import digest
 from attnsurgery.checkpoint.weights import StateDict, read_state_dict
+from attnsurgery.data import SIZES, Data, Preprocessing, count_files, embedded_name, load_data, native_size
+from attnsurgery.data.contents import load_digests
 from attnsurgery.errors import AttnSurgeryError, SearchError, UsageError
-from attnsurgery.evaluate import (
-    EVALUATORS,
-    SIZES,
-    Data,
-    Preprocessing,
-    TrainSettings,
-    count_files,
-    embedded_name,
-    load_data,
-    native_size,
-)
-from attnsurgery.evaluate.contents import load_digests
+from attnsurgery.evaluate import EVALUATORS, TrainSettings
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
@@ -63,6 +54,7 @@ from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, w
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
 from attnsurgery.settings import sides
+from attnsurgery.tasks import Task, task_of
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 _TOLERANCE = 0.005
@@ -167,6 +159,7 @@ def assemble(
     check_base(config.base, "MODEL")
     for rival in rivals_of(config):
         check_base(resolve_base(rival.model, None).base, "--against")
+    task = task_of(config.task, config.metric)
     space_file = read_space(config)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
     size = _input_size(config, weights)
@@ -187,14 +180,15 @@ def assemble(
     budgets, costs = Budgets.of(config), Costs.count(space, anatomy, base, others)
     for choice in space.left_out if check else ():  # a worker need not say it again
         listener.phase(f"left out of the space: {choice}")
-    rungs = [_scorer(rung, config, base, space, anatomy, data, settings) for rung in lower]
-    evaluator = EVALUATORS[top.evaluator](data, settings)
+    rungs = [_scorer(rung, config, base, space, anatomy, data, settings, task) for rung in lower]
+    evaluator = EVALUATORS[top.evaluator](data, settings, task)
     places = replace(space.places, budgets=costs.block_budgets(budgets))
     bench = Bench(
         config=config,
         base=base,
         anatomy=anatomy,
         space=space,
+        task=task,
         data=data,
         rungs=(*rungs, Alone(evaluator)),
         evaluator=evaluator,
@@ -320,15 +314,16 @@ def _scorer(
     anatomy: Anatomy,
     data: Data,
     settings: TrainSettings,
+    task: Task,
 ) -> Scorer:
     assert rung.epochs is not None, "only the top rung may be left to the search"
     settings = replace(settings, epochs=rung.epochs)
     if rung.evaluator != SUPERNET:
-        return Alone(EVALUATORS[rung.evaluator](data, settings))
+        return Alone(EVALUATORS[rung.evaluator](data, settings, task))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         supernet = Supernet(base, space, anatomy)
-    return Shared(supernet, base, data, settings, Path(config.output) / SUPERNET_WEIGHTS)
+    return Shared(supernet, base, data, settings, task, Path(config.output) / SUPERNET_WEIGHTS)
 
 
 def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, int, int]:

@@ -15,13 +15,8 @@ from torch import nn
 from attnsurgery.catalog import NO_BLOCK
 from attnsurgery.checkpoint.base import load_weights
 from attnsurgery.checkpoint.weights import read_state_dict
-from attnsurgery.evaluate import (
-    FirstTask,
-    Score,
-    TrainSettings,
-    fit_head,
-    train,
-)
+from attnsurgery.data import FirstTask
+from attnsurgery.evaluate import Score, TrainSettings, fit_head, train
 from attnsurgery.latency import Latency, LatencyBackend
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.execution.bench import Bench

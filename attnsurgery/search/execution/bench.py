@@ -10,11 +10,8 @@ import timm
 from torch import nn
 
 from attnsurgery import __version__
-from attnsurgery.evaluate import (
-    EVALUATORS,
-    Data,
-    Evaluator,
-)
+from attnsurgery.data import Data
+from attnsurgery.evaluate import EVALUATORS, Evaluator
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.latency import LatencyBackend
 from attnsurgery.samplers.places import Picks, Places
@@ -28,6 +25,7 @@ from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record
 from attnsurgery.search.space import BoundSpace, Sides
 from attnsurgery.search.tuning import Training, Tuned
+from attnsurgery.tasks import Task
 
 Fresh = Literal["all", "head", "nothing"]
 """Which part of the base is trained before the search begins."""
@@ -45,6 +43,8 @@ class Bench:
     """The sites of the base."""
     space: BoundSpace
     """The search space for the base."""
+    task: Task
+    """The loss that trains, and the metric that judges."""
     data: Data
     """The images in their splits."""
     rungs: tuple[Scorer, ...]
@@ -68,7 +68,7 @@ class Bench:
     source_digest: str | None = None
     """Digest of the weights that the base came with, from a file or published; None if it came without weights."""
     digests: dict[str, list[Any]] = field(default_factory=dict)
-    """Digests of the image files, as `attnsurgery.evaluate.contents` stores them."""
+    """Digests of the image files, as `attnsurgery.data.contents` stores them."""
     weights: str = ""
     """Hash of the starting weights."""
     rivals: dict[str, Bench] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Bench:
         """The evaluator that trains finalists for the confirmation."""
         if self.evaluator.final:
             return self.evaluator
-        return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings)
+        return EVALUATORS["finetune"](self.evaluator.data, self.evaluator.settings, self.task)
 
     def training(self, *, base: bool = False) -> Training | None:
         """How the base, or else a candidate, is trained where that was chosen; None if the configuration says all."""
@@ -103,7 +103,7 @@ class Bench:
         settings = replace(self.evaluator.settings, pieces=pieces)
         if training is not None:
             settings = replace(settings, lr=training.lr, new_lr_scale=training.block_lr_scale, epochs=training.epochs)
-        evaluator = type(self.evaluator)(self.data, settings)
+        evaluator = type(self.evaluator)(self.data, settings, self.task)
         lower = tuple(rung.changed(pieces, training) for rung in self.rungs[:-1])
         return replace(self, rungs=(*lower, Alone(evaluator)), evaluator=evaluator)
 
@@ -119,7 +119,7 @@ class Bench:
             anatomy=there.anatomy,
             data=data,
             rungs=tuple(rung.on(data) for rung in self.rungs),
-            evaluator=type(self.evaluator)(data, self.evaluator.settings),
+            evaluator=type(self.evaluator)(data, self.evaluator.settings, self.task),
             backend=there.backend,
             latency_cache=there.latency_cache,
         )

@@ -62,7 +62,7 @@ def _hopeless(bench: Bench, base: Record, records: Sequence[Record], predicted: 
     """Whether so many candidates were measured to be over the budgets that the next one will be, too."""
     # candidates over an exact budget do not count, as others are known to keep to it; neither do candidates that were
     # trained under a wider budget
-    over = [record for record in records if record.state == "over_budget" and record.top1 is None]
+    over = [record for record in records if record.state == "over_budget" and record.metric is None]
     measured = sum(record.timing is not None for record in over)
     # at another input size the base may be within the budgets
     base_over = not bench.space.sizes and not bench.budgets.check(base, "low").within

@@ -18,8 +18,9 @@ import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
+from attnsurgery.data import Data
 from attnsurgery.errors import CheckpointError, UsageError
-from attnsurgery.evaluate import Data, TrainSettings, Watch, answers
+from attnsurgery.evaluate import TrainSettings, Watch, answers
 from attnsurgery.timm_plugin.architectures import weightless
 
 LOCAL, HUB = "local-dir:", "hf-hub:"

@@ -57,7 +57,7 @@ def bench_of(bench: Bench, key: str, watch: Watching) -> Bench:
     rival = bench.rivals[key]
     if not rival.weights and (Path(rival.config.output) / _weights_of(key)).exists():
         rival.weights = starting_weights(rival, watch, _weights_of(key))
-    evaluator = type(bench.evaluator)(rival.data, bench.evaluator.settings)
+    evaluator = type(bench.evaluator)(rival.data, bench.evaluator.settings, bench.task)
     return replace(rival, evaluator=evaluator, rungs=(Alone(evaluator),))
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
-from attnsurgery.evaluate import Data, Evaluator, Score, TrainSettings, Watch
+from attnsurgery.data import Data
+from attnsurgery.evaluate import Evaluator, Score, TrainSettings, Watch
 from attnsurgery.search.execution.supernet import Supernet
 from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.storage.run_directory import is_own, write_own
 from attnsurgery.search.tuning import Training
+from attnsurgery.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Alone(Scorer):
         settings = replace(self.settings, pieces=pieces)
         if training is not None:
             settings = replace(settings, lr=training.lr, new_lr_scale=training.block_lr_scale)
-        return Alone(type(self.evaluator)(self.data, settings))
+        return Alone(type(self.evaluator)(self.data, settings, self.evaluator.task))
 
     def on(self, data: Data) -> Scorer:
-        return Alone(type(self.evaluator)(data, self.settings))
+        return Alone(type(self.evaluator)(data, self.settings, self.evaluator.task))
 
 
 class Shared(Scorer):
@@ -87,11 +89,14 @@ class Shared(Scorer):
         base: the model that the supernet was made of. Training starts from its weights at the time of the first score.
         data: the images.
         settings: of the training.
+        task: the loss and the metric.
         path: of the file.
     """
 
-    def __init__(self, supernet: Supernet, base: nn.Module, data: Data, settings: TrainSettings, path: Path) -> None:
-        self.data, self.settings = data, settings
+    def __init__(
+        self, supernet: Supernet, base: nn.Module, data: Data, settings: TrainSettings, task: Task, path: Path
+    ) -> None:
+        self.data, self.settings, self._task = data, settings, task
         self._supernet, self._base, self._path = supernet, base, path
         self._ready = False
 
@@ -103,13 +108,13 @@ class Shared(Scorer):
                 self.train(seed, watch)
                 write_own(self._path.parent, self._path.name, to_safetensors(self._supernet.model))
             self._ready = True
-        return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch)
+        return self._supernet.score(candidate.assignment, self.data, self.settings, seed, watch, self._task)
 
     def changed(self, pieces: int, training: Training | None) -> Scorer:
         if pieces == self.settings.pieces:
             return self  # a new one would read the supernet from its file again
         settings = replace(self.settings, pieces=pieces)
-        return Shared(self._supernet, self._base, self.data, settings, self._path)
+        return Shared(self._supernet, self._base, self.data, settings, self._task, self._path)
 
     def on(self, data: Data) -> Scorer:
         raise AssertionError("a space with several input sizes has no supernet")
@@ -121,4 +126,4 @@ class Shared(Scorer):
             SearchError: training diverged.
         """
         self._supernet.begin_from(self._base)
-        self._supernet.train(self.data, self.settings, seed, watch)
+        self._supernet.train(self.data, self.settings, seed, watch, self._task)

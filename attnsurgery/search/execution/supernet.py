@@ -27,9 +27,10 @@ from torch import nn
 from attnsurgery.blocks import BLOCKS
 from attnsurgery.blocks._base import Block, Cost, build_block, check_options
 from attnsurgery.checkpoint.weights import read_state_dict
+from attnsurgery.data import Data
+from attnsurgery.data.memory import halve_until_it_fits
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate import Data, Score, TrainSettings, Watch, accuracy, train
-from attnsurgery.evaluate.memory import halve_until_it_fits
+from attnsurgery.evaluate import Score, TrainSettings, Watch, evaluate, train
 from attnsurgery.evaluate.precision import float32_as
 from attnsurgery.evaluate.proxies import BATCH_NORMS
 from attnsurgery.graph.anatomy import Anatomy
@@ -39,6 +40,7 @@ from attnsurgery.search.files import write_weights
 from attnsurgery.search.space import BoundSpace, Variable
 from attnsurgery.surgery.insertion import Insertion
 from attnsurgery.surgery.operate import PATHS, operate
+from attnsurgery.tasks import Task
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 PASSES = 3
@@ -118,8 +120,17 @@ class Supernet:
         """Load the weights of the base; the weights of blocks stay as they are."""
         self.model.load_state_dict({**self.model.state_dict(), **base.state_dict()})
 
-    def train(self, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
+    def train(
+        self, data: Data, settings: TrainSettings, seed: int, watch: Watch | None = None, task: Task | None = None
+    ) -> None:
         """Train all paths. Each batch passes along three of them, so an epoch costs as much as three of one model.
+
+        Args:
+            data: the images.
+            settings: how it is trained.
+            seed: of the training.
+            watch: callbacks.
+            task: the loss; by default classification.
 
         Raises:
             SearchError: training diverged.
@@ -135,7 +146,8 @@ class Supernet:
             picks = places.drawn(rng, lambda _: True)
             return self._along(nothing if picks is None else places.params(picks), x_BCHW)
 
-        train(self.model, data.train, settings, seed, watch, [along_base, *[along_drawn] * (PASSES - 1)])
+        criterion = task.criterion(settings.label_smoothing) if task else None
+        train(self.model, data.train, settings, seed, watch, [along_base, *[along_drawn] * (PASSES - 1)], criterion)
 
     def score(
         self,
@@ -144,14 +156,14 @@ class Supernet:
         settings: TrainSettings,
         seed: int,
         watch: Watch | None = None,
+        task: Task | None = None,
     ) -> Score:
-        """The score of one candidate on the validation split, with the shared weights."""
+        """The score of one candidate on the validation split, with the shared weights; arguments as of `train`."""
         start = time.perf_counter()
         self.choose(assignment)
         self._estimate_statistics(data, settings, seed, watch or Watch())
-        top1, loss, correct_N = accuracy(self.model, data.val, settings, watch=watch)
-        balanced = data.balanced(data.val, correct_N)
-        return Score(top1, loss, time.perf_counter() - start, settings.epochs, correct_N, balanced)
+        evaluation = evaluate(self.model, data.val, settings, task, watch=watch)
+        return Score.of(evaluation, time.perf_counter() - start, settings.epochs, data)
 
     def save(self, path: Path) -> None:
         """Write the weights completely or not at all.

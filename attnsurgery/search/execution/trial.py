@@ -143,7 +143,7 @@ def _measure_and_train(bench: Bench, record: Record, recipe: Recipe, reference: 
     return replace(
         record,
         state="trained",
-        top1=score.top1,
+        metric=score.metric,
         loss=score.loss,
         balanced=score.balanced,
         seconds=score.seconds,
@@ -163,7 +163,7 @@ def proxy_scores(bench: Bench, recipe: Recipe, candidate: nn.Module, watch: Watc
 
     def gradient() -> float:
         batches = bench.data.train.train_batches(_PROXY_BATCH, bench.config.device, train_seed(bench), epoch=0)
-        return grad_norm(candidate, *next(batches), pieces=pieces)
+        return grad_norm(candidate, *next(batches), pieces, bench.task.criterion(0.0))
 
     measures: dict[str, Callable[[], float]] = {
         "grad_norm": gradient,
@@ -203,7 +203,7 @@ def train_second(bench: Bench, record: Record, watch: Watching) -> dict[str, Any
     """Train a candidate on the lowest rung once more, from another seed than all trials.
 
     Returns:
-        "top1" and "loss" on the validation split; or the reason why it "failed".
+        "metric" and "loss" on the validation split; or the reason why it "failed".
 
     Raises:
         StopRequested, RuntimeError: as `run_trial`.
@@ -216,7 +216,7 @@ def train_second(bench: Bench, record: Record, watch: Watching) -> dict[str, Any
         if not _of_the_candidate(error):
             raise
         return {"failed": reason_of(error)}
-    return {"top1": score.top1, "loss": score.loss}
+    return {"metric": score.metric, "loss": score.loss}
 
 
 def _of_the_candidate(error: Exception) -> bool:

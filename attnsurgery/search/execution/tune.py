@@ -24,7 +24,7 @@ def try_training(bench: Bench, part: Part, seed: int, watch: Watching) -> dict[s
         watch: told of progress.
 
     Returns:
-        `top1`, `loss` and `seconds`; or the reason why the training `failed`.
+        `metric`, `loss` and `seconds`; or the reason why the training `failed`.
     """
     settings = bench.final_evaluator.settings
     text = f"{settings.epochs} epochs at learning rate {settings.lr:g}"
@@ -38,7 +38,7 @@ def try_training(bench: Bench, part: Part, seed: int, watch: Watching) -> dict[s
         score = bench.final_evaluator.score(model, seed, watch=watch)
     except SearchError as error:
         return {"failed": str(error)}
-    return {"top1": score.top1, "loss": score.loss, "seconds": score.seconds}
+    return {"metric": score.metric, "loss": score.loss, "seconds": score.seconds}
 
 
 def probe_of(space: BoundSpace) -> dict[str, str]:

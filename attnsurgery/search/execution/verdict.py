@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 from torch import nn
 
@@ -18,7 +17,7 @@ from attnsurgery.checkpoint.base import load_weights
 from attnsurgery.checkpoint.directory import write_directory
 from attnsurgery.checkpoint.weights import read_state_dict
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate import Evaluator, accuracy
+from attnsurgery.evaluate import Evaluator, evaluate
 from attnsurgery.latency import Latency
 from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
@@ -26,6 +25,7 @@ from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import to_safetensors
+from attnsurgery.search.result.answers import packed
 from attnsurgery.search.result.record import Record, Timing
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.storage.run_directory import BEST, CONFIRMING, replace_own, weights_of, write_own
@@ -64,7 +64,7 @@ def train_again(bench: Bench, record: Mapping[str, Any], index: int, watch: Watc
         watch: told of progress.
 
     Returns:
-        "top1" and "loss" on the validation split; or the reason why it "failed".
+        "metric" and "loss" on the validation split; or the reason why it "failed".
     """
     settings = bench.final_evaluator.settings
     watch.listener.phase(
@@ -77,7 +77,7 @@ def train_again(bench: Bench, record: Mapping[str, Any], index: int, watch: Watc
         )
     except SearchError as error:
         return {"failed": str(error)}
-    return {"top1": score.top1, "loss": score.loss}
+    return {"metric": score.metric, "loss": score.loss}
 
 
 def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching) -> dict[str, Any]:
@@ -92,25 +92,25 @@ def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, wa
         watch: told of progress.
 
     Returns:
-        "top1" and "loss" on the validation split; on the test split which of the "images" were classified "right", as
-        packed bits in hexadecimal, and the "balanced" accuracy, if classes differ in size; the "epochs"; and the hash
-        of the "weights" that were written. Or the reason why it "failed".
+        "metric" and "loss" on the validation split; on the test split the number of "images", their values as `packed`
+        writes them, and the "balanced" accuracy, if classes differ in size; the "epochs"; and the hash of the "weights"
+        that were written. Or the reason why it "failed".
     """
     name_of_model = bench.config.base if record is None else f"trial {record['number']}, the winner"
     watch.listener.phase(f"confirming: {name_of_model}, seed {index + 1} of at most {bench.config.most_seeds}")
     evaluator, model = _lasting(bench), _initial_model(bench, record)
     try:
         score = evaluator.score(model, seed_of(bench.config.seed, "verdict", index), watch=watch)
-        right_N = accuracy(model, bench.data.test, evaluator.settings, watch=watch)[2]
+        tested = evaluate(model, bench.data.test, evaluator.settings, bench.task, watch=watch)
     except SearchError as error:
         return {"failed": str(error)}
     result = {
-        "top1": score.top1,
+        "metric": score.metric,
         "loss": score.loss,
         "epochs": score.epochs,
-        "images": len(right_N),
-        "right": np.packbits(right_N.numpy()).tobytes().hex(),
-        "balanced": bench.data.balanced(bench.data.test, right_N),
+        "images": len(tested.values),
+        **packed(tested.values.numpy()),
+        "balanced": tested.balanced if bench.data.unbalanced else None,
     }
     if record is None or index > 0:
         return result
@@ -125,7 +125,7 @@ def _lasting(bench: Bench) -> Evaluator:
     evaluator, epochs = bench.final_evaluator, bench.config.final_epochs
     settings = evaluator.settings
     longer = LONGER * settings.epochs if isinstance(epochs, str) else epochs
-    return type(evaluator)(evaluator.data, replace(settings, epochs=longer, average=AVERAGE))
+    return type(evaluator)(evaluator.data, replace(settings, epochs=longer, average=AVERAGE), bench.task)
 
 
 def save_winner(bench: Bench, record: Record, reference: Latency, watch: Watching) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataS
     rows = list(records)
     texts = {
         "who": [record_name(record) for record in rows],
-        "outcome": ["" if record.top1 is not None else "over budget, not trained" for record in rows],
+        "outcome": ["" if record.metric is not None else "over budget, not trained" for record in rows],
         "blocks": [record.describe() for record in rows],
         "latency": [ms(record.timing) for record in rows],
         "score": [_scores(record) for record in rows],
@@ -69,15 +69,15 @@ def source(records: Iterable[Record], **columns: Sequence[float]) -> ColumnDataS
 
 def _scores(record: Record) -> str:
     """Both scores on each rung that the candidate reached."""
-    if record.top1 is None:
+    if record.metric is None:
         return ""
     rungs = range(record.reached + 1)
-    top1s, losses = (" → ".join(text(record, rung) for rung in rungs) for text in (_top1, loss))
-    return f"{top1s} on validation, loss {losses}"
+    metrics, losses = (" → ".join(text(record, rung) for rung in rungs) for text in (_metric, loss))
+    return f"{metrics} on validation, loss {losses}"
 
 
-def _top1(record: Record, rung: int) -> str:
-    return percent(record.top1_on(rung))
+def _metric(record: Record, rung: int) -> str:
+    return percent(record.metric_on(rung))
 
 
 def add_tooltips(plot: figure, renderers: Sequence[GlyphRenderer]) -> None:

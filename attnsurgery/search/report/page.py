@@ -72,7 +72,8 @@ def _summary(outcome: Outcome) -> Markup:
         role="The winner" if confirmation else "Best on validation",
         number=best.number,
         name=best.recipe["name"] if best.recipe else "",
-        result=f"{percent(best.final_top1)} on validation at {ms(best.timing)}. {_base_comparison(best, outcome.base)}",
+        result=f"{percent(best.final_metric)} on validation at {ms(best.timing)}. "
+        f"{_base_comparison(best, outcome.base)}",
         choice=confirmation.choice() if confirmation else "",
         final_latency=(budgeted_latency(confirmation.timing, outcome.config.latency_budget_ms) if confirmation else ""),
     )
@@ -99,10 +100,10 @@ def _base_comparison(best: Record, base: Record) -> str:
     rung = min(best.reached, base.reached)
     latency = f" at {base.timing.ms:.3g} ms" if base.timing else ""
     if rung == best.reached:
-        return f"The base, trained equally long, has {percent(base.top1_on(rung))}{latency}"
+        return f"The base, trained equally long, has {percent(base.metric_on(rung))}{latency}"
     return (
         f"The base was not trained as long. On {rung_name(rung)}, the highest that both reached, the candidate has "
-        f"{percent(best.top1_on(rung))}, and the base has {percent(base.top1_on(rung))}{latency}"
+        f"{percent(best.metric_on(rung))}, and the base has {percent(base.metric_on(rung))}{latency}"
     )
 
 

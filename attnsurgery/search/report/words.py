@@ -17,7 +17,7 @@ STATES = {
 
 def state(record: Record) -> str:
     """The key in STATES that describes a trial best."""
-    return "over_reduced_budget" if record.state == "over_budget" and record.top1 is not None else record.state
+    return "over_reduced_budget" if record.state == "over_budget" and record.metric is not None else record.state
 
 
 def percent(share: float | None) -> str:
@@ -25,15 +25,20 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
 
 
-def score_label(by: RankBy) -> str:
-    """The label of an axis of scores, on which higher is better."""
-    return "validation top-1, %" if by == "top1" else "validation loss, axis inverted"
+def score_label(by: RankBy, metric: str) -> str:
+    """The label of an axis of scores, on which higher is better.
+
+    Args:
+        by: what candidates are ranked by.
+        metric: title of the metric.
+    """
+    return f"validation {metric}, %" if by == "metric" else "validation loss, axis inverted"
 
 
 def score(record: Record, rung: int, by: RankBy) -> float:
-    """The score of a candidate after a rung: top-1 in %, or the negated loss; 0 if it has none."""
+    """The score of a candidate after a rung: the metric in %, or the negated loss; 0 if it has none."""
     value = record.score_on(rung, by)
-    return 0.0 if value is None else 100 * value if by == "top1" else value
+    return 0.0 if value is None else 100 * value if by == "metric" else value
 
 
 def loss(record: Record, rung: int) -> str:

@@ -66,13 +66,13 @@ def _age(path: Path) -> float:
 def _csv(records: list[Record]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    latencies, scores = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_top1", "val_loss")
+    latencies, scores = ("latency_ms", "latency_low_ms", "latency_high_ms"), ("val_metric", "val_loss")
     writer.writerow(["trial", "recipe", *latencies, *scores, "parameters", "macs", "rung"])
     for record in records:
         assert record.timing is not None
         timing = record.timing
         name = record.recipe["name"] if record.recipe else ""
         numbers = [f"{value:.6g}" for value in (timing.ms, timing.low_ms, timing.high_ms)]
-        numbers += ["" if value is None else f"{value:.6g}" for value in (record.final_top1, record.final_loss)]
+        numbers += ["" if value is None else f"{value:.6g}" for value in (record.final_metric, record.final_loss)]
         writer.writerow([record.number, name, *numbers, record.parameters, record.macs, record.reached + 1])
     return text.getvalue()

@@ -106,6 +106,8 @@ class About:
     """How the settings of the trainings were chosen: `tuned`, as `Tuned.as_dict` gives it, and the results of the
     attempts by their keys, as `tuning`; None if they were given."""
 
+    metric: str = "top-1"
+    """Title of the metric by which models are judged."""
     base_ms: Mapping[str, float] = field(default_factory=dict)
     """By label of each input size of the space, its own first, the base's latency in ms; {} if there is one size."""
 

@@ -24,7 +24,7 @@ class Finalist:
     """Number of its trial."""
     digest: str
     """Digest of its recipe."""
-    top1s: tuple[float, ...]
+    metrics: tuple[float, ...]
     """Top-1 on the validation split for every seed, 0 to 1; empty if a training failed."""
     loss: float | None
     """Loss on the validation split, the mean over the seeds."""
@@ -39,12 +39,12 @@ class Finalist:
         """A key to order finalists by; larger is better."""
         if self.loss is None:
             return -math.inf, 0.0
-        top1 = fmean(self.top1s)
-        return (top1, -self.loss) if by == "top1" else (-self.loss, top1)
+        metric = fmean(self.metrics)
+        return (metric, -self.loss) if by == "metric" else (-self.loss, metric)
 
     def score(self, by: RankBy) -> str:
         """The score that it is ranked by, as text; the mean over the seeds."""
-        return f"{100 * fmean(self.top1s):.2f} %" if by == "top1" else f"loss {self.loss:.4f}"
+        return f"{100 * fmean(self.metrics):.2f} %" if by == "metric" else f"loss {self.loss:.4f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class Confirmation:
     """Number of trainings of each."""
     epochs: int
     """Epochs of each training."""
-    base_top1: float
+    base_metric: float
     """Top-1 of the base, the mean over the seeds, 0 to 1."""
-    winner_top1: float
+    winner_metric: float
     """Top-1 of the winner, the mean over the seeds, 0 to 1."""
     low: float
     """Lower end of the 95 % interval of the gain, winner minus base."""
@@ -75,7 +75,7 @@ class Confirmation:
     """Latency of the winner, measured at the end of the search."""
     finalists: tuple[Finalist, ...] = ()
     """The candidates that the winner was chosen from, the best of the search first."""
-    rank_by: RankBy = "top1"
+    rank_by: RankBy = "metric"
     """The score that the winner was chosen by."""
     anew: bool = False
     """True if the tested trainings are others than those that the winner was chosen by; False in old studies."""
@@ -98,14 +98,17 @@ class Confirmation:
     """True if trainings were compared in pairs of the same seed."""
     options: tuple[Option, ...] = ()
     """The ways to spend the budget that were compared: winner, base, and rivals; () in old studies."""
+    metric: str = "top-1"
+    """Title of the metric by which models are judged."""
     trained_out: bool | None = None
     """False if the base still gained from longer training; None if that was not tried."""
 
     def sentence(self) -> str:
         """The result as a sentence, with its numbers."""
-        gain = 100 * (self.winner_top1 - self.base_top1)
+        gain = 100 * (self.winner_metric - self.base_metric)
         numbers = (
-            f"{100 * self.winner_top1:.2f} % against {100 * self.base_top1:.2f} % of the base trained equally long "
+            f"{self._measure()}{100 * self.winner_metric:.2f} % against {100 * self.base_metric:.2f} % of the base "
+            "trained equally long "
             f"({gain:+.2f} points, 95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, "
             f"p = {self.p_value:.3g}{self._of_looks()}, {self.images} test images, "
             f"{self.seeds} seed{'s' if self.seeds > 1 else ''})"
@@ -124,6 +127,10 @@ class Confirmation:
             else ""
         )
         return f"{words[self.verdict]}: {numbers}.{self._of_difference()}{self._by_class()}{again}"
+
+    def _measure(self) -> str:
+        """The metric's title in front of its values; '' for top-1, which percentages are taken for."""
+        return "" if self.metric == "top-1" else f"{self.metric} "
 
     def _of_looks(self) -> str:
         """The significance level of the last of several looks, in words."""
@@ -165,7 +172,7 @@ class Confirmation:
         )
         count = sum(not finalist.failed for finalist in self.finalists)
         best = f"the {count} best" if count > 1 else "the best"
-        trainings = max((len(finalist.top1s) for finalist in self.finalists), default=self.seeds)
+        trainings = max((len(finalist.metrics) for finalist in self.finalists), default=self.seeds)
         seeds = f"{trainings} seed{'s' if trainings > 1 else ''}"
         left_out = f"; left out: {out}" if out else ""
         anew = "; trained once more for the verdict, from fresh seeds" if self.anew and count > 1 else ""
@@ -230,7 +237,7 @@ class Confirmation:
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
         """The confirmation in JSON data."""
         finalists = tuple(
-            Finalist(**{**finalist, "top1s": tuple(finalist["top1s"])}) for finalist in data.get("finalists", ())
+            Finalist(**{**finalist, "metrics": tuple(finalist["metrics"])}) for finalist in data.get("finalists", ())
         )
         balanced = None if data.get("balanced") is None else tuple(data["balanced"])
         options = tuple(map(Option.from_dict, data.get("options", ())))

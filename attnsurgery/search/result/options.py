@@ -19,7 +19,7 @@ class Option:
     """The model in words."""
     timing: Timing | None = None
     """Its latency; None if it could not be measured."""
-    top1: float | None = None
+    metric: float | None = None
     """Top-1 on the test images, the mean over its trainings, 0 to 1; None if it was not trained."""
     trainings: int | None = None
     """Number of trainings for the verdict; fewer where it was surely not the best before others were decided."""

@@ -76,7 +76,7 @@ def next_promotion(
     rungs: int,
     halving: int,
     supernet: bool = False,
-    by: RankBy = "top1",
+    by: RankBy = "metric",
     going: Collection[int] = (),
 ) -> Record | None:
     """The next candidate to train on a higher rung: the best one on the lowest rung whose next rung has room.

@@ -45,7 +45,7 @@ class Timing:
 class Promotion:
     """The score of a candidate on a higher rung, where it is trained again from the base's starting weights."""
 
-    top1: float
+    metric: float
     """Top-1 on the validation split, 0 to 1."""
     loss: float
     """Loss on the validation split."""
@@ -59,7 +59,7 @@ class Promotion:
     @classmethod
     def of(cls, score: Score) -> Promotion:
         """The score of an evaluator, without the answers to single images."""
-        return cls(score.top1, score.loss, score.seconds, score.epochs, score.balanced)
+        return cls(score.metric, score.loss, score.seconds, score.epochs, score.balanced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Record:
     """The measured latency."""
     predicted_ms: float | None = None
     """The predicted latency, in ms, if it was certainly over the budget, so that nothing was measured."""
-    top1: float | None = None
+    metric: float | None = None
     """Top-1 on the validation split, 0 to 1, on the lowest rung, where every trained candidate is scored."""
     loss: float | None = None
     """Loss on the validation split, on the lowest rung."""
@@ -141,11 +141,11 @@ class Record:
             return ", ".join(placed) or "the base as it is"
         return f"{', '.join(placed) or 'the base'}, at {' x '.join(map(str, size))} pixels"
 
-    def top1_on(self, rung: int) -> float | None:
+    def metric_on(self, rung: int) -> float | None:
         """Top-1 on the validation split on a rung, 0 being the lowest; None if it was not trained there."""
         if rung == 0:
-            return self.top1
-        return self.promotions[rung - 1].top1 if rung <= len(self.promotions) else None
+            return self.metric
+        return self.promotions[rung - 1].metric if rung <= len(self.promotions) else None
 
     def balanced_on(self, rung: int) -> float | None:
         """Balanced accuracy on the validation split on a rung; None if it was not trained there."""
@@ -155,8 +155,8 @@ class Record:
 
     def score_on(self, rung: int, by: RankBy) -> float | None:
         """The score on a rung that candidates are ranked by, larger is better; None if it was not trained there."""
-        if by == "top1" or self.top1_on(rung) is None:
-            return self.top1_on(rung)
+        if by == "metric" or self.metric_on(rung) is None:
+            return self.metric_on(rung)
         loss = self.promotions[rung - 1].loss if rung else self.loss
         return None if loss is None else -loss
 
@@ -166,9 +166,9 @@ class Record:
         return len(self.promotions)
 
     @property
-    def final_top1(self) -> float | None:
+    def final_metric(self) -> float | None:
         """Top-1 on the highest rung that it was trained on; comparable only with candidates of the same rung."""
-        return self.top1_on(self.reached)
+        return self.metric_on(self.reached)
 
     @property
     def final_loss(self) -> float | None:
@@ -178,7 +178,7 @@ class Record:
     def rank(self, by: RankBy) -> tuple[float, ...]:
         """A key to order candidates by, larger is better: rung, score on it, lower latency, the other score."""
         score = self.score_on(self.reached, by)
-        other_score = self.score_on(self.reached, "loss" if by == "top1" else "top1")
+        other_score = self.score_on(self.reached, "loss" if by == "metric" else "metric")
         return self.reached, _or_worst(score), -(self.timing.ms if self.timing else 0.0), _or_worst(other_score)
 
 

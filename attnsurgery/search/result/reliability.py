@@ -43,12 +43,12 @@ class Reliability:
     """Upper end of its 95 % interval."""
     std: float
     """Standard deviation of one candidate's score over seeds, without what a seed does to all candidates alike."""
-    by: RankBy = "top1"
+    by: RankBy = "metric"
     """The score: top-1, 0 to 1, or the loss."""
 
     @classmethod
     def of_scores(
-        cls, first_N: Sequence[float], second_N: Sequence[float], by: RankBy = "top1", resolution: float = _FINEST
+        cls, first_N: Sequence[float], second_N: Sequence[float], by: RankBy = "metric", resolution: float = _FINEST
     ) -> Reliability:
         """The reliability of the scores of N candidates.
 
@@ -87,7 +87,7 @@ class Reliability:
         if len(pairs) < FEWEST:
             return None
         first_N, second_N = zip(*pairs, strict=True)
-        return cls.of_scores(first_N, second_N, by, 1 / images if by == "top1" else _FINEST)
+        return cls.of_scores(first_N, second_N, by, 1 / images if by == "metric" else _FINEST)
 
     @property
     def smallest_difference(self) -> float:
@@ -115,7 +115,7 @@ class Reliability:
 
     def in_units(self, difference: float) -> str:
         """A difference of two scores with its unit."""
-        return f"{100 * difference:.2f} points of top-1" if self.by == "top1" else f"{difference:.4f} in the loss"
+        return f"{100 * difference:.2f} points" if self.by == "metric" else f"{difference:.4f} in the loss"
 
 
 def _correlation(ratio: float) -> float:

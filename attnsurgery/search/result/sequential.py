@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
+from attnsurgery.search.result.answers import Values
 from attnsurgery.search.result.statistics import Gain, gain_of
 
 SIGNIFICANT = 0.05
@@ -75,8 +76,8 @@ class Look:
 
 
 def look_at(
-    first_SN: npt.NDArray[np.bool_],
-    second_SN: npt.NDArray[np.bool_],
+    first_SN: Values,
+    second_SN: Values,
     design: Design,
     level: float = SIGNIFICANT,
 ) -> Look:
@@ -85,7 +86,8 @@ def look_at(
     Later trainings than those that decided the comparison are not used, nor those that only one model has.
 
     Args:
-        first_SN: booleans, true where a training of the first model classified an image correctly.
+        first_SN: the values of the images after each training of the first model, whose mean is the metric; booleans
+            where each image is right or wrong.
         second_SN: the same for the second model, of which there may be more or fewer trainings.
         design: when it is looked at, and when it is decided.
         level: the significance level of all looks together.
@@ -163,7 +165,7 @@ def _normal(x: npt.NDArray[np.float64], variance: float) -> npt.NDArray[np.float
     return np.exp(-(x**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
 
 
-def not_beaten(rights: Sequence[npt.NDArray[np.bool_]], design: Design) -> list[bool]:
+def not_beaten(values: Sequence[Values], design: Design) -> list[bool]:
     """Which of several models may be the best: those that no other one beats.
 
     This is a comparison with the best (Hsu, "Constrained simultaneous confidence intervals for multiple comparisons
@@ -172,20 +174,19 @@ def not_beaten(rights: Sequence[npt.NDArray[np.bool_]], design: Design) -> list[
     is better.
 
     Args:
-        rights: of each model, (S, N) booleans, true where a training classified an image correctly. Numbers of
-            trainings may differ; two models are compared by those from the same seeds.
+        values: of each model, (S, N), as in `look_at`. Numbers of trainings may differ; two models are compared by
+            those from the same seeds.
         design: when each pair is looked at; its difference does not count.
     """
     design = replace(design, difference=0.0)
-    level = SIGNIFICANT / max(1, len(rights) - 1)
+    level = SIGNIFICANT / max(1, len(values) - 1)
 
-    def beats(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> bool:
+    def beats(first: Values, second: Values) -> bool:
         look = look_at(first, second, design, level)
         return look.significant and look.gain.mean > 0
 
     return [
-        not any(beats(other, right) for place, other in enumerate(rights) if place != at)
-        for at, right in enumerate(rights)
+        not any(beats(other, own) for place, other in enumerate(values) if place != at) for at, own in enumerate(values)
     ]
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
+from attnsurgery.search.result.answers import Values
 from attnsurgery.search.result.record import Record
 from attnsurgery.search.space import NONE
 
@@ -64,8 +64,8 @@ def gains(records: Iterable[Record], base: float) -> dict[tuple[str, str], list[
     gains_by_choice: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in records:
         for place, label in record.assignment.items():
-            if label != NONE and record.top1 is not None:
-                gains_by_choice[place, label].append(record.top1 - base)
+            if label != NONE and record.metric is not None:
+                gains_by_choice[place, label].append(record.metric - base)
     return dict(gains_by_choice)
 
 
@@ -80,10 +80,10 @@ def without_outliers(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """The difference in accuracy of two models, with its uncertainty."""
+    """The difference in the metric of two models, with its uncertainty."""
 
     mean: float
-    """Accuracy of the first minus that of the second, the mean over their trainings."""
+    """Metric of the first minus that of the second, the mean over their trainings."""
     low: float
     """Lower end of the 95 % interval, over images of the same kind and over trainings of both models."""
     high: float
@@ -97,20 +97,20 @@ class Gain:
 
 
 def gain_of(
-    first_SN: npt.NDArray[np.bool_],
-    second_SN: npt.NDArray[np.bool_],
+    first_SN: Values,
+    second_SN: Values,
     *,
     paired: bool = False,
     level: float = 0.05,
 ) -> Gain:
-    """Compare two models by the answers of S trainings of each to the same N images.
+    """Compare two models by the values of the same N images after S trainings of each.
 
     Trainings of one model easily differ in accuracy by half a point on ten thousand images, so a test that counts
     images only takes a lucky training for a better model. This is the analysis of variance for readers and cases:
     trainings are the readers, images are the cases, and each model has its own readers (Hillis, Berbaum and Metz,
     "Recent developments in the Dorfman-Berbaum-Metz procedure for multireader ROC study analysis", 2008, with readers
     nested in tests). A single training of each model says nothing about other trainings. Then the interval is about
-    images only, and the p-value is that of McNemar's exact test.
+    images only, and the p-value is that of McNemar's exact test, or of Student's t where values are numbers.
 
     Where a seed moves all models alike, trainings of both models from the same seed are `paired`: the readers are
     crossed with tests, and what the seed does to both cancels. The S differences leave only S - 1 degrees of freedom,
@@ -118,39 +118,50 @@ def gain_of(
 
     The interval also holds for few images and for equal answers: it counts four additional images, one for each way in
     which two models can be right or wrong (as Agresti and Min do for pairs of proportions, "Simple improved confidence
-    intervals for comparing matched proportions", 2005). It is never narrower than the interval of images only.
+    intervals for comparing matched proportions", 2005). Where values are numbers, two of these differ by a standard
+    deviation of the values. It is never narrower than the interval of images only.
 
     Args:
-        first_SN: booleans, true where a training of the first model classified an image correctly.
+        first_SN: the values of the images after each training of the first model, whose mean is the metric; booleans
+            where each image is right or wrong.
         second_SN: the same for the second model.
         paired: whether the trainings of both models are from the same seeds, in the same order, and compared in pairs.
         level: the interval holds with a probability of 1 - level.
     """
-    first, second = (np.asarray(rights, dtype=float) for rights in (first_SN, second_SN))
+    binary = np.asarray(first_SN).dtype == np.asarray(second_SN).dtype == np.bool_
+    first, second = (np.asarray(values, dtype=float) for values in (first_SN, second_SN))
     trainings, images = first.shape
     samples = 1 if paired else 2
     gain_N = first.mean(0) - second.mean(0)
     mean = float(gain_N.mean())
     by_image = trainings / samples * float(gain_N.var(ddof=1))
-    exact = sign_test(int((gain_N > 0).sum()), int((gain_N < 0).sum()))
+    unit = 1.0 if binary else math.sqrt(float(first.var(1).mean() + second.var(1).mean()) / 2)
     more = images + len(_ADDED)
     middle = float(gain_N.sum()) / more
-    of_images = trainings / samples * ((float((gain_N**2).sum()) + sum(map(abs, _ADDED))) / more - middle**2)
+    of_images = trainings / samples * ((float((gain_N**2).sum()) + unit**2 * sum(map(abs, _ADDED))) / more - middle**2)
     share = samples / (trainings * images)
 
     def gain(p_value: float, variance: float, freedom: float, by_training: float, of_image: float) -> Gain:
         half = float(stdtrit(freedom, 1 - level / 2)) * math.sqrt(samples / (trainings * more) * variance)
-        low, high = max(-1.0, min(mean, middle - half)), min(1.0, max(mean, middle + half))
+        low, high = min(mean, middle - half), max(mean, middle + half)
+        if binary:
+            low, high = max(-1.0, low), min(1.0, high)
         return Gain(mean, low, high, p_value, share * by_training, share * of_image)
 
+    def by_images_only() -> float:
+        if binary:
+            return sign_test(int((gain_N > 0).sum()), int((gain_N < 0).sum()))
+        error = math.sqrt(float(gain_N.var(ddof=1)) / images)
+        return float(2 * stdtr(images - 1, -abs(mean) / error)) if error else 1.0
+
     if trainings == 1:
-        return gain(exact, of_images, images - 1, 0.0, by_image)
+        return gain(by_images_only(), of_images, images - 1, 0.0, by_image)
     freedom = samples * (trainings - 1)
     by_training = residual = 0.0
-    for rights in [first - second] if paired else [first, second]:
-        share_S1 = rights.mean(1, keepdims=True)
-        by_training += images * float(share_S1.var(ddof=1)) / samples
-        residual += float(((rights - share_S1 - rights.mean(0) + rights.mean()) ** 2).sum()) / (freedom * (images - 1))
+    for values in [first - second] if paired else [first, second]:
+        mean_S1 = values.mean(1, keepdims=True)
+        by_training += images * float(mean_S1.var(ddof=1)) / samples
+        residual += float(((values - mean_S1 - values.mean(0) + values.mean()) ** 2).sum()) / (freedom * (images - 1))
     wide = max(by_training, residual) + max(of_images - residual, 0.0)
     of_image = max(by_image - residual, 0.0)
     variance = by_training + of_image
@@ -161,7 +172,7 @@ def gain_of(
         return float(min(images - 1, freedom * (variance / by_training) ** 2) if by_training else images - 1)
 
     if variance == 0.0:
-        return gain(exact, wide, images - 1, 0.0, 0.0)
+        return gain(by_images_only(), wide, images - 1, 0.0, 0.0)
     p_value = float(2 * stdtr(freedom_of(variance), -abs(mean) / math.sqrt(share * variance)))
     return gain(p_value, wide, freedom_of(wide), by_training, of_image)
 
@@ -187,22 +198,22 @@ def pool_estimates(values: Sequence[float], halves: Sequence[float]) -> tuple[fl
     return float((weight_K * value_K).sum() / weight_K.sum()), _Z / math.sqrt(float(weight_K.sum()))
 
 
-def smallest_visible_gain(top1: float, images: int, seeds: int) -> float:
+def smallest_visible_gain(metric: float, images: int, seeds: int) -> float:
     """The gain that the verdict finds in four of five searches, at best, 0 to 1.
 
     Two trainings of one model disagree on about as many images as each gets wrong. So the mean gain over S trainings of
-    each model on N images has a variance of at least (1 - top1) / (S N). The result is that standard deviation times
+    each model on N images has a variance of at least (1 - metric) / (S N). The result is that standard deviation times
     the sum of two quantiles, for a significance level of 5 % (two-sided) and a power of 80 %: of Student's t with the
     2 (S - 1) degrees of freedom that S trainings of each model leave, or normal ones for one training, whose test is
     about images only. Trainings that differ in their accuracy as a whole add to this.
 
     Args:
-        top1: accuracy of the base, 0 to 1.
+        metric: accuracy of the base, 0 to 1.
         images: number N of test images.
         seeds: number S of trainings of each model.
     """
     # as in the intervals, a few images more, one of them wrong, so that it also holds for a base without errors
-    wrong = ((1 - top1) * images + 1) / (images + len(_ADDED))
+    wrong = ((1 - metric) * images + 1) / (images + len(_ADDED))
     freedom = 2 * (seeds - 1)
     quantiles = float(stdtrit(freedom, 0.975) + stdtrit(freedom, 0.8)) if freedom else _Z + _Z_POWER
     return quantiles * math.sqrt(wrong / (seeds * images))

@@ -16,6 +16,7 @@ from attnsurgery.samplers import BLOCKS
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.result.limits import Budgets
 from attnsurgery.search.result.record import Record, State
+from attnsurgery.search.storage.older import renamed
 from attnsurgery.settings import RankBy
 
 STUDY, TRIALS = "study.db", "trials.jsonl"
@@ -80,18 +81,18 @@ class Terms:
 
 def facts_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Data of the whole search from the lines of a journal; the last line of each key holds."""
-    return {entry[FACT]: entry["value"] for entry in entries if FACT in entry}
+    return {entry[FACT]: renamed(entry["value"]) for entry in entries if FACT in entry}
 
 
 def facts_in(study: optuna.Study) -> dict[str, Any]:
     """Data of the whole search, from its study."""
-    return {key: value for key, value in study.user_attrs.items() if not key.startswith(promoted_key(""))}
+    return {key: renamed(value) for key, value in study.user_attrs.items() if not key.startswith(promoted_key(""))}
 
 
 def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
     """Every finished trial by its number, from the lines of a journal; the last line of each trial holds."""
     return {
-        entry["number"]: Record.from_dict({key: value for key, value in entry.items() if key != CLOCK})
+        entry["number"]: Record.from_dict(renamed({key: value for key, value in entry.items() if key != CLOCK}))
         for entry in entries
         if FACT not in entry
     }
@@ -123,7 +124,7 @@ def records_of(study: optuna.Study) -> list[Record]:
     """Every finished trial of a study, in order."""
     later = study.user_attrs
     return [
-        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs[RECORD]))
+        Record.from_dict(renamed(later.get(promoted_key(trial.number), trial.user_attrs[RECORD])))
         for trial in study.get_trials(deepcopy=False)
         if RECORD in trial.user_attrs
     ]

@@ -26,6 +26,7 @@ from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.leases import Claimed, Sharing
+from attnsurgery.search.storage.older import renamed
 from attnsurgery.search.storage.propose import next_slot, propose
 from attnsurgery.search.storage.schema import (
     ATTEMPTS,
@@ -103,7 +104,7 @@ class Store:
         budgets: Budgets,
         seed: int,
         sampler: str = "additive",
-        rank_by: RankBy = "top1",
+        rank_by: RankBy = "metric",
         lease_s: float = 60.0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -135,7 +136,7 @@ class Store:
 
     def fixed(self, key: str) -> Any:
         """Data of the whole search under a key, or None."""
-        return self._study.user_attrs.get(key)
+        return renamed(self._study.user_attrs.get(key))
 
     def facts(self) -> dict[str, Any]:
         """All data of the whole search."""

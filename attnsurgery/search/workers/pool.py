@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from attnsurgery.data.memory import free_memory
 from attnsurgery.errors import AttnSurgeryError, SearchError
-from attnsurgery.evaluate.memory import free_memory
 from attnsurgery.faults import Fault, fault_of
 from attnsurgery.search.device_lock import device_lock
 from attnsurgery.search.execution.bench import Bench

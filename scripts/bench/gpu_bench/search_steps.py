@@ -17,9 +17,10 @@ import budget as budget_bench
 import timm
 import torch
 
+from attnsurgery.data import Data, load_data
+from attnsurgery.data.preprocess import Preprocessing
 from attnsurgery.errors import AttnSurgeryError
-from attnsurgery.evaluate import Data, TrainSettings, Watch, load_data, train
-from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.evaluate import TrainSettings, Watch, train
 from attnsurgery.search import Listener, SearchConfig
 from attnsurgery.search import run as run_search
 from attnsurgery.search.storage.load import load_search

@@ -7,8 +7,9 @@ import time
 import timm
 from torch import nn
 
-from attnsurgery.evaluate import Data, Epoch, TrainSettings, Watch, load_data, train
-from attnsurgery.evaluate.preprocess import Preprocessing
+from attnsurgery.data import Data, load_data
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.evaluate import Epoch, TrainSettings, Watch, train
 from gpu_bench.rows import Row, Rows
 from gpu_bench.tiny import MODEL, SIZE
 

@@ -205,10 +205,10 @@ def _validation_size(outcome: Outcome) -> Item:
     if best is None:
         return Item(question, "no", "No candidate has been trained yet.")
     rung = min(best.reached, base.reached)
-    images, top1 = outcome.about.images["validation"], best.top1_on(rung) or 0.0
-    error = math.sqrt(top1 * (1 - top1) / images)
+    images, metric = outcome.about.images["validation"], best.metric_on(rung) or 0.0
+    error = math.sqrt(metric * (1 - metric) / images)
     chance_lead = error * math.sqrt(2 * math.log(count)) if count > 1 else error
-    lead = top1 - (base.top1_on(rung) or 0.0)
+    lead = metric - (base.metric_on(rung) or 0.0)
     answer: Answer = "yes" if lead > chance_lead else "partly" if lead > error else "no"
     return Item(
         question,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from attnsurgery.data.augment import describe
 from attnsurgery.evaluate import EVALUATORS
-from attnsurgery.evaluate.augment import describe
 from attnsurgery.search.report.section import Section, register
 from attnsurgery.search.report.template import html
 from attnsurgery.search.report.words import quantity

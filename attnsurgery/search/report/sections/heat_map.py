@@ -48,7 +48,7 @@ _HOVER = [("block", "@label"), ("at", "@place"), ("mean gain", "@gain"), ("over"
 @register(order=30)
 def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     """Places by blocks; None if no candidate with a block was trained."""
-    base = outcome.base.top1
+    base = outcome.base.metric
     cells = gains(trained(outcome.records), base) if base is not None else {}
     if not cells:
         return None
@@ -84,7 +84,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
         "blocks",
         "Blocks and places",
         figures=(plot,),
-        below=html(_CAPTION, rung=" on the lowest rung" if outcome.top_rung else ""),
+        below=html(_CAPTION, rung=" on the lowest rung" if outcome.top_rung else "", metric=outcome.about.metric),
     )
 
 
@@ -118,9 +118,9 @@ _COLUMNS = ("x", "y", "mean", "words", "label", "place", "gain", "count", "range
 
 
 _CAPTION = """\
-<p class="faint">Each cell shows the mean gain in validation top-1 over the base{{ rung }}, in points, of the trained
-candidates with that block at that place, and their number. The blocks of the best candidate are framed. A cell is blank
-if no trained candidate has that block there. A row input_size shows the candidates of each input size. The gains are
-descriptive, not causal: the candidates also differ in their other blocks, and choices that did well were tried more
-often.</p>
+<p class="faint">Each cell shows the mean gain in validation {{ metric }} over the base{{ rung }}, in points, of the
+trained candidates with that block at that place, and their number. The blocks of the best candidate are framed. A cell
+is blank if no trained candidate has that block there. A row input_size shows the candidates of each input size. The
+gains are descriptive, not causal: the candidates also differ in their other blocks, and choices that did well were
+tried more often.</p>
 """

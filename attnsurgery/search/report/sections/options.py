@@ -22,7 +22,11 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
         return None
     best = best_of(confirmation.options)
     rows = [(*_row(option), option == best) for option in sorted(confirmation.options, key=_latency)]
-    return Section("options", "How to spend the budget", below=html(_BELOW, rows=rows, advice=confirmation.advice()))
+    return Section(
+        "options",
+        "How to spend the budget",
+        below=html(_BELOW, rows=rows, advice=confirmation.advice(), title=outcome.about.metric),
+    )
 
 
 def _latency(option: Option) -> float:
@@ -35,21 +39,21 @@ def _row(option: Option) -> tuple[str, ...]:
         gain, interval = points(option.gain), f"{100 * option.low:+.2f} to {100 * option.high:+.2f}"
     state = option.left_out or ("may be the best" if option.may_be_best else "surely not the best")
     rate = f"{option.training['lr']:g}" if option.training else ""
-    top1 = "" if option.top1 is None else percent(option.top1)
+    metric = "" if option.metric is None else percent(option.metric)
     ms = f"{option.timing.ms:.3g} ms" if option.timing else ""
     trainings = "" if option.trainings is None else str(option.trainings)
-    return option.name, ms, top1, trainings, gain, interval, rate, state
+    return option.name, ms, metric, trainings, gain, interval, rate, state
 
 
 _BELOW = """\
 <p>{{ advice }}</p>
-<table><thead><tr><th>option</th><th class="n">latency</th><th class="n">test top-1</th>
+<table><thead><tr><th>option</th><th class="n">latency</th><th class="n">test {{ title }}</th>
 <th class="n">trainings</th><th class="n">against the base</th><th class="n">95 % interval</th>
 <th class="n">learning rate</th><th></th></tr></thead>
 <tbody>
-{% for name, ms, top1, trainings, gain, interval, rate, state, best in rows %}
+{% for name, ms, metric, trainings, gain, interval, rate, state, best in rows %}
 <tr><td>{% if best %}<b>{{ name }}</b>{% else %}{{ name }}{% endif %}</td><td class="n">{{ ms }}</td>
-<td class="n">{{ top1 }}</td><td class="n">{{ trainings }}</td><td class="n">{{ gain }}</td>
+<td class="n">{{ metric }}</td><td class="n">{{ trainings }}</td><td class="n">{{ gain }}</td>
 <td class="n">{{ interval }}</td><td class="n">{{ rate }}</td><td>{{ state }}</td></tr>
 {% endfor %}
 </tbody></table>

@@ -36,7 +36,9 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     xs, ys = _visible_values(outcome, groups)
     floor = min(ys) - 0.07 * (max(ys) - min(ys) or 1.0)  # the height of candidates without a score
     y_range = padded_range([*ys, floor] if groups.over else ys, 0.04)
-    plot = chart("latency, ms", score_label(by), 460, x_range=padded_range(xs, 0.04), y_range=y_range)
+    plot = chart(
+        "latency, ms", score_label(by, outcome.about.metric), 460, x_range=padded_range(xs, 0.04), y_range=y_range
+    )
     budget = outcome.config.latency_budget_ms
     if budget is not None and budget <= max(xs):
         _draw_budget(plot, budget)
@@ -54,7 +56,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
         label_losses(plot)
     return Section(
         "pareto",
-        f"{'Accuracy' if by == 'top1' else 'Loss'} and latency",
+        f"{'Accuracy' if by == 'metric' else 'Loss'} and latency",
         figures=(plot,),
         key=_key(outcome, groups),
         below=_caption(outcome, groups, plot),
@@ -177,7 +179,7 @@ def _caption(outcome: Outcome, groups: _Groups, plot: figure) -> Markup:
         sentences.append(f"The budget of {budget:g} ms is far to the right of the figure.")
     outside = sum(
         _ms(record) > plot.x_range.end
-        or (record.top1 is not None and _score(record, outcome.config.rank_by) < plot.y_range.start)
+        or (record.metric is not None and _score(record, outcome.config.rank_by) < plot.y_range.start)
         for record in (*groups.top, *groups.lower, *groups.over)
     )
     if outside:

@@ -32,7 +32,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     random_candidates = control.trained if control else [] if _all_drawn(outcome) else outcome.drawn
     lowest = ", lowest rung" if outcome.top_rung else ""
     by = outcome.config.rank_by
-    plot = chart("trained candidates", f"{score_label(by)}{lowest}", 340)
+    plot = chart("trained candidates", f"{score_label(by, outcome.about.metric)}{lowest}", 340)
     scores, random_scores = (
         [score(record, 0, by) for record in records] for records in (candidates, random_candidates)
     )

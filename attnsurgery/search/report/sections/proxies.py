@@ -23,13 +23,12 @@ _NAMES = {
     "synflow": "synaptic flow (Tanaka et al., NeurIPS 2020)",
 }
 
-_MEASURES = {"top1": "validation top-1", "loss": "negated validation loss"}
-
 
 @register(order=50)
 def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     """One row for each proxy; None if too few candidates were trained."""
     candidates, by = trained(outcome.records), outcome.config.rank_by
+    measure = f"validation {outcome.about.metric}" if by == "metric" else "negated validation loss"
     rows = []
     for name, description in _NAMES.items():
         pairs = [(value, score(record, 0, by)) for record in candidates if (value := _value(record, name)) is not None]
@@ -41,7 +40,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     return Section(
         "proxies",
         "Proxies: can the ranking be predicted without training?",
-        below=html(_BELOW, rows=rows, measure=_MEASURES[by]),
+        below=html(_BELOW, rows=rows, measure=measure),
     )
 
 

@@ -22,25 +22,25 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     rows = []
     for entry in sorted(outcome.repeats.values(), key=lambda entry: entry["number"]):
         both = entry["first"], entry["second"]
-        top1s = [percent(score["top1"]) if "top1" in score else "failed" for score in both]
+        metrics = [percent(score["metric"]) if "metric" in score else "failed" for score in both]
         losses = [f"{score['loss']:.4f}" if "loss" in score else "" for score in both]
-        rows.append((entry["number"], top1s, losses))
+        rows.append((entry["number"], metrics, losses))
     words = reliability.words()
     std = reliability.in_units(reliability.std)
     return Section(
         "reliability",
         "Reliability: would another seed rank candidates alike?",
-        below=html(_BELOW, rows=rows, words=words[0].upper() + words[1:], std=std),
+        below=html(_BELOW, rows=rows, words=words[0].upper() + words[1:], std=std, metric=outcome.about.metric),
     )
 
 
 _BELOW = """\
 <p>{{ words }}.</p>
-<table><thead><tr><th class="n">trial</th><th class="n">validation top-1</th><th class="n">second seed</th>
+<table><thead><tr><th class="n">trial</th><th class="n">validation {{ metric }}</th><th class="n">second seed</th>
 <th class="n">loss</th><th class="n">second seed</th></tr></thead>
 <tbody>
-{% for number, top1s, losses in rows %}
-<tr><td class="n">{{ number }}</td>{% for value in top1s + losses %}<td class="n">{{ value }}</td>{% endfor %}</tr>
+{% for number, metrics, losses in rows %}
+<tr><td class="n">{{ number }}</td>{% for value in metrics + losses %}<td class="n">{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
 <p class="faint">The first candidates of the search were trained on the lowest rung from a second seed. The intraclass

@@ -33,7 +33,9 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     if not promoted:
         return None
     by = outcome.config.rank_by
-    figures = tuple(_scatter(rung, records, by) for rung, records in enumerate(promoted))
+    figures = tuple(
+        _scatter(rung, records, by, score_label(by, outcome.about.metric)) for rung, records in enumerate(promoted)
+    )
     sentences = [_sentence(rung, records, by) for rung, records in enumerate(promoted)]
     if outcome.trust:
         sentences.append(f"Supernet, on rung 1: {outcome.trust.sentence()}.")
@@ -53,10 +55,10 @@ the better candidates, which is harder than separating good candidates from bad 
 """
 
 
-def _scatter(rung: int, records: Sequence[Record], by: RankBy) -> figure:
+def _scatter(rung: int, records: Sequence[Record], by: RankBy, label: str) -> figure:
     lower, higher = _scores(rung, records, by), _scores(rung + 1, records, by)
     plot = chart(
-        f"{score_label(by)}, {rung_name(rung)}",
+        f"{label}, {rung_name(rung)}",
         rung_name(rung + 1),
         340,
         x_range=padded_range(lower, 0.1),

@@ -27,14 +27,21 @@ def section(outcome: Outcome, control: Control | None = None) -> Section | None:
     for attempt, result in attempts.items():
         name, training = ("base", tuned.base) if attempt.part == "base" else ("candidate", tuned.candidates)
         blocks = f"{attempt.training.block_lr_scale:g}" if attempt.part == "probe" else ""
-        score = percent(result["top1"]) if "top1" in result else "diverged"
+        score = percent(result["metric"]) if "metric" in result else "diverged"
         loss = f"{result['loss']:.4f}" if "loss" in result else ""
         chosen = attempt == _nearest(attempt.part, training, attempts)
         rows.append((name, f"{attempt.training.lr:g}", blocks, attempt.training.epochs, score, loss, chosen))
     return Section(
         "training",
         "Training: was the base trained out?",
-        below=html(_BELOW, rows=rows, words=tuned.words(), margin=f"{100 * MARGIN:g}", out=tuned.trained_out),
+        below=html(
+            _BELOW,
+            rows=rows,
+            words=tuned.words(),
+            margin=f"{100 * MARGIN:g}",
+            out=tuned.trained_out,
+            metric=outcome.about.metric,
+        ),
     )
 
 
@@ -54,11 +61,11 @@ def _nearest(part: str, chosen: Training, attempts: Iterable[Attempt]) -> Attemp
 _BELOW = """\
 <p>Chosen: {{ words }}.</p>
 <table><thead><tr><th>model</th><th class="n">learning rate</th><th class="n">times that, blocks</th>
-<th class="n">epochs</th><th class="n">validation top-1</th><th class="n">loss</th><th></th></tr></thead>
+<th class="n">epochs</th><th class="n">validation {{ metric }}</th><th class="n">loss</th><th></th></tr></thead>
 <tbody>
-{% for name, lr, blocks, epochs, top1, loss, chosen in rows %}
+{% for name, lr, blocks, epochs, score, loss, chosen in rows %}
 <tr><td>{{ name }}</td><td class="n">{{ lr }}</td><td class="n">{{ blocks }}</td><td class="n">{{ epochs }}</td>
-<td class="n">{{ top1 }}</td><td class="n">{{ loss }}</td><td>{{ "chosen" if chosen else "" }}</td></tr>
+<td class="n">{{ score }}</td><td class="n">{{ loss }}</td><td>{{ "chosen" if chosen else "" }}</td></tr>
 {% endfor %}
 </tbody></table>
 <p class="faint">The base is trained with several learning rates, and then for longer, until twice the epochs gain less

@@ -23,7 +23,7 @@ def section(outcome: Outcome, control: Control | None = None) -> Section:
     counts = Counter(state(record) for record in outcome.records)
     tally = ", ".join(f"{counts[name]} {label}" for name, label in STATES.items() if counts[name])
     rungs = range(outcome.top_rung + 1)
-    names = ("val top-1", "val loss")
+    names = (f"val {outcome.about.metric}", "val loss")
     best = outcome.best.number if outcome.best else None
     records = [
         record for record in outcome.records if record.state != "too_many_blocks"
@@ -84,7 +84,7 @@ class _Row:
 
 
 def _row(record: Record, rungs: Sequence[int], best: int | None) -> _Row:
-    scores = [text for rung in rungs for text in (percent(record.top1_on(rung)), loss(record, rung))]
+    scores = [text for rung in rungs for text in (percent(record.metric_on(rung)), loss(record, rung))]
     parameters = f"{record.parameters:,}" if record.parameters else ""
     return _Row(
         number="base" if record.number < 0 else str(record.number),

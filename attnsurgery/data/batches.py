@@ -18,13 +18,13 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from attnsurgery.data.augment import SHIFT, mirrors
+from attnsurgery.data.memory import allocate_for, current, to_device
+from attnsurgery.data.picture import Rendering
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.data.scan import brief, refuse_unreadable
+from attnsurgery.data.source import Source
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate.augment import SHIFT, mirrors
-from attnsurgery.evaluate.memory import allocate_for, current, to_device
-from attnsurgery.evaluate.picture import Rendering
-from attnsurgery.evaluate.preprocess import Preprocessing
-from attnsurgery.evaluate.scan import brief, refuse_unreadable
-from attnsurgery.evaluate.source import Source
 from attnsurgery.settings import Augment
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attnsurgery.evaluate.scan import THUMB, Scan, Thumbs
+from attnsurgery.data.scan import THUMB, Scan, Thumbs
 
 _CLOSE_BITS = 14
 """Number of the 64 bits of the hash that may differ."""

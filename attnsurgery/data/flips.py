@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from attnsurgery.evaluate.picture import Rendering
-from attnsurgery.evaluate.source import Source
+from attnsurgery.data.picture import Rendering
+from attnsurgery.data.source import Source
 
 _SIDE = 32
 """Height and width that images are resized to, in pixels."""

@@ -1,7 +1,7 @@
 """Opens every image once before anything is trained, and says which are unreadable and which have to be converted.
 
 A damaged file is found in the first minute and not after the last trial. A digest of each image's bytes and a thumbnail
-serve to find copies in other splits (`attnsurgery.evaluate.duplicates`).
+serve to find copies in other splits (`attnsurgery.data.duplicates`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from attnsurgery.data.folder import formats
+from attnsurgery.data.picture import Depth, Rendering, has_transparency, is_deep, is_turned, upright, values_of
+from attnsurgery.data.source import Source
 from attnsurgery.errors import SearchError
-from attnsurgery.evaluate.folder import formats
-from attnsurgery.evaluate.picture import Depth, Rendering, has_transparency, is_deep, is_turned, upright, values_of
-from attnsurgery.evaluate.source import Source
 
 OnProgress = Callable[[int, int], None]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attnsurgery.data.source import Source, Sources
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate.source import Source, Sources
 
 _HELD_OUT = 0.2
 """Share of each class that goes to a split which the data does not come with."""

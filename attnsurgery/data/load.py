@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from attnsurgery.data import duplicates
+from attnsurgery.data.augment import NAMES, describe, mirrors
+from attnsurgery.data.batches import FileSplit, MemorySplit, Split
+from attnsurgery.data.contents import digests_of
+from attnsurgery.data.embedded import embedded_name, embedded_sources
+from attnsurgery.data.flips import check_flips
+from attnsurgery.data.partition import find_groups, split_sources
+from attnsurgery.data.picture import Rendering
+from attnsurgery.data.preprocess import Preprocessing
+from attnsurgery.data.resized import Resized, Sides
+from attnsurgery.data.scan import Scan, conversion_notes, depths, depths_of, scan
+from attnsurgery.data.source import Source, Sources, find_sources
 from attnsurgery.errors import UsageError
-from attnsurgery.evaluate import duplicates
-from attnsurgery.evaluate.augment import NAMES, describe, mirrors
-from attnsurgery.evaluate.batches import FileSplit, MemorySplit, Split
-from attnsurgery.evaluate.contents import digests_of
-from attnsurgery.evaluate.embedded import embedded_name, embedded_sources
-from attnsurgery.evaluate.flips import check_flips
-from attnsurgery.evaluate.partition import find_groups, split_sources
-from attnsurgery.evaluate.picture import Rendering
-from attnsurgery.evaluate.preprocess import Preprocessing
-from attnsurgery.evaluate.resized import Resized, Sides
-from attnsurgery.evaluate.scan import Scan, conversion_notes, depths, depths_of, scan
-from attnsurgery.evaluate.source import Source, Sources, find_sources
 from attnsurgery.settings import Augment
 
 _UNBALANCED = 3.0
@@ -97,18 +96,6 @@ class Data:
         counts = Counter(self.train.labels.tolist())
         return max(counts.values()) > _UNBALANCED * min(counts.values())
 
-    def balanced(self, split: Split, correct_N: torch.Tensor) -> float | None:
-        """Balanced accuracy on a split, 0 to 1: the mean of the accuracies of its classes; None unless `unbalanced`.
-
-        Args:
-            split: one of the three.
-            correct_N: booleans, whether each of its images was predicted correctly.
-        """
-        if not self.unbalanced:
-            return None
-        shares = [correct_N[split.labels == label].float().mean() for label in set(split.labels.tolist())]
-        return float(torch.stack(shares).mean())
-
     def describe(self) -> str:
         """Name, sizes of the splits and classes, in one line."""
         counts = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
@@ -148,7 +135,7 @@ def load_data(
         decode: False postpones decoding to the first request for images.
         check: open every image once at the start, look for copies, and test whether mirrored images have the same
             labels. False where another process has done that.
-        known: digests of files, for the fingerprint (`attnsurgery.evaluate.contents`); new ones are added.
+        known: digests of files, for the fingerprint (`attnsurgery.data.contents`); new ones are added.
 
     Raises:
         UsageError: `spec`, `augment` or `group_by` names nothing.

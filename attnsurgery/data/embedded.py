@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attnsurgery.evaluate.contents import pixels_of
-from attnsurgery.evaluate.source import Source, Sources
+from attnsurgery.data.contents import pixels_of
+from attnsurgery.data.source import Source, Sources
 
 PAIRS, DIGITS = "pairs", "digits"
 DEFAULT = PAIRS

@@ -13,10 +13,10 @@ from typing import Any
 import timm.data
 from PIL import Image
 
+from attnsurgery.data.contents import content_of
+from attnsurgery.data.folder import TEST, TRAIN, VAL, formats, read_folder
+from attnsurgery.data.picture import upright
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.evaluate.contents import content_of
-from attnsurgery.evaluate.folder import TEST, TRAIN, VAL, formats, read_folder
-from attnsurgery.evaluate.picture import upright
 from attnsurgery.settings import Augment
 
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees

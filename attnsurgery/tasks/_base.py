@@ -1,0 +1,125 @@
+"""What a model learns: the loss that trains it, the metric that judges it, and the value of each image for a test.
+
+Shape letters: B images of a batch, N images of a split.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attnsurgery.catalog import Catalog
+from attnsurgery.errors import UnknownNameError, did_you_mean
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps outputs and targets of a batch to the mean loss, a scalar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number by which models are judged; larger is better."""
+
+    name: str
+    """As `--metric` takes it, such as 'top1'."""
+    title: str
+    """In a sentence, such as 'top-1'."""
+    percent: bool = True
+    """Whether it is a share from 0 to 1, which is written as a percentage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a model did on the images of a split."""
+
+    metric: float
+    """The metric."""
+    loss: float
+    """The mean loss, by which models can be ranked too."""
+    values: torch.Tensor
+    """(N,) one value for each image, whose mean is the metric. Two models are compared by the differences between the
+    values of the same images. Booleans where each image is right or wrong."""
+    balanced: float | None = None
+    """Balanced accuracy, 0 to 1; None where there are no classes, or it is the metric itself."""
+
+
+class Task(ABC):
+    """A task: what is trained on, how outputs are judged, and how two models are compared.
+
+    Laws, which tests/contracts/test_task_contract.py checks for every entry of the catalog:
+
+    * the mean of the values is the metric, up to rounding;
+    * the statistics of batches, concatenated, give the same evaluation however the split is divided into batches;
+    * values are finite for finite outputs, and the order of the images does not change the metric;
+    * the criterion is finite and differentiable, and lower for outputs that are right.
+
+    Args:
+        metric: name of the metric; by default the first of `metrics`.
+
+    Raises:
+        UnknownNameError: the task has no such metric.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]]
+    """The metrics that models can be judged by, the default first."""
+
+    def __init__(self, metric: str | None = None) -> None:
+        known = {one.name: one for one in self.metrics}
+        if metric is not None and metric not in known:
+            raise UnknownNameError(
+                f"--metric {metric}: this task has no such metric. Known: {', '.join(known)}."
+                f"{did_you_mean(metric, known)}"
+            )
+        self.metric = self.metrics[0] if metric is None else known[metric]
+
+    @abstractmethod
+    def criterion(self, label_smoothing: float) -> Criterion:
+        """The loss that trains a model.
+
+        Args:
+            label_smoothing: share of the target that is given to all classes alike, 0 to 1; a task without classes
+                ignores it.
+        """
+
+    @abstractmethod
+    def statistics(self, outputs_B: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What an evaluation needs of a batch: tensors with one row for each image, on the host.
+
+        Args:
+            outputs_B: of the model, in float32.
+            targets_B: what they should have been.
+        """
+
+    @abstractmethod
+    def evaluate(self, *statistics_N: torch.Tensor) -> Evaluation:
+        """Judge a model by the statistics of all images of a split.
+
+        Args:
+            statistics_N: what `statistics` returned, the batches concatenated.
+        """
+
+
+TASKS: Catalog[Task] = Catalog("task", "attnsurgery.tasks", group="attnsurgery.tasks", base=Task)
+
+
+def task_of(name: str, metric: str | None = None) -> Task:
+    """The task of a name, judged by a metric.
+
+    Args:
+        name: of the catalog, or 'package.module:Class' of your own.
+        metric: name of the metric; None for the task's default.
+
+    Raises:
+        UnknownNameError: there is no such task or metric.
+        UsageError: the class cannot be imported, or is no task.
+
+    Example: the default, and a metric for classes of different sizes
+        >>> task_of("classification").metric.title
+        'top-1'
+        >>> task_of("classification", "balanced").metric.title
+        'balanced accuracy'
+    """
+    return TASKS[name](metric)
