@@ -32,7 +32,7 @@ from attnsurgery.cli._console import building
 from attnsurgery.cli._search_view import files_of
 from attnsurgery.data import Preprocessing, load_data
 from attnsurgery.data.contents import load_digests
-from attnsurgery.errors import NothingFeasibleError, SearchError, UsageError
+from attnsurgery.errors import AttnSurgeryError, NothingFeasibleError, SearchError, UsageError
 from attnsurgery.evaluate import Score, TrainSettings
 from attnsurgery.evaluate.finetune import FineTune
 from attnsurgery.latency import Conditions, Latency
@@ -814,3 +814,28 @@ def test_interval_covers_zero_by_trainings(luck: float) -> None:
         gain = gain_of(first, second)
         covering += gain.low <= 0.0 <= gain.high
     assert covering / 400 > 0.93
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sampler": "nosuch"},
+        {"evaluator": "nosuch"},
+        {"metric": "nosuch"},
+        {"task": "nosuch:Thing"},
+        {"against": "nosuch"},
+        {"data": "/nowhere"},
+        {"checkpoint": "/nowhere"},
+        {"budget_params": 1},
+    ],
+)
+def test_directory_is_removed_where_nothing_was_written(config: SearchConfig, wrong: dict[str, object]) -> None:
+    """An error before the search begins leaves no directory behind, and none that was there is removed."""
+    folder = Path(config.output) / "inside" / "run"
+    with pytest.raises(AttnSurgeryError):
+        run(change(config, output=str(folder), **wrong))
+    assert not Path(config.output).exists()
+    folder.mkdir(parents=True)
+    with pytest.raises(AttnSurgeryError):
+        run(change(config, output=str(folder), **wrong))
+    assert folder.exists()

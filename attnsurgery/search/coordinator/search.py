@@ -28,7 +28,6 @@ from attnsurgery.search.coordinator.trial_loop import WAIT_S, TrialLoop
 from attnsurgery.search.execution.assemble import save_digests
 from attnsurgery.search.execution.bench import Bench
 from attnsurgery.search.execution.jobs import Data, Job
-from attnsurgery.search.files import locked
 from attnsurgery.search.listener import Listener
 from attnsurgery.search.report.write import write_outcome
 from attnsurgery.search.result.confirmation import Confirmation
@@ -44,6 +43,7 @@ from attnsurgery.search.storage.run_directory import (
     CONFIRMING,
     check_free,
     mark,
+    opened,
     remove_own,
     write_own,
 )
@@ -104,12 +104,8 @@ def run(
         )
     if config.storage:
         check_url(config.storage)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
     pulse = _Pulse(stop)
-    with locked(folder):
+    with opened(folder):
         facts = stored_facts(folder, config.storage)
         mark(folder)
         measured = None if facts.get("base") else measured_early(config, listener, pulse, backend)

@@ -11,13 +11,13 @@ import hashlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from attnsurgery.errors import SearchError, UsageError
-from attnsurgery.search.files import Journal, write_atomically
+from attnsurgery.search.files import LOCK, Journal, locked, write_atomically
 from attnsurgery.search.storage.schema import FACT, FORMAT_KEY, STUDY, TRIALS, is_format
 
 CONFIG = "config.yaml"
@@ -96,6 +96,33 @@ def mark(folder: Path) -> None:
             _note(folder, path.name, digest_of(path))
     text = "This directory belongs to attnsurgery search. Without this file, no search resumes here.\n"
     write_atomically(folder / MARK, text)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Create a run directory and hold its lock.
+
+    If an error ends the search before it has written anything, directories that were created here are removed again.
+
+    Raises:
+        SearchError: the directory cannot be created, or another search is running in it.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SearchError(f"cannot make the run directory {folder}: {error.strerror}.") from None
+    with locked(folder):
+        try:
+            yield
+        except BaseException:
+            if created and {entry.name for entry in folder.iterdir()} <= {LOCK, MARK}:
+                with suppress(OSError):
+                    for name in (MARK, LOCK):
+                        (folder / name).unlink(missing_ok=True)
+                    for path in created:
+                        path.rmdir()
+            raise
 
 
 def write_own(folder: Path, name: str, content: str | bytes) -> str:
