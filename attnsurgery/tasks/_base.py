@@ -21,14 +21,12 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number by which models are judged; larger is better."""
+    """A number by which models are judged; larger is better, and it is written as a percentage."""
 
     name: str
     """As `--metric` takes it, such as 'top1'."""
     title: str
     """In a sentence, such as 'top-1'."""
-    percent: bool = True
-    """Whether it is a share from 0 to 1, which is written as a percentage."""
 
 
 @dataclass(frozen=True, slots=True)
