@@ -43,3 +43,11 @@ def test_version_is_declared_once() -> None:
     assert "version" in project["dynamic"]
     assert citation["version"] == attnsurgery.__version__
     assert citation["license"] == project["license"]
+
+
+def test_wheel_has_every_package() -> None:
+    """pyproject.toml lists each folder of the package that holds code, so that none is missing from the wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "attnsurgery").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} <= listed
