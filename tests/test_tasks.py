@@ -17,6 +17,7 @@ from scipy import stats
 from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.coordinator.compare import compare_on_test
 from attnsurgery.search.result.answers import packed, values_of
+from attnsurgery.search.result.older import NAMES
 from attnsurgery.search.result.statistics import gain_of
 from attnsurgery.search.storage.repair import repair
 from attnsurgery.tasks import Task, task_of
@@ -131,7 +132,7 @@ def test_search_of_an_earlier_version_resumes(config: SearchConfig) -> None:
     """Fields of studies and journals that were called top1 are read under their present names."""
     settings = change(config, trials=1)
     outcome = run(settings)
-    folder, names = outcome.folder, {"metric": "top1", "metrics": "top1s", "base_metric": "base_top1"}
+    folder, names = outcome.folder, {after: before for before, after in NAMES.items()}
 
     def older(data: Any) -> Any:
         if isinstance(data, dict):
@@ -172,6 +173,34 @@ def test_search_for_the_task_of_the_documentation(
     assert outcome.about.metric == "closeness"
     assert outcome.confirmation is not None
     assert ": closeness " in outcome.confirmation.sentence()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_search_with_evaluator_and_latency_of_your_own(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Classes in a module of the current directory train and measure, in workers too, and the report is written."""
+    (tmp_path / "own_parts.py").write_text(
+        "from attnsurgery.evaluate.finetune import FineTune\n"
+        "from attnsurgery.latency.fixed import FixedLatency\n\n\n"
+        "class Constant(FineTune):\n"
+        "    def score(self, model, seed, on='val', watch=None):\n"
+        "        score = super().score(model, seed, on, watch)\n"
+        "        return type(score)(0.25, score.loss, score.seconds, score.epochs, score.values)\n\n\n"
+        "class Slow(FixedLatency):\n"
+        "    def __init__(self, conditions, effort=None):\n"
+        "        super().__init__(conditions, effort, lambda model: 42.0)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_parts", raising=False)
+    own = {"evaluator": "own_parts:Constant", "latency": "own_parts:Slow", "workers": workers}
+    outcome = run(change(config, trials=1, **own))
+    (record,) = [record for record in outcome.records if record.state == "trained"]
+    assert (record.metric, outcome.base.metric) == (0.25, 0.25)
+    assert record.timing is not None
+    assert record.timing.ms == 42.0
+    assert (outcome.folder / "report.html").is_file()
 
 
 def test_verdict_by_numbers() -> None:

@@ -348,7 +348,7 @@ def _scores(record: Record, rung: int) -> str:
 
 
 def _metric(record: Record, rung: int) -> str:
-    """Top-1, with balanced accuracy if classes are of different sizes."""
+    """The metric, and balanced accuracy beside top-1 if classes are of different sizes."""
     balanced = record.balanced_on(rung)
     return _percent(record.metric_on(rung)) + ("" if balanced is None else f" (balanced {_percent(balanced)})")
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from attnsurgery.evaluate import Score
 from attnsurgery.latency import Comparison
+from attnsurgery.search.result.older import NAMES, renamed
 from attnsurgery.search.space import INPUT_SIZE, NONE
 from attnsurgery.settings import RankBy
 
@@ -123,12 +124,11 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """The record in JSON data, also of version 0.1."""
+        """The record in JSON data, also of an earlier version."""
+        if NAMES.keys() & data.keys():
+            data = renamed(data)
         timing = data.get("timing")
         promotions = tuple(Promotion(**fields) for fields in data.get("promotions", ()))
-        if "foretold_ms" in data:  # its name in studies of version 0.1
-            data = {**data, "predicted_ms": data["foretold_ms"]}
-            del data["foretold_ms"]
         return cls(**{**data, "timing": Timing(**timing) if timing else None, "promotions": promotions})
 
     def describe(self) -> str:

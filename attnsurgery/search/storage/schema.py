@@ -15,8 +15,8 @@ from attnsurgery.errors import SearchError
 from attnsurgery.samplers import BLOCKS
 from attnsurgery.search.config import SearchConfig
 from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.older import renamed
 from attnsurgery.search.result.record import Record, State
-from attnsurgery.search.storage.older import renamed
 from attnsurgery.settings import RankBy
 
 STUDY, TRIALS = "study.db", "trials.jsonl"
@@ -92,7 +92,7 @@ def facts_in(study: optuna.Study) -> dict[str, Any]:
 def trials_of(entries: Iterable[Mapping[str, Any]]) -> dict[int, Record]:
     """Every finished trial by its number, from the lines of a journal; the last line of each trial holds."""
     return {
-        entry["number"]: Record.from_dict(renamed({key: value for key, value in entry.items() if key != CLOCK}))
+        entry["number"]: Record.from_dict({key: value for key, value in entry.items() if key != CLOCK})
         for entry in entries
         if FACT not in entry
     }
@@ -124,7 +124,7 @@ def records_of(study: optuna.Study) -> list[Record]:
     """Every finished trial of a study, in order."""
     later = study.user_attrs
     return [
-        Record.from_dict(renamed(later.get(promoted_key(trial.number), trial.user_attrs[RECORD])))
+        Record.from_dict(later.get(promoted_key(trial.number), trial.user_attrs[RECORD]))
         for trial in study.get_trials(deepcopy=False)
         if RECORD in trial.user_attrs
     ]

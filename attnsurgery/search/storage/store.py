@@ -22,11 +22,11 @@ from attnsurgery.samplers import AGAIN, SAMPLERS
 from attnsurgery.samplers.places import Places
 from attnsurgery.search.files import Journal
 from attnsurgery.search.result.limits import Budgets
+from attnsurgery.search.result.older import renamed
 from attnsurgery.search.result.record import Record, trained
 from attnsurgery.search.seeds import seed_of
 from attnsurgery.search.space import BoundSpace
 from attnsurgery.search.storage.leases import Claimed, Sharing
-from attnsurgery.search.storage.older import renamed
 from attnsurgery.search.storage.propose import next_slot, propose
 from attnsurgery.search.storage.schema import (
     ATTEMPTS,

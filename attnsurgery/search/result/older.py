@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-_NAMES = {"top1": "metric", "top1s": "metrics", "base_top1": "base_metric", "winner_top1": "winner_metric"}
-"""Earlier names of fields, from when top-1 was the only metric."""
+NAMES = {
+    "top1": "metric",  # from when it was the only one
+    "top1s": "metrics",
+    "base_top1": "base_metric",
+    "winner_top1": "winner_metric",
+    "foretold_ms": "predicted_ms",
+}
+"""The present names of fields by their earlier ones."""
 
 
 def renamed(data: Any) -> Any:
@@ -17,7 +23,7 @@ def renamed(data: Any) -> Any:
     """
     if isinstance(data, dict):
         return {
-            _NAMES.get(key, key): "metric" if (key, value) == ("rank_by", "top1") else renamed(value)
+            NAMES.get(key, key): "metric" if (key, value) == ("rank_by", "top1") else renamed(value)
             for key, value in data.items()
         }
     return [renamed(value) for value in data] if isinstance(data, list) else data
