@@ -21,8 +21,9 @@ Augment = Literal["none", "shift", "light", "timm"]
 TrainDtype = Literal["float32", "bfloat16"]
 """Precision of training; bfloat16 is mixed precision."""
 RankBy = Literal["metric", "loss"]
-"""The metric by which candidates are ranked on the validation split. The loss depends on the confidence of a model too,
-so it distinguishes candidates with the same accuracy, but a lower loss need not mean a higher accuracy."""
+"""What candidates are ranked by on the validation split: the metric of the task, or the loss. The loss depends on the
+confidence of a model too, so it distinguishes candidates with the same accuracy, but a lower loss need not mean a
+higher accuracy."""
 
 _POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 

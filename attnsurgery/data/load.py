@@ -307,8 +307,8 @@ def _balance_notes(classes: Sequence[str], parts: Mapping[str, Source]) -> list[
     share = parts["val"].labels.count(common) / len(parts["val"].labels)
     return [
         f"unbalanced: {largest:,} training images of {classes[common]}, {smallest:,} of {classes[rare]}. Always "
-        f"predicting {classes[common]} is right for {100 * share:.1f} % of the validation images, so balanced accuracy "
-        "stands beside top-1"
+        f"predicting {classes[common]} is right for {100 * share:.1f} % of the validation images, so top-1 says little "
+        "by itself; balanced accuracy stands beside it, or judges with --metric balanced"
     ]
 
 

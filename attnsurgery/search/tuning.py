@@ -41,9 +41,9 @@ DEFAULT_RATE = 1e-3
 SCALES = (1.0, 10.0)
 """Learning rates of blocks relative to the base's weights."""
 MARGIN = 0.005
-"""A gain in validation top-1 below which a training twice as long is not worth its time, 0 to 1."""
+"""A gain in the validation metric below which a training twice as long is not worth its time, 0 to 1."""
 LOSS_MARGIN = 0.01
-"""The validation loss also has to fall by this share. It hardly does if a model guesses, while its top-1 may vary by
+"""The validation loss also has to fall by this share. It hardly does if a model guesses, while its metric may vary by
 several points from one training to another."""
 MIN_STEPS = 200
 """Training steps of the shortest training."""
@@ -313,7 +313,7 @@ def expected_trainings(config: SearchConfig, plain: bool = False) -> float:
 
 
 def _best(attempts: Sequence[Attempt], results: Results) -> Attempt | None:
-    """The attempt with the highest top-1, of equal ones that with the lower loss; None if none has succeeded."""
+    """The attempt with the highest metric, of equal ones that with the lower loss; None if none has succeeded."""
     finished = [attempt for attempt in attempts if "metric" in results.get(attempt.key, {})]
     return max(finished, key=lambda attempt: _rank(results[attempt.key]), default=None)
 

@@ -53,8 +53,8 @@ def scorers(table: Table, data: Data, base: torch.nn.Module, folder: Path) -> di
         torch.manual_seed(SEED)
         supernet = Supernet(base, table.space, survey(base, SETUP.size))
         path = folder / f"supernet-{epochs}.safetensors"
-        settings_of_it = replace(settings, epochs=epochs)
-        scorers_by_name[f"supernet:{epochs}"] = Shared(supernet, base, data, settings_of_it, Classification(), path)
+        its_settings = replace(settings, epochs=epochs)
+        scorers_by_name[f"supernet:{epochs}"] = Shared(supernet, base, data, its_settings, Classification(), path)
     return scorers_by_name
 
 

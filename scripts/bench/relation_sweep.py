@@ -11,7 +11,7 @@ the two digits, and `reach` the width of the receptive field; at a gap of at lea
 feature map depends on both.
 
 A call adds the missing trainings of its grid to docs/benchmarks/relation-sweep.json, and prints a table of all: test
-accuracy at the learning rate with the best validation evaluate, mean and range over seeds.
+accuracy at the learning rate with the best validation accuracy, mean and range over seeds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Each image has one embedded digit at either end, 16 pixels high, and nothing in 
 sum, so it can read both digits. Then everything is trained to answer "same digit?" on 3,000 pairs. The receptive field
 of its convolutions hardly covers both ends; an attention block covers the whole map. All candidates have the same grid
 of learning rates (for blocks and all other weights), the same lengths and the same seeds. Each candidate is evaluated
-at its best setting by validation evaluate, on test pairs whose digits are in no other split.
+at its best setting by validation accuracy, on test pairs whose digits are in no other split.
 
 Candidates: the base; SE in all branches and in the narrow slots; a non-local block at the end of stage 3; dual
 attention there; and, as a baseline, the same network with two blocks a stage and no attention, whose latency blocks

@@ -44,7 +44,7 @@ class Reliability:
     std: float
     """Standard deviation of one candidate's score over seeds, without what a seed does to all candidates alike."""
     by: RankBy = "metric"
-    """The score: top-1, 0 to 1, or the loss."""
+    """The score: the metric, 0 to 1, or the loss."""
 
     @classmethod
     def of_scores(

@@ -55,11 +55,11 @@ def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float | No
 
 
 def gains(records: Iterable[Record], base: float) -> dict[tuple[str, str], list[float]]:
-    """For each place and block, the top-1 gains over the base of all candidates with that block there.
+    """For each place and block, the gains over the base in the metric of all candidates with that block there.
 
     Args:
         records: of candidates.
-        base: top-1 of the base, 0 to 1.
+        base: metric of the base, 0 to 1.
     """
     gains_by_choice: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in records:
