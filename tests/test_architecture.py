@@ -18,8 +18,8 @@ PACKAGE = Path(attnsurgery.__file__).parent
 # Lower may not import higher; siblings of one layer may not import each other.
 LAYERS = [
     {"errors", "faults", "settings", "tf32"},
-    {"catalog"},
-    {"blocks", "graph", "latency", "data", "tasks", "samplers", "optimizer"},
+    {"catalog", "data"},
+    {"blocks", "graph", "latency", "tasks", "samplers", "optimizer"},
     {"surgery", "models", "evaluate"},
     {"recipe"},
     {"timm_plugin"},

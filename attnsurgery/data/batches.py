@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from attnsurgery.data.augment import SHIFT, mirrors
+from attnsurgery.data.augment import mirrors
+from attnsurgery.data.masks import decode_masks, read_mask
 from attnsurgery.data.memory import allocate_for, current, to_device
+from attnsurgery.data.moves import apply_moves, draw_moves
 from attnsurgery.data.picture import Rendering
 from attnsurgery.data.preprocess import Preprocessing
 from attnsurgery.data.scan import brief, refuse_unreadable
@@ -44,13 +45,23 @@ class Split(ABC):
         preprocessing: size, mean and std of the model's input.
         rendering: how decoded images become 8-bit ones.
         augment: how training batches are augmented.
+        mask_size: height and width of masks; by default those of the input. Only masks of that size can be augmented.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, augment: Augment = "none"
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        rendering: Rendering,
+        augment: Augment = "none",
+        mask_size: tuple[int, int] | None = None,
     ) -> None:
         self.ids = source.ids
         self.labels = torch.tensor(source.labels, dtype=torch.long)
+        self.targets = self.labels if source.targets is None else source.targets
+        """(N, ...) what a model should return for each image; where there are masks, of no meaning."""
+        height, width = mask_size or preprocessing.input_size[1:]
+        self.mask_size = None if source.masks is None else (height, width)
         self.preprocessing = preprocessing
         self.rendering = rendering
         self.augment = augment
@@ -60,7 +71,10 @@ class Split(ABC):
         return len(self.ids)
 
     def train_batches(self, batch_size: int, device: str, seed: int, epoch: int) -> Iterator[Batch]:
-        """Shuffled, augmented images (B, C, H, W) in float and labels (B,); an incomplete last batch is dropped."""
+        """Shuffled, augmented images (B, C, H, W) in float and targets (B, ...); an incomplete last batch is dropped.
+
+        Targets are the numbers of classes, (B,) in int64; or masks, (B, H, W) in uint8; or the rows of `targets`.
+        """
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         order_N = torch.randperm(len(self), generator=generator)
         size = min(batch_size, len(self))
@@ -80,6 +94,13 @@ class Split(ABC):
             device: of the batches.
             augment: random numbers for the augmentation; None for no augmentation.
         """
+
+    def _move_masks(self, targets_B: torch.Tensor, moves: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Masks shifted and mirrored as their images; other targets as they are."""
+        if self.mask_size is None:
+            return targets_B
+        assert self.mask_size == self.preprocessing.input_size[1:], "images are moved by whole pixels of theirs"
+        return apply_moves(targets_B[:, None], *moves)[:, 0].to(targets_B.dtype)
 
     def _moves(self, batch: int, size: Sequence[int], generator: torch.Generator | None) -> list[torch.Tensor]:
         """The shifts and mirrorings of a batch, as `draw_moves`; [] where images are not augmented."""
@@ -114,10 +135,13 @@ class MemorySplit(Split):
         rendering: Rendering,
         augment: Augment = "none",
         on_progress: OnProgress | None = None,
+        mask_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(source, preprocessing, rendering, augment)
+        super().__init__(source, preprocessing, rendering, augment, mask_size)
         self._decode = partial(decode_all, source, preprocessing, rendering, on_progress)
+        self._decode_masks = partial(decode_masks, source, self.mask_size) if self.mask_size else None
         self._resident: dict[str, torch.Tensor] = {}
+        self._masks: dict[str, torch.Tensor] = {}
 
     def decode(self) -> torch.Tensor:
         """All pixels, as uint8 (N, C, H, W).
@@ -131,36 +155,63 @@ class MemorySplit(Split):
         return self._resident["cpu"]
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
-        pixels_NCHW = self._pixels_on(device)
+        pixels_NCHW = _on_device(self._resident, self.decode(), device)
+        targets_N = self._targets_on(device)
         for picks_B in picks:
             numbers = [picks_B, self.labels[picks_B], *self._moves(len(picks_B), pixels_NCHW.shape[2:], augment)]
             index_B, labels_B, *moves = to_device(torch.stack(numbers), device)  # all that a batch needs, in one copy
-            if pixels_NCHW.device == index_B.device:
-                x_BCHW = pixels_NCHW[index_B]
-            else:
-                x_BCHW = to_device(pixels_NCHW[picks_B], device)
+            x_BCHW = rows(pixels_NCHW, picks_B, index_B, device)
+            targets_B = labels_B if targets_N is None else rows(targets_N, picks_B, index_B, device)
             if moves:
                 x_BCHW = apply_moves(x_BCHW, *moves)
-            yield self._normalise(x_BCHW), labels_B
+                targets_B = self._move_masks(targets_B, moves)
+            yield self._normalise(x_BCHW), targets_B
 
-    def _pixels_on(self, device: str) -> torch.Tensor:
-        """All pixels, on the device if it had enough memory at the first call, otherwise on the host."""
-        pixels_NCHW = self.decode()
-        if device not in self._resident:
-            with torch.inference_mode(False):
-                room_NCHW = allocate_for(pixels_NCHW.shape, pixels_NCHW.dtype, device)
-                on_host = room_NCHW.device.type == "cpu"
-                self._resident[device] = pixels_NCHW if on_host else room_NCHW.copy_(pixels_NCHW)
-        return self._resident[device]
+    def _targets_on(self, device: str) -> torch.Tensor | None:
+        """All targets, on the device if it has enough memory; None where these are the labels."""
+        if self._decode_masks is not None:
+            if "cpu" not in self._masks:
+                with torch.inference_mode(False):
+                    self._masks["cpu"] = self._decode_masks()
+            return _on_device(self._masks, self._masks["cpu"], device)
+        return None if self.targets is self.labels else self.targets
+
+
+def _on_device(resident: dict[str, torch.Tensor], tensor_N: torch.Tensor, device: str) -> torch.Tensor:
+    """The tensor on the device if it had enough memory at the first call, otherwise on the host.
+
+    Args:
+        resident: by device, where the tensor is by now.
+        tensor_N: on the host.
+        device: on which it is needed.
+    """
+    if device not in resident:
+        with torch.inference_mode(False):
+            room_N = allocate_for(tensor_N.shape, tensor_N.dtype, device)
+            resident[device] = tensor_N if room_N.device.type == "cpu" else room_N.copy_(tensor_N)
+    return resident[device]
+
+
+def rows(tensor_N: torch.Tensor, picks_B: torch.Tensor, index_B: torch.Tensor, device: str) -> torch.Tensor:
+    """Rows of a tensor on the device, wherever the tensor is; `picks_B` on the host is `index_B` on the device."""
+    if tensor_N.device == index_B.device:
+        return tensor_N[index_B]
+    return to_device(tensor_N[picks_B], device)
 
 
 class FileSplit(Split):
     """Decoded by worker processes in each epoch, for data that does not fit into memory and for timm's transforms."""
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, augment: Augment, workers: int
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        rendering: Rendering,
+        augment: Augment,
+        workers: int,
+        mask_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(source, preprocessing, rendering, augment)
+        super().__init__(source, preprocessing, rendering, augment, mask_size)
         self._source = source
         self._workers = workers
 
@@ -168,7 +219,7 @@ class FileSplit(Split):
         seed = None
         if augment is not None and self.augment == "timm":
             seed = int(torch.randint(2**31, (1,), generator=augment))
-        images = _Images(self._source, self.preprocessing, self.rendering, seed)
+        images = _Images(self._source, self.preprocessing, self.rendering, self.targets, self.mask_size, seed)
         loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=[pick.tolist() for pick in picks],
@@ -182,37 +233,53 @@ class FileSplit(Split):
                 batch = next(batches, None)
             if batch is None:
                 return
-            x_BCHW, labels_B = (tensor.to(device, non_blocking=True) for tensor in batch)
-            if moves := self._moves(len(labels_B), x_BCHW.shape[2:], augment):
-                x_BCHW = apply_moves(x_BCHW, *to_device(torch.stack(moves), device))
-            yield self._normalise(x_BCHW), labels_B
+            x_BCHW, targets_B = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if moves := self._moves(len(x_BCHW), x_BCHW.shape[2:], augment):
+                moves = list(to_device(torch.stack(moves), device))
+                x_BCHW = apply_moves(x_BCHW, *moves)
+                targets_B = self._move_masks(targets_B, moves)
+            yield self._normalise(x_BCHW), targets_B
 
 
-class _Images(Dataset[tuple[torch.Tensor, int]]):
+class _Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Images resized to the size of the input.
 
     Args:
         source: the images.
         preprocessing: size of the input.
         rendering: how decoded images become 8-bit ones.
+        targets_N: of the images, where there are no masks.
+        mask_size: height and width of masks; None where there are none.
         seed: of timm's training transform; None for the evaluation transform.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, rendering: Rendering, seed: int | None = None
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        rendering: Rendering,
+        targets_N: torch.Tensor,
+        mask_size: tuple[int, int] | None = None,
+        seed: int | None = None,
     ) -> None:
         self._source = source
+        self._targets_N = targets_N
+        self._mask_size = mask_size
         self._rendering = rendering
         self._fit = _Fit(preprocessing)
         self._training = None if seed is None else preprocessing.training()
         self._seed = seed
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             image = self._rendering(self._source.open(index))
         except Exception as error:
             raise SearchError(f"cannot read the image {self._source.ids[index]}: {brief(error)}") from None
-        return torch.as_tensor(self._fitted(image, index)), self._source.labels[index]
+        masks = self._source.masks
+        if masks is None or self._mask_size is None:
+            return torch.as_tensor(self._fitted(image, index)), self._targets_N[index]
+        mask_HW = read_mask(masks, index, self._mask_size)
+        return torch.as_tensor(self._fitted(image, index)), torch.from_numpy(mask_HW)
 
     def _fitted(self, image: Image.Image, index: int) -> Any:
         if self._seed is None or self._training is None:
@@ -265,38 +332,3 @@ def decode_all(
                 on_progress(count, len(source.ids))
     refuse_unreadable(unreadable, len(source.ids))
     return pixels_NCHW
-
-
-def augment_images(pixels_BCHW: torch.Tensor, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Each image shifted by its own random offset and, if `flip`, mirrored with probability 1/2."""
-    batch, _, *size = pixels_BCHW.shape
-    return apply_moves(
-        pixels_BCHW, *(moves_B.to(pixels_BCHW.device) for moves_B in draw_moves(batch, size, flip, generator))
-    )
-
-
-def draw_moves(batch: int, size: Sequence[int], flip: bool, generator: torch.Generator) -> list[torch.Tensor]:
-    """Random shifts and mirrorings of a batch.
-
-    Returns:
-        Row offset, column offset, and 1 where an image is mirrored, else 0; each (B,), on the host.
-    """
-    top_B, left_B = (torch.randint(2 * (side // SHIFT) + 1, (batch,), generator=generator) for side in size)
-    mirror_B = torch.rand(batch, generator=generator) < (0.5 if flip else 0.0)
-    return [top_B, left_B, mirror_B.long()]
-
-
-def apply_moves(
-    pixels_BCHW: torch.Tensor, top_B: torch.Tensor, left_B: torch.Tensor, mirror_B: torch.Tensor
-) -> torch.Tensor:
-    """Images shifted, with reflected borders, and mirrored, as `draw_moves` returns; (B, C, H, W) in float."""
-    batch, _, height, width = pixels_BCHW.shape
-    device = pixels_BCHW.device
-    reach_h, reach_w = height // SHIFT, width // SHIFT
-    columns_BW = torch.arange(width, device=device).expand(batch, -1)
-    columns_BW = torch.where(mirror_B[:, None] > 0, width - 1 - columns_BW, columns_BW) + left_B[:, None]
-    rows_BH = torch.arange(height, device=device) + top_B[:, None]
-    padded = F.pad(pixels_BCHW.float(), (reach_w, reach_w, reach_h, reach_h), mode="reflect")
-    index_B = torch.arange(batch, device=device)[:, None, None]
-    shifted_BHWC = padded.permute(0, 2, 3, 1)[index_B, rows_BH[:, :, None], columns_BW[:, None, :]]
-    return shifted_BHWC.permute(0, 3, 1, 2).contiguous()

@@ -37,6 +37,9 @@ _CLASSES = 12
 _LETTERS = 160
 """Number of letters that the names of these classes have at most."""
 
+Find = Callable[[str | None, Sides], Sources]
+"""The images that a specification names, with targets; embedded ones are drawn for an input of this height and width.
+"""
 OnLoad = Callable[[str, int, int], None]
 """Called with the name of a step, the number of images that are done, and their total."""
 
@@ -73,6 +76,10 @@ class Data:
     """What a base without weights is trained on first."""
     resized: Resized[Data] | None = None
     """Decodes the same images at other sizes."""
+    outputs: int = 0
+    """Number of outputs of a model; 0 for one for each class."""
+    is_classed: bool = True
+    """Whether each image is of one class."""
 
     def at(self, size: Sides) -> Data:
         """The same images in the same splits at another height and width, decoded from the originals on demand."""
@@ -88,17 +95,22 @@ class Data:
 
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
+        """Number of outputs of a model, which timm calls so, whether or not they are classes."""
+        return self.outputs or len(self.classes)
 
     @property
     def unbalanced(self) -> bool:
         """Whether the largest class of the training split has several times as many images as the smallest."""
+        if not self.is_classed:
+            return False
         counts = Counter(self.train.labels.tolist())
         return max(counts.values()) > _UNBALANCED * min(counts.values())
 
     def describe(self) -> str:
         """Name, sizes of the splits and classes, in one line."""
         counts = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
+        if not self.classes:
+            return f"{self.name}: {counts}, {self.num_classes} output{'s' * (self.num_classes > 1)}"
         return f"{self.name}: {counts}, {self.num_classes} classes: {_listed(self.classes)}"
 
 
@@ -115,6 +127,7 @@ def load_data(
     decode: bool = True,
     check: bool = True,
     known: dict[str, list[Any]] | None = None,
+    find: Find | None = None,
 ) -> Data:
     """Labelled images in three splits that have none in common.
 
@@ -136,14 +149,16 @@ def load_data(
         check: open every image once at the start, look for copies, and test whether mirrored images have the same
             labels. False where another process has done that.
         known: digests of files, for the fingerprint (`attnsurgery.data.contents`); new ones are added.
+        find: finds images and targets; by default `labelled_images`.
 
     Raises:
         UsageError: `spec`, `augment` or `group_by` names nothing.
         SearchError: no classes, too few images of one, or images that cannot be read.
     """
-    inspection = _inspect(spec, preprocessing, seed, augment, group_by, memory_bytes, on_load, check)
+    find = find or labelled_images
+    inspection = _inspect(spec, preprocessing, seed, augment, group_by, memory_bytes, on_load, check, find)
+    preprocessing = inspection.preprocessing
     processes = min(8, os.cpu_count() or 1) if workers is None else workers
-    count = sum(len(part.ids) for part in inspection.parts.values())
 
     first_task = None
     if (first := inspection.sources.first) is not None:
@@ -154,16 +169,17 @@ def load_data(
         """The images of each split; embedded ones are drawn for the size."""
         if size == preprocessing.input_size[1:] or not embedded_name(spec):
             return inspection.parts
-        sources = _sources(spec, size)
+        sources = find(spec, size)
         grouping = find_groups(sources.train, group_by)
         return split_sources(sources, seed, grouping.groups if grouping else None)
 
     def split(name: str, source: Source, prepared: Preprocessing) -> Split:
         rendering = inspection.rendering
         variation: Augment = inspection.augment if name == "train" else "none"
-        if _bytes(prepared, count) > memory_bytes or variation == "timm":
-            return FileSplit(source, prepared, rendering, variation, processes)
-        return MemorySplit(source, prepared, rendering, variation, _progress(on_load, name))
+        mask_size = source.masks.size if source.masks and name != "train" else None
+        if decoded_bytes(prepared.input_size[1:]) == 0 or variation == "timm":
+            return FileSplit(source, prepared, rendering, variation, processes, mask_size)
+        return MemorySplit(source, prepared, rendering, variation, _progress(on_load, name), mask_size)
 
     def resize(size: Sides) -> Preprocessing:
         return replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
@@ -183,10 +199,12 @@ def load_data(
             shared=inspection.shared,
             resized=resized,
             first=first_task if resized else None,
+            outputs=inspection.sources.outputs,
+            is_classed=inspection.sources.train.is_classed,
         )
 
     def decoded_bytes(size: Sides) -> int:
-        needed = _bytes(resize(size), count)
+        needed = _bytes(resize(size), inspection.parts)
         return needed if needed <= memory_bytes else 0
 
     data = make(preprocessing, Resized(lambda size: make(resize(size), None), decoded_bytes, memory_bytes))
@@ -196,9 +214,13 @@ def load_data(
     return data
 
 
-def _bytes(preprocessing: Preprocessing, images: int) -> int:
-    """Memory of so many decoded images, as uint8."""
-    return math.prod(preprocessing.input_size) * images
+def _bytes(preprocessing: Preprocessing, parts: Mapping[str, Source]) -> int:
+    """Memory of all images and masks, decoded as uint8."""
+    total = math.prod(preprocessing.input_size) * sum(len(part.ids) for part in parts.values())
+    for name, part in parts.items():
+        if part.masks is not None:
+            total += math.prod(preprocessing.input_size[1:] if name == "train" else part.masks.size) * len(part.ids)
+    return total
 
 
 @dataclass(frozen=True)
@@ -208,20 +230,26 @@ class _Inspection:
     sources: Sources
     parts: dict[str, Source]
     rendering: Rendering
+    preprocessing: Preprocessing
+    """As given; without crops where there are masks."""
     augment: Augment
     notes: tuple[str, ...]
     shared: tuple[str, ...] | None
 
 
-def count_files(spec: str | None) -> int:
+def count_files(spec: str | None, find: Find | None = None) -> int:
     """Number of images in an image folder, without opening any; 0 for other data.
+
+    Args:
+        spec: as `load_data`.
+        find: as `load_data`.
 
     Raises:
         SearchError: as `load_data`.
     """
     if embedded_name(spec) or not Path(str(spec)).is_dir():
         return 0
-    sources = find_sources(str(spec))
+    sources = (find or labelled_images)(spec, (0, 0))
     return sum(len(source.ids) for source in (sources.train, sources.val, sources.test) if source is not None)
 
 
@@ -234,15 +262,22 @@ def _inspect(
     memory_bytes: int,
     on_load: OnLoad | None,
     check: bool,
+    find: Find,
 ) -> _Inspection:
     """Find the images, divide them into splits, and check them; arguments and errors as `load_data`."""
     if augment is not None and augment not in NAMES:
         raise UsageError(f"--augment {augment}: there is no such augmentation. Known: {', '.join(NAMES)}.")
     image_mode = preprocessing.image_mode
-    sources = _sources(spec, preprocessing.input_size[1:])
+    sources = find(spec, preprocessing.input_size[1:])
+    if sources.train.masks is not None:
+        preprocessing = preprocessing.whole()
+    if augment == "timm" and not sources.train.is_classed:
+        raise UsageError(
+            "--augment timm crops images, and targets of this task would no longer fit. Use light or shift."
+        )
     grouping = find_groups(sources.train, group_by)
     parts = split_sources(sources, seed, grouping.groups if grouping else None)
-    fits = _bytes(preprocessing, sum(len(part.ids) for part in parts.values())) <= memory_bytes
+    fits = _bytes(preprocessing, parts) <= memory_bytes
     scans: dict[str, Scan] = {}
     if check and not embedded_name(spec) and (sources.train.paths or not fits):
         scans = {name: scan(part, _progress(on_load, f"checking {name}")) for name, part in parts.items()}
@@ -253,12 +288,21 @@ def _inspect(
     if check:
         notes += [*conversion_notes(list(scans.values())), *(grouping.notes(sources) if grouping else ())]
         augmentation, flip_notes = _check_augment(augmentation, parts["train"], rendering, augment is not None)
-        notes += [*flip_notes, *_balance_notes(sources.classes, parts)]
-    return _Inspection(sources, parts, rendering, augmentation, tuple(notes), shared)
+        notes += flip_notes
+        notes += _balance_notes(sources.classes, parts) if sources.train.is_classed else []
+    return _Inspection(sources, parts, rendering, preprocessing, augmentation, tuple(notes), shared)
 
 
-def _sources(spec: str | None, size: tuple[int, int]) -> Sources:
-    """The images that `spec` names; embedded ones are drawn for an input of this height and width."""
+def labelled_images(spec: str | None, size: Sides) -> Sources:
+    """Images of which each is of one class.
+
+    Args:
+        spec: as in `load_data`.
+        size: height and width that embedded images are drawn for.
+
+    Raises:
+        UsageError, SearchError: as `find_sources`.
+    """
     name = embedded_name(spec)
     return find_sources(str(spec)) if name is None else embedded_sources(name, size)
 
@@ -285,7 +329,7 @@ def _check_augment(augment: Augment, train: Source, rendering: Rendering, reques
         requested: True if the user chose it; then it is used in any case.
     """
     notes = [f"training images: {describe(augment)}"]
-    if not mirrors(augment):
+    if not mirrors(augment) or not train.is_classed:
         return augment, notes
     flips = check_flips(train, rendering)
     if not flips.changes_labels:
@@ -315,20 +359,25 @@ def _balance_notes(classes: Sequence[str], parts: Mapping[str, Source]) -> list[
 def _shared(scans: Mapping[str, Scan], parts: Mapping[str, Source]) -> list[str]:
     """Lines on images that two splits, or two classes, have in common."""
     lines = [line for shared in duplicates.shared(scans) for line in shared.lines()]
-    if pairs := duplicates.of_two_classes(scans, {name: part.labels for name, part in parts.items()}):
+    labels = {name: part.labels for name, part in parts.items()}
+    if parts["train"].is_classed and (pairs := duplicates.of_two_classes(scans, labels)):
         image, original = pairs[0]
         copies = "image is a byte copy" if len(pairs) == 1 else "images are byte copies"
         lines.append(f"in two classes: {len(pairs):,} {copies} of one of another class ({image} is {original})")
     return lines
 
 
-def native_size(spec: str) -> int:
+def native_size(spec: str, find: Find | None = None) -> int:
     """The median of the shorter sides of some images that are not embedded, in pixels; 224 where none can be read.
+
+    Args:
+        spec: as `load_data`.
+        find: as `load_data`.
 
     Raises:
         UsageError, SearchError: as `load_data`.
     """
-    source = find_sources(spec).train
+    source = (find or labelled_images)(spec, (0, 0)).train
     sides = []
     for index in range(0, len(source.ids), max(1, len(source.ids) // 16)):
         try:
@@ -351,6 +400,10 @@ def _fingerprint(
         "files": digests_of([path for _, part in parts for path in part.paths], known, on_progress),
         "preprocessing": asdict(preprocessing),
     }
+    if targets := {name: part.targets.tolist() for name, part in parts if part.targets is not None}:
+        content["targets"] = targets
+    if masks := [path for _, part in parts if part.masks for path in part.masks.paths]:
+        content["masks"] = digests_of(masks, known)
     if first := inspection.sources.first:
         content["first"] = [first.classes, first.train.ids, first.train.labels, first.train.content()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -83,7 +83,7 @@ def stratified_by_group(
     for label, number in sorted(groups_left.items()):
         if number <= reserve:
             raise SearchError(
-                f"--group-by puts the images of class {classes[label]!r} into {number} groups of which each stays in "
+                f"--group-by puts the images {_of_class(label, classes)} into {number} groups of which each stays in "
                 f"one split, and {reserve + 1} are needed for every split to have one. Use a pattern that tells more "
                 "groups apart, or give the splits as folders of their own."
             )
@@ -113,11 +113,15 @@ def stratified_by_group(
             fitting = [group for group in order if label in counts[group] and is_free(group)]
             if not fitting:
                 raise SearchError(
-                    f"--group-by leaves no split of its own for class {classes[label]!r}: its groups are those of "
-                    "other classes too. Use a pattern that tells more groups apart, or give the splits as folders."
+                    f"--group-by leaves no split of its own for the images {_of_class(label, classes)}: their groups "
+                    "are those of others too. Use a pattern that tells more groups apart, or give splits as folders."
                 )
             select(min(fitting, key=lambda group: counts[group].total()))
     return [position for position, group in enumerate(groups) if group in selected]
+
+
+def _of_class(label: int, classes: Sequence[str]) -> str:
+    return f"of class {classes[label]!r}" if label < len(classes) else "of the data"
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ def _check_class_sizes(sources: Sources, minimum: int) -> None:
     Raises:
         SearchError: a class has fewer training images than `minimum`.
     """
+    if not sources.train.is_classed:
+        if (images := len(sources.train.ids)) < minimum:
+            raise SearchError(
+                f"the data {sources.name!r} has {images} images to train on, and every split needs one, {minimum} in "
+                "all. Add images."
+            )
+        return
     counts = Counter(sources.train.labels)
     label, fewest = min(((label, counts[label]) for label in range(len(sources.classes))), key=lambda pair: pair[1])
     if fewest < minimum:

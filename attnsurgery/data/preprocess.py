@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm.data
@@ -71,6 +71,10 @@ class Preprocessing:
     def filling(self) -> Any:
         """As `fitting`, without a crop: for images no larger than the input."""
         return self._transform(1.0)
+
+    def whole(self) -> Preprocessing:
+        """The same without crops: images are resized to the size of the input, whatever their shape, as masks need."""
+        return replace(self, crop_pct=1.0, crop_mode="squash")
 
     def training(self) -> Any:
         """timm's training transform, from PIL to uint8 of `input_size`; it uses torch's and Python's random numbers."""

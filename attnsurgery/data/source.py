@@ -6,11 +6,12 @@ Images are decoded when they are opened, and one that cannot be read fails then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm.data
+import torch
 from PIL import Image
 
 from attnsurgery.data.contents import content_of
@@ -24,6 +25,25 @@ _HUB = "hfds/"
 _PREFIXES = (_HUB, "torch/")
 _STREAMED = ("hfids/", "tfds/", "wds/")
 _SHOWN = 5
+IGNORED = 255
+"""In a mask: this pixel does not count."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """For each image, a picture with the number of the class of every pixel."""
+
+    open: Callable[[int], Image.Image]
+    """Decodes the mask at an index: one channel of 8 bits, with `IGNORED` where a pixel does not count."""
+    paths: tuple[Path, ...]
+    """The files."""
+    size: tuple[int, int]
+    """Height and width at which predictions are compared with masks, in pixels."""
+
+    def take(self, picks: Sequence[int]) -> Masks:
+        """The masks at these positions."""
+        picks, inner = list(picks), self.open
+        return replace(self, open=lambda i: inner(picks[i]), paths=tuple(self.paths[i] for i in picks))
 
 
 @dataclass(frozen=True)
@@ -33,13 +53,24 @@ class Source:
     ids: tuple[str, ...]
     """A unique name of each image: its path relative to the data, or a split and a number."""
     labels: tuple[int, ...]
-    """The number of the class of each image."""
+    """The number of the class of each image. Images without one class have a number by which they are divided into
+    splits, or 0."""
     open: Callable[[int], Image.Image]
     """Decodes the image at an index, upright."""
     paths: tuple[Path, ...] = ()
     """The image files; () where the data is no files."""
     content: Callable[[], str] = str
     """Computes a digest of data that is no files; '' where there are files."""
+    targets: torch.Tensor | None = None
+    """(N, ...) what a model should return for each image, where that is not one class: numbers, or 0 and 1 for each
+    class. None where `labels` or masks say it."""
+    masks: Masks | None = None
+    """The class of every pixel; None where a target belongs to the image as a whole."""
+
+    @property
+    def is_classed(self) -> bool:
+        """Whether each image is of one class, whose number is its label."""
+        return self.targets is None and self.masks is None
 
     def take(self, picks: Sequence[int]) -> Source:
         """The images at these positions."""
@@ -51,6 +82,8 @@ class Source:
             open=lambda i: inner(picks[i]),
             paths=tuple(self.paths[i] for i in picks) if self.paths else (),
             content=self.content,
+            targets=None if self.targets is None else self.targets[picks],
+            masks=self.masks and self.masks.take(picks),
         )
 
 
@@ -69,6 +102,8 @@ class Sources:
     """What was left out or has an unusual name, a line each."""
     first: Sources | None = None
     """What a base without weights is trained on first; its `name` describes the images."""
+    outputs: int = 0
+    """Number of outputs of a model; 0 for one for each class."""
 
 
 def find_sources(spec: str) -> Sources:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from attnsurgery.data.batches import Batch, Split
+from attnsurgery.data.batches import Batch, Split, rows
 from attnsurgery.data.memory import allocate_for, halve_until_it_fits, to_device
 from attnsurgery.evaluate._base import EVALUATORS, Evaluator, Score, SplitName, TrainSettings, Watch
 from attnsurgery.evaluate.channels_last import ChannelsLast
@@ -84,18 +84,21 @@ class FeatureSplit(Split):
     def __init__(self, split: Split, prefix: Prefix, settings: TrainSettings, watch: Watch | None = None) -> None:
         self.ids = split.ids
         self.labels = split.labels
+        self.mask_size = split.mask_size
         watch = watch or Watch()
         device, count = settings.device, 0
+        targets: list[torch.Tensor] = []
         features_N: torch.Tensor | None = None
 
         def compute(size: int) -> None:
             nonlocal count, features_N
-            for x_BCHW, _ in split.eval_batches(size, device, count):
+            for x_BCHW, targets_B in split.eval_batches(size, device, count):
                 watch.step()
                 features_B = layout.run(prefix.features, x_BCHW)
                 if features_N is None:
                     features_N = allocate_for((len(split), *features_B.shape[1:]), features_B.dtype, device)
                 features_N[count : count + len(features_B)].copy_(features_B)
+                targets.append(targets_B)
                 count += len(features_B)
 
         with (
@@ -106,14 +109,13 @@ class FeatureSplit(Split):
             halve_until_it_fits(compute, _BATCH, settings.pieces, on_smaller=watch.accumulating)
         assert features_N is not None, "a split has images"
         self._features_N = features_N
+        self.targets = torch.cat(targets)
 
     def _load(self, picks: list[torch.Tensor], device: str, augment: torch.Generator | None) -> Iterator[Batch]:
         for picks_B in picks:
-            index_B, labels_B = to_device(torch.stack([picks_B, self.labels[picks_B]]), device)
-            if self._features_N.device == index_B.device:
-                yield self._features_N[index_B], labels_B
-            else:
-                yield to_device(self._features_N[picks_B], device), labels_B
+            index_B = to_device(picks_B, device)
+            features_B = rows(self._features_N, picks_B, index_B, device)
+            yield features_B, rows(self.targets, picks_B, index_B, device)
 
 
 def blocks_and_norms(model: nn.Module) -> list[nn.Parameter]:

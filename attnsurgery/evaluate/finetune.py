@@ -19,6 +19,7 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from attnsurgery.data.batches import Split
 from attnsurgery.data.memory import free_memory, halve_until_it_fits
@@ -211,11 +212,16 @@ class _Run:
         for (x_PCHW, targets_P), forward in itertools.product(pieces, self.forwards):
             with autocast(self.settings):
                 outputs_P = self.layout.run(forward, x_PCHW)
-                loss = self.criterion(outputs_P.float(), targets_P)
+                loss = self.criterion(as_float(outputs_P), targets_P)
             loss = loss * (len(targets_P) / len(targets_B) / len(self.forwards))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+
+def as_float(outputs: Any) -> Any:
+    """Outputs of a model, one tensor or several, in float32."""
+    return tree_map_only(torch.Tensor, torch.Tensor.float, outputs)
 
 
 def evaluate(

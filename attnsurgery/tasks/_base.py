@@ -1,4 +1,5 @@
-"""What a model learns: the loss that trains it, the metric that judges it, and the value of each image for a test.
+"""What a model learns: the images with their targets, the model for them, the loss that trains it, the metric that
+judges it, and the value of each image for a test.
 
 Shape letters: B images of a batch, N images of a split.
 """
@@ -8,15 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from attnsurgery.catalog import Catalog
+from attnsurgery.data import Sources, labelled_images
 from attnsurgery.errors import UnknownNameError, did_you_mean
 
-Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Maps outputs and targets of a batch to the mean loss, a scalar."""
+Criterion = Callable[[Any, torch.Tensor], torch.Tensor]
+"""Maps the outputs of a model in training mode, in float32, and the targets of a batch to the mean loss, a scalar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,29 @@ class Task(ABC):
             )
         self.metric = self.metrics[0] if metric is None else known[metric]
 
+    def sources(self, spec: str | None, size: tuple[int, int]) -> Sources:
+        """The images that `--data` names, with their targets. By default each image is of one class.
+
+        Targets of other kinds are `Source.targets`, (N, ...), with `Sources.outputs` as the number of a model's
+        outputs, or `Source.masks`. Splits that the data does not come with are taken out of its training images.
+
+        Args:
+            spec: what `--data` says; None if it says nothing.
+            size: height and width that drawn images are to have; (0, 0) where none is opened.
+
+        Raises:
+            UsageError, SearchError: there is no such data, or it is of another kind.
+        """
+        return labelled_images(spec, size)
+
+    def model_of(self, base: str) -> str:
+        """The timm name of the model for this task that a base stands for; by default its own.
+
+        Args:
+            base: a timm name, as the user gave it.
+        """
+        return base
+
     @abstractmethod
     def criterion(self, label_smoothing: float) -> Criterion:
         """The loss that trains a model.
@@ -88,7 +113,7 @@ class Task(ABC):
 
         Args:
             outputs_B: of the model, in float32.
-            targets_B: what they should have been.
+            targets_B: what they should have been, as `Source` says.
         """
 
     @abstractmethod

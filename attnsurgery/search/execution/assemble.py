@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def before_images(config: SearchConfig, backend: LatencyBackend | None = None) -
         AttnSurgeryError: as `assemble`.
     """
     try:
-        count = count_files(config.data)
+        count = count_files(config.data, task_of(config.task, config.metric).sources)
     except AttnSurgeryError:  # `assemble` reports it, and unknown names before it
         return None
     return assemble(config, Listener(), backend, decode=False, check=False) if count >= MANY_IMAGES else None
@@ -154,26 +154,24 @@ def assemble(
     """
     if config.pretrained and config.checkpoint:
         raise UsageError("--pretrained and --checkpoint both say where the base's weights come from; give one.")
+    task = task_of(config.task, config.metric)
     resolved = resolve_base(config.base, config.checkpoint)
-    config = config.model_copy(update={"base": resolved.base, "checkpoint": resolved.checkpoint})
-    check_base(config.base, "MODEL")
+    check_base(resolved.base, "MODEL")
+    config = config.model_copy(update={"base": task.model_of(resolved.base), "checkpoint": resolved.checkpoint})
     for rival in rivals_of(config):
         check_base(resolve_base(rival.model, None).base, "--against")
-    task = task_of(config.task, config.metric)
     space_file = read_space(config)
     weights = read_state_dict(config.checkpoint) if config.checkpoint else None
-    size = _input_size(config, weights)
+    size = _input_size(config, weights, task)
     sized = for_images(config.base, size[1:])
     given_backend, backend = backend, backend or _backend(config, size)
     *lower, top = rungs_of(config)
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
     normalized = normalization(config.checkpoint)
-    data, digests = images_of(config, size, normalized, listener, decode, check)
+    data, digests = images_of(config, task, size, normalized, listener, decode, check)
     config = config.model_copy(update={"augment": data.augment})
     settings = _train_settings(config, len(data.train))
-    base, untrained_part, source_digest = untrained(
-        config, data.classes, weights, sized, listener if check else Listener()
-    )
+    base, untrained_part, source_digest = untrained(config, data, weights, sized, listener if check else Listener())
     base.pretrained_cfg = {**(getattr(base, "pretrained_cfg", None) or {}), **normalized}  # type: ignore[assignment]
     anatomy = survey(base, size)
     space, others = bind_space(space_file, base, anatomy, config, listener.note if check else lambda reason: None)
@@ -209,6 +207,7 @@ def assemble(
 
 def images_of(
     config: SearchConfig,
+    task: Task,
     size: tuple[int, int, int],
     normalized: Mapping[str, Any],
     listener: Listener,
@@ -219,6 +218,7 @@ def images_of(
 
     Args:
         config: all settings.
+        task: finds the images and their targets.
         size: (C, H, W) of an image.
         normalized: `mean` and `std` of pretrained weights, if they have them.
         listener: told of progress.
@@ -239,6 +239,7 @@ def images_of(
         decode=decode,
         check=check,
         known=digests,
+        find=task.sources,
     )
     if check:
         listener.data(data.describe(), data.notes)
@@ -326,7 +327,7 @@ def _scorer(
     return Shared(supernet, base, data, settings, task, Path(config.output) / SUPERNET_WEIGHTS)
 
 
-def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, int, int]:
+def _input_size(config: SearchConfig, weights: StateDict | None, task: Task) -> tuple[int, int, int]:
     """(C, H, W) of an image: as configured; else as the weights expect it; else near the images' own size."""
     model = weightless(config.base)
     channels, height, width = Preprocessing.of(model).input_size
@@ -340,7 +341,7 @@ def _input_size(config: SearchConfig, weights: StateDict | None) -> tuple[int, i
     if name := embedded_name(config.data):
         *sizes, last = SIZES[name]
         return channels, *next((size for size in sizes if _takes(model, (channels, *size))), last)
-    native = max(32, 32 * round(native_size(str(config.data)) / 32))
+    native = max(32, 32 * round(native_size(str(config.data), task.sources) / 32))
     return channels, min(native, height), min(native, width)
 
 
@@ -357,16 +358,16 @@ def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
 
 def untrained(
     config: SearchConfig,
-    classes: Sequence[str],
+    data: Data,
     weights: StateDict | None,
     sized: Mapping[str, Any],
     listener: Listener,
 ) -> tuple[nn.Module, Fresh, str | None]:
-    """The base for these classes, with its pretrained weights, or with random ones that depend only on the seed.
+    """The base for the data, with its pretrained weights, or with random ones that depend only on the seed.
 
     Args:
         config: all settings.
-        classes: names of the images' classes.
+        data: its classes, or the number of outputs.
         weights: of the checkpoint, if there is one.
         sized: arguments of the architecture for the size of the images.
         listener: told of progress.
@@ -374,6 +375,7 @@ def untrained(
     Returns:
         The model, the part of it that is still to be trained, and the digest of its pretrained weights.
     """
+    classes, outputs = data.classes, data.num_classes
     untrained_part: Fresh = "nothing" if config.pretrained or config.checkpoint else "all"
     img_size = sized.get("img_size")
     with torch.random.fork_rng(devices=[]):
@@ -383,18 +385,18 @@ def untrained(
         elif config.pretrained:
             model = build_base(config.base, img_size=img_size)
         else:
-            model = timm.create_model(config.base, num_classes=len(classes), **sized)
+            model = timm.create_model(config.base, num_classes=outputs, **sized)
         source_digest = None if untrained_part == "all" else digest(model.state_dict()).removeprefix("sha256:")[:16]
         names = label_names(config.checkpoint, model) if untrained_part == "nothing" else ()
-        if getattr(model, "num_classes", len(classes)) != len(classes):
-            model.reset_classifier(len(classes))  # type: ignore[operator]
+        if getattr(model, "num_classes", outputs) != outputs:
+            model.reset_classifier(outputs)  # type: ignore[operator]
             untrained_part = "head"
         elif names and list(names) != list(classes):
-            if sorted(names) == sorted(classes) and can_reorder(model, len(classes)):
+            if sorted(names) == sorted(classes) and can_reorder(model, outputs):
                 reorder(model, names, classes)
                 listener.phase("the outputs of the pretrained classifier are reordered as the images' classes")
             else:
                 listener.phase(f"{mismatch(names, classes)}: a new one is fitted")
-                model.reset_classifier(len(classes))  # type: ignore[operator]
+                model.reset_classifier(outputs)  # type: ignore[operator]
                 untrained_part = "head"
     return model, untrained_part, source_digest

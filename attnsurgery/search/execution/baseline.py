@@ -65,10 +65,11 @@ def starting_weights(bench: Bench, watch: Watching, name: str = WEIGHTS) -> str:
         elif bench.fresh == "all":
             watch.listener.phase(f"training the base {config.base} {length}")
             train(base, bench.data.train, settings, config.seed, watch)
-        elif bench.fresh == "nothing" and not label_names(config.checkpoint, base):
+        elif bench.fresh == "nothing" and bench.data.is_classed and not label_names(config.checkpoint, base):
             bench.head = _check_head(bench, watch)
         if bench.fresh == "head":
-            watch.listener.phase(f"fitting a new head for {bench.data.num_classes} classes {length}")
+            outputs = f"{bench.data.num_classes} {'classes' if bench.data.classes else 'outputs'}"
+            watch.listener.phase(f"fitting a new head for {outputs} {length}")
             fit_head(base, bench.data.train, settings, config.seed, watch)
         path.parent.mkdir(exist_ok=True)
         write_own(folder, name, to_safetensors(base))

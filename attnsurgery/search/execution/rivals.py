@@ -78,11 +78,13 @@ def _build(bench: Bench, rival: Rival) -> Bench:
     else:
         resolved = resolve_base(rival.model, None)
         check_base(resolved.base, "--against")
-        config = bench.config.model_copy(update={"base": resolved.base, "checkpoint": resolved.checkpoint})
+        name = bench.task.model_of(resolved.base)
+        config = bench.config.model_copy(update={"base": name, "checkpoint": resolved.checkpoint})
         config = config.model_copy(update={"pretrained": config.pretrained and not resolved.checkpoint})
-        data, _ = images_of(config, size, normalization(resolved.checkpoint), Listener(), decode=False, check=False)
+        normalized = normalization(resolved.checkpoint)
+        data, _ = images_of(config, bench.task, size, normalized, Listener(), decode=False, check=False)
         checkpoint = read_state_dict(resolved.checkpoint) if resolved.checkpoint else None
-        model, fresh, _ = untrained(config, data.classes, checkpoint, for_images(config.base, size[1:]), Listener())
+        model, fresh, _ = untrained(config, data, checkpoint, for_images(config.base, size[1:]), Listener())
         weights = ""
     return replace(
         bench,

@@ -176,7 +176,7 @@ class _Attempts:
             self._takes_any_size = True
             return bench.base
         with torch.random.fork_rng(devices=[]):
-            model: nn.Module = timm.create_model(name, num_classes=len(bench.data.classes), **sized)
+            model: nn.Module = timm.create_model(name, num_classes=bench.data.num_classes, **sized)
             return model
 
 
@@ -260,7 +260,7 @@ def _macs_of_siblings(attempts: _Attempts, base: str, pretrained: bool) -> dict[
         try:
             twin = weightless(name, bench.anatomy.input_size[1:])
             with torch.device("meta"):
-                twin.reset_classifier(len(bench.data.classes))  # type: ignore[operator]
+                twin.reset_classifier(bench.data.num_classes)  # type: ignore[operator]
             parameters = sum(parameter.numel() for parameter in twin.parameters())
             if parameters < bench.costs.base["parameters"]:
                 costs = Record(-1, "pending", parameters=parameters, macs=count_macs(twin, bench.anatomy.input_size))
