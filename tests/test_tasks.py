@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import timm
 import torch
+from PIL import Image
 from scipy import stats
 
 from attnsurgery.search import SearchConfig, run
@@ -211,3 +213,38 @@ def test_verdict_by_numbers() -> None:
     assert verdict.verdict == "better"
     assert 1.0 < verdict.low < 3.0 < verdict.high < 5.0
     assert replace(verdict, metric="F1").sentence().startswith("The winner is better on images that the search never")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_search_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """A regression of 40 lines goes through search, verdict, report and resume; its model has one output."""
+    code = (Path(__file__).parent / "brightness.py").read_text()
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "brightness.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "brightness", raising=False)
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    for index, level in enumerate(rng.uniform(0, 1, 120)):
+        pixels = rng.integers(0, 60, (32, 32, 3)) + round(190 * level)
+        Image.fromarray(pixels.astype(np.uint8)).save(images / f"{level:.3f}-{index}.png")
+    config = change(
+        small_search(images, write_space(tmp_path), tmp_path / "run"),
+        **{"task": "brightness:Brightness", "trials": 2, "epochs": 4, "base_epochs": 8, "confirm_seeds": 2},
+        **{"workers": workers, "against": ":48"},
+    )
+    outcome = run(config)
+    assert outcome.about.metric == "R²"
+    assert outcome.base.metric is not None
+    assert 0.5 < outcome.base.metric < 1.0, "brightness is easy to see"
+    confirmation = outcome.confirmation
+    assert confirmation is not None
+    assert ": R² " in confirmation.sentence()
+    model = timm.create_model(f"local-dir:{outcome.folder / 'best'}", pretrained=True)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 1)
+    page = (outcome.folder / "report.html").read_text()
+    assert "top-1" not in page
+    again = run(change(config, trials=3))
+    assert again.records[:2] == outcome.records
+
