@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from attnsurgery.data import Data, Preprocessing, load_data
-from attnsurgery.data.moves import apply_moves, augment_images, draw_moves
 from attnsurgery.data.memory import allocate_for
+from attnsurgery.data.moves import apply_moves, augment_images, draw_moves
 from attnsurgery.errors import SearchError, UsageError
 from attnsurgery.evaluate import EVALUATORS, Epoch, TrainSettings, Watch, evaluate, fit_head, train
 from attnsurgery.evaluate.channels_last import ChannelsLast

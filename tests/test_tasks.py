@@ -56,6 +56,35 @@ def test_metrics_leave_out_absent_classes() -> None:
     assert judged(task_of("classification", "f1"), [0, 0], [0, 0]) == 1.0
 
 
+def test_miou_of_a_small_example() -> None:
+    """Intersections and unions are summed over images; pixels that do not count are in neither."""
+    task = task_of("segmentation")
+    masks = torch.tensor([[[0, 0, 1, 255]], [[1, 1, 1, 2]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[0, 1, 1, 2]], [[1, 1, 0, 2]]])
+    outputs = torch.nn.functional.one_hot(predicted, 4).movedim(-1, 1).float()
+    evaluation = task.evaluate(*task.statistics(outputs, masks))
+    assert evaluation.metric == pytest.approx((1 / 3 + 3 / 5 + 1 / 1) / 3), "the fourth class does not occur"
+    pixel = task_of("segmentation", "pixel")
+    assert pixel.evaluate(*pixel.statistics(outputs, masks)).metric == pytest.approx(5 / 7)
+    loss = torch.nn.functional.cross_entropy(outputs, masks.long(), ignore_index=255)
+    assert evaluation.loss == pytest.approx(float(loss))
+    assert float(task.criterion(0.0)(outputs, masks)) == pytest.approx(float(loss))
+    assert float(task.criterion(0.0)((outputs, outputs), masks)) == pytest.approx(2 * float(loss))
+    nothing = torch.full_like(masks, 255)
+    assert float(task.criterion(0.1)(outputs, nothing)) == 0.0
+
+
+def test_miou_is_counted_on_the_pixels_of_masks() -> None:
+    """Outputs are resized to the masks before their largest is taken."""
+    task, generator = task_of("segmentation"), torch.Generator().manual_seed(0)
+    outputs = torch.randn(2, 3, 5, 7, generator=generator)
+    masks = torch.randint(3, (2, 20, 28), generator=generator, dtype=torch.uint8)
+    large = torch.nn.functional.interpolate(outputs, (20, 28), mode="bilinear", align_corners=False)
+    one, other = (task.evaluate(*task.statistics(each, masks)) for each in (outputs, large))
+    assert one.metric == pytest.approx(other.metric)
+    assert one.loss == pytest.approx(other.loss)
+
+
 @pytest.mark.parametrize("values", [np.array([True, False, True]), np.array([0.25, -1.5, 0.0])])
 def test_values_are_stored_exactly(values: npt.NDArray[Any]) -> None:
     """Bits, and numbers that single precision holds, come back as they were."""
@@ -247,4 +276,3 @@ def test_search_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wor
     assert "top-1" not in page
     again = run(change(config, trials=3))
     assert again.records[:2] == outcome.records
-

@@ -21,6 +21,7 @@ from attnsurgery.data.batches import FileSplit, MemorySplit, Split
 from attnsurgery.data.contents import digests_of
 from attnsurgery.data.embedded import embedded_name, embedded_sources
 from attnsurgery.data.flips import check_flips
+from attnsurgery.data.masks import check_masks
 from attnsurgery.data.partition import find_groups, split_sources
 from attnsurgery.data.picture import Rendering
 from attnsurgery.data.preprocess import Preprocessing
@@ -281,6 +282,9 @@ def _inspect(
     scans: dict[str, Scan] = {}
     if check and not embedded_name(spec) and (sources.train.paths or not fits):
         scans = {name: scan(part, _progress(on_load, f"checking {name}")) for name, part in parts.items()}
+    if check:
+        for name, part in parts.items():
+            check_masks(part, _progress(on_load, f"checking masks of {name}"))
     ranges = depths(list(scans.values())) if scans else depths_of(list(parts.values()))
     rendering = Rendering(image_mode, *ranges)
     augmentation: Augment = sources.augment if augment is None else augment

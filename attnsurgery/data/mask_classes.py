@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,7 @@ def classes_in_masks(paths: Sequence[Path]) -> tuple[tuple[str, ...], Mask]:
     Raises:
         SearchError: a mask cannot be read, is in colours, or has more values than there are classes.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        present = sorted(set().union(*pool.map(_values_of, paths)))
+    present = list(_values_in(tuple((path, path.stat().st_mtime_ns) for path in paths)))
     if present == [0, IGNORED]:
         values = np.full(256, IGNORED, np.uint8)
         values[0], values[IGNORED] = 0, 1
@@ -128,6 +128,17 @@ def classes_in_masks(paths: Sequence[Path]) -> tuple[tuple[str, ...], Mask]:
     last = max(numbers, default=-1)
     values[: last + 1] = np.arange(last + 1)
     return tuple(map(str, range(last + 1))), values
+
+
+@lru_cache(maxsize=4)
+def _values_in(files: tuple[tuple[Path, int], ...]) -> tuple[int, ...]:
+    """The values that occur in masks, in ascending order.
+
+    Args:
+        files: the masks, with their modification times.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return tuple(sorted(set().union(*pool.map(_values_of, [path for path, _ in files]))))
 
 
 def _values_of(path: Path) -> set[int]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from attnsurgery.data.folder import TEST, TRAIN, VAL, formats, readable, role_of
 from attnsurgery.data.mask_classes import Mask, by_value, classes_in_masks, read, read_classes, size_of
+from attnsurgery.data.picture import upright_size
 from attnsurgery.data.source import Masks, Source, Sources, decode
 from attnsurgery.errors import SearchError, UsageError
 
@@ -68,10 +69,11 @@ def _source(root: Path, pairs: Sequence[tuple[Path, Path]], convert: Callable[[I
     def open_mask(index: int) -> Image.Image:
         mask = read(masks[index])
         with Image.open(images[index], formats=formats()) as image:
-            if image.size != mask.size:
+            width, height = upright_size(image)
+            if (width, height) != mask.size:
                 raise SearchError(
                     f"{masks[index]} is of {mask.width} x {mask.height} pixels and its image, {images[index].name}, of "
-                    f"{image.width} x {image.height}. A mask has a class for each pixel of its image."
+                    f"{width} x {height}. A mask has a class for each pixel of its upright image."
                 )
         return Image.fromarray(convert(mask, masks[index]))
 

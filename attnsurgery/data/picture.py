@@ -105,6 +105,15 @@ def is_turned(image: Image.Image) -> bool:
         return False
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the image once it is `upright`; the pixels are not read."""
+    try:
+        swapped = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # as for `upright`
+        swapped = False
+    return (image.height, image.width) if swapped else image.size
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether an image has one channel of more than 8 bits. PIL reads several such channels in 8 bits by itself."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnsurgery.data import IGNORED
 from attnsurgery.errors import UnknownNameError, UsageError
 from attnsurgery.tasks import TASKS, Task, task_of
 
@@ -23,7 +24,19 @@ def classification() -> Batch:
     return torch.randn(IMAGES, 4, generator=generator) + 1.5 * right_NK, labels_N
 
 
-EXAMPLES: dict[str, Callable[[], Batch]] = {"classification": classification}
+def segmentation() -> Batch:
+    """Outputs of a quarter of the masks' height and width, often right; some pixels do not count."""
+    generator = torch.Generator().manual_seed(0)
+    small_NHW = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), IMAGES * 12, True, generator=generator)
+    small_NHW = small_NHW.reshape(IMAGES, 3, 4)
+    outputs_NKHW = torch.randn(IMAGES, 3, 3, 4, generator=generator)
+    outputs_NKHW += 1.5 * torch.nn.functional.one_hot(small_NHW, 3).movedim(-1, 1)
+    masks_NHW = small_NHW.repeat_interleave(4, 1).repeat_interleave(4, 2).byte()
+    masks_NHW[torch.rand(masks_NHW.shape, generator=generator) < 0.1] = IGNORED
+    return outputs_NKHW, masks_NHW
+
+
+EXAMPLES: dict[str, Callable[[], Batch]] = {"classification": classification, "segmentation": segmentation}
 """For each task, outputs of a model and targets."""
 every_metric = pytest.mark.parametrize(
     ("name", "metric"), [(name, metric.name) for name in TASKS for metric in TASKS[name].metrics]
