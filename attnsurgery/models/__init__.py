@@ -1,5 +1,6 @@
 """Complete models under timm names: those of the attention papers, `timm.create_model("residual_attention_56")`, and a
-deeper sibling of timm's smallest network, the alternative to blocks in it. Segmentation models are built from any other.
+deeper sibling of timm's smallest network, the alternative to blocks in it. Any other architecture becomes a
+segmentation model.
 
 Importing attnsurgery registers the names with timm; the classes are imported when a model is first built. There are no
 pretrained weights: the models are for training from scratch and for comparison.
@@ -77,7 +78,7 @@ def segmentation_model(name: str, arch: str, decoder: str, stride: int, pretrain
         UsageError: the architecture does not support the stride, or `features_only` is set.
     """
     from attnsurgery.errors import UsageError
-    from attnsurgery.models.segmenter import Segmenter, published_weights
+    from attnsurgery.models.segmenter import Segmenter, name_first_convolution, published_weights
 
     if kwargs.get("features_only"):
         raise UsageError(f"{name} is a segmentation model and has no features_only: use that of {arch}.")
@@ -89,6 +90,7 @@ def segmentation_model(name: str, arch: str, decoder: str, stride: int, pretrain
         kwargs_filter=("global_pool", "features_only"),
         **{"arch": arch, "decoder": decoder, "stride": stride, **kwargs},
     )
+    name_first_convolution(model)
     return model
 
 

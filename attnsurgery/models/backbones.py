@@ -1,7 +1,7 @@
 """Backbones of segmentation models: any timm architecture with a last map of a given stride.
 
-Families differ in what `forward_features` returns: (B, C, h, w), (B, h, w, C) as in Swin, or tokens as in ViT, with class
-and register tokens in front. The form and the stride are found by one forward of a twin without weights.
+Families differ in what `forward_features` returns: (B, C, h, w), (B, h, w, C) as in Swin, or tokens as in ViT, with
+class and register tokens in front. The form and the stride are found by one forward of a twin without weights.
 
 Shape letters in this file:  B batch, C channels, H W height and width of the images, h w of the map.
 """
@@ -58,13 +58,11 @@ class MapForm:
         return features
 
 
-def build_backbone(
-    arch: str, stride: int, decoder: str, in_chans: int = 3, **kwargs: Any
-) -> tuple[nn.Module, MapForm]:
+def build_backbone(arch: str, stride: int, decoder: str, in_chans: int = 3, **kwargs: Any) -> tuple[nn.Module, MapForm]:
     """A timm model without classifier whose `forward_features` gives a map of a stride.
 
-    Modules that `forward_features` does not run, such as the norm in the head of a ConvNeXt, are replaced by nn.Identity,
-    so that every parameter gets a gradient.
+    Modules that `forward_features` does not run, such as the norm in the head of a ConvNeXt, are replaced by
+    nn.Identity, so that every parameter gets a gradient.
 
     Args:
         arch: the architecture, plain or surgical.
@@ -77,7 +75,11 @@ def build_backbone(
         UsageError: the architecture has no map of this stride.
     """
     plain = {"num_classes": 0, "global_pool": "", "in_chans": in_chans, **kwargs}
-    twin = on_meta(lambda: timm.create_model(arch, **plain))
+    try:
+        twin = on_meta(lambda: timm.create_model(arch, **plain))
+    except AssertionError:  # an architecture that cannot be without its pool, which is taken out below
+        del plain["global_pool"]
+        twin = on_meta(lambda: timm.create_model(arch, **plain))
     features, unused = _run(twin, arch)
     form = _form(twin, features)
     if form is None or form.stride != stride:
@@ -137,8 +139,8 @@ def _no_stride(arch: str, stride: int, decoder: str, native: MapForm | None, pla
     has = f"its last map has a stride of {native.stride}" if native else "its last features are no map"
     instead = f"Use {' or '.join(names)}." if names else "It supports none of the strides 8, 16 and 32."
     return (
-        f"{arch} cannot be the backbone of {arch}_{decoder}{stride}: {has}, and it cannot be built with an output stride "
-        f"of {stride}. {instead}"
+        f"{arch} cannot be the backbone of {arch}_{decoder}{stride}: {has}, and it cannot be built with an output "
+        f"stride of {stride}. {instead}"
     )
 
 
@@ -171,10 +173,9 @@ def _form(twin: nn.Module, features: Any) -> MapForm | None:
     channels = getattr(twin, "num_features", None)
     is_last = features.shape[1] != channels and features.shape[3] == channels
     last = is_last or getattr(twin, "output_fmt", None) == "NHWC"
-    stride_found = stride_of(size, tuple(features.shape[1:3] if last else features.shape[2:]))
-    if stride_found is None:
-        return None
-    return MapForm("NHWC" if last else "NCHW", features.shape[3 if last else 1], stride_found)
+    height, width = features.shape[1:3] if last else features.shape[2:]
+    found = stride_of(size, (height, width))
+    return MapForm("NHWC" if last else "NCHW", features.shape[3 if last else 1], found) if found else None
 
 
 def _take_out(backbone: nn.Module, unused: tuple[str, ...]) -> None:
@@ -186,5 +187,3 @@ def _take_out(backbone: nn.Module, unused: tuple[str, ...]) -> None:
             names -= own
             parent, _, child = path.rpartition(".")
             setattr(backbone.get_submodule(parent), child, nn.Identity())
-
-

@@ -41,8 +41,8 @@ class Decoder(nn.Module, ABC):
 
     The name consists of lower-case letters and digits, with at least two letters and no underscore.
 
-    Laws, which tests/test_segmenter.py checks for every entry: scores have one height and width, which may be any; those
-    of the prediction come first; every parameter has a gradient; a new classifier starts as a built one does.
+    Laws, which tests/test_segmenter.py checks for every entry: scores may have any height and width; those of the
+    prediction come first; every parameter has a gradient; a new classifier starts as a built one does.
     """
 
     strides: ClassVar[tuple[int, ...]] = STRIDES
@@ -55,9 +55,7 @@ class Decoder(nn.Module, ABC):
     """Paths of the layers that give the class scores, that of the prediction first."""
 
     @classmethod
-    def assemble(
-        cls, name: str, arch: str, stride: int, num_classes: int, in_chans: int = 3, **kwargs: Any
-    ) -> Parts:
+    def assemble(cls, name: str, arch: str, stride: int, num_classes: int, in_chans: int = 3, **kwargs: Any) -> Parts:
         """A backbone and a decoder for it.
 
         Args:
@@ -99,9 +97,9 @@ class FCN(Decoder):
     """A 3x3 convolution to fewer channels, batch norm, ReLU, dropout, and a 1x1 classifier.
 
     Paper: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015,
-    arXiv:1411.4038, in the form of torchvision's FCNHead. As there, a quarter of the channels remain, 512 for a ResNet-50.
-    At least 64 do, since mobile backbones end with 320 channels, and a quarter of those is few for 20 classes; at most
-    512, so that the decoder of a wide backbone is no larger than the backbone.
+    arXiv:1411.4038, in the form of torchvision's FCNHead. As there, a quarter of the channels remain, 512 for a
+    ResNet-50. At least 64 do, so that small backbones have features for each of 20 classes; at most 512, so that the
+    decoder of a wide backbone does not grow beyond that of a ResNet-50.
 
     Args:
         in_channels: C.

@@ -177,17 +177,33 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Segmenter) -> dic
     return _renamed(state, model, twin.state_dict().keys()) or dict(state_dict)
 
 
+def name_first_convolution(model: nn.Module) -> None:
+    """Enter the first convolution of a feature extractor in the model's configuration; other backbones have theirs.
+
+    This follows the loading of weights, since timm may not know the name in weights of the architecture.
+    """
+    config: Any = model.pretrained_cfg
+    plain: Any = timm.get_pretrained_cfg(str(model.arch))
+    first = plain and plain.first_conv
+    if first and not config.get("first_conv"):
+        paths = {path for path, _ in model.named_modules()}
+        names = (first,) if isinstance(first, str) else first
+        found = [alias for name in names for alias in _aliases(name) if f"backbone.{alias}" in paths]
+        config["first_conv"] = f"backbone.{found[0]}" if found else None
+
+
+def has_decoder(model: Segmenter, state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """True if weights have any tensor of the decoder."""
+    return any(name.startswith(tuple(f"{path}." for path in model.head_modules())) for name in state_dict)
+
+
 def with_new_decoder(model: Segmenter, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a backbone with the tensors that the model's decoder has now; weights with a decoder unchanged."""
-    heads = tuple(f"{path}." for path in model.head_modules())
-    if any(name.startswith(heads) for name in state_dict):
+    if has_decoder(model, state_dict):
         return dict(state_dict)
-    own = model.state_dict()
     inserted = tuple(f"{path}." for path, module in model.named_modules() if hasattr(type(module), "grafted"))
-    return {
-        **{name: own[name] for name in own if name.startswith(heads) and not name.startswith(inserted)},
-        **state_dict,
-    }
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(inserted)}
+    return {**{name: value for name, value in own.items() if has_decoder(model, {name: value})}, **state_dict}
 
 
 def published_weights(state_dict: Mapping[str, torch.Tensor], model: Segmenter) -> dict[str, torch.Tensor]:
@@ -205,8 +221,8 @@ def published_weights(state_dict: Mapping[str, torch.Tensor], model: Segmenter) 
     for name in (classifier,) if isinstance(classifier, str) else classifier or ():
         if f"{name}.weight" in state_dict:
             overlay["num_classes"] = state_dict[f"{name}.weight"].shape[0]
-    # timm adapts the first convolution to the channels of the images where it knows its name
-    channels = {} if config.get("first_conv") else {"in_chans": model.in_chans}
+    # of a backbone with one map, timm adapts the first convolution to the channels of the images afterwards
+    channels = {"in_chans": model.in_chans} if model.decoder.pyramid else {}
     try:
         built = timm.create_model(
             _tagged(model.arch, config.get("tag")),
@@ -234,6 +250,9 @@ def _renamed(
     """
     own = model.backbone.state_dict()
     sources = {alias: name for name in state for alias in _aliases(name)}
+    for name in own:  # a ViT that pools its tokens has its last norm behind the pool, and now in front of the decoder
+        if name.startswith("norm.") and f"fc_{name}" in state:
+            sources.setdefault(name, f"fc_{name}")
     found = {name: sources[name] for name in own if name in sources}
     if len(found) * 2 < len(own):
         return None
@@ -244,7 +263,7 @@ def _renamed(
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """Names of a tensor of a timm model in its feature extractors, which may flatten sequences, and by itself."""
+    """Names of a part of a timm model in its feature extractors, which may flatten sequences, and by itself."""
     yield from (f"model.{name.replace('.', '_', 1)}", f"model.{name}", f"model.model.{name}", name)
 
 

@@ -1,8 +1,8 @@
 """Decoders of the package segmentation_models_pytorch on any timm architecture with a pyramid of maps.
 
-They take maps with strides of 2, 4 ... 32, which `features_only` of timm gives. The package's own encoder for timm models
-collects these; its decoder and the convolution of its head are taken as they are. Class scores are resized to the
-image's size by `Segmenter`, as for the other decoders.
+They take maps with strides of 2, 4 ... 32, which `features_only` of timm gives. The package's own encoder for timm
+models collects these; its decoder and the convolution of its head are taken as they are. Class scores are resized to
+the image's size by `Segmenter`, as for the other decoders.
 
 Source: https://github.com/qubvel-org/segmentation_models.pytorch; the papers are those of the classes below.
 
@@ -44,9 +44,7 @@ class SMPDecoder(Decoder):
         self.classifier: nn.Module = net.segmentation_head[0]
 
     @classmethod
-    def assemble(
-        cls, name: str, arch: str, stride: int, num_classes: int, in_chans: int = 3, **kwargs: Any
-    ) -> Parts:
+    def assemble(cls, name: str, arch: str, stride: int, num_classes: int, in_chans: int = 3, **kwargs: Any) -> Parts:
         whole = f"{arch}_{name}{stride}"
         package = _package(whole)
         if stride not in cls.strides:
@@ -111,8 +109,8 @@ def _package(name: str) -> ModuleType:
 
 def _refused(name: str, arch: str, stride: int, reason: str) -> str:
     return (
-        f"{name} cannot be built: its decoder needs maps of {arch} with strides from 2 or 4 to {stride} ({reason.rstrip('.')}). "
-        f"The decoders fcn and danet need the last map only."
+        f"{name} cannot be built: its decoder needs maps of {arch} with strides from 2 or 4 to {stride} "
+        f"({reason.rstrip('.')}). The decoders fcn and danet need the last map only."
     )
 
 
@@ -153,7 +151,7 @@ class FPN(SMPDecoder):
 
 @DECODERS.register("pspnet", summary="pyramid pooling")
 class PSPNet(SMPDecoder):
-    """Pyramid scene parsing: Zhao et al., CVPR 2017, arXiv:1612.01105, on the last map of all stages as in the paper."""
+    """Pyramid scene parsing: Zhao et al., CVPR 2017, arXiv:1612.01105, on the last map as in the paper."""
 
     model = "PSPNet"
     strides = (8, 16, 32)

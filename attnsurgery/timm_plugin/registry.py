@@ -1,9 +1,9 @@
 """Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` as any other.
 
 `<arch>_<block>_s<stages>` and the segmentation models `<arch>_<decoder><stride>` exist for every timm architecture, and
-registered recipes are names too. These are too many to enter at import. timm has its entry points in a dictionary, which is replaced here by one that creates an entry when
-it is looked up. `timm.list_models` lists the names in zoo/ and those that were looked up; the others are not listed, so
-that the listing stays readable.
+registered recipes are names too. These are too many to enter at import. timm has its entry points in a dictionary,
+which is replaced here by one that creates an entry when it is looked up. `timm.list_models` lists the names in zoo/ and
+those that were looked up; the others are not listed, so that the listing stays readable.
 
 `attnsurgery.timm_plugin.build_hook` operates on a model while timm builds it. These two files use timm's private names,
 and only this one its tables; tests/test_registry.py reports which of them has moved.

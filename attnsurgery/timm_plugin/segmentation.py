@@ -10,7 +10,9 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery.errors import did_you_mean
 
-_PATTERN = re.compile(r"(?P<arch>[A-Za-z0-9]\w{0,150})_(?P<decoder>[a-z][a-z0-9]*[a-z0-9])(?P<stride>8|16|32)", re.ASCII)
+_PATTERN = re.compile(
+    r"(?P<arch>[A-Za-z0-9]\w{0,150})_(?P<decoder>[a-z][a-z0-9]*[a-z0-9])(?P<stride>8|16|32)", re.ASCII
+)
 _NEARLY = re.compile(r"(?P<arch>\w+)_(?P<decoder>[a-z][a-z0-9]*?[a-z]3?[a-z]*)(?P<stride>\d+)", re.ASCII)
 
 
