@@ -18,6 +18,7 @@ from attnsurgery.blocks.loading import COUNTER, load_report
 from attnsurgery.checkpoint.weights import LoadedWeights, StateDict, refuse_adapters, without_wrappers
 from attnsurgery.errors import CheckpointError, did_you_mean
 from attnsurgery.graph.find import input_size_of
+from attnsurgery.models.segmenter import Segmenter, has_decoder, with_new_decoder
 from attnsurgery.timm_plugin.architectures import for_images, weightless
 
 
@@ -32,7 +33,8 @@ def build_base(
     Args:
         name: any timm architecture, with or without a tag.
         state_dict: weights of that architecture, or None for timm's published ones. Their shapes give the numbers of
-            classes and input channels; prefixes that wrappers add to names are removed.
+            classes and input channels; prefixes that wrappers add to names are removed. For a segmentation model, they
+            may be those of the architecture of its backbone: the decoder is random then.
         source: the name of the weights in messages.
         img_size: (H, W) of the images, if not the model's own; position embeddings are interpolated as the model's
             family does.
@@ -49,7 +51,10 @@ def build_base(
     state_dict = native(twin, match_names(twin, LoadedWeights(state_dict, source)).tensors)
     sizes: dict[str, Any] = sizes_of(twin, state_dict)
     model: nn.Module = timm.create_model(name, **sizes, **sized)
-    load_weights(model, _resize_positions(model, state_dict) if sized else state_dict, source)
+    state_dict = _resize_positions(model, state_dict) if sized else state_dict
+    if isinstance(model, Segmenter):  # weights of the backbone leave the decoder as it is built
+        state_dict = with_new_decoder(model, state_dict)
+    load_weights(model, state_dict, source)
     return model.eval()
 
 
@@ -191,7 +196,8 @@ def sizes_of(twin: nn.Module, state_dict: StateDict) -> dict[str, int]:
     expected = twin.state_dict()
     is_of_twin = len(expected.keys() & state_dict.keys()) * 2 > len(expected)
     sizes: dict[str, int] = {}
-    for name in _names(twin, "classifier"):
+    is_backbone = isinstance(twin, Segmenter) and not has_decoder(twin, state_dict)
+    for name in () if is_backbone else _names(twin, "classifier"):
         weight = state_dict.get(f"{name}.weight", state_dict.get(f"{name}.bias"))
         if weight is None:
             if is_of_twin and not any(key.startswith(f"{name}.") for key in state_dict):

@@ -1,5 +1,6 @@
 """Complete models under timm names: those of the attention papers, `timm.create_model("residual_attention_56")`, and a
-deeper sibling of timm's smallest network, the alternative to blocks in it.
+deeper sibling of timm's smallest network, the alternative to blocks in it. Any other architecture becomes a
+segmentation model.
 
 Importing attnsurgery registers the names with timm; the classes are imported when a model is first built. There are no
 pretrained weights: the models are for training from scratch and for comparison.
@@ -59,6 +60,37 @@ def _residual_attention_net(name: str, modules: tuple[int, int, int], pretrained
         feature_cfg={"flatten_sequential": True},
         **{"modules": modules, **kwargs},
     )
+    return model
+
+
+def segmentation_model(name: str, arch: str, decoder: str, stride: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """A `Segmenter` with timm's own loading of weights: published ones of the architecture, or those of a saved model.
+
+    Args:
+        name: the name of the model.
+        arch: the timm architecture of the backbone.
+        decoder: name of the decoder.
+        stride: output stride of the backbone.
+        pretrained: load the weights of the configuration.
+        kwargs: the configuration as `pretrained_cfg`, and other arguments of `Segmenter`.
+
+    Raises:
+        UsageError: the architecture does not support the stride, or `features_only` is set.
+    """
+    from attnsurgery.errors import UsageError
+    from attnsurgery.models.segmenter import Segmenter, name_first_convolution, published_weights
+
+    if kwargs.get("features_only"):
+        raise UsageError(f"{name} is a segmentation model and has no features_only: use that of {arch}.")
+    model: nn.Module = build_model_with_cfg(
+        Segmenter,
+        name,
+        pretrained,
+        pretrained_filter_fn=published_weights,
+        kwargs_filter=("global_pool", "features_only"),
+        **{"arch": arch, "decoder": decoder, "stride": stride, **kwargs},
+    )
+    name_first_convolution(model)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from attnsurgery.errors import UnknownNameError, UsageError, did_you_mean
 from attnsurgery.graph.find import input_size_of
+from attnsurgery.timm_plugin import segmentation
 
 
 def check_base(name: str, field: str = "base") -> None:
@@ -25,7 +26,7 @@ def check_base(name: str, field: str = "base") -> None:
     """
     arch, tag = split_model_name_tag(name)
     if not timm.is_model(arch):
-        near = did_you_mean(arch, timm.list_models())
+        near = segmentation.hint(arch) or did_you_mean(arch, timm.list_models())
         raise UnknownNameError(f"{field}: timm has no architecture {arch!r}.{near} All: timm.list_models().")
     tags = [cfg.partition(".")[2] for cfg in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:

@@ -1,9 +1,9 @@
 """Recipes and names as timm entry points: after `import attnsurgery`, timm builds `resnet50_nonlocal_s3` as any other.
 
-`<arch>_<block>_s<stages>` exists for every timm architecture, and registered recipes are names too. These are too many
-to enter at import. timm has its entry points in a dictionary, which is replaced here by one that creates an entry when
-it is looked up. `timm.list_models` lists the names in zoo/ and those that were looked up; the others are not listed, so
-that the listing stays readable.
+`<arch>_<block>_s<stages>` and the segmentation models `<arch>_<decoder><stride>` exist for every timm architecture, and
+registered recipes are names too. These are too many to enter at import. timm has its entry points in a dictionary,
+which is replaced here by one that creates an entry when it is looked up. `timm.list_models` lists the names in zoo/ and
+those that were looked up; the others are not listed, so that the listing stays readable.
 
 `attnsurgery.timm_plugin.build_hook` operates on a model while timm builds it. These two files use timm's private names,
 and only this one its tables; tests/test_registry.py reports which of them has moved.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import re
 import sys
@@ -29,7 +28,8 @@ from timm.models import _builder, _registry
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery.errors import RecipeError, UnknownNameError, did_you_mean
-from attnsurgery.timm_plugin import zoo
+from attnsurgery.models import segmentation_model
+from attnsurgery.timm_plugin import segmentation, zoo
 from attnsurgery.timm_plugin.build_hook import build_surgical
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ _SETTLED_ATTRIBUTE = "_attnsurgery_settled"
 _UNRECORDED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
 _lock = threading.RLock()
 _recipes: dict[str, Recipe] = {}
+_segmentation: dict[str, segmentation.SegmentationName] = {}
+"""The names of segmentation models that were looked up."""
 _shipped: set[str] = set()
 """The surgical names that exist after the import."""
 
@@ -72,7 +74,6 @@ def install() -> None:
     if isinstance(_registry._model_entrypoints, _EntryPoints):
         return
     _registry._model_entrypoints = _EntryPoints(_registry._model_entrypoints)
-    importlib.import_module("attnsurgery.models")  # registers its names as timm's own modules do
     _enter(GENERIC, _generic, base=None)
     for path in sorted(Path(zoo.__file__).parent.glob("*.yaml")):
         base = _BASE_PATTERN.search(path.read_text())  # the whole recipe is parsed at the first lookup
@@ -145,7 +146,7 @@ def recipe_by_name(name: str) -> Recipe | None:
         of_zoo = arch in zoo.__all__ and _zoo_file(arch).is_file()
         if of_zoo:
             _recipes[arch] = as_recipe(_zoo_file(arch))
-        elif dict.__contains__(_registry._model_entrypoints, arch) or _resolve(arch) is None:
+        elif dict.__contains__(_registry._model_entrypoints, arch) or _resolve(arch) is None or arch in _segmentation:
             return None
     recipe = _recipes[arch]
     return recipe.model_copy(update={"base": f"{recipe.base}.{tag}"}) if tag else recipe
@@ -195,7 +196,7 @@ def names_for(arch: str) -> list[str]:
 
 def grafted_names() -> list[str]:
     """Every surgical name that timm lists at present."""
-    return sorted(name for name in _registry._module_to_models["zoo"] if name != GENERIC)
+    return sorted(name for name in _registry._module_to_models["zoo"] if name != GENERIC and name not in _segmentation)
 
 
 def _zoo_file(name: str) -> Path:
@@ -210,10 +211,14 @@ def _suffixes() -> dict[str, str]:
 
 
 def _resolve(name: str) -> Callable[..., Any] | None:
-    """The entry point of `<base>_<block>_s<stages>`, entered into timm's table; None for other names."""
+    """The entry point of `<base>_<block>_s<stages>` or `<arch>_<decoder><stride>`, entered into timm's table.
+
+    Returns:
+        None for other names.
+    """
     match = _NAME_PATTERN.fullmatch(name)
     if match is None:
-        return None
+        return _resolve_segmentation(name)
     base, suffix, stages = match["base"], match["block"], match["stages"]
     with _lock:
         table = _registry._model_entrypoints
@@ -227,6 +232,27 @@ def _resolve(name: str) -> Callable[..., Any] | None:
             return None
         _recipes[name] = _named_recipe(name, base, block, stages)
         _enter(name, functools.partial(_build, _recipes[name], name), base=_recipes[name].base)
+        entered: Callable[..., Any] = dict.__getitem__(table, name)
+        return entered
+
+
+def _resolve_segmentation(name: str) -> Callable[..., Any] | None:
+    """The entry point of `<arch>_<decoder><stride>`, entered into timm's table; None for other names."""
+    with _lock:
+        table = _registry._model_entrypoints
+        existing: Callable[..., Any] | None = dict.get(table, name)
+        parts = segmentation.parse(name)
+        if existing is not None or parts is None:
+            return existing
+        arch = parts.arch
+        if arch == GENERIC or (not dict.__contains__(table, arch) and _resolve(arch) is None):
+            return None
+        recipe = recipe_by_name(arch)
+        plain = flatten(recipe).base if recipe else arch
+        if plain in _segmentation or arch in _registry._deprecated_models:  # a segmentation model is no backbone
+            return None
+        _segmentation[name] = parts
+        _enter(name, functools.partial(_build_segmentation, name, parts), base=arch)
         entered: Callable[..., Any] = dict.__getitem__(table, name)
         return entered
 
@@ -248,6 +274,8 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
     """Register an entry point with timm under a surgical name, with the base's pretrained configurations."""
     if base is not None:
         configurations = _configurations(base)
+        if name in _segmentation:
+            configurations = segmentation.configurations(configurations, _segmentation[name])
         if configurations.tags:  # an architecture of the user's own may have none registered
             zoo.default_cfgs[name] = configurations
 
@@ -260,7 +288,8 @@ def _enter(name: str, entry: Callable[..., Any], base: str | None) -> None:
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__module__ = zoo.__name__
-    entry_point.__doc__ = f"{base or 'Any timm model'} after surgery; built by attnsurgery."
+    what = "as a segmentation model" if name in _segmentation else "after surgery"
+    entry_point.__doc__ = f"{base or 'Any timm model'} {what}; built by attnsurgery."
     setattr(zoo, name, _registry.register_model(entry_point))
 
 
@@ -333,6 +362,24 @@ def _build(
     if settled_recipe != recipe:
         vars(model)[_SETTLED_ATTRIBUTE] = {"settled": settled_recipe.as_dict()}
     return model
+
+
+def _build_segmentation(
+    name: str,
+    parts: segmentation.SegmentationName,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a segmentation model; a configuration under a surgical name is that of surgery on it."""
+    if isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.architecture not in (None, parts.arch):
+        cfg = _builder.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+    else:
+        arch, tag = _registry.split_model_name_tag(parts.arch)
+        cfg = _configuration(name, arch, tag, pretrained_cfg, pretrained_cfg_overlay)
+    kwargs["pretrained_cfg"] = segmentation.configuration(cfg, parts)
+    return segmentation_model(name, *parts, pretrained, **kwargs)
 
 
 def _check_start(start: str) -> str:
