@@ -19,12 +19,12 @@ PACKAGE = Path(attnsurgery.__file__).parent
 LAYERS = [
     {"errors", "faults", "settings", "tf32"},
     {"catalog", "data"},
-    {"blocks", "graph", "latency", "tasks", "samplers", "optimizer"},
-    {"surgery", "models", "evaluate"},
+    {"blocks", "graph", "latency", "samplers", "optimizer"},
+    {"surgery", "models"},
     {"recipe"},
     {"timm_plugin"},
-    {"api", "attention"},
-    {"checkpoint"},
+    {"api", "attention", "tasks"},
+    {"checkpoint", "evaluate"},
     {"search"},
     {"cli"},
 ]

@@ -16,10 +16,27 @@ from attnsurgery.data.batches import Split
 from attnsurgery.evaluate._base import TrainSettings, Watch
 from attnsurgery.evaluate.finetune import train
 from attnsurgery.evaluate.frozen import train_only
+from attnsurgery.tasks import Criterion
 
 
-def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
-    """Train the model's classifier, as timm names it, and nothing else; batch norms update their running statistics.
+def head_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that pretrained weights of an architecture do not have: the classifier, or else the decoder."""
+    paths: Any = getattr(model, "head_modules", None)
+    if paths is not None:
+        return [model.get_submodule(path) for path in paths()]
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    return list(classifier) if isinstance(classifier, tuple | list) else [classifier]
+
+
+def fit_head(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    seed: int,
+    watch: Watch | None = None,
+    criterion: Criterion | None = None,
+) -> None:
+    """Train the model's classifier, or its decoder, and nothing else; batch norms update their running statistics.
 
     Args:
         model: trained in place.
@@ -27,11 +44,11 @@ def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int,
         settings: how it is trained.
         seed: of the training.
         watch: callbacks.
+        criterion: the loss; by default that of classification.
 
     Raises:
         SearchError: the loss is not finite.
     """
-    classifier: Any = model.get_classifier()  # type: ignore[operator]
-    heads = classifier if isinstance(classifier, tuple | list) else [classifier]
+    heads = head_of(model)
     with train_only([parameter for head in heads for parameter in head.parameters()], model):
-        train(model, split, settings, seed, watch)
+        train(model, split, settings, seed, watch, criterion=criterion)

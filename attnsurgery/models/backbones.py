@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -91,6 +92,30 @@ def build_backbone(arch: str, stride: int, decoder: str, in_chans: int = 3, **kw
     backbone: nn.Module = timm.create_model(arch, **plain)
     _take_out(backbone, unused)
     return backbone, form
+
+
+def nearest_stride(arch: str, decoder: str) -> int:
+    """The stride of an architecture's last map that is 16, or else the nearest to it that it can have.
+
+    Args:
+        arch: the architecture, plain or surgical.
+        decoder: the name of the decoder, for messages.
+
+    Raises:
+        UsageError: it has none.
+    """
+    for stride in (16, 32, 8):
+        try:
+            on_meta(partial(_backbone, arch, stride, decoder))
+        except UsageError as error:
+            problem = error
+        else:
+            return stride
+    raise problem
+
+
+def _backbone(arch: str, stride: int, decoder: str) -> nn.Module:
+    return build_backbone(arch, stride, decoder)[0]
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -14,6 +14,7 @@ from attnsurgery.data import IGNORED, Sources
 from attnsurgery.data.mask_folders import find_masked
 from attnsurgery.tasks._base import TASKS, Criterion, Evaluation, Metric, Task
 from attnsurgery.tasks.ratios import ratio_of_sums
+from attnsurgery.timm_plugin.segmentation import named
 
 
 @TASKS.register("segmentation", summary="a class for each pixel")
@@ -24,14 +25,18 @@ class Segmentation(Task):
       Cityscapes benchmarks (Everingham et al., "The PASCAL visual object classes (VOC) challenge", 2010, section 4.1).
     * `pixel`: the share of pixels whose class is predicted.
 
-    Outputs are resized to the size of the masks, which is that of the original images. So models for different sizes of
-    images are compared on the same pixels.
+    A model is a timm architecture with a decoder, such as `resnet50_fcn16` (docs/segmentation.md); an architecture
+    alone gets the decoder `fcn`. Outputs are resized to the size of the masks, which is that of the original images. So
+    models for different sizes of images are compared on the same pixels.
     """
 
     metrics = (Metric("miou", "mIoU"), Metric("pixel", "pixel accuracy"))
 
     def sources(self, spec: str | None, size: tuple[int, int]) -> Sources:
         return find_masked(spec)
+
+    def model_of(self, base: str) -> str:
+        return named(base)
 
     def criterion(self, label_smoothing: float) -> Criterion:
         def loss(outputs: Any, masks_BHW: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import NamedTuple
 
+from timm.models import split_model_name_tag
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
 from attnsurgery.errors import did_you_mean
@@ -34,6 +35,26 @@ def parse(name: str) -> SegmentationName | None:
     if match["decoder"] not in DECODERS:
         return None
     return SegmentationName(match["arch"], match["decoder"], int(match["stride"]))
+
+
+def named(base: str, decoder: str = "fcn") -> str:
+    """The name of a segmentation model for a name of any kind.
+
+    Args:
+        base: an architecture, with or without a tag; the name of a segmentation model is returned as it is.
+        decoder: the decoder of an architecture. Its stride is 16, or else the nearest that the architecture has.
+
+    Raises:
+        UsageError: the architecture cannot be a backbone.
+    """
+    arch, tag = split_model_name_tag(base)
+    surgical = re.sub(r"_[a-z]+(_s[1-5]+)?$", "", arch)
+    if any(parse(name) for name in (arch, surgical)):
+        return base
+    from attnsurgery.models.backbones import nearest_stride
+
+    name = f"{arch}_{decoder}{nearest_stride(arch, decoder)}"
+    return f"{name}.{tag}" if tag else name
 
 
 def hint(name: str) -> str:

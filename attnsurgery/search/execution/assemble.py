@@ -24,6 +24,7 @@ from attnsurgery.evaluate import EVALUATORS, TrainSettings
 from attnsurgery.graph.anatomy import Anatomy
 from attnsurgery.graph.find import survey
 from attnsurgery.latency import Conditions, Effort, LatencyBackend, backend_for
+from attnsurgery.models.segmenter import Segmenter, has_decoder
 from attnsurgery.samplers import SAMPLERS
 from attnsurgery.search.budgets.calibrate import LatencyCache, base_key
 from attnsurgery.search.budgets.costs import Costs
@@ -387,6 +388,8 @@ def untrained(
         else:
             model = timm.create_model(config.base, num_classes=outputs, **sized)
         source_digest = None if untrained_part == "all" else digest(model.state_dict()).removeprefix("sha256:")[:16]
+        if untrained_part == "nothing" and isinstance(model, Segmenter) and not has_decoder(model, weights or {}):
+            untrained_part = "head"  # the weights are those of the backbone
         names = label_names(config.checkpoint, model) if untrained_part == "nothing" else ()
         if getattr(model, "num_classes", outputs) != outputs:
             model.reset_classifier(outputs)  # type: ignore[operator]

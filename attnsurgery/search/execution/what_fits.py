@@ -28,6 +28,7 @@ from attnsurgery.search.result.record import Record
 from attnsurgery.search.watching import Watching
 from attnsurgery.surgery.verify import count_macs
 from attnsurgery.timm_plugin.architectures import for_images, weightless
+from attnsurgery.timm_plugin.segmentation import parse
 
 _SECONDS = 8.0
 """Time after which nothing more is tried, in s; five eighths of it are for sizes."""
@@ -282,6 +283,8 @@ def siblings(base: str, pretrained: bool = False, larger: bool = False) -> list[
         larger: also those that a word such as "large" calls larger.
     """
     arch = split_model_name_tag(base)[0]
+    if (parts := parse(arch)) is not None:  # a segmentation model: the same decoder on another backbone
+        return [f"{name}_{parts.decoder}{parts.stride}" for name in siblings(parts.arch, pretrained, larger)]
     module = model_entrypoint(arch).__module__.rpartition(".")[2]
     names = {split_model_name_tag(name)[0] for name in timm.list_models(module=module, pretrained=pretrained)}
     family = [name for name in names if name != arch and _word(name) == _word(arch)]
