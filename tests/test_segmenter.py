@@ -225,9 +225,9 @@ def test_unsupported_stride_is_refused(name: str, message: str) -> None:
 def test_unsupported_pyramid_is_refused() -> None:
     """A decoder refuses a stride that it does not have, and an architecture without a pyramid of maps."""
     pytest.importorskip("segmentation_models_pytorch", reason="the extra 'segmentation' is not installed")
-    with pytest.raises(UsageError, match="decoder unet has no stride of 8. Use test_resnet_unet32"):
+    with pytest.raises(UsageError, match=r"decoder unet has no stride of 8. Use test_resnet_unet32"):
         timm.create_model("test_resnet_unet8")
-    with pytest.raises(UsageError, match="needs maps of test_vit with strides from 2 or 4 to 32.*fcn and danet"):
+    with pytest.raises(UsageError, match=r"needs maps of test_vit with strides from 2 or 4 to 32.*fcn and danet"):
         timm.create_model("test_vit_unet32")
 
 

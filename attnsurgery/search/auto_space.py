@@ -9,7 +9,8 @@ for 10 to 64 trials:
   of EfficientNet, get none in addition, but may have a cheaper one, or none, in place of their own.
 * **Attention over positions** before the last block of the latest stages whose maps have at least 7 x 7 positions: on a
   smaller map there is little to look at. In elongated pictures distance matters along one axis, so 7 positions along
-  the longer side suffice. Stages whose blocks attend to positions already, such as those of a ViT, get none.
+  the longer side suffice. Stages whose blocks attend to positions already, such as those of a ViT, get none. The
+  decoder `fcn` of a segmentation model gets it too, in front of its classifier, which is where DANet has it.
 * **Input sizes** of about 0.75, 1.25 and 1.5 times the base's own, for a model that takes images of any size. Elongated
   pictures keep their size, because each side may have a meaning of its own.
 
@@ -49,6 +50,8 @@ _STEPS = ((128, 32), (64, 16), (0, 8))
 """Input sizes whose longer side is over the first number are rounded to multiples of the second, in pixels."""
 _SMALLEST_SIDE = 16
 """Shortest side of an input size that is offered, in pixels."""
+_DECODER = "decoder.act"
+"""The map in front of the classifier of a segmentation model."""
 _BEHIND = "behind the spatial convolutions"
 _NO_SPATIAL = "at the ends of the branches, as there is no place behind a spatial convolution"
 _END = "at the ends of the stages, as there is no other place"
@@ -95,7 +98,7 @@ def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "", replacing: b
         [80, 112, 144]
     """
     left_out: list[str] = []
-    offers = [*_over_channels(anatomy, left_out), *_over_positions(anatomy, left_out)]
+    offers = [*_over_channels(anatomy, left_out), *_over_positions(anatomy, left_out), *_in_decoder(anatomy)]
     offers += _in_place(anatomy) if replacing else ()
     offers = [offer for offer in offers if _is_legal(offer, anatomy, left_out)]
     sizes, why = _input_sizes(anatomy, survey_at, one_size)
@@ -109,6 +112,11 @@ def make(anatomy: Anatomy, survey_at: SurveyAt, one_size: str = "", replacing: b
         )
     added = [offer for offer in offers if not offer.decision.replace]
     offered = [_described(added, over_positions) for over_positions in (False, True)]
+    offered += [
+        f"non_local or dual in front of the decoder's classifier ({offer.place})"
+        for offer in added
+        if offer.decision.at == _DECODER
+    ]
     offered += _replacements([offer for offer in offers if offer.decision.replace])
     if sizes:
         offered.append(f"input sizes {_listed(sizes)} beside {_pixels(anatomy)}")
@@ -246,6 +254,15 @@ def _over_positions(anatomy: Anatomy, left_out: list[str]) -> Iterator[_Offer]:
     yield from found[-POSITION_STAGES:]
 
 
+def _in_decoder(anatomy: Anatomy) -> Iterator[_Offer]:
+    """Attention over positions in the decoder, if the model has that of `fcn`."""
+    site = next((site for site in anatomy.sites if site.address == _DECODER), None)
+    if site is not None and site.map_size is not None and _is_large(site, anatomy):
+        non_local = BlockChoices(block="non_local", options={"reduction": 2})
+        choices = [non_local, BlockChoices(block="dual", options={"parts": "both"})]
+        yield _Offer(Decision(at=_DECODER, choices=choices), 0, "x".join(map(str, site.map_size)))
+
+
 def _attentions(anatomy: Anatomy, stage: int) -> tuple[set[str], set[str]]:
     """Class names of the attention that a stage's blocks have, over channels and over positions."""
     names = anatomy.classes(stage)
@@ -316,6 +333,7 @@ def _pixels(anatomy: Anatomy) -> str:
 
 def _described(offers: list[_Offer], over_positions: bool) -> str:
     """The decisions for attention over channels, or over positions, in words; '' if there are none."""
+    offers = [offer for offer in offers if offer.decision.at != _DECODER]
     chosen = [offer for offer in offers if ("before_last_block" in offer.decision.at) == over_positions]
     if not chosen:
         return ""

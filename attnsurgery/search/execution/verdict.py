@@ -181,7 +181,8 @@ def save(bench: Bench, model: nn.Module, recipe: Recipe, folder: Path) -> str:
     }
     texts = {"recipe.yaml": dumps(recipe)}
     size, classes = bench.anatomy.input_size, bench.data.num_classes
-    config = {**getattr(model, "pretrained_cfg", {}), "input_size": size, "num_classes": classes}
+    prepared = {name: value for name, value in asdict(bench.data.preprocessing).items() if name != "input_size"}
+    config = {**getattr(model, "pretrained_cfg", {}), **prepared, "input_size": size, "num_classes": classes}
     config["label_names"] = list(bench.data.classes)
     model.pretrained_cfg = config  # type: ignore[assignment]
     # the base at another input size, without blocks, is a plain timm model
