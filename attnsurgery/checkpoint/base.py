@@ -51,10 +51,9 @@ def build_base(
     state_dict = native(twin, match_names(twin, LoadedWeights(state_dict, source)).tensors)
     sizes: dict[str, Any] = sizes_of(twin, state_dict)
     model: nn.Module = timm.create_model(name, **sizes, **sized)
-    state_dict = _resize_positions(model, state_dict) if sized else state_dict
     if isinstance(model, Segmenter):  # weights of the backbone leave the decoder as it is built
         state_dict = with_new_decoder(model, state_dict)
-    load_weights(model, state_dict, source)
+    load_weights(model, _resize_positions(model, state_dict) if sized else state_dict, source)
     return model.eval()
 
 

@@ -53,8 +53,10 @@ class MapForm:
         if self.layout == "NHWC":
             return features.permute(0, 3, 1, 2)
         if self.layout == "NLC":
-            height, width = (-(-side // self.stride) for side in size)
             tokens = features[:, self.prefix_tokens :]
+            height, width = (-(-side // self.stride) for side in size)
+            if height * width != tokens.shape[1]:  # a stem that leaves out the pixels beyond its last patch
+                height, width = (side // self.stride for side in size)
             return tokens.transpose(1, 2).reshape(tokens.shape[0], self.channels, height, width)
         return features
 

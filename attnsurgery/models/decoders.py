@@ -41,8 +41,8 @@ class Decoder(nn.Module, ABC):
 
     The name consists of lower-case letters and digits, with at least two letters and no underscore.
 
-    Laws, which tests/test_segmenter.py checks for every entry: scores may have any height and width; those of the
-    prediction come first; every parameter has a gradient; a new classifier starts as a built one does.
+    Laws, which tests/contracts/test_decoder_contract.py checks for every entry: scores may have any height and width;
+    those of the prediction come first; every parameter has a gradient; a new classifier starts as a built one does.
     """
 
     strides: ClassVar[tuple[int, ...]] = STRIDES

@@ -173,6 +173,11 @@ class DeepLabV3(SMPDecoder):
     def stride_options(cls, stride: int) -> dict[str, Any]:
         return {"encoder_output_stride": stride}
 
+    def new_classifier(self, in_channels: int, kernel_size: int, num_classes: int) -> nn.Module:
+        return Decoder.new_classifier(
+            self, in_channels, kernel_size, num_classes
+        )  # the package leaves it as torch does
+
 
 @DECODERS.register("deeplabv3plus", summary="DeepLabV3 with a map of stride 4")
 class DeepLabV3Plus(DeepLabV3):
@@ -182,11 +187,15 @@ class DeepLabV3Plus(DeepLabV3):
 
 
 @DECODERS.register("pan", summary="pyramid attention")
-class PAN(DeepLabV3):
+class PAN(SMPDecoder):
     """Pyramid attention network: Li et al., BMVC 2018, arXiv:1805.10180."""
 
     model = "PAN"
     strides = (16, 32)
+
+    @classmethod
+    def stride_options(cls, stride: int) -> dict[str, Any]:
+        return {"encoder_output_stride": stride}
 
 
 @DECODERS.register("upernet", summary="pyramid pooling and a feature pyramid")
