@@ -74,6 +74,11 @@ def test_segmentation_search(config: SearchConfig, workers: int) -> None:
     assert confirmation.images == 4
     page = (outcome.folder / "report.html").read_text()
     assert "top-1" not in page
+    assert page.count('<img src="data:image/') == 4 * 4
+    assert "the winner&#39;s prediction for images/" in page
+    assert sorted(path.stem for path in (outcome.folder / "pictures").iterdir()) == sorted(
+        ["base", confirmation.digest]
+    )
     best = timm.create_model(f"local-dir:{outcome.folder / 'best'}", pretrained=True)
     tensors = load_file(outcome.folder / "best" / "model.safetensors")
     assert best.state_dict().keys() == tensors.keys()

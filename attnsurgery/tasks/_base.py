@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
 from attnsurgery.catalog import Catalog
 from attnsurgery.data import Sources, labelled_images
@@ -106,6 +107,20 @@ class Task(ABC):
             label_smoothing: share of the target that is given to all classes alike, 0 to 1; a task without classes
                 ignores it.
         """
+
+    def paint(self, outputs_1: torch.Tensor, targets_1: torch.Tensor) -> tuple[Image.Image, Image.Image] | None:
+        """What a model should return for an image, and what it returns, as pictures for the report; None for none.
+
+        Args:
+            outputs_1: of one image, with a batch dimension of 1, on the host.
+            targets_1: likewise.
+        """
+        return None
+
+    @property
+    def colours(self) -> Callable[[int], tuple[int, int, int]] | None:
+        """The colour of each class in these pictures, red, green and blue from 0 to 255; None if there are none."""
+        return None
 
     @abstractmethod
     def statistics(self, outputs_B: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, ...]:

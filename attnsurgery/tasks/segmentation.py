@@ -5,9 +5,12 @@ Shape letters: B images of a batch, N images of a split, K classes, H W height a
 
 from __future__ import annotations
 
+import colorsys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from attnsurgery.data import IGNORED, Sources
@@ -54,6 +57,15 @@ class Segmentation(Task):
         ]
         return tuple(torch.stack(parts).cpu() for parts in zip(*rows, strict=True))
 
+    @property
+    def colours(self) -> Callable[[int], tuple[int, int, int]]:
+        return colour_of
+
+    def paint(self, outputs_1: torch.Tensor, targets_1: torch.Tensor) -> tuple[Image.Image, Image.Image]:
+        """Mask and prediction, each class in its colour; pixels that do not count are black."""
+        predicted_HW = _resized(outputs_1, targets_1).argmax(1)[0]
+        return _painted(targets_1[0]), _painted(predicted_HW)
+
     def evaluate(self, *statistics_N: torch.Tensor) -> Evaluation:
         right_NK, predicted_NK, true_NK, loss_N, pixels_N = (part.double() for part in statistics_N)
         if self.metric.name == "miou":
@@ -61,6 +73,20 @@ class Segmentation(Task):
         else:
             metric, values_N = ratio_of_sums(right_NK.sum(1, keepdim=True), pixels_N[:, None])
         return Evaluation(metric, float(loss_N.sum() / pixels_N.sum()), values_N)
+
+
+def colour_of(number: int) -> tuple[int, int, int]:
+    """A colour for a class: hues in steps of the golden ratio, so that any few in a row are far apart; three tones."""
+    hue, tone = number * 0.61803398875 % 1, number % 3
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.5, 0.35, 0.7)[tone], (0.65, 0.8, 0.55)[tone])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _painted(classes_HW: torch.Tensor) -> Image.Image:
+    image = Image.fromarray(classes_HW.to(torch.uint8).numpy()).convert("P")
+    colours = [colour_of(number) if number != IGNORED else (0, 0, 0) for number in range(256)]
+    image.putpalette([value for colour in colours for value in colour])
+    return image
 
 
 def _cross_entropy(logits_BKhw: torch.Tensor, masks_BHW: torch.Tensor, label_smoothing: float) -> torch.Tensor:

@@ -169,7 +169,7 @@ def _training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data
 
 
 def _final_training(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:
-    return train_finally(bench, payload["record"], payload["index"], watch)
+    return train_finally(bench, payload["record"], payload["index"], watch, rival="rival" in payload)
 
 
 def _winner(bench: Bench, payload: Mapping[str, Any], watch: Watching) -> Data:

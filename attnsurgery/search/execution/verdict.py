@@ -23,11 +23,13 @@ from attnsurgery.recipe.schema import Recipe
 from attnsurgery.recipe.text import dumps
 from attnsurgery.search.execution.baseline import hash_of
 from attnsurgery.search.execution.bench import Bench
+from attnsurgery.search.execution.pictures import write_pictures
 from attnsurgery.search.execution.trial import build
 from attnsurgery.search.files import to_safetensors
 from attnsurgery.search.result.answers import packed
 from attnsurgery.search.result.record import Record, Timing
 from attnsurgery.search.seeds import seed_of
+from attnsurgery.search.storage.pictures import BASE
 from attnsurgery.search.storage.run_directory import BEST, CONFIRMING, replace_own, weights_of, write_own
 from attnsurgery.search.watching import Watching
 from attnsurgery.timm_plugin.architectures import for_images
@@ -80,16 +82,20 @@ def train_again(bench: Bench, record: Mapping[str, Any], index: int, watch: Watc
     return {"metric": score.metric, "loss": score.loss}
 
 
-def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching) -> dict[str, Any]:
+def train_finally(
+    bench: Bench, record: Mapping[str, Any] | None, index: int, watch: Watching, *, rival: bool = False
+) -> dict[str, Any]:
     """Train the winner, or the base, from a seed that nothing is chosen by, and test it.
 
-    The winner's weights from the first of these seeds are written to the run directory, to be saved as the winner.
+    The winner's weights from the first of these seeds are written to the run directory, to be saved as the winner; and
+    the pictures of winner and base.
 
     Args:
         bench: what trials are made on.
         record: of the winner as JSON data; None for the base.
         index: of the seed.
         watch: told of progress.
+        rival: True if the bench's base is a rival.
 
     Returns:
         "metric" and "loss" on the validation split; on the test split the number of "images", their values as `packed`
@@ -112,6 +118,8 @@ def train_finally(bench: Bench, record: Mapping[str, Any] | None, index: int, wa
         **packed(tested.values.numpy()),
         "balanced": tested.balanced if bench.data.unbalanced else None,
     }
+    if index == 0 and not rival:
+        write_pictures(bench, model, record["digest"] if record else BASE)
     if record is None or index > 0:
         return result
     folder, name = Path(bench.config.output), weights_of(record)
