@@ -16,9 +16,17 @@ from attnsurgery.data.batches import Split
 from attnsurgery.evaluate._base import TrainSettings, Watch
 from attnsurgery.evaluate.finetune import train
 from attnsurgery.evaluate.frozen import train_only
+from attnsurgery.tasks import Criterion
 
 
-def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int, watch: Watch | None = None) -> None:
+def fit_head(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    seed: int,
+    watch: Watch | None = None,
+    criterion: Criterion | None = None,
+) -> None:
     """Train the model's classifier, as timm names it, and nothing else; batch norms update their running statistics.
 
     Args:
@@ -27,6 +35,7 @@ def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int,
         settings: how it is trained.
         seed: of the training.
         watch: callbacks.
+        criterion: the loss; by default the cross-entropy.
 
     Raises:
         SearchError: the loss is not finite.
@@ -34,4 +43,4 @@ def fit_head(model: nn.Module, split: Split, settings: TrainSettings, seed: int,
     classifier: Any = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple | list) else [classifier]
     with train_only([parameter for head in heads for parameter in head.parameters()], model):
-        train(model, split, settings, seed, watch)
+        train(model, split, settings, seed, watch, criterion=criterion)

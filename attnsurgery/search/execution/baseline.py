@@ -64,13 +64,13 @@ def starting_weights(bench: Bench, watch: Watching, name: str = WEIGHTS) -> str:
             _first_training(bench, bench.data.first, settings, watch)
         elif bench.fresh == "all":
             watch.listener.phase(f"training the base {config.base} {length}")
-            train(base, bench.data.train, settings, config.seed, watch)
+            train(base, bench.data.train, settings, config.seed, watch, criterion=bench.evaluator.criterion)
         elif bench.fresh == "nothing" and bench.data.is_classed and not label_names(config.checkpoint, base):
             bench.head = _check_head(bench, watch)
         if bench.fresh == "head":
             outputs = f"{bench.data.num_classes} {'classes' if bench.data.classes else 'outputs'}"
             watch.listener.phase(f"fitting a new head for {outputs} {length}")
-            fit_head(base, bench.data.train, settings, config.seed, watch)
+            fit_head(base, bench.data.train, settings, config.seed, watch, bench.evaluator.criterion)
         path.parent.mkdir(exist_ok=True)
         write_own(folder, name, to_safetensors(base))
     base.to(config.device).eval()
