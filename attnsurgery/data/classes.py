@@ -19,6 +19,8 @@ from attnsurgery.data.listing import (
 from attnsurgery.data.source import Sources
 from attnsurgery.errors import SearchError
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
 
 def one_class_each(listing: Listing) -> Sources:
     """The images of a list, each of the class that its label names.
@@ -30,8 +32,8 @@ def one_class_each(listing: Listing) -> Sources:
     column = only_label_column(listing)
     labels = [_label(listing, column, entry) for entry in listing.entries]
     empty = [entry.image for entry, label in zip(listing.entries, labels, strict=True) if not label]
-    labelled = [(entry, label) for entry, label in zip(listing.entries, labels, strict=True) if label]
-    _refuse_numbers(listing, column, [label for _, label in labelled])
+    used = [entry for entry, label in zip(listing.entries, labels, strict=True) if label]
+    labelled = list(zip(used, _whole(listing, column, list(filter(None, labels))), strict=True))
     label_of: dict[str, str] = {}
     for entry, label in labelled:
         if label_of.setdefault(entry.image, label) != label:
@@ -80,15 +82,17 @@ def _label(listing: Listing, column: str, entry: Entry) -> str:
     return text_of(value)
 
 
-def _refuse_numbers(listing: Listing, column: str, labels: Sequence[str]) -> None:
-    """
+def _whole(listing: Listing, column: str, labels: Sequence[str]) -> list[str]:
+    """The labels; numbers such as 3.0, as other programs write columns with empty cells, as whole ones.
+
     Raises:
-        SearchError: the labels are numbers of which some are not whole.
+        SearchError: all labels are numbers, and some are not whole.
     """
-    if labels and all(re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", label, re.IGNORECASE) for label in labels):
-        fractions = [label for label in labels if not re.fullmatch(r"[+-]?\d+", label)]
-        if fractions:
-            raise SearchError(
-                f"{listing.where}: the column {column!r} holds numbers that are not whole ({listed(fractions)}), and "
-                "classes are names or whole numbers."
-            )
+    if not all(_NUMBER.fullmatch(label) for label in labels):
+        return list(labels)
+    if fractions := [label for label in labels if not float(label).is_integer()]:
+        raise SearchError(
+            f"{listing.where}: the column {column!r} holds numbers that are not whole ({listed(fractions)}), and "
+            "classes are names or whole numbers."
+        )
+    return [label if re.fullmatch(r"[+-]?\d+", label) else str(int(float(label))) for label in labels]
