@@ -141,7 +141,7 @@ def test_shards_that_cannot_be_meant(tmp_path: Path) -> None:
     two = samples(["dark", "light"] * 3) | {"000.jpg": encoded(0, 0)}
     with pytest.raises(SearchError, match=r"two\.tar has 000\.png, 000\.jpg, and one image should belong to a label"):
         load(write_shard(tmp_path / "two.tar", two))
-    with pytest.raises(SearchError, match=r"holds no image: instead, its shards hold 1 \.txt"):
+    with pytest.raises(SearchError, match=r"text\.tar holds no image; its shards hold 1 \.txt"):
         load(write_shard(tmp_path / "text.tar", {"000.txt": b"a"}))
 
 

@@ -100,9 +100,7 @@ def shards_listing(path: Path, requested: str) -> Listing:
             cells = _cells(shard, sample) if labelled else {_CLASS: folder}
             entries.append(Entry(name, cells, inner or role))
     if not entries:
-        raise SearchError(
-            f"{path} holds no image: its {count(len(files), 'shard')} have {_kinds(shards) or 'no file'}."
-        )
+        raise SearchError(f"{path} holds no image; its shards hold {_kinds(shards) or 'nothing'}.")
     entries.sort(key=lambda entry: entry.image)
     columns = list(dict.fromkeys(column for entry in entries for column in entry.cells))
     named = requested_columns(str(path), requested, columns)
