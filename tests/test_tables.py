@@ -54,6 +54,13 @@ def test_table_of_parquet(tmp_path: Path) -> None:
         load(tmp_path / "other.parquet")
 
 
+def test_column_that_holds_images(tmp_path: Path) -> None:
+    """Images in the table itself, as the files of Hugging Face have them, are refused."""
+    rows = [{"image": {"bytes": "...", "path": None}, "label": "cat"}]
+    with pytest.raises(SearchError, match=r"the column 'image' holds images or lists, and not paths"):
+        load(write_table(tmp_path / "labels.jsonl", rows))
+
+
 def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pyarrow, the message has the command that installs it."""
     actual = builtins.__import__
@@ -369,6 +376,8 @@ def test_metadata_without_labels(tmp_path: Path) -> None:
     assert len(labels_by_image(data)) == 12
     assert "not used: the metadata file, which has no column of labels" in notes_of(data)
     write_table(tmp_path / "metadata.csv", [{"photo": "dark/00.png", "label": "dark"}])
+    assert len(labels_by_image(load(tmp_path))) == 12
+    (tmp_path / "metadata.csv").write_bytes(b"caf\xe9,b\n1,2,3,4\n")
     assert len(labels_by_image(load(tmp_path))) == 12
     captions = tmp_path / "captions"
     (name,) = write_pictures(captions, ["dark"])

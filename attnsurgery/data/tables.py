@@ -70,8 +70,8 @@ def metadata_listing(root: Path, requested: str) -> Listing | None:
     splits = [(role, table) for name in folders if (role := role_of(name)) and (table := _metadata(folders[name]))]
     if not splits:
         table = _metadata(root)
-        rows = read_rows(table) if table else []
-        if table is None or _FILE_NAME not in _columns(rows):
+        rows = _metadata_rows(table) if table else []
+        if table is None or not rows:
             return None
         named = requested_columns(str(table), requested, _columns(rows))
         return _by_folder(replace(_listing(table, root, rows, _FILE_NAME, named), name=_name(root)))
@@ -84,8 +84,8 @@ def metadata_listing(root: Path, requested: str) -> Listing | None:
             )
     listings = []
     for role, table in splits:
-        rows = read_rows(table)
-        if _FILE_NAME not in _columns(rows):
+        rows = _metadata_rows(table)
+        if not rows:
             return None
         named = requested_columns(str(table), requested, _columns(rows))
         part = _listing(table, root, rows, _FILE_NAME, named)
@@ -122,6 +122,14 @@ def _metadata(folder: Path) -> Path | None:
     if len(tables) > 1:
         raise SearchError(f"{folder} has {listed(table.name for table in tables)}. Keep one of them.")
     return tables[0] if tables else None
+
+
+def _metadata_rows(table: Path) -> list[Row]:
+    """The rows of a metadata file; [] where it has no column `file_name`, and need be no table at all."""
+    if _FILE_NAME.encode() not in table.read_bytes():
+        return []
+    rows = read_rows(table)
+    return rows if _FILE_NAME in _columns(rows) else []
 
 
 def _by_folder(listing: Listing) -> Listing:
@@ -182,6 +190,11 @@ def _listing(table: Path, root: Path, rows: Sequence[Row], image: str, labels: t
     paths: dict[str, Path] = {}
     nameless = []
     for number, (row, role) in enumerate(zip(rows, roles, strict=True), start=1):
+        if isinstance(row.get(image), dict | list | bytes):
+            raise SearchError(
+                f"{where}: the column {image!r} holds images or lists, and not paths of images. A data set of Hugging "
+                "Face is read by its name, hfds/..., or as a folder of images with metadata.csv."
+            )
         text = text_of(row.get(image))
         if not text:
             nameless.append(f"row {number}")

@@ -52,7 +52,7 @@ def mean_average_precision(scores_NK: torch.Tensor, targets_NK: torch.Tensor) ->
         precision, left_out_N = _without_each(scores[:, label], positive[:, label])
         total += precision
         without_N += left_out_N
-    metric = total / len(classes)
+    metric = float(total / len(classes))
     without_N /= len(classes)
     return metric, torch.from_numpy(metric + (images - 1) * (without_N.mean() - without_N))
 
@@ -84,4 +84,4 @@ def _without_each(score_N: Array, positive_N: npt.NDArray[np.bool_]) -> tuple[fl
         of_hit_N = np.full_like(above_N, whole)
     result_N = np.empty_like(above_N)
     result_N[order] = np.where(hit_N > 0, of_hit_N, (above_N + without_other_N) / positives)
-    return whole / positives, result_N
+    return float(whole / positives), result_N
