@@ -291,6 +291,15 @@ def test_search_of_several_classes(table: Path, tmp_path: Path, metric: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [{"evaluator": "blocks"}, {"rungs": "supernet:1"}])
+def test_evaluators_train_several_classes(table: Path, tmp_path: Path, how: dict[str, str]) -> None:
+    settings = change(small_search(table, write_space(tmp_path), tmp_path / "run"), task="multilabel", trials=2, **how)
+    outcome = run(settings)
+    assert all(record.state == "trained" for record in outcome.records)
+    assert outcome.confirmation is not None
+
+
+@pytest.mark.slow
 def test_search_with_class_weights(tmp_path: Path) -> None:
     """Weights of classes change the training of the base; a task without them refuses them before it reads anything."""
     images = write_images(tmp_path / "images")

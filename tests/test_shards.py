@@ -174,6 +174,13 @@ def test_deep_image_in_a_shard(tmp_path: Path) -> None:
     assert torch.equal(next(checked.val.eval_batches(8, "cpu"))[0], next(unchecked.val.eval_batches(8, "cpu"))[0])
 
 
+def test_shards_larger_than_memory(tmp_path: Path) -> None:
+    """Worker processes read the same images as this one."""
+    path = write_shard(tmp_path / "0.tar", samples(["dark", "light"] * 6))
+    small, large = load(path), load(path, memory_bytes=0, workers=1)
+    assert torch.equal(next(small.val.eval_batches(8, "cpu"))[0], next(large.val.eval_batches(8, "cpu"))[0])
+
+
 def test_fingerprint_of_shards(tmp_path: Path) -> None:
     """It changes with a byte of an image and with a label, and not with the place of the shards."""
     members = samples(["dark", "light"] * 6)
