@@ -134,9 +134,9 @@ def stratified_by_group(
     for label, number in sorted(groups_left.items()):
         if number <= reserve:
             raise SearchError(
-                f"the images {_of_class(label, classes)} are in {number} groups of which each stays in one split "
-                f"(--group-by, or a column of groups), and {reserve + 1} are needed for every split to have one. Use a "
-                "pattern that tells more groups apart, or give the splits as folders of their own."
+                f"--group-by, or the column of groups, puts the images {_of_class(label, classes)} into {number} "
+                f"groups of which each stays in one split, and {reserve + 1} are needed for every split to have one. "
+                "Tell more groups apart, or give the splits yourself, as folders or in a column."
             )
     class_sizes = Counter(labels)
     targets = {label: max(1, round(share * number)) for label, number in class_sizes.items()}
@@ -164,9 +164,9 @@ def stratified_by_group(
             fitting = [group for group in order if label in counts[group] and is_free(group)]
             if not fitting:
                 raise SearchError(
-                    f"groups (--group-by, or a column) leave no split of its own for the images "
-                    f"{_of_class(label, classes)}: their groups are those of others too. Use a pattern that tells more "
-                    "groups apart, or give splits as folders."
+                    "--group-by, or the column of groups, leaves no split of its own for the images "
+                    f"{_of_class(label, classes)}: their groups are those of others too. Tell more groups apart, or "
+                    "give the splits yourself, as folders or in a column."
                 )
             select(min(fitting, key=lambda group: counts[group].total()))
     return [position for position, group in enumerate(groups) if group in selected]
