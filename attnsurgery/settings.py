@@ -18,6 +18,8 @@ Mode = Literal["eager", "cudagraph", "compile", "compile-cudagraph"]
 """How a forward runs: eagerly, as one CUDA graph, by torch.compile, or compiled and then as one CUDA graph."""
 Augment = Literal["none", "shift", "light", "timm"]
 """How training images are varied."""
+ClassWeights = Literal["none", "balanced"]
+"""How the images of each class count in the loss."""
 TrainDtype = Literal["float32", "bfloat16"]
 """Precision of training; bfloat16 is mixed precision."""
 RankBy = Literal["metric", "loss"]

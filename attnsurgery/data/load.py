@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,14 @@ from attnsurgery.data.batches import FileSplit, MemorySplit, Split
 from attnsurgery.data.contents import digests_of
 from attnsurgery.data.embedded import embedded_name, embedded_sources
 from attnsurgery.data.flips import check_flips
+from attnsurgery.data.kinds import classed_sources, is_local
 from attnsurgery.data.masks import check_masks
 from attnsurgery.data.partition import find_groups, split_sources
 from attnsurgery.data.picture import Rendering
 from attnsurgery.data.preprocess import Preprocessing
 from attnsurgery.data.resized import Resized, Sides
 from attnsurgery.data.scan import Scan, conversion_notes, depths, depths_of, scan
-from attnsurgery.data.source import Source, Sources, find_sources
+from attnsurgery.data.source import Source, Sources
 from attnsurgery.errors import UsageError
 from attnsurgery.settings import Augment
 
@@ -239,7 +239,7 @@ class _Inspection:
 
 
 def count_files(spec: str | None, find: Find | None = None) -> int:
-    """Number of images in an image folder, without opening any; 0 for other data.
+    """Number of images in files on this machine, without opening any; 0 for other data.
 
     Args:
         spec: as `load_data`.
@@ -248,7 +248,7 @@ def count_files(spec: str | None, find: Find | None = None) -> int:
     Raises:
         SearchError: as `load_data`.
     """
-    if embedded_name(spec) or not Path(str(spec)).is_dir():
+    if embedded_name(spec) or not is_local(str(spec)):
         return 0
     sources = (find or labelled_images)(spec, (0, 0))
     return sum(len(source.ids) for source in (sources.train, sources.val, sources.test) if source is not None)
@@ -280,7 +280,7 @@ def _inspect(
     parts = split_sources(sources, seed, grouping.groups if grouping else None)
     fits = _bytes(preprocessing, parts) <= memory_bytes
     scans: dict[str, Scan] = {}
-    if check and not embedded_name(spec) and (sources.train.paths or not fits):
+    if check and not embedded_name(spec) and (sources.train.is_encoded or not fits):
         scans = {name: scan(part, _progress(on_load, f"checking {name}")) for name, part in parts.items()}
     if check:
         for name, part in parts.items():
@@ -305,10 +305,10 @@ def labelled_images(spec: str | None, size: Sides) -> Sources:
         size: height and width that embedded images are drawn for.
 
     Raises:
-        UsageError, SearchError: as `find_sources`.
+        UsageError, SearchError: as `classed_sources`.
     """
     name = embedded_name(spec)
-    return find_sources(str(spec)) if name is None else embedded_sources(name, size)
+    return classed_sources(str(spec)) if name is None else embedded_sources(name, size)
 
 
 def _progress(on_load: OnLoad | None, step: str) -> Callable[[int, int], None] | None:

@@ -126,14 +126,20 @@ def depths_of(sources: Sequence[Source]) -> tuple[Depth | None, Depth | None]:
     Files that cannot be read are skipped; decoding reports them.
     """
     ranges: list[tuple[str, Depth]] = []
-    for path in (path for source in sources for path in source.paths if path.suffix.lower() in _MAYBE_DEEP):
+    for source, index in ((one, index) for one in sources for index in _maybe_deep(one)):
         try:
-            with Image.open(path, formats=formats()) as image:
+            with source.file(index) as file, Image.open(file, formats=formats()) as image:
                 if is_deep(image):
                     ranges.append((image.mode, values_of(image)))
         except Exception:
             continue
     return _depths(ranges)
+
+
+def _maybe_deep(source: Source) -> list[int]:
+    """Indices of the images in files that may have more than 8 bits a channel, by their names."""
+    names = [path.name for path in source.paths] or (source.ids if source.is_encoded else ())
+    return [index for index, name in enumerate(names) if name.lower().endswith(_MAYBE_DEEP)]
 
 
 def _depths(ranges: Any) -> tuple[Depth | None, Depth | None]:
@@ -172,9 +178,10 @@ def _image_count(count: int, looks: Sequence[Look]) -> str:
 
 def _look(source: Source, index: int) -> Look:
     try:
-        if not source.paths:
+        if not source.is_encoded:
             return _look_at(source.open(index), "", turned=False)
-        data = source.paths[index].read_bytes()
+        with source.file(index) as file:
+            data = file.read()
         if pointer := next((problem for start, problem in _POINTERS.items() if data.startswith(start)), None):
             return Look(problem=pointer)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -5,10 +5,11 @@ Images are decoded when they are opened, and one that cannot be read fails then.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm.data
 import torch
@@ -23,7 +24,7 @@ from attnsurgery.settings import Augment
 _data: Any = timm.data  # its factories are typed by nothing that a checker sees
 _HUB = "hfds/"
 _PREFIXES = (_HUB, "torch/")
-_STREAMED = ("hfids/", "tfds/", "wds/")
+_STREAMED = ("hfids/", "tfds/")
 _SHOWN = 5
 IGNORED = 255
 """In a mask: this pixel does not count."""
@@ -66,16 +67,33 @@ class Source:
     class. None where `labels` or masks say it."""
     masks: Masks | None = None
     """The class of every pixel; None where a target belongs to the image as a whole."""
+    read: Callable[[int], bytes] | None = None
+    """Reads the encoded image at an index, where several images are in one file; None otherwise."""
+    groups: tuple[str, ...] = ()
+    """The group of each image, if the data says it; images of one group stay in one split."""
 
     @property
     def is_classed(self) -> bool:
         """Whether each image is of one class, whose number is its label."""
         return self.targets is None and self.masks is None
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether images are decoded from the bytes of a file."""
+        return bool(self.paths) or self.read is not None
+
+    def file(self, index: int) -> BinaryIO:
+        """The encoded image at an index, as an open file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return self.paths[index].open("rb") if self.read is None else io.BytesIO(self.read(index))
+
     def take(self, picks: Sequence[int]) -> Source:
         """The images at these positions."""
         picks = list(picks)
-        inner = self.open
+        inner, read = self.open, self.read
         return Source(
             ids=tuple(self.ids[i] for i in picks),
             labels=tuple(self.labels[i] for i in picks),
@@ -84,6 +102,8 @@ class Source:
             content=self.content,
             targets=None if self.targets is None else self.targets[picks],
             masks=self.masks and self.masks.take(picks),
+            read=read and (lambda i: read(picks[i])),
+            groups=tuple(self.groups[i] for i in picks) if self.groups else (),
         )
 
 
@@ -130,7 +150,8 @@ def find_sources(spec: str) -> Sources:
     raise UsageError(
         f"--data {spec}: there is no such directory, and it is not the name of a data set "
         f"({', '.join(prefix + '...' for prefix in _PREFIXES)}). An image folder has one sub-folder a class, or train/ "
-        "and test/ with one a class. Embedded data: pairs, the default, and digits."
+        "and test/ with one a class; a table such as labels.csv names images and labels. Embedded data: pairs, the "
+        "default, and digits."
     )
 
 

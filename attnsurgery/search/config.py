@@ -15,7 +15,17 @@ from attnsurgery.catalog import Declaration, declarations
 from attnsurgery.errors import UsageError
 from attnsurgery.recipe.schema import Strict
 from attnsurgery.recipe.strict_yaml import writes
-from attnsurgery.settings import Amount, Augment, ImageSize, Mode, RankBy, Setting, TrainDtype, settings_of
+from attnsurgery.settings import (
+    Amount,
+    Augment,
+    ClassWeights,
+    ImageSize,
+    Mode,
+    RankBy,
+    Setting,
+    TrainDtype,
+    settings_of,
+)
 
 AUTO: Literal["auto"] = "auto"
 """The value of a setting that the search chooses for the data and the model."""
@@ -87,7 +97,10 @@ class SearchConfig(Strict):
     ] = DEFAULT_BASE
     data: Annotated[
         str | None,
-        Field(description="Image folder, or a name such as hfds/cifar10; embedded data: pairs and digits."),
+        Field(
+            description="Image folder, table such as labels.csv, folder of .tar shards, or a name such as "
+            "hfds/cifar10; embedded data: pairs and digits."
+        ),
         Setting(MODEL, default="the embedded pairs", may_change=True),
     ] = None
     task: Annotated[
@@ -97,7 +110,10 @@ class SearchConfig(Strict):
     ] = "classification"
     metric: Annotated[
         str | None,
-        Field(description="What models are judged by: top1, balanced (accuracy) or f1 for classification."),
+        Field(
+            description="What models are judged by: top1, balanced (accuracy) or f1 for classification; map or f1 for "
+            "multilabel."
+        ),
         Setting(MODEL, metavar="NAME", default="the task's first: top1"),
     ] = None
     input_size: Annotated[
@@ -236,6 +252,14 @@ class SearchConfig(Strict):
         Setting(TRAINING, metavar="FACTOR|auto"),
     ] = AUTO
     train_batch_size: Annotated[int, Field(ge=2, description="Images in one training step."), Setting(TRAINING)] = 64
+    class_weights: Annotated[
+        ClassWeights,
+        Field(
+            description="Weights of classes in the loss: none, or balanced, inversely proportional to their numbers of "
+            "images."
+        ),
+        Setting(TRAINING),
+    ] = "none"
     evaluator: Annotated[
         str,
         Field(description=f"How a trial is trained: {_summaries(_EVALUATORS)}."),

@@ -66,6 +66,8 @@ class Task(ABC):
 
     metrics: ClassVar[tuple[Metric, ...]]
     """The metrics that models can be judged by, the default first."""
+    weighs_classes: ClassVar[bool] = False
+    """Whether the loss can weigh classes (`weighted`)."""
 
     def __init__(self, metric: str | None = None) -> None:
         known = {one.name: one for one in self.metrics}
@@ -98,6 +100,14 @@ class Task(ABC):
             base: a timm name, as the user gave it.
         """
         return base
+
+    def weighted(self, weights_K: torch.Tensor) -> Task:
+        """The same task with a loss that weighs the images of each class; for tasks with `weighs_classes`.
+
+        Args:
+            weights_K: the weight of each class, whose mean over training images is 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} weighs no classes")
 
     @abstractmethod
     def criterion(self, label_smoothing: float) -> Criterion:
@@ -138,6 +148,24 @@ class Task(ABC):
         Args:
             statistics_N: what `statistics` returned, the batches concatenated.
         """
+
+
+def balanced_weights(labels_N: torch.Tensor, classes: int) -> torch.Tensor:
+    """Weights of classes that are inversely proportional to their numbers of images, (K,), with mean 1 over images.
+
+    They are N / (K n) for a class with n of N images, as scikit-learn's class_weight="balanced" (King and Zeng,
+    "Logistic regression in rare events data", 2001).
+
+    Args:
+        labels_N: the class of each training image.
+        classes: their number, each with at least one image.
+
+    Example: a class of three images and one of a single image
+        >>> balanced_weights(torch.tensor([0, 0, 1, 0]), 2).tolist()
+        [0.6666666865348816, 2.0]
+    """
+    counts_K = torch.bincount(labels_N, minlength=classes)
+    return (len(labels_N) / (classes * counts_K.double())).float()
 
 
 TASKS: Catalog[Task] = Catalog("task", "attnsurgery.tasks", group="attnsurgery.tasks", base=Task)

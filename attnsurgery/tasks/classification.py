@@ -5,6 +5,8 @@ Shape letters: B images of a batch, N images of a split, K classes.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch.nn import functional as F
 
@@ -26,12 +28,29 @@ class Classification(Task):
     """
 
     metrics = (Metric("top1", "top-1"), Metric("balanced", "balanced accuracy"), Metric("f1", "F1"))
+    weighs_classes = True
+    _weights_K: torch.Tensor | None = None
+
+    def weighted(self, weights_K: torch.Tensor) -> Classification:
+        """The same task, in whose loss each image has the weight of its class."""
+        task = copy.copy(self)
+        task._weights_K = weights_K
+        return task
 
     def criterion(self, label_smoothing: float) -> Criterion:
+        weights_K = self._weights_K
+
         def loss(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(logits_BK, labels_B, label_smoothing=label_smoothing)
 
-        return loss
+        def weighted_loss(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+            nonlocal weights_K
+            assert weights_K is not None, "the loss that weighs classes has weights"
+            weights_K = weights_K.to(labels_B.device)
+            loss_B = F.cross_entropy(logits_BK, labels_B, label_smoothing=label_smoothing, reduction="none")
+            return (weights_K[labels_B] * loss_B).mean()
+
+        return loss if weights_K is None else weighted_loss
 
     def statistics(self, outputs_B: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return outputs_B.cpu(), targets_B.cpu()

@@ -36,7 +36,19 @@ def segmentation() -> Batch:
     return outputs_NKHW, masks_NHW
 
 
-EXAMPLES: dict[str, Callable[[], Batch]] = {"classification": classification, "segmentation": segmentation}
+def multilabel() -> Batch:
+    """Outputs that are often right, some of them equal, and classes of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    targets_NK = (torch.rand(IMAGES, 4, generator=generator) < torch.tensor([0.6, 0.3, 0.15, 0.1])).float()
+    outputs_NK = torch.randn(IMAGES, 4, generator=generator) + 2.0 * targets_NK - 1.0
+    return (outputs_NK * 4).round() / 4, targets_NK
+
+
+EXAMPLES: dict[str, Callable[[], Batch]] = {
+    "classification": classification,
+    "multilabel": multilabel,
+    "segmentation": segmentation,
+}
 """For each task, outputs of a model and targets."""
 every_metric = pytest.mark.parametrize(
     ("name", "metric"), [(name, metric.name) for name in TASKS for metric in TASKS[name].metrics]

@@ -55,7 +55,7 @@ from attnsurgery.search.storage.run_directory import IMAGES, SUPERNET_WEIGHTS, w
 from attnsurgery.search.tuning import DEFAULT_RATE, SCALES, pilot_epochs
 from attnsurgery.search.watching import Watching
 from attnsurgery.settings import sides
-from attnsurgery.tasks import Task, task_of
+from attnsurgery.tasks import Task, balanced_weights, task_of
 from attnsurgery.timm_plugin.architectures import check_base, for_images, weightless
 
 _TOLERANCE = 0.005
@@ -156,6 +156,8 @@ def assemble(
     if config.pretrained and config.checkpoint:
         raise UsageError("--pretrained and --checkpoint both say where the base's weights come from; give one.")
     task = task_of(config.task, config.metric)
+    if config.class_weights != "none" and not task.weighs_classes:
+        raise UsageError(f"--class-weights {config.class_weights}: --task {config.task} has a loss without them.")
     resolved = resolve_base(config.base, config.checkpoint)
     check_base(resolved.base, "MODEL")
     config = config.model_copy(update={"base": task.model_of(resolved.base), "checkpoint": resolved.checkpoint})
@@ -170,6 +172,8 @@ def assemble(
     SAMPLERS[config.sampler]  # raises for an unknown name, before images are read and the base is trained
     normalized = normalization(config.checkpoint)
     data, digests = images_of(config, task, size, normalized, listener, decode, check)
+    if config.class_weights != "none":
+        task = task.weighted(balanced_weights(data.train.labels, data.num_classes))
     config = config.model_copy(update={"augment": data.augment})
     settings = _train_settings(config, len(data.train))
     base, untrained_part, source_digest = untrained(config, data, weights, sized, listener if check else Listener())
