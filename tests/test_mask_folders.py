@@ -180,6 +180,15 @@ def test_masks_with_a_palette_or_of_one_thing(tmp_path: Path) -> None:
     assert classes_in(data) == {0, 1}
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    """A folder of links to the splits elsewhere is read as these."""
+    write_masks(tmp_path / "there" / "train", 6)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "train").symlink_to(tmp_path / "there" / "train")
+    (tmp_path / "here" / "train" / "images" / ".hidden.png").write_bytes(b"")
+    assert len(read_mask_folders(tmp_path / "here").train.ids) == 6
+
+
 def test_fingerprint_changes_with_a_mask(tmp_path: Path) -> None:
     folder = str(write_masks(tmp_path))
     before = load_data(folder, PLAIN, find=find).fingerprint

@@ -57,7 +57,7 @@ def read_folder(root: Path) -> Folder:
     Raises:
         SearchError: there are fewer than two classes, or the structure is ambiguous.
     """
-    tree = _walk(root)
+    tree = walk(root)
     parts = _splits(root, tree)
     notes = _Notes()
     if parts:
@@ -108,7 +108,7 @@ def role_of(name: str) -> str | None:
 
 
 @dataclass
-class _Tree:
+class Tree:
     """A folder with its content."""
 
     path: Path
@@ -120,10 +120,10 @@ class _Tree:
     """Links to missing files: images that were never fetched, or whose cache was moved."""
     hidden: int = 0
     """Number of files and folders that operating systems create."""
-    folders: dict[str, _Tree] = field(default_factory=dict)
+    folders: dict[str, Tree] = field(default_factory=dict)
     """Folders in this folder, by name."""
 
-    def all(self) -> Iterator[_Tree]:
+    def all(self) -> Iterator[Tree]:
         yield self
         for folder in self.folders.values():
             yield from folder.all()
@@ -136,9 +136,9 @@ class _Tree:
         return any(folder.images() for folder in self.folders.values())
 
 
-def _walk(folder: Path, above: frozenset[str] = frozenset()) -> _Tree:
+def walk(folder: Path, above: frozenset[str] = frozenset()) -> Tree:
     """The tree under a folder, links followed unless they lead in a circle."""
-    tree, kinds = _Tree(folder), readable()
+    tree, kinds = Tree(folder), readable()
     above |= {os.path.realpath(folder)}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = entry.name.lower()
@@ -146,7 +146,7 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> _Tree:
             tree.hidden += 1
         elif entry.is_dir():
             if os.path.realpath(entry.path) not in above:
-                tree.folders[entry.name] = _walk(folder / entry.name, above)
+                tree.folders[entry.name] = walk(folder / entry.name, above)
         elif entry.is_file():
             ending = os.path.splitext(name)[1]
             if ending in kinds:
@@ -158,7 +158,7 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> _Tree:
     return tree
 
 
-def _splits(root: Path, tree: _Tree) -> dict[str, _Tree]:
+def _splits(root: Path, tree: Tree) -> dict[str, Tree]:
     """The folders that are splits, by split; {} where the folders are classes.
 
     Raises:
@@ -180,7 +180,7 @@ def _splits(root: Path, tree: _Tree) -> dict[str, _Tree]:
     return {role: tree.folders[folders[role][0]] for role in _SPELLINGS if role in folders}
 
 
-def _note_other_folders(tree: _Tree, parts: Mapping[str, _Tree], notes: _Notes) -> None:
+def _note_other_folders(tree: Tree, parts: Mapping[str, Tree], notes: _Notes) -> None:
     """Note folders that are read as splits under another name, and folders with images that are not read."""
     renamed = [f"{part.path.name}/ is the {role} split" for role, part in parts.items() if part.path.name != role]
     if renamed:
@@ -192,7 +192,7 @@ def _note_other_folders(tree: _Tree, parts: Mapping[str, _Tree], notes: _Notes) 
             notes.lines.append(f"not used: {name}/ with {_count(count, 'image')}{labels}")
 
 
-def _refuse_hidden_splits(root: Path, tree: _Tree) -> None:
+def _refuse_hidden_splits(root: Path, tree: Tree) -> None:
     """
     Raises:
         SearchError: the folders contain folders of the same names, which is usual for splits and not for classes.
@@ -209,24 +209,24 @@ def _refuse_hidden_splits(root: Path, tree: _Tree) -> None:
         )
 
 
-def _normalise(part: _Tree, notes: _Notes) -> _Tree:
+def _normalise(part: Tree, notes: _Notes) -> Tree:
     """The same part with the names of classes in composed Unicode (NFC), and bytes that are no UTF-8 escaped.
 
     macOS writes an accented letter as two characters and other systems as one, which would make two classes of one.
     """
-    folders: dict[str, _Tree] = {}
+    folders: dict[str, Tree] = {}
     for name, folder in part.folders.items():
         spelled = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
         if spelled in folders:
             notes.lines.append(f"two folders for one class, read as one: {spelled}")
             existing = folders[spelled]
-            folders[spelled] = _Tree(existing.path, folders={"": existing, " ": folder})
+            folders[spelled] = Tree(existing.path, folders={"": existing, " ": folder})
         else:
             folders[spelled] = folder
     return replace(part, folders=folders)
 
 
-def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, notes: _Notes) -> None:
+def _check_classes(part: Tree, classes: tuple[str, ...], role: str, notes: _Notes) -> None:
     """
     Raises:
         SearchError: too few classes, one that the training split lacks, or one none of whose images can be read.
@@ -257,7 +257,7 @@ def _check_classes(part: _Tree, classes: tuple[str, ...], role: str, notes: _Not
         notes.lines.append(f"the {role} split has no images of {_listed(missing)}")
 
 
-def _too_few(part: _Tree, images: Mapping[str, Sequence[Path]]) -> str:
+def _too_few(part: Tree, images: Mapping[str, Sequence[Path]]) -> str:
     message = (
         f"{part.path} holds {_count(len(images), 'class')} with images ({len(part.folders)} sub-folders); at least two "
         "are needed. An image folder has one sub-folder a class: DIR/cat/1.jpg, DIR/dog/2.jpg."
@@ -285,7 +285,7 @@ class _Notes:
             first = loose[0].relative_to(root).as_posix()
             self.lines.append(f"not used: {_count(len(loose), 'image')} in no class folder ({first} is the first)")
 
-    def skipped(self, root: _Tree, parts: Iterable[_Tree]) -> None:
+    def skipped(self, root: Tree, parts: Iterable[Tree]) -> None:
         """Files that are not read: all in the parts that are read, and elsewhere those that certainly hold an image."""
         trees = [tree for top in parts for tree in top.all()]
         skipped, hidden = sum((tree.skipped for tree in trees), Counter[str]()), sum(tree.hidden for tree in trees)
@@ -304,7 +304,7 @@ class _Notes:
             self.lines.append(f"left out: {_count(hidden, 'hidden file or folder')} such as .DS_Store and __MACOSX")
 
 
-def _classes_of(part: _Tree) -> dict[str, list[Path]]:
+def _classes_of(part: Tree) -> dict[str, list[Path]]:
     """By the name of each class that has images, these images."""
     images = {name: folder.images() for name, folder in part.folders.items()}
     return {name: paths for name, paths in images.items() if paths}

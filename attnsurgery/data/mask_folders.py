@@ -14,7 +14,7 @@ from statistics import median_low
 
 from PIL import Image
 
-from attnsurgery.data.folder import TEST, TRAIN, VAL, formats, readable, role_of
+from attnsurgery.data.folder import TEST, TRAIN, VAL, formats, role_of, walk
 from attnsurgery.data.mask_classes import Mask, by_value, classes_in_masks, read, read_classes, size_of
 from attnsurgery.data.picture import upright_size
 from attnsurgery.data.source import Masks, Source, Sources, decode
@@ -93,9 +93,7 @@ def _pairs(root: Path) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
         SearchError: no folder holds masks, no image has one, or there is no training split.
     """
     found: dict[bool, dict[tuple[str, str], Path]] = {False: {}, True: {}}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() not in readable() or any(part.startswith(".") for part in path.relative_to(root).parts):
-            continue
+    for path in walk(root).images():
         role, is_mask, key = _place(path.relative_to(root))
         found[is_mask].setdefault((role, key), path)
     images, masks = found[False], found[True]
