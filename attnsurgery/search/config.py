@@ -112,7 +112,7 @@ class SearchConfig(Strict):
         str | None,
         Field(
             description="What models are judged by: top1, balanced (accuracy) or f1 for classification; map or f1 for "
-            "multilabel."
+            "multilabel; miou or pixel (accuracy) for segmentation."
         ),
         Setting(MODEL, metavar="NAME", default="the task's first: top1"),
     ] = None
