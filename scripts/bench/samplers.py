@@ -13,14 +13,15 @@ Figures: test top-1 in points over the base after 8, 16, 32 and 64 trained candi
 additive sampler, its 95 % interval over repeats and the p-value of a paired two-sided Wilcoxon test; the number of
 trained candidates that each sampler needs to reach random search with 64, and TPE with 64; how far the best validation
 top-1 so far is from the best within the budget, which contains no luck of other trainings; and the hypervolume of top-1
-and latency that is missing from that of the whole table. Writes docs/benchmarks/samplers.json for all samplers
-and at least 50 repeats. With `--samplers`, only these are simulated, and random, tpe and additive, with which the
-figures compare.
+and latency that is missing from that of the whole table. Writes docs/benchmarks/samplers.json, table by table, for all
+samplers and at least 50 repeats. With `--samplers`, only these are simulated, and random, tpe and additive, with which
+the figures compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from _common import write
+from _common import RESULTS, write
 from _tables import SETUPS, SITES, TABLE, Options, edit_of
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -303,16 +304,17 @@ def main() -> None:
     options = parser.parse_args()
     names = [name for name in NAMES if name in {*options.samplers, *COMPARED}]
     tasks = [(name, repeat) for repeat in range(options.repeats) for name in names]
-    by_table = {}
+    whole = options.folder == TABLE and names == NAMES and options.repeats >= REPEATS
+    path = RESULTS / "samplers.json"
+    by_table = json.loads(path.read_text())["tables"] if whole and path.exists() else {}
     for table_name in options.tables:
         table = Table.read(table_name, folder=options.folder)
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             rows = list(pool.map(partial(run_task, table), tasks, chunksize=5))
         by_table[table_name] = figures(rows)
         print_figures(table_name, by_table[table_name])
-    whole = options.folder == TABLE and names == NAMES and options.repeats >= REPEATS
-    if whole and set(options.tables) == set(WITH_EFFECT):
-        print(f"written {write('samplers', {'repeats': options.repeats, 'tables': by_table})}")
+        if whole:
+            print(f"written {write('samplers', {'repeats': options.repeats, 'tables': by_table})}")
 
 
 if __name__ == "__main__":
