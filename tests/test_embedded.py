@@ -19,6 +19,7 @@ from attnsurgery.search import SearchConfig, run
 from attnsurgery.search.execution.assemble import _input_size
 from attnsurgery.search.execution.baseline import first_epochs
 from attnsurgery.search.storage.run_directory import WEIGHTS
+from attnsurgery.tasks import task_of
 
 PAIR_SIZE, LARGE_SIZE = SIZES["pairs"]
 PREPROCESSING = Preprocessing((3, *PAIR_SIZE), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -125,8 +126,8 @@ def test_embedded_name_yields_to_folder(tmp_path: Path, monkeypatch: pytest.Monk
 def test_pairs_have_a_size_for_each_base() -> None:
     """A base that cannot process the narrow strip gets a higher one."""
     for name, size in (("test_resnet", PAIR_SIZE), ("test_convnext", LARGE_SIZE)):
-        assert _input_size(SearchConfig(budget_ms=1.0, base=name), None) == (3, *size)
-    assert _input_size(SearchConfig(budget_ms=1.0, data="digits"), None) == (3, 48, 48)
+        assert _input_size(SearchConfig(budget_ms=1.0, base=name), None, task_of("classification")) == (3, *size)
+    assert _input_size(SearchConfig(budget_ms=1.0, data="digits"), None, task_of("classification")) == (3, 48, 48)
 
 
 @pytest.mark.slow
