@@ -202,8 +202,8 @@ def test_images_and_masks_without_partner_are_reported(tmp_path: Path) -> None:
     (tmp_path / "masks" / "3.png").unlink()
     (tmp_path / "images" / "5.png").unlink()
     notes = load_data(str(tmp_path), PLAIN, find=find).notes
-    assert "left out: 1 images without a mask (images/3.png is the first)" in notes
-    assert "left out: 1 masks without an image (masks/5.png is the first)" in notes
+    assert "left out: 1 image without a mask (images/3.png is the first)" in notes
+    assert "left out: 1 mask without an image (masks/5.png is the first)" in notes
 
 
 def _unlike_size(root: Path) -> None:
@@ -215,7 +215,6 @@ def _unread(root: Path) -> None:
 
 
 def _colours(root: Path) -> None:
-    image_of(mask_of(3)).convert("RGB").point(lambda v: v).save(root / "masks" / "3.png")
     pixels = np.zeros((*SIZE, 3), np.uint8)
     pixels[..., 0] = 200
     Image.fromarray(pixels).save(root / "masks" / "3.png")

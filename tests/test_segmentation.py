@@ -110,7 +110,9 @@ def test_segmentation_dry_run_by_the_command_line(
     with pytest.raises(SystemExit) as end:
         main(["search", "test_resnet", *arguments, "--output", str(tmp_path / "none"), "--dry-run"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    assert "the space auto offers se, eca or gc" in text
     assert "in front of the decoder's classifier" not in text, "a map of 4 x 5 positions is too small"
     assert "3 classes: 0, 1, 2" in text
     assert not (tmp_path / "none").exists()

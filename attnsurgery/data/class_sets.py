@@ -14,18 +14,9 @@ from typing import Any
 import torch
 
 from attnsurgery.data.folder import TEST, TRAIN, VAL
-from attnsurgery.data.listing import (
-    LABEL_COLUMNS,
-    Entry,
-    Listing,
-    check_classes,
-    count,
-    listed,
-    named_columns,
-    repeated,
-    text_of,
-)
+from attnsurgery.data.listing import LABEL_COLUMNS, Entry, Listing, check_classes, named_columns, repeated, text_of
 from attnsurgery.data.source import Sources
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError, UsageError
 
 _SEPARATORS = ("|", ";", ",")

@@ -6,17 +6,9 @@ import re
 from collections.abc import Sequence
 
 from attnsurgery.data.folder import TEST, TRAIN, VAL
-from attnsurgery.data.listing import (
-    Entry,
-    Listing,
-    check_classes,
-    count,
-    left_out,
-    listed,
-    only_label_column,
-    text_of,
-)
+from attnsurgery.data.listing import Entry, Listing, check_classes, left_out, only_label_column, text_of
 from attnsurgery.data.source import Sources
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)

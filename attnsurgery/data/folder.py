@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -187,9 +188,9 @@ def _note_other_folders(tree: Tree, parts: Mapping[str, Tree], notes: _Notes) ->
         notes.lines.append(f"read as splits: {', '.join(renamed)}")
     part_paths = {folder.path for folder in parts.values()}
     for name, folder in tree.folders.items():
-        if folder.path not in part_paths and (count := len(folder.images())):
+        if folder.path not in part_paths and (images := len(folder.images())):
             labels = "" if folder.has_classes() or not role_of(name) else ", which lie in no class folders"
-            notes.lines.append(f"not used: {name}/ with {_count(count, 'image')}{labels}")
+            notes.lines.append(f"not used: {name}/ with {count(images, 'image')}{labels}")
 
 
 def _refuse_hidden_splits(root: Path, tree: Tree) -> None:
@@ -203,7 +204,7 @@ def _refuse_hidden_splits(root: Path, tree: Tree) -> None:
     largest = max(inner.values(), key=len)
     if all(len(names) > 1 and names <= largest for names in inner.values()):
         raise SearchError(
-            f"the folders of {root} ({_listed(inner)}) hold folders of the same names ({_listed(sorted(largest))}), as "
+            f"the folders of {root} ({listed(inner)}) hold folders of the same names ({listed(sorted(largest))}), as "
             "splits do and classes do not. If they are splits, call them train/, val/ and test/; one without the "
             "others is a data set by itself. If they are classes, put each one's images into one folder."
         )
@@ -236,34 +237,34 @@ def _check_classes(part: Tree, classes: tuple[str, ...], role: str, notes: _Note
         dangling = [path for tree in folder.all() for path in tree.dangling]
         if name not in images and dangling:
             raise SearchError(
-                f"{folder.path} holds {_count(len(dangling), 'link')} to files that are not there ({dangling[0].name} "
+                f"{folder.path} holds {count(len(dangling), 'link')} to files that are not there ({dangling[0].name} "
                 f"is the first), and no image: without them the class {name!r} would be left out. Fetch the images "
                 "(dvc pull, git annex get), or remove the links."
             )
         skipped = sum((tree.skipped for tree in folder.all()), Counter[str]())
         if name not in images and (kinds := sorted(ending for ending in skipped if ending in _PICTURES)):
             raise SearchError(
-                f"{folder.path} holds {_count(sum(skipped[kind] for kind in kinds), 'image')} of kinds that PIL does "
+                f"{folder.path} holds {count(sum(skipped[kind] for kind in kinds), 'image')} of kinds that PIL does "
                 f"not read here ({', '.join(kinds)}), and no other: without them the class {name!r} would be left "
                 "out. Convert them, to PNG for instance, or install PIL's plugin for them."
             )
     if unexpected := sorted(set(images) - set(classes)):
-        raise SearchError(f"{part.path} has classes that training does not have: {_listed(unexpected)}.")
+        raise SearchError(f"{part.path} has classes that training does not have: {listed(unexpected)}.")
     if len(images) < 2:
         raise SearchError(_too_few(part, images))
     if empty := sorted(name for name in part.folders if name not in images):
-        notes.lines.append(f"no images in: {_listed(f'{part.path.name}/{name}/' for name in empty)}")
+        notes.lines.append(f"no images in: {listed(f'{part.path.name}/{name}/' for name in empty)}")
     if role != TRAIN and (missing := [name for name in classes if name not in images and name not in empty]):
-        notes.lines.append(f"the {role} split has no images of {_listed(missing)}")
+        notes.lines.append(f"the {role} split has no images of {listed(missing)}")
 
 
 def _too_few(part: Tree, images: Mapping[str, Sequence[Path]]) -> str:
     message = (
-        f"{part.path} holds {_count(len(images), 'class')} with images ({len(part.folders)} sub-folders); at least two "
+        f"{part.path} holds {count(len(images), 'class')} with images ({len(part.folders)} sub-folders); at least two "
         "are needed. An image folder has one sub-folder a class: DIR/cat/1.jpg, DIR/dog/2.jpg."
     )
     if loose := len(part.files):
-        message += f" {_count(loose, 'image')} lie in the folder itself, in no class."
+        message += f" {count(loose, 'image')} lie in the folder itself, in no class."
     skipped = sum((tree.skipped for tree in part.all()), Counter[str]())
     if skipped:
         message += f" Not read as images: {_by_kind(skipped)}."
@@ -283,7 +284,7 @@ class _Notes:
         """Images that lie in no class folder."""
         if loose:
             first = loose[0].relative_to(root).as_posix()
-            self.lines.append(f"not used: {_count(len(loose), 'image')} in no class folder ({first} is the first)")
+            self.lines.append(f"not used: {count(len(loose), 'image')} in no class folder ({first} is the first)")
 
     def skipped(self, root: Tree, parts: Iterable[Tree]) -> None:
         """Files that are not read: all in the parts that are read, and elsewhere those that certainly hold an image."""
@@ -298,10 +299,10 @@ class _Notes:
         if dangling := [path for tree in root.all() for path in tree.dangling]:
             first = dangling[0].relative_to(root.path).as_posix()
             self.lines.append(
-                f"left out: {_count(len(dangling), 'link')} to files that are not there ({first} is the first)"
+                f"left out: {count(len(dangling), 'link')} to files that are not there ({first} is the first)"
             )
         if hidden:
-            self.lines.append(f"left out: {_count(hidden, 'hidden file or folder')} such as .DS_Store and __MACOSX")
+            self.lines.append(f"left out: {count(hidden, 'hidden file or folder')} such as .DS_Store and __MACOSX")
 
 
 def _classes_of(part: Tree) -> dict[str, list[Path]]:
@@ -313,14 +314,3 @@ def _classes_of(part: Tree) -> dict[str, list[Path]]:
 def _by_kind(skipped: Counter[str]) -> str:
     kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in kinds[: 2 * _LISTED])
-
-
-def _count(count: int, noun: str) -> str:
-    plural = {"class": "classes", "hidden file or folder": "hidden files or folders"}.get(noun, f"{noun}s")
-    return f"{count:,} {noun if count == 1 else plural}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    items = list(names)
-    more = len(items) - _LISTED
-    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -17,13 +17,13 @@ import torch
 
 from attnsurgery.data.folder import TEST, TRAIN, VAL, role_of
 from attnsurgery.data.source import Source, decode
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError, UsageError, did_you_mean
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath", "img")
 LABEL_COLUMNS = ("label", "class", "category", "target", "labels")
 SPLIT_COLUMNS = ("split", "fold", "subset", "set")
 GROUP_COLUMNS = ("group", "groups", "group_id", "patient", "patient_id", "subject", "subject_id")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -265,18 +265,6 @@ def left_out(listing: Listing, images: Sequence[str], reason: str) -> list[str]:
 def repeated(entries: Iterable[Entry]) -> list[str]:
     """The images of more than one entry."""
     return [name for name, number in Counter(entry.image for entry in entries).items() if number > 1]
-
-
-def count(number: int, noun: str) -> str:
-    """A number with a noun, in the plural if need be."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    items = list(names)
-    more = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _others(columns: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from attnsurgery.data.folder import TEST, TRAIN, VAL, formats, role_of, walk
 from attnsurgery.data.mask_classes import Mask, by_value, classes_in_masks, read, read_classes, size_of
 from attnsurgery.data.picture import upright_size
 from attnsurgery.data.source import Masks, Source, Sources, decode
+from attnsurgery.data.wording import count
 from attnsurgery.errors import SearchError, UsageError
 
 _IMAGES = ("image", "images", "img", "imgs", "jpegimages", "leftimg8bit", "photo", "photos", "picture", "pictures")
@@ -115,10 +116,10 @@ def _pairs(root: Path) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
     notes = []
     if alone := sorted(images.keys() - masks.keys()):
         first = images[alone[0]].relative_to(root)
-        notes.append(f"left out: {len(alone):,} images without a mask ({first} is the first)")
+        notes.append(f"left out: {count(len(alone), 'image')} without a mask ({first} is the first)")
     if alone := sorted(masks.keys() - images.keys()):
         first = masks[alone[0]].relative_to(root)
-        notes.append(f"left out: {len(alone):,} masks without an image ({first} is the first)")
+        notes.append(f"left out: {count(len(alone), 'mask')} without an image ({first} is the first)")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     for role, key in shared:
         pairs.setdefault(role or TRAIN, []).append((images[role, key], masks[role, key]))

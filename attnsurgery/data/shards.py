@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attnsurgery.data.folder import readable, role_of
-from attnsurgery.data.listing import LABEL_COLUMNS, Entry, Listing, count, listed, requested_columns
+from attnsurgery.data.listing import LABEL_COLUMNS, Entry, Listing, requested_columns
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError, UsageError
 
 _CLASS, _JSON = "cls", "json"

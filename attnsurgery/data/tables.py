@@ -17,9 +17,7 @@ from attnsurgery.data.listing import (
     SPLIT_COLUMNS,
     Entry,
     Listing,
-    count,
     left_out,
-    listed,
     named_columns,
     only_column,
     requested_columns,
@@ -27,6 +25,7 @@ from attnsurgery.data.listing import (
     text_of,
 )
 from attnsurgery.data.rows import Row, is_table, read_rows
+from attnsurgery.data.wording import count, listed
 from attnsurgery.errors import SearchError, UsageError
 
 _METADATA = "metadata"

@@ -37,6 +37,8 @@ class SMPDecoder(Decoder):
     """The class of the package."""
     options: ClassVar[dict[str, Any]] = {}
     """Its arguments, where they are not the default."""
+    stride_option: ClassVar[str] = ""
+    """Its argument for the output stride of the encoder; '' if it has none."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class SMPDecoder(Decoder):
                 in_channels=in_chans,
                 classes=num_classes,
                 **cls.options,
-                **cls.stride_options(stride),
+                **({cls.stride_option: stride} if cls.stride_option else {}),
                 **kwargs,
             )
             return net
@@ -78,11 +80,6 @@ class SMPDecoder(Decoder):
             raise UsageError(_refused(whole, arch, stride, f"its last map has a stride of {found}"))
         net: Any = build()
         return Parts(net.encoder, cls(net), maps[-1].shape[1], None)
-
-    @classmethod
-    def stride_options(cls, stride: int) -> dict[str, Any]:
-        """The arguments of the package's class for an output stride of the encoder."""
-        return {}
 
     def forward(self, x: list[torch.Tensor]) -> torch.Tensor:
         """(B, K, h, w) from the package's list of maps, the image first."""
@@ -156,10 +153,7 @@ class PSPNet(SMPDecoder):
     model = "PSPNet"
     strides = (8, 16, 32)
     options: ClassVar[dict[str, Any]] = {"encoder_depth": 5}
-
-    @classmethod
-    def stride_options(cls, stride: int) -> dict[str, Any]:
-        return {"output_stride": stride}
+    stride_option = "output_stride"
 
 
 @DECODERS.register("deeplabv3", summary="atrous spatial pyramid pooling")
@@ -168,10 +162,7 @@ class DeepLabV3(SMPDecoder):
 
     model = "DeepLabV3"
     strides = (8, 16)
-
-    @classmethod
-    def stride_options(cls, stride: int) -> dict[str, Any]:
-        return {"encoder_output_stride": stride}
+    stride_option = "encoder_output_stride"
 
     def new_classifier(self, in_channels: int, kernel_size: int, num_classes: int) -> nn.Module:
         return Decoder.new_classifier(
@@ -192,10 +183,7 @@ class PAN(SMPDecoder):
 
     model = "PAN"
     strides = (16, 32)
-
-    @classmethod
-    def stride_options(cls, stride: int) -> dict[str, Any]:
-        return {"encoder_output_stride": stride}
+    stride_option = "encoder_output_stride"
 
 
 @DECODERS.register("upernet", summary="pyramid pooling and a feature pyramid")

@@ -14,8 +14,8 @@ non-local blocks and squeeze-and-excitation in three places: at the end of stage
 decoder in front of the classifier. Its rivals are the base at 192 by 256 pixels and EfficientNet-Lite1. A random search
 with the same settings stands beside it. All are trained for the verdict from the same seeds, three at least.
 
-`--by-hand` adds what is over the budget: DANet's head on the same backbone, trained as the base is, with the best of
-three learning rates on the validation images, from three seeds.
+`--by-hand` adds what is over the budget, DANet's head on the same backbone, and the base beside it: both with the best
+of the same three learning rates on the validation images, from the same three seeds.
 """
 
 from __future__ import annotations
